@@ -1,0 +1,1 @@
+"""Host side: reading, datasets, simulation and synthesis of images."""

@@ -1,0 +1,33 @@
+"""Eight fake devices, strict ranks, and the reference fixtures."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+HERE = Path(__file__).parent
+
+
+def reference_folders() -> list[Path]:
+    """Where fixtures may be: $MEDCLIP_REFERENCE, beside the checkout, then the small copies here."""
+    named = os.environ.get("MEDCLIP_REFERENCE")
+    places = [Path(named)] if named else [HERE.parents[1] / "shared" / "reference"]
+    return [p for p in [*places, HERE / "reference"] if p.is_dir()]
+
+
+def reference_files(pattern: str) -> list[Path]:
+    """Every fixture that matches, each name once, full folder first."""
+    found: dict[str, Path] = {}
+    for folder in reference_folders():
+        for path in sorted(folder.glob(pattern)):
+            found.setdefault(str(path.relative_to(folder)), path)
+    return list(found.values())
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
