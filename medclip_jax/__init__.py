@@ -1,3 +1,3 @@
-"""Few-shot medical anomaly detection from healthy images alone: frozen CLIP, learnable prompts, JAX."""
+"""Few-shot medical anomaly detection from healthy images: frozen CLIP, learned prompts, JAX."""
 
 __version__ = "0.1.0"

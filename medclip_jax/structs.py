@@ -2,7 +2,8 @@
 
 Shape letters, used in every annotation:
   e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
-  p patches (a g x g grid, row-major)   l levels (tapped blocks)   d width   c prompts   t text positions
+  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
+  c prompts   t text positions
 
 Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
 """

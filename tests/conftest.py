@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def reference_folders() -> list[Path]:
-    """Where fixtures may be: $MEDCLIP_REFERENCE, beside the checkout, then the small copies here."""
+    """Where fixtures may be: $MEDCLIP_REFERENCE or beside the checkout, then the copies here."""
     named = os.environ.get("MEDCLIP_REFERENCE")
     places = [Path(named)] if named else [HERE.parents[1] / "shared" / "reference"]
     return [p for p in [*places, HERE / "reference"] if p.is_dir()]
