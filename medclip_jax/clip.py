@@ -1,0 +1,221 @@
+"""The frozen CLIP: image tower to tokens of every tapped level, text tower with learnable context.
+
+Both towers are plain functions over the parameters that `weights.read` loads; they equal
+transformers' FlaxCLIPModel (tests/test_clip.py). The image tower runs once per image and never
+inside a gradient; the text tower runs in every training step, causal and cut after the last
+end-of-text token, since what comes later cannot change the result.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from medclip_jax import weights
+from medclip_jax.errors import CheckpointError, ConfigError
+from medclip_jax.structs import Features, Prompts
+
+
+class Tower(NamedTuple):
+    """What is static about one tower; hashable, so jit can close over it."""
+
+    heads: int
+    eps: float
+    activation: str  # "quick_gelu" or "gelu"
+    patch: int = 0  # pixels per patch side (vision)
+    levels: tuple[int, ...] = ()  # tapped blocks, counted from 1 (vision)
+    dtype: str = "float32"
+
+
+class Clip(NamedTuple):
+    """A loaded checkpoint. `vision` and `text` are parameter trees, the rest is static."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    vision_tower: Tower
+    text_tower: Tower
+    tokenizer: Any
+    name: str
+    digest: str
+    size: int  # pixels per side of the input image
+    grid: int  # patches per side
+    width: int  # of a vision token
+    text_width: int
+    joint: int  # width of the space shared by image and text
+    logit_scale: float  # log of 1/temperature
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eos_id: int
+
+
+def load(checkpoint: str, levels: tuple[int, ...] = (), dtype: str = "float32") -> Clip:
+    """Load `compact`, a folder or a Hub id; tap `levels` (blocks from 1; () = 1/2, 3/4 and last).
+
+    Raises CheckpointError for an unusable checkpoint, ConfigError for impossible levels.
+    """
+    w = weights.read(checkpoint)
+    vision, text = w.config["vision_config"], w.config["text_config"]
+    depth = vision["num_hidden_layers"]
+    levels = tuple(levels) or tuple(round(depth * x) for x in (0.5, 0.75, 1.0))
+    if not all(1 <= l <= depth for l in levels) or list(levels) != sorted(set(levels)):
+        raise ConfigError(
+            f"clip.levels {levels}: need rising block numbers between 1 and {depth} ({checkpoint})"
+        )
+    return Clip(
+        vision=jax.tree.map(jnp.asarray, w.vision),
+        text=jax.tree.map(jnp.asarray, w.text),
+        vision_tower=Tower(
+            vision["num_attention_heads"],
+            vision["layer_norm_eps"],
+            vision["hidden_act"],
+            vision["patch_size"],
+            levels,
+            dtype,
+        ),
+        text_tower=Tower(text["num_attention_heads"], text["layer_norm_eps"], text["hidden_act"]),
+        tokenizer=_tokenizer(w.folder),
+        name=checkpoint,
+        digest=w.digest,
+        size=vision["image_size"],
+        grid=vision["image_size"] // vision["patch_size"],
+        width=vision["hidden_size"],
+        text_width=text["hidden_size"],
+        joint=w.config["projection_dim"],
+        logit_scale=w.logit_scale,
+        mean=w.mean,
+        std=w.std,
+        eos_id=text["eos_token_id"],
+    )
+
+
+def _tokenizer(folder):
+    from transformers import CLIPTokenizerFast
+
+    try:
+        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception on damaged files
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
+        ) from None
+
+
+# --- towers -------------------------------------------------------------------------------------
+
+
+def _layer_norm(x, p, eps: float):
+    """In float32 whatever the tower computes in."""
+    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps)
+    return (y * _row(p["scale"], y) + _row(p["bias"], y)).astype(x.dtype)
+
+
+def _row(v, like):
+    """A vector over the last axis, with the leading axes that strict ranks ask for."""
+    return v.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def _dense(x, p):
+    y = x @ p["kernel"].astype(x.dtype)
+    return y + _row(p["bias"].astype(x.dtype), y)
+
+
+def _activate(x, name: str):
+    return x * jax.nn.sigmoid(1.702 * x) if name == "quick_gelu" else jax.nn.gelu(x, False)
+
+
+def _attention(x, p, heads: int, mask):
+    """Multi-head self-attention over [n, s, d]; mask [s, s] True where a query may look."""
+    n, s, d = x.shape
+    q, k, v = jnp.split(_dense(x, p["qkv"]).reshape(n, s, 3 * heads, d // heads), 3, axis=2)
+    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return _dense(mixed.reshape(n, s, d), p["out"])
+
+
+def _block(x, p, tower: Tower, mask=None):
+    x = x + _attention(_layer_norm(x, p["norm1"], tower.eps), p, tower.heads, mask)
+    hidden = _activate(_dense(_layer_norm(x, p["norm2"], tower.eps), p["fc1"]), tower.activation)
+    return x + _dense(hidden, p["fc2"])
+
+
+def normalise(grey: Float[Array, "n h w"], mean, std) -> Float[Array, "n h w 3"]:
+    """Grey images in [0, 1] -> what the tower was trained on."""
+    mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in (mean, std))
+    return (grey[..., None] - mean) / std
+
+
+def patch_features(
+    vision: dict[str, Any], pixels: Float[Array, "n h w 3"], tower: Tower
+) -> Features:
+    """Pooled embedding (joint space, not normalised) and patch tokens after each tapped block.
+
+    Tokens are the residual stream, without the final norm and projection, as MediCLIP taps them
+    (PEERS 5.9); row-major grid, class token dropped.
+    """
+    n, h, w, _ = pixels.shape
+    s = tower.patch
+    patches = pixels.reshape(n, h // s, s, w // s, s, 3).transpose(0, 1, 3, 2, 4, 5)
+    dtype = jnp.dtype(tower.dtype)
+    x = patches.reshape(n, (h // s) * (w // s), s * s * 3).astype(dtype)
+    x = x @ vision["patch"].astype(dtype)
+    first = jnp.broadcast_to(vision["class"].astype(dtype), (n, 1, x.shape[-1]))
+    x = jnp.concatenate([first, x], axis=1) + vision["position"].astype(dtype)[None]
+    x = _layer_norm(x, vision["pre"], tower.eps)
+    levels, start = [], 0
+    for level in tower.levels:  # one scan per stretch between taps
+        stretch = jax.tree.map(lambda b, i=start, j=level: b[i:j], vision["blocks"])
+        x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, stretch)
+        levels.append(x[:, 1:].astype(jnp.float32))
+        start = level
+    rest = jax.tree.map(lambda b: b[start:], vision["blocks"])
+    x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, rest)
+    pooled = _layer_norm(x[:, 0], vision["post"], tower.eps) @ vision["projection"].astype(dtype)
+    return Features(pooled.astype(jnp.float32), tuple(levels))
+
+
+def encode_text(
+    text: dict[str, Any],
+    context: Float[Array, "c k d"],
+    prompts: Prompts,
+    tower: Tower,
+    causal: bool = True,
+) -> Float[Array, "c j"]:
+    """Prompt embeddings in the joint space, not normalised.
+
+    `context` [c, k, d] fills the slots of `prompts` (equation 4). `causal=False` is MediCLIP's
+    unmasked tower, which also sees the padding (PEERS 4, trap 8): keep all 77 positions then.
+    """
+    ids, slots = jnp.asarray(prompts.ids), jnp.asarray(prompts.slots)
+    if causal:
+        length = int(np.max(prompts.eos)) + 1
+        ids, slots = ids[:, :length], slots[:, :length]
+    x = _embed(text["token"], context, ids, slots)
+    positions = x.shape[1]
+    x = x + text["position"][None, :positions]
+    mask = jnp.tril(jnp.ones((positions, positions), bool))[None, None] if causal else None
+    for i in range(text["blocks"]["fc1"]["bias"].shape[0]):  # a loop: its gradient beats scan's
+        x = _block(x, jax.tree.map(lambda b, i=i: b[i], text["blocks"]), tower, mask)
+    at_eos = x[jnp.arange(x.shape[0]), jnp.asarray(prompts.eos)]
+    return _layer_norm(at_eos, text["final"], tower.eps) @ text["projection"]
+
+
+def _embed(
+    table: Float[Array, "v d"],
+    context: Float[Array, "c k d"],
+    ids: Int[Array, "c t"],
+    slots: Int[Array, "c t"],
+) -> Float[Array, "c t d"]:
+    """Token embeddings with context vectors where a slot says so."""
+    tokens = table[ids]
+    if context.shape[1] == 0:
+        return tokens
+    filled = jnp.take_along_axis(context, jnp.maximum(slots, 0)[..., None], axis=1)
+    is_slot: Bool[Array, "c t 1"] = (slots >= 0)[..., None]
+    return jnp.where(is_slot, filled, tokens)
+
+
+@partial(jax.jit, static_argnames=("tower", "mean", "std"))
+def encode_images(vision, grey: Float[Array, "n h w"], *, tower: Tower, mean, std) -> Features:
+    """Grey images in [0, 1] straight to features; rows are independent (shard them freely)."""
+    return patch_features(vision, normalise(grey, mean, std), tower)
