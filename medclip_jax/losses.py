@@ -1,0 +1,93 @@
+"""The terms of the training loss, each by its own name, and their weighted total.
+
+Logits are of the anomalous class. `valid` weighs rows, so padded rows never count.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+TERMS = ("focal", "dice", "align", "prompt")
+
+
+def row_mean(x: Float[Array, " n"], valid: Bool[Array, " n"]) -> Float[Array, ""]:
+    """Mean over the valid rows; 0 if there is none."""
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def focal(
+    logit: Float[Array, "n h w"],
+    mask: Float[Array, "n h w"],
+    valid: Bool[Array, " n"],
+    gamma: float = 2.0,
+) -> Float[Array, ""]:
+    """MediCLIP's focal loss (PEERS 5.12), mean over pixels.
+
+    Unlike optax's, the label is the mask cut to an integer and kept within [1e-5, 1 - 1e-5].
+    """
+    p = jax.nn.sigmoid(logit)
+    q = jnp.clip(jnp.trunc(mask), 1e-5, 1 - 1e-5)
+    p_t = q * p + (1 - q) * (1 - p) + 1e-5
+    per_row = (-((1 - p_t) ** gamma) * jnp.log(p_t)).mean((1, 2))
+    return row_mean(per_row, valid)
+
+
+def dice(
+    logit: Float[Array, "n h w"], mask: Float[Array, "n h w"], valid: Bool[Array, " n"]
+) -> Float[Array, ""]:
+    """1 - (2 |p g| + 1) / (|p| + |g| + 1) per image, mean over images (PEERS 5.12)."""
+    # optax halves both sums, so its smooth of 0.5 is the peers' 1
+    return row_mean(optax.losses.dice_loss(logit[..., None], mask[..., None], smooth=0.5), valid)
+
+
+def infonce(logits: Float[Array, "n c"], positives: Bool[Array, "n c"]) -> Float[Array, " n"]:
+    """-log(sum of positives' exp / sum of all exp), per row."""
+    own = jnp.where(positives, logits, -jnp.inf)
+    return jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(own, axis=-1)
+
+
+def align(
+    similarity: Float[Array, "n p c"],
+    share: Float[Array, "n p"],
+    label: Int[Array, " c"],
+    valid: Bool[Array, " n"],
+    scale: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Equation (8): each patch towards its best prompt of the right class, against all prompts.
+
+    `share` is the masked share of each patch: 0 is healthy, over one half is anomalous, and the
+    patches between say neither and do not count. `scale` is 1/temperature.
+    """
+    anomalous = (share > 0.5)[..., None]
+    right = anomalous == (label == 1)[None, None]
+    best = jnp.argmax(jnp.where(right, similarity, -jnp.inf), axis=-1)
+    positive = jax.nn.one_hot(best, similarity.shape[-1], dtype=bool)
+    n, p, c = similarity.shape
+    per_patch = infonce((scale * similarity).reshape(n * p, c), positive.reshape(n * p, c))
+    counts = (share == 0) | (share > 0.5)
+    per_row = jnp.where(counts, per_patch.reshape(n, p), 0.0).sum(1) / jnp.maximum(counts.sum(1), 1)
+    return row_mean(per_row, valid)
+
+
+def prompt(
+    logits: Float[Array, "n 2"], label: Int[Array, " n"], valid: Bool[Array, " n"]
+) -> Float[Array, ""]:
+    """Equation (5): -log P(healthy | image) of the pooled embedding; healthy images only."""
+    return row_mean(-jax.nn.log_softmax(logits, axis=-1)[:, 0], valid & (label == 0))
+
+
+def patch_share(mask: Float[Array, "n h w"], grid: int) -> Float[Array, "n p"]:
+    """Masked share of each patch of a grid x grid tiling, row-major."""
+    n, h, w = mask.shape
+    return mask.reshape(n, grid, h // grid, grid, w // grid).mean((2, 4)).reshape(n, grid * grid)
+
+
+def total(
+    parts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Weighted sum of the parts and the parts themselves with it under "loss"."""
+    loss = sum(weights[name] * value for name, value in parts.items())
+    return loss, {"loss": loss, **parts}

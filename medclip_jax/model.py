@@ -1,0 +1,143 @@
+"""What is learned (theta) and how it turns cached tokens into anomaly: one forward for all.
+
+theta is a plain dict of arrays:
+  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared
+  adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
+  scale     []               log of 1/temperature of the anomaly logit and the alignment
+  offset    []               of the distance form (score.patch_logit)
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from medclip_jax import clip, losses, score
+from medclip_jax.structs import Batch, Features, Prompts
+
+
+class Design(NamedTuple):
+    """Everything static about the model; closed over by jit."""
+
+    prompts: Prompts
+    text_tower: clip.Tower
+    size: int  # pixels per side of the tower frame
+    grid: int
+    form: str  # score.FORMS
+    causal: bool
+    learn_scale: bool  # False: temperature 1, as MediCLIP
+    dropout: float  # rate, on the adapted tokens
+
+
+class Output(NamedTuple):
+    text: Float[Array, "c j"]  # not normalised
+    levels: tuple[Float[Array, "n p j"], ...]  # adapted patch tokens
+    logit: Float[Array, "n p"]  # anomaly logit per patch
+
+
+def init(key: jax.Array, model: clip.Clip, design: Design, context: int, shared: bool) -> dict:
+    """Fresh theta: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10)."""
+    context_key, *adapter_keys = jax.random.split(key, 1 + len(model.vision_tower.levels))
+    rows = 1 if shared else len(design.prompts.ids)
+    bound = model.width**-0.5
+
+    def adapter(key):
+        kernel_key, bias_key = jax.random.split(key)
+        draw = dict(minval=-bound, maxval=bound)
+        return {
+            "kernel": jax.random.uniform(kernel_key, (model.width, model.joint), **draw),
+            "bias": jax.random.uniform(bias_key, (model.joint,), **draw),
+        }
+
+    return {
+        "context": 0.02 * jax.random.normal(context_key, (rows, context, model.text_width)),
+        "adapters": tuple(adapter(k) for k in adapter_keys),
+        "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
+        "offset": jnp.asarray(0.5),
+    }
+
+
+def text_features(theta: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
+    """Text features of all prompts with the learned context."""
+    context = theta["context"]
+    rows = len(design.prompts.ids)
+    context = jnp.broadcast_to(context, (rows, *context.shape[1:]))
+    return clip.encode_text(
+        frozen["text"], context, design.prompts, design.text_tower, design.causal
+    )
+
+
+def adapt_tokens(
+    theta: Mapping, features: Features, rate: float, key: jax.Array | None
+) -> tuple[Float[Array, "n p j"], ...]:
+    """Patch tokens in the joint space; inverted dropout at `rate` if a key is given."""
+    adapted = []
+    for i, (tokens, p) in enumerate(zip(features.levels, theta["adapters"], strict=True)):
+        y = tokens.astype(jnp.float32) @ p["kernel"] + p["bias"][None, None]
+        if key is not None and rate > 0:
+            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, y.shape)
+            y = jnp.where(keep, y / (1 - rate), 0.0)
+        adapted.append(y)
+    return tuple(adapted)
+
+
+def scale_of(theta: Mapping, design: Design) -> Float[Array, ""]:
+    return jnp.exp(theta["scale"]) if design.learn_scale else jnp.asarray(1.0)
+
+
+def forward(
+    theta: Mapping,
+    text: Float[Array, "c j"],
+    features: Features,
+    design: Design,
+    key: jax.Array | None = None,
+) -> Output:
+    """Adapted tokens and anomaly logits, given the text features of `text_features`."""
+    levels = adapt_tokens(theta, features, design.dropout, key)
+    logit = score.patch_logit(
+        levels,
+        text,
+        design.prompts.label,
+        scale_of(theta, design),
+        theta["offset"],
+        design.form,
+    )
+    return Output(text, levels, logit)
+
+
+def loss(
+    theta: Mapping,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    key: jax.Array | None,
+    *,
+    design: Design,
+    weights: Mapping[str, float],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The training loss: (scalar, named parts). A term of weight 0 is not computed."""
+    text = text_features(theta, frozen, design)
+    out = forward(theta, text, batch.features, design, key)
+    pixels = score.to_pixels(out.logit, design.size)
+    scale = scale_of(theta, design)
+
+    def align():
+        similarity = sum(score.cosine(v, text) for v in out.levels) / len(out.levels)
+        share = losses.patch_share(batch.mask, design.grid)
+        label = jnp.asarray(design.prompts.label)
+        return losses.align(similarity, share, label, batch.valid, scale)
+
+    def prompt():
+        pair = score.class_features(text, design.prompts.label)
+        logits = jnp.exp(frozen["logit_scale"]) * score.cosine(batch.features.pooled, pair)
+        return losses.prompt(logits, batch.label, batch.valid)
+
+    terms = {
+        "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
+        "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
+        "align": align,
+        "prompt": prompt,
+    }
+    parts = {name: terms[name]() for name in losses.TERMS if weights[name]}
+    return losses.total(parts, weights)

@@ -1,0 +1,234 @@
+"""The `mediclip` arithmetic against the peer's own numbers: maps, losses and every gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medclip_jax import clip, losses, model, score
+from medclip_jax import prompts as prompting
+from medclip_jax.structs import Batch, Features, Prompts
+
+from .test_clip import PARITY, parity, with_tokenizer
+
+LOSS = dict(focal=1.0, dice=1.0, align=0.0, prompt=0.0)
+
+
+def rel(a, b) -> float:
+    return float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
+
+
+def peer_prompts(ref, position: str = "end") -> Prompts:
+    """The fixture's ids [BOS, 8 placeholders, name ..., rest] in one of the three layouts."""
+    ids = np.concatenate([ref["ids_normal"], ref["ids_abnormal"]])
+    length = np.concatenate([ref["name_len_normal"], ref["name_len_abnormal"]])
+    rows = np.zeros_like(ids)
+    slots = np.full_like(ids, -1)
+    for i, (row, n) in enumerate(zip(ids, length, strict=True)):
+        eos = int(row.argmax())
+        name, rest = row[9 : 9 + n].tolist(), row[9 + n : eos].tolist()
+        new, where = prompting.arrange(int(row[0]), name, rest, int(row[eos]), 8, position)
+        rows[i, : len(new)], slots[i, : len(new)] = new, where
+    label = np.array([0] * len(ref["ids_normal"]) + [1] * len(ref["ids_abnormal"]))
+    return Prompts(rows, slots, rows.argmax(-1), label, ("",) * len(rows))
+
+
+def setting(path, tmp_path, position="end", causal=False):
+    """Design, theta, frozen and batch that restate one fixture."""
+    ref = parity(path)
+    folder = path.parent / f"clip{path.stem.removeprefix('parity')}"
+    tower = clip.load(
+        str(with_tokenizer(folder, tmp_path / "c")), levels=tuple(ref["out_layers"].tolist())
+    )
+    design = model.Design(
+        peer_prompts(ref, position),
+        tower.text_tower,
+        tower.size,
+        tower.grid,
+        "softmax",
+        causal,
+        False,
+        0.0,
+    )
+    theta = {
+        "context": jnp.concatenate([ref["ctx_normal"], ref["ctx_abnormal"]]),
+        "adapters": tuple(
+            {
+                "kernel": jnp.asarray(ref[f"adapter{i}_weight"][:, :, 0, 0].T),
+                "bias": jnp.asarray(ref[f"adapter{i}_bias"]),
+            }
+            for i in range(3)
+        ),
+        "scale": jnp.asarray(0.0),
+        "offset": jnp.asarray(0.5),
+    }
+    pixels = jnp.asarray(ref["pixel_values"].transpose(0, 2, 3, 1))
+    features = clip.patch_features(tower.vision, pixels, tower.vision_tower)
+    n = len(pixels)
+    batch = Batch(
+        features,
+        jnp.asarray(ref["mask"], jnp.float32),
+        jnp.zeros(n, jnp.int32),
+        jnp.ones(n, bool),
+    )
+    frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    return ref, design, theta, frozen, batch
+
+
+@pytest.mark.parametrize("path", PARITY, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_mediclip_map_loss_and_gradients(path, tmp_path):
+    ref, design, theta, frozen, batch = setting(path, tmp_path)
+    text = model.text_features(theta, frozen, design)
+    pair = score.unit(score.class_features(text, design.prompts.label))
+    np.testing.assert_allclose(pair.T, ref["text_features"], atol=5e-6)
+
+    out = model.forward(theta, text, batch.features, design)
+    for i, level in enumerate(ref["out_layers"]):
+        peer = ref[f"vision_features_l{level}"]
+        ours = score.unit(out.levels[i]).reshape(peer.shape)
+        np.testing.assert_allclose(ours, peer, atol=5e-6)
+        both = score.cosine(out.levels[i], pair).transpose(0, 2, 1)
+        peer = ref[f"similarity_l{level}"]
+        np.testing.assert_allclose(both.reshape(peer.shape), peer, atol=5e-6)
+    probability = jax.nn.sigmoid(score.to_pixels(out.logit, design.size))
+    np.testing.assert_allclose(probability, ref["anomaly_map"][:, 1], atol=2e-6)
+    np.testing.assert_allclose(
+        score.image_score(probability.reshape(len(probability), -1), 0.0),
+        ref["image_score_max"],
+        atol=2e-6,
+    )
+
+    loss = partial(model.loss, design=design, weights=LOSS)
+    (value, parts), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        theta, frozen, batch, None
+    )
+    assert rel(parts["focal"], ref["focal"]) < 1e-6
+    assert rel(parts["dice"], ref["dice"]) < 1e-6
+    assert rel(value, ref["loss"]) < 1e-6
+    context = np.concatenate([ref["grad_ctx_normal"], ref["grad_ctx_abnormal"]])
+    assert rel(grad["context"], context) < 1e-4
+    for i in range(3):
+        kernel = ref[f"grad_adapter{i}_weight"][:, :, 0, 0].T
+        assert rel(grad["adapters"][i]["kernel"], kernel) < 1e-4
+        assert rel(grad["adapters"][i]["bias"], ref[f"grad_adapter{i}_bias"]) < 1e-4
+
+    soft = batch._replace(mask=jnp.asarray(ref["mask_soft"], jnp.float32))
+    _, parts = loss(theta, frozen, soft, None)
+    assert rel(parts["focal"], ref["focal_soft"]) < 1e-6
+    assert rel(parts["dice"], ref["dice_soft"]) < 1e-6
+
+
+@pytest.mark.parametrize("path", PARITY[:1], ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("position", ["front", "middle"])
+def test_context_positions(path, position, tmp_path):
+    ref, design, theta, frozen, _ = setting(path, tmp_path, position)
+    text = model.text_features(theta, frozen, design)
+    pair = score.unit(score.class_features(text, design.prompts.label))
+    np.testing.assert_allclose(pair.T, ref[f"text_features_{position}"], atol=5e-6)
+
+
+@pytest.mark.parametrize("path", PARITY[:1], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_causal_text_differs_from_the_peer_and_is_clip(path, tmp_path):
+    ref, design, theta, frozen, _ = setting(path, tmp_path, causal=True)
+    text = model.text_features(theta, frozen, design)
+    pair = score.unit(score.class_features(text, design.prompts.label))
+    np.testing.assert_allclose(pair.T, ref["text_features_causal"], atol=5e-6)
+    assert float(np.abs(np.asarray(pair.T) - ref["text_features"]).max()) > 0.1
+
+
+# --- our own form, on made-up tokens ------------------------------------------------------------
+
+
+def toy(form="softmax", dropout=0.0, key=0):
+    """A design on the embedded CLIP's text tower with random tokens."""
+    tower = clip.load("compact")
+    built = prompting.build(
+        tower.tokenizer,
+        tower.eos_id,
+        phrases="templates",
+        anatomy="breast",
+        conditions=("mass",),
+        modality="ultrasound",
+        context=4,
+        position="end",
+    )
+    design = model.Design(
+        built, tower.text_tower, tower.size, tower.grid, form, True, True, dropout
+    )
+    theta = model.init(jax.random.key(key), tower, design, 4, shared=False)
+    rng = np.random.default_rng(key)
+    tokens = tuple(
+        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.width)), jnp.float32) for _ in range(3)
+    )
+    pooled = jnp.asarray(rng.normal(size=(4, tower.joint)), jnp.float32)
+    mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 40:90, 60:120].set(1.0)
+    batch = Batch(Features(pooled, tokens), mask, jnp.array([0, 0, 1, 1]), jnp.array([True] * 4))
+    frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    return design, theta, frozen, batch
+
+
+@pytest.mark.parametrize("form", score.FORMS)
+def test_every_part_of_theta_learns(form):
+    design, theta, frozen, batch = toy(form)
+    weights = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.1)
+    loss = partial(model.loss, design=design, weights=weights)
+    grad, parts = jax.jit(jax.grad(loss, has_aux=True))(theta, frozen, batch, None)
+    assert set(parts) == {"loss", *losses.TERMS}
+    sizes = jax.tree.map(lambda g: float(jnp.abs(g).max()), grad)
+    learned = {k: v for k, v in sizes.items() if k != "offset" or form == "distance"}
+    assert min(jax.tree.leaves(learned)) > 0
+
+
+def test_weight_zero_removes_a_term_from_the_computation():
+    design, theta, frozen, batch = toy()
+    broken = batch._replace(
+        features=batch.features._replace(pooled=batch.features.pooled * jnp.nan)
+    )
+    _, parts = model.loss(theta, frozen, broken, None, design=design, weights=LOSS)
+    assert set(parts) == {"loss", "focal", "dice"}
+    assert np.isfinite(float(parts["loss"]))
+
+
+def test_invalid_rows_do_not_count():
+    design, theta, frozen, batch = toy()
+    weights = dict(focal=1.0, dice=1.0, align=1.0, prompt=1.0)
+    loss = partial(model.loss, design=design, weights=weights)
+    whole, _ = loss(theta, frozen, jax.tree.map(lambda x: x[:3], batch), None)
+    masked, _ = loss(
+        theta, frozen, batch._replace(valid=jnp.array([True, True, True, False])), None
+    )
+    np.testing.assert_allclose(masked, whole, rtol=1e-6)
+
+
+def test_dropout_zero_is_the_plain_forward_and_keys_decide():
+    design, theta, frozen, batch = toy(dropout=0.3)
+    text = model.text_features(theta, frozen, design)
+    plain = model.forward(theta, text, batch.features, design)
+    off = model.forward(
+        theta, text, batch.features, design._replace(dropout=0.0), jax.random.key(3)
+    )
+    np.testing.assert_array_equal(plain.logit, off.logit)
+    one, same, other = (
+        model.forward(theta, text, batch.features, design, jax.random.key(k)).logit
+        for k in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert float(jnp.abs(one - other).max()) > 1e-3
+
+
+def test_distance_form_is_equation_nine():
+    """With scale 1 and offset 0 the logit is 1 - max_j sim over the healthy prompts."""
+    design, theta, frozen, batch = toy("distance")
+    theta = {**theta, "scale": jnp.asarray(0.0), "offset": jnp.asarray(0.0)}
+    text = model.text_features(theta, frozen, design)
+    out = model.forward(theta, text, batch.features, design)
+    healthy = np.asarray(text)[design.prompts.label == 0]
+    healthy /= np.linalg.norm(healthy, axis=1, keepdims=True)
+    by_hand = []
+    for v in out.levels:
+        v = np.asarray(v)
+        v = v / np.linalg.norm(v, axis=-1, keepdims=True)
+        by_hand.append(1 - (v @ healthy.T).max(-1))
+    np.testing.assert_allclose(out.logit, np.mean(by_hand, 0), atol=2e-6)
