@@ -133,6 +133,7 @@ def fetch_busi(cache: Path) -> Path:
       WorkdirError: the cache folder cannot be written.
     """
     make_folder(cache)
+    logging.info("looking for BUSI in %s, else downloading it from %s", cache, BUSI_URL)
     with _quiet():
         return fetch(tfds.download.DownloadManager(download_dir=str(cache / "downloads")), BUSI_URL)
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medclip_jax.data import layouts, readers
-from medclip_jax.errors import ConfigError, DataError
+from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from medclip_jax.structs import Record, Split
 
 LAYOUTS: dict[str, Callable[[Path], layouts.Layout]] = {
@@ -155,22 +154,26 @@ def duplicates(drawn: Split) -> tuple[tuple[str, str], ...]:
 
 
 def write_split(drawn: Split, path: Path, *, name: str, seed: int, kind: str = "peer") -> None:
-    """Write ids, hashes and labels as JSON; the file appears whole or not at all."""
+    """Write ids, hashes and labels as JSON; the file appears whole or not at all.
+
+    Raises:
+      WorkdirError: the folder cannot be written.
+    """
     rows = {
         part: [Entry(r.id, r.sha256, r.label)._asdict() for r in getattr(drawn, part)]
         for part in Split._fields
     }
     head = {"name": name, "kind": kind, "k": len(drawn.support), "seed": seed}
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(head | rows, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_text(json.dumps(head | rows, indent=1), encoding="utf-8")
         os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    except OSError as error:
+        raise WorkdirError(
+            f"{path} cannot be written ({error.strerror}): give another workdir."
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_split(path: Path) -> StoredSplit:
