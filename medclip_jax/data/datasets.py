@@ -71,9 +71,10 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
     layout = LAYOUTS[name](root)
-    _refuse(layout.root, problems(layout, k))
+    found = problems(layout, k)
     if not builders.prepared(name, layout, cache):
-        _refuse(layout.root, broken(layout))
+        found += broken(layout)
+    _refuse(layout.root, found)
     return builders.records(name, layout, cache)
 
 

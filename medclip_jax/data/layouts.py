@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from medclip_jax.data import readers
 from medclip_jax.errors import DataError
 
 GIVE_ROOT = "give the folder by --config.data.root or $MEDCLIP_DATA"
@@ -53,7 +52,6 @@ def busi(root: Path) -> Layout:
                 problems.append(f"{kind}/{image.name} has no mask {image.stem}_mask.png")
             examples.append(_example(root, image, label, kind, "", own))
         problems += _orphans(root, masks)
-        problems += _unreadable_names(root, files)
     return Layout(root, _sorted(examples), tuple(problems))
 
 
@@ -85,8 +83,7 @@ def folder(root: Path) -> Layout:
     for truth in _folders(root / "ground_truth"):
         if not (root / "test" / truth.name).is_dir():
             problems += _orphans(root, _masks(_files(truth)))
-    named = [root / example.id for example in examples]
-    return Layout(root, _sorted(examples), (*problems, *_unreadable_names(root, named)))
+    return Layout(root, _sorted(examples), tuple(problems))
 
 
 def fingerprint(layout: Layout) -> str:
@@ -174,14 +171,6 @@ def _masks(files: list[Path]) -> dict[str, list[Path]]:
 
 def _orphans(root: Path, masks: dict[str, list[Path]]) -> list[str]:
     return [f"mask {_below(root, path)} has no image" for paths in masks.values() for path in paths]
-
-
-def _unreadable_names(root: Path, files: list[Path]) -> list[str]:
-    return [
-        f"{_below(root, f)} is of a kind that cannot be read"
-        for f in files
-        if f.suffix.lower() not in readers.READERS
-    ]
 
 
 def _example(
