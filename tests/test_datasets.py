@@ -184,6 +184,13 @@ def test_at_most_ten_problems_are_spelled_out(busi, cache):
     assert str(caught.value).count("has no mask") == 10
 
 
+def test_file_name_that_is_no_text(folder, cache):
+    odd = os.fsencode(folder / "train" / "good") + b"/\xff.png"
+    os.rename(folder / "train" / "good" / "0.png", odd)
+    with pytest.raises(DataError, match="not a UTF-8 file name"):
+        datasets.load("folder", folder, cache)
+
+
 def test_cache_that_cannot_be_written(busi, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WorkdirError, match="give another cache folder"):
@@ -259,15 +266,6 @@ def test_killed_preparation_is_not_taken_for_whole(busi, cache):
     assert any(cache.rglob("*"))
     records = datasets.load("busi", busi, cache)
     assert len(records) == 20 and all(len(r.sha256) == 64 for r in records)
-
-
-def test_two_processes_may_prepare_at_once(busi, cache):
-    command = [sys.executable, "-c", LOAD, str(busi), str(cache)]
-    both = [
-        subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    assert [process.communicate(timeout=60) for process in both] == [(b"20\n", b"")] * 2
 
 
 def test_the_slower_of_two_preparations_takes_the_quicker_one(busi, cache, monkeypatch):

@@ -68,6 +68,7 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
         root = builders.fetch_busi(cache)
     if root is None:
         raise DataError(f"no folder was named for '{name}': {layouts.GIVE_ROOT}.")
+    root = root.expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
     layout = LAYOUTS[name](root)

@@ -181,7 +181,12 @@ def _example(
 
 
 def _below(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+    name = path.relative_to(root).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name!r} in {root} is not a UTF-8 file name: rename it.") from error
+    return name
 
 
 def _sorted(examples: list[Example]) -> tuple[Example, ...]:

@@ -22,7 +22,7 @@ from medclip_jax.structs import Image, Record
 
 MAX_PIXELS = 64_000_000  # a mammogram has 14 million; below Pillow's own warning at 89 million
 MASK_THRESHOLD = 127  # of 255: JPEG-like noise round 0 and 255 stays on its side
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: red, green, blue
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr")
 
@@ -204,9 +204,15 @@ def _luminance(path: Path, image: PIL.Image.Image, kind: str) -> Float[np.ndarra
             "save it as 8-bit or 16-bit grey or as RGB."
         )
     if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA"), np.float32) / 255
-        return np.minimum(rgba[..., :3] @ LUMA * rgba[..., 3], 1)
-    return np.minimum(np.asarray(image.convert("RGB"), np.float32) / 255 @ LUMA, 1)
+        *colour, alpha = image.convert("RGBA").split()
+        return _mix(colour) * (np.asarray(alpha, np.float32) / 255)
+    return _mix(image.convert("RGB").split())
+
+
+def _mix(colour: Iterable[PIL.Image.Image]) -> Float[np.ndarray, "h w"]:
+    """Weighted sum of the bands, one at a time: three float bands at once would be dear."""
+    bands = zip(LUMA, colour, strict=True)
+    return np.minimum(sum(w * np.asarray(band, np.float32) for w, band in bands) / 255, 1)
 
 
 def _unit_float(path: Path, pixels: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
