@@ -1,0 +1,249 @@
+"""TFDS builders, free of TensorFlow: they yield names and hashes, never arrays.
+
+Importing this module imports tensorflow_datasets (half a second): callers do so inside functions.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from medclip_jax.data import layouts
+from medclip_jax.errors import DataError, WorkdirError
+from medclip_jax.structs import Record
+
+BUSI_URL = "https://scholar.cu.edu.eg/Dataset_BUSI.zip"
+
+
+class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Builder over a listed layout; its examples hold paths below `layout.root`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Paths, labels and SHA-256 of the image files."}
+
+    def __init__(self, *, layout: layouts.Layout | None = None, **kwargs: Any):
+        self.layout = layout
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        layout = self.layout or self.download(dl_manager)
+        return {"full": self._generate_examples(layout)}
+
+    def _generate_examples(self, layout: layouts.Layout) -> Iterator[tuple[str, dict[str, Any]]]:
+        for example in layout.examples:
+            yield (
+                example.id,
+                {
+                    "id": example.id,
+                    "label": example.label,
+                    "kind": example.kind,
+                    "part": example.part,
+                    "image": example.id,
+                    "masks": list(example.masks),
+                    "sha256": _sha256(layout.root / example.id),
+                },
+            )
+
+    def _describe(self, description: str, homepage: str, citation: str) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=description,
+            homepage=homepage,
+            citation=citation,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": text(doc="Path of the image below the root; unique."),
+                    "label": tfds.features.ClassLabel(names=["healthy", "abnormal"]),
+                    "kind": text(doc="The data set's own class."),
+                    "part": text(doc="train, test, or empty where the data set has no parts."),
+                    "image": text(doc="Path of the image below the root."),
+                    "masks": tfds.features.Sequence(text(doc="Path below the root.")),
+                    "sha256": text(doc="Of the image file's bytes, hexadecimal."),
+                }
+            ),
+        )
+
+
+class Busi(PathBuilder):
+    """Breast Ultrasound Images: 437 benign, 210 malignant, 133 normal."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._describe(
+            "Breast Ultrasound Images Dataset (BUSI): 780 images of 600 women, aged 25 to 75, "
+            "with lesion masks. Normal is healthy; benign and malignant are abnormal. "
+            "Licence: CC BY 4.0.",
+            "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset",
+            """@article{aldhabyani2020busi,
+  author  = {Al-Dhabyani, Walid and Gomaa, Mohammed and Khaled, Hussien and Fahmy, Aly},
+  title   = {Dataset of breast ultrasound images},
+  journal = {Data in Brief},
+  volume  = {28},
+  pages   = {104863},
+  year    = {2020},
+  doi     = {10.1016/j.dib.2019.104863}
+}""",
+        )
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return layouts.busi(fetch(dl_manager, BUSI_URL))
+
+
+class FolderAD(PathBuilder):
+    """A user's own images in the MVTec-AD layout; nothing to download."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._describe(
+            "Images in folders, MVTec-AD convention: train/good, test/good, test/<kind>, "
+            "ground_truth/<kind>/<name>_mask.png.",
+            "https://www.mvtec.com/company/research/datasets/mvtec-ad",
+            """@article{bergmann2021mvtec,
+  author  = {Bergmann, Paul and Batzner, Kilian and Fauser, Michael and Sattlegger, David
+             and Steger, Carsten},
+  title   = {The {MVTec} Anomaly Detection Dataset},
+  journal = {International Journal of Computer Vision},
+  volume  = {129},
+  pages   = {1038--1059},
+  year    = {2021}
+}""",
+        )
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        raise DataError(f"no folder was named: {layouts.GIVE_ROOT}.")
+
+
+BUILDERS: dict[str, type[PathBuilder]] = {"busi": Busi, "folder": FolderAD}
+
+
+def fetch_busi(cache: Path) -> Path:
+    """Download BUSI from its official address once; returns the unpacked folder.
+
+    Raises:
+      DataError: the download failed.
+      WorkdirError: the cache folder cannot be written.
+    """
+    make_folder(cache)
+    logging.info("looking for BUSI in %s, else downloading it from %s", cache, BUSI_URL)
+    with _quiet():
+        return fetch(tfds.download.DownloadManager(download_dir=str(cache / "downloads")), BUSI_URL)
+
+
+def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> Path:
+    """Download and unpack a zip archive once.
+
+    TFDS's own unpacking needs TensorFlow, so only the download is TFDS's.
+
+    Raises:
+      DataError: no network, no such address, or a broken archive.
+    """
+    by_hand = f"fetch it by hand, unpack it, and {layouts.GIVE_ROOT}"
+    try:
+        archive = Path(dl_manager.download(url))
+    except Exception as error:  # requests, urllib3, ssl and TFDS each have their own
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{url} could not be downloaded ({reason}): {by_hand}.") from error
+    unpacked = archive.with_suffix("")
+    if not unpacked.is_dir():
+        try:
+            _unpack(archive, unpacked)
+        except (zipfile.BadZipFile, EOFError) as error:
+            archive.unlink()  # or the broken download would be taken from the cache for ever
+            raise DataError(f"{url} gave a broken archive ({error}): {by_hand}.") from error
+    return unpacked
+
+
+def prepared(name: str, layout: layouts.Layout, cache: Path) -> bool:
+    """True if this very state of the data was prepared before, wholly."""
+    place = _place(layout, cache) / BUILDERS[name].name / str(BUILDERS[name].VERSION)
+    # TFDS writes into a folder of another name and renames it when it is whole.
+    return (place / "dataset_info.json").is_file()
+
+
+def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...]:
+    """Prepare the data set if needed and read its records, in natural order of ids.
+
+    Raises:
+      WorkdirError: the cache folder cannot be written.
+    """
+    place = _place(layout, cache)
+    if not prepared(name, layout, cache):
+        make_folder(place)
+        with _quiet():
+            try:
+                BUILDERS[name](layout=layout, data_dir=str(place)).download_and_prepare()
+            except Exception:
+                if not prepared(name, layout, cache):  # else another process was quicker
+                    raise
+    with _quiet():
+        source = BUILDERS[name](data_dir=str(place)).as_data_source(split="full")
+        rows = [source[i] for i in range(len(source))]
+    found = (_record(row, layout.root) for row in rows)
+    return tuple(sorted(found, key=lambda record: layouts.natural(record.id)))
+
+
+def make_folder(place: Path) -> None:
+    """Make a cache folder. Raises WorkdirError if it cannot be made or written."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise WorkdirError(
+            f"{place} cannot be written ({error.strerror}): give another cache folder."
+        ) from error
+
+
+def _place(layout: layouts.Layout, cache: Path) -> Path:
+    return cache / layouts.fingerprint(layout)
+
+
+def _record(row: dict[str, Any], root: Path) -> Record:
+    return Record(
+        id=row["id"].decode(),
+        label=int(row["label"]),
+        part=row["part"].decode(),
+        path=(root / row["image"].decode()).absolute(),
+        masks=tuple((root / mask.decode()).absolute() for mask in row["masks"]),
+        sha256=row["sha256"].decode(),
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    """Unpack beside the target and rename, so that half an archive is never taken for whole."""
+    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix="unpacking."))
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(beside)
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TFDS's progress bars, prints and import warnings off the user's terminal."""
+    tfds.disable_progress_bar()
+    chatter = logging.getLogger("absl")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.setLevel(level)

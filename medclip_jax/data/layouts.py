@@ -1,0 +1,193 @@
+"""What lies on disk: the folder layouts of the data sets, listed without opening a file."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from medclip_jax.errors import DataError
+
+GIVE_ROOT = "give the folder by --config.data.root or $MEDCLIP_DATA"
+MASK = re.compile(r"(?P<name>.+)_mask(_\d+)?")
+BUSI_LABELS = {"benign": 1, "malignant": 1, "normal": 0}
+DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
+
+
+class Example(NamedTuple):
+    """One image as the layout names it. Paths are below the root, '/' separated."""
+
+    id: str
+    label: int  # 0 healthy, 1 abnormal
+    kind: str  # the data set's own class, e.g. "malignant"
+    part: str  # "train", "test", or "" where the data set has none
+    masks: tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """A listed data set and all that is wrong with its names."""
+
+    root: Path
+    examples: tuple[Example, ...]  # in natural order of their ids
+    problems: tuple[str, ...]
+
+
+def busi(root: Path) -> Layout:
+    """List BUSI in its archive's layout: `<class>/<class> (n).png`, `... (n)_mask[_m].png`.
+
+    Args:
+      root: the folder of the three classes, or one or two levels above it.
+
+    Raises:
+      DataError: no such folder.
+    """
+    root = _find_busi(root)
+    examples, problems = [], []
+    for kind, label in BUSI_LABELS.items():
+        files = _files(root / kind)
+        masks = _masks(files)
+        images = [f for f in files if not MASK.fullmatch(f.stem)]
+        for image in images:
+            own = masks.pop(image.stem, [])
+            if label and not own:
+                problems.append(f"{kind}/{image.name} has no mask {image.stem}_mask.png")
+            examples.append(_example(root, image, label, kind, "", own))
+        problems += _orphans(root, masks)
+    return Layout(root, _sorted(examples), tuple(problems))
+
+
+def folder(root: Path) -> Layout:
+    """List the MVTec-AD layout.
+
+    `train/good/*`, `test/good/*`, `test/<kind>/*`, and optionally
+    `ground_truth/<kind>/<name>_mask.png`. Where a kind has a folder in `ground_truth`, each of its
+    images must have a mask.
+
+    Raises:
+      DataError: `train/good` or `test` is missing below `root`.
+    """
+    for needed in (root / "train" / "good", root / "test"):
+        if not needed.is_dir():
+            raise DataError(
+                f"no folder {needed} (layout: train/good, test/good, test/<kind>): {GIVE_ROOT}."
+            )
+    examples, problems = [], []
+    for image in _files(root / "train" / "good"):
+        examples.append(_example(root, image, 0, "good", "train", []))
+    for extra in _folders(root / "train"):
+        if extra.name != "good":
+            problems.append(f"train/{extra.name} is not allowed: only train/good is trained on")
+    for kind in _folders(root / "test"):
+        found, wrong = _kind(root, kind)
+        examples += found
+        problems += wrong
+    for truth in _folders(root / "ground_truth"):
+        if not (root / "test" / truth.name).is_dir():
+            problems += _orphans(root, _masks(_files(truth)))
+    return Layout(root, _sorted(examples), tuple(problems))
+
+
+def fingerprint(layout: Layout) -> str:
+    """Hash of where the files lie, their names, sizes and times: changes whenever the data do.
+
+    Raises:
+      DataError: a file vanished since it was listed.
+    """
+    digest = hashlib.sha256(str(layout.root.resolve()).encode())
+    for example in layout.examples:
+        digest.update(f"\n{example.label} {example.part}".encode())
+        for name in (example.id, *example.masks):
+            try:
+                stat = (layout.root / name).stat()
+            except OSError as error:
+                raise DataError(
+                    f"{layout.root / name} cannot be reached ({error.strerror}): "
+                    "restore or remove it."
+                ) from error
+            digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:24]
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts "a (2)" before "a (10)"; ties in number fall back on the spelling."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((1, int(p), p) if p.isdecimal() else (0, 0, p) for p in parts)
+
+
+def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
+    """Test images of one kind with their masks, and what does not fit together."""
+    truth = root / "ground_truth" / kind.name
+    masks = _masks(_files(truth))
+    label = 0 if kind.name == "good" else 1
+    examples, problems = [], []
+    for image in _files(kind):
+        own = masks.pop(image.stem, [])
+        if label and not own and truth.is_dir():
+            problems.append(
+                f"test/{kind.name}/{image.name} has no mask "
+                f"ground_truth/{kind.name}/{image.stem}_mask.png"
+            )
+        examples.append(_example(root, image, label, kind.name, "test", own))
+    return examples, problems + _orphans(root, masks)
+
+
+def _find_busi(root: Path) -> Path:
+    inner = "Dataset_BUSI_with_GT"
+    for place in (root, root / inner, root / "busi" / inner, root / "busi"):
+        if all((place / kind).is_dir() for kind in BUSI_LABELS):
+            return place
+    raise DataError(
+        f"no BUSI below {root} (looked there, in {inner} and in busi/{inner} for the folders "
+        f"{', '.join(BUSI_LABELS)}): {GIVE_ROOT}."
+    )
+
+
+def _files(place: Path) -> list[Path]:
+    """Files of a folder, in natural order, without what file browsers leave behind."""
+    if not place.is_dir():
+        return []
+    kept = (
+        p
+        for p in place.iterdir()
+        if not p.is_dir() and not p.name.startswith(".") and p.name.lower() not in DESKTOP_FILES
+    )
+    return sorted(kept, key=lambda p: natural(p.name))
+
+
+def _folders(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return []
+    return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _masks(files: list[Path]) -> dict[str, list[Path]]:
+    """Mask files by the stem of the image they belong to."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        match = MASK.fullmatch(file.stem)
+        if match:
+            found.setdefault(match["name"], []).append(file)
+    return found
+
+
+def _orphans(root: Path, masks: dict[str, list[Path]]) -> list[str]:
+    return [f"mask {_below(root, path)} has no image" for paths in masks.values() for path in paths]
+
+
+def _example(
+    root: Path, image: Path, label: int, kind: str, part: str, masks: list[Path]
+) -> Example:
+    names = tuple(_below(root, m) for m in masks)
+    return Example(_below(root, image), label, kind, part, names)
+
+
+def _below(root: Path, path: Path) -> str:
+    name = path.relative_to(root).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name!r} in {root} is not a UTF-8 file name: rename it.") from error
+    return name
+
+
+def _sorted(examples: list[Example]) -> tuple[Example, ...]:
+    return tuple(sorted(examples, key=lambda e: natural(e.id)))

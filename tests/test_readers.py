@@ -1,0 +1,341 @@
+"""Images of every kind, hostile files, and the way into the tower frame and back."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFile
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medclip_jax.data import readers
+from medclip_jax.errors import DataError
+from medclip_jax.structs import Record
+
+MODES = ("stretch", "pad")
+
+
+def grey(rng, height=13, width=9):
+    return rng.integers(0, 256, (height, width), dtype=np.uint8)
+
+
+def save(path: Path, array, mode=None, **options) -> Path:
+    image = PIL.Image.fromarray(array) if mode is None else PIL.Image.fromarray(array).convert(mode)
+    image.save(path, **options)
+    return path
+
+
+def record(path: Path) -> Record:
+    return Record(path.name, 0, "", path, (), "")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+# ---------------------------------------------------------------- kinds of pixels
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".PNG"])
+def test_grey_is_scaled_by_255(tmp_path, rng, suffix):
+    array = grey(rng)
+    image = readers.read(save(tmp_path / f"a{suffix}", array))
+    assert image.pixels.dtype == np.float32 and image.pixels.shape == (1, 13, 9)
+    np.testing.assert_array_equal(image.pixels[0], array.astype(np.float32) / 255)
+    assert image.spacing is None and set(image.meta) == {"format"}
+
+
+def test_colour_becomes_bt601_luminance(tmp_path, rng):
+    array = rng.integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    pixels = readers.read(save(tmp_path / "a.png", array)).pixels[0]
+    red, green, blue = np.moveaxis(array.astype(np.float64) / 255, -1, 0)
+    np.testing.assert_allclose(pixels, 0.299 * red + 0.587 * green + 0.114 * blue, atol=1e-6)
+    assert pixels.max() <= 1
+
+
+def test_grey_stored_as_colour_equals_grey(tmp_path, rng):
+    array = grey(rng)
+    as_grey = readers.read(save(tmp_path / "l.png", array)).pixels
+    as_colour = readers.read(save(tmp_path / "rgb.png", array, "RGB")).pixels
+    np.testing.assert_allclose(as_colour, as_grey, atol=1e-6)
+
+
+def test_palette_is_looked_up(tmp_path):
+    image = PIL.Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
+    image.putpalette([10, 10, 10, 200, 200, 200, 255, 0, 0])
+    image.save(tmp_path / "p.png")
+    expected = np.array([[10, 200], [0.299 * 255, 200]]) / 255
+    np.testing.assert_allclose(readers.read(tmp_path / "p.png").pixels[0], expected, atol=1e-6)
+
+
+def test_one_bit(tmp_path):
+    array = np.array([[0, 255], [255, 0]], np.uint8)
+    pixels = readers.read(save(tmp_path / "b.png", array, "1")).pixels[0]
+    np.testing.assert_array_equal(pixels, array / 255)
+
+
+def test_transparent_pixels_fade_to_black(tmp_path):
+    array = np.full((1, 3, 4), 200, np.uint8)
+    array[0, :, 3] = 0, 51, 255
+    pixels = readers.read(save(tmp_path / "a.png", array)).pixels[0]
+    np.testing.assert_allclose(pixels, [[0, 200 / 255 * 0.2, 200 / 255]], atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bit_is_scaled_by_65535(tmp_path, suffix):
+    array = np.array([[0, 1, 256], [40000, 65534, 65535]], np.uint16)
+    pixels = readers.read(save(tmp_path / f"a{suffix}", array)).pixels[0]
+    np.testing.assert_allclose(pixels, array / 65535, rtol=1e-6)
+
+
+def test_float_tiff_in_unit_range_is_taken_and_else_refused(tmp_path):
+    good = np.array([[0, 0.25], [0.5, 1]], np.float32)
+    np.testing.assert_array_equal(readers.read(save(tmp_path / "a.tif", good)).pixels[0], good)
+    for bad in (good * 2, good - 1, good * np.nan):
+        with pytest.raises(DataError, match=r"b\.tif holds floats outside"):
+            readers.read(save(tmp_path / "b.tif", bad))
+
+
+def test_int32_tiff_is_refused(tmp_path):
+    path = save(tmp_path / "a.tif", np.full((3, 3), 70000, np.int32))
+    with pytest.raises(DataError, match="16-bit grey"):
+        readers.read(path)
+
+
+def test_cmyk_jpeg(tmp_path):
+    path = save(tmp_path / "a.jpg", np.full((16, 16, 3), 128, np.uint8), "CMYK", quality=95)
+    np.testing.assert_allclose(readers.read(path).pixels, 128 / 255, atol=0.02)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    upright = np.zeros((16, 32), np.uint8)
+    upright[:8, :16] = 255  # one bright corner
+    back = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
+    turn = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.T,
+        6: lambda a: np.rot90(a, -1),  # clockwise
+        7: lambda a: np.rot90(a, 2).T,
+        8: np.rot90,
+    }
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(turn[back](upright))
+    path = save(tmp_path / "a.jpg", stored, exif=exif, quality=100)
+    np.testing.assert_allclose(readers.read(path).pixels[0], upright / 255, atol=0.03)
+
+
+# ---------------------------------------------------------------- hostile and broken files
+
+
+def test_unknown_suffix_missing_file_folder_and_not_an_image(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    cases = {
+        "a.txt": "suffix '.txt'",
+        "gone.png": "does not exist",
+        "b.png": "not a PNG",
+        "empty.png": "empty or is not",
+        "folder.png": "cannot be decoded",
+    }
+    for name, words in cases.items():
+        with pytest.raises(DataError) as caught:
+            readers.read(tmp_path / name)
+        assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_truncated_at_every_length(tmp_path, rng, suffix):
+    """Refused, or (where only an end mark or a checksum is gone) every pixel as it was."""
+    path = save(tmp_path / f"cut{suffix}", grey(rng, 40, 40))
+    whole, pixels = path.read_bytes(), readers.read(path).pixels
+    for length in (0, 1, 7, 8, 20, 33, *range(50, len(whole) - 60, 61)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=f"cut{suffix}"):
+            readers.read(path)
+    for length in range(len(whole) - 60, len(whole)):
+        path.write_bytes(whole[:length])
+        try:
+            found = readers.read(path).pixels
+        except DataError:
+            continue
+        np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flipped_bytes_never_escape_as_another_error(tmp_path, rng):
+    for suffix in (".png", ".jpg", ".bmp", ".tif"):
+        whole = save(tmp_path / f"whole{suffix}", grey(rng, 24, 24)).read_bytes()
+        for position in rng.integers(0, len(whole), 60):
+            broken = bytearray(whole)
+            broken[position] ^= int(rng.integers(1, 256))
+            (tmp_path / f"broken{suffix}").write_bytes(broken)
+            try:
+                pixels = readers.read(tmp_path / f"broken{suffix}").pixels
+            except DataError:
+                continue
+            assert np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1
+
+
+def bomb(path: Path, width: int, height: int) -> Path:
+    """A PNG of a few bytes whose header promises a huge picture."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return path
+
+
+@pytest.mark.parametrize("side", [8_001, 12_000, 100_000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bomb_is_refused_by_its_header(tmp_path, monkeypatch, side):
+    def never(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", never)
+    with pytest.raises(DataError, match="at most 64,000,000 are read"):
+        readers.read(bomb(tmp_path / "bomb.png", side, side))
+
+
+def test_tiff_of_many_pages_is_refused(tmp_path, rng):
+    pages = [PIL.Image.fromarray(grey(rng)) for _ in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(DataError, match="3 pages"):
+        readers.read(tmp_path / "a.tif")
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_mask_is_the_union_above_127(tmp_path):
+    first = save(tmp_path / "1.png", np.array([[0, 127, 128], [0, 0, 0]], np.uint8))
+    second = save(tmp_path / "2.png", np.array([[0, 0, 0], [255, 126, 0]], np.uint8))
+    mask = readers.read_mask([first, second], (2, 3))
+    np.testing.assert_array_equal(mask, [[False, False, True], [True, False, False]])
+    assert not readers.read_mask([], (2, 3)).any()
+
+
+def test_mask_of_another_size_names_both(tmp_path):
+    path = save(tmp_path / "m.png", np.zeros((4, 5), np.uint8))
+    with pytest.raises(DataError, match=r"m\.png is 5 x 4 pixels but its image is 7 x 6"):
+        readers.read_mask([path], (6, 7))
+
+
+def test_missing_mask(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.png does not exist"):
+        readers.read_mask([tmp_path / "gone.png"], (6, 7))
+
+
+# ---------------------------------------------------------------- the tower frame
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(101, 67), (33, 90), (224, 224), (471, 562), (5, 300)])
+def test_rectangle_comes_back_where_it_was(shape, mode):
+    height, width = shape
+    rows = slice(height // 5, height // 5 + max(3, height // 3))
+    columns = slice(width // 2, width // 2 + max(3, width // 3))
+    mask = np.zeros(shape, bool)
+    mask[rows, columns] = True
+    size = 224
+    back = readers.to_frame(readers.fit(mask.astype(np.float32), size, mode), *shape, mode) > 0.5
+    nearest = readers.fit_mask(mask, size, mode).astype(np.float32)
+    for found in (back, readers.to_frame(nearest, *shape, mode) > 0.5):
+        # one tower pixel, seen in the image's frame, and half a pixel of rounding
+        scale = (height / size, width / size) if mode == "stretch" else (max(shape) / size,) * 2
+        for axis, edges in enumerate((rows, columns)):
+            where = np.flatnonzero(found.any(axis=1 - axis))
+            assert abs(where[0] - edges.start) <= scale[axis] + 0.5
+            assert abs(where[-1] + 1 - edges.stop) <= scale[axis] + 0.5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 80), st.integers(8, 64), st.sampled_from(MODES))
+def test_constant_survives_both_ways(height, width, size, mode):
+    fitted = readers.fit(np.full((height, width), 0.7, np.float32), size, mode)
+    assert fitted.shape == (size, size) and fitted.dtype == np.float32
+    if mode == "stretch":
+        np.testing.assert_allclose(fitted, 0.7, atol=1e-6)
+    else:
+        assert np.all((fitted == 0) | (np.abs(fitted - 0.7) < 1e-6))
+    np.testing.assert_allclose(readers.to_frame(fitted, height, width, mode), 0.7, atol=1e-6)
+    mask = readers.fit_mask(np.ones((height, width), bool), size, mode)
+    np.testing.assert_array_equal(mask, fitted > 0)
+
+
+def test_pad_keeps_the_aspect_and_stretch_does_not():
+    tall = np.ones((40, 20), np.float32)
+    padded = readers.fit(tall, 32, "pad")
+    assert padded[:, 8:24].min() > 0.999 and padded[:, :8].max() == padded[:, 24:].max() == 0
+    assert readers.fit(tall, 32, "stretch").min() > 0.999
+
+
+def test_shrinking_is_antialiased():
+    """Stripes of one pixel shrink to their mean, not to what the sampling grid hits."""
+    stripes = np.tile(np.array([0, 1], np.float32), (64, 32))
+    inner = readers.fit(stripes, 8)[1:-1, 1:-1]
+    np.testing.assert_allclose(inner, 0.5, atol=0.02)
+
+
+def test_smooth_map_survives_the_round_trip():
+    y, x = np.mgrid[0:101, 0:67]
+    smooth = (np.sin(y / 20) * np.cos(x / 20)).astype(np.float32)
+    for mode in MODES:
+        back = readers.to_frame(readers.fit(smooth, 224, mode), 101, 67, mode)
+        assert np.abs(back - smooth)[2:-2, 2:-2].max() < 0.01
+
+
+# ---------------------------------------------------------------- many images
+
+
+def test_read_all_keeps_order_and_holds_few(tmp_path, rng):
+    for i in range(30):
+        save(tmp_path / f"{i}.png", grey(rng, 10 + i, 12))
+    taken = []
+
+    def records():
+        for i in range(30):
+            taken.append(i)
+            yield record(tmp_path / f"{i}.png")
+
+    stream = readers.read_all(records(), 16, "pad", workers=2)
+    first, pixels = next(stream)
+    assert first.id == "0.png" and len(taken) <= 9
+    np.testing.assert_array_equal(
+        pixels, readers.fit(readers.read(first.path).pixels[0], 16, "pad")
+    )
+    assert [r.id for r, _ in stream] == [f"{i}.png" for i in range(1, 30)]
+
+
+def test_read_all_stops_at_the_broken_image(tmp_path, rng):
+    save(tmp_path / "0.png", grey(rng))
+    (tmp_path / "1.png").write_bytes(b"broken")
+    stream = readers.read_all([record(tmp_path / f"{i}.png") for i in range(2)], 16)
+    assert next(stream)[0].id == "0.png"
+    with pytest.raises(DataError, match=r"1\.png"):
+        next(stream)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_forbidden_file(tmp_path, rng):
+    path = save(tmp_path / "a.png", grey(rng))
+    path.chmod(0)
+    with pytest.raises(DataError, match="Permission denied"):
+        readers.read(path)
