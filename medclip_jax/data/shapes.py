@@ -184,9 +184,21 @@ def dilate(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
     return mask
 
 
-def close(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
-    """Morphological closing with a (2 radius + 1) square; the frame's edge erodes nothing."""
-    return mask | ~dilate(~dilate(mask, radius), radius)
+def close(
+    mask: Bool[Array, "h w"], radius: int, box: Bool[Array, "h w"] | bool = True
+) -> Bool[Array, "h w"]:
+    """Morphological closing with a (2 radius + 1) square inside a box whose edge erodes nothing."""
+    return box & ~dilate(~dilate(mask, radius) & box, radius)
+
+
+def bounds(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+    """The upright bounding box of a mask, as a mask; empty for an empty mask."""
+
+    def span(hit):
+        i = jnp.arange(len(hit))
+        return (i >= jnp.argmax(hit)) & (i < len(hit) - jnp.argmax(hit[::-1])) & hit.any()
+
+    return span(mask.any(1))[:, None] & span(mask.any(0))[None]
 
 
 def flood(seed: Bool[Array, "h w"], way: Bool[Array, "h w"]) -> Bool[Array, "h w"]:

@@ -123,9 +123,7 @@ def make(
     return new, mask.astype(jnp.float32)
 
 
-_many = jax.jit(
-    jax.vmap(make, in_axes=(None, 0, 0, 0, None)), static_argnums=(0, 4)
-)
+_many = jax.jit(jax.vmap(make, in_axes=(None, 0, 0, 0, None)), static_argnums=(0, 4))
 
 
 def anomalies(
@@ -134,23 +132,41 @@ def anomalies(
     """One or two anomalies of a kind (1/2 each), and their label. No bodies: the peer's way."""
     k_count, *k_draws = jax.random.split(key, 3)
     alter = {"cutpaste": cutpaste, "gauss": gauss, "source": source}[name]
-    new, touched = image, jnp.zeros(image.shape, bool)
+    new, parts = image, []
     for wanted, k_draw in zip((True, jax.random.bernoulli(k_count)), k_draws, strict=True):
         value, inside = alter(k_draw, new, partner, bodies)
         value = jnp.clip(value, 0.0, 1.0)
-        if bodies is None:  # 1e-3: float32 round-off must not cost a grey level
-            value = jnp.floor(value * 255 + 1e-3) / 255
-        inside = inside & wanted
-        new, touched = jnp.where(inside, value, new), touched | inside
-    difference = jnp.abs(new - image)
+        if bodies is None:
+            value = eight_bit(name, value)
+        parts.append(inside & wanted)
+        new = jnp.where(parts[-1], value, new)
+    difference, touched = jnp.abs(new - image), parts[0] | parts[1]
     if bodies is not None:
         return new, shapes.close(difference > VISIBLE, 2) & touched
-    return new, filled(difference > 0.5 / 255, touched) if name == "cutpaste" else touched
+    if name != "cutpaste":
+        return new, touched
+    changed = difference > 0.5 / 255
+    return new, peer_label(changed, parts[0]) | peer_label(changed, parts[1])
 
 
-def filled(changed: Mask, touched: Mask) -> Mask:
-    """The shape without unchanged pixels that can be reached from outside (the peer's labeller)."""
-    return touched & ~shapes.flood(~touched, ~shapes.close(changed & touched, 1))
+def eight_bit(name: str, value: Image) -> Image:
+    """Whole grey levels as the peer gets them: Source rounds, the others cut off."""
+    if name == "source":
+        return jnp.round(value * 255) / 255
+    return jnp.floor(value * 255 + 1e-3) / 255  # 1e-3: round-off must not cost a grey level
+
+
+def peer_label(changed: Mask, part: Mask) -> Mask:
+    """The peer's CutPaste label: changed pixels of the shape, closed with a 3 x 3 square inside the
+    shape's bounding box, and the unchanged pixels that they enclose.
+
+    The box's edge erodes nothing, so the closing also takes in the thin slivers beside the points
+    where the shape touches its box. The peer does this for each connected component, here it is
+    done for each anomaly.
+    """
+    box = shapes.bounds(part)
+    closed = shapes.close(changed & part, 1, box)
+    return box & ~shapes.flood(~closed & ~part, ~closed)
 
 
 def limits(name: str, image: Image) -> tuple[Pair, Pair, Pair]:
@@ -225,7 +241,9 @@ def gauss(
     k_shape, k_noise, k_coarse, k_gain, k_sign, k_blur = jax.random.split(key, 6)
     box, y, x, inside = perlin_at(k_shape, "gauss", image, bodies)
     sigma = jnp.where(jax.random.bernoulli(k_coarse), 4.0, 7.0)
-    texture = blur(random_bits(k_noise, image.shape), sigma, jnp.zeros(2), limits("gauss", image)[0])
+    texture = blur(
+        random_bits(k_noise, image.shape), sigma, jnp.zeros(2), limits("gauss", image)[0]
+    )
     texture = (texture - texture.min()) / (texture.max() - texture.min())
     gain = jax.random.uniform(k_gain, minval=0.4, maxval=0.6) * jax.random.rademacher(k_sign)
     softness = jax.random.uniform(k_blur, minval=1.0, maxval=4.0)
