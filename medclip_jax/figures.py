@@ -1,0 +1,186 @@
+"""The report's figures, from arrays alone. Charts are white; the report darkens them on screen.
+
+Every function returns the bytes of a PNG, the same for the same input. Only matplotlib's figure
+objects are used, so nothing global is touched. Colours are Okabe and Ito's, safe for colour-blind
+readers, and never the only difference: healthy is hatched or dashed, abnormal is solid.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HEALTHY, ABNORMAL, NEUTRAL = "#0072B2", "#D55E00", "#4d4d4d"
+DPI = 144
+NOT_PARTS = ("step", "seconds", "nonfinite")
+
+
+def loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
+    """One panel per logged part over the steps; a value that was not finite leaves a gap."""
+    names = list(dict.fromkeys(name for row in steps for name in row if name not in NOT_PARTS))
+    if not names:
+        return message("No training step was logged.")
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = _figure(max(4.2, 3.1 * columns), 2.3 * rows + 0.2)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    at = np.array([row["step"] for row in steps])
+    for axes, name in zip(grid, names, strict=False):
+        values = np.array([row.get(name) for row in steps], dtype=float)
+        marker = "o" if np.isfinite(values).sum() < 30 else None
+        axes.plot(at, values, color=HEALTHY, lw=1.2, marker=marker, ms=3)
+        axes.set_title(name, fontsize=10, parse_math=False)
+        positive = values[np.isfinite(values) & (values > 0)]
+        if positive.size == np.isfinite(values).sum() > 1 and positive.max() > 50 * positive.min():
+            axes.set_yscale("log")
+        _plain(axes)
+    for axes in grid[len(names) :]:
+        axes.set_visible(False)
+    for i in range(len(names)):
+        if i + columns >= len(names):  # nothing below: this panel carries the step axis
+            grid[i].set_xlabel("step", fontsize=9)
+            grid[i].tick_params(labelbottom=True)
+    return _png(figure)
+
+
+def roc(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"], auroc: float | None) -> bytes:
+    """ROC of the image scores, with the point that the calibrated threshold (0.5) chooses."""
+    from sklearn.metrics import roc_curve
+
+    if np.unique(label).size < 2:
+        return message("The ROC is undefined: the test images are all of one class.")
+    fpr, tpr, _ = roc_curve(label, score, drop_intermediate=False)
+    figure, axes = _chart("false-positive rate (1 − specificity)", "true-positive rate (recall)")
+    name = "ROC" if auroc is None else f"ROC, AUROC {auroc:.3f}"
+    axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="chance")
+    axes.plot(fpr, tpr, color=HEALTHY, lw=2, label=name)
+    chosen = score > 0.5
+    at = chosen[label == 0].mean(), chosen[label == 1].mean()
+    axes.plot(*at, "o", color=ABNORMAL, ms=8, ls="none", clip_on=False, label="threshold (0.5)")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(loc="lower right", fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def scores(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> bytes:
+    """Histograms of the image scores, healthy and abnormal, each in per cent of its class."""
+    figure, axes = _chart("image score", "images of the class (%)")
+    bins = np.linspace(0, 1, 41)
+    kinds = ((0, "healthy", HEALTHY, "////", 0.0), (1, "abnormal", ABNORMAL, None, 0.35))
+    for kind, name, colour, hatch, fill in kinds:
+        values = np.clip(score[label == kind], 0, 1)
+        share = np.histogram(values, bins)[0] * (100 / max(1, values.size))
+        name = f"{name} (n = {values.size})"
+        axes.stairs(share, bins, fill=True, color=(colour, fill), ec=colour, hatch=hatch, lw=0)
+        axes.stairs(share, bins, color=colour, lw=1.5)
+        axes.fill([], [], fc=(colour, fill), ec=colour, hatch=hatch, label=name)
+    axes.axvline(0.5, color=NEUTRAL, lw=1.5, ls="--", label="threshold (0.5)")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.3)  # room for the legend above the bars
+    axes.legend(loc="upper center", ncols=2, fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def calibration(
+    p_value: Float[np.ndarray, " n"], k: int | None, alpha: float | None, attained: float | None
+) -> bytes:
+    """Observed against expected false alarms on healthy test images, over all levels.
+
+    p_value: of healthy test images only, finite. With k calibration scores, the band holds 95%
+    of the observed rates that exchangeable data would give at each attainable level j/(k+1): the
+    count of alarms is beta-binomial(n, j, k+1-j), as the coverage of split conformal prediction is
+    Beta distributed (Vovk 2012; Angelopoulos and Bates 2021, section 3.2).
+    """
+    n = p_value.size
+    if n == 0:
+        return message("Calibration is undefined: no healthy test image.")
+    figure, axes = _chart("level: expected false-alarm rate", "observed on healthy test images")
+    if k:
+        from scipy.stats import betabinom
+
+        j = np.arange(1, k + 1)
+        low, high = (betabinom.ppf(q, n, j, k + 1 - j) / n for q in (0.025, 0.975))
+        level = np.concatenate([[0], j / (k + 1), [1]])
+        low, high = np.concatenate([[0], low, [1]]), np.concatenate([[0], high, [1]])
+        axes.fill_between(
+            level, low, high, color=NEUTRAL, alpha=0.18, lw=0, label=f"95% by chance, K = {k}"
+        )
+    axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="exact")
+    axes.ecdf(np.clip(p_value, 0, 1), color=HEALTHY, lw=2, label=f"observed (n = {n})")
+    if attained is not None and 0 <= attained <= 1:
+        name = f"level used: {attained:.3f}"
+        name += "" if alpha is None or alpha == attained else f" (asked: {alpha:.3f})"
+        axes.axvline(attained, color=ABNORMAL, lw=1.5, ls="--", label=name)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(loc="lower right", fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def risk_coverage(
+    label: Int[np.ndarray, " n"],
+    score: Float[np.ndarray, " n"],
+    uncertainty: Float[np.ndarray, " n"],
+) -> bytes:
+    """Error rate of the decision (score > 0.5) among the images of least uncertainty.
+
+    Images of equal uncertainty are kept or left out together, so order never matters.
+    """
+    if label.size == 0:
+        return message("Risk is undefined: no test image.")
+    if not np.isfinite(uncertainty).all():
+        return message("Risk is undefined: the uncertainty was not measured.")
+    order = np.argsort(uncertainty, kind="stable")
+    wrong = ((score > 0.5) != (label == 1))[order]
+    ends = np.flatnonzero(np.append(np.diff(uncertainty[order]) != 0, True)) + 1
+    risk = np.cumsum(wrong)[ends - 1] / ends
+    figure, axes = _chart("coverage: share of images decided", "error rate among them")
+    axes.axhline(wrong.mean(), color=NEUTRAL, lw=1, ls=":", label=f"all images: {wrong.mean():.3f}")
+    marker = "o" if ends.size < 30 else None
+    axes.plot(
+        ends / label.size, risk, color=HEALTHY, lw=2, marker=marker, label="most certain first"
+    )
+    axes.set(xlim=(0, 1.01), ylim=(0, max(0.05, 1.35 * float(risk.max()))))
+    axes.legend(loc="upper right", fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def _chart(x: str, y: str) -> tuple["Figure", "Axes"]:
+    figure = _figure(4.6, 3.9)
+    axes = figure.subplots()
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+
+
+def message(text: str) -> bytes:
+    """A chart-sized figure that says why there is no chart."""
+    figure = _figure(4.6, 3.9)
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=11, wrap=True)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def _png(figure: "Figure") -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()

@@ -1,0 +1,228 @@
+"""report.html and its figures, from the files of a workdir alone: no model, no data set, no JAX."""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from medclip_jax import figures, gallery
+from medclip_jax.results import MAX_BOXES, SPECK, Files, read
+from medclip_jax.writer import write_bytes
+
+ROOT = Path(__file__).parent / "assets"
+
+NAMES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f1": "F1",
+    "iou": "IoU",
+    "dice": "Dice",
+    "mcc": "Matthews correlation",
+    "fpr": "false-positive rate",
+    "tpr": "true-positive rate",
+    "tp": "true positives",
+    "tn": "true negatives",
+    "fp": "false positives",
+    "fn": "false negatives",
+    "hausdorff": "Hausdorff distance",
+    "hausdorff95": "Hausdorff distance, 95th percentile",
+    "boundary_f1": "boundary F1",
+    "aupro": "AUPRO",
+    "alpha": "level asked for (α)",
+    "alpha_attained": "level attained",
+    "k": "K",
+}
+
+
+class Picture(NamedTuple):
+    """One figure on the page, in one or more pieces that fit on paper."""
+
+    title: str
+    alt: str
+    caption: str
+    pieces: tuple[str, ...]  # data URIs
+    dark: bool  # drawn dark already: never recoloured
+
+
+class Cell(NamedTuple):
+    """One row of a two-column table."""
+
+    name: str
+    value: str | None  # the exact value, None if undefined
+    text: str  # as printed
+
+
+def write(workdir: str | Path) -> Path:
+    """Write figures/*.png and a self-contained report.html into the workdir; returns its path.
+
+    Reads config.json, metrics.jsonl, split.json, metrics.json, predictions.npz and gallery.npz.
+    The same files give the same bytes. Raises WorkdirError if one is missing or unreadable, or if
+    the workdir cannot be written.
+    """
+    workdir = Path(workdir)
+    files = read(workdir)
+    pngs = draw(files)
+    sheets = gallery.pages(files.panels) or [figures.message("No image was kept for the gallery.")]
+    for name, png in {**pngs, "gallery": gallery.stack(sheets)}.items():
+        write_bytes(workdir / "figures" / f"{name}.png", png)
+    path = workdir / "report.html"
+    write_bytes(path, page(files, pngs, sheets).encode())
+    return path
+
+
+def draw(files: Files) -> dict[str, bytes]:
+    """The charts as PNG by name: loss, roc, scores, calibration, risk_coverage."""
+    label, score, p_value, uncertainty = (
+        files.predictions[name] for name in ("label", "score", "p_value", "uncertainty")
+    )
+    calibration = files.metrics.get("calibration") or {}
+    alarms = p_value[(label == 0) & np.isfinite(p_value)]
+    return {
+        "loss": figures.loss(files.steps),
+        "roc": figures.roc(label, score, files.metrics["image"].get("auroc")),
+        "scores": figures.scores(label, score),
+        "calibration": figures.calibration(
+            alarms,
+            calibration.get("k"),
+            calibration.get("alpha"),
+            calibration.get("alpha_attained"),
+        ),
+        "risk_coverage": figures.risk_coverage(label, score, uncertainty),
+    }
+
+
+def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
+    """The whole report as one HTML text; whatever comes from a file is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    metrics, predictions = files.metrics, files.predictions
+    label = predictions["label"]
+    pictures = dict(_pictures(files, charts, sheets))
+    return environment.get_template("report.html.jinja").render(
+        metrics=metrics,
+        support=files.split["support"],
+        split_kind=files.split.get("kind", metrics["split"]),
+        n=len(label),
+        healthy=int((label == 0).sum()),
+        abnormal=int((label == 1).sum()),
+        missing=len({row["id"] for row in files.split["test"]} - set(predictions["id"].tolist())),
+        text=text,
+        image_table=_table(metrics["image"]),
+        pixel_table=_table(metrics.get("pixel") or {}),
+        calibration=metrics.get("calibration") or {},
+        calibration_table=_table(metrics.get("calibration") or {}, skip=("message",)),
+        timing_table=_table(metrics.get("timing") or {}, names={}),
+        version_table=_table(metrics.get("versions") or {}, names={}),
+        config_table=_table(dict(_flat(files.config)), names={}),
+        pictures=pictures,
+        rows=_gallery_rows(files),
+    )
+
+
+def text(value: Any) -> str:
+    """A value as the report prints it: four decimals, "undefined" for None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "undefined"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def _table(
+    values: Mapping[str, Any], *, skip: tuple[str, ...] = (), names: Mapping[str, str] = NAMES
+) -> list[Cell]:
+    """Rows for the plain values; curves and other lists are drawn, not listed."""
+    return [
+        Cell(
+            names.get(name, name.replace("_", " ") if names else name),
+            None if value is None else str(value),
+            text(value),
+        )
+        for name, value in values.items()
+        if name not in skip and not isinstance(value, list | dict)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _gallery_rows(files: Files) -> list[dict[str, Any]]:
+    columns = ("id", "label", "score", "p_value", "uncertainty")
+    rows = []
+    for number, (i, panel) in enumerate(zip(files.index, files.panels, strict=True), start=1):
+        row = {name: files.predictions[name][i].item() for name in columns}
+        rows.append({**row, "number": number, "boxes": len(panel.boxes)})
+    return rows
+
+
+def _pictures(
+    files: Files, charts: Mapping[str, bytes], sheets: list[bytes]
+) -> Iterator[tuple[str, Picture]]:
+    auroc = text(files.metrics["image"].get("auroc"))
+    attained = text((files.metrics.get("calibration") or {}).get("alpha_attained"))
+    words = {
+        "roc": (
+            "ROC of the image scores",
+            f"ROC curve of the image scores; AUROC {auroc}.",
+            "The dot is the threshold that was set from healthy images alone.",
+        ),
+        "scores": (
+            "Image scores",
+            "Histograms of the image scores of healthy and of abnormal test images, "
+            "with the threshold at 0.5.",
+            "0.5 is the calibrated threshold; scores above it are flagged.",
+        ),
+        "calibration": (
+            "Calibration of the p-values",
+            "Observed against expected false-alarm rate on healthy test images; "
+            f"the level used is {attained}.",
+            "On the diagonal, a level of 10% gives 10% false alarms; the grey band is what "
+            "K supports allow by chance.",
+        ),
+        "risk_coverage": (
+            "Risk against coverage",
+            "Error rate among the most certain images against the share of images decided.",
+            "If the uncertainty is useful, the curve falls towards the left.",
+        ),
+        "loss": (
+            "Training curves",
+            f"The logged parts of the loss over {len(files.steps)} logged steps, one panel each.",
+            "Logarithmic axes where a part spans more than a factor of 50.",
+        ),
+    }
+    for name, (title, alt, caption) in words.items():
+        yield name, Picture(title, alt, caption, (_uri(charts[name]),), False)
+    yield (
+        "gallery",
+        Picture(
+            "Gallery",
+            f"{len(files.panels)} test images, each with its heat map, boxes and mask outline; "
+            "the table below names them.",
+            "Heat maps share one scale: 0.5, the white line, is the pixel threshold; the colours "
+            "are blended with the image. Boxes surround what is above 0.5, "
+            f"at most {MAX_BOXES}, specks below 1/{SPECK} of the image left out.",
+            tuple(map(_uri, sheets)),
+            bool(files.panels),
+        ),
+    )
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
