@@ -41,7 +41,7 @@ class Inner(NamedTuple):
     # What adapts: None for all, a pytree (or prefix) of bool, or a predicate of a tensor's path
     # ("heads/visual/kernel"). What does not adapt still gets the outer gradient (ANIL).
     adapts: PyTree | Callable[[str], bool] | None = None
-    remat: bool = True  # keep only theta of each inner step and recompute the rest going back
+    remat: bool = True  # of several steps keep only theta, and recompute the rest going back
 
 
 class MetaSGD(NamedTuple):
@@ -84,8 +84,10 @@ def adapt(
         moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
         return moved, value
 
-    # Inside scan nothing can be merged with the recomputation, so the CSE barrier is not needed.
-    body = jax.checkpoint(step, prevent_cse=False) if inner.remat else step
+    # One step has nothing to save. Inside scan nothing can merge with the recomputation, so the
+    # barrier against common subexpressions is not needed.
+    remat = inner.remat and inner.steps > 1
+    body = jax.checkpoint(step, prevent_cse=False) if remat else step
     start = [p for p, move in zip(leaves, moves, strict=True) if move]
     moved, losses = jax.lax.scan(body, start, length=inner.steps)
     return whole(moved), losses
