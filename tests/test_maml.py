@@ -1,0 +1,434 @@
+"""maml: closed form, torchmeta, learn2learn's properties, PyTorch's values, devices, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from medclip_jax.maml import Inner, adapt, meta_loss, meta_sgd, meta_step
+from medclip_jax.structs import TrainState
+
+from .conftest import reference_files
+
+FILES = reference_files("maml_*.npz")
+NAMES = {"mlp": ("W1", "b1", "W2", "b2"), "logistic": ("w", "b")}
+
+
+def mlp(theta, batch):
+    x, y = batch
+    hidden = jnp.tanh(x @ theta["W1"] + theta["b1"][None])
+    loss = jnp.mean((hidden @ theta["W2"] + theta["b2"][None] - y) ** 2)
+    return loss, {"mse": loss}
+
+
+def logistic(theta, batch):
+    x, y = batch
+    z = x @ theta["w"] + theta["b"]
+    loss = jnp.mean(jax.nn.softplus(z) - y * z)
+    return loss, {"ce": loss}
+
+
+LOSSES = {"mlp": mlp, "logistic": logistic}
+
+
+def quadratic(theta, centre):
+    loss = 0.5 * jnp.sum((theta - centre) ** 2)
+    return loss, {"distance": loss}
+
+
+def linear(theta, x):
+    """torchmeta's model: y = w.x, loss y^2 / 2."""
+    y = theta @ x
+    return y**2 / 2, {"output": y}
+
+
+def close(actual, wanted, rel):
+    """max|a - b| <= rel * max|b|, the README's measure."""
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    assert actual.shape == wanted.shape
+    assert np.abs(actual - wanted).max() <= rel * np.abs(wanted).max()
+
+
+def gradient(theta, episodes, **kwargs):
+    return jax.jit(jax.grad(lambda t: meta_loss(t, episodes, **kwargs)[0]))(theta)
+
+
+@functools.cache
+def arrays(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def reference(path, model):
+    """theta, (support, query), the inner rate and all arrays of one file."""
+    data = arrays(path)
+    theta = {n: jnp.asarray(data[f"{model}_{n}"]) for n in NAMES[model]}
+    batch = {
+        k: tuple(jnp.asarray(data[f"{model}_{k}_{v}"]) for v in "xy") for k in ("support", "query")
+    }
+    return theta, (batch["support"], batch["query"]), float(data[f"{model}_inner_lr"]), data
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+each_model = pytest.mark.parametrize("model", LOSSES)
+
+
+def test_reference_is_there():
+    assert FILES, "no maml_*.npz found: set MEDCLIP_REFERENCE"
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+def test_quadratic(steps, remat):
+    rate = 0.3
+    theta, support, query = (jax.random.normal(jax.random.key(i), (4,)) for i in range(3))
+    adapted, losses = adapt(theta, support, loss=quadratic, inner=Inner(rate, steps, remat=remat))
+    np.testing.assert_allclose(
+        adapted, support + (1 - rate) ** steps * (theta - support), rtol=1e-5
+    )
+    start = 0.5 * jnp.sum((theta - support) ** 2)
+    np.testing.assert_allclose(losses, start * (1 - rate) ** (2.0 * np.arange(steps)), rtol=1e-5)
+    for order, factor in (("exact", (1 - rate) ** steps), ("first", 1.0)):
+        grad = gradient(
+            theta,
+            (support[None], query[None]),
+            loss=quadratic,
+            inner=Inner(rate, steps, order, remat=remat),
+        )
+        np.testing.assert_allclose(grad, factor * (adapted - query), rtol=2e-5, atol=1e-6)
+
+
+def test_meta_sgd_quadratic():
+    """theta' = c + (1-r)^K d, so d loss / d r is -K (1-r)^(K-1) d . (theta' - q), per tensor."""
+    steps = 3
+    theta = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+    support = {"a": jnp.array([0.2, 0.3]), "b": jnp.array([-1.0])}
+    query = {"a": jnp.array([0.1, 0.9]), "b": jnp.array([2.0])}
+    rates = {"a": 0.1, "b": 0.4}
+
+    def loss(theta, batch):
+        value = sum(quadratic(theta[k], batch[k])[0] for k in theta)
+        return value, {}
+
+    state = meta_sgd(theta, 0.1)
+    state = state._replace(rate=state.rate | {"b": jnp.array(0.4)})
+    episodes = jax.tree.map(lambda x: x[None], (support, query))
+    for order in ("exact", "first"):
+        grad = gradient(state, episodes, loss=loss, inner=Inner(None, steps, order))
+        for k, r in rates.items():
+            d = theta[k] - support[k]
+            away = support[k] + (1 - r) ** steps * d - query[k]
+            chain = (1 - r) ** steps if order == "exact" else 1.0
+            np.testing.assert_allclose(grad.theta[k], chain * away, rtol=1e-5)
+            # First order: each step adds -g_k = -(1-r)^k d, and nothing flows through g_k.
+            each = [(1 - r) ** (steps - 1 if order == "exact" else k) for k in range(steps)]
+            np.testing.assert_allclose(grad.rate[k], -sum(each) * d @ away, rtol=1e-5)
+    fixed = gradient(theta, episodes, loss=loss, inner=Inner(rates, steps))
+    learned = gradient(state, episodes, loss=loss, inner=Inner(None, steps))
+    jax.tree.map(np.testing.assert_array_equal, fixed, learned.theta)
+
+
+def test_torchmeta():
+    w = jnp.array([2.0, 3.0, 5.0])
+    a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0])
+    adapted, losses = adapt(w, a, loss=linear, inner=Inner(0.5))
+    assert adapted.tolist() == [-9.5, -20, -29.5] and losses.tolist() == [264.5]
+    value, parts = meta_loss(w, (a[None], b[None]), loss=linear, inner=Inner(0.5))
+    assert value == 49612.5 and parts["output"] == -315
+    grad = gradient(w, (a[None], b[None]), loss=linear, inner=Inner(0.5))
+    assert grad.tolist() == [3780, 8505, 13230]
+
+    first = Inner(0.5, order="first")
+    adapted, losses = adapt(w, b, loss=linear, inner=first)
+    assert adapted.tolist() == [-104, -129.5, -154] and losses.tolist() == [1404.5]
+    assert meta_loss(w, (b[None], a[None]), loss=linear, inner=first)[0] == 340312.5
+    grad = gradient(w, (b[None], a[None]), loss=linear, inner=first)
+    assert grad.tolist() == [-825, -1650, -2475]
+
+
+def test_torchmeta_three_steps():
+    w = jnp.array([2.0, 3.0, 5.0])
+    a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0])
+    wanted = [[-21, -43, -64], [278, 555, 833], [-3609, -7219, -10828]]
+    for steps, values in enumerate(wanted, 1):
+        adapted, losses = adapt(w, a, loss=linear, inner=Inner(1.0, steps))
+        assert adapted.tolist() == values
+    assert losses.tolist() == [264.5, 44700.5, 7554384.5]
+
+    def output(w):
+        return adapt(w, a, loss=linear, inner=Inner(1.0, 3))[0] @ b
+
+    value, grad = jax.value_and_grad(output)(w)
+    assert value == -115499 and grad.tolist() == [-5020, -10043, -15066]
+
+
+# PyTorch's values. One compilation serves all files.
+
+
+@functools.cache
+def adaptation(model, steps):
+    def run(theta, support, rate):
+        return adapt(theta, support, loss=LOSSES[model], inner=Inner(rate, steps))
+
+    return jax.jit(jax.vmap(run, in_axes=(None, 0, None)))
+
+
+@functools.cache
+def outer_gradient(model, steps, order):
+    def outer(theta, episodes, rate):
+        return meta_loss(theta, episodes, loss=LOSSES[model], inner=Inner(rate, steps, order))
+
+    return jax.jit(jax.value_and_grad(outer, has_aux=True))
+
+
+@functools.cache
+def outer_step(model, order):
+    optimizer = optax.adam(1e-2)
+
+    def step(state, episodes, rate):
+        inner = Inner(rate, 3, order)
+        return meta_step(state, episodes, loss=LOSSES[model], optimizer=optimizer, inner=inner)
+
+    return optimizer, jax.jit(step, donate_argnums=0)
+
+
+@each_file
+@each_model
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_reference_adaptation(path, model, steps):
+    theta, (support, query), rate, data = reference(path, model)
+    loss, at = LOSSES[model], f"{model}_K{steps}_"
+    adapted, losses = adaptation(model, steps)(theta, support, rate)
+    for name in theta:
+        close(adapted[name], data[f"{at}adapted_{name}"], 1e-6)
+    last = jax.vmap(loss)(adapted, support)[0]
+    close(jnp.concatenate([losses, last[:, None]], 1), data[f"{at}support_loss"], 1e-6)
+    close(jax.vmap(loss)(adapted, query)[0], data[f"{at}query_loss"], 1e-6)
+
+
+@each_file
+@each_model
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("order, name", [("exact", "metagrad"), ("first", "fomaml")])
+def test_reference_gradient(path, model, steps, order, name):
+    theta, episodes, rate, data = reference(path, model)
+    (value, parts), grads = outer_gradient(model, steps, order)(theta, episodes, rate)
+    close(value, data[f"{model}_K{steps}_meta_loss"], 1e-6)
+    assert list(parts.values()) == [value]
+    for key in theta:
+        close(grads[key], data[f"{model}_K{steps}_{name}_{key}"], 1e-5)
+
+
+@each_file
+@each_model
+@pytest.mark.parametrize("order, name", [("exact", "maml"), ("first", "fomaml")])
+def test_reference_trajectory(path, model, order, name):
+    theta, episodes, rate, data = reference(path, model)
+    optimizer, step = outer_step(model, order)
+    theta = jax.tree.map(jnp.copy, theta)  # donated below
+    state = TrainState(jnp.zeros((), jnp.int32), theta, optimizer.init(theta), jax.random.key(0))
+    losses = []
+    for _ in range(20):
+        state, parts = step(state, episodes, rate)
+        losses.append(parts["meta_loss"])
+    (last, _), _ = outer_gradient(model, 3, order)(state.theta, episodes, rate)
+    losses.append(last)
+    assert state.step == 20
+    np.testing.assert_allclose(losses, data[f"{model}_traj_{name}_losses"], rtol=0, atol=2e-5)
+    for key, value in state.theta.items():
+        wanted = data[f"{model}_traj_{name}_final_{key}"]
+        np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-5)
+
+
+# Properties (after learn2learn's tests) and switches
+
+
+def problem(tasks=4, width=8):
+    draw = np.random.default_rng(7).standard_normal
+    theta = {
+        "body": {"W1": draw((2, width)), "b1": draw(width)},
+        "head": {"W2": draw((width, 1)), "b2": draw(1)},
+    }
+    support, query = ((draw((tasks, n, 2)), draw((tasks, n, 1))) for n in (5, 7))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (theta, (support, query)))
+
+
+def nested(theta, batch):
+    return mlp(theta["body"] | theta["head"], batch)
+
+
+def adapted_once(theta, support, inner, loss=nested):
+    return jax.jit(functools.partial(adapt, loss=loss, inner=inner))(theta, support)
+
+
+def first_task(batch):
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+def test_no_steps_is_a_clone_and_joint_training():
+    theta, episodes = problem()
+    joint = Inner(0.1, steps=0)
+    clone, losses = adapted_once(theta, first_task(episodes[0]), joint)
+    jax.tree.map(np.testing.assert_array_equal, clone, theta)
+    assert losses.shape == (0,)
+    plain = jax.jit(jax.grad(lambda t: jax.vmap(lambda q: nested(t, q)[0])(episodes[1]).mean()))(
+        theta
+    )
+    grad = gradient(theta, episodes, loss=nested, inner=joint)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grad, plain)
+
+
+def test_first_order_is_the_plain_gradient_at_the_adapted_point():
+    theta, episodes = problem(tasks=1)
+    inner = Inner(0.1, 3, "first")
+    adapted, _ = adapted_once(theta, first_task(episodes[0]), inner)
+    plain = jax.jit(jax.grad(lambda t: nested(t, first_task(episodes[1]))[0]))(adapted)
+    grad = gradient(theta, episodes, loss=nested, inner=inner)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grad, plain)
+
+
+def test_a_small_step_does_not_raise_the_support_loss():
+    theta, (support, _) = problem()
+    run = functools.partial(adapt, loss=nested, inner=Inner(0.01, 5))
+    _, losses = jax.jit(jax.vmap(run, in_axes=(None, 0)))(theta, support)
+    assert (jnp.diff(losses, axis=1) < 0).all()
+
+
+@pytest.mark.parametrize("order", ["exact", "first"])
+def test_every_parameter_gets_outer_gradient_and_unused_ones_are_allowed(order):
+    theta, episodes = problem()
+    theta["head"]["unused"] = jnp.ones(3)
+    grad = gradient(theta, episodes, loss=nested, inner=Inner(0.1, 2, order))
+    assert (grad["head"].pop("unused") == 0).all()
+    assert all((g != 0).all() for g in jax.tree.leaves(grad))
+
+
+@pytest.mark.parametrize(
+    "adapts", [{"body": False, "head": True}, lambda path: path.startswith("head/")]
+)
+@pytest.mark.parametrize("order", ["exact", "first"])
+def test_anil(adapts, order):
+    """Only the head moves; the gradient is that of the same steps written out by hand."""
+    theta, episodes = problem()
+    inner = Inner(0.1, 2, order, adapts)
+    adapted, _ = adapted_once(theta, first_task(episodes[0]), inner)
+    jax.tree.map(np.testing.assert_array_equal, adapted["body"], theta["body"])
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).all(), adapted["head"], theta["head"]))
+    )
+
+    def by_hand(theta, support, query):
+        head = theta["head"]
+        for _ in range(2):
+            grads = jax.grad(lambda h: nested({"body": theta["body"], "head": h}, support)[0])(head)
+            grads = jax.lax.stop_gradient(grads) if order == "first" else grads
+            head = jax.tree.map(lambda p, g: p - 0.1 * g, head, grads)
+        return nested({"body": theta["body"], "head": head}, query)[0]
+
+    wanted = jax.jit(jax.grad(lambda t: jax.vmap(lambda s, q: by_hand(t, s, q))(*episodes).mean()))(
+        theta
+    )
+    grad = gradient(theta, episodes, loss=nested, inner=inner)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grad, wanted)
+
+
+def test_meta_step_learns_meta_sgd_rates():
+    theta, episodes = problem()
+    theta, optimizer = meta_sgd(theta, 0.05), optax.adam(1e-2)
+    step = jax.jit(
+        functools.partial(meta_step, loss=nested, optimizer=optimizer, inner=Inner(None, 2))
+    )
+    state = TrainState(jnp.zeros((), jnp.int32), theta, optimizer.init(theta), jax.random.key(0))
+    values = []
+    for _ in range(15):
+        state, parts = step(state, episodes)
+        values.append(float(parts["meta_loss"]))
+    assert values[-1] < values[0]
+    assert all(abs(r - 0.05) > 1e-3 for r in jax.tree.leaves(state.theta.rate))
+    assert parts["grad_norm"] > 0
+
+
+def test_padded_tasks_weigh_nothing():
+    theta, episodes = problem(tasks=4)
+    valid = jnp.array([True, True, True, False])
+    inner = Inner(0.1, 2)
+    three = jax.tree.map(lambda x: x[:3], episodes)
+    wanted, got = (
+        jax.jit(
+            jax.value_and_grad(
+                functools.partial(meta_loss, loss=nested, inner=inner, valid=v), has_aux=True
+            )
+        )(theta, e)
+        for e, v in ((three, None), (episodes, valid))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+    assert jnp.isnan(meta_loss(theta, episodes, loss=nested, inner=inner, valid=~valid & valid)[0])
+
+
+def test_mistakes_are_refused():
+    theta, episodes = problem()
+    support = first_task(episodes[0])
+    with pytest.raises(ValueError, match="order 'second'"):
+        adapt(theta, support, loss=nested, inner=Inner(order="second"))
+    with pytest.raises(ValueError, match="steps is -1"):
+        adapt(theta, support, loss=nested, inner=Inner(steps=-1))
+    with pytest.raises(ValueError, match="belong together"):
+        adapt(theta, support, loss=nested, inner=Inner(rate=None))
+    with pytest.raises(ValueError, match="belong together"):
+        adapt(meta_sgd(theta, 0.1), support, loss=nested, inner=Inner(rate=0.1))
+    with pytest.raises(ValueError):  # a mask that does not fit theta
+        adapt(theta, support, loss=nested, inner=Inner(adapts={"torso": True, "head": True}))
+    state = TrainState(
+        jnp.zeros((), jnp.int32), theta, optax.sgd(1.0).init(theta), jax.random.key(0)
+    )
+    clash = lambda theta, batch: (nested(theta, batch)[0], {"meta_loss": 0.0 * batch[0].sum()})  # noqa: E731
+    with pytest.raises(ValueError, match="names a part"):
+        meta_step(state, episodes, loss=clash, optimizer=optax.sgd(1.0), inner=Inner())
+
+
+# Devices and memory
+
+
+@pytest.mark.parametrize("devices, order", [(1, "exact"), (2, "exact"), (8, "exact"), (8, "first")])
+def test_sharded_equals_unsharded(devices, order):
+    theta, episodes = problem(tasks=8)
+    inner = Inner(0.1, 3, order)
+    mesh = jax.make_mesh((devices,), ("e",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    rows, copies = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("e",), ()))
+    run = jax.value_and_grad(functools.partial(meta_loss, loss=nested, inner=inner), has_aux=True)
+    alone = jax.jit(run)(theta, episodes)
+    sharded = jax.jit(run, in_shardings=(copies, rows), out_shardings=copies)(
+        jax.device_put(theta, copies), jax.device_put(episodes, rows)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), sharded, alone
+    )
+    assert all(len(g.sharding.device_set) == devices for g in jax.tree.leaves(sharded))
+
+
+def peak_memory(inner):
+    """Bytes of temporaries of one meta-gradient whose activations dwarf its parameters."""
+    layers, width, rows = 8, 32, 256
+    theta = jnp.zeros((layers, width, width))
+
+    def loss(theta, x):
+        out, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, theta)
+        return jnp.mean(out**2), {}
+
+    batch = jnp.ones((2, rows, width))
+    run = jax.jit(jax.grad(lambda t, e: meta_loss(t, e, loss=loss, inner=inner)[0]))
+    return run.lower(theta, (batch, batch)).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_slowly_with_steps():
+    one, five = (peak_memory(Inner(0.1, steps)) for steps in (1, 5))
+    plain = peak_memory(Inner(0.1, 5, remat=False))
+    assert five < 2.5 * one
+    assert five < plain / 2
