@@ -11,8 +11,8 @@ import jinja2
 import numpy as np
 
 from medclip_jax import figures, gallery
+from medclip_jax.files import write_bytes
 from medclip_jax.results import MAX_BOXES, SPECK, Files, read
-from medclip_jax.writer import write_bytes
 
 ROOT = Path(__file__).parent / "assets"
 

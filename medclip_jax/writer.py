@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax.files import cannot_write, plain, write_bytes
 
 RESERVED = ("step", "seconds", "nonfinite")
 
@@ -45,7 +46,7 @@ class Writer:
             workdir.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self._events = _event_writer(workdir / "tensorboard", resume_step) if tensorboard else None
 
     def scalars(self, step: int, parts: Mapping[str, Any]) -> None:
@@ -66,7 +67,7 @@ class Writer:
             self._file.write(json.dumps(plain(line), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, int(step))
@@ -76,7 +77,7 @@ class Writer:
         try:
             self._file.close()
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         if self._events is not None:
             self._events.close()
 
@@ -131,58 +132,6 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     raw = path.read_bytes()
     complete = raw[: raw.rfind(b"\n") + 1]
     return [_parse(line, path, i) for i, line in enumerate(complete.splitlines(), start=1)]
-
-
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write a JSON file in one piece: readers see the old file or the new one, never half.
-
-    Values that are not finite become null; numpy scalars, arrays and paths become plain values.
-    Raises WorkdirError if it cannot be written, TypeError for a value that JSON cannot hold.
-    """
-    text = json.dumps(plain(obj), indent=2, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file in one piece, through a temporary file in the same folder.
-
-    Raises WorkdirError if it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def plain(obj: Any) -> Any:
-    """The same value in JSON's types; a number that is not finite becomes None."""
-    if isinstance(obj, Mapping):
-        return {str(name): plain(value) for name, value in obj.items()}
-    if isinstance(obj, np.generic | np.ndarray):
-        return plain(obj.tolist())
-    if isinstance(obj, list | tuple | set | frozenset):
-        values = sorted(obj) if isinstance(obj, set | frozenset) else obj
-        return [plain(value) for value in values]
-    if isinstance(obj, float) and not math.isfinite(obj):
-        return None
-    return str(obj) if isinstance(obj, Path) else obj
-
-
-def _cannot_write(path: Path, error: OSError) -> WorkdirError:
-    return WorkdirError(
-        f"Cannot write {path} ({error.strerror or error}): "
-        "free space there, mend its permissions or give another workdir."
-    )
 
 
 def _event_writer(folder: Path, resume_step: int | None) -> Any:

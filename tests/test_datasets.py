@@ -409,7 +409,7 @@ def test_split_file_round_trip_and_refusal(busi, cache, tmp_path):
     datasets.write_split(drawn, path, name="busi", seed=1)
     assert [p.name for p in tmp_path.glob("split.json*")] == ["split.json"]
     stored = datasets.read_split(path)
-    assert (stored.name, stored.kind, stored.k, stored.seed) == ("busi", "peer", 4, 1)
+    assert (stored.dataset, stored.kind, stored.k, stored.seed) == ("busi", "peer", 4, 1)
     assert stored.support == tuple(datasets.Entry(r.id, r.sha256, r.label) for r in drawn.support)
     assert len(stored.test) == len(drawn.test)
     datasets.check_split(path, drawn)

@@ -12,7 +12,8 @@ import pytest
 
 from medclip_jax import writer
 from medclip_jax.errors import ConfigError, WorkdirError
-from medclip_jax.writer import Writer, read_steps, write_json
+from medclip_jax.files import write_json
+from medclip_jax.writer import Writer, read_steps
 
 
 def log(workdir, steps, **options):

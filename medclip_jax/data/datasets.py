@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medclip_jax import files
 from medclip_jax.data import layouts, readers
-from medclip_jax.errors import ConfigError, DataError, WorkdirError
+from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.structs import Record, Split
 
 LAYOUTS: dict[str, Callable[[Path], layouts.Layout]] = {
@@ -34,7 +35,7 @@ class Entry(NamedTuple):
 class StoredSplit(NamedTuple):
     """What split.json holds."""
 
-    name: str
+    dataset: str
     kind: str
     k: int
     seed: int
@@ -165,17 +166,8 @@ def write_split(drawn: Split, path: Path, *, name: str, seed: int, kind: str = "
         part: [Entry(r.id, r.sha256, r.label)._asdict() for r in getattr(drawn, part)]
         for part in Split._fields
     }
-    head = {"name": name, "kind": kind, "k": len(drawn.support), "seed": seed}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(head | rows, indent=1), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise WorkdirError(
-            f"{path} cannot be written ({error.strerror}): give another workdir."
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    head = {"dataset": name, "kind": kind, "k": len(drawn.support), "seed": seed}
+    files.write_json(path, head | rows)
 
 
 def read_split(path: Path) -> StoredSplit:

@@ -1,0 +1,274 @@
+"""The bank: every image and every synthetic variant goes through the image tower once, ever.
+
+On disk, one safetensors file per source image, named by the content of everything that shaped it:
+
+  <cache>/bank/<recipe>/<image sha256>.safetensors              the image as it is
+  <cache>/bank/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
+
+`recipe` is the digest of checkpoint, levels, frame and number format; `synthesis` of preset, seed,
+number of variants and partners. So the bank serves every K, seed and method, and whatever changes
+tokens changes a name. A file appears whole (written beside, then renamed); one that is damaged is
+made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also `mask` [v, bytes]
+(packed bits) and `kind` [v].
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from medclip_jax import clip, files, sharding
+from medclip_jax.data import readers, synthesis
+from medclip_jax.errors import ConfigError
+from medclip_jax.structs import Batch, Features, Record
+
+ENCODE_BATCH = 16  # images per call of the tower and device; larger is not faster on a CPU
+
+
+class Bank(NamedTuple):
+    """Where tokens are kept and how they are made."""
+
+    folder: Path
+    clip: clip.Clip
+    fit: str  # "stretch" or "pad"
+    dtype: str  # of the tokens on disk
+    mesh: Any
+
+
+class Synthesis(NamedTuple):
+    """How anomalies are made."""
+
+    preset: str  # synthesis.Preset
+    variants: int  # anomalous variants per image
+    seed: int
+    partner: str  # CutPaste copies from "self" or from any "support"
+
+
+def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh) -> Bank:
+    """A bank below `cache`. Raises ConfigError for an unknown fit or dtype."""
+    if fit not in ("stretch", "pad"):
+        raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"bank.dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
+    tower = model.vision_tower
+    recipe = digest(1, model.digest, tower.levels, tower.dtype, model.size, fit, dtype)
+    return Bank(cache / "bank" / recipe, model, fit, dtype, mesh)
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits that name the given JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- images as they are ---------------------------------------------------------------------
+
+
+def encode_images(bank: Bank, records: Sequence[Record]) -> int:
+    """Fill the bank with the given images; returns how many had to be encoded."""
+    missing = unique(r for r in records if read(image_path(bank, r)) is None)
+    images = readers.read_all(missing, bank.clip.size, bank.fit)
+    shown = _progress(batches(images, batch_size(bank)), "encode images", len(missing), bank)
+    for group in shown:
+        features = encode(bank, np.stack([pixels for _, pixels in group]))
+        for i, (record, _) in enumerate(group):
+            write(image_path(bank, record), bank, features, slice(i, i + 1))
+    return len(missing)
+
+
+def load_images(bank: Bank, records: Sequence[Record], size: int) -> Iterator[Features]:
+    """Features of the given images in order, `size` at a time; encode_images comes first."""
+    for group in batches(records, size):
+        held = [load(image_path(bank, r)) for r in group]
+        yield _features([np.concatenate(rows) for rows in zip(*map(_tokens, held), strict=True)])
+
+
+def image_path(bank: Bank, record: Record) -> Path:
+    return bank.folder / f"{record.sha256}.safetensors"
+
+
+# --- synthetic variants ---------------------------------------------------------------------
+
+
+def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> int:
+    """Fill the bank with variants of each support; returns how many had to be encoded."""
+    todo = unique(s for s in supports if read(variant_path(bank, s, supports, recipe)) is None)
+    if not todo or not recipe.variants:
+        return 0
+    pixels = {r.id: x for r, x in readers.read_all(supports, bank.clip.size, bank.fit)}
+    for support in _progress([[s] for s in todo], "make variants", len(todo), bank):
+        image, partners = pixels[support[0].id], np.stack([pixels[s.id] for s in supports])
+        images, masks, kinds = variants(support[0], image, partners, recipe)
+        parts = [encode(bank, group) for group in batches(images, batch_size(bank))]
+        features = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        extra = {"mask": np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1), "kind": kinds}
+        write(variant_path(bank, support[0], supports, recipe), bank, features, slice(None), extra)
+    return len(todo) * recipe.variants
+
+
+def variants(
+    record: Record,
+    image: Float[np.ndarray, "s s"],
+    partners: Float[np.ndarray, "k s s"],
+    recipe: Synthesis,
+) -> tuple[Float[np.ndarray, "v s s"], Float[np.ndarray, "v s s"], Int[np.ndarray, " v"]]:
+    """Anomalous variants of one image: (images, masks, kinds).
+
+    Variant i is a function of (seed, image content, i) and, if partners are shared, of them.
+    """
+    name = int(record.sha256[:16], 16)
+    keys = jnp.stack([synthesis.key_for(recipe.seed, name, v) for v in range(recipe.variants)])
+    rng = np.random.default_rng([recipe.seed, name])
+    kinds = rng.integers(len(synthesis.KINDS) - 1, size=recipe.variants)
+    chosen = rng.integers(len(partners), size=recipe.variants)
+    images = np.broadcast_to(image, (recipe.variants, *image.shape))
+    sources = images if recipe.partner == "self" else partners[chosen]
+    changed, masks = synthesis.batch(keys, images, sources, kinds, recipe.preset)
+    return changed, masks, kinds
+
+
+def variant_path(bank: Bank, record: Record, supports: Sequence[Record], recipe: Synthesis) -> Path:
+    partners = [s.sha256 for s in supports] if recipe.partner == "support" else []
+    return bank.folder / f"{record.sha256}-{digest(1, recipe, partners)}.safetensors"
+
+
+class Pool(NamedTuple):
+    """Supports and their variants, opened but not read: training takes rows as it needs them."""
+
+    clean: tuple[Callable[[str], Any], ...]  # per support: name -> lazily sliced tensor
+    anomalous: tuple[Callable[[str], Any], ...]
+    levels: int
+    size: int  # pixels per side of the masks
+    variants: int
+
+
+def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool:
+    """Encode what is missing and open the supports for training."""
+    encode_images(bank, supports)
+    encode_variants(bank, supports, recipe)
+
+    def opened(paths):
+        return tuple(safe_open(path, framework="np").get_slice for path in paths)
+
+    return Pool(
+        opened(image_path(bank, s) for s in supports),
+        opened(variant_path(bank, s, supports, recipe) for s in supports)
+        if recipe.variants
+        else (),
+        len(bank.clip.vision_tower.levels),
+        bank.clip.size,
+        recipe.variants,
+    )
+
+
+def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " n"]) -> Batch:
+    """Rows of the pool as a batch on the host; variant -1 is the image itself (Identity)."""
+
+    def rows(name: str) -> np.ndarray:
+        picked = [
+            pool.clean[s](name)[0] if v < 0 else pool.anomalous[s](name)[int(v)]
+            for s, v in zip(support, variant, strict=True)
+        ]
+        return np.stack(picked)
+
+    empty = np.zeros(pool.size * pool.size // 8, np.uint8)
+    packed = [
+        empty if v < 0 else pool.anomalous[s]("mask")[int(v)]
+        for s, v in zip(support, variant, strict=True)
+    ]
+    mask = np.unpackbits(np.stack(packed), axis=1).reshape(-1, pool.size, pool.size)
+    return Batch(
+        Features(rows("pooled"), tuple(rows(f"level{i}") for i in range(pool.levels))),
+        mask.astype(np.float32),
+        (np.asarray(variant) >= 0).astype(np.int32),
+        np.ones(len(support), bool),
+    )
+
+
+# --- the tower and the files ----------------------------------------------------------------
+
+
+def encode(bank: Bank, images: Float[np.ndarray, "n s s"]) -> Features:
+    """Features of up to one batch of images, on the host; rows spread over the devices."""
+    full = np.zeros((batch_size(bank), *images.shape[1:]), np.float32)
+    full[: len(images)] = images  # one shape, one compilation
+    model = bank.clip
+    placed, _ = sharding.put(full, bank.mesh)
+    run = partial(clip.encode_images, tower=model.vision_tower, mean=model.mean, std=model.std)
+    features = jax.device_get(run(sharding.replicate(model.vision, bank.mesh), placed))
+    return jax.tree.map(lambda x: x[: len(images)].astype(bank.dtype), features)
+
+
+def batch_size(bank: Bank) -> int:
+    return ENCODE_BATCH * bank.mesh.size
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Names in a bank file, None if there is none or it is damaged (then it is removed)."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="np") as held:
+            return dict.fromkeys(held.keys())
+    except SafetensorError:
+        logging.warning("%s is damaged and will be made again", path.name)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, framework="np") as held:
+        return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+
+
+def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict | None = None):
+    """One bank file, in one piece. Raises WorkdirError if it cannot be written."""
+    tensors = {"pooled": features.pooled[rows], **(extra or {})}
+    tensors |= {f"level{i}": x[rows] for i, x in enumerate(features.levels)}
+    files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
+
+
+def _tokens(held: dict[str, np.ndarray]) -> list[np.ndarray]:
+    levels = sum(name.startswith("level") for name in held)
+    return [held["pooled"], *(held[f"level{i}"] for i in range(levels))]
+
+
+def _features(tensors: list[np.ndarray]) -> Features:
+    pooled, *levels = tensors
+    return Features(pooled, tuple(levels))
+
+
+def unique(records: Iterable[Record]) -> list[Record]:
+    """Records with different content: equal files are encoded once."""
+    return list({r.sha256: r for r in records}.values())
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items."""
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _progress(groups, what: str, total: int, bank: Bank):
+    """Show progress on the terminal; nothing where there is nothing to do."""
+    if not total:
+        return iter(groups)
+    steps = -(-total // batch_size(bank)) if what == "encode images" else total
+    return track(groups, f"{what} ({total})", steps, console=Console(stderr=True))

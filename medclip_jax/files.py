@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all, and JSON that any reader can read."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medclip_jax.errors import WorkdirError
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write a JSON file in one piece: readers see the old file or the new one, never half.
+
+    Values that are not finite become null; numpy scalars, arrays and paths become plain values.
+    Raises WorkdirError if it cannot be written, TypeError for a value that JSON cannot hold.
+    """
+    text = json.dumps(plain(obj), indent=2, allow_nan=False, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file in one piece, through a temporary file in the same folder.
+
+    Raises WorkdirError if it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def plain(obj: Any) -> Any:
+    """The same value in JSON's types; a number that is not finite becomes None."""
+    if isinstance(obj, Mapping):
+        return {str(name): plain(value) for name, value in obj.items()}
+    if isinstance(obj, np.generic | np.ndarray):
+        return plain(obj.tolist())
+    if isinstance(obj, list | tuple | set | frozenset):
+        values = sorted(obj) if isinstance(obj, set | frozenset) else obj
+        return [plain(value) for value in values]
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return str(obj) if isinstance(obj, Path) else obj
+
+
+def cannot_write(path: Path, error: OSError) -> WorkdirError:
+    return WorkdirError(
+        f"Cannot write {path} ({error.strerror or error}): "
+        "free space there, mend its permissions or give another workdir."
+    )
