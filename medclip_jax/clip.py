@@ -174,6 +174,13 @@ def patch_features(
     return Features(pooled.astype(jnp.float32), tuple(levels))
 
 
+def project(
+    vision: dict[str, Any], tokens: Float[Array, "n p d"], tower: Tower
+) -> Float[Array, "n p j"]:
+    """Tokens of the last block into the joint space by the tower's own final norm and projection."""
+    return _layer_norm(tokens, vision["post"], tower.eps) @ vision["projection"]
+
+
 def encode_text(
     text: dict[str, Any],
     context: Float[Array, "c k d"],

@@ -77,7 +77,8 @@ def adapt_tokens(
     for i, (tokens, p) in enumerate(zip(features.levels, theta["adapters"], strict=True)):
         y = tokens.astype(jnp.float32) @ p["kernel"] + p["bias"][None, None]
         if key is not None and rate > 0:
-            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, y.shape)
+            units = (y.shape[0], 1, y.shape[2])  # one thinned adapter per image, not per patch
+            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, units)
             y = jnp.where(keep, y / (1 - rate), 0.0)
         adapted.append(y)
     return tuple(adapted)

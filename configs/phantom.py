@@ -1,0 +1,16 @@
+"""Simulated breast ultrasound with known lesions: the two-minute first run, nothing to download.
+
+python -m medclip_jax.main --config configs/phantom.py --workdir runs/phantom
+"""
+
+from medclip_jax import config
+
+
+def get_config(arg: str = ""):
+    return config.base(
+        arg,
+        name="phantom",
+        modality="breast ultrasound",
+        anatomy="breast",
+        conditions=("tumor", "mass", "lesion"),
+    )

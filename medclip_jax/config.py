@@ -1,0 +1,146 @@
+"""The one full list of configuration fields, and what follows from the ones that are given.
+
+A config file holds only what differs: see configs/. It is named on the command line with its
+arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden after it,
+`--config.steps=100`. The config is locked: a misspelt field is an error.
+"""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from medclip_jax.errors import ConfigError
+
+METHODS = ("ours", "mediclip", "memory", "zero_shot")
+ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
+
+# MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
+MEDICLIP = {
+    "prompts": {
+        "phrases": "words",
+        "context": 8,
+        "position": "end",
+        "shared": False,
+        "causal": False,
+    },
+    "synthesis": {"preset": "mediclip", "partner": "support"},
+    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
+    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
+    "score": {"top": 0.0},
+    "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
+}
+
+
+def parse_arg(arg: str) -> dict:
+    """`k=16,seed=0` -> typed values. Raises ConfigError for an unknown name or a bad value."""
+    given = {}
+    for piece in filter(None, arg.split(",")):
+        name, _, value = piece.partition("=")
+        if name not in ARGUMENTS:
+            known = ", ".join(ARGUMENTS)
+            raise ConfigError(f"config argument {name!r} is unknown: give any of {known}")
+        try:
+            given[name] = ARGUMENTS[name](value)
+        except ValueError:
+            raise ConfigError(
+                f"config argument {name}={value!r} is not a whole number: give one, as {name}=16"
+            ) from None
+    return given
+
+
+def base(arg: str = "", **data) -> ConfigDict:
+    """All fields with their defaults; `data` are the fields of the data set."""
+    given = parse_arg(arg or "")
+    c = ConfigDict()
+    c.k = given.get("k", 16)  # healthy support images
+    c.seed = given.get("seed", 0)  # of the support draw and of all training randomness
+    c.method = given.get("method", "ours")  # METHODS
+    c.data = {
+        "name": "",  # busi | folder | phantom
+        "root": given.get("root", ""),  # folder of the data; "" takes $MEDCLIP_DATA
+        "modality": "medical image",  # fills the prompt templates
+        "anatomy": "tissue",
+        "conditions": ("disease",),
+        "split": "peer",  # PROTOCOL.md
+        "pool": 32,  # healthy images set aside for supports
+        "fit": "stretch",  # into the tower's square: stretch (as peers) | pad
+    } | data
+    c.clip = {
+        "checkpoint": "compact",  # compact (embedded) | folder | Hub id
+        "levels": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
+        "dtype": "float32",  # of the tower: float32 | bfloat16
+    }
+    c.cache = ""  # folder of bank and prepared data; "" takes $MEDCLIP_CACHE or the user's cache
+    c.bank_dtype = "float32"  # of the tokens on disk: float32 | bfloat16 | float16
+    c.prompts = {
+        "phrases": "templates",  # templates | words (as MediCLIP)
+        "context": 8,  # learnable vectors per prompt
+        "position": "end",  # of the phrase: end | middle | front
+        "shared": False,  # one context for all prompts
+        "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
+    }
+    c.synthesis = {
+        "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
+        "variants": 50,  # anomalous variants per support; an epoch uses one
+        "partner": "self",  # CutPaste copies from the image itself | from any "support"
+    }
+    c.model = {
+        "form": "softmax",  # score.FORMS: softmax | distance (equation 9)
+        "learn_scale": True,  # temperature of the anomaly logit
+        "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
+    }
+    c.loss = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}  # weights; 0 = not computed
+    c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
+    c.epochs = 200  # passes over the supports, as peers count
+    c.batch = 0  # images per step; 0 = min(8, k)
+    c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch)
+    c.score = {
+        "top": 0.05,  # image score: mean of this share of the largest pixels; 0 = the maximum
+        "passes": 20,  # MC-dropout passes for the uncertainty
+    }
+    c.calibration = {
+        "alpha": 0.1,  # false-alarm rate asked for
+        "folds": 4,  # supports are held out in this many parts (at most k)
+        "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
+    }
+    c.log_every = 10  # steps
+    c.checkpoint_every = 100  # steps
+    return c.lock()
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A copy with presets applied and what was left to be derived filled in.
+
+    Raises ConfigError for values that cannot be used.
+    """
+    c = config.copy_and_resolve_references()
+    if c.method not in METHODS:
+        raise ConfigError(f"config.method is {c.method!r}: give one of {', '.join(METHODS)}")
+    if c.method == "mediclip":
+        c.update(MEDICLIP)
+    for name in ("k", "epochs", "log_every", "checkpoint_every"):
+        if c[name] < 1:
+            raise ConfigError(f"config.{name} is {c[name]}: give 1 or more")
+    for name in ("seed", "batch", "steps"):
+        if c[name] < 0:
+            raise ConfigError(f"config.{name} is {c[name]}: give 0 or more")
+    if not 0 <= c.model.dropout < 1:
+        raise ConfigError(f"config.model.dropout is {c.model.dropout}: give 0 to below 1")
+    if not 0 <= c.score.top <= 1:
+        raise ConfigError(f"config.score.top is {c.score.top}: give a share, 0 to 1")
+    c.batch = c.batch or min(8, c.k)
+    c.steps = c.steps or c.epochs * -(-c.k // c.batch)
+    if c.method in ("memory", "zero_shot"):
+        c.steps = 0  # nothing learns
+    c.cache = str(cache_folder(c.cache))
+    return c
+
+
+def cache_folder(named: str) -> Path:
+    """Where prepared data and tokens are kept between runs."""
+    chosen = named or os.environ.get("MEDCLIP_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "medclip_jax"

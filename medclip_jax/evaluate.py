@@ -1,0 +1,162 @@
+"""Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.progress import track
+
+from medclip_jax import calibrate, features, files, metrics, score
+from medclip_jax.data import readers
+from medclip_jax.detector import Detector
+from medclip_jax.structs import Predictions, Record
+
+BATCH = 32  # images per scoring call
+GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
+
+
+class Scored(NamedTuple):
+    predictions: Predictions
+    calibration: dict[str, Any]
+
+
+def score_images(
+    detector: Detector,
+    bank: features.Bank,
+    test: Sequence[Record],
+    *,
+    top: float,
+    alpha: float,
+    pixel_rate: float,
+    passes: int,
+    seed: int,
+) -> Scored:
+    """Scores of the test set, calibrated on the held-out supports alone. Labels are not read.
+
+    top: share of the largest pixels whose mean is the image score (0: the maximum).
+    alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
+    """
+    size = bank.clip.size
+    maps, image_scores = (
+        jax.jit(partial(score.to_pixels, size=size)),
+        jax.jit(partial(pixel_score, size=size, top=top)),
+    )
+    held_maps = np.asarray(maps(jnp.asarray(detector.held_out)))
+    healthy = (
+        np.asarray(image_scores(jnp.asarray(detector.held_out)))
+        if detector.held_out_image is None
+        else detector.held_out_image
+    )
+    limit = calibrate.threshold(healthy, alpha)
+    width = calibrate.spread(healthy)
+    pixel_limit = calibrate.pixel_threshold(held_maps, pixel_rate)
+    pixel_width = calibrate.spread(held_maps.ravel())
+
+    rows, doubt = [], []
+    out = np.empty((len(test), size, size), np.float16)
+    groups = features.load_images(bank, test, BATCH)
+    groups = track(groups, "score", -(-len(test) // BATCH), console=Console(stderr=True))
+    for i, batch in enumerate(groups):
+        values = detector.patches(batch)
+        raw = image_scores(values) if detector.image is None else detector.image(batch)
+        rows.append(np.asarray(raw, np.float64))
+        heat = calibrate.to_unit(np.asarray(maps(values)), pixel_limit.value, pixel_width)
+        out[i * BATCH : i * BATCH + len(heat)] = heat
+        doubt.append(np.zeros(len(raw)))
+        if detector.passes is not None:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), passes)
+            each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
+            doubt[-1] = calibrate.to_unit(each, limit.value, width).std(0)
+    raw = np.concatenate(rows)
+    predictions = Predictions(
+        tuple(r.id for r in test),
+        np.array([r.label for r in test]),
+        calibrate.to_unit(raw, limit.value, width),
+        calibrate.p_values(raw, healthy),
+        np.concatenate(doubt),
+        out,
+    )
+    kept = {
+        "threshold_raw": limit.value,
+        "scale": width,
+        "pixel_threshold_raw": pixel_limit.value,
+        "pixel_scale": pixel_width,
+        "pixel_message": pixel_limit.message,
+        "alpha": alpha,
+        "k": len(healthy),
+    }
+    return Scored(predictions, kept)
+
+
+def pixel_score(values, size: int, top: float):
+    """Image score [n] of patch values [n, p]: mean of the top share of the up-sampled map."""
+    return score.image_score(score.to_pixels(values, size).reshape(len(values), -1), top)
+
+
+def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
+    """Labels and masks are read here, after scoring: image, pixel and calibration metrics."""
+    p = scored.predictions
+    image = metrics.image_level(p.score, p.label)
+    known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
+    pixel = None
+    if any(test[i].label for i in known):
+        masks = truths([test[i] for i in known], p.maps.shape[-1], fit)
+        pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks)
+    summary = calibrate.calibration_summary(
+        p.p_value[p.label == 0], scored.calibration["k"], scored.calibration["alpha"]
+    )
+    return {"image": image, "pixel": pixel, "calibration": {**summary, **scored.calibration}}
+
+
+def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:
+    """Lesion masks in the tower frame; all False for an image without mask."""
+
+    def one(record):
+        return readers.fit_mask(truth(record), size, fit) if record.masks else empty
+
+    empty = np.zeros((size, size), bool)
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(one, test)))
+
+
+def truth(record: Record) -> Bool[np.ndarray, "h w"]:
+    """The lesion mask of one image in its own frame: the union of its mask files."""
+    shape = readers.read(record.masks[0]).pixels.shape[1:]
+    return readers.read_mask(record.masks, shape)
+
+
+def write_predictions(
+    workdir: Path, scored: Scored, test: Sequence[Record], fit: str, seed: int
+) -> None:
+    """predictions.npz: one row per image, maps in the tower frame, and a gallery in the images' own.
+
+    Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
+    gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
+    """
+    p = scored.predictions
+    rng = np.random.default_rng(seed)
+    shown = [
+        i
+        for label, count in zip((1, 0), GALLERY, strict=True)
+        for i in sorted(rng.permutation(np.flatnonzero(p.label == label))[:count])
+    ]
+    gallery: dict[str, np.ndarray] = {"gallery_index": np.array(shown)}
+    for place, i in enumerate(shown):
+        pixels = readers.read(test[i].path).pixels[0]
+        heat = readers.to_frame(p.maps[i].astype(np.float32), *pixels.shape, fit)
+        gallery[f"gallery_image_{place}"] = np.round(255 * pixels).astype(np.uint8)
+        gallery[f"gallery_map_{place}"] = heat.astype(np.float16)
+        if test[i].masks or test[i].label == 0:
+            mask = truth(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
+            gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
+    whole = io.BytesIO()
+    np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **gallery)
+    files.write_bytes(workdir / "predictions.npz", whole.getvalue())
