@@ -100,9 +100,11 @@ def wilcoxon(a: Num[np.ndarray, " n"], b: Num[np.ndarray, " n"]) -> Wilcoxon:
 def auroc(
     scores: Num[np.ndarray, "*d n"], labels: Shaped[np.ndarray, " n"]
 ) -> Float[np.ndarray, "*d"]:
-    """AUROC along the last axis: P(positive > negative) + P(equal) / 2."""
+    """AUROC along the last axis: P(positive > negative) + P(equal) / 2. DataError for one class."""
     positive = labels == 1
     m, n = int(positive.sum()), int((~positive).sum())
+    if m == 0 or n == 0:
+        raise DataError("AUROC needs healthy and abnormal images; all labels are equal.")
     ranks = st.rankdata(scores, axis=-1)
     return (ranks[..., positive].sum(-1) - m * (m + 1) / 2) / (m * n)
 
