@@ -32,12 +32,13 @@ def image_level(
     scores, truth = _checked(scores, labels)
     predicted = scores >= threshold
     both = truth.any() and not truth.all()
-    rates = _rates(*_counts(predicted, truth))
+    tp, tn, fp, fn = _counts(predicted, truth)
+    rates = _rates(tp, tn, fp, fn)
     return {
         "auroc": float(sk.roc_auc_score(truth, scores)) if both else NAN,
         "auprc": float(sk.average_precision_score(truth, scores)) if truth.any() else NAN,
         **rates,
-        "fpr": 1.0 - rates["specificity"],
+        "fpr": fp / (fp + tn) if fp + tn else NAN,
         "tpr": rates["recall"] if truth.any() else NAN,
         "threshold": float(threshold),
     }
