@@ -177,7 +177,7 @@ def patch_features(
 def project(
     vision: dict[str, Any], tokens: Float[Array, "n p d"], tower: Tower
 ) -> Float[Array, "n p j"]:
-    """Tokens of the last block into the joint space by the tower's own final norm and projection."""
+    """Last block's tokens into the joint space, by the tower's own final norm and projection."""
     return _layer_norm(tokens, vision["post"], tower.eps) @ vision["projection"]
 
 

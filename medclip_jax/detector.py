@@ -96,9 +96,7 @@ def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features) -> Dete
     Patches are the last level's tokens through the tower's own norm and projection.
     """
     empty = jnp.zeros((len(design.prompts.ids), 0, tower.text_width))
-    text = clip.encode_text(
-        frozen["text"], empty, design.prompts, design.text_tower, design.causal
-    )
+    text = clip.encode_text(frozen["text"], empty, design.prompts, design.text_tower, design.causal)
     scale, zero = jnp.exp(frozen["logit_scale"]), jnp.asarray(0.0)
     label = design.prompts.label
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from rich.console import Console
 from rich.progress import track
 
@@ -136,7 +136,7 @@ def truth(record: Record) -> Bool[np.ndarray, "h w"]:
 def write_predictions(
     workdir: Path, scored: Scored, test: Sequence[Record], fit: str, seed: int
 ) -> None:
-    """predictions.npz: one row per image, maps in the tower frame, and a gallery in the images' own.
+    """predictions.npz: one row per image, maps in the tower frame, and a gallery in image frames.
 
     Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
     gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...

@@ -181,9 +181,7 @@ def batch_at(step: int, pool: features.Pool, members: list[np.ndarray], size: in
     support, variant = (np.concatenate(x) for x in zip(*picks, strict=True))
     batch = features.take(pool, support, variant)
     copies = len(members)
-    return jax.tree.map(
-        lambda x: np.moveaxis(x.reshape(copies, size, *x.shape[1:]), 0, 1), batch
-    )
+    return jax.tree.map(lambda x: np.moveaxis(x.reshape(copies, size, *x.shape[1:]), 0, 1), batch)
 
 
 def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int):
