@@ -84,12 +84,11 @@ def test_reference_is_there():
 # Closed forms
 
 
-@pytest.mark.parametrize("remat", [True, False])
-@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+@pytest.mark.parametrize("steps, remat", [(0, True), (1, True), (5, True), (5, False)])
 def test_quadratic(steps, remat):
     rate = 0.3
     theta, support, query = (jax.random.normal(jax.random.key(i), (4,)) for i in range(3))
-    adapted, losses = adapt(theta, support, loss=quadratic, inner=Inner(rate, steps, remat=remat))
+    adapted, losses = adapted_once(theta, support, Inner(rate, steps, remat=remat), quadratic)
     np.testing.assert_allclose(
         adapted, support + (1 - rate) ** steps * (theta - support), rtol=1e-5
     )
@@ -173,19 +172,24 @@ def test_torchmeta_three_steps():
 
 
 @functools.cache
-def adaptation(model, steps):
-    def run(theta, support, rate):
-        return adapt(theta, support, loss=LOSSES[model], inner=Inner(rate, steps))
+def everything(model, steps):
+    """All that the reference holds for one model and number of steps, in one jitted function."""
+    loss = LOSSES[model]
 
-    return jax.jit(jax.vmap(run, in_axes=(None, 0, None)))
+    def task(theta, support, query, rate):
+        adapted, losses = adapt(theta, support, loss=loss, inner=Inner(rate, steps))
+        losses = jnp.append(losses, loss(adapted, support)[0])
+        return {"adapted": adapted, "support_loss": losses, "query_loss": loss(adapted, query)[0]}
 
+    def run(theta, episodes, rate):
+        outer = jax.value_and_grad(meta_loss, has_aux=True)
+        inner = Inner(rate, steps)
+        (value, parts), exact = outer(theta, episodes, loss=loss, inner=inner)
+        _, first = outer(theta, episodes, loss=loss, inner=inner._replace(order="first"))
+        tasks = jax.vmap(task, in_axes=(None, 0, 0, None))(theta, *episodes, rate)
+        return tasks | {"meta_loss": value, "metagrad": exact, "fomaml": first}, parts
 
-@functools.cache
-def outer_gradient(model, steps, order):
-    def outer(theta, episodes, rate):
-        return meta_loss(theta, episodes, loss=LOSSES[model], inner=Inner(rate, steps, order))
-
-    return jax.jit(jax.value_and_grad(outer, has_aux=True))
+    return jax.jit(run)
 
 
 @functools.cache
@@ -202,28 +206,16 @@ def outer_step(model, order):
 @each_file
 @each_model
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_reference_adaptation(path, model, steps):
-    theta, (support, query), rate, data = reference(path, model)
-    loss, at = LOSSES[model], f"{model}_K{steps}_"
-    adapted, losses = adaptation(model, steps)(theta, support, rate)
-    for name in theta:
-        close(adapted[name], data[f"{at}adapted_{name}"], 1e-6)
-    last = jax.vmap(loss)(adapted, support)[0]
-    close(jnp.concatenate([losses, last[:, None]], 1), data[f"{at}support_loss"], 1e-6)
-    close(jax.vmap(loss)(adapted, query)[0], data[f"{at}query_loss"], 1e-6)
-
-
-@each_file
-@each_model
-@pytest.mark.parametrize("steps", [1, 3, 5])
-@pytest.mark.parametrize("order, name", [("exact", "metagrad"), ("first", "fomaml")])
-def test_reference_gradient(path, model, steps, order, name):
+def test_reference(path, model, steps):
     theta, episodes, rate, data = reference(path, model)
-    (value, parts), grads = outer_gradient(model, steps, order)(theta, episodes, rate)
-    close(value, data[f"{model}_K{steps}_meta_loss"], 1e-6)
-    assert list(parts.values()) == [value]
-    for key in theta:
-        close(grads[key], data[f"{model}_K{steps}_{name}_{key}"], 1e-5)
+    got, parts = everything(model, steps)(theta, episodes, rate)
+    at = f"{model}_K{steps}_"
+    for name in ("support_loss", "query_loss", "meta_loss"):
+        close(got[name], data[at + name], 1e-6)
+    assert list(parts.values()) == [got["meta_loss"]]
+    for kind, rel in (("adapted", 1e-6), ("metagrad", 1e-5), ("fomaml", 1e-5)):
+        for name in theta:
+            close(got[kind][name], data[f"{at}{kind}_{name}"], rel)
 
 
 @each_file
@@ -238,8 +230,7 @@ def test_reference_trajectory(path, model, order, name):
     for _ in range(20):
         state, parts = step(state, episodes, rate)
         losses.append(parts["meta_loss"])
-    (last, _), _ = outer_gradient(model, 3, order)(state.theta, episodes, rate)
-    losses.append(last)
+    losses.append(everything(model, 3)(state.theta, episodes, rate)[0]["meta_loss"])
     assert state.step == 20
     np.testing.assert_allclose(losses, data[f"{model}_traj_{name}_losses"], rtol=0, atol=2e-5)
     for key, value in state.theta.items():
@@ -357,19 +348,19 @@ def test_meta_step_learns_meta_sgd_rates():
 
 def test_padded_tasks_weigh_nothing():
     theta, episodes = problem(tasks=4)
-    valid = jnp.array([True, True, True, False])
+    valid = np.array([True, True, True, False])
     inner = Inner(0.1, 2)
     three = jax.tree.map(lambda x: x[:3], episodes)
-    wanted, got = (
-        jax.jit(
-            jax.value_and_grad(
-                functools.partial(meta_loss, loss=nested, inner=inner, valid=v), has_aux=True
-            )
-        )(theta, e)
-        for e, v in ((three, None), (episodes, valid))
-    )
+
+    @jax.jit
+    def run(episodes, valid):
+        outer = jax.value_and_grad(meta_loss, has_aux=True)
+        return outer(theta, episodes, loss=nested, inner=inner, valid=valid)
+
+    wanted, got = run(three, None), run(episodes, valid)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
-    assert jnp.isnan(meta_loss(theta, episodes, loss=nested, inner=inner, valid=~valid & valid)[0])
+    (none, _), _ = run(episodes, np.zeros(4, bool))
+    assert np.isnan(none)
 
 
 def test_mistakes_are_refused():
@@ -390,7 +381,8 @@ def test_mistakes_are_refused():
     )
     clash = lambda theta, batch: (nested(theta, batch)[0], {"meta_loss": 0.0 * batch[0].sum()})  # noqa: E731
     with pytest.raises(ValueError, match="names a part"):
-        meta_step(state, episodes, loss=clash, optimizer=optax.sgd(1.0), inner=Inner())
+        step = functools.partial(meta_step, loss=clash, optimizer=optax.sgd(1.0), inner=Inner())
+        jax.eval_shape(step, state, episodes)
 
 
 # Devices and memory
