@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,8 +109,7 @@ def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -
     for support in _progress([[s] for s in todo], "make variants", len(todo), bank):
         image, partners = pixels[support[0].id], np.stack([pixels[s.id] for s in supports])
         images, masks, kinds = variants(support[0], image, partners, recipe)
-        parts = [encode(bank, group) for group in batches(images, batch_size(bank))]
-        features = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        features = encode(bank, images)
         extra = {"mask": np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1), "kind": kinds}
         write(variant_path(bank, support[0], supports, recipe), bank, features, slice(None), extra)
     return len(todo) * recipe.variants
@@ -200,14 +198,21 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
 
 
 def encode(bank: Bank, images: Float[np.ndarray, "n s s"]) -> Features:
-    """Features of up to one batch of images, on the host; rows spread over the devices."""
-    full = np.zeros((batch_size(bank), *images.shape[1:]), np.float32)
-    full[: len(images)] = images  # one shape, one compilation
-    model = bank.clip
-    placed, _ = sharding.put(full, bank.mesh)
-    run = partial(clip.encode_images, tower=model.vision_tower, mean=model.mean, std=model.std)
-    features = jax.device_get(run(sharding.replicate(model.vision, bank.mesh), placed))
-    return jax.tree.map(lambda x: x[: len(images)].astype(bank.dtype), features)
+    """Features of any number of images, on the host; rows spread over the devices."""
+    model, size = bank.clip, batch_size(bank)
+    vision = sharding.replicate(model.vision, bank.mesh)
+    parts = []
+    for start in range(0, len(images), size):
+        group = images[start : start + size]
+        full = np.resize(group, (size, *group.shape[1:]))  # one shape, one compilation
+        placed, _ = sharding.put(full, bank.mesh)
+        features = clip.encode_images(
+            vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
+        )
+        held = jax.device_get(features)
+        real = len(group)
+        parts.append(jax.tree.map(lambda x, real=real: x[:real], held))
+    return jax.tree.map(lambda *x: np.concatenate(x).astype(bank.dtype), *parts)
 
 
 def batch_size(bank: Bank) -> int:
