@@ -83,8 +83,7 @@ def scores(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> byte
         axes.fill([], [], fc=(colour, fill), ec=colour, hatch=hatch, label=name)
     axes.axvline(0.5, color=NEUTRAL, lw=1.5, ls="--", label="threshold (0.5)")
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.3)  # room for the legend above the bars
-    axes.legend(loc="upper center", ncols=2, fontsize=9, frameon=False)
+    _legend_above(figure, 3)
     return _png(figure)
 
 
@@ -119,7 +118,7 @@ def calibration(
         name += "" if alpha is None or alpha == attained else f" (asked: {alpha:.3f})"
         axes.axvline(attained, color=ABNORMAL, lw=1.5, ls="--", label=name)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.legend(loc="lower right", fontsize=9, frameon=False)
+    _legend_above(figure, 2)
     return _png(figure)
 
 
@@ -158,6 +157,18 @@ def _chart(x: str, y: str) -> tuple["Figure", "Axes"]:
     axes.set_ylabel(y, fontsize=10)
     _plain(axes)
     return figure, axes
+
+
+def _legend_above(figure: "Figure", columns: int) -> None:
+    """Outside the axes, where it covers no curve."""
+    figure.legend(
+        loc="outside upper center",
+        ncols=columns,
+        fontsize=8.5,
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.8,
+    )
 
 
 def _plain(axes: "Axes") -> None:

@@ -119,7 +119,7 @@ def _row(row: Sequence["Axes"], panel: Panel, scale: "ScalarMappable") -> None:
         for colour, line in (("black", 3.2), (BOX, 1.8)):
             row[2].add_patch(Rectangle(corner, *sides, fill=False, ec=colour, lw=line))
     if panel.mask is None or not panel.mask.any():
-        text = "no mask" if panel.mask is None else "healthy: empty mask"
+        text = "no mask" if panel.mask is None else "empty mask"
         _note(row[3], text)
     else:
         # a border of zeros closes the outline of a mask that touches the edge

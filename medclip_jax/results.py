@@ -96,16 +96,19 @@ def _panels(
             raise ValueError("it shows an image that is not in predictions.npz")
         panels = []
         for row, i in enumerate(index):
-            map = file[f"map_{row}"].astype(np.float32)
+            image, map = file[f"image_{row}"], file[f"map_{row}"].astype(np.float32)
+            mask = file[f"mask_{row}"] if f"mask_{row}" in file else None
+            if any(a is not None and a.shape != image.shape for a in (map, mask)):
+                raise ValueError(f"image, map and mask of row {row} are not of one shape")
             least = max(1, map.size // SPECK)
             kind = "abnormal" if predictions["label"][i] else "healthy"
             score, p_value = predictions["score"][i], predictions["p_value"][i]
             panels.append(
                 gallery.Panel(
                     f"{row + 1}\n{kind}\nscore {score:.3f}\np {p_value:.3f}",
-                    file[f"image_{row}"],
+                    image,
                     map,
-                    file[f"mask_{row}"] if f"mask_{row}" in file else None,
+                    mask,
                     tuple(boxes(map, 0.5, min_area=least, n=MAX_BOXES)),
                 )
             )

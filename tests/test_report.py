@@ -251,6 +251,14 @@ def test_a_key_that_metrics_json_lacks_is_named(tmp_path):
         report.write(folder)
 
 
+def test_a_gallery_of_two_frames_is_refused(tmp_path):
+    folder = make_workdir(tmp_path, n=10, shown=1)
+    zeros = {"image_0": np.zeros((8, 9), np.uint8), "map_0": np.zeros((8, 8), np.float16)}
+    np.savez(folder / "gallery.npz", index=[0], **zeros)
+    with pytest.raises(WorkdirError, match="row 0 are not of one shape"):
+        report.write(folder)
+
+
 def test_without_masks_pixel_metrics_are_undefined(tmp_path):
     folder = make_workdir(tmp_path, n=12, shown=0)
     edit(folder, pixel=None, calibration=None)
