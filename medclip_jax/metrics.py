@@ -110,7 +110,7 @@ def pixel_level(
     is the mean over images where either is non-empty; a miss or a false alarm counts 0. AUPRO:
     up to a false-positive rate of 0.3, 8-connected components.
 
-    AUROC, AUPRC and AUPRO use 2^18 bins between the smallest and largest value (see `ranking`).
+    AUROC, AUPRC and AUPRO use 2^20 bins between the smallest and largest value (see `ranking`).
     Generators can be read only once: for them the range is [0, 1] unless `value_range` is given.
     Raises MetricError, with the index of the image, for what cannot be measured.
     """
@@ -118,10 +118,10 @@ def pixel_level(
     ranks = PixelRanks(low, high)
     rows = []
     for index, (values, mask, mm) in enumerate(read(maps, masks, spacing)):
-        if values.min() < low or values.max() > high:
+        if not low <= float(values.min()) <= float(values.max()) <= high:
             raise MetricError(f"Map {index} leaves [{low}, {high}]; give its value_range.")
         ranks.add(values, mask)
-        rows.append(_one_image(values >= threshold, mask, mm, tolerance))
+        rows.append(_one_image(values >= np.float64(threshold), mask, mm, tolerance))
     if not rows:
         raise MetricError("There are no maps to measure; give at least one map and mask.")
     each = _columns(rows)
@@ -157,7 +157,7 @@ def per_image(
     0, hausdorff inf, hausdorff95 NaN (MONAI). Arguments and errors as in `pixel_level`.
     """
     rows = [
-        _one_image(values >= threshold, mask, mm, tolerance)
+        _one_image(values >= np.float64(threshold), mask, mm, tolerance)
         for values, mask, mm in read(maps, masks, spacing)
     ]
     return _columns(rows)

@@ -70,7 +70,11 @@ def _spacings(spacing: Spacing) -> Iterator[tuple[float, float]]:
         raise MetricError(
             "Some images have a spacing and some have not; give all in mm, or none."
         ) from error
-    if pairs.ndim not in (1, 2) or pairs.shape[-1] != 2 or not (pairs > 0).all():
+    if (
+        pairs.ndim not in (1, 2)
+        or pairs.shape[-1] != 2
+        or not (np.isfinite(pairs) & (pairs > 0)).all()
+    ):
         raise MetricError(f"Spacing {spacing} is not (row, column) in mm; give positive pairs.")
     row_column = [(float(row), float(column)) for row, column in pairs.reshape(-1, 2)]
     return repeat(row_column[0]) if pairs.ndim == 1 else iter(row_column)

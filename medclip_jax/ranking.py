@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Num
 from scipy import ndimage
 
-BINS = 2**18
+BINS = 2**20  # 24 MB of counters; 8-bit and 16-bit maps are exact
 EIGHT_CONNECTED = np.ones((3, 3), int)
 Curve = tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]
 
@@ -52,7 +52,7 @@ class PixelRanks:
         lesion, normal, _ = self._descending()
         pairs = lesion.sum() * normal.sum()
         above = np.cumsum(lesion) - lesion / 2
-        return float(above @ normal / pairs) if pairs else float("nan")
+        return min(float(above @ normal / pairs), 1.0) if pairs else float("nan")
 
     def auroc_error(self) -> float:
         """Half the share of pairs that share a bin bounds the error of `auroc`."""
@@ -85,8 +85,9 @@ class PixelRanks:
         """False-positive rate over all normal pixels and mean coverage, from (0, 0) to (1, 1)."""
         _, normal, coverage = self._descending()
         fpr = np.concatenate([[0.0], np.cumsum(normal)]) / normal.sum()
-        pro = np.concatenate([[0.0], np.cumsum(coverage)]) / self.components
-        return fpr, pro
+        covered = np.cumsum(coverage)
+        # The last sum is the number of components but for rounding, which could exceed 1.
+        return fpr, np.concatenate([[0.0], covered / covered[-1]])
 
     def aupro(self, limit: float = 0.3) -> float:
         """Area under the PRO curve up to the false-positive rate `limit`, divided by it.
@@ -103,7 +104,7 @@ class PixelRanks:
             share = (limit - fpr[end - 1]) / (fpr[end] - fpr[end - 1])
             x = np.append(x, limit)
             y = np.append(y, pro[end - 1] + share * (pro[end] - pro[end - 1]))
-        return float(np.trapezoid(y, x) / limit)
+        return min(float(np.trapezoid(y, x) / limit), 1.0)
 
     def aupro_error(self, limit: float = 0.3) -> float:
         """Bound: inside a bin the exact curve stays in the rectangle whose diagonal is used."""

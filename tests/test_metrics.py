@@ -1,6 +1,7 @@
 """Metrics against the reference fixtures, closed forms and brute force."""
 
 import json
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -255,7 +256,7 @@ def exact_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
     return float(np.trapezoid(np.append(pro[fpr <= limit], np.interp(limit, fpr, pro)), x) / limit)
 
 
-@pytest.mark.parametrize("bins", [2**6, 2**10, 2**18])
+@pytest.mark.parametrize("bins", [2**6, 2**10, 2**20])
 def test_bins_keep_their_error_bounds(bins):
     maps, masks = continuous_maps(bins)
     ranks = PixelRanks(maps.min(), maps.max(), bins)
@@ -267,7 +268,7 @@ def test_bins_keep_their_error_bounds(bins):
     assert abs(ranks.average_precision() - exact) <= ranks.average_precision_error() + 1e-12
     exact = exact_aupro(maps, masks, 0.3)
     assert abs(ranks.aupro(0.3) - exact) <= ranks.aupro_error(0.3) + 1e-12
-    if bins == 2**18:
+    if bins == 2**20:
         assert abs(ranks.auroc() - roc_auc_score(masks.ravel(), maps.ravel())) < 1e-6
         assert abs(ranks.aupro(0.3) - exact) < 1e-6
         assert ranks.auroc_error() < 1e-5
@@ -286,6 +287,47 @@ def test_generators_and_odd_sizes_equal_arrays():
     for key in ("tp", "tn", "fp", "fn"):
         assert a[key] == b[key]
     assert a["auroc"] == pytest.approx(b["auroc"], abs=1e-6)
+
+
+def test_aupro_never_exceeds_one():
+    """Values above 1 reached the literature (anomalib issue 2442)."""
+    rng = np.random.default_rng(0)
+    masks = rng.random((40, 30, 30)) < 0.1
+    assert metrics.pixel_level(masks.astype(np.float32), masks)["aupro"] == 1.0
+    assert metrics.pixel_level(1 - masks.astype(np.float32), masks)["aupro"] == pytest.approx(0)
+
+
+def test_thresholds_are_compared_in_double_precision():
+    """float32(0.1) is above 0.1 and float32(0.3) above 0.3; float32(0.7) is below 0.7."""
+    values = np.array([[0.1, 0.3, 0.7]], np.float32)
+    for column, threshold, positive in ((0, 0.1, True), (1, 0.3, True), (2, 0.7, False)):
+        got = metrics.per_image(values[None], np.zeros((1, 1, 3), bool), threshold)
+        assert (got["fp"][0] == (values >= np.float64(threshold)).sum()).all()
+        image = metrics.image_level(values[0, column : column + 1], np.array([0]), threshold)
+        assert image["fpr"] == positive
+
+
+def peak_memory(maps, masks) -> int:
+    tracemalloc.start()
+    metrics.pixel_level(maps, masks)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_memory_does_not_grow_with_the_set(tmp_path, mapped):
+    """300 images (25 MB) memory-mapped or generated need no more than 4 images do."""
+    shape = (300, 128, 128)
+    maps = np.memmap(tmp_path / "maps", np.float32, "w+", shape=shape)
+    masks = np.memmap(tmp_path / "masks", bool, "w+", shape=shape)
+    maps[:, :9, :9], masks[:, :7, :8] = 0.75, True
+
+    def source(array):
+        return array if mapped else (a + 0 for a in array)
+
+    few = peak_memory(source(maps[:4]), source(masks[:4]))
+    assert peak_memory(source(maps), source(masks)) < few + 2e6
 
 
 def test_wrong_input_is_named():
