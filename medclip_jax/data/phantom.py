@@ -1,0 +1,121 @@
+"""Simulated medical images with exactly known lesions: ultrasound, brain MRI, chest X-ray.
+
+For the first run, the tests and the ablations: nothing here is patient data, and a result on it
+says nothing about patients. Each image has its own generator, seeded by (seed, modality, index),
+and draws everything, lesion included, whether or not the lesion is shown: the healthy render of an
+image differs from its diseased one by the lesion (and its shadow or halo) alone.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+
+from medclip_jax.data.anatomy import MODALITIES, Rendered
+from medclip_jax.errors import ConfigError, WorkdirError
+
+MARKER = "phantom.json"  # written last, inside the folder: what is in it
+VERSION = 1  # raise when the images of a seed change
+
+
+def generate(
+    modality: str,
+    n: int,
+    size: int | tuple[int, int],
+    seed: int,
+    lesion: Bool[np.ndarray, " n"] | float = 0.5,
+) -> tuple[Float[np.ndarray, "n h w"], Bool[np.ndarray, "n h w"]]:
+    """Images in [0, 1] and lesion masks, empty for healthy images.
+
+    `size` is the side or (height, width) in pixels, at least 32. `lesion` says which images are
+    diseased, or which share of them (then drawn from the seed). Image i depends on (modality, seed,
+    i, size) only, not on n. Raises ConfigError for an unknown modality or a size too small.
+    """
+    if modality not in MODALITIES:
+        known = ", ".join(MODALITIES)
+        raise ConfigError(f"phantom modality {modality!r} is unknown: use one of {known}.")
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    if min(shape) < 32:
+        raise ConfigError(f"phantom size {shape} is too small: use at least 32 pixels a side.")
+    if not isinstance(lesion, np.ndarray):
+        order = np.random.default_rng([seed, 0xD1CE]).permutation(n)
+        lesion = order < round(lesion * n)
+    images, masks = np.zeros((n, *shape), np.float32), np.zeros((n, *shape), bool)
+    for i, diseased in enumerate(lesion):
+        done = render(modality, shape, seed, i)
+        images[i] = done.diseased if diseased else done.healthy
+        masks[i] = done.mask & diseased
+    return images, masks
+
+
+def render(modality: str, shape: tuple[int, int], seed: int, index: int) -> Rendered:
+    """One image, healthy and diseased, in [0, 1]."""
+    rng = np.random.default_rng([seed, list(MODALITIES).index(modality), index])
+    return MODALITIES[modality](rng, shape)
+
+
+def write_folder(
+    root: Path,
+    modality: str,
+    seed: int,
+    size: int | tuple[int, int],
+    n_train: int,
+    n_test_good: int,
+    n_test_lesion: int,
+) -> Path:
+    """A data set in the MVTec-AD layout, 8-bit PNG; returns `root`.
+
+    train/good, test/good, test/lesion, ground_truth/lesion/<name>_mask.png. Written to a sibling
+    folder and renamed when whole, so `root` is complete if it exists. Nothing is done if it already
+    holds the same data set. Raises WorkdirError if it holds anything else.
+    """
+    root = Path(root)
+    counts = {"train/good": n_train, "test/good": n_test_good, "test/lesion": n_test_lesion}
+    content = {"modality": modality, "seed": seed, "size": size, **counts, "version": VERSION}
+    content = json.dumps(content, sort_keys=True)
+    if is_written(root, content):
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        write_images(part, modality, seed, size, counts)
+        (part / MARKER).write_text(content)
+        part.chmod(0o755)
+        try:
+            os.rename(part, root)  # an empty folder is replaced
+        except OSError:
+            if not is_written(root, content):  # another process may have finished first
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return root
+
+
+def is_written(root: Path, content: str) -> bool:
+    """Whether `root` holds this very data set; WorkdirError if it holds something else."""
+    marker = root / MARKER
+    if marker.is_file() and marker.read_text() == content:
+        return True
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise WorkdirError(f"{root} holds other data: name another folder or remove it.")
+    return False
+
+
+def write_images(root: Path, modality: str, seed: int, size, counts: dict[str, int]) -> None:
+    """All images of the data set, numbered through; masks beside the diseased ones."""
+    parts = [part for part, count in counts.items() for _ in range(count)]
+    sick = np.array([part.endswith("lesion") for part in parts], bool)
+    images, masks = generate(modality, len(parts), size, seed, sick)
+    for folder in (*counts, "ground_truth/lesion"):
+        (root / folder).mkdir(parents=True)
+    for i, part in enumerate(parts):
+        pixels = np.round(images[i] * 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / part / f"{i:04d}.png")
+        if sick[i]:
+            mask = Image.fromarray(masks[i].astype(np.uint8) * 255)
+            mask.save(root / "ground_truth/lesion" / f"{i:04d}_mask.png")
