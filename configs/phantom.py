@@ -1,6 +1,8 @@
 """Simulated breast ultrasound with known lesions: the two-minute first run, nothing to download.
 
 python -m medclip_jax.main --config configs/phantom.py --workdir runs/phantom
+
+Other simulated sets: --config.data.name=phantom-mri or phantom-xray.
 """
 
 from medclip_jax import config
@@ -9,7 +11,7 @@ from medclip_jax import config
 def get_config(arg: str = ""):
     return config.base(
         arg,
-        name="phantom",
+        name="phantom-ultrasound",
         modality="breast ultrasound",
         anatomy="breast",
         conditions=("tumor", "mass", "lesion"),

@@ -6,6 +6,7 @@ python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
 Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -15,6 +16,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from medclip_jax.errors import ConfigError, UserError, WorkdirError
+
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)  # of the disk
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file with its arguments, FILE[:k=16,seed=0].", lock_config=True
@@ -37,6 +40,12 @@ def main(argv: list[str]) -> int:
         run(MODE.value, Path(WORKDIR.value).expanduser())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        where = error.filename or WORKDIR.value
+        print(f"error: {where}: {error.strerror}; free space or mend it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -83,6 +92,7 @@ def devices() -> None:
     """Say what the run computes on."""
     import jax
 
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not of absent TPUs
     kinds = sorted({d.device_kind for d in jax.devices()})
     logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
 

@@ -60,7 +60,7 @@ class Cell(NamedTuple):
 def write(workdir: str | Path) -> Path:
     """Write figures/*.png and a self-contained report.html into the workdir; returns its path.
 
-    Reads config.json, metrics.jsonl, split.json, metrics.json, predictions.npz and gallery.npz.
+    Reads config.json, metrics.jsonl, split.json, metrics.json and predictions.npz.
     The same files give the same bytes. Raises WorkdirError if one is missing or unreadable, or if
     the workdir cannot be written.
     """

@@ -38,7 +38,7 @@ def read(workdir: Path) -> Files:
     metrics = _load(workdir, "metrics.json", "evaluate", lambda path: _json(path, *keys))
     predictions = _load(workdir, "predictions.npz", "evaluate", _predictions)
     index, panels = _load(
-        workdir, "gallery.npz", "evaluate", lambda path: _panels(path, predictions)
+        workdir, "predictions.npz", "evaluate", lambda path: _panels(path, predictions)
     )
     return Files(config, steps, split, metrics, predictions, index, panels)
 
@@ -91,13 +91,15 @@ def _panels(
     path: Path, predictions: Mapping[str, np.ndarray]
 ) -> tuple[list[int], list[gallery.Panel]]:
     with np.load(path, allow_pickle=False) as file:
-        index = [int(i) for i in file["index"]]
+        index = [int(i) for i in file["gallery_index"]]
         if any(not 0 <= i < len(predictions["id"]) for i in index):
-            raise ValueError("it shows an image that is not in predictions.npz")
+            raise ValueError("its gallery shows an image that it does not hold")
         panels = []
         for row, i in enumerate(index):
-            image, map = file[f"image_{row}"], file[f"map_{row}"].astype(np.float32)
-            mask = file[f"mask_{row}"] if f"mask_{row}" in file else None
+            image = file[f"gallery_image_{row}"]
+            map = file[f"gallery_map_{row}"].astype(np.float32)
+            name = f"gallery_mask_{row}"
+            mask = file[name] if name in file else None
             if any(a is not None and a.shape != image.shape for a in (map, mask)):
                 raise ValueError(f"image, map and mask of row {row} are not of one shape")
             least = max(1, map.size // SPECK)

@@ -40,6 +40,14 @@ def write_arrays(folder, rng, label, score, shown):
     p_value = (1 + (calibration[None] >= score[:, None]).sum(1)) / (k + 1)
     ids = np.array([f"test/{i:04d}.png" for i in range(n)], dtype="U80")
     ids[0] = EVIL
+    chosen = np.unique(np.linspace(0, n - 1, shown).astype(int))
+    arrays = {"gallery_index": chosen}
+    for row, i in enumerate(chosen):
+        shape = ((90, 120), (120, 80), (100, 100))[row % 3]
+        image, map, mask = image_with_lesion(rng, *shape, label[i])
+        arrays |= {f"gallery_image_{row}": image, f"gallery_map_{row}": map}
+        if row % 4 != 3:
+            arrays[f"gallery_mask_{row}"] = mask
     np.savez(
         folder / "predictions.npz",
         id=ids,
@@ -48,16 +56,8 @@ def write_arrays(folder, rng, label, score, shown):
         p_value=p_value.astype(np.float32),
         uncertainty=np.abs(0.1 - np.abs(score - 0.5) / 5) + rng.uniform(0, 0.02, n),
         maps=np.zeros((n, 4, 4), np.float16),
+        **arrays,
     )
-    chosen = np.unique(np.linspace(0, n - 1, shown).astype(int))
-    arrays = {"index": chosen}
-    for row, i in enumerate(chosen):
-        shape = ((90, 120), (120, 80), (100, 100))[row % 3]
-        image, map, mask = image_with_lesion(rng, *shape, label[i])
-        arrays |= {f"image_{row}": image, f"map_{row}": map}
-        if row % 4 != 3:
-            arrays[f"mask_{row}"] = mask
-    np.savez(folder / "gallery.npz", **arrays)
     return ids
 
 
@@ -230,7 +230,6 @@ def test_rebuilding_gives_the_same_bytes(workdir, html):
         ("split.json", "train"),
         ("metrics.json", "evaluate"),
         ("predictions.npz", "evaluate"),
-        ("gallery.npz", "evaluate"),
     ],
 )
 def test_a_missing_or_spoilt_file_is_named(tmp_path, name, command):
@@ -253,8 +252,9 @@ def test_a_key_that_metrics_json_lacks_is_named(tmp_path):
 
 def test_a_gallery_of_two_frames_is_refused(tmp_path):
     folder = make_workdir(tmp_path, n=10, shown=1)
-    zeros = {"image_0": np.zeros((8, 9), np.uint8), "map_0": np.zeros((8, 8), np.float16)}
-    np.savez(folder / "gallery.npz", index=[0], **zeros)
+    with np.load(folder / "predictions.npz") as held:
+        arrays = {**held, "gallery_map_0": np.zeros((8, 8), np.float16)}
+    np.savez(folder / "predictions.npz", **arrays)
     with pytest.raises(WorkdirError, match="row 0 are not of one shape"):
         report.write(folder)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medclip_jax import files
-from medclip_jax.data import layouts, readers
+from medclip_jax.data import layouts, phantom, readers
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.structs import Record, Split
 
@@ -20,6 +20,9 @@ LAYOUTS: dict[str, Callable[[Path], layouts.Layout]] = {
     "folder": layouts.folder,
 }
 DOWNLOADABLE = ("busi",)
+# Simulated sets of this package: modality and counts of train/good, test/good and test/lesion.
+PHANTOMS = {f"phantom-{m}": (m, 32, 40, 40) for m in ("ultrasound", "mri", "xray")}
+PHANTOM_SIZE = (224, 256)
 KINDS = ("peer",)
 LISTED = 10  # problems named in one message
 
@@ -50,7 +53,7 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
     and keeps the list in `cache`; a changed, added or removed file makes a new list.
 
     Args:
-      name: "busi" or "folder" (MVTec-AD layout).
+      name: "busi", "folder" (MVTec-AD layout) or one of PHANTOMS (simulated on first use).
       root: where the data lie; None takes $MEDCLIP_DATA, and failing that BUSI is downloaded.
       cache: folder for prepared lists and downloads.
       k: healthy images that will be needed; fewer is listed with the other problems.
@@ -60,10 +63,15 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
       DataError: no data there, the download failed, or all problems of the data together.
       WorkdirError: `cache` cannot be written.
     """
-    if name not in LAYOUTS:
-        raise ConfigError(f"config.data.name is '{name}': give one of {', '.join(LAYOUTS)}.")
+    if name not in (*LAYOUTS, *PHANTOMS):
+        known = ", ".join((*LAYOUTS, *PHANTOMS))
+        raise ConfigError(f"config.data.name is '{name}': give one of {known}.")
     from medclip_jax.data import builders  # imports tensorflow_datasets, too slow for --help
 
+    if name in PHANTOMS:
+        modality, *counts = PHANTOMS[name]
+        root = phantom.write_folder(cache / name, modality, 0, PHANTOM_SIZE, *counts)
+        name = "folder"
     root = root or _environment_root()
     if root is None and name in DOWNLOADABLE:
         root = builders.fetch_busi(cache)
