@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 from medclip_jax.errors import ConfigError
 
 METHODS = ("ours", "mediclip", "memory", "zero_shot")
+LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
 # MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
 MEDICLIP = {
+    "learner": "joint",
     "prompts": {
         "phrases": "words",
         "context": 8,
@@ -92,9 +94,21 @@ def base(arg: str = "", **data) -> ConfigDict:
     }
     c.loss = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}  # weights; 0 = not computed
     c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
+    c.learner = "joint"  # LEARNERS, see learn.py
+    c.meta = {  # for the learners other than joint; `data` and `images` for all
+        "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
+        "images": 32,  # healthy images of each data set beside the target; 0 = all
+        "tasks": 4,  # per step
+        "shots": 0,  # support rows of a task; 0 = min(8, k), at least 2
+        "query": 0,  # query rows of a task; 0 = as shots
+        "inner_steps": 1,
+        "inner_rate": 0.1,
+        "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
+        "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
+    }
     c.epochs = 200  # passes over the supports, as peers count
     c.batch = 0  # images per step; 0 = min(8, k)
-    c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch)
+    c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
     c.score = {
         "top": 0.05,  # image score: mean of this share of the largest pixels; 0 = the maximum
         "passes": 20,  # MC-dropout passes for the uncertainty
@@ -125,16 +139,42 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for name in ("seed", "batch", "steps"):
         if c[name] < 0:
             raise ConfigError(f"config.{name} is {c[name]}: give 0 or more")
+    check_meta(c)
     if not 0 <= c.model.dropout < 1:
         raise ConfigError(f"config.model.dropout is {c.model.dropout}: give 0 to below 1")
     if not 0 <= c.score.top <= 1:
         raise ConfigError(f"config.score.top is {c.score.top}: give a share, 0 to 1")
     c.batch = c.batch or min(8, c.k)
-    c.steps = c.steps or c.epochs * -(-c.k // c.batch)
+    c.meta.shots = c.meta.shots or max(2, min(8, c.k))
+    c.meta.query = c.meta.query or c.meta.shots
+    c.steps = c.steps or max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
     if c.method in ("memory", "zero_shot"):
         c.steps = 0  # nothing learns
     c.cache = str(cache_folder(c.cache))
     return c
+
+
+def check_meta(c: ConfigDict) -> None:
+    """Raise ConfigError for a learner or an episode that cannot be used."""
+    if c.learner not in LEARNERS:
+        raise ConfigError(f"config.learner is {c.learner!r}: give one of {', '.join(LEARNERS)}")
+    least = {"tasks": 1, "images": 0, "shots": 0, "query": 0, "inner_steps": 0, "adapt_steps": 0}
+    for name, low in least.items():
+        if c.meta[name] < low:
+            raise ConfigError(f"config.meta.{name} is {c.meta[name]}: give {low} or more")
+    if c.meta.shots == 1:
+        raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
+    if not c.meta.inner_rate > 0:
+        raise ConfigError(f"config.meta.inner_rate is {c.meta.inner_rate}: give more than 0")
+
+
+def gradients(c: ConfigDict) -> int:
+    """Gradients of the loss (forward and backward over one set of rows) in one optimisation step.
+
+    Learners are compared, and `steps` is derived, at an equal number of them. The Hessian-vector
+    products of exact second order are not counted: they are the price of exactness.
+    """
+    return 1 if c.learner == "joint" else c.meta.tasks * (c.meta.inner_steps + 1)
 
 
 def cache_folder(named: str) -> Path:

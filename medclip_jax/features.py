@@ -149,6 +149,7 @@ class Pool(NamedTuple):
     levels: int
     size: int  # pixels per side of the masks
     variants: int
+    kinds: Int[np.ndarray, "k v"]  # of each variant, index into synthesis.KINDS
 
 
 def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool:
@@ -159,14 +160,26 @@ def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool
     def opened(paths):
         return tuple(safe_open(path, framework="np").get_slice for path in paths)
 
+    altered = (
+        opened(variant_path(bank, s, supports, recipe) for s in supports) if recipe.variants else ()
+    )
+    kinds = [tensor("kind")[:] for tensor in altered] or np.zeros((len(supports), 0), int)
     return Pool(
         opened(image_path(bank, s) for s in supports),
-        opened(variant_path(bank, s, supports, recipe) for s in supports)
-        if recipe.variants
-        else (),
+        altered,
         len(bank.clip.vision_tower.levels),
         bank.clip.size,
         recipe.variants,
+        np.asarray(kinds),
+    )
+
+
+def join(pools: Sequence[Pool]) -> Pool:
+    """One pool of several with the same bank and number of variants; images in order."""
+    return pools[0]._replace(
+        clean=sum((p.clean for p in pools), ()),
+        anomalous=sum((p.anomalous for p in pools), ()),
+        kinds=np.concatenate([p.kinds for p in pools]),
     )
 
 

@@ -3,7 +3,8 @@
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
                            [--mode train|evaluate|report] [--config.field=value ...]
 
-Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault.
+Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault,
+130 on Ctrl-C, 143 on SIGTERM while training: the state is saved then, the same command goes on.
 """
 
 import errno
@@ -16,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from medclip_jax.errors import ConfigError, UserError, WorkdirError
+from medclip_jax.preemption import EXIT_CODE, Preempted
 
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)  # of the disk
 
@@ -47,6 +49,9 @@ def main(argv: list[str]) -> int:
         where = error.filename or WORKDIR.value
         print(f"error: {where}: {error.strerror}; free space or mend it", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -24,15 +24,18 @@ from medclip_jax import (
     evaluate,
     features,
     files,
+    learn,
+    maml,
     model,
+    preemption,
     prompts,
     sharding,
     writer,
 )
 from medclip_jax import config as configuration
-from medclip_jax.data import datasets
+from medclip_jax.data import datasets, episodes
 from medclip_jax.errors import CheckpointError, WorkdirError
-from medclip_jax.structs import Split, TrainState
+from medclip_jax.structs import Record, Split, TrainState
 
 VERSIONS = ("medclip-jax", "jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
@@ -61,13 +64,14 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             c.seed if c.synthesis.partner == "support" else 0,
             c.synthesis.partner,
         )
-        pool = features.open_pool(bank, drawn.support, synthesis)
+        others = [source(name, c, drawn) for name in c.meta.data if name != c.data.name]
+        pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
         features.encode_images(bank, drawn.test)
 
     design, frozen = build(c, tower)
     groups = folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
-        theta = fit(c, workdir, tower, design, frozen, pool, groups, mesh, train)
+        theta = fit(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
     with stage(timing, "score"):
         scorer = detector.build(c.method, theta, frozen, design, bank, drawn.support, groups)
@@ -91,6 +95,8 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         "seed": c.seed,
         "split": c.data.split,
         "method": c.method,
+        "learner": c.learner,
+        "gradients": c.steps * configuration.gradients(c),
         "backbone": f"{c.clip.checkpoint} ({tower.digest})",
         **result,
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
@@ -103,99 +109,85 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
 # --- training -------------------------------------------------------------------------------
 
 
-def fit(c, workdir, tower, design, frozen, pool, groups, mesh, train) -> Any:
+def fit(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     """Train theta, one copy on all supports and one per held-out fold, side by side on axis 0.
 
-    The copies see the same schedule; copy 0 scores the test set, copy 1 + f scores fold f.
+    The copies see the same schedule; copy 0 scores the test set, copy 1 + f scores fold f. The
+    first pool holds the supports; learners other than joint end by adapting to them.
     """
-    key = jax.random.key(c.seed)
-    init = partial(
-        model.init, model=tower, design=design, context=c.prompts.context, shared=c.prompts.shared
-    )
+    inner = learn.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
     optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
-    theta = jax.vmap(lambda _: init(key))(jnp.arange(1 + len(groups)))  # equal starts
-    state = TrainState(
-        jnp.asarray(0), theta, jax.vmap(optimizer.init)(theta), jax.random.key_data(key)
-    )
-    state = sharding.replicate(state, mesh)
+    state = sharding.replicate(start(c, tower, design, optimizer, 1 + len(groups)), mesh)
     if not c.steps:
         (workdir / "metrics.jsonl").touch()
         return jax.device_get(state.theta)
 
     manager = checkpoints.open(workdir)
     state = checkpoints.restore(manager, state) or state
-    start = int(state.step)
-    if not train and start < c.steps:
+    first = int(state.step)
+    if not train and first < c.steps:
         raise CheckpointError(
-            f"{workdir}: training stands at step {start} of {c.steps}; run --mode train first"
+            f"{workdir}: training stands at step {first} of {c.steps}; run --mode train first"
         )
-    step = make_step(partial(model.loss, design=design, weights=c.loss.to_dict()), optimizer)
+    loss = partial(model.loss, design=design, weights=c.loss.to_dict())
+    joint = c.learner == "joint"
+    step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer)
     frozen = sharding.replicate(frozen, mesh)
-    members = [np.arange(c.k), *(np.setdiff1d(np.arange(c.k), g) for g in groups)]
-    with writer.Writer(workdir, resume_step=start) as log, manager:
+    read = reader(c, pools, groups)
+    with writer.Writer(workdir, resume_step=first) as log, manager, preemption.notice() as asked:
         waiting = None
-        for i in track(range(start, c.steps), "train", console=Console(stderr=True)):
-            batch, valid = sharding.put(batch_at(i, pool, members, c.batch, c.seed), mesh)
+        for i in track(range(first, c.steps), "train", console=Console(stderr=True)):
+            batch, valid = sharding.put(read(i), mesh)
             batch = batch._replace(valid=batch.valid & valid[:, None])
             state, parts = step(state, frozen, batch)
             if waiting is not None:  # one step late, so that the device never waits for the host
                 report(log, *waiting)
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
             waiting = (i + 1, parts) if due else None
-            if (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps:
+            stop = asked.is_set()
+            if stop or (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps:
                 checkpoints.save(manager, state)
+            if stop:
+                break
         if waiting is not None:
             report(log, *waiting)
-    return jax.device_get(state.theta)
+    if asked.is_set():  # the manager has closed, so the checkpoint is whole
+        raise preemption.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {c.steps}")
+    if joint:
+        return jax.device_get(state.theta)
+    rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, groups))
+    rows, valid = sharding.put(rows, mesh)
+    rows = rows._replace(valid=rows.valid & valid[:, None])
+    inner = inner._replace(steps=c.meta.adapt_steps)
+    theta, _ = learn.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
+    return jax.device_get(theta)
 
 
-def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callable:
-    """jit((state, frozen, batch) -> (state, parts)); every copy of theta takes its own step."""
+def start(c, tower, design, optimizer, copies: int) -> TrainState:
+    """Step 0; all copies of theta are equal."""
+    key = jax.random.key(c.seed)
 
-    def step(state: TrainState, frozen, batch):
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        copies = jax.tree.leaves(state.theta)[0].shape[0]
+    def init(_):
+        theta = model.init(key, tower, design, c.prompts.context, c.prompts.shared)
+        learned = c.learner != "joint" and c.meta.learn_rate
+        return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta
 
-        def one(copy):
-            theta, opt, batch, key = copy
-            (_, parts), grad = jax.value_and_grad(loss, has_aux=True)(theta, frozen, batch, key)
-            update, opt = optimizer.update(grad, opt, theta)
-            return optax.apply_updates(theta, update), opt, parts
-
-        # one after the other: batching the copies by vmap is a third slower on a CPU
-        batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch)
-        each = (state.theta, state.opt, batch, jax.random.split(key, copies))
-        theta, opt, parts = jax.lax.map(one, each)
-        first = jax.tree.map(lambda x: x[0], parts)
-        return TrainState(state.step + 1, theta, opt, state.key), first
-
-    return jax.jit(step, donate_argnums=0)
+    theta = jax.vmap(init)(jnp.arange(copies))
+    opt = jax.vmap(optimizer.init)(theta)
+    return TrainState(jnp.asarray(0), theta, opt, jax.random.key_data(key))
 
 
-def batch_at(step: int, pool: features.Pool, members: list[np.ndarray], size: int, seed: int):
-    """The rows of one step for every copy of theta: a function of the step alone.
-
-    Arrays are [row, copy, ...]. Each copy walks through its own supports in random order, epoch
-    after epoch; in an epoch a support is itself with probability 1/4 (Identity), else its next
-    anomalous variant.
-    """
-    picks = [rows_at(step, own, size, seed, pool.variants) for own in members]
-    support, variant = (np.concatenate(x) for x in zip(*picks, strict=True))
-    batch = features.take(pool, support, variant)
-    copies = len(members)
-    return jax.tree.map(lambda x: np.moveaxis(x.reshape(copies, size, *x.shape[1:]), 0, 1), batch)
-
-
-def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int):
-    """(support, variant) of each row of a step; variant -1 is the image itself."""
-    support, variant = [], []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, len(own))
-        rng = np.random.default_rng([seed, epoch])
-        support.append(own[rng.permutation(len(own))[place]])
-        identity = rng.random(len(own))[place] < 0.25
-        variant.append(-1 if identity or not variants else epoch % variants)
-    return np.array(support), np.array(variant)
+def reader(c, pools, groups) -> Callable[[int], Any]:
+    """What a step reads, as a function of the step: rows (joint) or episodes."""
+    pool = features.join(pools)
+    target = not c.meta.data or c.data.name in c.meta.data
+    members = learn.members(c.k, groups, [len(p.clean) for p in pools[1:]], target)
+    if c.learner == "joint":
+        own = [np.concatenate(sets) for sets in members]
+        return lambda step: learn.batch_at(step, pool, own, c.batch, c.seed)
+    episodes.check(pool.kinds)
+    sizes = dict(tasks=c.meta.tasks, k=c.k, shots=c.meta.shots, query=c.meta.query)
+    return lambda step: learn.episodes_at(step, pool, members, c.seed, **sizes)
 
 
 def folds(k: int, parts: int) -> list[np.ndarray]:
@@ -214,6 +206,13 @@ def report(log: writer.Writer, step: int, parts: dict) -> None:
 
 
 # --- set-up ---------------------------------------------------------------------------------
+
+
+def source(name: str, c: ConfigDict, drawn: Split) -> tuple[Record, ...]:
+    """Healthy images of a data set beside the target, "name" or "name=folder"."""
+    name, _, root = name.partition("=")
+    records = datasets.load(name, Path(root) if root else None, Path(c.cache))
+    return datasets.healthy(records, drawn, c.meta.images, c.seed)
 
 
 def build(c: ConfigDict, tower: clip.Clip) -> tuple[model.Design, dict]:

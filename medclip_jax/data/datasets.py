@@ -159,6 +159,22 @@ def split(
     return drawn
 
 
+def healthy(records: Iterable[Record], drawn: Split, count: int, seed: int) -> tuple[Record, ...]:
+    """Healthy images of another data set to meta-train on: up to `count` in random order, 0 = all.
+
+    None of its own test part, and none whose bytes are in the target's split.
+
+    Raises:
+      DataError: nothing is left.
+    """
+    taken = {r.sha256 for part in drawn for r in part}
+    found = [r for r in records if r.label == 0 and r.part != "test" and r.sha256 not in taken]
+    if not found:
+        raise DataError("config.meta.data names a data set without healthy images: leave it out.")
+    order = np.random.default_rng(seed).permutation(len(found))
+    return tuple(found[i] for i in order[: count or None])
+
+
 def duplicates(drawn: Split) -> tuple[tuple[str, str], ...]:
     """Pairs (support id, test id) of files with equal bytes."""
     return tuple((s.id, t.id) for s in drawn.support for t in drawn.test if s.sha256 == t.sha256)
