@@ -102,7 +102,7 @@ def base(arg: str = "", **data) -> ConfigDict:
         "shots": 0,  # support rows of a task; 0 = min(8, k), at least 2
         "query": 0,  # query rows of a task; 0 = as shots
         "inner_steps": 1,
-        "inner_rate": 0.1,
+        "inner_rate": 0.05,
         "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
         "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
     }
