@@ -43,7 +43,7 @@ class Tasks(NamedTuple):
 def sample(
     step: int,
     seed: int,
-    members: Sequence[Int[np.ndarray, " m"]],
+    members: Sequence[Int[np.ndarray, " _"]],
     kinds: Int[np.ndarray, "i v"],
     *,
     tasks: int,
