@@ -24,12 +24,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medclip_jax.data import alterations, shapes
 from medclip_jax.data.alterations import Image, Mask
 
 KINDS = ("cutpaste", "gauss", "source", "identity")
+ALTER = {
+    "cutpaste": alterations.cutpaste,
+    "gauss": alterations.gauss,
+    "source": alterations.source,
+}
 VISIBLE = 2 / 255  # a smaller change is no anomaly
 MIN_PIXELS = 16
 REDRAWS = 4
@@ -78,7 +83,7 @@ def synthesise(
 
 
 def batch(
-    keys: PRNGKeyArray,
+    keys: Key[Array, " n"],
     images: Float[Array | np.ndarray, "n h w"],
     partners: Float[Array | np.ndarray, "n h w"],
     kinds: Int[Array | np.ndarray, " n"],
@@ -141,7 +146,7 @@ def anomalies(
 ) -> tuple[Image, Mask]:
     """One or two anomalies of a kind (1/2 each), and their label. No bodies: the peer's way."""
     k_count, *k_draws = jax.random.split(key, 3)
-    alter = getattr(alterations, name)
+    alter = ALTER[name]
     new, parts = image, []
     for wanted, k_draw in zip((True, jax.random.bernoulli(k_count)), k_draws, strict=True):
 
