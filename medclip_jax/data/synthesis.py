@@ -145,20 +145,23 @@ def anomalies(
     name: str, key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
 ) -> tuple[Image, Mask]:
     """One or two anomalies of a kind (1/2 each), and their label. No bodies: the peer's way."""
-    k_count, *k_draws = jax.random.split(key, 3)
-    alter = ALTER[name]
-    new, parts = image, []
-    for wanted, k_draw in zip((True, jax.random.bernoulli(k_count)), k_draws, strict=True):
+    k_count, k_draws = jax.random.split(key)
 
-        def one_more(old, k_draw=k_draw):
-            value, inside = alter(k_draw, old, partner, bodies)
-            value = jnp.clip(value, 0.0, 1.0)
-            if bodies is None:
-                value = eight_bit(name, value)
-            return jnp.where(inside, value, old), inside
+    def alter(old, k_draw):
+        value, inside = ALTER[name](k_draw, old, partner, bodies)
+        value = jnp.clip(value, 0.0, 1.0)
+        if bodies is None:
+            value = eight_bit(name, value)
+        return jnp.where(inside, value, old), inside
 
-        new, part = jax.lax.cond(wanted, one_more, lambda old: (old, old < 0), new)
-        parts.append(part)
+    def one_more(old, draw):
+        wanted, k_draw = draw
+        return jax.lax.cond(
+            wanted, alter, lambda old, _: (old, jnp.zeros_like(old, bool)), old, k_draw
+        )
+
+    wanted = jnp.stack([jnp.array(True), jax.random.bernoulli(k_count)])
+    new, parts = jax.lax.scan(one_more, image, (wanted, jax.random.split(k_draws)))
     difference, touched = jnp.abs(new - image), parts[0] | parts[1]
     if bodies is not None:
         return new, shapes.close(difference > VISIBLE, 2) & touched
