@@ -11,7 +11,7 @@ import scipy.ndimage as ndi
 from medclip_jax.data import phantom, shapes, synthesis
 from tests.conftest import reference_files
 
-N = 300  # draws per kind and reference image
+N = 200  # draws per kind and reference image
 NAMES = ("CutPaste", "GaussIntensityChange", "SourceDeformation")
 FILES = reference_files("medsyn_stats_*.json")
 MEASURED = (
@@ -140,24 +140,23 @@ def test_body_of_an_mri_is_the_head_with_its_dark_inside(healthy):
     assert np.asarray(shapes.body_mask(jnp.zeros((64, 64)))).all()
 
 
-@pytest.mark.parametrize("preset, through", [("medclip", "jit"), ("mediclip", "vmap")])
-def test_single_vmapped_and_batched_draws_agree(healthy, preset, through):
+@pytest.mark.parametrize("kind, through", [(0, "vmap"), (2, "jit")])
+def test_single_vmapped_and_batched_draws_agree(healthy, kind, through):
     images, partners = healthy[:4], healthy[4:8]
-    kinds = np.arange(4, dtype=np.int32)
     keys = jax.random.split(jax.random.key(5), 4)
+    new, masks = synthesis.batch(keys, images, partners, np.full(4, kind, np.int32))
 
-    def one(key, image, partner, kind):
-        return synthesis.synthesise(key, image, partner, kind, preset=preset)
+    def one(key, image, partner):
+        return synthesis.synthesise(key, image, partner, kind)  # a known kind: one branch compiled
 
-    new, masks = synthesis.batch(keys, images, partners, kinds, preset)
     if through == "vmap":
-        other, other_masks, other_kinds = jax.jit(jax.vmap(one))(keys, images, partners, kinds)
+        other, other_masks, kinds = jax.jit(jax.vmap(one))(keys, images, partners)
     else:
         alone = jax.jit(one)
-        rows = [alone(*row) for row in zip(keys, images, partners, kinds, strict=True)]
-        other, other_masks, other_kinds = (np.stack(part) for part in zip(*rows, strict=True))
-    np.testing.assert_array_equal(other_kinds, kinds)
-    # a value at the edge of a grey level or of the threshold may fall on either side
+        rows = [alone(*row) for row in zip(keys, images, partners, strict=True)]
+        other, other_masks, kinds = (np.stack(part) for part in zip(*rows, strict=True))
+    assert np.all(kinds == kind)
+    # a value at the edge of the threshold may fall on either side
     assert (np.abs(new - other) > 1e-5).mean() < 1e-3
     assert (masks != other_masks).mean() < 1e-3
 
@@ -201,7 +200,7 @@ def test_sample_draws_the_four_kinds_equally(healthy):
 
 def test_one_or_two_anomalies_equally_often():
     """Source shapes far apart are separate components: two are seen in about a third of draws."""
-    image = np.random.default_rng(0).uniform(size=(112, 112)).astype(np.float32)
+    image = np.random.default_rng(0).uniform(size=(224, 224)).astype(np.float32)
     keys = jax.random.split(jax.random.key(2), 200)
     images = np.repeat(image[None], 200, 0)
     _, masks = synthesis.batch(keys, images, images, np.full(200, 2, np.int32), "mediclip")

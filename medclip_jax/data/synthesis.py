@@ -76,7 +76,8 @@ def synthesise(
     `partner` is the image that CutPaste copies from; it may be the image itself. Under vmap all
     kinds are computed for all images: for many images use `batch`.
     """
-    kind = jnp.asarray(kind)
+    if isinstance(kind, int):  # known before tracing: only this kind is compiled
+        return *make(KINDS[kind], key, image, partner, preset), jnp.asarray(kind)
     makers = [lambda k, a, b, name=name: make(name, k, a, b, preset) for name in KINDS]
     changed, mask = jax.lax.switch(kind, makers, key, image, partner)
     return changed, mask, kind
@@ -92,30 +93,33 @@ def batch(
     """Many variants, as `synthesise` makes them: images and masks on the host.
 
     One image after the other inside each compiled call (`lax.map`), so that branches and loops cost
-    only what each image needs: on CPU this is faster than vmap, and any n compiles once.
+    only what each image needs: on CPU this is faster than vmap.
     """
-    rows = [
-        np.arange(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)
-    ]
     images, partners, kinds = np.asarray(images), np.asarray(partners), np.asarray(kinds)
+    words = jax.device_get(jax.random.key_data(keys))
     changed, masks = images.copy(), np.zeros_like(images)
+    if not len(images):
+        return changed, masks
 
-    def run(part):
+    def run(start):
+        part = np.arange(start, min(start + CHUNK, len(images)))
         full = np.resize(part, CHUNK)  # repeats rows to fill the shape
-        new, mask = _many(preset, keys[full], images[full], partners[full], kinds[full])
+        rows = jax.device_put((words[full], images[full], partners[full], kinds[full]))
+        new, mask = jax.device_get(_many(preset, *rows))
         changed[part], masks[part] = new[: len(part)], mask[: len(part)]
 
+    run(0)  # alone: it compiles
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, rows))
+        list(pool.map(run, range(CHUNK, len(images), CHUNK)))
     return changed, masks
 
 
 @partial(jax.jit, static_argnums=0)
-def _many(preset, keys, images, partners, kinds):
+def _many(preset, words, *rows):
     def one(row):
         return synthesise(*row, preset=preset)[:2]
 
-    return jax.lax.map(one, (keys, images, partners, kinds))
+    return jax.lax.map(one, (jax.random.wrap_key_data(words), *rows))
 
 
 def make(
