@@ -71,7 +71,7 @@ def score_images(
         heat = calibrate.to_unit(np.asarray(maps(values)), found.pixel.value, found.pixel_width)
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
         doubt.append(np.zeros(len(raw)))
-        if detector.passes is not None:
+        if detector.passes is not None and passes:
             each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
             doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
     raw = np.concatenate(rows)
