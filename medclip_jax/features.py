@@ -180,12 +180,13 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
         ]
         return np.stack(picked)
 
-    empty = np.zeros(pool.size * pool.size // 8, np.uint8)
+    bits = pool.size * pool.size
+    empty = np.zeros(-(-bits // 8), np.uint8)
     packed = [
         empty if v < 0 else pool.anomalous[s]("mask")[int(v)]
         for s, v in zip(support, variant, strict=True)
     ]
-    mask = np.unpackbits(np.stack(packed), axis=1).reshape(-1, pool.size, pool.size)
+    mask = np.unpackbits(np.stack(packed), axis=1, count=bits).reshape(-1, pool.size, pool.size)
     return Batch(
         Features(rows("pooled"), tuple(rows(f"level{i}") for i in range(pool.levels))),
         mask.astype(np.float32),
