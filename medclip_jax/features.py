@@ -5,7 +5,7 @@ On disk, one safetensors file per source image, named by the content of everythi
   <cache>/bank/<recipe>/<image sha256>.safetensors              the image as it is
   <cache>/bank/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
 
-`recipe` is the digest of checkpoint, levels, frame and number format; `synthesis` of preset, seed,
+`recipe` is the digest of checkpoint, levels, frame, pixel mean and number format; `synthesis` of preset, seed,
 number of variants and partners. So the bank serves every K, seed and method, and whatever changes
 tokens changes a name. A file appears whole (written beside, then renamed); one that is damaged is
 made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also `mask` [v, bytes]
@@ -62,7 +62,8 @@ def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh) -> Bank
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"bank.dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
     tower = model.vision_tower
-    recipe = digest(1, model.digest, tower.levels, tower.dtype, model.size, fit, dtype)
+    pixels = model.size, model.mean, model.std, fit
+    recipe = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype)
     return Bank(cache / "bank" / recipe, model, fit, dtype, mesh)
 
 
