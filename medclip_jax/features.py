@@ -5,9 +5,9 @@ On disk, one safetensors file per source image, named by the content of everythi
   <cache>/bank/<recipe>/<image sha256>.safetensors              the image as it is
   <cache>/bank/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
 
-`recipe` is the digest of checkpoint, levels, frame, pixel mean and number format; `synthesis` of preset, seed,
-number of variants and partners. So the bank serves every K, seed and method, and whatever changes
-tokens changes a name. A file appears whole (written beside, then renamed); one that is damaged is
+`recipe` is the digest of checkpoint, levels, frame, pixel mean and number format; `synthesis` of
+preset, seed, number of variants and partners. So the bank serves every K, seed and method, and
+whatever changes tokens changes a name. A file appears whole (written beside, then renamed); one that is damaged is
 made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also `mask` [v, bytes]
 (packed bits) and `kind` [v].
 """
