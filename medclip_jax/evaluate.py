@@ -149,8 +149,11 @@ def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s
 
 
 def truth(record: Record) -> Bool[np.ndarray, "h w"]:
-    """The lesion mask of one image in its own frame: the union of its mask files."""
-    shape = readers.read(record.masks[0]).pixels.shape[1:]
+    """The lesion mask of one image in its own frame: the union of its mask files.
+
+    Raises DataError for a mask of another size than its image.
+    """
+    shape = readers.read(record.path).pixels.shape[1:]
     return readers.read_mask(record.masks, shape)
 
 
