@@ -60,7 +60,7 @@ def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh) -> Bank
     if fit not in ("stretch", "pad"):
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"bank.dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
+        raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
     tower = model.vision_tower
     pixels = model.size, model.mean, model.std, fit
     recipe = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype)
