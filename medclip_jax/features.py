@@ -7,9 +7,9 @@ On disk, one safetensors file per source image, named by the content of everythi
 
 `recipe` is the digest of checkpoint, levels, frame, pixel mean and number format; `synthesis` of
 preset, seed, number of variants and partners. So the bank serves every K, seed and method, and
-whatever changes tokens changes a name. A file appears whole (written beside, then renamed); one that is damaged is
-made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also `mask` [v, bytes]
-(packed bits) and `kind` [v].
+whatever changes tokens changes a name. A file appears whole (written beside, then renamed); one
+that is damaged is made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also
+`mask` [v, bytes] (packed bits) and `kind` [v].
 """
 
 import hashlib
