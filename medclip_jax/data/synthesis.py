@@ -24,7 +24,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medclip_jax.data import alterations, shapes
 from medclip_jax.data.alterations import Image, Mask
@@ -78,7 +78,7 @@ def synthesise(
 
 
 def batch(
-    keys: PRNGKeyArray,
+    keys: Key[Array, " n"],
     images: Float[Array | np.ndarray, "n h w"],
     partners: Float[Array | np.ndarray, "n h w"],
     kinds: Int[Array | np.ndarray, " n"],
