@@ -5,11 +5,11 @@ On disk, one safetensors file per source image, named by the content of everythi
   <cache>/bank/<recipe>/<image sha256>.safetensors              the image as it is
   <cache>/bank/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
 
-`recipe` is the digest of checkpoint, levels, frame and number format; `synthesis` of preset, seed,
-number of variants and partners. So the bank serves every K, seed and method, and whatever changes
-tokens changes a name. A file appears whole (written beside, then renamed); one that is damaged is
-made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also `mask` [v, bytes]
-(packed bits) and `kind` [v].
+`recipe` is the digest of checkpoint, levels, frame, pixel mean and number format; `synthesis` of
+preset, seed, number of variants and partners. So the bank serves every K, seed and method, and
+whatever changes tokens changes a name. A file appears whole (written beside, then renamed); one
+that is damaged is made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also
+`mask` [v, bytes] (packed bits) and `kind` [v].
 """
 
 import hashlib
@@ -60,9 +60,10 @@ def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh) -> Bank
     if fit not in ("stretch", "pad"):
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"bank.dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
+        raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
     tower = model.vision_tower
-    recipe = digest(1, model.digest, tower.levels, tower.dtype, model.size, fit, dtype)
+    pixels = model.size, model.mean, model.std, fit
+    recipe = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype)
     return Bank(cache / "bank" / recipe, model, fit, dtype, mesh)
 
 
@@ -180,12 +181,13 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
         ]
         return np.stack(picked)
 
-    empty = np.zeros(pool.size * pool.size // 8, np.uint8)
+    bits = pool.size * pool.size
+    empty = np.zeros(-(-bits // 8), np.uint8)
     packed = [
         empty if v < 0 else pool.anomalous[s]("mask")[int(v)]
         for s, v in zip(support, variant, strict=True)
     ]
-    mask = np.unpackbits(np.stack(packed), axis=1).reshape(-1, pool.size, pool.size)
+    mask = np.unpackbits(np.stack(packed), axis=1, count=bits).reshape(-1, pool.size, pool.size)
     return Batch(
         Features(rows("pooled"), tuple(rows(f"level{i}") for i in range(pool.levels))),
         mask.astype(np.float32),
