@@ -70,23 +70,26 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=given)
     try:
         rest = given(argv)
-        if given.config is not None:
-            given.config.k  # a file that could not be loaded speaks up when it is used
-    except (KeyError, AttributeError) as error:
-        raise ConfigError(f"unknown config field {plain(error)} (see --help)") from error
-    except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+    except KeyError as error:
+        raise ConfigError(f"there is no config field {plain(error)} (see --help)") from error
+    except (
+        *(flags.Error, AttributeError, TypeError, ValueError),
+        *(OSError, ImportError, SyntaxError),  # of the config file
+    ) as error:
         raise ConfigError(f"{plain(error)} (see --help)") from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
     if given.config is None or not given.workdir:
         raise ConfigError("--config and --workdir are needed: see --help")
+    if not isinstance(given.config, ConfigDict):  # ml_collections keeps quiet until it is used
+        name = given["config"].config_filename
+        raise ConfigError(f"config file {name} cannot be read: give one that exists")
     return given
 
 
 def plain(error: Exception) -> str:
-    """The message of an error on one line, without the quotes that a KeyError puts round it."""
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(said).split()).rstrip(".")
+    """The message of an error on one line."""
+    return " ".join(str(error).replace("\\n", " ").replace("\\'", "").strip("'").split())
 
 
 def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
