@@ -133,7 +133,7 @@ def fit(c, workdir, tower, design, frozen, pool, groups, mesh, train) -> Any:
     step = make_step(partial(model.loss, design=design, weights=c.loss.to_dict()), optimizer)
     frozen = sharding.replicate(frozen, mesh)
     members = [np.arange(c.k), *(np.setdiff1d(np.arange(c.k), g) for g in groups)]
-    with writer.Writer(workdir, resume_step=start) as log, manager:
+    with writer.Writer(workdir, resume_step=start) as log, checkpoints.finishing(manager):
         waiting = None
         for i in track(range(start, c.steps), "train", console=Console(stderr=True)):
             batch, valid = sharding.put(batch_at(i, pool, members, c.batch, c.seed), mesh)
