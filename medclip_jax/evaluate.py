@@ -110,10 +110,10 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
     if any(test[i].label for i in known):
         masks = truths([test[i] for i in known], p.maps.shape[-1], fit)
         pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks)
-    summary = calibrate.calibration_summary(
-        p.p_value[p.label == 0], scored.calibration["k"], scored.calibration["alpha"]
-    )
-    return {"image": image, "pixel": pixel, "calibration": {**summary, **scored.calibration}}
+    kept = dict(scored.calibration)
+    healthy = p.p_value[p.label == 0]
+    summary = calibrate.calibration_summary(healthy, kept.pop("k"), kept.pop("alpha"))
+    return {"image": image, "pixel": pixel, "calibration": {**summary, **kept}}
 
 
 def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:

@@ -33,7 +33,7 @@ NAMES = {
     "hausdorff95": "Hausdorff distance, 95th percentile",
     "boundary_f1": "boundary F1",
     "aupro": "AUPRO",
-    "alpha": "level asked for (α)",
+    "alpha_requested": "level asked for (α)",
     "alpha_attained": "level attained",
     "k": "K",
 }
@@ -89,7 +89,7 @@ def draw(files: Files) -> dict[str, bytes]:
         "calibration": figures.calibration(
             alarms,
             calibration.get("k"),
-            calibration.get("alpha"),
+            calibration.get("alpha_requested"),
             calibration.get("alpha_attained"),
         ),
         "risk_coverage": figures.risk_coverage(label, score, uncertainty),

@@ -79,10 +79,10 @@ def metrics_of(label, score):
         "image": image,
         "pixel": pixel,
         "calibration": {
-            "alpha": 0.05,
+            "alpha_requested": 0.05,
             "alpha_attained": 1 / 17,
             "k": 16,
-            "observed_false_alarm_rate": 0.0833,
+            "false_alarm_rate": 0.0833,
             "message": "With K = 16 the smallest level is 0.059, not 0.050 <b>.",
         },
         "timing": {"encode": 12.5, "train": 61.25, "score_test": 3.0},
