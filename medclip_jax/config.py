@@ -6,7 +6,9 @@ arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden a
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -144,3 +146,12 @@ def cache_folder(named: str) -> Path:
         return Path(chosen).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "medclip_jax"
+
+
+def flat(fields: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field with its dotted name, in the order written."""
+    for name, value in fields.items(preserve_field_references=False):
+        if isinstance(value, ConfigDict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from medclip_jax import (
+    __version__,
     checkpoints,
     clip,
     detector,
@@ -34,7 +35,7 @@ from medclip_jax.data import datasets
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.structs import Split, TrainState
 
-VERSIONS = ("medclip-jax", "jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
+VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
 def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         "backbone": f"{c.clip.checkpoint} ({tower.digest})",
         **result,
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS},
     }
     files.write_json(workdir / "metrics.json", result)
     return result
@@ -132,7 +133,7 @@ def fit(c, workdir, tower, design, frozen, pool, groups, mesh, train) -> Any:
     step = make_step(partial(model.loss, design=design, weights=c.loss.to_dict()), optimizer)
     frozen = sharding.replicate(frozen, mesh)
     members = [np.arange(c.k), *(np.setdiff1d(np.arange(c.k), g) for g in groups)]
-    with writer.Writer(workdir, resume_step=start) as log, manager:
+    with writer.Writer(workdir, resume_step=start) as log, checkpoints.finishing(manager):
         waiting = None
         for i in track(range(start, c.steps), "train", console=Console(stderr=True)):
             batch, valid = sharding.put(batch_at(i, pool, members, c.batch, c.seed), mesh)
@@ -143,6 +144,10 @@ def fit(c, workdir, tower, design, frozen, pool, groups, mesh, train) -> Any:
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
             waiting = (i + 1, parts) if due else None
             if (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps:
+                if waiting is not None:  # logged before it is saved: a resume does not repeat it
+                    report(log, *waiting)
+                    waiting = None
+                finite(i + 1, jax.device_get(parts))
                 checkpoints.save(manager, state)
         if waiting is not None:
             report(log, *waiting)
@@ -208,6 +213,11 @@ def report(log: writer.Writer, step: int, parts: dict) -> None:
     """Log the parts of a step; a value that is not finite ends the run."""
     values = jax.device_get(parts)
     log.scalars(step, values)
+    finite(step, values)
+
+
+def finite(step: int, values: dict) -> None:
+    """Raise FloatingPointError naming the step and the parts that are not finite."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite")
