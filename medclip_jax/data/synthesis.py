@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from medclip_jax.data import alterations, shapes
 from medclip_jax.data.alterations import Image, Mask
 
+VERSION = 2  # raise when the anomalies of a key change: banks are named by it
 KINDS = ("cutpaste", "gauss", "source", "identity")
 ALTER = {
     "cutpaste": alterations.cutpaste,
