@@ -51,12 +51,12 @@ def score_images(
 ) -> Scored:
     """Scores of the test set, calibrated on the held-out supports alone. Labels are not read.
 
-    top: share of the largest pixels whose mean is the image score (0: the maximum).
+    top: share of the largest patches whose mean is the image score (0: the map's maximum).
     alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
     """
     size = bank.clip.size
     maps = jax.jit(partial(score.to_pixels, size=size))
-    image_scores = jax.jit(partial(pixel_score, size=size, top=top))
+    image_scores = jax.jit(partial(from_patches, size=size, top=top))
     found = limits(detector, maps, image_scores, alpha, pixel_rate)
     keys = jax.random.split(jax.random.key(seed), passes)
 
@@ -117,9 +117,14 @@ def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w
     return np.where((heat < 0.5) & (small >= 0.5), below, small)
 
 
-def pixel_score(values, size: int, top: float):
-    """Image score [n] of patch values [n, p]: mean of the top share of the up-sampled map."""
-    return score.image_score(score.to_pixels(values, size).reshape(len(values), -1), top)
+def from_patches(values, size: int, top: float):
+    """Image score [n] of patch values [n, p]: mean of the top share of the patches.
+
+    A share of 0 is the peers' score, the maximum of the up-sampled map.
+    """
+    if top > 0:
+        return score.image_score(values, top)
+    return score.to_pixels(values, size).max((1, 2))
 
 
 def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
