@@ -98,7 +98,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch)
     c.score = {
-        "top": 0.05,  # image score: mean of this share of the largest patches; 0 = the map's maximum
+        "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
         "passes": 20,  # MC-dropout passes for the uncertainty
     }
     c.calibration = {
