@@ -272,3 +272,10 @@ def test_damaged_msgpack(tmp_path):
 def test_impossible_levels():
     with pytest.raises(ConfigError, match="between 1 and 8"):
         clip.load("compact", levels=(3, 99))
+
+
+@pytest.mark.parametrize("content", ["{", '{"image_mean": 3}', '{"image_std": [1, 1]}', "[]"])
+def test_damaged_preprocessing(copy, content):
+    (copy / "preprocessor_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="preprocessor_config.json: "):
+        clip.load(str(copy))
