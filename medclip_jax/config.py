@@ -29,9 +29,11 @@ CHOICES = {
     "model.form": ("softmax", "distance"),
 }
 LEAST = {
-    **dict.fromkeys(("k", "epochs", "log_every", "checkpoint_every", "score.passes"), 1),
+    # what calibrates is held out from training: one support alone would leave nothing to learn from
+    **dict.fromkeys(("k", "calibration.folds"), 2),
+    **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
     **dict.fromkeys(("synthesis.variants", "data.pool"), 1),
-    **dict.fromkeys(("seed", "batch", "steps", "calibration.folds", "prompts.context"), 0),
+    **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
 }
@@ -80,7 +82,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     """All fields with their defaults; `data` are the fields of the data set."""
     given = parse_arg(arg or "")
     c = ConfigDict()
-    c.k = given.get("k", 16)  # healthy support images
+    c.k = given.get("k", 16)  # healthy support images, at least 2: each is held out once
     c.seed = given.get("seed", 0)  # of the support draw and of all training randomness
     c.method = given.get("method", "ours")  # METHODS
     c.data = {
@@ -128,7 +130,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     }
     c.calibration = {
         "alpha": 0.1,  # false-alarm rate asked for
-        "folds": 4,  # supports are held out in this many parts (at most k)
+        "folds": 4,  # supports are held out in this many parts (2 to k)
         "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
     }
     c.log_every = 10  # steps

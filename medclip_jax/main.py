@@ -89,7 +89,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def plain(error: Exception) -> str:
     """The message of an error on one line."""
-    return " ".join(str(error).replace("\\n", " ").replace("\\'", "").strip("'").split())
+    said = str(error)
+    if isinstance(error, KeyError):  # prints the repr of its message
+        said = said.strip("'").replace("\\n", " ").replace("\\'", "")
+    return " ".join(said.split())
 
 
 def run(mode: str, fields: ConfigDict, workdir: Path) -> None:

@@ -13,7 +13,6 @@ from medclip_jax import checkpoints
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.structs import TrainState
 
-
 # tensorstore leaves coroutines behind when a file it reads or writes is broken
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

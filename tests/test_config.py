@@ -40,7 +40,7 @@ def test_a_misspelt_field_cannot_be_set():
         (16, 0, 0, (8, 400)),  # 200 epochs of 2 batches
         (4, 0, 0, (4, 200)),
         (10, 4, 0, (4, 600)),  # the last batch of an epoch reaches into the next
-        (1, 0, 0, (1, 200)),
+        (2, 0, 0, (2, 200)),
         (16, 0, 7, (8, 7)),
     ],
 )
@@ -68,6 +68,7 @@ def test_mediclip_is_a_preset_over_the_given_fields():
     "field, value",
     [
         ("k", 0),
+        ("k", 1),
         ("k", -1),
         ("synthesis.variants", 0),
         ("loss.dice", float("nan")),
@@ -91,7 +92,7 @@ def test_mediclip_is_a_preset_over_the_given_fields():
         ("calibration.alpha", 0.0),
         ("calibration.alpha", 1.5),
         ("calibration.pixel_rate", 2.0),
-        ("calibration.folds", -1),
+        ("calibration.folds", 1),
         ("clip.dtype", "float8"),
         ("bank_dtype", "float8"),
         ("data.fit", "squeeze"),
