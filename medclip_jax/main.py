@@ -70,10 +70,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=given)
     try:
         rest = given(argv)
-    except KeyError as error:
-        raise ConfigError(f"there is no config field {plain(error)} (see --help)") from error
     except (
-        *(flags.Error, AttributeError, TypeError, ValueError),
+        *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
         *(OSError, ImportError, SyntaxError),  # of the config file
     ) as error:
         raise ConfigError(f"{plain(error)} (see --help)") from error
@@ -90,7 +88,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
 def plain(error: Exception) -> str:
     """The message of an error on one line."""
     said = str(error)
-    if isinstance(error, KeyError):  # prints the repr of its message
+    if said.startswith("'"):  # a KeyError prints the repr of its message
         said = said.strip("'").replace("\\n", " ").replace("\\'", "")
     return " ".join(said.split())
 
