@@ -18,9 +18,10 @@ def open(workdir: Path) -> ocp.CheckpointManager:
     """The checkpoints of a workdir. Raises WorkdirError if the folder cannot be used."""
     # orbax reports every file it touches; its errors reach us as exceptions too
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    folder = (workdir / "checkpoints").absolute()
     try:
-        return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
     except OSError as error:
         raise WorkdirError(
             f"{workdir}/checkpoints cannot be written ({error.strerror}): give another workdir"

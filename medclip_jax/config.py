@@ -17,6 +17,33 @@ from medclip_jax.errors import ConfigError
 METHODS = ("ours", "mediclip", "memory", "zero_shot")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
+CHOICES = {
+    "method": METHODS,
+    "data.fit": ("stretch", "pad"),
+    "clip.dtype": ("float32", "bfloat16"),
+    "bank_dtype": ("float32", "bfloat16", "float16"),
+    "prompts.phrases": ("templates", "words"),
+    "prompts.position": ("end", "middle", "front"),
+    "synthesis.preset": ("medclip", "mediclip"),
+    "synthesis.partner": ("self", "support"),
+    "model.form": ("softmax", "distance"),
+}
+LEAST = {
+    # what calibrates is held out from training: one support alone would leave nothing to learn from
+    **dict.fromkeys(("k", "calibration.folds"), 2),
+    **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
+    **dict.fromkeys(("synthesis.variants", "data.pool"), 1),
+    **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
+    **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
+    **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
+}
+SHARES = {  # (smallest, largest, what to give)
+    "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
+    "score.top": (0, 1, "a share from 0 to 1"),
+    "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
+    "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
+}
+
 # MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
 MEDICLIP = {
     "prompts": {
@@ -55,7 +82,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     """All fields with their defaults; `data` are the fields of the data set."""
     given = parse_arg(arg or "")
     c = ConfigDict()
-    c.k = given.get("k", 16)  # healthy support images
+    c.k = given.get("k", 16)  # healthy support images, at least 2: each is held out once
     c.seed = given.get("seed", 0)  # of the support draw and of all training randomness
     c.method = given.get("method", "ours")  # METHODS
     c.data = {
@@ -103,7 +130,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     }
     c.calibration = {
         "alpha": 0.1,  # false-alarm rate asked for
-        "folds": 4,  # supports are held out in this many parts (at most k)
+        "folds": 4,  # supports are held out in this many parts (2 to k)
         "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
     }
     c.log_every = 10  # steps
@@ -117,26 +144,27 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises ConfigError for values that cannot be used.
     """
     c = config.copy_and_resolve_references()
-    if c.method not in METHODS:
-        raise ConfigError(f"config.method is {c.method!r}: give one of {', '.join(METHODS)}")
     if c.method == "mediclip":
         c.update(MEDICLIP)
-    for name in ("k", "epochs", "log_every", "checkpoint_every"):
-        if c[name] < 1:
-            raise ConfigError(f"config.{name} is {c[name]}: give 1 or more")
-    for name in ("seed", "batch", "steps"):
-        if c[name] < 0:
-            raise ConfigError(f"config.{name} is {c[name]}: give 0 or more")
-    if not 0 <= c.model.dropout < 1:
-        raise ConfigError(f"config.model.dropout is {c.model.dropout}: give 0 to below 1")
-    if not 0 <= c.score.top <= 1:
-        raise ConfigError(f"config.score.top is {c.score.top}: give a share, 0 to 1")
+    check(c)
     c.batch = c.batch or min(8, c.k)
     c.steps = c.steps or c.epochs * -(-c.k // c.batch)
     if c.method in ("memory", "zero_shot"):
         c.steps = 0  # nothing learns
     c.cache = str(cache_folder(c.cache))
     return c
+
+
+def check(c: ConfigDict) -> None:
+    """Raise ConfigError naming the first field whose value cannot be used."""
+    for name, value in flat(c):
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ConfigError(f"config.{name} is {value!r}: give one of {', '.join(CHOICES[name])}")
+        # written so that NaN is refused
+        if name in LEAST and not value >= LEAST[name]:
+            raise ConfigError(f"config.{name} is {value}: give {LEAST[name]} or more")
+        if name in SHARES and not SHARES[name][0] <= value <= SHARES[name][1]:
+            raise ConfigError(f"config.{name} is {value}: give {SHARES[name][2]}")
 
 
 def cache_folder(named: str) -> Path:

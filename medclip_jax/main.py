@@ -70,10 +70,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=given)
     try:
         rest = given(argv)
-    except KeyError as error:
-        raise ConfigError(f"there is no config field {plain(error)} (see --help)") from error
     except (
-        *(flags.Error, AttributeError, TypeError, ValueError),
+        *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
         *(OSError, ImportError, SyntaxError),  # of the config file
     ) as error:
         raise ConfigError(f"{plain(error)} (see --help)") from error
@@ -89,7 +87,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def plain(error: Exception) -> str:
     """The message of an error on one line."""
-    return " ".join(str(error).replace("\\n", " ").replace("\\'", "").strip("'").split())
+    said = str(error)
+    if said.startswith("'"):  # a KeyError prints the repr of its message
+        said = said.strip("'").replace("\\n", " ").replace("\\'", "")
+    return " ".join(said.split())
 
 
 def run(mode: str, fields: ConfigDict, workdir: Path) -> None:

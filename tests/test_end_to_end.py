@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from medclip_jax import config, files, main, metrics, train
+from medclip_jax import files, main, metrics, train
 from medclip_jax.data import phantom, readers
 
 from .test_clip import tiny_checkpoint
@@ -55,6 +56,7 @@ class World(NamedTuple):
         compiled = {
             "JAX_COMPILATION_CACHE_DIR": str(self.base / "xla"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these runs compile more than they compute
         }
         return subprocess.Popen(
             [sys.executable, *options.get("python", ()), "-m", "medclip_jax.main"]
@@ -93,6 +95,13 @@ def finished(base: Path) -> Finished:
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr[-3000:]
     return Finished(here.base / "whole", stderr)
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -263,28 +272,27 @@ def test_report_needs_no_model(tiny, whole, monkeypatch):
     assert (whole / "report.html").read_bytes() == page
 
 
-# --- the other methods, and one support -------------------------------------------------------
+# --- the other methods ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["memory", "zero_shot"])
-@pytest.mark.parametrize("k", [1, 4])
-def test_methods_that_learn_nothing(tiny, tmp_path, method, k):
-    assert tiny.main(tmp_path, arguments=f"k={k},method={method}") == 0
+def test_methods_that_learn_nothing(tiny, tmp_path, method):
+    assert tiny.main(tmp_path, arguments=f"k=2,method={method}") == 0
     held = json.loads((tmp_path / "metrics.json").read_text())
-    assert held["method"] == method and held["k"] == held["calibration"]["k"] == k
+    assert held["method"] == method and held["k"] == held["calibration"]["k"] == 2
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
     assert not (tmp_path / "checkpoints").exists()
     assert len(np.unique(predictions(tmp_path)["score"])) > 6
 
 
-@pytest.mark.parametrize("method", ["mediclip", "ours"])
-def test_one_support_is_enough_to_learn(tiny, tmp_path, method):
+def test_mediclip_preset_on_two_supports(tiny, tmp_path):
     few = ("--config.steps=2", "--config.log_every=1")
-    assert tiny.main(tmp_path, *few, arguments=f"k=1,method={method}") == 0
-    assert [row["step"] for row in log(tmp_path)] == [1, 2]
+    assert tiny.main(tmp_path, *few, arguments="k=2,method=mediclip") == 0
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert set(rows[0]) == {"step", "loss", "focal", "dice"}  # no alignment in that peer
     held = json.loads((tmp_path / "metrics.json").read_text())
-    assert held["method"] == method and held["k"] == 1
+    assert held["method"] == "mediclip" and held["k"] == 2
     settings = json.loads((tmp_path / "config.json").read_text())
-    assert settings["prompts"]["phrases"] == (
-        "words" if method == "mediclip" else config.base().prompts.phrases
-    )
+    assert settings["prompts"]["phrases"] == "words" and not settings["prompts"]["causal"]
+    assert (predictions(tmp_path)["uncertainty"] == 0).all()  # it has no dropout
