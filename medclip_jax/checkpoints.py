@@ -1,6 +1,10 @@
 """Training state on disk (orbax): the newest two checkpoints, each whole or absent."""
 
 import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -12,10 +16,12 @@ from medclip_jax.structs import TrainState
 
 def open(workdir: Path) -> ocp.CheckpointManager:
     """The checkpoints of a workdir. Raises WorkdirError if the folder cannot be used."""
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it touches
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    # orbax reports every file it touches; its errors reach us as exceptions too
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    folder = (workdir / "checkpoints").absolute()
     try:
-        return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
     except OSError as error:
         raise WorkdirError(
             f"{workdir}/checkpoints cannot be written ({error.strerror}): give another workdir"
@@ -23,8 +29,44 @@ def open(workdir: Path) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    """Write the state of this step in the background."""
-    manager.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+    """Write the state of this step in the background.
+
+    Raises WorkdirError if the disk refuses it; that may be said of the save before.
+    """
+    step = int(state.step)
+    with told(manager):
+        if step in manager.all_steps():  # damaged, since the run resumed before it
+            manager.delete(step)
+        # forced, or nothing would be saved below the step of a damaged checkpoint
+        item = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        manager.save(step, args=item, force=True)
+
+
+@contextmanager
+def finishing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Wait for the last save and close. Raises WorkdirError if the disk refused it."""
+    try:
+        yield
+    finally:
+        with told(manager):
+            manager.wait_until_finished()
+            manager.close()
+
+
+@contextmanager
+def told(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turn what orbax and tensorstore raise on a full or read-only disk into a WorkdirError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore raises ValueError
+        if code is None and not isinstance(error, OSError):
+            raise
+        reason = os.strerror(int(code[1])) if code else error.strerror
+        raise WorkdirError(
+            f"a checkpoint cannot be written to {manager.directory} ({reason}): free space there; "
+            "the same command goes on from the checkpoint before"
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | None:

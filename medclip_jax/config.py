@@ -6,7 +6,9 @@ arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden a
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,6 +17,37 @@ from medclip_jax.errors import ConfigError
 METHODS = ("ours", "mediclip", "memory", "zero_shot")
 LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
+
+CHOICES = {
+    "method": METHODS,
+    "learner": LEARNERS,
+    "data.fit": ("stretch", "pad"),
+    "clip.dtype": ("float32", "bfloat16"),
+    "bank_dtype": ("float32", "bfloat16", "float16"),
+    "prompts.phrases": ("templates", "words"),
+    "prompts.position": ("end", "middle", "front"),
+    "synthesis.preset": ("medclip", "mediclip"),
+    "synthesis.partner": ("self", "support"),
+    "model.form": ("softmax", "distance"),
+}
+LEAST = {
+    # what calibrates is held out from training: one support alone would leave nothing to learn from
+    **dict.fromkeys(("k", "calibration.folds"), 2),
+    **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
+    **dict.fromkeys(("synthesis.variants", "data.pool"), 1),
+    **dict.fromkeys(("meta.images", "meta.shots", "meta.query"), 0),
+    **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
+    **{"meta.tasks": 1},
+    **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
+    **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
+    **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
+}
+SHARES = {  # (smallest, largest, what to give)
+    "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
+    "score.top": (0, 1, "a share from 0 to 1"),
+    "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
+    "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
+}
 
 # MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
 MEDICLIP = {
@@ -55,7 +88,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     """All fields with their defaults; `data` are the fields of the data set."""
     given = parse_arg(arg or "")
     c = ConfigDict()
-    c.k = given.get("k", 16)  # healthy support images
+    c.k = given.get("k", 16)  # healthy support images, at least 2: each is held out once
     c.seed = given.get("seed", 0)  # of the support draw and of all training randomness
     c.method = given.get("method", "ours")  # METHODS
     c.data = {
@@ -110,12 +143,12 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
     c.score = {
-        "top": 0.05,  # image score: mean of this share of the largest pixels; 0 = the maximum
+        "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
         "passes": 20,  # MC-dropout passes for the uncertainty
     }
     c.calibration = {
         "alpha": 0.1,  # false-alarm rate asked for
-        "folds": 4,  # supports are held out in this many parts (at most k)
+        "folds": 4,  # supports are held out in this many parts (2 to k)
         "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
     }
     c.log_every = 10  # steps
@@ -129,21 +162,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises ConfigError for values that cannot be used.
     """
     c = config.copy_and_resolve_references()
-    if c.method not in METHODS:
-        raise ConfigError(f"config.method is {c.method!r}: give one of {', '.join(METHODS)}")
     if c.method == "mediclip":
         c.update(MEDICLIP)
-    for name in ("k", "epochs", "log_every", "checkpoint_every"):
-        if c[name] < 1:
-            raise ConfigError(f"config.{name} is {c[name]}: give 1 or more")
-    for name in ("seed", "batch", "steps"):
-        if c[name] < 0:
-            raise ConfigError(f"config.{name} is {c[name]}: give 0 or more")
-    check_meta(c)
-    if not 0 <= c.model.dropout < 1:
-        raise ConfigError(f"config.model.dropout is {c.model.dropout}: give 0 to below 1")
-    if not 0 <= c.score.top <= 1:
-        raise ConfigError(f"config.score.top is {c.score.top}: give a share, 0 to 1")
+    check(c)
     c.batch = c.batch or min(8, c.k)
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     c.meta.query = c.meta.query or c.meta.shots
@@ -154,14 +175,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return c
 
 
-def check_meta(c: ConfigDict) -> None:
-    """Raise ConfigError for a learner or an episode that cannot be used."""
-    if c.learner not in LEARNERS:
-        raise ConfigError(f"config.learner is {c.learner!r}: give one of {', '.join(LEARNERS)}")
-    least = {"tasks": 1, "images": 0, "shots": 0, "query": 0, "inner_steps": 0, "adapt_steps": 0}
-    for name, low in least.items():
-        if c.meta[name] < low:
-            raise ConfigError(f"config.meta.{name} is {c.meta[name]}: give {low} or more")
+def check(c: ConfigDict) -> None:
+    """Raise ConfigError naming the first field whose value cannot be used."""
+    for name, value in flat(c):
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ConfigError(f"config.{name} is {value!r}: give one of {', '.join(CHOICES[name])}")
+        # written so that NaN is refused
+        if name in LEAST and not value >= LEAST[name]:
+            raise ConfigError(f"config.{name} is {value}: give {LEAST[name]} or more")
+        if name in SHARES and not SHARES[name][0] <= value <= SHARES[name][1]:
+            raise ConfigError(f"config.{name} is {value}: give {SHARES[name][2]}")
     if c.meta.shots == 1:
         raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
     if not c.meta.inner_rate > 0:
@@ -184,3 +207,12 @@ def cache_folder(named: str) -> Path:
         return Path(chosen).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "medclip_jax"
+
+
+def flat(fields: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field with its dotted name, in the order written."""
+    for name, value in fields.items(preserve_field_references=False):
+        if isinstance(value, ConfigDict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -60,7 +60,13 @@ def learned(theta, frozen, design, tokens: Features, groups) -> Detector:
 
     @jax.jit
     def passes(copy, batch, keys):
-        return jax.vmap(lambda key: model.forward(*copy, batch, design, key).logit)(keys)
+        # Each key is one thinned model, the same for every image: what an image's neighbours in
+        # the batch are must not change its uncertainty.
+        def one(key, image):
+            alone = jax.tree.map(lambda x: x[None], image)
+            return model.forward(*copy, alone, design, key).logit[0]
+
+        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, batch)
 
     held_out = np.zeros((len(tokens.pooled), design.grid**2), np.float32)
     for copy, group in zip(pick[1:] or pick, groups or [np.arange(len(held_out))], strict=True):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import track
 
@@ -28,6 +28,16 @@ class Scored(NamedTuple):
     calibration: dict[str, Any]
 
 
+class Limits(NamedTuple):
+    """What the held-out supports say: where healthy ends, and the unit to measure beyond it."""
+
+    healthy: Float[np.ndarray, " k"]  # image scores of the supports, each held out
+    image: calibrate.Threshold
+    image_width: float
+    pixel: calibrate.PixelThreshold
+    pixel_width: float
+
+
 def score_images(
     detector: Detector,
     bank: features.Bank,
@@ -41,24 +51,14 @@ def score_images(
 ) -> Scored:
     """Scores of the test set, calibrated on the held-out supports alone. Labels are not read.
 
-    top: share of the largest pixels whose mean is the image score (0: the maximum).
+    top: share of the largest patches whose mean is the image score (0: the map's maximum).
     alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
     """
     size = bank.clip.size
-    maps, image_scores = (
-        jax.jit(partial(score.to_pixels, size=size)),
-        jax.jit(partial(pixel_score, size=size, top=top)),
-    )
-    held_maps = np.asarray(maps(jnp.asarray(detector.held_out)))
-    healthy = (
-        np.asarray(image_scores(jnp.asarray(detector.held_out)))
-        if detector.held_out_image is None
-        else detector.held_out_image
-    )
-    limit = calibrate.threshold(healthy, alpha)
-    width = calibrate.spread(healthy)
-    pixel_limit = calibrate.pixel_threshold(held_maps, pixel_rate)
-    pixel_width = calibrate.spread(held_maps.ravel())
+    maps = jax.jit(partial(score.to_pixels, size=size))
+    image_scores = jax.jit(partial(from_patches, size=size, top=top))
+    found = limits(detector, maps, image_scores, alpha, pixel_rate)
+    keys = jax.random.split(jax.random.key(seed), passes)
 
     rows, doubt = [], []
     out = np.empty((len(test), size, size), np.float16)
@@ -68,37 +68,63 @@ def score_images(
         values = detector.patches(batch)
         raw = image_scores(values) if detector.image is None else detector.image(batch)
         rows.append(np.asarray(raw, np.float64))
-        heat = calibrate.to_unit(np.asarray(maps(values)), pixel_limit.value, pixel_width)
-        out[i * BATCH : i * BATCH + len(heat)] = heat
+        heat = calibrate.to_unit(np.asarray(maps(values)), found.pixel.value, found.pixel_width)
+        out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
         doubt.append(np.zeros(len(raw)))
-        if detector.passes is not None:
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), passes)
+        if detector.passes is not None and passes:
             each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
-            doubt[-1] = calibrate.to_unit(each, limit.value, width).std(0)
+            doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
     raw = np.concatenate(rows)
     predictions = Predictions(
         tuple(r.id for r in test),
         np.array([r.label for r in test]),
-        calibrate.to_unit(raw, limit.value, width),
-        calibrate.p_values(raw, healthy),
+        calibrate.to_unit(raw, found.image.value, found.image_width),
+        calibrate.p_values(raw, found.healthy),
         np.concatenate(doubt),
         out,
     )
     kept = {
-        "threshold_raw": limit.value,
-        "scale": width,
-        "pixel_threshold_raw": pixel_limit.value,
-        "pixel_scale": pixel_width,
-        "pixel_message": pixel_limit.message,
+        "threshold_raw": found.image.value,
+        "scale": found.image_width,
+        "pixel_threshold_raw": found.pixel.value,
+        "pixel_scale": found.pixel_width,
+        "pixel_message": found.pixel.message,
         "alpha": alpha,
-        "k": len(healthy),
+        "k": len(found.healthy),
     }
     return Scored(predictions, kept)
 
 
-def pixel_score(values, size: int, top: float):
-    """Image score [n] of patch values [n, p]: mean of the top share of the up-sampled map."""
-    return score.image_score(score.to_pixels(values, size).reshape(len(values), -1), top)
+def limits(detector: Detector, maps, image_scores, alpha: float, pixel_rate: float) -> Limits:
+    """Thresholds and widths from the supports; `maps` and `image_scores` read patch values."""
+    held_maps = np.asarray(maps(jnp.asarray(detector.held_out)))
+    healthy = detector.held_out_image
+    if healthy is None:
+        healthy = np.asarray(image_scores(jnp.asarray(detector.held_out)))
+    return Limits(
+        healthy,
+        calibrate.threshold(healthy, alpha),
+        calibrate.spread(healthy),
+        calibrate.pixel_threshold(held_maps, pixel_rate),
+        calibrate.spread(held_maps.ravel()),
+    )
+
+
+def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:
+    """Unit maps as float16; what is below 0.5 stays below, so every decision stays the same."""
+    below = np.nextafter(np.float16(0.5), np.float16(0))
+    small = heat.astype(np.float16)
+    return np.where((heat < 0.5) & (small >= 0.5), below, small)
+
+
+def from_patches(values, size: int, top: float):
+    """Image score [n] of patch values [n, p]: mean of the top share of the patches.
+
+    A share of 0 is the peers' score, the maximum of the up-sampled map.
+    """
+    if top > 0:
+        return score.image_score(values, top)
+    return score.to_pixels(values, size).max((1, 2))
 
 
 def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
@@ -128,8 +154,11 @@ def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s
 
 
 def truth(record: Record) -> Bool[np.ndarray, "h w"]:
-    """The lesion mask of one image in its own frame: the union of its mask files."""
-    shape = readers.read(record.masks[0]).pixels.shape[1:]
+    """The lesion mask of one image in its own frame: the union of its mask files.
+
+    Raises DataError for a mask of another size than its image.
+    """
+    shape = readers.read(record.path).pixels.shape[1:]
     return readers.read_mask(record.masks, shape)
 
 

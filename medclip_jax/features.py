@@ -5,11 +5,11 @@ On disk, one safetensors file per source image, named by the content of everythi
   <cache>/bank/<recipe>/<image sha256>.safetensors              the image as it is
   <cache>/bank/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
 
-`recipe` is the digest of checkpoint, levels, frame and number format; `synthesis` of preset, seed,
-number of variants and partners. So the bank serves every K, seed and method, and whatever changes
-tokens changes a name. A file appears whole (written beside, then renamed); one that is damaged is
-made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also `mask` [v, bytes]
-(packed bits) and `kind` [v].
+`recipe` is the digest of checkpoint, levels, frame, pixel mean and number format; `synthesis` of
+preset, seed, number of variants and partners. So the bank serves every K, seed and method, and
+whatever changes tokens changes a name. A file appears whole (written beside, then renamed); one
+that is damaged is made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also
+`mask` [v, bytes] (packed bits) and `kind` [v].
 """
 
 import hashlib
@@ -44,6 +44,7 @@ class Bank(NamedTuple):
     fit: str  # "stretch" or "pad"
     dtype: str  # of the tokens on disk
     mesh: Any
+    vision: Any  # the tower's parameters, on every device
 
 
 class Synthesis(NamedTuple):
@@ -60,10 +61,12 @@ def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh) -> Bank
     if fit not in ("stretch", "pad"):
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"bank.dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
+        raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
     tower = model.vision_tower
-    recipe = digest(1, model.digest, tower.levels, tower.dtype, model.size, fit, dtype)
-    return Bank(cache / "bank" / recipe, model, fit, dtype, mesh)
+    pixels = model.size, model.mean, model.std, fit
+    recipe = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype)
+    vision = sharding.replicate(model.vision, mesh)
+    return Bank(cache / "bank" / recipe, model, fit, dtype, mesh, vision)
 
 
 def digest(*parts: Any) -> str:
@@ -76,10 +79,10 @@ def digest(*parts: Any) -> str:
 
 def encode_images(bank: Bank, records: Sequence[Record]) -> int:
     """Fill the bank with the given images; returns how many had to be encoded."""
-    missing = unique(r for r in records if read(image_path(bank, r)) is None)
+    missing = unique(r for r in records if not whole(image_path(bank, r)))
     images = readers.read_all(missing, bank.clip.size, bank.fit)
-    shown = _progress(batches(images, batch_size(bank)), "encode images", len(missing), bank)
-    for group in shown:
+    groups = batches(images, batch_size(bank))
+    for group in progress(groups, "encode images", -(-len(missing) // batch_size(bank))):
         features = encode(bank, np.stack([pixels for _, pixels in group]))
         for i, (record, _) in enumerate(group):
             write(image_path(bank, record), bank, features, slice(i, i + 1))
@@ -102,16 +105,16 @@ def image_path(bank: Bank, record: Record) -> Path:
 
 def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> int:
     """Fill the bank with variants of each support; returns how many had to be encoded."""
-    todo = unique(s for s in supports if read(variant_path(bank, s, supports, recipe)) is None)
+    todo = unique(s for s in supports if not whole(variant_path(bank, s, supports, recipe)))
     if not todo or not recipe.variants:
         return 0
     pixels = {r.id: x for r, x in readers.read_all(supports, bank.clip.size, bank.fit)}
-    for support in _progress([[s] for s in todo], "make variants", len(todo), bank):
-        image, partners = pixels[support[0].id], np.stack([pixels[s.id] for s in supports])
-        images, masks, kinds = variants(support[0], image, partners, recipe)
+    partners = np.stack([pixels[s.id] for s in supports])
+    for support in progress(todo, "make variants", len(todo)):
+        images, masks, kinds = variants(support, pixels[support.id], partners, recipe)
         features = encode(bank, images)
         extra = {"mask": np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1), "kind": kinds}
-        write(variant_path(bank, support[0], supports, recipe), bank, features, slice(None), extra)
+        write(variant_path(bank, support, supports, recipe), bank, features, slice(None), extra)
     return len(todo) * recipe.variants
 
 
@@ -138,7 +141,9 @@ def variants(
 
 def variant_path(bank: Bank, record: Record, supports: Sequence[Record], recipe: Synthesis) -> Path:
     partners = [s.sha256 for s in supports] if recipe.partner == "support" else []
-    return bank.folder / f"{record.sha256}-{digest(1, recipe, partners)}.safetensors"
+    return (
+        bank.folder / f"{record.sha256}-{digest(synthesis.VERSION, recipe, partners)}.safetensors"
+    )
 
 
 class Pool(NamedTuple):
@@ -193,12 +198,13 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
         ]
         return np.stack(picked)
 
-    empty = np.zeros(pool.size * pool.size // 8, np.uint8)
+    bits = pool.size * pool.size
+    empty = np.zeros(-(-bits // 8), np.uint8)
     packed = [
         empty if v < 0 else pool.anomalous[s]("mask")[int(v)]
         for s, v in zip(support, variant, strict=True)
     ]
-    mask = np.unpackbits(np.stack(packed), axis=1).reshape(-1, pool.size, pool.size)
+    mask = np.unpackbits(np.stack(packed), axis=1, count=bits).reshape(-1, pool.size, pool.size)
     return Batch(
         Features(rows("pooled"), tuple(rows(f"level{i}") for i in range(pool.levels))),
         mask.astype(np.float32),
@@ -213,14 +219,13 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
 def encode(bank: Bank, images: Float[np.ndarray, "n s s"]) -> Features:
     """Features of any number of images, on the host; rows spread over the devices."""
     model, size = bank.clip, batch_size(bank)
-    vision = sharding.replicate(model.vision, bank.mesh)
     parts = []
     for start in range(0, len(images), size):
         group = images[start : start + size]
         full = np.resize(group, (size, *group.shape[1:]))  # one shape, one compilation
         placed, _ = sharding.put(full, bank.mesh)
         features = clip.encode_images(
-            vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
+            bank.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
         )
         held = jax.device_get(features)
         real = len(group)
@@ -232,17 +237,17 @@ def batch_size(bank: Bank) -> int:
     return ENCODE_BATCH * bank.mesh.size
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """Names in a bank file, None if there is none or it is damaged (then it is removed)."""
+def whole(path: Path) -> bool:
+    """Whether there is an undamaged bank file; a damaged one is removed."""
     if not path.is_file():
-        return None
+        return False
     try:
-        with safe_open(path, framework="np") as held:
-            return dict.fromkeys(held.keys())
+        with safe_open(path, framework="np"):
+            return True
     except SafetensorError:
         logging.warning("%s is damaged and will be made again", path.name)
         path.unlink(missing_ok=True)
-        return None
+        return False
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -284,9 +289,6 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield group
 
 
-def _progress(groups, what: str, total: int, bank: Bank):
+def progress(items: Iterable, what: str, steps: int) -> Iterable:
     """Show progress on the terminal; nothing where there is nothing to do."""
-    if not total:
-        return iter(groups)
-    steps = -(-total // batch_size(bank)) if what == "encode images" else total
-    return track(groups, f"{what} ({total})", steps, console=Console(stderr=True))
+    return track(items, what, steps, console=Console(stderr=True)) if steps else items

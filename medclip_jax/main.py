@@ -14,39 +14,39 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from medclip_jax import config
 from medclip_jax.errors import ConfigError, UserError, WorkdirError
 from medclip_jax.preemption import EXIT_CODE, Preempted
 
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)  # of the disk
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file with its arguments, FILE[:k=16,seed=0].", lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives everything the run leaves.")
-MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ["train", "evaluate", "report"],
-    "train: train or resume, score, report; evaluate: score a trained workdir again; "
-    "report: rebuild figures and report.html from the workdir's files.",
-)
+MODES = {
+    "train": "train or resume, score, report",
+    "evaluate": "score a trained workdir again",
+    "report": "rebuild figures and report.html from the workdir's files",
+}
 
 
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if {"-h", "-help", "--help"} & set(argv[1:]):
+        print(usage())
+        return 0
+    workdir = None
     try:
-        parse(argv)
-        run(MODE.value, Path(WORKDIR.value).expanduser())
+        given = parse(argv)
+        workdir = Path(given.workdir).expanduser()
+        run(given.mode, given.config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        where = error.filename or WORKDIR.value
+        where = error.filename or workdir
         print(f"error: {where}: {error.strerror}; free space or mend it", file=sys.stderr)
         return 2
     except Preempted as stopped:
@@ -58,20 +58,47 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> None:
-    """Read the flags. Raises ConfigError with one sentence for anything wrong in them."""
+def usage() -> str:
+    """What --help prints: the modes and every field with its default."""
+    modes = "\n".join(f"  {mode:9} {what}" for mode, what in MODES.items())
+    fields = "\n".join(f"  --config.{name}={value}" for name, value in config.flat(config.base()))
+    return f"{__doc__}\nModes:\n{modes}\n\nFields (medclip_jax/config.py explains them):\n{fields}"
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Read the flags: config, workdir and mode. Raises ConfigError for anything wrong in them."""
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, FILE[:k=16,...].", flag_values=given, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=given)
+    flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=given)
     try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
-        if CONFIG.value is None or WORKDIR.value is None:
-            raise ConfigError("--config and --workdir are needed: see --help")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sentence = " ".join(str(error).split())
-        raise ConfigError(f"{sentence} (see --help and medclip_jax/config.py)") from error
+        rest = given(argv)
+    except (
+        *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
+        *(OSError, ImportError, SyntaxError),  # of the config file
+    ) as error:
+        raise ConfigError(f"{plain(error)} (see --help)") from error
+    if len(rest) > 1:
+        raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
+    if given.config is None or not given.workdir:
+        raise ConfigError("--config and --workdir are needed: see --help")
+    if not isinstance(given.config, ConfigDict):  # ml_collections keeps quiet until it is used
+        name = given["config"].config_filename
+        raise ConfigError(f"config file {name} cannot be read: give one that exists")
+    return given
 
 
-def run(mode: str, workdir: Path) -> None:
+def plain(error: Exception) -> str:
+    """The message of an error on one line."""
+    said = str(error)
+    if said.startswith("'"):  # a KeyError prints the repr of its message
+        said = said.strip("'").replace("\\n", " ").replace("\\'", "")
+    return " ".join(said.split())
+
+
+def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
     """One call per mode. Imports are here so that --help is quick."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +114,7 @@ def run(mode: str, workdir: Path) -> None:
         from medclip_jax import train
 
         devices()
-        result = train.run(CONFIG.value, workdir, train=mode == "train")
+        result = train.run(fields, workdir, train=mode == "train")
         logging.info("%s", summary(result))
     page = report.write(workdir)
     logging.info("report: %s", page)

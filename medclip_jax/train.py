@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from medclip_jax import (
+    __version__,
     checkpoints,
     clip,
     detector,
@@ -37,7 +38,7 @@ from medclip_jax.data import datasets, episodes
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.structs import Record, Split, TrainState
 
-VERSIONS = ("medclip-jax", "jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
+VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
 def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         "backbone": f"{c.clip.checkpoint} ({tower.digest})",
         **result,
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS},
     }
     files.write_json(workdir / "metrics.json", result)
     return result
@@ -134,7 +135,8 @@ def fit(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer)
     frozen = sharding.replicate(frozen, mesh)
     read = reader(c, pools, groups)
-    with writer.Writer(workdir, resume_step=first) as log, manager, preemption.notice() as asked:
+    closing = checkpoints.finishing(manager)
+    with writer.Writer(workdir, resume_step=first) as log, closing, preemption.notice() as asked:
         waiting = None
         for i in track(range(first, c.steps), "train", console=Console(stderr=True)):
             batch, valid = sharding.put(read(i), mesh)
@@ -146,6 +148,10 @@ def fit(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
             waiting = (i + 1, parts) if due else None
             stop = asked.is_set()
             if stop or (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps:
+                if waiting is not None:  # logged before it is saved: a resume does not repeat it
+                    report(log, *waiting)
+                    waiting = None
+                finite(i + 1, jax.device_get(parts))
                 checkpoints.save(manager, state)
             if stop:
                 break
@@ -168,7 +174,8 @@ def start(c, tower, design, optimizer, copies: int) -> TrainState:
     key = jax.random.key(c.seed)
 
     def init(_):
-        theta = model.init(key, tower, design, c.prompts.context, c.prompts.shared)
+        like = dict(context=c.prompts.context, shared=c.prompts.shared)
+        theta = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
         return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta
 
@@ -200,6 +207,11 @@ def report(log: writer.Writer, step: int, parts: dict) -> None:
     """Log the parts of a step; a value that is not finite ends the run."""
     values = jax.device_get(parts)
     log.scalars(step, values)
+    finite(step, values)
+
+
+def finite(step: int, values: dict) -> None:
+    """Raise FloatingPointError naming the step and the parts that are not finite."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite")

@@ -130,10 +130,15 @@ def _config(folder: Path) -> dict[str, Any]:
 def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Pixel mean and sd of the checkpoint, OpenAI's where it does not say."""
     path = folder / "preprocessor_config.json"
-    said = json.loads(path.read_text()) if path.is_file() else {}
-    mean = said.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
-    std = said.get("image_std", (0.26862954, 0.26130258, 0.27577711))
-    return tuple(mean), tuple(std)
+    try:
+        said = json.loads(path.read_text()) if path.is_file() else {}
+        mean = tuple(map(float, said.get("image_mean", (0.48145466, 0.4578275, 0.40821073))))
+        std = tuple(map(float, said.get("image_std", (0.26862954, 0.26130258, 0.27577711))))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise CheckpointError(f"{path}: image_mean and image_std must be three numbers each")
+    return mean, std
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:

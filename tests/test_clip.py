@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from transformers import CLIPConfig
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
@@ -15,22 +16,35 @@ from medclip_jax import clip, weights
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.structs import Prompts
 
-from .conftest import reference_files
+from .conftest import reference_params
 
-PARITY = reference_files("mediclip_parity_*/parity*.npz")
+PARITY = reference_params("mediclip_parity_*/parity112.npz", "mediclip_parity_*/parity224.npz")
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def with_tokenizer(folder: Path, target: Path) -> Path:
-    """A copy of a checkpoint folder that has (the embedded) tokenizer files too."""
-    shutil.copytree(folder, target)
-    for name in TOKENIZER:
-        shutil.copyfile(weights.EMBEDDED / name, target / name)
+    """A copy of a checkpoint folder in one file of weights, with (the embedded) tokenizer too."""
+    target.mkdir()
+    tensors = {}
+    for part in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(part)
+    save_file(tensors, target / "model.safetensors")
+    shutil.copyfile(folder / "config.json", target / "config.json")
+    copy_tokenizer(target)
     return target
 
 
-def tiny_checkpoint(target: Path, activation: str = "gelu") -> tuple[Path, FlaxCLIPModel]:
-    """A random CLIP of transformers' own making, saved as Flax msgpack, with a tokenizer."""
+def copy_tokenizer(target: Path) -> None:
+    for name in TOKENIZER:
+        shutil.copyfile(weights.EMBEDDED / name, target / name)
+
+
+def tiny_model(activation: str) -> tuple[FlaxCLIPModel, dict]:
+    """A small CLIP of transformers' own making and random parameters for it.
+
+    They are drawn here, biases too: transformers starts those at 0, which would hide a bias in the
+    wrong place. Nor is its own init compiled, which is slow.
+    """
     tower = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, hidden_act=activation)
     config = CLIPConfig(
         projection_dim=16,
@@ -39,22 +53,25 @@ def tiny_checkpoint(target: Path, activation: str = "gelu") -> tuple[Path, FlaxC
             num_hidden_layers=2, vocab_size=921, bos_token_id=919, eos_token_id=920, **tower
         ),
     )
-    model = FlaxCLIPModel(config, seed=1, input_shape=((1, 77), (1, 32, 32, 3)))
-    # transformers starts biases at 0; random ones would show a bias in the wrong place
-    noisy = jax.tree.map(
-        lambda x: x + 0.05 * np.random.default_rng(x.size).normal(size=x.shape).astype(x.dtype),
-        model.params,
-    )
-    model.params = noisy
-    model.save_pretrained(target)
-    for name in TOKENIZER:
-        shutil.copyfile(weights.EMBEDDED / name, target / name)
-    return target, model
+    shape = (1, 77), (1, 32, 32, 3)
+    model = FlaxCLIPModel(config, input_shape=shape, _do_init=False)
+    shapes = jax.eval_shape(lambda key: model.init_weights(key, shape), jax.random.PRNGKey(0))
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        spread = 0.05 if name in ("bias", "scale") else 0.2
+        return (name == "scale") + spread * rng.normal(size=leaf.shape).astype(np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, dict(shapes))
 
 
-@cache
-def parity(path: Path):
-    return dict(np.load(path))
+def tiny_checkpoint(target: Path, activation: str = "gelu") -> tuple[Path, FlaxCLIPModel, dict]:
+    """`tiny_model` saved as Flax msgpack, with a tokenizer."""
+    model, params = tiny_model(activation)
+    model.save_pretrained(target, params=params)
+    copy_tokenizer(target)
+    return target, model, params
 
 
 def plain_prompts(ids: np.ndarray) -> Prompts:
@@ -68,106 +85,119 @@ def plain_prompts(ids: np.ndarray) -> Prompts:
     )
 
 
-@pytest.mark.parametrize("path", PARITY, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_towers_equal_the_peer_fixtures(path, tmp_path):
-    ref = parity(path)
-    folder = path.parent / f"clip{path.stem.removeprefix('parity')}"
-    model = clip.load(
-        str(with_tokenizer(folder, tmp_path / "c")), levels=tuple(ref["out_layers"].tolist())
-    )
+def text_of(model: clip.Clip, prompts: Prompts, context=None):
+    """Text features, compiled as a whole."""
+    if context is None:
+        context = jnp.zeros((len(prompts.ids), 0, model.text_width))
+    run = jax.jit(lambda text, c: clip.encode_text(text, c, prompts, model.text_tower))
+    return run(model.text, context)
+
+
+patch_features = jax.jit(clip.patch_features, static_argnames="tower")
+
+
+@pytest.mark.parametrize("path", PARITY)
+def test_towers_equal_the_peer_fixtures(path, peer):
+    ref, model = peer(path)
     pixels = jnp.asarray(ref["pixel_values"].transpose(0, 2, 3, 1))
-    features = clip.patch_features(model.vision, pixels, model.vision_tower)
+    features = patch_features(model.vision, pixels, tower=model.vision_tower)
     np.testing.assert_allclose(features.pooled, ref["image_embeds"], atol=1e-5)
     for level, tokens in zip(ref["out_layers"], features.levels, strict=True):
         np.testing.assert_allclose(tokens, ref[f"tokens_l{level}"][:, 1:], atol=5e-5)
-    for side in ("normal", "abnormal"):
-        ids = ref[f"ids_{side}"]
-        empty = jnp.zeros((len(ids), 0, model.text_width))
-        got = clip.encode_text(model.text, empty, plain_prompts(ids), model.text_tower)
-        np.testing.assert_allclose(got, ref[f"text_embeds_ids_{side}"], atol=2e-5)
+    sides = "ids_normal", "ids_abnormal"
+    got = text_of(model, plain_prompts(np.concatenate([ref[s] for s in sides])))
+    wanted = np.concatenate([ref[f"text_embeds_{s}"] for s in sides])
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+IDS = np.full((2, 77), 920)
+IDS[0, :6] = [919, 5, 6, 7, 8, 920]
+IDS[1, :4] = [919, 300, 2, 920]
+PIXELS = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny_outputs(tmp_path_factory):
+    """Activation -> what we and what transformers make of the same checkpoint."""
+
+    @cache
+    def run(activation):
+        folder, theirs, params = tiny_checkpoint(
+            tmp_path_factory.mktemp(activation) / "tiny", activation
+        )
+
+        @jax.jit
+        def reference(params):
+            whole = theirs(IDS, PIXELS, params=params, output_hidden_states=True)
+            hidden = whole.vision_model_output.hidden_states
+            return (
+                theirs.get_image_features(PIXELS, params=params),
+                [hidden[level][:, 1:] for level in (1, 4)],
+                theirs.get_text_features(IDS, params=params),
+            )
+
+        ours = clip.load(str(folder), levels=(1, 4))
+        pixels = jnp.asarray(PIXELS.transpose(0, 2, 3, 1))
+        features = patch_features(ours.vision, pixels, tower=ours.vision_tower)
+        text = text_of(ours, plain_prompts(IDS))
+        return (features.pooled, list(features.levels), text), reference(params)
+
+    return run
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_tiny_checkpoint_equals_transformers(activation, tmp_path):
-    folder, flax_model = tiny_checkpoint(tmp_path / "tiny", activation)
-    ours = clip.load(str(folder), levels=(1, 4))
-    rng = np.random.default_rng(0)
-    pixels = rng.normal(size=(3, 3, 32, 32)).astype(np.float32)
-    features = clip.patch_features(
-        ours.vision, jnp.asarray(pixels.transpose(0, 2, 3, 1)), ours.vision_tower
-    )
-    np.testing.assert_allclose(
-        features.pooled, flax_model.get_image_features(pixels), atol=1e-5, rtol=1e-5
-    )
-    hidden = flax_model(
-        input_ids=np.full((3, 77), 920), pixel_values=pixels, output_hidden_states=True
-    ).vision_model_output.hidden_states
-    for level, tokens in zip((1, 4), features.levels, strict=True):
-        np.testing.assert_allclose(tokens, hidden[level][:, 1:], atol=1e-5, rtol=1e-5)
-
-    ids = np.full((2, 77), 920)
-    ids[0, :6] = [919, 5, 6, 7, 8, 920]
-    ids[1, :4] = [919, 300, 2, 920]
-    prompts = plain_prompts(ids)
-    empty = jnp.zeros((2, 0, 32))
-    got = clip.encode_text(ours.text, empty, prompts, ours.text_tower)
-    np.testing.assert_allclose(got, flax_model.get_text_features(ids), atol=1e-5, rtol=1e-5)
+def test_tiny_checkpoint_equals_transformers(activation, tiny_outputs):
+    ours, theirs = tiny_outputs(activation)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), ours, theirs)
 
 
-def test_activation_follows_the_config(tmp_path):
-    pixels = jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 32, 3)), jnp.float32)
-    out = {}
-    for name in ("gelu", "quick_gelu"):
-        model = clip.load(str(tiny_checkpoint(tmp_path / name, name)[0]))
-        out[name] = clip.patch_features(model.vision, pixels, model.vision_tower).pooled
-    assert float(jnp.abs(out["gelu"] - out["quick_gelu"]).max()) > 1e-4
+def test_activation_follows_the_config(tiny_outputs):
+    """The two have the same weights."""
+    (gelu, *_), _ = tiny_outputs("gelu")
+    (quick, *_), _ = tiny_outputs("quick_gelu")
+    assert float(jnp.abs(gelu - quick).max()) > 1e-3
 
 
-def test_truncated_text_equals_all_positions():
+def test_truncated_text_equals_all_positions(tiny):
     """Causal: nothing after the last end of text can change it."""
-    model = clip.load("compact")
     ids = np.full((2, 77), 920)
     ids[:, :5] = [919, 9, 9, 9, 920]
     prompts = plain_prompts(ids)
     late = prompts._replace(eos=np.array([4, 76]))  # the second row forces all 77 positions
-    empty = jnp.zeros((2, 0, model.text_width))
-    short = clip.encode_text(model.text, empty, prompts, model.text_tower)
-    long = clip.encode_text(model.text, empty, late, model.text_tower)
+    short, long = text_of(tiny, prompts), text_of(tiny, late)
     np.testing.assert_allclose(short[0], long[0], atol=5e-6)
     assert float(jnp.abs(short[1] - long[1]).max()) > 1e-3
 
 
-def test_context_fills_its_slots():
+def test_context_fills_its_slots(tiny):
     """Context equal to a word's embedding is that word."""
-    model = clip.load("compact")
     ids = np.full((1, 77), 920)
     ids[0, :5] = [919, 11, 12, 13, 920]
-    plain = clip.encode_text(
-        model.text, jnp.zeros((1, 0, model.text_width)), plain_prompts(ids), model.text_tower
-    )
-    hidden = ids.copy()
+    hidden, slots = ids.copy(), np.full_like(ids, -1)
     hidden[0, [1, 3]] = 0
-    slots = np.full_like(ids, -1)
     slots[0, 1], slots[0, 3] = 1, 0
-    context = jnp.asarray(model.text["token"])[jnp.array([[13, 11]])]
-    filled = clip.encode_text(
-        model.text, context, plain_prompts(ids)._replace(ids=hidden, slots=slots), model.text_tower
-    )
-    np.testing.assert_allclose(filled, plain, atol=1e-6)
+    context = jnp.asarray(tiny.text["token"])[jnp.array([[13, 11]])]
+    filled = text_of(tiny, plain_prompts(ids)._replace(ids=hidden, slots=slots), context)
+    np.testing.assert_allclose(filled, text_of(tiny, plain_prompts(ids)), atol=1e-6)
 
 
-def test_bfloat16_tower_stays_near_float32():
-    exact, low = clip.load("compact"), clip.load("compact", dtype="bfloat16")
-    grey = jnp.asarray(np.random.default_rng(0).random((2, 224, 224)), jnp.float32)
-    a = clip.encode_images(
-        exact.vision, grey, tower=exact.vision_tower, mean=exact.mean, std=exact.std
+def test_bfloat16_tower_stays_near_float32(compact):
+    grey = jnp.asarray(np.random.default_rng(0).random((1, 224, 224)), jnp.float32)
+    exact, low = (
+        clip.encode_images(
+            compact.vision,
+            grey,
+            tower=compact.vision_tower._replace(dtype=dtype),
+            mean=compact.mean,
+            std=compact.std,
+        )
+        for dtype in ("float32", "bfloat16")
     )
-    b = clip.encode_images(low.vision, grey, tower=low.vision_tower, mean=low.mean, std=low.std)
-    cosine = (a.levels[-1] * b.levels[-1]).sum(-1) / (
-        jnp.linalg.norm(a.levels[-1], axis=-1) * jnp.linalg.norm(b.levels[-1], axis=-1)
-    )
+    a, b = exact.levels[-1], low.levels[-1]
+    cosine = (a * b).sum(-1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
     assert float(cosine.min()) > 0.99
-    assert b.levels[-1].dtype == jnp.float32
+    assert b.dtype == jnp.float32
+    assert clip.load("compact", dtype="bfloat16").vision_tower.dtype == "bfloat16"
 
 
 # --- bad checkpoints ----------------------------------------------------------------------------
@@ -215,8 +245,6 @@ def test_truncated_weights(copy, keep):
 
 
 def test_missing_tensor_is_never_random(copy):
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(copy / "model.safetensors")
     del tensors["vision_model.post_layernorm.bias"]
     save_file(tensors, copy / "model.safetensors")
@@ -234,7 +262,7 @@ def test_damaged_config(copy):
 
 
 def test_damaged_msgpack(tmp_path):
-    folder, _ = tiny_checkpoint(tmp_path / "tiny")
+    folder, *_ = tiny_checkpoint(tmp_path / "tiny")
     path = folder / "flax_model.msgpack"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged or not Flax msgpack"):
@@ -244,3 +272,10 @@ def test_damaged_msgpack(tmp_path):
 def test_impossible_levels():
     with pytest.raises(ConfigError, match="between 1 and 8"):
         clip.load("compact", levels=(3, 99))
+
+
+@pytest.mark.parametrize("content", ["{", '{"image_mean": 3}', '{"image_std": [1, 1]}', "[]"])
+def test_damaged_preprocessing(copy, content):
+    (copy / "preprocessor_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="preprocessor_config.json: "):
+        clip.load(str(copy))

@@ -1,4 +1,4 @@
-"""maml: closed form, torchmeta, learn2learn's properties, PyTorch's values, devices, memory."""
+"""maml: closed form, torchmeta, learn2learn's properties, devices, memory."""
 
 import functools
 
@@ -12,27 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from medclip_jax.maml import Inner, adapt, meta_loss, meta_sgd, meta_step
 from medclip_jax.structs import TrainState
 
-from .conftest import reference_files
-
-FILES = reference_files("maml_*.npz")
-NAMES = {"mlp": ("W1", "b1", "W2", "b2"), "logistic": ("w", "b")}
-
-
-def mlp(theta, batch):
-    x, y = batch
-    hidden = jnp.tanh(x @ theta["W1"] + theta["b1"][None])
-    loss = jnp.mean((hidden @ theta["W2"] + theta["b2"][None] - y) ** 2)
-    return loss, {"mse": loss}
-
-
-def logistic(theta, batch):
-    x, y = batch
-    z = x @ theta["w"] + theta["b"]
-    loss = jnp.mean(jax.nn.softplus(z) - y * z)
-    return loss, {"ce": loss}
-
-
-LOSSES = {"mlp": mlp, "logistic": logistic}
+from .test_maml_reference import mlp
 
 
 def quadratic(theta, centre):
@@ -46,39 +26,8 @@ def linear(theta, x):
     return y**2 / 2, {"output": y}
 
 
-def close(actual, wanted, rel):
-    """max|a - b| <= rel * max|b|, the README's measure."""
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    assert actual.shape == wanted.shape
-    assert np.abs(actual - wanted).max() <= rel * np.abs(wanted).max()
-
-
 def gradient(theta, episodes, **kwargs):
     return jax.jit(jax.grad(lambda t: meta_loss(t, episodes, **kwargs)[0]))(theta)
-
-
-@functools.cache
-def arrays(path):
-    with np.load(path) as file:
-        return dict(file)
-
-
-def reference(path, model):
-    """theta, (support, query), the inner rate and all arrays of one file."""
-    data = arrays(path)
-    theta = {n: jnp.asarray(data[f"{model}_{n}"]) for n in NAMES[model]}
-    batch = {
-        k: tuple(jnp.asarray(data[f"{model}_{k}_{v}"]) for v in "xy") for k in ("support", "query")
-    }
-    return theta, (batch["support"], batch["query"]), float(data[f"{model}_inner_lr"]), data
-
-
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-each_model = pytest.mark.parametrize("model", LOSSES)
-
-
-def test_reference_is_there():
-    assert FILES, "no maml_*.npz found: set MEDCLIP_REFERENCE"
 
 
 # Closed forms
@@ -166,76 +115,6 @@ def test_torchmeta_three_steps():
 
     value, grad = jax.value_and_grad(output)(w)
     assert value == -115499 and grad.tolist() == [-5020, -10043, -15066]
-
-
-# PyTorch's values. One compilation serves all files.
-
-
-@functools.cache
-def everything(model, steps):
-    """All that the reference holds for one model and number of steps, in one jitted function."""
-    loss = LOSSES[model]
-
-    def task(theta, support, query, rate):
-        adapted, losses = adapt(theta, support, loss=loss, inner=Inner(rate, steps))
-        losses = jnp.append(losses, loss(adapted, support)[0])
-        return {"adapted": adapted, "support_loss": losses, "query_loss": loss(adapted, query)[0]}
-
-    def run(theta, episodes, rate):
-        outer = jax.value_and_grad(meta_loss, has_aux=True)
-        inner = Inner(rate, steps)
-        (value, parts), exact = outer(theta, episodes, loss=loss, inner=inner)
-        _, first = outer(theta, episodes, loss=loss, inner=inner._replace(order="first"))
-        tasks = jax.vmap(task, in_axes=(None, 0, 0, None))(theta, *episodes, rate)
-        return tasks | {"meta_loss": value, "metagrad": exact, "fomaml": first}, parts
-
-    return jax.jit(run)
-
-
-@functools.cache
-def outer_step(model, order):
-    optimizer = optax.adam(1e-2)
-
-    def step(state, episodes, rate):
-        inner = Inner(rate, 3, order)
-        return meta_step(state, episodes, loss=LOSSES[model], optimizer=optimizer, inner=inner)
-
-    return optimizer, jax.jit(step, donate_argnums=0)
-
-
-@each_file
-@each_model
-@pytest.mark.parametrize("steps", [1, 3, 5])
-def test_reference(path, model, steps):
-    theta, episodes, rate, data = reference(path, model)
-    got, parts = everything(model, steps)(theta, episodes, rate)
-    at = f"{model}_K{steps}_"
-    for name in ("support_loss", "query_loss", "meta_loss"):
-        close(got[name], data[at + name], 1e-6)
-    assert list(parts.values()) == [got["meta_loss"]]
-    for kind, rel in (("adapted", 1e-6), ("metagrad", 1e-5), ("fomaml", 1e-5)):
-        for name in theta:
-            close(got[kind][name], data[f"{at}{kind}_{name}"], rel)
-
-
-@each_file
-@each_model
-@pytest.mark.parametrize("order, name", [("exact", "maml"), ("first", "fomaml")])
-def test_reference_trajectory(path, model, order, name):
-    theta, episodes, rate, data = reference(path, model)
-    optimizer, step = outer_step(model, order)
-    theta = jax.tree.map(jnp.copy, theta)  # donated below
-    state = TrainState(jnp.zeros((), jnp.int32), theta, optimizer.init(theta), jax.random.key(0))
-    losses = []
-    for _ in range(20):
-        state, parts = step(state, episodes, rate)
-        losses.append(parts["meta_loss"])
-    losses.append(everything(model, 3)(state.theta, episodes, rate)[0]["meta_loss"])
-    assert state.step == 20
-    np.testing.assert_allclose(losses, data[f"{model}_traj_{name}_losses"], rtol=0, atol=2e-5)
-    for key, value in state.theta.items():
-        wanted = data[f"{model}_traj_{name}_final_{key}"]
-        np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-5)
 
 
 # Properties (after learn2learn's tests) and switches

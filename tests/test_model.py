@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import clip, losses, model, score
+from medclip_jax import losses, model, score
 from medclip_jax import prompts as prompting
 from medclip_jax.structs import Batch, Features, Prompts
 
-from .test_clip import PARITY, parity, with_tokenizer
+from .test_clip import PARITY, patch_features
 
 LOSS = dict(focal=1.0, dice=1.0, align=0.0, prompt=0.0)
 
@@ -35,13 +35,9 @@ def peer_prompts(ref, position: str = "end") -> Prompts:
     return Prompts(rows, slots, rows.argmax(-1), label, ("",) * len(rows))
 
 
-def setting(path, tmp_path, position="end", causal=False):
+def setting(path, peer, position="end", causal=False):
     """Design, theta, frozen and batch that restate one fixture."""
-    ref = parity(path)
-    folder = path.parent / f"clip{path.stem.removeprefix('parity')}"
-    tower = clip.load(
-        str(with_tokenizer(folder, tmp_path / "c")), levels=tuple(ref["out_layers"].tolist())
-    )
+    ref, tower = peer(path)
     design = model.Design(
         peer_prompts(ref, position),
         tower.text_tower,
@@ -65,7 +61,7 @@ def setting(path, tmp_path, position="end", causal=False):
         "offset": jnp.asarray(0.5),
     }
     pixels = jnp.asarray(ref["pixel_values"].transpose(0, 2, 3, 1))
-    features = clip.patch_features(tower.vision, pixels, tower.vision_tower)
+    features = patch_features(tower.vision, pixels, tower=tower.vision_tower)
     n = len(pixels)
     batch = Batch(
         features,
@@ -77,22 +73,34 @@ def setting(path, tmp_path, position="end", causal=False):
     return ref, design, theta, frozen, batch
 
 
-@pytest.mark.parametrize("path", PARITY, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_mediclip_map_loss_and_gradients(path, tmp_path):
-    ref, design, theta, frozen, batch = setting(path, tmp_path)
-    text = model.text_features(theta, frozen, design)
-    pair = score.unit(score.class_features(text, design.prompts.label))
-    np.testing.assert_allclose(pair.T, ref["text_features"], atol=5e-6)
+def peer_forward(design):
+    """Unit class features, probability map, and per level unit tokens and similarities."""
 
-    out = model.forward(theta, text, batch.features, design)
-    for i, level in enumerate(ref["out_layers"]):
-        peer = ref[f"vision_features_l{level}"]
-        ours = score.unit(out.levels[i]).reshape(peer.shape)
-        np.testing.assert_allclose(ours, peer, atol=5e-6)
-        both = score.cosine(out.levels[i], pair).transpose(0, 2, 1)
-        peer = ref[f"similarity_l{level}"]
-        np.testing.assert_allclose(both.reshape(peer.shape), peer, atol=5e-6)
-    probability = jax.nn.sigmoid(score.to_pixels(out.logit, design.size))
+    @jax.jit
+    def run(theta, frozen, features):
+        text = model.text_features(theta, frozen, design)
+        pair = score.unit(score.class_features(text, design.prompts.label))
+        out = model.forward(theta, text, features, design)
+        levels = [(score.unit(v), score.cosine(v, pair).transpose(0, 2, 1)) for v in out.levels]
+        return pair, jax.nn.sigmoid(score.to_pixels(out.logit, design.size)), levels
+
+    return run
+
+
+def class_pair(theta, frozen, design):
+    text = jax.jit(lambda t, f: model.text_features(t, f, design))(theta, frozen)
+    return score.unit(score.class_features(text, design.prompts.label))
+
+
+@pytest.mark.parametrize("path", PARITY)
+def test_mediclip_map_loss_and_gradients(path, peer):
+    ref, design, theta, frozen, batch = setting(path, peer)
+    pair, probability, levels = peer_forward(design)(theta, frozen, batch.features)
+    np.testing.assert_allclose(pair.T, ref["text_features"], atol=5e-6)
+    for level, (ours, both) in zip(ref["out_layers"], levels, strict=True):
+        peer_unit, peer_both = ref[f"vision_features_l{level}"], ref[f"similarity_l{level}"]
+        np.testing.assert_allclose(ours.reshape(peer_unit.shape), peer_unit, atol=5e-6)
+        np.testing.assert_allclose(both.reshape(peer_both.shape), peer_both, atol=5e-6)
     np.testing.assert_allclose(probability, ref["anomaly_map"][:, 1], atol=2e-6)
     np.testing.assert_allclose(
         score.image_score(probability.reshape(len(probability), -1), 0.0),
@@ -101,9 +109,8 @@ def test_mediclip_map_loss_and_gradients(path, tmp_path):
     )
 
     loss = partial(model.loss, design=design, weights=LOSS)
-    (value, parts), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        theta, frozen, batch, None
-    )
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, parts), grad = run(theta, frozen, batch, None)
     assert rel(parts["focal"], ref["focal"]) < 1e-6
     assert rel(parts["dice"], ref["dice"]) < 1e-6
     assert rel(value, ref["loss"]) < 1e-6
@@ -115,25 +122,23 @@ def test_mediclip_map_loss_and_gradients(path, tmp_path):
         assert rel(grad["adapters"][i]["bias"], ref[f"grad_adapter{i}_bias"]) < 1e-4
 
     soft = batch._replace(mask=jnp.asarray(ref["mask_soft"], jnp.float32))
-    _, parts = loss(theta, frozen, soft, None)
+    (_, parts), _ = run(theta, frozen, soft, None)
     assert rel(parts["focal"], ref["focal_soft"]) < 1e-6
     assert rel(parts["dice"], ref["dice_soft"]) < 1e-6
 
 
-@pytest.mark.parametrize("path", PARITY[:1], ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", PARITY[:1])
 @pytest.mark.parametrize("position", ["front", "middle"])
-def test_context_positions(path, position, tmp_path):
-    ref, design, theta, frozen, _ = setting(path, tmp_path, position)
-    text = model.text_features(theta, frozen, design)
-    pair = score.unit(score.class_features(text, design.prompts.label))
+def test_context_positions(path, position, peer):
+    ref, design, theta, frozen, _ = setting(path, peer, position)
+    pair = class_pair(theta, frozen, design)
     np.testing.assert_allclose(pair.T, ref[f"text_features_{position}"], atol=5e-6)
 
 
-@pytest.mark.parametrize("path", PARITY[:1], ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_causal_text_differs_from_the_peer_and_is_clip(path, tmp_path):
-    ref, design, theta, frozen, _ = setting(path, tmp_path, causal=True)
-    text = model.text_features(theta, frozen, design)
-    pair = score.unit(score.class_features(text, design.prompts.label))
+@pytest.mark.parametrize("path", PARITY[:1])
+def test_causal_text_differs_from_the_peer_and_is_clip(path, peer):
+    ref, design, theta, frozen, _ = setting(path, peer, causal=True)
+    pair = class_pair(theta, frozen, design)
     np.testing.assert_allclose(pair.T, ref["text_features_causal"], atol=5e-6)
     assert float(np.abs(np.asarray(pair.T) - ref["text_features"]).max()) > 0.1
 
@@ -141,9 +146,8 @@ def test_causal_text_differs_from_the_peer_and_is_clip(path, tmp_path):
 # --- our own form, on made-up tokens ------------------------------------------------------------
 
 
-def toy(form="softmax", dropout=0.0, key=0):
-    """A design on the embedded CLIP's text tower with random tokens."""
-    tower = clip.load("compact")
+def toy(tower, form="softmax", dropout=0.0, key=0):
+    """A design on a tiny CLIP's text tower with random tokens."""
     built = prompting.build(
         tower.tokenizer,
         tower.eos_id,
@@ -160,18 +164,18 @@ def toy(form="softmax", dropout=0.0, key=0):
     theta = model.init(jax.random.key(key), tower, design, 4, shared=False)
     rng = np.random.default_rng(key)
     tokens = tuple(
-        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.width)), jnp.float32) for _ in range(3)
+        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.width)), jnp.float32) for _ in range(2)
     )
     pooled = jnp.asarray(rng.normal(size=(4, tower.joint)), jnp.float32)
-    mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 40:90, 60:120].set(1.0)
+    mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 6:20, 10:24].set(1.0)
     batch = Batch(Features(pooled, tokens), mask, jnp.array([0, 0, 1, 1]), jnp.array([True] * 4))
     frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
     return design, theta, frozen, batch
 
 
 @pytest.mark.parametrize("form", score.FORMS)
-def test_every_part_of_theta_learns(form):
-    design, theta, frozen, batch = toy(form)
+def test_every_part_of_theta_learns(form, tiny):
+    design, theta, frozen, batch = toy(tiny, form)
     weights = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.1)
     loss = partial(model.loss, design=design, weights=weights)
     grad, parts = jax.jit(jax.grad(loss, has_aux=True))(theta, frozen, batch, None)
@@ -181,20 +185,22 @@ def test_every_part_of_theta_learns(form):
     assert min(jax.tree.leaves(learned)) > 0
 
 
-def test_weight_zero_removes_a_term_from_the_computation():
-    design, theta, frozen, batch = toy()
+def test_weight_zero_removes_a_term_from_the_computation(tiny):
+    design, theta, frozen, batch = toy(tiny)
     broken = batch._replace(
         features=batch.features._replace(pooled=batch.features.pooled * jnp.nan)
     )
-    _, parts = model.loss(theta, frozen, broken, None, design=design, weights=LOSS)
+    _, parts = jax.jit(partial(model.loss, design=design, weights=LOSS))(
+        theta, frozen, broken, None
+    )
     assert set(parts) == {"loss", "focal", "dice"}
     assert np.isfinite(float(parts["loss"]))
 
 
-def test_invalid_rows_do_not_count():
-    design, theta, frozen, batch = toy()
+def test_invalid_rows_do_not_count(tiny):
+    design, theta, frozen, batch = toy(tiny)
     weights = dict(focal=1.0, dice=1.0, align=1.0, prompt=1.0)
-    loss = partial(model.loss, design=design, weights=weights)
+    loss = jax.jit(partial(model.loss, design=design, weights=weights))
     whole, _ = loss(theta, frozen, jax.tree.map(lambda x: x[:3], batch), None)
     masked, _ = loss(
         theta, frozen, batch._replace(valid=jnp.array([True, True, True, False])), None
@@ -202,8 +208,8 @@ def test_invalid_rows_do_not_count():
     np.testing.assert_allclose(masked, whole, rtol=1e-6)
 
 
-def test_dropout_zero_is_the_plain_forward_and_keys_decide():
-    design, theta, frozen, batch = toy(dropout=0.3)
+def test_dropout_zero_is_the_plain_forward_and_keys_decide(tiny):
+    design, theta, frozen, batch = toy(tiny, dropout=0.3)
     text = model.text_features(theta, frozen, design)
     plain = model.forward(theta, text, batch.features, design)
     off = model.forward(
@@ -218,9 +224,9 @@ def test_dropout_zero_is_the_plain_forward_and_keys_decide():
     assert float(jnp.abs(one - other).max()) > 1e-3
 
 
-def test_distance_form_is_equation_nine():
+def test_distance_form_is_equation_nine(tiny):
     """With scale 1 and offset 0 the logit is 1 - max_j sim over the healthy prompts."""
-    design, theta, frozen, batch = toy("distance")
+    design, theta, frozen, batch = toy(tiny, "distance")
     theta = {**theta, "scale": jnp.asarray(0.0), "offset": jnp.asarray(0.0)}
     text = model.text_features(theta, frozen, design)
     out = model.forward(theta, text, batch.features, design)

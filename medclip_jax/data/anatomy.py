@@ -228,7 +228,7 @@ def xray(rng: np.random.Generator, shape: tuple[int, int]) -> Rendered:
         noisy = density + exposure * grain * np.exp(0.9 * density)
         return np.clip(gain * noisy + lift, 0, 1).astype(np.float32)
 
-    sick = density + np.where(mask, np.maximum(opacity, 0.01) * (0.2 + 0.8 * air), 0.0)
+    sick = density + np.where(mask, np.maximum(opacity * ramp(air - 0.5, 0.5), 0.01), 0.0)
     return Rendered(expose(density), expose(sick), mask)
 
 

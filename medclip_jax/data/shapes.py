@@ -105,7 +105,8 @@ def draw_sheared(key: PRNGKeyArray, frame: Pair, lo: Pair, hi: Pair) -> Sheared:
     """A rectangle or ellipse (1/2 each) with Gamma-distributed sides, sheared by N(0, 0.2^2) and
     turned by U(-90, 90) degrees, shrunk until its box is not above `hi`."""
     k_side, k_shear, k_turn, k_kind = jax.random.split(key, 4)
-    side = jnp.floor(jnp.clip((0.03 + 0.1 * jax.random.gamma(k_side, 2.0, (2,))) * frame, lo, hi))
+    gamma = jax.random.exponential(k_side, (2, 2)).sum(0)  # Gamma of shape 2, exactly
+    side = jnp.floor(jnp.clip((0.03 + 0.1 * gamma) * frame, lo, hi))
     off = 0.2 * jax.random.normal(k_shear, (2,))
     turn = jax.random.uniform(k_turn, minval=-jnp.pi / 2, maxval=jnp.pi / 2)
     matrix = rotation(turn) @ jnp.array([[1.0, off[0]], [off[1], 1.0]])

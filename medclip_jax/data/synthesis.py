@@ -24,12 +24,18 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medclip_jax.data import alterations, shapes
 from medclip_jax.data.alterations import Image, Mask
 
+VERSION = 2  # raise when the anomalies of a key change: banks are named by it
 KINDS = ("cutpaste", "gauss", "source", "identity")
+ALTER = {
+    "cutpaste": alterations.cutpaste,
+    "gauss": alterations.gauss,
+    "source": alterations.source,
+}
 VISIBLE = 2 / 255  # a smaller change is no anomaly
 MIN_PIXELS = 16
 REDRAWS = 4
@@ -71,14 +77,15 @@ def synthesise(
     `partner` is the image that CutPaste copies from; it may be the image itself. Under vmap all
     kinds are computed for all images: for many images use `batch`.
     """
-    kind = jnp.asarray(kind)
+    if isinstance(kind, int):  # known before tracing: only this kind is compiled
+        return *make(KINDS[kind], key, image, partner, preset), jnp.asarray(kind)
     makers = [lambda k, a, b, name=name: make(name, k, a, b, preset) for name in KINDS]
     changed, mask = jax.lax.switch(kind, makers, key, image, partner)
     return changed, mask, kind
 
 
 def batch(
-    keys: PRNGKeyArray,
+    keys: Key[Array, " n"],
     images: Float[Array | np.ndarray, "n h w"],
     partners: Float[Array | np.ndarray, "n h w"],
     kinds: Int[Array | np.ndarray, " n"],
@@ -87,30 +94,33 @@ def batch(
     """Many variants, as `synthesise` makes them: images and masks on the host.
 
     One image after the other inside each compiled call (`lax.map`), so that branches and loops cost
-    only what each image needs: on CPU this is faster than vmap, and any n compiles once.
+    only what each image needs: on CPU this is faster than vmap.
     """
-    rows = [
-        np.arange(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)
-    ]
     images, partners, kinds = np.asarray(images), np.asarray(partners), np.asarray(kinds)
+    words = jax.device_get(jax.random.key_data(keys))
     changed, masks = images.copy(), np.zeros_like(images)
+    if not len(images):
+        return changed, masks
 
-    def run(part):
+    def run(start):
+        part = np.arange(start, min(start + CHUNK, len(images)))
         full = np.resize(part, CHUNK)  # repeats rows to fill the shape
-        new, mask = _many(preset, keys[full], images[full], partners[full], kinds[full])
+        rows = jax.device_put((words[full], images[full], partners[full], kinds[full]))
+        new, mask = jax.device_get(_many(preset, *rows))
         changed[part], masks[part] = new[: len(part)], mask[: len(part)]
 
+    run(0)  # alone: it compiles
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, rows))
+        list(pool.map(run, range(CHUNK, len(images), CHUNK)))
     return changed, masks
 
 
 @partial(jax.jit, static_argnums=0)
-def _many(preset, keys, images, partners, kinds):
+def _many(preset, words, *rows):
     def one(row):
         return synthesise(*row, preset=preset)[:2]
 
-    return jax.lax.map(one, (keys, images, partners, kinds))
+    return jax.lax.map(one, (jax.random.wrap_key_data(words), *rows))
 
 
 def make(
@@ -140,20 +150,23 @@ def anomalies(
     name: str, key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
 ) -> tuple[Image, Mask]:
     """One or two anomalies of a kind (1/2 each), and their label. No bodies: the peer's way."""
-    k_count, *k_draws = jax.random.split(key, 3)
-    alter = getattr(alterations, name)
-    new, parts = image, []
-    for wanted, k_draw in zip((True, jax.random.bernoulli(k_count)), k_draws, strict=True):
+    k_count, k_draws = jax.random.split(key)
 
-        def one_more(old, k_draw=k_draw):
-            value, inside = alter(k_draw, old, partner, bodies)
-            value = jnp.clip(value, 0.0, 1.0)
-            if bodies is None:
-                value = eight_bit(name, value)
-            return jnp.where(inside, value, old), inside
+    def alter(old, k_draw):
+        value, inside = ALTER[name](k_draw, old, partner, bodies)
+        value = jnp.clip(value, 0.0, 1.0)
+        if bodies is None:
+            value = eight_bit(name, value)
+        return jnp.where(inside, value, old), inside
 
-        new, part = jax.lax.cond(wanted, one_more, lambda old: (old, old < 0), new)
-        parts.append(part)
+    def one_more(old, draw):
+        wanted, k_draw = draw
+        return jax.lax.cond(
+            wanted, alter, lambda old, _: (old, jnp.zeros_like(old, bool)), old, k_draw
+        )
+
+    wanted = jnp.stack([jnp.array(True), jax.random.bernoulli(k_count)])
+    new, parts = jax.lax.scan(one_more, image, (wanted, jax.random.split(k_draws)))
     difference, touched = jnp.abs(new - image), parts[0] | parts[1]
     if bodies is not None:
         return new, shapes.close(difference > VISIBLE, 2) & touched

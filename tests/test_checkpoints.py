@@ -1,0 +1,135 @@
+"""Training state on disk: whole, or absent, or passed over."""
+
+import logging
+import resource
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medclip_jax import checkpoints
+from medclip_jax.errors import CheckpointError, WorkdirError
+from medclip_jax.structs import TrainState
+
+# tensorstore leaves coroutines behind when a file it reads or writes is broken
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def state(step: int, n: int = 6) -> TrainState:
+    key = jax.random.key(step)
+    theta = {"context": jax.random.normal(key, (n, 4)), "scale": jnp.asarray(float(step))}
+    return TrainState(jnp.asarray(step), theta, (theta, ()), jax.random.key_data(key))
+
+
+def written(workdir: Path, *steps: int) -> Path:
+    manager = checkpoints.open(workdir)
+    with checkpoints.finishing(manager):
+        for step in steps:
+            checkpoints.save(manager, state(step))
+    return workdir / "checkpoints"
+
+
+def restored(workdir: Path, like: TrainState | None = None) -> TrainState | None:
+    manager = checkpoints.open(workdir)
+    with checkpoints.finishing(manager):
+        return checkpoints.restore(manager, like or state(0))
+
+
+def damage(folder: Path) -> None:
+    """Cut every file of a checkpoint in half."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(x, y)
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restored(tmp_path) is None
+
+
+def test_round_trip_keeps_the_newest_two(tmp_path):
+    folder = written(tmp_path, 10, 20, 30)
+    assert sorted(p.name for p in folder.iterdir()) == ["20", "30"]
+    assert_equal(restored(tmp_path), state(30))
+
+
+def test_what_is_saved_is_not_touched_by_a_donated_step(tmp_path):
+    """Training overwrites the buffers of the state while it is being written."""
+    step = jax.jit(
+        lambda s: s._replace(step=s.step + 1, theta=jax.tree.map(lambda x: x + 1, s.theta)),
+        donate_argnums=0,
+    )
+    big = {"a": jnp.zeros((1_000_000,))}
+    now = TrainState(jnp.asarray(0), big, (), jax.random.key_data(jax.random.key(0)))
+    manager = checkpoints.open(tmp_path)
+    with checkpoints.finishing(manager):
+        for _ in range(3):
+            now = step(now)
+            checkpoints.save(manager, now)
+            for _ in range(4):
+                now = step(now)
+    held = restored(tmp_path, now)
+    assert int(held.step) == 11 and np.unique(held.theta["a"]).tolist() == [11.0]
+
+
+def test_a_damaged_newest_is_passed_over_and_replaced(tmp_path, caplog):
+    folder = written(tmp_path, 10, 20)
+    damage(folder / "20")
+    manager = checkpoints.open(tmp_path)
+    with checkpoints.finishing(manager), caplog.at_level(logging.WARNING):
+        assert_equal(checkpoints.restore(manager, state(0)), state(10))
+        assert "checkpoint 20 cannot be read and is passed over" in caplog.text
+        checkpoints.save(manager, state(15))  # below the damaged one, saved all the same
+        checkpoints.save(manager, state(20))
+    caplog.clear()
+    assert_equal(restored(tmp_path), state(20))
+    assert not caplog.text
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    folder = written(tmp_path, 10, 20)
+    damage(folder / "10")
+    damage(folder / "20")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[20, 10\] can be read"):
+        restored(tmp_path)
+    assert folder.is_dir()  # it is the user's to remove
+
+
+def test_a_state_of_another_shape_is_an_error(tmp_path):
+    written(tmp_path, 10)
+    with pytest.raises(CheckpointError, match="of another model; remove that folder"):
+        restored(tmp_path, state(0, n=7))
+
+
+def test_a_half_written_checkpoint_is_not_a_checkpoint(tmp_path):
+    folder = written(tmp_path, 10, 20)
+    (folder / "20").rename(folder / "20.orbax-checkpoint-tmp")
+    assert_equal(restored(tmp_path), state(10))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(WorkdirError, match="cannot be written"):
+        checkpoints.open(tmp_path)
+
+
+def test_a_disk_that_refuses_a_checkpoint(tmp_path):
+    """The limit on a file's size fails a write as a full disk does, half way through."""
+    written(tmp_path, 10)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    manager = checkpoints.open(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(WorkdirError, match="checkpoint cannot be written .*too large"):
+            with checkpoints.finishing(manager):
+                checkpoints.save(manager, state(20, n=100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_equal(restored(tmp_path), state(10))

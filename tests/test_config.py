@@ -1,0 +1,122 @@
+"""The fields, their arguments, and what is derived from them."""
+
+import pytest
+
+from medclip_jax import config
+from medclip_jax.errors import ConfigError
+
+
+def test_arguments_are_typed():
+    assert config.parse_arg("k=8,seed=3,method=memory,root=/a b/c") == {
+        "k": 8,
+        "seed": 3,
+        "method": "memory",
+        "root": "/a b/c",
+    }
+    assert config.parse_arg("") == {}
+
+
+@pytest.mark.parametrize("arg, named", [("kk=3", "'kk'"), ("k=many", "k='many'"), ("k", "k=''")])
+def test_arguments_that_cannot_be_used_are_named(arg, named):
+    with pytest.raises(ConfigError) as caught:
+        config.parse_arg(arg)
+    assert named in str(caught.value)
+
+
+def test_a_config_holds_the_differences_of_its_data_set():
+    c = config.base("k=8,root=/data", name="busi", anatomy="breast")
+    assert (c.k, c.data.name, c.data.anatomy, c.data.root) == (8, "busi", "breast", "/data")
+    assert c.data.pool == config.base().data.pool
+
+
+def test_a_misspelt_field_cannot_be_set():
+    with pytest.raises((KeyError, AttributeError), match="steps"):
+        config.base().stepz = 3
+
+
+@pytest.mark.parametrize(
+    "k, batch, steps, expected",
+    [
+        (16, 0, 0, (8, 400)),  # 200 epochs of 2 batches
+        (4, 0, 0, (4, 200)),
+        (10, 4, 0, (4, 600)),  # the last batch of an epoch reaches into the next
+        (2, 0, 0, (2, 200)),
+        (16, 0, 7, (8, 7)),
+    ],
+)
+def test_batch_and_steps_follow_from_k(k, batch, steps, expected):
+    c = config.base(f"k={k}")
+    c.update({"batch": batch, "steps": steps, "epochs": 200})
+    done = config.resolve(c)
+    assert (done.batch, done.steps) == expected
+    assert (c.batch, c.steps) == (batch, steps)  # the given one is left alone
+
+
+@pytest.mark.parametrize("method", ["memory", "zero_shot"])
+def test_what_learns_nothing_takes_no_steps(method):
+    assert config.resolve(config.base(f"method={method}")).steps == 0
+
+
+def test_mediclip_is_a_preset_over_the_given_fields():
+    c = config.resolve(config.base("method=mediclip,k=4"))
+    for group, fields in config.MEDICLIP.items():
+        assert {name: c[group][name] for name in fields} == fields
+    assert c.k == 4 and c.synthesis.variants == config.base().synthesis.variants
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("k", 0),
+        ("k", 1),
+        ("k", -1),
+        ("synthesis.variants", 0),
+        ("loss.dice", float("nan")),
+        ("seed", -1),
+        ("batch", -1),
+        ("steps", -5),
+        ("epochs", 0),
+        ("log_every", 0),
+        ("checkpoint_every", 0),
+        ("method", "ous"),
+        ("model.dropout", 1.0),
+        ("score.top", 1.5),
+        ("score.passes", 0),
+        ("prompts.context", -1),
+        ("prompts.position", "between"),
+        ("prompts.phrases", "poems"),
+        ("synthesis.variants", -1),
+        ("synthesis.preset", "medklip"),
+        ("synthesis.partner", "nobody"),
+        ("model.form", "round"),
+        ("calibration.alpha", 0.0),
+        ("calibration.alpha", 1.5),
+        ("calibration.pixel_rate", 2.0),
+        ("calibration.folds", 1),
+        ("clip.dtype", "float8"),
+        ("bank_dtype", "float8"),
+        ("data.fit", "squeeze"),
+        ("optimizer.learning_rate", -1.0),
+    ],
+)
+def test_values_that_cannot_be_used_are_named(field, value):
+    c = config.base()
+    group, _, name = f".{field}".rpartition(".")
+    (c[group.strip(".")] if group.strip(".") else c)[name] = value
+    with pytest.raises(ConfigError) as caught:
+        config.resolve(c)
+    assert f"config.{field} is {value!r}" in str(caught.value)
+
+
+def test_the_cache_is_where_it_was_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDCLIP_CACHE", str(tmp_path / "env"))
+    assert config.cache_folder(str(tmp_path / "flag")) == tmp_path / "flag"
+    assert config.cache_folder("") == tmp_path / "env"
+    monkeypatch.delenv("MEDCLIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert config.cache_folder("") == tmp_path / "xdg" / "medclip_jax"
+
+
+def test_flat_names_every_field_once():
+    names = [name for name, _ in config.flat(config.base())]
+    assert len(names) == len(set(names)) and {"k", "data.root", "model.dropout"} <= set(names)

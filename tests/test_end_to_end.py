@@ -1,0 +1,298 @@
+"""Whole runs through the door, on a tiny CLIP and tiny phantoms: files, kill and resume, modes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from medclip_jax import files, main, metrics, train
+from medclip_jax.data import phantom, readers
+
+from .test_clip import tiny_checkpoint
+
+ROOT = Path(__file__).parents[1]
+STEPS, EVERY = 150, 10
+IMAGE = "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc fpr tpr"
+PIXEL = (
+    "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc iou dice "
+    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro"
+)
+
+
+class World(NamedTuple):
+    """Tiny data, a tiny CLIP and a cache that all runs share."""
+
+    base: Path
+    data: Path
+    clip: Path
+
+    def flags(self, workdir: Path, *more: str, arguments: str = "k=4") -> list[str]:
+        return [
+            f"--config={ROOT}/configs/folder.py:{arguments},root={self.data}",
+            f"--workdir={workdir}",
+            f"--config.cache={self.base / 'cache'}",
+            f"--config.clip.checkpoint={self.clip}",
+            "--config.synthesis.variants=2",
+            "--config.calibration.folds=2",
+            "--config.score.passes=2",
+            f"--config.steps={STEPS}",
+            f"--config.checkpoint_every={EVERY}",
+            *more,
+        ]
+
+    def start(self, workdir: Path, *more: str, **options) -> subprocess.Popen:
+        """The command as a user gives it, in a process of its own."""
+        compiled = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.base / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these runs compile more than they compute
+        }
+        return subprocess.Popen(
+            [sys.executable, *options.get("python", ()), "-m", "medclip_jax.main"]
+            + self.flags(workdir, *more),
+            cwd=ROOT,
+            env=os.environ | compiled,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def main(self, workdir: Path, *more: str, **options) -> int:
+        """The same in this process."""
+        return main.main(["main", *self.flags(workdir, *more, **options)])
+
+
+class Finished(NamedTuple):
+    workdir: Path
+    stderr: str
+
+
+@cache
+def world(base: Path) -> World:
+    """8 supports, 6 healthy and 6 diseased test images of 64 pixels; a random CLIP of 32 pixels."""
+    base = base / "world"
+    data = phantom.write_folder(base / "data", "ultrasound", 0, 64, 8, 6, 6)
+    clip, _ = tiny_checkpoint(base / "clip")
+    return World(base, data, clip)
+
+
+@cache
+def finished(base: Path) -> Finished:
+    """One uninterrupted run; -X importtime lists on stderr every module it imported."""
+    here = world(base)
+    process = here.start(here.base / "whole", python=("-X", "importtime"))
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+    return Finished(here.base / "whole", stderr)
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def tiny(tmp_path_factory) -> World:
+    return world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def whole(tmp_path_factory) -> Path:
+    return finished(tmp_path_factory.getbasetemp()).workdir
+
+
+def predictions(workdir: Path) -> dict[str, np.ndarray]:
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as held:
+        return {name: held[name] for name in held.files}
+
+
+def log(workdir: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row.pop("seconds") >= 0 for row in rows)
+    return rows
+
+
+def state(workdir: Path, step: int):
+    manager = ocp.CheckpointManager(workdir / "checkpoints")
+    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return (
+        [x for name in sorted(tree) for x in leaves(tree[name])]
+        if isinstance(tree, dict)
+        else [x for item in tree for x in leaves(item)]
+        if isinstance(tree, list | tuple)
+        else [np.asarray(tree)]
+    )
+
+
+# --- what a run leaves ----------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_files_of_the_contract(whole):
+    held = {str(p.relative_to(whole)) for p in whole.rglob("*") if "checkpoints" not in p.parts}
+    charts = "loss roc scores calibration risk_coverage gallery"
+    assert held == {
+        *("config.json", "metrics.jsonl", "split.json", "predictions.npz", "metrics.json"),
+        *("report.html", "figures", *(f"figures/{name}.png" for name in charts.split())),
+    }
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {str(STEPS - EVERY), str(STEPS)}
+    settings = json.loads((whole / "config.json").read_text())
+    assert settings["steps"] == STEPS and settings["batch"] == 4 and settings["k"] == 4
+    rows = log(whole)
+    assert [row["step"] for row in rows] == list(range(10, STEPS + 1, 10))
+    assert all(set(row) == {"step", "loss", "focal", "dice", "align"} for row in rows)
+
+
+def test_metrics_json_has_the_keys_of_the_contract(whole):
+    held = json.loads((whole / "metrics.json").read_text())
+    assert list(held) == (
+        "dataset k seed split method backbone image pixel calibration timing versions".split()
+    )
+    assert set(held["image"]) == {*IMAGE.split(), "threshold"}
+    assert set(held["pixel"]) == set(PIXEL.split())
+    assert (held["dataset"], held["k"], held["seed"]) == ("folder", 4, 0)
+    assert (held["split"], held["method"]) == ("peer", "ours")
+    assert set(held["timing"]) == {"load", "encode", "train", "score", "metrics"}
+    assert held["calibration"]["k"] == 4 and held["calibration"]["n_healthy_test"] == 6
+    assert held["versions"]["medclip-jax"] and held["versions"]["jax"]
+
+
+def test_predictions_give_the_metrics_again(tiny, whole):
+    held = predictions(whole)
+    n = len(held["id"])
+    assert n == 12 and held["maps"].shape == (12, 32, 32)
+    assert {held[name].shape for name in ("label", "score", "p_value", "uncertainty")} == {(n,)}
+    for name in ("score", "p_value", "maps"):
+        assert 0 <= held[name].min() and held[name].max() <= 1
+    assert held["uncertainty"].max() > 0  # MC-dropout ran
+    assert all(
+        label == ("lesion" in name) for name, label in zip(held["id"], held["label"], strict=True)
+    )
+    masks = []
+    for name in held["id"]:
+        path = tiny.data / "ground_truth/lesion" / f"{Path(name).stem}_mask.png"
+        mask = readers.read(path).pixels[0] > 0.5 if path.is_file() else np.zeros((64, 64), bool)
+        masks.append(readers.fit_mask(mask, 32))
+    written = json.loads((whole / "metrics.json").read_text())
+    image = metrics.image_level(held["score"], held["label"])
+    pixel = metrics.pixel_level(held["maps"].astype(np.float32), np.stack(masks))
+    assert files.plain(image) == pytest.approx(written["image"], abs=1e-12)
+    assert files.plain(pixel) == pytest.approx(written["pixel"], abs=1e-12)
+
+
+def test_support_and_test_of_split_json_are_apart(whole):
+    held = json.loads((whole / "split.json").read_text())
+    support, test = ({row["id"] for row in held[part]} for part in ("support", "test"))
+    assert len(support) == 4 and len(test) == 12 and not support & test
+    assert {row["label"] for row in held["support"]} == {0}
+    assert test == set(predictions(whole)["id"])
+
+
+def test_a_run_imports_neither_tensorflow_nor_torch(whole, tmp_path_factory):
+    stderr = finished(tmp_path_factory.getbasetemp()).stderr
+    imported = set(re.findall(r"^import time:.*\| +(\w+)", stderr, re.MULTILINE))
+    assert {"jax", "transformers", "orbax", "tensorflow_datasets"} <= imported
+    assert not imported & {"tensorflow", "torch", "tf_keras", "keras"}
+
+
+# --- kill, resume, modes --------------------------------------------------------------------
+
+
+@cache
+def killed(base: Path) -> Path:
+    """A run that was killed after its first checkpoint."""
+    workdir = world(base).base / "killed"
+    finished(base)  # fills bank and compilation cache, so that this one starts at once
+    process = world(base).start(workdir)
+    deadline = time.monotonic() + 200
+    while not (workdir / "checkpoints" / str(EVERY)).is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (workdir / "metrics.json").exists()
+    return workdir
+
+
+def test_evaluate_refuses_an_unfinished_run_and_leaves_it_alone(tiny, tmp_path_factory, capfd):
+    workdir = killed(tmp_path_factory.getbasetemp())
+    assert tiny.main(workdir, "--mode=evaluate") == 2
+    assert re.search(
+        r"training stands at step \d+ of 150; run --mode train", capfd.readouterr().err
+    )
+    assert not (workdir / "predictions.npz").exists()
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny, whole, tmp_path_factory):
+    workdir = killed(tmp_path_factory.getbasetemp())
+    at = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit())
+    assert EVERY <= at < STEPS
+    process = tiny.start(workdir)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+    ours, theirs = leaves(state(workdir, STEPS)), leaves(state(whole, STEPS))
+    assert len(ours) == len(theirs) > 10
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert log(workdir) == log(whole)
+    a, b = predictions(workdir), predictions(whole)
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_evaluate_scores_a_finished_run_again(tiny, whole):
+    """In this process: eight devices where there was one, so equal to rounding."""
+    before, trained = predictions(whole), (whole / "metrics.jsonl").read_bytes()
+    assert tiny.main(whole, "--mode=evaluate") == 0
+    after = predictions(whole)
+    assert np.array_equal(before["id"], after["id"])
+    for name in ("score", "p_value", "uncertainty", "maps"):
+        np.testing.assert_allclose(after[name], before[name], atol=2e-3)
+    assert (whole / "metrics.jsonl").read_bytes() == trained
+
+
+def test_report_needs_no_model(tiny, whole, monkeypatch):
+    monkeypatch.setattr(train, "run", None)
+    page = (whole / "report.html").read_bytes()
+    (whole / "report.html").unlink()
+    assert tiny.main(whole, "--mode=report") == 0
+    assert (whole / "report.html").read_bytes() == page
+
+
+# --- the other methods ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["memory", "zero_shot"])
+def test_methods_that_learn_nothing(tiny, tmp_path, method):
+    assert tiny.main(tmp_path, arguments=f"k=2,method={method}") == 0
+    held = json.loads((tmp_path / "metrics.json").read_text())
+    assert held["method"] == method and held["k"] == held["calibration"]["k"] == 2
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(np.unique(predictions(tmp_path)["score"])) > 6
+
+
+def test_mediclip_preset_on_two_supports(tiny, tmp_path):
+    few = ("--config.steps=2", "--config.log_every=1")
+    assert tiny.main(tmp_path, *few, arguments="k=2,method=mediclip") == 0
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert set(rows[0]) == {"step", "loss", "focal", "dice"}  # no alignment in that peer
+    held = json.loads((tmp_path / "metrics.json").read_text())
+    assert held["method"] == "mediclip" and held["k"] == 2
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["prompts"]["phrases"] == "words" and not settings["prompts"]["causal"]
+    assert (predictions(tmp_path)["uncertainty"] == 0).all()  # it has no dropout

@@ -1,0 +1,175 @@
+"""Scoring a test set: what it may depend on, what is measured, and what is written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from medclip_jax import detector, evaluate, features, model
+from medclip_jax.data import readers
+from medclip_jax.errors import DataError
+from medclip_jax.structs import Predictions
+
+from .test_detector import design_of
+from .test_features import one_device, write_pictures
+
+SETTINGS = dict(top=0.05, alpha=0.2, pixel_rate=0.02, passes=3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, tiny):
+    """Five supports, seven test images (two with two masks), a bank, a learned detector."""
+    folder = tmp_path_factory.mktemp("scene")
+    pictures = write_pictures(folder, 12, start=100)
+    supports, test = pictures[:5], pictures[5:]
+    for i, boxes in ((0, [(2, 5), (20, 25)]), (1, [(8, 15), (10, 12)])):
+        masks = []
+        for part, (low, high) in enumerate(boxes):
+            mask = np.zeros((30, 40), np.uint8)
+            mask[low:high, low:high] = 255
+            path = folder / f"mask{i}_{part}.png"
+            Image.fromarray(mask).save(path)
+            masks.append(path)
+        test[i] = test[i]._replace(label=1, masks=tuple(masks))
+    bank = features.open_bank(folder, tiny, "stretch", "float32", one_device())
+    features.encode_images(bank, pictures)
+    design, frozen = design_of(tiny, dropout=0.2)
+    start = model.init(jax.random.key(0), tiny, design, 2, False)
+    theta = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
+    groups = [np.array([0, 1, 2]), np.array([3, 4])]
+    made = detector.build("ours", theta, frozen, design, bank, supports, groups)
+    return bank, supports, test, made
+
+
+@pytest.fixture(scope="module")
+def scored(scene):
+    bank, _, test, made = scene
+    return evaluate.score_images(made, bank, test, **SETTINGS)
+
+
+def test_scores_do_not_read_labels_or_masks(scene, scored):
+    bank, _, test, made = scene
+    lied = [r._replace(label=1 - r.label, masks=()) for r in test]
+    again = evaluate.score_images(made, bank, lied, **SETTINGS)
+    assert again.calibration == scored.calibration
+    for name in ("score", "p_value", "uncertainty", "maps"):
+        np.testing.assert_array_equal(
+            getattr(again.predictions, name), getattr(scored.predictions, name)
+        )
+
+
+def test_scores_depend_neither_on_order_nor_on_batches(scene, scored, monkeypatch):
+    bank, _, test, made = scene
+    monkeypatch.setattr(evaluate, "BATCH", 3)
+    turned = evaluate.score_images(made, bank, test[::-1], **SETTINGS)
+    assert turned.calibration == scored.calibration  # from supports alone
+    assert turned.predictions.id == scored.predictions.id[::-1]
+    for name in ("score", "p_value", "uncertainty", "maps"):
+        a, b = getattr(turned.predictions, name)[::-1], getattr(scored.predictions, name)
+        np.testing.assert_allclose(a, b, atol=1e-3 if name == "maps" else 1e-5)
+    assert scored.predictions.uncertainty.min() > 0
+
+
+def test_decision_and_p_value_agree(scored):
+    p, found = scored.predictions, scored.calibration
+    assert found["k"] == 5
+    attained = 1 / 6  # the largest m / (k + 1) up to alpha = 0.2
+    np.testing.assert_array_equal(p.score >= 0.5, p.p_value <= attained + 1e-12)
+    assert 0 < (p.score >= 0.5).mean() <= 1 and (p.score > 0).all() and (p.score < 1).all()
+
+
+def test_no_passes_no_uncertainty(scene):
+    bank, _, test, made = scene
+    got = evaluate.score_images(made, bank, test[:2], **SETTINGS | {"passes": 0})
+    np.testing.assert_array_equal(got.predictions.uncertainty, 0)
+
+
+def test_half_precision_keeps_decisions():
+    heat = np.array([[[0.5, np.nextafter(0.5, 0), 0.49999, 0.2, 0.50001]]])
+    small = evaluate.half_precision(heat)
+    assert small.dtype == np.float16
+    np.testing.assert_array_equal(small >= 0.5, heat >= 0.5)
+    np.testing.assert_allclose(small, heat, atol=5e-4)
+
+
+# --- measures -----------------------------------------------------------------------------------
+
+
+def perfect(test, size=32) -> evaluate.Scored:
+    """Predictions that say the truth."""
+    label = np.array([r.label for r in test])
+    maps = 0.1 + 0.8 * evaluate.truths(test, size, "stretch").astype(np.float16)
+    said = Predictions(
+        tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
+    )
+    return evaluate.Scored(said, {"k": 5, "alpha": 0.2})
+
+
+def test_the_truth_is_the_union_of_the_mask_files(scene):
+    _, _, test, _ = scene
+    wanted = np.zeros((30, 40), bool)
+    wanted[2:5, 2:5] = wanted[20:25, 20:25] = True
+    np.testing.assert_array_equal(evaluate.truth(test[0]), wanted)
+    both = evaluate.truths(test[:3], 32, "pad")
+    np.testing.assert_array_equal(both[0], readers.fit_mask(wanted, 32, "pad"))
+    assert not both[2].any()
+
+
+def test_a_mask_of_another_size_is_refused(scene, tmp_path):
+    _, _, test, _ = scene
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "small.png")
+    with pytest.raises(DataError, match="small.png is 10 x 10 pixels but its image is 40 x 30"):
+        evaluate.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
+
+
+def test_measure_counts_healthy_images_as_empty_masks(scene):
+    _, _, test, _ = scene
+    got = evaluate.measure(perfect(test), test, "stretch")
+    assert got["image"]["auroc"] == got["pixel"]["auroc"] == got["pixel"]["dice"] == 1.0
+    pixels = sum(got["pixel"][name] for name in ("tp", "tn", "fp", "fn"))
+    assert pixels == len(test) * 32 * 32
+    assert got["calibration"]["n_healthy_test"] == 5
+
+
+def test_measure_leaves_out_abnormal_images_whose_mask_is_unknown(scene):
+    _, _, test, _ = scene
+    partly = [test[0]._replace(masks=()), *test[1:]]
+    got = evaluate.measure(perfect(test), partly, "stretch")["pixel"]
+    assert sum(got[name] for name in ("tp", "tn", "fp", "fn")) == (len(test) - 1) * 32 * 32
+    none = [r._replace(masks=()) for r in test]
+    got = evaluate.measure(perfect(test), none, "stretch")
+    assert got["pixel"] is None and got["image"]["auroc"] == 1.0
+
+
+# --- predictions.npz ----------------------------------------------------------------------------
+
+
+def test_predictions_come_back_without_pickle(scene, scored, tmp_path):
+    _, _, test, _ = scene
+    evaluate.write_predictions(tmp_path, scored, test, "stretch", seed=0)
+    with np.load(tmp_path / "predictions.npz", allow_pickle=False) as file:
+        held = dict(file)
+    p = scored.predictions
+    assert held["id"].tolist() == list(p.id)
+    for name in ("label", "score", "p_value", "uncertainty", "maps"):
+        np.testing.assert_array_equal(held[name], getattr(p, name))
+    shown = held["gallery_index"]
+    assert shown[:2].tolist() == [0, 1] and len(shown) == 2 + 4 and len(set(shown)) == 6
+    for place, i in enumerate(shown):
+        pixels = readers.read(test[i].path).pixels[0]
+        image, heat = held[f"gallery_image_{place}"], held[f"gallery_map_{place}"]
+        assert image.shape == heat.shape == held[f"gallery_mask_{place}"].shape == (30, 40)
+        np.testing.assert_allclose(image / 255, pixels, atol=0.5 / 255 + 1e-6)
+        wanted = readers.to_frame(p.maps[i].astype(np.float32), 30, 40)
+        np.testing.assert_allclose(heat, wanted, atol=1e-3)
+    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, evaluate.truth(test[0]))
+    assert not held["gallery_mask_5"].any()
+
+
+def test_an_unknown_mask_is_absent_from_the_gallery(scene, scored, tmp_path):
+    _, _, test, _ = scene
+    partly = [test[0]._replace(masks=()), *test[1:]]
+    evaluate.write_predictions(tmp_path, scored, partly, "stretch", seed=0)
+    with np.load(tmp_path / "predictions.npz") as file:
+        assert "gallery_mask_0" not in file and "gallery_mask_1" in file

@@ -1,0 +1,102 @@
+"""The house rules that a machine can hold: who may import whom, and how large a room may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import medclip_jax
+
+ROOT = Path(medclip_jax.__file__).parent
+FILES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts): p
+    for p in sorted(ROOT.rglob("*.py"))
+    if p.name != "__init__.py"
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+ALL = {"structs", "errors", "files"}  # leaves that anyone may import
+
+# Only these edges are allowed; a module that is not here imports no sibling but the leaves.
+MAY_IMPORT = {
+    "main": {"preemption", "train", "report"},
+    "train": {"checkpoints", "clip", "config", "data.datasets", "detector", "evaluate", "features"}
+    | {"model", "prompts", "sharding", "writer", "learn", "maml", "preemption", "data.episodes"},
+    "learn": {"data.episodes", "features", "maml"},
+    "data.episodes": {"data.synthesis"},
+    "evaluate": {"calibrate", "data.readers", "detector", "features", "metrics", "score"},
+    "detector": {"clip", "features", "model", "score"},
+    "features": {"clip", "data.readers", "data.synthesis", "sharding"},
+    "model": {"clip", "losses", "score"},
+    "clip": {"weights"},
+    "metrics": {"boundary", "pixels", "ranking"},
+    "report": {"figures", "gallery", "results"},
+    "results": {"explain", "gallery", "writer"},
+    "gallery": {"explain", "figures"},
+    "data.datasets": {"data.builders", "data.layouts", "data.phantom", "data.readers"},
+    "data.builders": {"data.layouts"},
+    "data.phantom": {"data.anatomy"},
+    "data.synthesis": {"data.alterations", "data.shapes"},
+    "data.alterations": {"data.shapes"},
+}
+ONLY_IN = {
+    "flax": {"weights", "clip", "model"},
+    "transformers": {"clip", "weights", "prompts"},
+    "ml_collections": {"config", "main", "train"},
+    "orbax": {"checkpoints"},
+    "tensorflow_datasets": {"data.builders"},
+    "torch": set(),
+    "tensorflow": set(),
+}
+LONG = {("train", "run"), ("train", "fit")}
+NAMELESS = {"utils", "helpers", "helper", "manager", "base", "factory", "registry", "common"}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Full dotted names of everything a module imports, wherever in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "import by full name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings(tree: ast.Module) -> set[str]:
+    """Modules of the package that a module imports, without the package's name."""
+    inside = {n.removeprefix("medclip_jax.") for n in imported(tree) if n.startswith("medclip_jax")}
+    return {n if n in FILES else n.rpartition(".")[0] for n in inside}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way(name):
+    assert siblings(TREES[name]) <= MAY_IMPORT.get(name, set()) | ALL
+
+
+def test_the_allowed_edges_name_modules_and_have_no_cycle():
+    later = {m for edges in MAY_IMPORT.values() for m in edges}
+    assert set(MAY_IMPORT) <= set(FILES) and later <= set(FILES)
+
+    def walk(name, path=()):
+        assert name not in path, " -> ".join([*path, name])
+        for other in MAY_IMPORT.get(name, ()):
+            walk(other, (*path, name))
+
+    for name in MAY_IMPORT:
+        walk(name)
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_libraries_stay_in_their_rooms(library):
+    users = {m for m, tree in TREES.items() if library in {n.split(".")[0] for n in imported(tree)}}
+    assert users <= ONLY_IN[library]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rooms_are_small_and_named(name):
+    assert len(FILES[name].read_text().splitlines()) <= 300
+    assert not NAMELESS & set(name.split("."))
+    functions = (n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef))
+    long = {(name, f.name) for f in functions if f.end_lineno - f.lineno + 1 > 60}
+    assert long <= LONG
