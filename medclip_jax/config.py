@@ -51,7 +51,6 @@ SHARES = {  # (smallest, largest, what to give)
 
 # MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
 MEDICLIP = {
-    "learner": "joint",
     "prompts": {
         "phrases": "words",
         "context": 8,
@@ -64,6 +63,19 @@ MEDICLIP = {
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
     "score": {"top": 0.0},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
+}
+
+# Episodes, for the learners other than joint; `data` and `images` are for all.
+META = {
+    "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
+    "images": 32,  # healthy images of each data set beside the target; 0 = all
+    "tasks": 4,  # per step
+    "shots": 0,  # support rows of a task; 0 = min(8, k), at least 2
+    "query": 0,  # query rows of a task; 0 = as shots
+    "inner_steps": 1,
+    "inner_rate": 0.05,
+    "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
+    "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
 }
 
 
@@ -128,17 +140,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.loss = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}  # weights; 0 = not computed
     c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
     c.learner = "joint"  # LEARNERS, see learn.py
-    c.meta = {  # for the learners other than joint; `data` and `images` for all
-        "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
-        "images": 32,  # healthy images of each data set beside the target; 0 = all
-        "tasks": 4,  # per step
-        "shots": 0,  # support rows of a task; 0 = min(8, k), at least 2
-        "query": 0,  # query rows of a task; 0 = as shots
-        "inner_steps": 1,
-        "inner_rate": 0.05,
-        "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
-        "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
-    }
+    c.meta = META
     c.epochs = 200  # passes over the supports, as peers count
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
@@ -164,6 +166,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c = config.copy_and_resolve_references()
     if c.method == "mediclip":
         c.update(MEDICLIP)
+        c.learner = "joint"
     check(c)
     c.batch = c.batch or min(8, c.k)
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
