@@ -83,7 +83,7 @@ def world(base: Path) -> World:
     """8 supports, 6 healthy and 6 diseased test images of 64 pixels; a random CLIP of 32 pixels."""
     base = base / "world"
     data = phantom.write_folder(base / "data", "ultrasound", 0, 64, 8, 6, 6)
-    clip, _ = tiny_checkpoint(base / "clip")
+    clip, *_ = tiny_checkpoint(base / "clip")
     return World(base, data, clip)
 
 
