@@ -39,18 +39,19 @@ def main(argv: list[str]) -> int:
         workdir = Path(given.workdir).expanduser()
         run(given.mode, given.config, workdir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        said = str(error)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        where = error.filename or workdir
-        print(f"error: {where}: {error.strerror}; free space or mend it", file=sys.stderr)
-        return 2
+        said = f"{error.filename or workdir}: {error.strerror}; free space or mend it"
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    else:
+        return 0
+    # out of the handlers: with the error gone, progress bars are closed and this is the last line
+    print(f"error: {said}", file=sys.stderr)
+    return 2
 
 
 def usage() -> str:
