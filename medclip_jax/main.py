@@ -35,27 +35,27 @@ def main(argv: list[str]) -> int:
     if {"-h", "-help", "--help"} & set(argv[1:]):
         print(usage())
         return 0
-    workdir = None
+    workdir, code = None, 2
     try:
         given = parse(argv)
         workdir = Path(given.workdir).expanduser()
         run(given.mode, given.config, workdir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        said = str(error)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        where = error.filename or workdir
-        print(f"error: {where}: {error.strerror}; free space or mend it", file=sys.stderr)
-        return 2
+        said = f"{error.filename or workdir}: {error.strerror}; free space or mend it"
     except Preempted as stopped:
-        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
-        return EXIT_CODE
+        said, code = f"{stopped}; the same command goes on from there", EXIT_CODE
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    else:
+        return 0
+    # out of the handlers: with the error gone, progress bars are closed and this is the last line
+    print(f"error: {said}" if code == 2 else said, file=sys.stderr)
+    return code
 
 
 def usage() -> str:

@@ -83,7 +83,7 @@ def world(base: Path) -> World:
     """8 supports, 6 healthy and 6 diseased test images of 64 pixels; a random CLIP of 32 pixels."""
     base = base / "world"
     data = phantom.write_folder(base / "data", "ultrasound", 0, 64, 8, 6, 6)
-    clip, _ = tiny_checkpoint(base / "clip")
+    clip, *_ = tiny_checkpoint(base / "clip")
     return World(base, data, clip)
 
 
@@ -251,6 +251,33 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, whole, tmp_path_factory):
     assert log(workdir) == log(whole)
     a, b = predictions(workdir), predictions(whole)
     assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_sigterm_while_meta_training_saves_and_the_same_command_finishes(tiny, tmp_path):
+    flags = ("--config.learner=maml", "--config.steps=100", "--config.synthesis.variants=16")
+    flags = (
+        *flags,
+        "--config.meta.tasks=2",
+        "--config.log_every=2",
+        "--config.checkpoint_every=90",
+    )
+    workdir = tmp_path / "cut"
+    process = tiny.start(workdir, *flags)
+    lines = workdir / "metrics.jsonl"
+    while process.poll() is None and not (lines.is_file() and lines.read_bytes().count(b"\n") > 2):
+        time.sleep(0.005)
+    process.terminate()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 143, stderr[-3000:]
+    said = r"stopped by SIGTERM at step (\d+) of 100; the same command goes on from there"
+    at = int(re.fullmatch(said, stderr.strip().splitlines()[-1])[1])
+    assert (workdir / "checkpoints" / str(at)).is_dir() and 6 <= at < 90
+    process = tiny.start(workdir, *flags)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+    assert [row["step"] for row in log(workdir)] == [*range(2, 101, 2)]
+    held = json.loads((workdir / "metrics.json").read_text())
+    assert held["learner"] == "maml" and held["gradients"] == 100 * 2 * 2
 
 
 def test_evaluate_scores_a_finished_run_again(tiny, whole):
