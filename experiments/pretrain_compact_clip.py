@@ -1,4 +1,4 @@
-"""Trains the embedded CLIP: `--stage views`, then `texts`, `tokens`, `train`; `--export DIR` any time.
+"""Trains the embedded CLIP: `--stage views`, then `texts`, `tokens`, `train`; `--export` any time.
 
 `views` and `texts` run the teachers once (the only stages that need PyTorch and the packages named
 in pretrain/teachers.py) and leave their answers in the run folder. `train` is JAX alone; started
@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-
 from pretrain import captions, leaks, views
 
 EVALUATION = {"BUSI": "busi", "BrainMRI": "brain_mri", "chest_xray": "chest_xray"}
@@ -21,17 +20,30 @@ COMMON_WORDS = 6000
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with pretrain/, terminology/ ...")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with pretrain/, terminology/ ..."
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder for caches and checkpoints")
     parser.add_argument("--stage", choices=("views", "texts", "tokens", "train"))
     parser.add_argument("--shards", type=int, default=60, help="shards of 512 views")
-    parser.add_argument("--init", type=Path, help="CLIP folder whose image tower is the starting point")
+    parser.add_argument(
+        "--init", type=Path, help="CLIP folder whose image tower is the starting point"
+    )
     parser.add_argument("--hours", type=float, default=1.5)
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-findings", action="store_true", help="captions never tell disease from health")
-    parser.add_argument("--export", type=Path, help="write the Hugging Face folder from the checkpoint")
+    parser.add_argument(
+        "--no-findings", action="store_true", help="captions never tell disease from health"
+    )
+    parser.add_argument(
+        "--export", type=Path, help="write the Hugging Face folder from the checkpoint"
+    )
+    parser.add_argument(
+        "--judge", type=Path, nargs="+", help="CLIP folders to measure; results.md of the run"
+    )
     parser.add_argument("--half", action="store_true", help="export float16")
     return parser.parse_args()
 
@@ -87,15 +99,16 @@ def starting_point(init: Path | None, vocabulary: int, seed: int):
         taken = {n: v for n, v in theirs.items() if n.startswith("vision_model.")}
         wrong = [n for n, v in taken.items() if n not in clip or clip[n].shape != v.shape]
         if wrong:
-            raise SystemExit(f"{init}: {wrong[0]} does not fit this shape; use a 192x8 image tower.")
+            raise SystemExit(
+                f"{init}: {wrong[0]} does not fit this shape; use a 192x8 image tower."
+            )
         clip |= taken
     return clip, size
 
 
 def load_material(run: Path, rows: list[views.Row], shards: int):
-    from transformers import CLIPTokenizerFast
-
     from pretrain import loop
+    from transformers import CLIPTokenizerFast
 
     read = views.read_shards(run / "views", shards)
     return loop.Material(
@@ -108,6 +121,22 @@ def load_material(run: Path, rows: list[views.Row], shards: int):
     )
 
 
+def judge_folders(data: Path, run: Path, folders: list[Path]) -> None:
+    """Each folder, and the first one's shape at random weights; results.json and results.md."""
+    from pretrain import export, judge, tower
+
+    tests = [judge.read_set(name, data) for name in EVALUATION]
+    named = {}
+    for folder in folders:
+        clip, size = export.read_folder(folder)
+        named[folder.name] = judge.judge(folder, clip, size, tests)
+        print(judge.table({folder.name: named[folder.name]}), flush=True)
+    _, size = export.read_folder(folders[0])
+    named["random weights"] = judge.judge(folders[0], tower.init(size, 0), size, tests)
+    (run / "results.json").write_text(json.dumps(named, indent=1))
+    (run / "results.md").write_text(judge.table(named) + "\n")
+
+
 def main() -> None:
     args = arguments()
     if args.stage in ("views", "texts", "train"):
@@ -115,7 +144,9 @@ def main() -> None:
     if args.stage == "views":
         from pretrain import teachers
 
-        teachers.make_shards(args.data / "pretrain", rows, args.run / "views", args.shards, REPEATS, args.seed)
+        teachers.make_shards(
+            args.data / "pretrain", rows, args.run / "views", args.shards, REPEATS, args.seed
+        )
     elif args.stage == "texts":
         make_texts(args.data, args.run, rows, args.seed, not args.no_findings)
     elif args.stage == "tokens":
@@ -125,11 +156,18 @@ def main() -> None:
 
         material = load_material(args.run, rows, args.shards)
         clip, size = starting_point(args.init, len(material.tokenizer), args.seed)
-        plan = loop.Plan(hours=args.hours, rate=args.rate, seed=args.seed, findings=not args.no_findings)
-        told = plan._asdict() | {"shards": len(material.shards), "init": args.init and args.init.name}
+        plan = loop.Plan(
+            hours=args.hours, rate=args.rate, seed=args.seed, findings=not args.no_findings
+        )
+        told = plan._asdict() | {
+            "shards": len(material.shards),
+            "init": args.init and args.init.name,
+        }
         (args.run / "plan.json").write_text(json.dumps(told, indent=1))
         state = loop.start(clip, size, args.seed)
         loop.run(material, size, plan, state, args.run / "checkpoint.safetensors")
+    if args.judge:
+        judge_folders(args.data, args.run, args.judge)
     if args.export is not None:
         from pretrain import card
 

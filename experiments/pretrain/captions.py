@@ -22,9 +22,26 @@ CLASSES = (
 )
 PLANES = ("", "axial", "sagittal", "coronal")
 SCANS = {
-    "brain mri": ("brain mri", "brain mri scan", "head mri", "mri of the brain", "mr image of the brain"),
-    "chest x-ray": ("chest x-ray", "chest radiograph", "chest film", "x-ray of the chest", "lung x-ray"),
-    "breast ultrasound": ("breast ultrasound", "breast sonogram", "ultrasound of the breast", "breast ultrasound image"),
+    "brain mri": (
+        "brain mri",
+        "brain mri scan",
+        "head mri",
+        "mri of the brain",
+        "mr image of the brain",
+    ),
+    "chest x-ray": (
+        "chest x-ray",
+        "chest radiograph",
+        "chest film",
+        "x-ray of the chest",
+        "lung x-ray",
+    ),
+    "breast ultrasound": (
+        "breast ultrasound",
+        "breast sonogram",
+        "ultrasound of the breast",
+        "breast ultrasound image",
+    ),
 }
 ORGANS = {"brain mri": "brain", "chest x-ray": "lungs", "breast ultrasound": "breast"}
 # Words for findings, and which classes each one is true of.
@@ -33,13 +50,29 @@ FINDINGS = {
         (("glioma", "a glioma", "glial tumor"), (1,)),
         (("meningioma", "a meningioma"), (2,)),
         (("pituitary tumor", "pituitary adenoma", "a pituitary mass"), (3,)),
-        (("a brain tumor", "a tumor", "a tumour", "an intracranial mass", "a lesion", "cancer"), (1, 2, 3)),
+        (
+            ("a brain tumor", "a tumor", "a tumour", "an intracranial mass", "a lesion", "cancer"),
+            (1, 2, 3),
+        ),
     ),
     "chest x-ray": (
-        (("pneumonia", "lung opacity", "consolidation", "an infiltrate", "lung infection", "airspace disease"), (5,)),
+        (
+            (
+                "pneumonia",
+                "lung opacity",
+                "consolidation",
+                "an infiltrate",
+                "lung infection",
+                "airspace disease",
+            ),
+            (5,),
+        ),
     ),
     "breast ultrasound": (
-        (("a benign breast mass", "a benign mass", "a benign lesion", "a cyst or fibroadenoma"), (7,)),
+        (
+            ("a benign breast mass", "a benign mass", "a benign lesion", "a cyst or fibroadenoma"),
+            (7,),
+        ),
         (("a malignant breast mass", "a malignant tumor", "breast cancer", "carcinoma"), (8,)),
         (("a breast mass", "a mass", "a lesion", "a tumor", "a nodule"), (7, 8)),
     ),
@@ -53,7 +86,8 @@ WITHOUT = (
     "no {f} in the {organ}", "{scan}, negative for {f}",
 )  # fmt: skip
 NORMAL = (
-    "a normal {scan}", "normal {organ} appearance", "{scan} of a healthy {organ}", "healthy {organ}",
+    "a normal {scan}", "normal {organ} appearance", "{scan} of a healthy {organ}",
+    "healthy {organ}",
     "a {scan} of a healthy patient", "{scan} with no abnormality", "unremarkable {scan}",
     "{scan} without abnormal findings", "normal {organ}, no signs of disease", "{scan}, no finding",
 )  # fmt: skip
@@ -62,8 +96,20 @@ ABNORMAL = (
     "diseased {organ}", "a {scan} of a sick patient", "{scan} with an abnormality",
     "pathological {scan}", "{scan} with abnormal findings", "{organ} with signs of disease",
 )  # fmt: skip
-ANY_NORMAL = ("a healthy scan", "normal image", "no signs of disease", "no abnormality seen", "healthy tissue")
-ANY_ABNORMAL = ("an abnormal scan", "diseased tissue", "signs of disease", "an abnormality", "a lesion is seen")
+ANY_NORMAL = (
+    "a healthy scan",
+    "normal image",
+    "no signs of disease",
+    "no abnormality seen",
+    "healthy tissue",
+)
+ANY_ABNORMAL = (
+    "an abnormal scan",
+    "diseased tissue",
+    "signs of disease",
+    "an abnormality",
+    "a lesion is seen",
+)
 PLAIN = ("a {scan}", "{scan}", "medical image: {scan}", "image of the {organ}, {scan}")
 
 
@@ -132,17 +178,18 @@ def matches(captions: list[Caption], rows: list[Row]) -> np.ndarray:
 
 
 ANATOMY = (
-    "brain", "breast", "chest", "lungs", "heart", "liver", "kidney", "spleen", "pancreas", "prostate",
-    "thyroid", "bone", "spine", "knee", "hip", "shoulder", "skin", "retina", "colon", "stomach",
+    "brain", "breast", "chest", "lungs", "heart", "liver", "kidney", "spleen", "pancreas",
+    "prostate", "thyroid", "bone", "spine", "knee", "hip", "shoulder", "skin", "retina", "colon", "stomach",
     "bladder", "uterus", "ovary", "artery", "lymph node", "skull", "pituitary gland", "ventricle",
 )  # fmt: skip
 MODALITIES = (
     "mri", "x-ray", "ultrasound", "ct", "mammography", "radiograph", "flair mri", "t1-weighted mri",
-    "t2-weighted mri", "endoscopy", "histology", "fundus photograph", "dermoscopy", "optical coherence tomography",
+    "t2-weighted mri", "endoscopy", "histology", "fundus photograph", "dermoscopy",
+    "optical coherence tomography",
 )  # fmt: skip
 FRAMES = (
-    "no signs of {}", "no evidence of {}", "signs of {}", "{}", "a scan with {}", "a patient with {}",
-    "image showing {}", "without {}", "suspicious for {}", "consistent with {}",
+    "no signs of {}", "no evidence of {}", "signs of {}", "{}", "a scan with {}",
+    "a patient with {}", "image showing {}", "without {}", "suspicious for {}", "consistent with {}",
 )  # fmt: skip
 
 

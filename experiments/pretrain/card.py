@@ -13,15 +13,30 @@ tags: [clip, medical, anomaly-detection]
 ---
 # compact_clip
 
-A small CLIP in Hugging Face format (FlaxCLIPModel and CLIPModel both load it), for first runs, tests and users without access to a model hub. Not a medical device.
+A small CLIP in Hugging Face format (FlaxCLIPModel and CLIPModel both load it), for first runs,
+tests and users without access to a model hub. Not a medical device.
 
-**Shape.** Image tower: ViT, width {width}, {layers} layers, {heads} heads, patch 16, image {image}. Text tower: width {text_width}, {text_layers} layers, context {context}. Joint width {joint}. Own byte-pair vocabulary of {vocabulary} entries in CLIP's file format.
+**Shape.** Image tower: ViT, width {width}, {layers} layers, {heads} heads, patch 16, image
+{image}. Text tower: width {text_width}, {text_layers} layers, context {context}. Joint width
+{joint}. Own byte-pair vocabulary of {vocabulary} entries in CLIP's file format.
 
-**Data.** {images} images: BRISC brain MRI (CC BY 4.0), Kermany paediatric chest films (CC BY 4.0), NIH ChestX-ray14 (no restrictions, attribution), BUS-UCLM breast ultrasound (CC BY 4.0). Captions in many wordings, made from modality, plane, state and finding{findings}. Phrases without images: Disease Ontology labels (CC0), CheXpert labeler mentions (MIT), anatomy and modality names.
+**Data.** {images} images: BRISC brain MRI (CC BY 4.0), Kermany paediatric chest films (CC BY
+4.0), NIH ChestX-ray14 (no restrictions, attribution), BUS-UCLM breast ultrasound (CC BY 4.0).
+Captions in many wordings, made from modality, plane, state and finding{findings}. Phrases without
+images: Disease Ontology labels (CC0), CheXpert labeler mentions (MIT), anatomy and modality
+names.
 
-**Teachers.** EfficientNet-Lite0 (ImageNet, Apache-2.0) for patches; all-MiniLM-L6-v2 (Apache-2.0) for what phrases mean. Neither is needed to use this model.
+**Teachers.** EfficientNet-Lite0 (ImageNet, Apache-2.0) for patches; all-MiniLM-L6-v2 (Apache-2.0)
+for what phrases mean. Neither is needed to use this model.
 
-**Recipe.** {start} AdamW {rate}, cosine over the time budget, batch {batch}, seed {seed}; {views} views (crop 50-100%, turn, brightness, contrast, gamma; mirrored at random), {patches} of 196 patches per image and step, all of them in the last {tail:.0%}. Loss: Huber to standardised teacher features (stride 8 against layer {middle}, stride 16 against layer {layers}, pooled against the class token) + 4 x squared difference between our and the teacher's token cosines (pairs over the whole batch) + CLIP's contrastive loss with every true caption as a positive (class token .15, mean of patches .1) + .5 x (1 - cosine) of a linear map of phrase embeddings to MiniLM's. Exported: running average of the weights (.005 a step).
+**Recipe.** {start} AdamW {rate}, cosine over the time budget, batch {batch}, seed {seed}; {views}
+views (crop 50-100%, turn, brightness, contrast, gamma; mirrored at random), {patches} of 196
+patches per image and step, all of them in the last {tail:.0%}. Loss: Huber to standardised
+teacher features (stride 8 against layer {middle}, stride 16 against layer {layers}, pooled
+against the class token) + 4 x squared difference between our and the teacher's token cosines
+(pairs over the whole batch) + CLIP's contrastive loss with every true caption as a positive
+(class token .15, mean of patches .1) + .5 x (1 - cosine) of a linear map of phrase embeddings to
+MiniLM's. Exported: running average of the weights (.005 a step).
 
 **Run.** {steps} steps, {seen} image views, {minutes:.0f} minutes on 2 shared CPU cores.
 
@@ -33,11 +48,17 @@ A small CLIP in Hugging Face format (FlaxCLIPModel and CLIPModel both load it), 
 
 Chest films of different children correlate that highly; there, patients are disjoint instead.
 
-**Results** (image AUROC, mean and sd over 5 draws; memory = nearest-neighbour cosine distance of 3x3 pooled patch tokens of layers {middle} and {layers}, mean over patches, 32 healthy images at random as pool of which K are used; zero-shot = 4 + 4 phrases):
+**Results** (image AUROC, mean and sd over 5 draws; memory = nearest-neighbour cosine distance of
+3x3 pooled patch tokens of layers {middle} and {layers}, mean over patches, 32 healthy images at
+random as pool of which K are used; zero-shot = 4 + 4 phrases):
 
 {results}
 
-**Limits.** It has seen captions of brain tumours, pneumonia and breast masses from other sets: say so wherever its zero-shot numbers stand. 7,552 images and three modalities: outside brain MRI, chest films and breast ultrasound it knows no more than its teachers' general shape. The chest films it saw of healthy children and the NIH films of adults differ in source, so part of what "pneumonia" means to it may be the source. Text beyond {length} tokens was never trained.
+**Limits.** It has seen captions of brain tumours, pneumonia and breast masses from other sets:
+say so wherever its zero-shot numbers stand. 7,552 images and three modalities: outside brain MRI,
+chest films and breast ultrasound it knows no more than its teachers' general shape. The chest
+films it saw of healthy children and the NIH films of adults differ in source, so part of what
+"pneumonia" means to it may be the source. Text beyond {length} tokens was never trained.
 """
 
 
@@ -53,7 +74,7 @@ def leak_table(run: Path) -> str:
 def start_text(init: str | None) -> str:
     if init is None:
         return "From random weights."
-    return f"The image tower starts from the checkpoint `{init}` (see its card), the text tower at random."
+    return f"The image tower starts from the checkpoint `{init}`, the text tower at random."
 
 
 def card_text(run: Path, size: tower.Size, steps: int, elapsed: float) -> str:

@@ -82,17 +82,23 @@ def write_folder(
     card: str,
     half: bool = False,
 ) -> None:
-    """Weights (float32, or float16 with `half`), configs, tokenizer and card; the card ends with the hash."""
+    """Weights (float32, or float16 with `half`), configs, tokenizer, card with the weights' hash."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = np.float16 if half else np.float32
     arrays = {name: np.array(value, kind, order="C") for name, value in clip.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, value in (("config", clip_config(size)), ("preprocessor_config", preprocessor_config(size))):
+    (folder / "model.safetensors").chmod(0o644)
+    for name, value in (
+        ("config", clip_config(size)),
+        ("preprocessor_config", preprocessor_config(size)),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     for name in TOKENIZER:
         shutil.copyfile(tokenizer / name, folder / name)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "README.md").write_text(f"{card.rstrip()}\n\nsha256 of model.safetensors: `{digest}`\n")
+    (folder / "README.md").write_text(
+        f"{card.rstrip()}\n\nsha256 of model.safetensors: `{digest}`\n"
+    )
 
 
 def read_folder(folder: Path) -> tuple[dict[str, np.ndarray], tower.Size]:
@@ -100,7 +106,9 @@ def read_folder(folder: Path) -> tuple[dict[str, np.ndarray], tower.Size]:
     config = json.loads((folder / "config.json").read_text())
     vision, text = config["vision_config"], config["text_config"]
     if vision["patch_size"] != tower.PATCH:
-        raise ValueError(f"{folder}: patch size {vision['patch_size']}, this script reads {tower.PATCH}")
+        raise ValueError(
+            f"{folder}: patch size {vision['patch_size']}, this script reads {tower.PATCH}"
+        )
     size = tower.Size(
         width=vision["hidden_size"],
         layers=vision["num_hidden_layers"],

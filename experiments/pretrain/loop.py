@@ -142,10 +142,22 @@ def _line(number: int, used: float, speed: float, parts: dict[str, float]) -> st
     return f"step {number} {used / 60:.1f} min {speed:.0f} images/s {told}"
 
 
+@functools.cache
+def compiled_step(size: tower.Size):
+    """`objective.step` for one size, compiled once per process; its state is donated."""
+    fixed = {"size": size, "weights": objective.Weights(), "optimiser": objective.make_optimiser()}
+    return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
+
+
+def counted(times: list[float]) -> float:
+    """Seconds the last step counts for: at most five median steps, however long it was stopped."""
+    return min(times[-1], 5 * float(np.median(times)))
+
+
 def run(material: Material, size: tower.Size, plan: Plan, state: State, path: Path) -> State:
     """Trains from `state`, or from the checkpoint at `path`, until the budget is used up.
 
-    A step counts for at most five times the median step, so a stopped process loses no budget.
+    A process may be stopped and continued without losing budget (see `counted`).
     """
     number, elapsed, times = 0, 0.0, []
     if path.exists():
@@ -153,8 +165,7 @@ def run(material: Material, size: tower.Size, plan: Plan, state: State, path: Pa
     mesh = jax.make_mesh((jax.device_count(),), ("n",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("n"))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    fixed = {"size": size, "weights": objective.Weights(), "optimiser": objective.make_optimiser()}
-    step = jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
+    step = compiled_step(size)
     saved = elapsed
     while True:
         fraction = number / plan.steps if plan.steps else elapsed / (plan.hours * 3600)
@@ -170,7 +181,7 @@ def run(material: Material, size: tower.Size, plan: Plan, state: State, path: Pa
         _check(parts, number)
         number += 1
         times = [*times[-50:], time.monotonic() - begun]
-        elapsed += min(times[-1], 5 * float(np.median(times)))
+        elapsed += counted(times)
         line = _line(number, elapsed, plan.batch / np.median(times), parts)
         print(f"\r{line}", end="" if number % 20 else "\n", flush=True)
         if elapsed - saved > plan.save_minutes * 60:

@@ -77,7 +77,7 @@ def contrast(
 def loss(
     theta: dict, size: tower.Size, weights: Weights, batch: Batch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Weighted sum and its parts. theta = {"clip": CLIPModel's parameters, "heads": linear maps}."""
+    """Sum and parts; theta = {"clip": CLIPModel's parameters, "heads": linear maps}."""
     p, heads = theta["clip"], theta["heads"]
     states = tower.encode_image(p, size, batch.pixels, batch.keep)
     middle, last = states[size.layers // 2][:, 1:], states[-1][:, 1:]

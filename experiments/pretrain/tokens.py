@@ -1,4 +1,4 @@
-"""A byte-pair vocabulary in CLIP's own file format, trained on captions, phrases and common words."""
+"""A byte-pair vocabulary in CLIP's own file format, from captions, phrases and common words."""
 
 import json
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def train_merges(texts: Iterable[str], entries: int) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], entries: int) -> int:
-    """CLIP's four tokenizer files; returns the vocabulary's size. The end token has the largest id."""
+    """CLIP's four tokenizer files; returns the vocabulary's size. The end token's id is largest."""
     folder.mkdir(parents=True, exist_ok=True)
     merges = train_merges(texts, entries)
     letters = list(bytes_to_unicode().values())

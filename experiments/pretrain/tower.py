@@ -38,7 +38,9 @@ def _init_block(rng: np.random.Generator, name: str, width: int, layers: int) ->
     shapes = {f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")}
     shapes |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     for part, (rows, columns) in shapes.items():
-        sd = columns**-0.5 * ((2 * layers) ** -0.5 if part in ("self_attn.out_proj", "mlp.fc2") else 1)
+        sd = columns**-0.5 * (
+            (2 * layers) ** -0.5 if part in ("self_attn.out_proj", "mlp.fc2") else 1
+        )
         out[f"{name}.{part}.weight"] = rng.normal(0, sd, (rows, columns))
         out[f"{name}.{part}.bias"] = np.zeros(rows)
     for part in ("layer_norm1", "layer_norm2"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 SIZE = 224
@@ -37,8 +37,10 @@ def view_order(rows: list[Row], repeats: dict[str, int], seed: int, round_: int)
     return np.random.default_rng([seed, round_]).permutation(order)
 
 
-def random_view(pixels: UInt8[np.ndarray, "h w"], rng: np.random.Generator) -> UInt8[np.ndarray, "224 224"]:
-    """A crop of 50-100% of the area, turned by up to 10 degrees, with other brightness and gamma."""
+def random_view(
+    pixels: UInt8[np.ndarray, "h w"], rng: np.random.Generator
+) -> UInt8[np.ndarray, "224 224"]:
+    """A crop of 50-100% of the area, turned by up to 10 degrees, other brightness and gamma."""
     image = Image.fromarray(pixels)
     if rng.random() < 0.3:
         image = image.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
