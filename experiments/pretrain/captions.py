@@ -179,8 +179,10 @@ def matches(captions: list[Caption], rows: list[Row]) -> np.ndarray:
 
 ANATOMY = (
     "brain", "breast", "chest", "lungs", "heart", "liver", "kidney", "spleen", "pancreas",
-    "prostate", "thyroid", "bone", "spine", "knee", "hip", "shoulder", "skin", "retina", "colon", "stomach",
-    "bladder", "uterus", "ovary", "artery", "lymph node", "skull", "pituitary gland", "ventricle",
+    "prostate", "thyroid", "bone", "spine", "knee", "hip", "shoulder", "skin", "retina",
+    "colon", "stomach",
+    "bladder", "uterus", "ovary", "artery", "lymph node",
+    "skull", "pituitary gland", "ventricle",
 )  # fmt: skip
 MODALITIES = (
     "mri", "x-ray", "ultrasound", "ct", "mammography", "radiograph", "flair mri", "t1-weighted mri",
@@ -189,7 +191,8 @@ MODALITIES = (
 )  # fmt: skip
 FRAMES = (
     "no signs of {}", "no evidence of {}", "signs of {}", "{}", "a scan with {}",
-    "a patient with {}", "image showing {}", "without {}", "suspicious for {}", "consistent with {}",
+    "a patient with {}", "image showing {}", "without {}", "suspicious for {}",
+    "consistent with {}",
 )  # fmt: skip
 
 

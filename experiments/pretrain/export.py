@@ -82,7 +82,7 @@ def write_folder(
     card: str,
     half: bool = False,
 ) -> None:
-    """Weights (float32, or float16 with `half`), configs, tokenizer, card with the weights' hash."""
+    """Weights (float32, or float16 with `half`), configs, tokenizer, card with the hash."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = np.float16 if half else np.float32
     arrays = {name: np.array(value, kind, order="C") for name, value in clip.items()}

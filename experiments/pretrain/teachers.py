@@ -26,7 +26,7 @@ def load_image_teacher():
 
 
 def image_features(net, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Grey uint8 [n 224 224] -> float16 fine [n 14 14 40], coarse [n 14 14 112], pooled [n 1280]."""
+    """Grey uint8 [n 224 224] to float16 fine [n 14 14 40], coarse [n 14 14 112], pooled [n 1280]"""
     import torch
 
     grey = torch.from_numpy(pixels.astype(np.float32) / 255.0)[:, None].expand(-1, 3, -1, -1)
