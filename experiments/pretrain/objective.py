@@ -1,0 +1,125 @@
+"""What the small CLIP learns: the teacher's patches, which tokens are alike, and what texts say."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt8
+
+from . import tower
+
+
+class Batch(NamedTuple):
+    """One step's data. Teacher features are standardised per channel, for the kept patches."""
+
+    pixels: UInt8[Array, "n h w"]
+    keep: Int[Array, "n t"]
+    fine: Float[Array, "n t 40"]
+    coarse: Float[Array, "n t 112"]
+    pooled: Float[Array, "n 1280"]
+    captions: Int[Array, "n l"]
+    match: Float[Array, "n n"]  # image i, caption j: 1 where true
+    phrases: Int[Array, "m l"]
+    meaning: Float[Array, "m 384"]  # the text teacher's embeddings, length 1
+
+
+class Weights(NamedTuple):
+    """Weight of each part of the loss."""
+
+    fine: float = 1.0
+    coarse: float = 1.0
+    pooled: float = 0.5
+    alike: float = 4.0
+    caption: float = 0.15
+    patch_caption: float = 0.1
+    phrase: float = 0.5
+
+
+ALIKE_TOKENS = 12  # patches of each image that enter the likeness loss
+
+
+def init_heads(size: tower.Size, seed: int) -> dict[str, np.ndarray]:
+    """Linear maps from our tokens to the teachers' features; training only, never exported."""
+    rng = np.random.default_rng([seed, 5])
+    shapes = {"fine": (40, size.width), "coarse": (112, size.width)}
+    shapes |= {"pooled": (1280, size.width), "phrase": (384, size.joint)}
+    out = {}
+    for name, (rows, columns) in shapes.items():
+        out[f"{name}.weight"] = rng.normal(0, 0.02, (rows, columns)).astype(np.float32)
+        out[f"{name}.bias"] = np.zeros(rows, np.float32)
+    return out
+
+
+def alike(ours: Float[Array, "n t d"], theirs: Float[Array, "n t c"]) -> Float[Array, ""]:
+    """Mean squared difference between both sides' cosines over all pairs of sampled tokens.
+
+    Nearest-neighbour memories live on exactly these cosines (Gram matching, as in DINOv3).
+    """
+    a, b = (tower.unit(x[:, :ALIKE_TOKENS].reshape(-1, x.shape[-1])) for x in (ours, theirs))
+    return jnp.square(a @ a.T - b @ b.T).mean()
+
+
+def contrast(
+    images: Float[Array, "n j"],
+    texts: Float[Array, "n j"],
+    match: Float[Array, "n n"],
+    scale: Float[Array, ""],
+) -> Float[Array, ""]:
+    """CLIP's symmetric loss with every true caption as a positive."""
+    logits = scale * tower.unit(images) @ tower.unit(texts).T
+    to_text = optax.softmax_cross_entropy(logits, match / match.sum(1, keepdims=True))
+    back = match.T / match.T.sum(1, keepdims=True)
+    return (to_text.mean() + optax.softmax_cross_entropy(logits.T, back).mean()) / 2
+
+
+def loss(
+    theta: dict, size: tower.Size, weights: Weights, batch: Batch
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Sum and parts; theta = {"clip": CLIPModel's parameters, "heads": linear maps}."""
+    p, heads = theta["clip"], theta["heads"]
+    states = tower.encode_image(p, size, batch.pixels, batch.keep)
+    middle, last = states[size.layers // 2][:, 1:], states[-1][:, 1:]
+    texts = tower.encode_text(p, size, jnp.concatenate([batch.captions, batch.phrases]))
+    captions, phrases = jnp.split(texts, [batch.captions.shape[0]])
+    scale = jnp.exp(jnp.minimum(p["logit_scale"], jnp.log(100.0)))
+    joint = tower.project_tokens(p, states[-1])
+    said = tower.unit(tower.linear(heads, "phrase", phrases))
+
+    def near(name, tokens, target):
+        return optax.huber_loss(tower.linear(heads, name, tokens), target).mean()
+
+    parts = {
+        "fine": near("fine", middle, batch.fine),
+        "coarse": near("coarse", last, batch.coarse),
+        "pooled": near("pooled", states[-1][:, 0], batch.pooled),
+        "alike": alike(middle, batch.fine) + alike(last, batch.coarse),
+        "caption": contrast(joint[:, 0], captions, batch.match, scale),
+        "patch_caption": contrast(joint[:, 1:].mean(1), captions, batch.match, scale),
+        "phrase": 1 - (said * batch.meaning).sum(-1).mean(),
+    }
+    total = sum(getattr(weights, name) * value for name, value in parts.items())
+    return total, parts
+
+
+def step(theta, moments, average, lr, batch, *, size, weights, optimiser):
+    """One update: (theta, optimiser state, running average of the CLIP parameters, parts)."""
+    (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(theta, size, weights, batch)
+    updates, moments = optimiser.update(gradient, moments, theta)
+    theta = jax.tree.map(lambda w, u: w - lr * u, theta, updates)
+    average = jax.tree.map(lambda a, w: a + 0.005 * (w - a), average, theta["clip"])
+    return theta, moments, average, parts | {"total": total}
+
+
+def make_optimiser() -> optax.GradientTransformation:
+    """AdamW without its learning rate (the loop multiplies it in); no decay of vectors."""
+
+    def matrices(tree):
+        return jax.tree.map(lambda w: w.ndim > 1, tree)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b2=0.98),
+        optax.add_decayed_weights(0.05, mask=matrices),
+    )
