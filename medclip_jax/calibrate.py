@@ -161,8 +161,8 @@ def _promise(k: int, alpha: float) -> tuple[int, bool, str]:
         return 1, False, sentence
     alarms = min(alarms, k)
     sentence = (
-        f"with {images} the false-alarm rate is at most {_percent(alarms / (k + 1))}, "
-        f"asked for {_percent(alpha)}"
+        f"with {images} the false-alarm rate, averaged over draws of supports, is at most "
+        f"{_percent(alarms / (k + 1))}, asked for {_percent(alpha)}"
     )
     return alarms, True, sentence
 

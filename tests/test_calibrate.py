@@ -44,7 +44,10 @@ def test_message_says_what_cannot_be_promised():
     assert (got.value, got.attainable, got.message) == (3.0, False, sentence)
     assert got.alpha_attained == pytest.approx(0.2)
     kept = calibrate.threshold(np.arange(32.0), 0.05).message
-    assert kept == "with 32 healthy images the false-alarm rate is at most 3.03%, asked for 5%"
+    assert kept == (
+        "with 32 healthy images the false-alarm rate, averaged over draws of supports, "
+        "is at most 3.03%, asked for 5%"
+    )
 
 
 @pytest.mark.parametrize("k", [1, 4, 8, 32])
