@@ -108,6 +108,8 @@ def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
         ) from None
     if not os.access(workdir, os.W_OK):
         raise WorkdirError(f"{workdir} is not writable: give another --workdir")
+    from rich.console import Console
+
     from medclip_jax import report
 
     if mode != "report":
@@ -116,7 +118,8 @@ def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
         devices()
         result = train.run(fields, workdir, train=mode == "train")
         logging.info("%s", summary(result))
-    page = report.write(workdir)
+    with Console(stderr=True).status("report"):
+        page = report.write(workdir)
     logging.info("report: %s", page)
 
 

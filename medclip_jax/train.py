@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     claim(workdir, c)
     mesh = sharding.mesh()
 
-    with stage(timing, "load"):
+    with stage(timing, "load", shown=True):
         tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
         records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k)
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
@@ -86,7 +86,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             passes=c.score.passes,
             seed=c.seed,
         )
-    with stage(timing, "metrics"):
+    with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
 
@@ -287,10 +287,11 @@ def keep_split(workdir: Path, drawn: Split, c: ConfigDict) -> None:
 
 
 @contextmanager
-def stage(timing: dict[str, float], name: str):
-    """Add the seconds of a stage."""
+def stage(timing: dict[str, float], name: str, shown: bool = False):
+    """Add the seconds of a stage; `shown` on the terminal where it has no steps to count."""
     begin = time.perf_counter()
-    yield
+    with Console(stderr=True).status(name) if shown else nullcontext():
+        yield
     timing[name] = timing.get(name, 0.0) + time.perf_counter() - begin
 
 
