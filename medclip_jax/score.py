@@ -83,7 +83,7 @@ def image_score(values: Float[Array, "n p"], top: float) -> Float[Array, " n"]:
 
 
 def memory_distance(
-    levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "m _"], ...]
+    levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
 ) -> Float[Array, "n p"]:
     """Cosine distance of each patch to its nearest healthy patch, mean over levels, in [0, 2]."""
     nearest = [1 - cosine(v, m).max(-1) for v, m in zip(levels, memory, strict=True)]
