@@ -39,7 +39,7 @@ def build(
     supports: Sequence[Record],
     groups: Sequence[np.ndarray],
 ) -> Detector:
-    """The detector of a method; `theta` [1 + folds, ...] as train.fit leaves it."""
+    """The detector of a method; `theta` [1 + folds, ...] as fit.run leaves it."""
     (tokens,) = features.load_images(bank, supports, len(supports))
     tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
     if method == "memory":

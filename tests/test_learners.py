@@ -17,6 +17,7 @@ from medclip_jax import (
     clip,
     config,
     features,
+    fit,
     learn,
     losses,
     maml,
@@ -218,7 +219,7 @@ def test_eight_devices_equal_one_with_dropout_and_uneven_tasks(tower, pool, lear
             design, frozen = train.build(c, tower)
             design = design._replace(dropout=0.3)
             loss = partial(model.loss, design=design, weights=WEIGHTS)
-            state = train.start(c, tower, design, optimizer, 1)
+            state = fit.start(c, tower, design, optimizer, 1)
         step, _ = step_of(c, loss, optimizer)
         state, frozen = sharding.replicate((state, frozen), mesh)
         if learner == "joint":
@@ -309,7 +310,7 @@ def test_settings_that_cannot_be_used(fields, message):
 def fitted(c, workdir, tower, pool):
     design, frozen = train.build(c, tower)
     groups, mesh = [np.array([0, 1]), np.array([2, 3])], sharding.mesh()
-    return train.fit(c, workdir, tower, design, frozen, [pool], groups, mesh, True)
+    return fit.run(c, workdir, tower, design, frozen, [pool], groups, mesh, True)
 
 
 @pytest.mark.parametrize("learner", ["joint", "maml"])
@@ -321,7 +322,7 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
     monkeypatch.setattr(model, "init", lambda key, model, **_: toy_init(key, model.width))
     monkeypatch.setattr(model, "loss", lambda *given, design, weights: toy_loss(*given))
     whole = fitted(c, tmp_path / "whole", tower, pool)
-    report = train.report
+    report = fit.report
 
     def asked(log, step, parts):
         report(log, step, parts)
@@ -329,13 +330,13 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train, "report", asked)
+    monkeypatch.setattr(fit, "report", asked)
     with pytest.raises(preemption.Preempted, match=r"^stopped by SIGTERM at step 3 of 7$"):
         fitted(c, tmp_path / "cut", tower, pool)
     assert signal.getsignal(signal.SIGTERM) is before
     kept = [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()]
     assert kept == ["3"]
-    monkeypatch.setattr(train, "report", report)
+    monkeypatch.setattr(fit, "report", report)
     resumed = fitted(c, tmp_path / "cut", tower, pool)
     for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from medclip_jax import config, features, learn, model, train, writer
+from medclip_jax import config, features, fit, learn, model, writer
 from medclip_jax.errors import WorkdirError
 from medclip_jax.structs import Batch, Features, TrainState
+from medclip_jax.workdir import claim
 
 
 def schedule(own, size, steps, seed=0, variants=5):
@@ -60,13 +61,13 @@ def test_without_variants_all_rows_are_identity():
     "k, parts, sizes", [(8, 4, [2] * 4), (5, 4, [2, 1, 1, 1]), (3, 4, [1] * 3)]
 )
 def test_folds_partition_the_supports(k, parts, sizes):
-    groups = train.folds(k, parts)
+    groups = fit.folds(k, parts)
     assert [len(g) for g in groups] == sizes
     assert sorted(np.concatenate(groups)) == list(range(k))
 
 
 def test_one_support_or_one_part_has_no_folds():
-    assert train.folds(1, 4) == [] and train.folds(8, 0) == [] and train.folds(8, 1) == []
+    assert fit.folds(1, 4) == [] and fit.folds(8, 0) == [] and fit.folds(8, 1) == []
 
 
 # --- a step on a tiny problem -----------------------------------------------------------------
@@ -151,9 +152,9 @@ def test_one_step_is_plain_gradient_descent():
 
 def test_a_loss_that_is_not_finite_names_step_and_part(tmp_path):
     with writer.Writer(tmp_path) as log:
-        train.report(log, 10, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(0.5)})
+        fit.report(log, 10, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(0.5)})
         with pytest.raises(FloatingPointError, match=r"step 20: dice is not finite"):
-            train.report(log, 20, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(jnp.nan)})
+            fit.report(log, 20, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(jnp.nan)})
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["nonfinite"] == ["dice"]
 
@@ -161,8 +162,8 @@ def test_a_loss_that_is_not_finite_names_step_and_part(tmp_path):
 # --- fit: the loop ----------------------------------------------------------------------------
 
 
-def fit(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
-    """train.fit with a small theta and a loss that pulls it to the tokens."""
+def fitted(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
+    """fit.run with a small theta and a loss that pulls it to the tokens."""
 
     def init(key, **_):
         return {"w": jax.random.normal(key, (1, 3))}
@@ -179,13 +180,13 @@ def fit(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
     from medclip_jax import sharding
 
     mesh = sharding.mesh(jax.devices()[:1])
-    groups = train.folds(4, 2)
+    groups = fit.folds(4, 2)
     args = (c, workdir, SimpleNamespace(), None, {}, [pool], groups, mesh, True)
-    return train.fit(*args)
+    return fit.run(*args)
 
 
 def test_fit_lowers_the_loss_and_copies_learn_without_their_fold(tmp_path, pool, monkeypatch):
-    theta = fit(tmp_path, pool, monkeypatch)
+    theta = fitted(tmp_path, pool, monkeypatch)
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
@@ -197,9 +198,9 @@ def test_fit_lowers_the_loss_and_copies_learn_without_their_fold(tmp_path, pool,
 
 
 def test_fit_resumes_bit_for_bit(tmp_path, pool, monkeypatch):
-    whole = fit(tmp_path / "a", pool, monkeypatch)
-    fit(tmp_path / "b", pool, monkeypatch, steps=14)
-    parted = fit(tmp_path / "b", pool, monkeypatch)
+    whole = fitted(tmp_path / "a", pool, monkeypatch)
+    fitted(tmp_path / "b", pool, monkeypatch, steps=14)
+    parted = fitted(tmp_path / "b", pool, monkeypatch)
     assert np.array_equal(whole["w"], parted["w"])
 
 
@@ -207,7 +208,7 @@ def test_fit_stops_at_a_value_that_is_not_finite_and_saves_nothing_of_it(
     tmp_path, pool, monkeypatch
 ):
     with pytest.raises(FloatingPointError, match=r"step 5: loss is not finite"):
-        fit(tmp_path, pool, monkeypatch, scale=np.float32("nan"))
+        fitted(tmp_path, pool, monkeypatch, scale=np.float32("nan"))
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -221,10 +222,10 @@ def settings(arg="k=4", **given):
 
 
 def test_a_claim_is_kept_and_renewed(tmp_path):
-    train.claim(tmp_path, settings())
+    claim(tmp_path, settings())
     first = json.loads((tmp_path / "config.json").read_text())
     assert first["k"] == 4 and first["steps"] > 0 and first["data"]["name"] == "folder"
-    train.claim(tmp_path, settings(cache="/elsewhere", log_every=1, checkpoint_every=3))
+    claim(tmp_path, settings(cache="/elsewhere", log_every=1, checkpoint_every=3))
     held = json.loads((tmp_path / "config.json").read_text())
     assert held["cache"] == "/elsewhere" and held["log_every"] == 1
 
@@ -240,8 +241,8 @@ def test_a_claim_is_kept_and_renewed(tmp_path):
     ],
 )
 def test_a_claim_on_another_run_is_refused(tmp_path, arg, given, named):
-    train.claim(tmp_path, settings())
+    claim(tmp_path, settings())
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(WorkdirError, match=named):
-        train.claim(tmp_path, settings(arg, **given))
+        claim(tmp_path, settings(arg, **given))
     assert (tmp_path / "config.json").read_bytes() == before

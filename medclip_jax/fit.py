@@ -1,0 +1,124 @@
+"""Training: theta and its held-out copies, step by step, resumable at every checkpoint."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import track
+
+from medclip_jax import checkpoints, features, learn, maml, model, preemption, sharding, writer
+from medclip_jax.data import episodes
+from medclip_jax.errors import CheckpointError
+from medclip_jax.structs import TrainState
+
+
+def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
+    """Train theta, one copy on all supports and one per held-out fold, side by side on axis 0.
+
+    The copies see the same schedule; copy 0 scores the test set, copy 1 + f scores fold f. The
+    first pool holds the supports; learners other than joint end by adapting to them.
+    """
+    inner = learn.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
+    optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
+    state = sharding.replicate(start(c, tower, design, optimizer, 1 + len(groups)), mesh)
+    if not c.steps:
+        (workdir / "metrics.jsonl").touch()
+        return jax.device_get(state.theta)
+
+    manager = checkpoints.open(workdir)
+    state = checkpoints.restore(manager, state) or state
+    first = int(state.step)
+    if not train and first < c.steps:
+        raise CheckpointError(
+            f"{workdir}: training stands at step {first} of {c.steps}; run --mode train first"
+        )
+    loss = partial(model.loss, design=design, weights=c.loss.to_dict())
+    joint = c.learner == "joint"
+    step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer)
+    frozen = sharding.replicate(frozen, mesh)
+    read = reader(c, pools, groups)
+    closing = checkpoints.finishing(manager)
+    with writer.Writer(workdir, resume_step=first) as log, closing, preemption.notice() as asked:
+        waiting = None
+        for i in track(range(first, c.steps), "train", console=Console(stderr=True)):
+            batch, valid = sharding.put(read(i), mesh)
+            batch = batch._replace(valid=batch.valid & valid[:, None])
+            state, parts = step(state, frozen, batch)
+            if waiting is not None:  # one step late, so that the device never waits for the host
+                report(log, *waiting)
+            due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
+            waiting = (i + 1, parts) if due else None
+            stop = asked.is_set()
+            if stop or (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps:
+                if waiting is not None:  # logged before it is saved: a resume does not repeat it
+                    report(log, *waiting)
+                    waiting = None
+                finite(i + 1, jax.device_get(parts))
+                checkpoints.save(manager, state)
+            if stop:
+                break
+        if waiting is not None:
+            report(log, *waiting)
+    if asked.is_set():  # the manager has closed, so the checkpoint is whole
+        raise preemption.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {c.steps}")
+    if joint:
+        return jax.device_get(state.theta)
+    rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, groups))
+    rows, valid = sharding.put(rows, mesh)
+    rows = rows._replace(valid=rows.valid & valid[:, None])
+    inner = inner._replace(steps=c.meta.adapt_steps)
+    theta, _ = learn.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
+    return jax.device_get(theta)
+
+
+def start(c, tower, design, optimizer, copies: int) -> TrainState:
+    """Step 0; all copies of theta are equal."""
+    key = jax.random.key(c.seed)
+
+    def init(_):
+        like = dict(context=c.prompts.context, shared=c.prompts.shared)
+        theta = model.init(key, model=tower, design=design, **like)
+        learned = c.learner != "joint" and c.meta.learn_rate
+        return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta
+
+    theta = jax.vmap(init)(jnp.arange(copies))
+    opt = jax.vmap(optimizer.init)(theta)
+    return TrainState(jnp.asarray(0), theta, opt, jax.random.key_data(key))
+
+
+def reader(c, pools, groups) -> Callable[[int], Any]:
+    """What a step reads, as a function of the step: rows (joint) or episodes."""
+    pool = features.join(pools)
+    target = not c.meta.data or c.data.name in c.meta.data
+    members = learn.members(c.k, groups, [len(p.clean) for p in pools[1:]], target)
+    if c.learner == "joint":
+        own = [np.concatenate(sets) for sets in members]
+        return lambda step: learn.batch_at(step, pool, own, c.batch, c.seed)
+    episodes.check(pool.kinds)
+    sizes = dict(tasks=c.meta.tasks, k=c.k, shots=c.meta.shots, query=c.meta.query)
+    return lambda step: learn.episodes_at(step, pool, members, c.seed, **sizes)
+
+
+def folds(k: int, parts: int) -> list[np.ndarray]:
+    """Supports in up to `parts` disjoint groups of nearly equal size; none if k is 1."""
+    parts = min(parts, k)
+    return [] if parts < 2 else [np.arange(k)[i::parts] for i in range(parts)]
+
+
+def report(log: writer.Writer, step: int, parts: dict) -> None:
+    """Log the parts of a step; a value that is not finite ends the run."""
+    values = jax.device_get(parts)
+    log.scalars(step, values)
+    finite(step, values)
+
+
+def finite(step: int, values: dict) -> None:
+    """Raise FloatingPointError naming the step and the parts that are not finite."""
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite")

@@ -1,0 +1,45 @@
+"""The folder of a run: whose it is, and the split it was started with."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from medclip_jax import files
+from medclip_jax.data import datasets
+from medclip_jax.errors import WorkdirError
+from medclip_jax.structs import Split
+
+
+def claim(workdir: Path, c: ConfigDict) -> None:
+    """Make the workdir this run's own, or refuse one that holds a run with other settings."""
+    path = workdir / "config.json"
+    settings = json.loads(c.to_json_best_effort())
+    try:
+        held = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        held = None  # never whole: written in one piece since
+    except OSError as error:
+        raise WorkdirError(
+            f"{path} cannot be read ({error.strerror}): give another workdir"
+        ) from None
+    if held is not None:
+        for place in ("cache", "log_every", "checkpoint_every"):
+            held[place] = settings[place]  # where and how often is not what
+        differs = [name for name in settings if settings[name] != held.get(name)]
+        if differs:
+            name = differs[0]
+            raise WorkdirError(
+                f"{workdir} holds a run with {name} = {held.get(name)}, not {settings[name]}: "
+                "give another workdir, or the settings it was started with"
+            )
+    files.write_json(path, settings)
+
+
+def keep_split(workdir: Path, drawn: Split, c: ConfigDict) -> None:
+    """Write split.json, or check that the data still match the one that is there."""
+    path = workdir / "split.json"
+    if path.is_file():
+        datasets.check_split(path, drawn)
+    else:
+        datasets.write_split(drawn, path, name=c.data.name, seed=c.seed, kind=c.data.split)
