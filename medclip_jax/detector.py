@@ -42,10 +42,15 @@ def build(
     """The detector of a method; `theta` [1 + folds, ...] as fit.run leaves it."""
     (tokens,) = features.load_images(bank, supports, len(supports))
     tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
+    return assemble(method, theta, frozen, design, bank.clip, tokens, groups)
+
+
+def assemble(method: str, theta, frozen, design, tower, tokens: Features, groups) -> Detector:
+    """The detector of a method from the supports' tokens, float32."""
     if method == "memory":
         return remember(tokens)
     if method == "zero_shot":
-        return zero_shot(theta, frozen, design, bank.clip, tokens)
+        return zero_shot(theta, frozen, design, tower, tokens)
     return learned(theta, frozen, design, tokens, groups)
 
 

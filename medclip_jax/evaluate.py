@@ -17,7 +17,7 @@ from rich.progress import track
 from medclip_jax import calibrate, features, files, metrics, score
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
-from medclip_jax.structs import Predictions, Record
+from medclip_jax.structs import Features, Predictions, Record
 
 BATCH = 32  # images per scoring call
 GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
@@ -26,6 +26,14 @@ GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
 class Scored(NamedTuple):
     predictions: Predictions
     calibration: dict[str, Any]
+    limits: "Limits"
+
+
+class Readings(NamedTuple):
+    """Compiled readers of patch values [n, p]."""
+
+    maps: Any  # -> [n, size, size]
+    image_scores: Any  # -> [n]
 
 
 class Limits(NamedTuple):
@@ -55,9 +63,8 @@ def score_images(
     alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
     """
     size = bank.clip.size
-    maps = jax.jit(partial(score.to_pixels, size=size))
-    image_scores = jax.jit(partial(from_patches, size=size, top=top))
-    found = limits(detector, maps, image_scores, alpha, pixel_rate)
+    read = readings(size, top)
+    found = limits(detector, read.maps, read.image_scores, alpha, pixel_rate)
     keys = jax.random.split(jax.random.key(seed), passes)
 
     rows, doubt = [], []
@@ -65,15 +72,10 @@ def score_images(
     groups = features.load_images(bank, test, BATCH)
     groups = track(groups, "score", -(-len(test) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
-        values = detector.patches(batch)
-        raw = image_scores(values) if detector.image is None else detector.image(batch)
-        rows.append(np.asarray(raw, np.float64))
-        heat = calibrate.to_unit(np.asarray(maps(values)), found.pixel.value, found.pixel_width)
+        raw, heat, doubts = score_batch(detector, batch, found, read, keys)
+        rows.append(raw)
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
-        doubt.append(np.zeros(len(raw)))
-        if detector.passes is not None and passes:
-            each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
-            doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
+        doubt.append(doubts)
     raw = np.concatenate(rows)
     predictions = Predictions(
         tuple(r.id for r in test),
@@ -92,7 +94,30 @@ def score_images(
         "alpha": alpha,
         "k": len(found.healthy),
     }
-    return Scored(predictions, kept)
+    return Scored(predictions, kept, found)
+
+
+def readings(size: int, top: float) -> Readings:
+    """Readers of patch values for a tower frame of `size` pixels; `top` as in score_images."""
+    return Readings(
+        jax.jit(partial(score.to_pixels, size=size)),
+        jax.jit(partial(from_patches, size=size, top=top)),
+    )
+
+
+def score_batch(detector: Detector, batch: Features, found: Limits, read: Readings, keys):
+    """Raw image scores [n], unit maps [n, size, size] and uncertainty [n], on the host.
+
+    keys: [t] of MC-dropout; with none of them, or without dropout, the uncertainty is 0.
+    """
+    values = detector.patches(batch)
+    raw = read.image_scores(values) if detector.image is None else detector.image(batch)
+    heat = calibrate.to_unit(np.asarray(read.maps(values)), found.pixel.value, found.pixel_width)
+    doubt = np.zeros(len(raw))
+    if detector.passes is not None and len(keys):
+        each = np.asarray(jax.vmap(read.image_scores)(detector.passes(batch, keys)))
+        doubt = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
+    return np.asarray(raw, np.float64), heat, doubt
 
 
 def limits(detector: Detector, maps, image_scores, alpha: float, pixel_rate: float) -> Limits:

@@ -20,6 +20,7 @@ from medclip_jax import (
     fit,
     model,
     prompts,
+    scorer,
     sharding,
 )
 from medclip_jax import config as configuration
@@ -64,9 +65,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
     with stage(timing, "score"):
-        scorer = detector.build(c.method, theta, frozen, design, bank, drawn.support, groups)
+        built = detector.build(c.method, theta, frozen, design, bank, drawn.support, groups)
         scored = evaluate.score_images(
-            scorer,
+            built,
             bank,
             drawn.test,
             top=c.score.top,
@@ -78,6 +79,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
+        scorer.write(workdir, c, bank, theta, drawn.support, scored.limits)
 
     result = {
         "dataset": c.data.name,
