@@ -15,11 +15,9 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medclip_jax.data import readers
+from medclip_jax.data.readers import DICOM, NIFTI, PILLOW, is_dicom
 from medclip_jax.errors import ConfigError
 
-DICOM = (".dcm", ".dicom", ".ima")
-NIFTI = (".nii", ".nii.gz")
 HEADER = (
     *("SeriesInstanceUID", "SOPClassUID", "Rows", "Columns", "NumberOfFrames", "InstanceNumber"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PhotometricInterpretation"),
@@ -70,19 +68,14 @@ def share(items: Sequence[Item], part: str) -> list[Item]:
 def kind_of(path: str) -> str | None:
     """"image", "dicom", "nifti", or None for a file that is none by its name and first bytes."""
     name = os.path.basename(path).lower()
-    if name.endswith(NIFTI):
-        return "nifti"
+    if name.endswith(".img"):  # the other half of a NIfTI pair
+        return None
+    for kind, endings in (("image", PILLOW), ("nifti", NIFTI), ("dicom", DICOM)):
+        if name.endswith(endings):
+            return kind
     suffix = os.path.splitext(name)[1]
-    if suffix in DICOM:
-        return "dicom"
-    if suffix in readers.READERS:
-        return "image"
     if not suffix or suffix[1:].isdigit():  # as scanners name them: IM0001, 1.2.840.1
-        try:
-            with open(path, "rb") as file:
-                return "dicom" if file.read(132)[128:] == b"DICM" else None
-        except OSError:
-            return None
+        return "dicom" if is_dicom(Path(path)) else None
     return None
 
 

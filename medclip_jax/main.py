@@ -2,6 +2,9 @@
 
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
                            [--mode train|evaluate|report] [--config.field=value ...]
+python -m medclip_jax.main --mode predict --workdir TRAINED --input PATH ... --output DIR
+                           [--part i/n] [--pseudonymise]
+python -m medclip_jax.main --mode export --workdir TRAINED --output FILE
 
 Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault,
 130 on Ctrl-C, 143 on SIGTERM while training: the state is saved then, the same command goes on.
@@ -25,8 +28,11 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM) 
 MODES = {
     "train": "train or resume, score, report",
     "evaluate": "score a trained workdir again",
+    "predict": "score files, folders, globs, DICOM series and NIfTI volumes with a trained workdir",
+    "export": "write a trained scorer as one file that runs with jax and numpy alone",
     "report": "rebuild figures and report.html from the workdir's files",
 }
+APART = ("predict", "export")  # modes that use a trained workdir and take no config
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +45,10 @@ def main(argv: list[str]) -> int:
     try:
         given = parse(argv)
         workdir = Path(given.workdir).expanduser()
-        run(given.mode, given.config, workdir)
+        if given.mode in APART:
+            use(given, workdir)
+        else:
+            run(given.mode, given.config, workdir)
     except UserError as error:
         said = str(error)
     except OSError as error:
@@ -73,6 +82,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=given)
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=given)
+    flags.DEFINE_multi_string("input", [], "What to score; PATH ... .", flag_values=given)
+    flags.DEFINE_string("output", None, "Where results go.", flag_values=given)
+    flags.DEFINE_string("part", "", "i/n: the i-th of n shares.", flag_values=given)
+    flags.DEFINE_boolean("pseudonymise", False, "No name or id of a source.", flag_values=given)
     try:
         rest = given(argv)
     except (
@@ -80,6 +93,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
         *(OSError, ImportError, SyntaxError),  # of the config file
     ) as error:
         raise ConfigError(f"{plain(error)} (see --help)") from error
+    if given.mode in APART:
+        given.input = [*given.input, *rest[1:]]  # --input A B C
+        return complete(given)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
     if given.config is None or not given.workdir:
@@ -88,6 +104,38 @@ def parse(argv: list[str]) -> flags.FlagValues:
         name = given["config"].config_filename
         raise ConfigError(f"config file {name} cannot be read: give one that exists")
     return given
+
+
+def complete(given: flags.FlagValues) -> flags.FlagValues:
+    """The flags of predict and export, or a ConfigError naming what they lack."""
+    needed = ("workdir", "input", "output") if given.mode == "predict" else ("workdir", "output")
+    lacking = [f"--{name}" for name in needed if not given[name].value]
+    if lacking:
+        raise ConfigError(f"--mode {given.mode} needs {' and '.join(lacking)}: see --help")
+    if given.config is not None:
+        raise ConfigError(
+            f"--mode {given.mode} takes no --config: the settings are those of the workdir"
+        )
+    return given
+
+
+def use(given: flags.FlagValues, workdir: Path) -> None:
+    """Predict with, or export, a trained workdir."""
+    devices()
+    output = Path(given.output).expanduser()
+    if given.mode == "export":
+        from medclip_jax import export
+
+        size = export.save(workdir, output)
+        logging.info("%s: %.1f MB", output, size / 1e6)
+        return
+    from medclip_jax import predict
+
+    done = predict.run(workdir, given.input, output, given.part, given.pseudonymise)
+    logging.info(
+        "%d scored, %d finished before, %d unreadable, %d alarm(s): %s",
+        *done,
+    )
 
 
 def plain(error: Exception) -> str:

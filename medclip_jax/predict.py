@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medclip_jax import inputs, outputs, preemption, trained
-from medclip_jax.data import readers
+from medclip_jax.data import dicom, readers
 from medclip_jax.errors import DataError
 from medclip_jax.inputs import Item
 from medclip_jax.outputs import Result
+from medclip_jax.structs import Image
 
 FORMAT = 1  # of the outputs; another number makes finished items anew
 LARGE = 16 << 20  # bytes; a larger file is read alone
@@ -191,19 +192,22 @@ def _load(item: Item, model: trained.Trained, output: Path, stamp: str) -> Job:
         held = outputs.finished(output, item, key)
         if held is not None:
             return Job(item, rows=held)
-        shown, fitted, spacing, meta = [], [], None, {}
-        for path in item.paths:
-            image = readers.read(Path(path))
-            shown.append(np.round(255 * image.pixels).astype(np.uint8))
-            size, mode = model.bank.clip.size, model.config.data.fit
-            fitted += [readers.fit(frame, size, mode) for frame in image.pixels]
-            spacing, meta = image.spacing, image.meta
+        image = _image(item)
+        size, mode = model.bank.clip.size, model.config.data.fit
+        fitted = [readers.fit(frame, size, mode) for frame in image.pixels]
         if not np.isfinite(fitted).all():
             raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")
-        pixels = np.concatenate(shown)
-        return Job(item, Loaded(key, sha256, pixels, np.stack(fitted), spacing, meta))
+        shown = np.stack([np.round(255 * frame).astype(np.uint8) for frame in image.pixels])
+        kept = Loaded(key, sha256, shown, np.stack(fitted), image.spacing, image.meta)
+        return Job(item, kept)
     except (DataError, OSError, MemoryError) as error:
         return Job(item, rows=[], error=_reason(error, item))
+
+
+def _image(item: Item) -> Image:
+    if len(item.paths) > 1:
+        return dicom.read_slices([Path(p) for p in item.paths], Path(item.paths[0]).parent)
+    return readers.read(Path(item.paths[0]))
 
 
 def _content(item: Item) -> str:
