@@ -37,6 +37,13 @@ MAY_IMPORT = {
     "gallery": {"explain", "figures"},
     "data.datasets": {"data.builders", "data.citations", "data.layouts", "data.phantom"}
     | {"data.readers"},
+    "data.readers": {"data.dicom", "data.dicom_files", "data.frame", "data.nifti"}
+    | {"data.pillow_images", "data.sources"},
+    "data.dicom": {"data.dicom_files", "data.dicom_grey", "data.sources"},
+    "data.dicom_files": {"data.codestreams", "data.dicom_grey", "data.sources"},
+    "data.dicom_grey": {"data.sources"},
+    "data.nifti": {"data.sources"},
+    "data.pillow_images": {"data.sources"},
     "data.builders": {"data.citations", "data.layouts"},
     "data.phantom": {"data.anatomy"},
     "data.synthesis": {"data.alterations", "data.shapes"},
@@ -48,6 +55,8 @@ ONLY_IN = {
     "ml_collections": {"config", "main", "train", "workdir"},
     "orbax": {"checkpoints"},
     "tensorflow_datasets": {"data.builders"},
+    "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey"},
+    "nibabel": {"data.nifti"},
     "torch": set(),
     "tensorflow": set(),
 }
