@@ -1,9 +1,10 @@
 """Prompts: filling, layout, slots, and what is refused."""
 
+import jax
 import numpy as np
 import pytest
 
-from medclip_jax import clip, model, ontology, prompts, weights
+from medclip_jax import clip, config, model, ontology, prompts, train, weights
 from medclip_jax.errors import ConfigError
 
 BOS, EOS, DOT = 1, 9, 5
@@ -238,6 +239,23 @@ def test_slots_without_a_word_of_the_phrase_start_as_ever(tiny, key):
     n = len(tiny.tokenizer("photo", add_special_tokens=False).input_ids)
     np.testing.assert_array_equal(begun[:, :-n], random[:, :-n])
     assert (np.abs(begun[:, -n:] - random[:, -n:]) > 0).any()
+
+
+def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
+    """A condition of the user's own table; the context starts from a phrase."""
+    own = tmp_path / "own.csv"
+    own.write_text("kind,name,synonyms\nfinding,blob,bright blob|round blob\n")
+    c = config.base("k=2", conditions=("blob",))
+    given = {"phrases": "ontology", "ontology_file": str(own), "init": "photo", "synonyms": 2}
+    c.prompts.update(given)
+    design, _ = train.build(config.resolve(c), tiny)
+    assert {"signs of blob", "signs of bright blob"} < set(design.prompts.text)
+    assert "signs of round blob" not in design.prompts.text
+    start = prompts.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")
+    np.testing.assert_array_equal(design.prompts.start, start)
+    assert design.prompts.ids.shape[1] == len(tiny.text["position"])
+    theta = model.init(jax.random.key(0), tiny, design, c.prompts.context, False)
+    assert theta["context"].shape[:2] == (len(design.prompts.ids), c.prompts.context)
 
 
 def test_without_context_no_phrase_is_needed(tokenizer):
