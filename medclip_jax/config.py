@@ -24,7 +24,7 @@ CHOICES = {
     "data.fit": ("stretch", "pad"),
     "clip.dtype": ("float32", "bfloat16"),
     "bank_dtype": ("float32", "bfloat16", "float16"),
-    "prompts.phrases": ("templates", "words"),
+    "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
@@ -39,6 +39,7 @@ LEAST = {
     **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
     **{"meta.tasks": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
+    **{"prompts.synonyms": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
 }
@@ -57,12 +58,24 @@ MEDICLIP = {
         "position": "end",
         "shared": False,
         "causal": False,
+        "init": "random",
     },
     "synthesis": {"preset": "mediclip", "partner": "support"},
     "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
     "score": {"top": 0.0},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
+}
+
+PROMPTS = {
+    "phrases": "templates",  # templates | words (as MediCLIP) | ontology (templates and synonyms)
+    "context": 8,  # learnable vectors per prompt
+    "init": "random",  # of the context: random | a phrase such as "a photo of a"
+    "position": "end",  # of the phrase: end | middle | front
+    "shared": False,  # one context for all prompts
+    "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
+    "synonyms": 3,  # words per anatomy, condition and modality from the ontology; 0 = all
+    "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
 }
 
 # Episodes, for the learners other than joint; `data` and `images` are for all.
@@ -120,13 +133,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     }
     c.cache = ""  # folder of bank and prepared data; "" takes $MEDCLIP_CACHE or the user's cache
     c.bank_dtype = "float32"  # of the tokens on disk: float32 | bfloat16 | float16
-    c.prompts = {
-        "phrases": "templates",  # templates | words (as MediCLIP)
-        "context": 8,  # learnable vectors per prompt
-        "position": "end",  # of the phrase: end | middle | front
-        "shared": False,  # one context for all prompts
-        "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
-    }
+    c.prompts = PROMPTS
     c.synthesis = {
         "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
         "variants": 50,  # anomalous variants per support; an epoch uses one

@@ -114,6 +114,10 @@ def build(c: ConfigDict, tower: clip.Clip) -> tuple[model.Design, dict]:
         modality=c.data.modality,
         context=c.prompts.context if c.steps else 0,
         position=c.prompts.position,
+        init=c.prompts.init,
+        synonyms=c.prompts.synonyms,
+        ontology_file=c.prompts.ontology_file,
+        positions=len(tower.text["position"]),
     )
     design = model.Design(
         built,

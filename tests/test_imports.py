@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "features": {"clip", "data.readers", "data.synthesis", "sharding"},
     "model": {"clip", "losses", "score"},
     "clip": {"weights"},
+    "prompts": {"ontology"},
+    "ontology": {"terminology"},
     "metrics": {"boundary", "pixels", "ranking"},
     "report": {"figures", "gallery", "results"},
     "results": {"explain", "gallery", "writer"},
