@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from medclip_jax import files, main, processes
 from medclip_jax.data import phantom
 
 from .test_clip import tiny_checkpoint
@@ -32,11 +32,11 @@ def flags(base: Path, workdir: str, *more: str) -> list[str]:
     return [
         f"--config={ROOT}/configs/folder.py:k=4,root={base}/data",
         f"--workdir={base / workdir}",
-        f"--config.cache={base / 'cache'}-{workdir}",
+        f"--config.cache={base / 'cache'}-{'one' if workdir == 'one' else 'two'}",
         f"--config.clip.checkpoint={base / 'clip'}",
         *("--config.synthesis.variants=16", "--config.calibration.folds=2"),
         *("--config.score.passes=2", "--config.steps=4", "--config.log_every=2"),
-        *("--config.learner=maml", "--config.meta.tasks=3"),
+        *("--config.learner=anil", "--config.meta.tasks=3"),
         *more,
     ]
 
@@ -80,9 +80,8 @@ def ended(running: list[subprocess.Popen], timeout: int = 120) -> list[tuple[int
 
 def test_two_processes_equal_one(base):
     """Files, metrics and predictions; by rounding, since two devices sum in another order."""
-    for name, count in (("one", 1), ("two", 2)):
-        codes = ended(start(base, name, count=count))
-        assert all(code == 0 for code, _ in codes), codes
+    codes = ended([*start(base, "two"), *start(base, "one", count=1)])
+    assert all(code == 0 for code, _ in codes), codes
     one, two = base / "one", base / "two"
 
     def listed(folder):
@@ -97,7 +96,41 @@ def test_two_processes_equal_one(base):
     mine, other = (json.loads((p / "metrics.json").read_text()) for p in (one, two))
     for group in ("image", "pixel", "calibration"):
         assert mine[group] == pytest.approx(other[group], abs=2e-2)
-    banks = [sorted(p.name for p in (base / f"cache-{n}/bank").rglob("*.*")) for n in ("one", "two")]
+    banks = [
+        sorted(p.name for p in (base / f"cache-{n}/bank").rglob("*.*")) for n in ("one", "two")
+    ]
     assert banks[0] == banks[1] and len(banks[0]) == 4 + 4 + 9
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_ends_the_other(base, lost):
+    """In the middle of training; the one that is left says what happened and what to do."""
+    more = ("--config.steps=100000", "--config.learner=joint", "--config.cluster.heartbeat=10")
+    running = start(base, f"killed-{lost}", *more)
+    lines = base / f"killed-{lost}" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    try:
+        while not (lines.is_file() and lines.read_bytes().count(b"\n") > 2):
+            assert time.monotonic() < deadline and running[0].poll() is None
+            time.sleep(0.05)
+        running[lost].kill()
+    finally:
+        if not lines.is_file():
+            ended(running, 1)
+    code, said = ended(running, 60)[1 - lost]
+    assert code not in (0, None)
+    assert "another process of the run has ended" in said or "JAX distributed service" in said
+
+
+def test_sigterm_to_one_process_stops_all(base):
+    """All save the same step and exit alike; the same command goes on, here by one process."""
+    more = ("--config.steps=100000", "--config.learner=joint", "--config.log_every=2")
+    running = start(base, "stopped", *more)
+    lines = base / "stopped" / "metrics.jsonl"
+    while not (lines.is_file() and lines.read_bytes().count(b"\n") > 2):
+        assert running[0].poll() is None
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    codes = ended(running, 60)
+    assert [code for code, _ in codes] == [143, 143], codes
+    assert all("stopped by SIGTERM at step" in text for _, text in codes)
