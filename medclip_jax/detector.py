@@ -76,9 +76,7 @@ def healthy_tokens(
     return tokens, healthy
 
 
-def healthy_images(
-    bank: features.Bank, supports: Sequence[Record]
-) -> Float[np.ndarray, "m s s"]:
+def healthy_images(bank: features.Bank, supports: Sequence[Record]) -> Float[np.ndarray, "m s s"]:
     """Pixels of the images that calibrate, in the tower frame."""
     found = {r.id: x for r, x in readers.read_all(supports, bank.clip.size, bank.fit)}
     images = np.stack([found[r.id] for r in supports])
@@ -125,9 +123,7 @@ def learned(
     )
 
 
-def remember(
-    tokens: Features, coreset: float = 1.0, healthy: Features | None = None
-) -> Detector:
+def remember(tokens: Features, coreset: float = 1.0, healthy: Features | None = None) -> Detector:
     """Nearest healthy patch of the supports; a support is compared with the others only.
 
     coreset: share of the patches that is kept. A single support is remembered whole, and `healthy`
@@ -159,9 +155,7 @@ def remember(
     return Detector(lambda b: patches(b, everything), held_out, None, without=without, k=k)
 
 
-def zero_shot(
-    theta, frozen, design, tower: clip.Clip, tokens: Features | None
-) -> Detector:
+def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features | None) -> Detector:
     """CLIP's own text and image embeddings, healthy against abnormal prompts; nothing is learned.
 
     Patches are the last level's tokens through the tower's own norm and projection. Values are

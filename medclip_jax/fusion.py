@@ -42,6 +42,14 @@ class Mix(NamedTuple):
     patch_weight: Float[np.ndarray, " b"]  # shares, sum 1: for the record
     image_weight: Float[np.ndarray, " b"]
 
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Each branch's share of the weights, for maps and for image scores."""
+        both = {"map": self.patch_weight, "image": self.image_weight}
+        return {
+            what: {n: round(float(w), 4) for n, w in zip(self.names, weights, strict=True)}
+            for what, weights in both.items()
+        }
+
 
 def fuse(
     branches: dict[str, Detector],
@@ -128,11 +136,15 @@ def combine(
         return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
 
     def patches(batch):
-        values = (b.patches(batch) if g else 0.0 for b, g in zip(parts, made.patch_gain, strict=True))
+        values = (
+            b.patches(batch) if g else 0.0 for b, g in zip(parts, made.patch_gain, strict=True)
+        )
         return total(values, made.patch_centre, made.patch_gain)
 
     def image(batch):
-        values = (one_image(b, batch) if g else 0.0 for b, g in zip(parts, made.image_gain, strict=True))
+        values = (
+            one_image(b, batch) if g else 0.0 for b, g in zip(parts, made.image_gain, strict=True)
+        )
         return total(values, made.image_centre, made.image_gain)
 
     def one_image(branch, batch):
