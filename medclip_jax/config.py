@@ -68,6 +68,16 @@ MEDICLIP = {
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
 }
 
+FUSION = {
+    "branches": BRANCHES,  # of method ours; ("learned",) is the trained prompts alone
+    "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
+}
+CALIBRATION = {
+    "alpha": 0.1,  # false-alarm rate asked for
+    "folds": 4,  # supports are held out in this many parts (2 to k)
+    "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
+}
+
 # Episodes, for the learners other than joint; `data` and `images` are for all.
 META = {
     "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
@@ -152,15 +162,8 @@ def base(arg: str = "", **data) -> ConfigDict:
         "passes": 20,  # MC-dropout passes for the uncertainty
     }
     c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
-    c.fusion = {
-        "branches": BRANCHES,  # of method ours; ("learned",) is the trained prompts alone
-        "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
-    }
-    c.calibration = {
-        "alpha": 0.1,  # false-alarm rate asked for
-        "folds": 4,  # supports are held out in this many parts (2 to k)
-        "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
-    }
+    c.fusion = FUSION
+    c.calibration = CALIBRATION
     c.log_every = 10  # steps
     c.checkpoint_every = 100  # steps
     return c.lock()
