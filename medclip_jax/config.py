@@ -81,6 +81,15 @@ PROMPTS = {
     "synonyms": 3,  # words per anatomy, condition and modality from the ontology; 0 = all
     "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
 }
+FUSION = {
+    "branches": BRANCHES,  # of method ours; ("learned",) is the trained prompts alone
+    "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
+}
+CALIBRATION = {
+    "alpha": 0.1,  # false-alarm rate asked for
+    "folds": 4,  # supports are held out in this many parts (2 to k)
+    "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
+}
 
 # Episodes, for the learners other than joint; `data` and `images` are for all.
 META = {
@@ -169,15 +178,8 @@ def base(arg: str = "", **data) -> ConfigDict:
         "passes": 20,  # MC-dropout passes for the uncertainty
     }
     c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
-    c.fusion = {
-        "branches": BRANCHES,  # of method ours; ("learned",) is the trained prompts alone
-        "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
-    }
-    c.calibration = {
-        "alpha": 0.1,  # false-alarm rate asked for
-        "folds": 4,  # supports are held out in this many parts (2 to k)
-        "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
-    }
+    c.fusion = FUSION
+    c.calibration = CALIBRATION
     c.distributed = False  # one of several processes, which all run the same command
     c.cluster = CLUSTER
     c.log_every = 10  # steps
