@@ -37,7 +37,8 @@ LEAST = {
     **dict.fromkeys(("synthesis.variants", "data.pool"), 1),
     **dict.fromkeys(("meta.images", "meta.shots", "meta.query"), 0),
     **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
-    **{"meta.tasks": 1},
+    **{"meta.tasks": 1, "cluster.processes": 0, "cluster.process": -1},
+    **{"cluster.timeout": 1, "cluster.heartbeat": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
     **{"prompts.synonyms": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
@@ -89,6 +90,15 @@ META = {
     "inner_rate": 0.05,
     "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
     "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
+}
+
+# Where the processes of one run find one another.
+CLUSTER = {
+    "coordinator": "",  # host:port of process 0; "" where TPU, SLURM or Open MPI tells it
+    "processes": 0,  # how many; 0: told by the environment
+    "process": -1,  # which one this is, from 0; -1: told by the environment
+    "timeout": 300,  # seconds to wait for the others to come
+    "heartbeat": 100,  # seconds of silence after which a process counts as dead
 }
 
 
@@ -160,6 +170,8 @@ def base(arg: str = "", **data) -> ConfigDict:
         "folds": 4,  # supports are held out in this many parts (2 to k)
         "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
     }
+    c.distributed = False  # one of several processes, which all run the same command
+    c.cluster = CLUSTER
     c.log_every = 10  # steps
     c.checkpoint_every = 100  # steps
     return c.lock()

@@ -30,21 +30,23 @@ from medclip_jax.workdir import claim, keep_split
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
-def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any] | None:
     """Train (or resume), score the test set, write everything but the report; returns metrics.json.
 
+    Of several processes only the main one writes; the others return None.
     With `train` False a finished training is required. Raises a UserError for what a user can mend.
     """
     timing: dict[str, float] = {}
     c = configuration.resolve(config)
-    claim(workdir, c)
+    main = sharding.is_main()
+    claim(workdir, c, main)
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
         tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
         records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k)
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
-        keep_split(workdir, drawn, c)
+        keep_split(workdir, drawn, c, main)
 
     # before the long part: a word that the ontology lacks stops the run here
     design, frozen = build(c, tower)
@@ -77,6 +79,8 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             passes=c.score.passes,
             seed=c.seed,
         )
+    if not main:
+        return None  # all scores are with the main process, which measures and writes
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
