@@ -18,6 +18,7 @@ from medclip_jax import (
     features,
     files,
     fit,
+    fusion,
     model,
     prompts,
     sharding,
@@ -68,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
     with stage(timing, "score"):
-        scorer = detector.build(c.method, theta, frozen, design, bank, drawn.support, groups)
+        scorer, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
         scored = evaluate.score_images(
             scorer,
             bank,
@@ -95,6 +96,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         "gradients": c.steps * configuration.gradients(c),
         "backbone": f"{c.clip.checkpoint} ({tower.digest})",
         **result,
+        "fusion": mix and mix.shares(),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
         "versions": {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS},
     }
@@ -109,8 +111,35 @@ def source(name: str, c: ConfigDict, drawn: Split) -> tuple[Record, ...]:
     return datasets.healthy(records, drawn, c.meta.images, c.seed)
 
 
-def build(c: ConfigDict, tower: clip.Clip) -> tuple[model.Design, dict]:
-    """The static design of the model and its frozen parameters."""
+def assemble(
+    c: ConfigDict, theta, frozen, design, bank, supports, groups
+) -> tuple[detector.Detector, fusion.Mix | None]:
+    """The detector that the config asks for, and how it mixes if it fuses branches."""
+
+    def branch(name):
+        shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
+        return detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
+
+    if c.method != "ours":
+        return branch(c.method), None
+    branches = {name: branch(name) for name in c.fusion.branches}
+    if len(branches) == 1:
+        return next(iter(branches.values())), None
+    return fusion.fuse(
+        branches,
+        bank,
+        supports,
+        modality=c.data.modality,
+        variants=c.fusion.probes,
+        seed=c.seed,
+        image_scores=evaluate.scorer(bank.clip.size, c.score.top),
+    )
+
+
+def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[model.Design, dict]:
+    """The static design of the model and its frozen parameters; `context` if not the config's."""
+    if context is None:
+        context = c.prompts.context if c.steps else 0
     built = prompts.build(
         tower.tokenizer,
         tower.eos_id,
@@ -118,7 +147,7 @@ def build(c: ConfigDict, tower: clip.Clip) -> tuple[model.Design, dict]:
         anatomy=c.data.anatomy,
         conditions=c.data.conditions,
         modality=c.data.modality,
-        context=c.prompts.context if c.steps else 0,
+        context=context,
         position=c.prompts.position,
         init=c.prompts.init,
         synonyms=c.prompts.synonyms,

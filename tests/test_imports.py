@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "processes": {"preemption"},
     "groups": set(),
     "train": {"clip", "config", "data.datasets", "detector", "evaluate", "features", "fit"}
+    | {"fusion"}
     | {"model", "prompts", "sharding", "workdir"},
     "fit": {"checkpoints", "data.episodes", "features", "learn", "maml", "model", "preemption"}
     | {"processes", "sharding", "writer"},
@@ -30,7 +31,9 @@ MAY_IMPORT = {
     "data.episodes": {"data.synthesis"},
     "evaluate": {"calibrate", "data.readers", "detector", "features", "metrics", "processes"}
     | {"score", "sharding"},
-    "detector": {"clip", "features", "model", "score"},
+    "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"},
+    "fusion": {"calibrate", "data.probes", "detector", "features"},
+    "memory": {"score"},
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"},
     "model": {"clip", "losses", "score"},
     "clip": {"weights"},
