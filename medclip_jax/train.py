@@ -49,6 +49,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
         keep_split(workdir, drawn, c, main)
 
+    # before the long part: a word that the ontology lacks stops the run here
+    design, frozen = build(c, tower)
+
     with stage(timing, "encode"):
         bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh)
         synthesis = features.Synthesis(
@@ -61,7 +64,6 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
         features.encode_images(bank, drawn.test)
 
-    design, frozen = build(c, tower)
     groups = fit.folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
