@@ -140,6 +140,16 @@ def step(work: Work, learner: str, inner_steps: int, rate: float = RATE):
     return made.lower(state, work.frozen, work.episodes).compile(), state
 
 
+def outer(work: Work, inner_steps: int) -> tuple[float, np.ndarray]:
+    """Meta-loss and its gradient with respect to the context, to compare with others'."""
+    loss = partial(model.loss, design=work.design, weights=WEIGHTS)
+    objective = learn.episodic(loss, learn.inner("maml", inner_steps, RATE, False))
+    one = jax.tree.map(lambda x: x[:, 0], work.episodes)
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (value, _), gradient = run(work.theta, work.frozen, one, jax.random.key(0))
+    return float(value), np.asarray(gradient["context"])
+
+
 def joint(loss: Callable) -> Callable:
     """Joint training on the rows of all tasks, support and query: as many rows as meta-learning."""
 
