@@ -36,7 +36,7 @@ def flags(base: Path, workdir: str, *more: str) -> list[str]:
         f"--config.clip.checkpoint={base / 'clip'}",
         *("--config.synthesis.variants=16", "--config.calibration.folds=2"),
         *("--config.score.passes=2", "--config.steps=4", "--config.log_every=2"),
-        *("--config.learner=anil", "--config.meta.tasks=3"),
+        "--config.learner=joint",
         *more,
     ]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medclip_jax import clip, learn, model, prompts
+from medclip_jax import clip, learn, model, prompts, sharding
 from medclip_jax.structs import Batch, Features, TrainState
 
 RATE = 0.01  # inner
@@ -127,16 +127,22 @@ def text_weights(rng, size: Size, vocabulary: int) -> dict:
     }
 
 
-def step(work: Work, learner: str, inner_steps: int, rate: float = RATE):
-    """(compiled step, state) of a learner on this work; one copy of theta, Adam."""
+def step(work: Work, learner: str, inner_steps: int, mesh=None):
+    """(compiled step, state) of a learner on this work; one copy of theta, Adam.
+
+    On a mesh, `work` must be placed on it already.
+    """
     optimizer = optax.adam(1e-3)
     loss = partial(model.loss, design=work.design, weights=WEIGHTS)
-    inner = learn.inner(learner, inner_steps, rate, False)
+    inner = learn.inner(learner, inner_steps, RATE, False)
     objective = joint(loss) if learner == "joint" else learn.episodic(loss, inner)
     theta = jax.tree.map(lambda x: x[None], work.theta)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.asarray(0), theta, jax.vmap(optimizer.init)(theta), key)
-    made = learn.make_step(objective, optimizer)
+    placed = None
+    if mesh is not None:
+        placed, state = sharding.replicated(mesh), sharding.replicate(state, mesh)
+    made = learn.make_step(objective, optimizer, placed)
     return made.lower(state, work.frozen, work.episodes).compile(), state
 
 
