@@ -20,6 +20,8 @@ ALL = {"structs", "errors", "files", ""}  # leaves that anyone may import; "" is
 MAY_IMPORT = {
     "main": {"config", "preemption", "processes", "train", "report", "sharding"},
     "processes": {"preemption"},
+    "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
+    | {"evaluate", "fit", "learn", "maml", "model", "score", "train"},
     "groups": set(),
     "train": {"clip", "config", "data.datasets", "detector", "evaluate", "features", "fit"}
     | {"fusion"}
@@ -60,7 +62,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"weights", "clip", "model"},
     "transformers": {"clip", "weights", "prompts"},
-    "ml_collections": {"config", "main", "train", "workdir"},
+    "ml_collections": {"config", "main", "site", "train", "workdir"},
     "orbax": {"checkpoints"},
     "tensorflow_datasets": {"data.builders"},
     "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey"},
