@@ -55,11 +55,14 @@ def build(
     picture: RGB overlay [a, b, 3] of frame `top`. pseudonymise: empty patient and study fields, and
     every UID of the source replaced by one derived from it.
     """
-    sources = [source(Path(p), pseudonymise) for p in paths]
     made, notes = {}, []
+
+    def sources() -> list[Dataset]:
+        return [source(Path(p), pseudonymise) for p in paths]
+
     jobs = {
-        "seg": lambda: _segmentation(sources, key, marked, frames),
-        "capture": lambda: _capture(sources[min(top, len(sources) - 1)], key, picture),
+        "seg": lambda: _segmentation(sources(), key, marked, frames),
+        "capture": lambda: _capture(sources()[min(top, len(paths) - 1)], key, picture),
     }
     for name, job in jobs.items():
         try:
@@ -69,7 +72,9 @@ def build(
                 job().save_as(held)
                 made[name] = held.getvalue()
         except Exception as error:  # highdicom raises many types on headers that break the standard
-            notes.append(f"no {name}: the source's header does not allow it ({type(error).__name__})")
+            notes.append(
+                f"no {name}: the source's header does not allow it ({type(error).__name__})"
+            )
     return Made(made, notes)
 
 
@@ -85,8 +90,6 @@ def source(path: Path, pseudonymise: bool) -> Dataset:
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         if name in kept:
             kept[name] = _plain_groups(kept[name])
-    if "StudyInstanceUID" not in kept:
-        kept.StudyInstanceUID = generate_uid(entropy_srcs=["study", str(kept.SOPInstanceUID)])
     if pseudonymise:
         for name in UIDS:
             if name in kept:

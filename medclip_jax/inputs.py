@@ -66,7 +66,7 @@ def share(items: Sequence[Item], part: str) -> list[Item]:
 
 
 def kind_of(path: str) -> str | None:
-    """"image", "dicom", "nifti", or None for a file that is none by its name and first bytes."""
+    """ "image", "dicom", "nifti", or None for a file that is none by its name and first bytes."""
     name = os.path.basename(path).lower()
     if name.endswith(".img"):  # the other half of a NIfTI pair
         return None

@@ -14,12 +14,13 @@ import errno
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config
+from medclip_jax import config, lock
 from medclip_jax.errors import ConfigError, UserError, WorkdirError
 from medclip_jax.preemption import EXIT_CODE, Preempted
 
@@ -76,6 +77,7 @@ def usage() -> str:
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """Read the flags: config, workdir and mode. Raises ConfigError for anything wrong in them."""
+    argv = packaged(argv)
     given = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "Config file, FILE[:k=16,...].", flag_values=given, sys_argv=argv
@@ -104,6 +106,31 @@ def parse(argv: list[str]) -> flags.FlagValues:
         name = given["config"].config_filename
         raise ConfigError(f"config file {name} cannot be read: give one that exists")
     return given
+
+
+def packaged(argv: list[str]) -> list[str]:
+    """The same flags, with a config that is not a file here taken from the installed package.
+
+    `--config configs/busi.py:k=16`, `busi.py:k=16` and `busi:k=16` then mean the same.
+    """
+    argv = list(argv)
+    here = Path(__file__).parent
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        place = i if equals else i + 1
+        given = value if equals else "".join(argv[place : place + 1])
+        name, colon, arguments = given.partition(":")
+        for folder in (here / "configs", here.parent / "configs"):
+            file = folder / f"{Path(name).stem}.py"
+            ours = Path(name).parent.name in ("", "configs") and not Path(name).is_absolute()
+            if name and ours and not Path(name).is_file() and file.is_file():
+                argv[place] = (
+                    f"{flag}={file}{colon}{arguments}" if equals else (f"{file}{colon}{arguments}")
+                )
+                break
+    return argv
 
 
 def complete(given: flags.FlagValues) -> flags.FlagValues:
@@ -156,19 +183,45 @@ def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
         ) from None
     if not os.access(workdir, os.W_OK):
         raise WorkdirError(f"{workdir} is not writable: give another --workdir")
+    # processes of one run share their workdir on purpose
+    with nullcontext() if fields.distributed else lock.hold(workdir):
+        work(mode, fields, workdir)
+
+
+def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
+    """Train, evaluate or report in a workdir that is ours."""
     from rich.console import Console
 
     from medclip_jax import report
 
     if mode != "report":
-        from medclip_jax import train
+        from medclip_jax import processes, train
 
-        devices()
-        result = train.run(fields, workdir, train=mode == "train")
+        with processes.together():
+            join(fields)
+            devices()
+            result = train.run(fields, workdir, train=mode == "train")
+        if result is None:
+            return  # of several processes only the main one reports
         logging.info("%s", summary(result))
     with Console(stderr=True).status("report"):
         page = report.write(workdir)
     logging.info("report: %s", page)
+
+
+def join(fields: ConfigDict) -> None:
+    """Join the other processes of the run, if there are any; the first thing that touches JAX."""
+    from medclip_jax import sharding
+
+    cluster = fields.cluster
+    sharding.start(
+        fields.distributed,
+        coordinator=cluster.coordinator or None,
+        processes=cluster.processes or None,
+        process=None if cluster.process < 0 else cluster.process,
+        timeout=cluster.timeout,
+        heartbeat=cluster.heartbeat,
+    )
 
 
 def devices() -> None:
@@ -190,4 +243,9 @@ def summary(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if "jax" not in sys.modules:
+        sys.exit(code)
+    from medclip_jax import processes
+
+    processes.leave(code)

@@ -144,7 +144,10 @@ def tables(path: Path) -> Iterator[Callable[[Item, list[dict], str], None]]:
     parts = [p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (path, bad)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with parts[0].open("w", newline="") as good_file, parts[1].open("w", newline="") as bad_file:
+        with (
+            parts[0].open("w", newline="") as good_file,
+            parts[1].open("w", newline="") as bad_file,
+        ):
             good = csv.DictWriter(good_file, COLUMNS)
             listed = csv.DictWriter(bad_file, ("source", "reason"))
             good.writeheader()
@@ -227,7 +230,9 @@ def _frame(result: Result, i: int) -> dict[str, Any]:
     heat, scores = frame_map(result, i), result.scores
     least = max(1, heat.size // SPECK)
     # the map says "at least 0.5", boxes says "above"
-    found = explain.boxes(heat, float(np.nextafter(np.float32(0.5), 0)), min_area=least, n=MOST_BOXES)
+    found = explain.boxes(
+        heat, float(np.nextafter(np.float32(0.5), 0)), min_area=least, n=MOST_BOXES
+    )
     return {
         "frame": i,
         "score": float(scores.score[i]),

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from medclip_jax import __version__, calibrate, features, files
+from medclip_jax import __version__, calibrate, features, files, fusion
 from medclip_jax.errors import WorkdirError
 from medclip_jax.evaluate import Limits
 from medclip_jax.structs import Features
@@ -34,16 +34,18 @@ class Stored(NamedTuple):
     config: dict[str, Any]  # resolved
     checkpoint: str  # digest of the CLIP that it belongs to
     digest: str  # 16 hex digits that name this scorer
+    mix: fusion.Mix | None
+    k: int  # supports
 
 
-def write(workdir: Path, c, bank: features.Bank, theta: Any, supports, limits: Limits) -> None:
+def write(workdir: Path, c, bank: features.Bank, theta: Any, supports, limits: Limits, mix) -> None:
     """Keep a scorer in its workdir; each file appears whole, the settings last.
 
-    theta: [1 + folds, ...] as fit.run leaves it; copy 0 is kept.
+    theta: [1 + folds, ...] as fit.run leaves it; copy 0 is kept. mix: fusion.Mix or None.
     Raises WorkdirError if they cannot be written.
     """
     tensors = flatten(jax.tree.map(lambda x: np.asarray(x)[0], theta), "theta")
-    if c.method == "memory":
+    if supports and remembers(c):
         (tokens,) = features.load_images(bank, supports, len(supports))
         tensors |= flatten(tokens._asdict(), "tokens")
     settings = json.loads(c.to_json_best_effort())
@@ -63,6 +65,8 @@ def write(workdir: Path, c, bank: features.Bank, theta: Any, supports, limits: L
             "pixel": limits.pixel._asdict(),
             "pixel_width": limits.pixel_width,
         },
+        "k": len(supports),
+        "mix": None if mix is None else mix._asdict(),
         "config": settings,
     }
     files.write_json(workdir / SETTINGS, head)
@@ -95,12 +99,25 @@ def read(workdir: Path) -> Stored:
         held = tree.get("tokens")
         tokens = Features(held["pooled"], tuple(held["levels"])) if held else None
         digest = hashlib.sha256(text).hexdigest()[:16]
-        return Stored(tree["theta"], tokens, limits, head["config"], head["checkpoint"], digest)
+        named = head["config"], head["checkpoint"], digest, _mix(head["mix"]), head["k"]
+        return Stored(tree["theta"], tokens, limits, *named)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkdirError(
             f"{path} or {TENSORS} beside it is damaged ({error}): "
             "run --mode evaluate with this workdir"
         ) from None
+
+
+def remembers(c) -> bool:
+    """Whether scoring compares with the supports' own tokens."""
+    return c.method == "memory" or (c.method == "ours" and "memory" in c.fusion.branches)
+
+
+def _mix(held: dict[str, Any] | None) -> fusion.Mix | None:
+    if held is None:
+        return None
+    arrays = {name: np.asarray(x) for name, x in held.items() if name != "names"}
+    return fusion.Mix(tuple(held["names"]), **arrays)
 
 
 def flatten(tree: Any, prefix: str) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """A trained workdir, loaded: images in the tower frame -> scores, p-values, doubt and maps."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,9 +10,27 @@ import numpy as np
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
-from medclip_jax import calibrate, clip, detector, evaluate, features, scorer, sharding, train
+from medclip_jax import (
+    calibrate,
+    clip,
+    detector,
+    evaluate,
+    features,
+    fusion,
+    score,
+    scorer,
+    sharding,
+    train,
+)
 from medclip_jax.errors import CheckpointError
 from medclip_jax.structs import Features
+
+
+class Readings(NamedTuple):
+    """Compiled readers of patch values [n, p]."""
+
+    maps: Any  # -> [n, size, size]
+    image_scores: Any  # -> [n]
 
 
 class Trained(NamedTuple):
@@ -21,9 +40,10 @@ class Trained(NamedTuple):
     bank: features.Bank  # the tower; nothing is read from or written to its folder
     detector: detector.Detector
     limits: evaluate.Limits
-    readings: evaluate.Readings
+    readings: Readings
     keys: Any  # [t] of MC-dropout
     digest: str  # names the scorer
+    k: int  # supports; with fewer than 2 there are no p-values (NaN)
 
 
 class Scores(NamedTuple):
@@ -52,16 +72,43 @@ def load(workdir: Path) -> Trained:
         )
     mesh = sharding.mesh()
     bank = features.open_bank(workdir, tower, c.data.fit, c.bank_dtype, mesh)
-    design, frozen = train.build(c, tower)
-    # Held-out values made the limits, which are kept: where a method does not compare with the
-    # supports themselves, one blank row stands for them.
-    tokens = _blank(tower) if held.tokens is None else held.tokens
-    tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
-    theta = jax.tree.map(lambda x: jnp.asarray(x)[None], held.theta)
-    made = detector.assemble(c.method, theta, frozen, design, tower, tokens, [])
     keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
-    readings = evaluate.readings(tower.size, c.score.top)
-    return Trained(c, bank, made, held.limits, readings, keys, held.digest)
+    readings = Readings(
+        jax.jit(partial(score.to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)
+    )
+    made = _detector(c, held, tower, readings)
+    return Trained(c, bank, made, held.limits, readings, keys, held.digest, held.k)
+
+
+def _detector(c, held: scorer.Stored, tower: clip.Clip, readings: Readings) -> detector.Detector:
+    """The detector as training assembled it.
+
+    Its held-out values made the limits and the mix, which are kept. So where a branch does not
+    compare with the supports themselves, one blank row stands for them.
+    """
+    rows = tower.grid**2
+    level = jnp.zeros((1, rows, tower.width))
+    blank = Features(jnp.zeros((1, tower.joint)), (level,) * len(tower.vision_tower.levels))
+    theta = jax.tree.map(lambda x: jnp.asarray(x)[None], held.theta)
+
+    def branch(name: str) -> detector.Detector:
+        if name == "memory":
+            tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), held.tokens)
+            return detector.remember(tokens, c.memory.coreset)
+        if name == "zero_shot":
+            design, frozen = train.build(c, tower, context=0)
+            return detector.zero_shot(theta, frozen, design, tower, None)
+        design, frozen = train.build(c, tower)
+        return detector.learned(theta, frozen, design, blank, [])
+
+    if held.mix is None:
+        return branch(c.method if c.method != "ours" else c.fusion.branches[0])
+    nothing = fusion.Evidence(
+        np.zeros((1, rows)), np.zeros(1), np.zeros((1, 1, rows)), np.zeros((1, 1))
+    )
+    branches = {name: branch(name) for name in held.mix.names}
+    found = dict.fromkeys(branches, nothing)
+    return fusion.combine(branches, found, held.mix, readings.image_scores)
 
 
 def batch_size(trained: Trained) -> int:
@@ -79,21 +126,35 @@ def score(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Scores:
 def _batch(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Scores:
     full = np.resize(images, (batch_size(trained), *images.shape[1:]))  # one shape, one compilation
     tokens = features.encode(trained.bank, full)
-    found = evaluate.score_batch(
-        trained.detector, tokens, trained.limits, trained.readings, trained.keys
-    )
-    raw, heat, doubt = (x[: len(images)] for x in found)
-    image = trained.limits.image
+    raw, heat, doubt = (x[: len(images)] for x in _read(trained, tokens))
+    image, nothing = trained.limits.image, np.full(len(raw), np.nan)
     return Scores(
         calibrate.to_unit(raw, image.value, trained.limits.image_width),
-        calibrate.p_values(raw, trained.limits.healthy),
+        calibrate.p_values(raw, trained.limits.healthy) if trained.k > 1 else nothing,
         raw > image.value,
         doubt,
         heat,
     )
 
 
-def _blank(tower: clip.Clip) -> Features:
-    level = np.zeros((1, tower.grid**2, tower.width), np.float32)
-    pooled = np.zeros((1, tower.joint), np.float32)
-    return Features(pooled, (level,) * len(tower.vision_tower.levels))
+def _read(trained: Trained, batch: Features):
+    """Raw image scores [n], unit maps [n, s, s] and uncertainty [n], on the host."""
+    made, found, readings = trained.detector, trained.limits, trained.readings
+    values = made.patches(batch)
+    raw = readings.image_scores(values) if made.image is None else made.image(batch)
+    maps = np.asarray(readings.maps(values))
+    heat = calibrate.to_unit(maps, found.pixel.value, found.pixel_width)
+    doubt = np.zeros(len(raw))
+    each = passes(made, readings, batch, trained.keys)
+    if each is not None:
+        doubt = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width).std(0)
+    return np.asarray(raw, np.float64), heat, doubt
+
+
+def passes(made: detector.Detector, readings: Readings, batch: Features, keys):
+    """Raw image scores of the MC-dropout passes [t, n]; None where nothing is random."""
+    if made.passes is None or not len(keys):
+        return None
+    if made.image_passes is not None:
+        return made.image_passes(batch, keys)
+    return jax.vmap(readings.image_scores)(made.passes(batch, keys))

@@ -83,9 +83,7 @@ def read_series(folder: Path, frames: tuple[int, int] | None = None) -> Image:
     return read_slices(_sorted_series(folder), folder, frames)
 
 
-def read_slices(
-    paths: Sequence[Path], named: Path, frames: tuple[int, int] | None = None
-) -> Image:
+def read_slices(paths: Sequence[Path], named: Path, frames: tuple[int, int] | None = None) -> Image:
     """Read the given files, in order, as one series; `named` is what messages call it.
 
     Returns and raises as `read_series`.
