@@ -71,10 +71,8 @@ def build(
                 held = io.BytesIO()
                 job().save_as(held)
                 made[name] = held.getvalue()
-        except Exception as error:  # highdicom raises many types on headers that break the standard
-            notes.append(
-                f"no {name}: the source's header does not allow it ({type(error).__name__})"
-            )
+        except Exception as error:  # highdicom raises many types on broken headers
+            notes.append(f"no {name}: the source's header forbids it ({type(error).__name__})")
     return Made(made, notes)
 
 

@@ -118,7 +118,7 @@ def _walk(path: str, folders: set[tuple[int, int]]) -> Iterator[str]:
 
 
 def is_regular(path: str) -> bool:
-    """Whether it is a file to read: no pipe, device or dangling link, on which reading would hang."""
+    """Whether it is a file to read: no pipe or device, on which reading would hang."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -197,7 +197,3 @@ def printable(path: str) -> str:
 
 def _hash(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:12]
-
-
-def as_path(item: Item) -> Path:
-    return Path(item.paths[0])

@@ -53,7 +53,7 @@ def write(path: Path, source: Path, frames: int, heat: Callable[[int], np.ndarra
 
 
 def _geometry(source: Path) -> tuple[nibabel.Nifti1Header, tuple[int, int, int]]:
-    """The header of the source and its shape in canonical order; a reader has accepted it before."""
+    """The header of a source that was read before, and its shape in canonical order."""
     header = nibabel.load(source).header
     shape = (*header.get_data_shape(), 1, 1)[:3]
     turn = orientations.io_orientation(header.get_best_affine())

@@ -32,6 +32,7 @@ SIDE = 1024  # pixels of an overlay's longer side at most
 MOST_BOXES = 10  # of one frame
 SPECK = 2000  # a box holds at least one pixel in this many of its image
 BOX = (230, 159, 0)  # orange of Okabe and Ito
+BELOW = float(np.nextafter(np.float32(0.5), np.float32(0)))  # maps say "at least", boxes "above"
 HEAT = 0.45  # weight of the heat in an overlay
 
 
@@ -144,12 +145,9 @@ def tables(path: Path) -> Iterator[Callable[[Item, list[dict], str], None]]:
     parts = [p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (path, bad)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            parts[0].open("w", newline="") as good_file,
-            parts[1].open("w", newline="") as bad_file,
-        ):
-            good = csv.DictWriter(good_file, COLUMNS)
-            listed = csv.DictWriter(bad_file, ("source", "reason"))
+        with parts[0].open("w", newline="") as one, parts[1].open("w", newline="") as two:
+            good = csv.DictWriter(one, COLUMNS)
+            listed = csv.DictWriter(two, ("source", "reason"))
             good.writeheader()
             listed.writeheader()
 
@@ -229,7 +227,6 @@ def _palette() -> UInt8[np.ndarray, "256 3"]:
 def _frame(result: Result, i: int) -> dict[str, Any]:
     heat, scores = frame_map(result, i), result.scores
     least = max(1, heat.size // SPECK)
-    # the map says "at least 0.5", boxes says "above"
     found = explain.boxes(
         heat, float(np.nextafter(np.float32(0.5), 0)), min_area=least, n=MOST_BOXES
     )

@@ -7,7 +7,6 @@ command goes on where a stopped one stood. What cannot be read is listed, not fa
 
 import collections
 import hashlib
-import json
 import logging
 import os
 import warnings
@@ -295,8 +294,3 @@ def quieten() -> None:
     for name in ("pydicom", "highdicom", "nibabel", "PIL"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=rf"{name}(\..*)?")
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A result's JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))

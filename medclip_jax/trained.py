@@ -17,12 +17,12 @@ from medclip_jax import (
     evaluate,
     features,
     fusion,
-    score,
     scorer,
     sharding,
     train,
 )
 from medclip_jax.errors import CheckpointError
+from medclip_jax.score import to_pixels
 from medclip_jax.structs import Features
 
 
@@ -74,7 +74,7 @@ def load(workdir: Path) -> Trained:
     bank = features.open_bank(workdir, tower, c.data.fit, c.bank_dtype, mesh)
     keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
     readings = Readings(
-        jax.jit(partial(score.to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)
+        jax.jit(partial(to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)
     )
     made = _detector(c, held, tower, readings)
     return Trained(c, bank, made, held.limits, readings, keys, held.digest, held.k)
