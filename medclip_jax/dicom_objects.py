@@ -192,6 +192,6 @@ def _orientation(source: Dataset) -> tuple[str, str]:
 
     def letter(vector) -> str:
         axis = int(np.argmax(np.abs(vector)))
-        return ("LPH", "RAF")[vector[axis] < 0][axis]
+        return ("LPH", "RAF")[int(vector[axis] < 0)][axis]
 
     return letter(np.array(look[:3], float)), letter(np.array(look[3:], float))
