@@ -6,7 +6,6 @@ names of people beside the patient, institutions, comments and private data are 
 """
 
 import io
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -66,11 +65,9 @@ def build(
     }
     for name, job in jobs.items():
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # they may quote header values
-                held = io.BytesIO()
-                job().save_as(held)
-                made[name] = held.getvalue()
+            held = io.BytesIO()
+            job().save_as(held)
+            made[name] = held.getvalue()
         except Exception as error:  # highdicom raises many types on broken headers
             notes.append(f"no {name}: the source's header forbids it ({type(error).__name__})")
     return Made(made, notes)
@@ -170,6 +167,8 @@ def _capture(source: Dataset, key: str, picture: np.ndarray):
     made.SeriesDescription = "Anomaly overlay, research only"
     made.DerivationDescription = "Overlay of an anomaly map; research only, not a diagnosis"
     made.BurnedInAnnotation = "NO"
+    if "Laterality" not in made:
+        made.Laterality = source.get("Laterality", "")
     reference = Dataset()
     reference.ReferencedSOPClassUID = source.SOPClassUID
     reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
