@@ -82,7 +82,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"weights", "clip", "model"},
     "transformers": {"clip", "weights", "prompts"},
-    "ml_collections": {"config", "main", "site", "train", "workdir"},
+    "ml_collections": {"config", "main", "site", "train", "trained", "workdir"},
     "orbax": {"checkpoints"},
     "tensorflow_datasets": {"data.builders"},
     "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey"},
