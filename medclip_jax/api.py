@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import explain, predict, trained
+from medclip_jax import explain, trained
+from medclip_jax import predict as prediction
 from medclip_jax.data import readers
 from medclip_jax.errors import DataError
 
@@ -50,9 +51,9 @@ class Scorer:
         )
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
-    def predict_files(self, *named: str, output: str | Path) -> predict.Summary:
+    def predict_files(self, *named: str, output: str | Path) -> prediction.Summary:
         """What --mode predict does: results of files, folders and globs below `output`."""
-        return predict.run(self.workdir, [str(n) for n in named], Path(output))
+        return prediction.run(self.workdir, [str(n) for n in named], Path(output))
 
 
 def load(workdir: str | Path) -> Scorer:

@@ -85,8 +85,8 @@ ONLY_IN = {
     "ml_collections": {"config", "main", "site", "train", "trained", "workdir"},
     "orbax": {"checkpoints"},
     "tensorflow_datasets": {"data.builders"},
-    "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey"},
-    "nibabel": {"data.nifti"},
+    "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey", "dicom_objects", "inputs"},
+    "nibabel": {"data.nifti", "nifti_maps"},
     "torch": set(),
     "tensorflow": set(),
 }
