@@ -153,22 +153,26 @@ def batch_at(step: int, pool: features.Pool, members: list[np.ndarray], size: in
     after epoch; in an epoch a support is itself with probability 1/4 (Identity), else its next
     anomalous variant.
     """
-    picks = [rows_at(step, own, size, seed, pool.variants) for own in members]
+    picks = [rows_at(step, own, size, seed, pool.variants, pool.copies) for own in members]
     support, variant = (np.concatenate(x) for x in zip(*picks, strict=True))
     batch = features.take(pool, support, variant)
     copies = len(members)
     return jax.tree.map(lambda x: np.moveaxis(x.reshape(copies, size, *x.shape[1:]), 0, 1), batch)
 
 
-def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int):
-    """(support, variant) of each row of a step; variant -1 is the image itself."""
+def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int, copies: int = 0):
+    """(support, variant) of each row of a step; variant -1 is the image itself.
+
+    Clean rows take the image and its augmented copies (-2, -3, ...) in turn.
+    """
     support, variant = [], []
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, len(own))
         rng = np.random.default_rng([seed, epoch])
         support.append(own[rng.permutation(len(own))[place]])
         identity = rng.random(len(own))[place] < 0.25
-        variant.append(-1 if identity or not variants else epoch % variants)
+        clean = -1 - epoch % (1 + copies)
+        variant.append(clean if identity or not variants else epoch % variants)
     return np.array(support), np.array(variant)
 
 
@@ -179,6 +183,7 @@ def episodes_at(
 
     `sizes` are those of episodes.sample. On the host: put it with sharding.put.
     """
+    sizes = sizes | {"copies": pool.copies}
     drawn = [episodes.sample(step, seed, own, pool.kinds, **sizes) for own in members]
     valid = np.ones((sizes["tasks"], len(members)), bool)
     sides = (take(pool, [getattr(d, side) for d in drawn]) for side in ("support", "query"))
