@@ -16,19 +16,19 @@ the variants there.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from medclip_jax import clip, files, sharding
+from medclip_jax import clip, files, processes, sharding
 from medclip_jax.data import augment, preprocess, readers, synthesis
+from medclip_jax.data.variants import Synthesis, variants
 from medclip_jax.errors import ConfigError
 from medclip_jax.groups import batches, progress, unique
 from medclip_jax.structs import Batch, Features, Record
@@ -46,17 +46,6 @@ class Bank(NamedTuple):
     mesh: Any
     vision: Any  # the tower's parameters, on every device
     recipe: tuple[str, ...] = ()  # preprocess.STEPS that images go through before the tower
-
-
-class Synthesis(NamedTuple):
-    """How anomalies are made."""
-
-    preset: str  # synthesis.Preset
-    variants: int  # anomalous variants per image
-    seed: int
-    partner: str  # CutPaste copies from "self" or from any "support"
-    copies: int = 0  # augmented copies per image; they and the image are what variants are made of
-    strengths: augment.Strengths = augment.Strengths()
 
 
 def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh, recipe="") -> Bank:
@@ -84,13 +73,19 @@ def digest(*parts: Any) -> str:
 
 def encode_images(bank: Bank, records: Sequence[Record]) -> int:
     """Fill the bank with the given images; returns how many had to be encoded."""
-    missing = unique(r for r in records if not whole(image_path(bank, r)))
-    images = readers.read_all(missing, bank.clip.size, bank.fit)
-    groups = batches(images, batch_size(bank))
-    for group in progress(groups, "encode images", -(-len(missing) // batch_size(bank))):
-        features = encode(bank, np.stack([pixels for _, pixels in group]))
-        for i, (record, _) in enumerate(group):
+    missing = lacking(records, lambda r: image_path(bank, r))
+    groups = list(batches(missing, batch_size(bank)))
+    # this process's rows of each group, which is filled up by going round it again
+    rows = [sharding.share(batch_size(bank), bank.mesh) % len(group) for group in groups]
+    wanted = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
+    images = readers.read_all(wanted, bank.clip.size, bank.fit)
+    whole_groups = zip(groups, rows, strict=True)
+    for group, own in progress(whole_groups, "encode images", len(groups)):
+        pixels = {i: next(images)[1] for i in np.unique(own)}
+        features = encode_share(bank, np.stack([pixels[i] for i in own]), len(group))
+        for i, record in enumerate(group):
             write(image_path(bank, record), bank, features, slice(i, i + 1))
+    processes.seen([image_path(bank, r) for r in missing])
     return len(missing)
 
 
@@ -110,7 +105,7 @@ def image_path(bank: Bank, record: Record) -> Path:
 
 def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> int:
     """Fill the bank with variants of each support; returns how many had to be encoded."""
-    todo = unique(s for s in supports if not whole(variant_path(bank, s, supports, recipe)))
+    todo = lacking(supports, lambda s: variant_path(bank, s, supports, recipe))
     if not todo or not recipe.variants:
         return 0
     pixels = {r.id: x for r, x in readers.read_all(supports, bank.clip.size, bank.fit)}
@@ -120,37 +115,8 @@ def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -
         features = encode(bank, images)
         extra = {"mask": np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1), "kind": kinds}
         write(variant_path(bank, support, supports, recipe), bank, features, slice(None), extra)
+    processes.seen([variant_path(bank, s, supports, recipe) for s in todo])
     return len(todo) * (recipe.variants + recipe.copies)
-
-
-def variants(
-    record: Record,
-    image: Float[np.ndarray, "s s"],
-    partners: Float[np.ndarray, "k s s"],
-    recipe: Synthesis,
-) -> tuple[Float[np.ndarray, "v s s"], Float[np.ndarray, "v s s"], Int[np.ndarray, " v"]]:
-    """Anomalous variants of one image: (images, masks, kinds), then its augmented copies.
-
-    Variant i is a function of (seed, image content, i) and, if partners are shared, of them. It is
-    made of the image or of a copy, in turn: what is augmented is not for that an anomaly.
-    """
-    name = int(record.sha256[:16], 16)
-    keys = jnp.stack([synthesis.key_for(recipe.seed, name, v) for v in range(recipe.variants)])
-    rng = np.random.default_rng([recipe.seed, name])
-    kinds = rng.integers(len(synthesis.KINDS) - 1, size=recipe.variants)
-    chosen = rng.integers(len(partners), size=recipe.variants)
-    bases = augment.copies(recipe.seed, name, image, recipe.copies, recipe.strengths)
-    images = bases[np.arange(recipe.variants) % len(bases)]
-    sources = images if recipe.partner == "self" else partners[chosen]
-    changed, masks = synthesis.batch(keys, images, sources, kinds, recipe.preset)
-    if not recipe.copies:
-        return changed, masks, kinds
-    clean = np.full(recipe.copies, synthesis.KINDS.index("identity"))
-    return (
-        np.concatenate([changed, bases[1:]]),
-        np.concatenate([masks, np.zeros_like(bases[1:])]),
-        np.concatenate([kinds, clean]),
-    )
 
 
 def variant_path(bank: Bank, record: Record, supports: Sequence[Record], recipe: Synthesis) -> Path:
@@ -237,24 +203,36 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
 
 def encode(bank: Bank, images: Float[np.ndarray, "n s s"]) -> Features:
     """Features of any number of images, on the host; rows spread over the devices."""
-    model, size = bank.clip, batch_size(bank)
-    parts = []
+    size = batch_size(bank)
+    rows, parts = sharding.share(size, bank.mesh), []
     for start in range(0, len(images), size):
         group = images[start : start + size]
-        group = preprocess.batch(group, bank.recipe)
-        full = np.resize(group, (size, *group.shape[1:]))  # one shape, one compilation
-        placed, _ = sharding.put(full, bank.mesh)
-        features = clip.encode_images(
-            bank.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
-        )
-        held = jax.device_get(features)
-        real = len(group)
-        parts.append(jax.tree.map(lambda x, real=real: x[:real], held))
-    return jax.tree.map(lambda *x: np.concatenate(x).astype(bank.dtype), *parts)
+        parts.append(encode_share(bank, group[rows % len(group)], len(group)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def encode_share(bank: Bank, images: Float[np.ndarray, "m s s"], real: int) -> Features:
+    """Features of the `real` images of one batch, of which this process holds its share.
+
+    The share has its full length, so there is one shape and one compilation.
+    """
+    model, images = bank.clip, preprocess.batch(images, bank.recipe)
+    placed = sharding.place(images, bank.mesh)
+    features = clip.encode_images(
+        bank.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
+    )
+    return jax.tree.map(lambda x: x.astype(bank.dtype), sharding.fetch(features, real))
 
 
 def batch_size(bank: Bank) -> int:
     return ENCODE_BATCH * bank.mesh.size
+
+
+def lacking(records: Iterable[Record], path: Callable[[Record], Path]) -> list[Record]:
+    """Records of different content without an undamaged file, the same list in every process."""
+    kept = unique(records)
+    missing = processes.agreed([not whole(path(r)) for r in kept])
+    return [r for r, lacks in zip(kept, missing, strict=True) if lacks]
 
 
 def whole(path: Path) -> bool:
@@ -276,7 +254,9 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict | None = None):
-    """One bank file, in one piece. Raises WorkdirError if it cannot be written."""
+    """One bank file, in one piece, by the main process. Raises WorkdirError if it cannot be."""
+    if not sharding.is_main():
+        return
     tensors = {"pooled": features.pooled[rows], **(extra or {})}
     tensors |= {f"level{i}": x[rows] for i, x in enumerate(features.levels)}
     files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
