@@ -24,7 +24,7 @@ from medclip_jax import (
     sharding,
 )
 from medclip_jax import config as configuration
-from medclip_jax.data import datasets
+from medclip_jax.data import augment, datasets, preprocess
 from medclip_jax.structs import Record, Split
 from medclip_jax.workdir import claim, keep_split
 
@@ -39,6 +39,8 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     """
     timing: dict[str, float] = {}
     c = configuration.resolve(config)
+    recipe = preprocess.steps(c.data.recipe)
+    augmented = augment.chosen(c.augment, c.data.modality)
     main = sharding.is_main()
     claim(workdir, c, main)
     mesh = sharding.mesh()
@@ -53,12 +55,13 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     design, frozen = build(c, tower)
 
     with stage(timing, "encode"):
-        bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh)
+        bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh, recipe)
         synthesis = features.Synthesis(
             c.synthesis.preset,
             c.synthesis.variants if c.steps else 0,
             c.seed if c.synthesis.partner == "support" else 0,
             c.synthesis.partner,
+            *augmented,
         )
         others = [source(name, c, drawn) for name in c.meta.data if name != c.data.name]
         pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]

@@ -21,10 +21,10 @@ MAY_IMPORT = {
     "main": {"config", "preemption", "processes", "train", "report", "sharding"},
     "processes": {"preemption"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
-    | {"evaluate", "fit", "learn", "maml", "model", "score", "train"},
+    | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"},
     "groups": set(),
     "train": {"clip", "config", "data.datasets", "detector", "evaluate", "features", "fit"}
-    | {"fusion"}
+    | {"data.augment", "data.preprocess", "fusion"}
     | {"model", "prompts", "sharding", "workdir"},
     "fit": {"checkpoints", "data.episodes", "features", "learn", "maml", "model", "preemption"}
     | {"processes", "sharding", "writer"},
@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"},
     "fusion": {"calibrate", "data.probes", "detector", "features"},
     "memory": {"score"},
-    "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"},
+    "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
+    | {"data.augment", "data.preprocess", "data.variants"},
+    "data.variants": {"data.augment", "data.synthesis"},
     "model": {"clip", "losses", "score"},
     "clip": {"weights"},
     "prompts": {"ontology"},
