@@ -22,6 +22,9 @@ CHOICES = {
     "method": METHODS,
     "learner": LEARNERS,
     "data.fit": ("stretch", "pad"),
+    "data.split": ("peer", "clean"),
+    "data.uncertain": ("exclude", "positive", "negative"),
+    "data.blank": ("negative", "exclude"),
     "clip.dtype": ("float32", "bfloat16"),
     "bank_dtype": ("float32", "bfloat16", "float16"),
     "prompts.phrases": ("templates", "words"),
@@ -63,6 +66,12 @@ MEDICLIP = {
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
     "score": {"top": 0.0},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
+}
+
+# What CheXpert's labels that say neither yes nor no mean (data/chexpert.py).
+CHEXPERT = {
+    "uncertain": "exclude",  # label -1: exclude | positive | negative
+    "blank": "negative",  # not mentioned: negative | exclude
 }
 
 # Episodes, for the learners other than joint; `data` and `images` are for all.
@@ -109,10 +118,10 @@ def base(arg: str = "", **data) -> ConfigDict:
         "modality": "medical image",  # fills the prompt templates
         "anatomy": "tissue",
         "conditions": ("disease",),
-        "split": "peer",  # PROTOCOL.md
-        "pool": 32,  # healthy images set aside for supports
+        "split": "peer",  # as published tables | clean: near-duplicates and patients kept apart
+        "pool": 32,  # healthy images set aside for supports, of sets without parts in peer
         "fit": "stretch",  # into the tower's square: stretch (as peers) | pad
-    } | data
+    } | (CHEXPERT | data)
     c.clip = {
         "checkpoint": "compact",  # compact (embedded) | folder | Hub id
         "levels": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last

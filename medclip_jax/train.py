@@ -42,8 +42,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
 
     with stage(timing, "load", shown=True):
         tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
-        records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k)
-        drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
+        policy = (c.data.uncertain, c.data.blank)
+        records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k, policy)
+        drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
         keep_split(workdir, drawn, c)
 
     with stage(timing, "encode"):

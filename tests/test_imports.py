@@ -35,9 +35,12 @@ MAY_IMPORT = {
     "report": {"figures", "gallery", "results"},
     "results": {"explain", "gallery", "writer"},
     "gallery": {"explain", "figures"},
-    "data.datasets": {"data.builders", "data.citations", "data.layouts", "data.phantom"}
-    | {"data.readers"},
-    "data.builders": {"data.citations", "data.layouts"},
+    "data.datasets": {"data.builders", "data.chexpert", "data.citations", "data.layouts"}
+    | {"data.phantom", "data.pools", "data.readers", "data.twins"},
+    "data.chexpert": {"data.layouts"},
+    "data.pools": {"data.twins"},
+    "data.twins": {"data.readers"},
+    "data.builders": {"data.chexpert", "data.citations", "data.layouts"},
     "data.phantom": {"data.anatomy"},
     "data.synthesis": {"data.alterations", "data.shapes"},
     "data.alterations": {"data.shapes"},
