@@ -176,10 +176,10 @@ def split(
         pool, test = pools.clean(records, seed, twins.of(records, cache))
     else:
         pool, test = pools.peer(records, seed, pool_size)
-    if not 1 <= k <= len(pool):
+    if not 0 <= k <= len(pool):
         raise ConfigError(
             f"config.data.k is {k} but the pool holds {len(pool)} healthy images: "
-            f"give K from 1 to {len(pool)}."
+            f"give K from 0 to {len(pool)}."
         )
     if test or {r.part for r in records} != {"train"}:
         _check_testable(test)
