@@ -23,6 +23,9 @@ CHOICES = {
     "method": METHODS,
     "learner": LEARNERS,
     "data.fit": ("stretch", "pad"),
+    "data.split": ("peer", "clean"),
+    "data.uncertain": ("exclude", "positive", "negative"),
+    "data.blank": ("negative", "exclude"),
     "clip.dtype": ("float32", "bfloat16"),
     "bank_dtype": ("float32", "bfloat16", "float16"),
     "prompts.phrases": ("templates", "words", "ontology"),
@@ -77,6 +80,11 @@ MEDICLIP = {
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
 }
 
+# What CheXpert's labels that say neither yes nor no mean (data/chexpert.py).
+CHEXPERT = {
+    "uncertain": "exclude",  # label -1: exclude | positive | negative
+    "blank": "negative",  # not mentioned: negative | exclude
+}
 PROMPTS = {
     "phrases": "templates",  # templates | words (as MediCLIP) | ontology (templates and synonyms)
     "context": 8,  # learnable vectors per prompt
@@ -161,11 +169,11 @@ def base(arg: str = "", **data) -> ConfigDict:
         "modality": "medical image",  # fills the prompt templates
         "anatomy": "tissue",
         "conditions": ("disease",),
-        "split": "peer",  # PROTOCOL.md
-        "pool": 32,  # healthy images set aside for supports
+        "split": "peer",  # as published tables | clean: near-duplicates and patients kept apart
+        "pool": 32,  # healthy images set aside for supports, of sets without parts in peer
         "fit": "stretch",  # into the tower's square: stretch (as peers) | pad
         "recipe": "",  # preprocessing: "" | one of preprocess.RECIPES | steps, "wavelet,clahe"
-    } | data
+    } | (CHEXPERT | data)
     c.clip = {
         "checkpoint": "compact",  # compact (embedded) | folder | Hub id
         "levels": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last

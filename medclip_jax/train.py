@@ -1,5 +1,6 @@
 """One run, top to bottom: images -> tokens -> training -> scores -> report."""
 
+import logging
 import time
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -34,7 +35,8 @@ VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any] | None:
     """Train (or resume), score the test set, write everything but the report; returns metrics.json.
 
-    Of several processes only the main one writes; the others return None.
+    Of several processes only the main one writes; the others return None, and so do all where
+    there is no test set.
     With `train` False a finished training is required. Raises a UserError for what a user can mend.
     """
     timing: dict[str, float] = {}
@@ -47,8 +49,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
 
     with stage(timing, "load", shown=True):
         tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
-        records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k)
-        drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
+        policy = (c.data.uncertain, c.data.blank)
+        records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k, policy)
+        drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
         keep_split(workdir, drawn, c, main)
 
     # before the long part: a word that the ontology lacks stops the run here
@@ -71,6 +74,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     with stage(timing, "train"):
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
+    if not drawn.test:
+        logging.warning("trained, but not measured: %s has no folder test", c.data.root)
+        return None
     with stage(timing, "score"):
         scorer, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
         scored = evaluate.score_images(
