@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import track
 
-from medclip_jax import calibrate, features, files, metrics, score
+from medclip_jax import calibrate, features, files, metrics, processes, score, sharding
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Predictions, Record
@@ -56,54 +56,76 @@ def score_images(
     """
     size = bank.clip.size
     maps = jax.jit(partial(score.to_pixels, size=size))
-    image_scores = jax.jit(partial(from_patches, size=size, top=top))
+    image_scores = scorer(size, top)
     found = limits(detector, maps, image_scores, alpha, pixel_rate)
     keys = jax.random.split(jax.random.key(seed), passes)
 
+    local = sharding.mesh(jax.local_devices())
     rows, doubt = [], []
-    out = np.empty((len(test), size, size), np.float16)
-    groups = features.load_images(bank, test, BATCH)
-    groups = track(groups, "score", -(-len(test) // BATCH), console=Console(stderr=True))
+    mine = [test[i] for i in processes.part(len(test))]
+    out = np.empty((len(mine), size, size), np.float16)
+    groups = features.load_images(bank, mine, BATCH)
+    groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
+        real = len(batch.pooled)
+        batch, _ = sharding.put(batch, local)
         values = detector.patches(batch)
         raw = image_scores(values) if detector.image is None else detector.image(batch)
-        rows.append(np.asarray(raw, np.float64))
-        heat = calibrate.to_unit(np.asarray(maps(values)), found.pixel.value, found.pixel_width)
+        rows.append(np.asarray(raw, np.float64)[:real])
+        heat = calibrate.to_unit(
+            np.asarray(maps(values))[:real], found.pixel.value, found.pixel_width
+        )
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
-        doubt.append(np.zeros(len(raw)))
+        doubt.append(np.zeros(real))
         if detector.passes is not None and passes:
-            each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
+            if detector.image_passes is None:
+                each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))[:, :real]
+            else:
+                each = np.asarray(detector.image_passes(batch, keys))[:, :real]
             doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
-    raw = np.concatenate(rows)
+    held = (np.concatenate(rows), np.concatenate(doubt), out)
+    raw, doubt, out = processes.gather(held, len(test))
     predictions = Predictions(
         tuple(r.id for r in test),
         np.array([r.label for r in test]),
         calibrate.to_unit(raw, found.image.value, found.image_width),
-        calibrate.p_values(raw, found.healthy),
-        np.concatenate(doubt),
+        calibrate.p_values(raw, found.healthy) if detector.k > 1 else np.full(len(raw), np.nan),
+        doubt,
         out,
     )
-    kept = {
+    return Scored(predictions, described(found, alpha, detector.k))
+
+
+def described(found: Limits, alpha: float, k: int) -> dict[str, Any]:
+    """What metrics.json says of the limits."""
+    return {
         "threshold_raw": found.image.value,
         "scale": found.image_width,
         "pixel_threshold_raw": found.pixel.value,
         "pixel_scale": found.pixel_width,
         "pixel_message": found.pixel.message,
         "alpha": alpha,
-        "k": len(found.healthy),
+        "k": k,
     }
-    return Scored(predictions, kept)
 
 
 def limits(detector: Detector, maps, image_scores, alpha: float, pixel_rate: float) -> Limits:
-    """Thresholds and widths from the supports; `maps` and `image_scores` read patch values."""
+    """Thresholds and widths from the supports; `maps` and `image_scores` read patch values.
+
+    Without supports: where the prompts hold both classes equally likely, logit 0.
+    """
+    if not len(detector.held_out):
+        image, pixel = calibrate.even_odds(alpha, pixel_rate)
+        return Limits(np.zeros(0), image, 1.0, pixel, 1.0)
     held_maps = np.asarray(maps(jnp.asarray(detector.held_out)))
     healthy = detector.held_out_image
     if healthy is None:
         healthy = np.asarray(image_scores(jnp.asarray(detector.held_out)))
     return Limits(
         healthy,
-        calibrate.threshold(healthy, alpha),
+        calibrate.threshold(healthy, alpha)
+        if detector.k > 1
+        else calibrate.largest(healthy, alpha),
         calibrate.spread(healthy),
         calibrate.pixel_threshold(held_maps, pixel_rate),
         calibrate.spread(held_maps.ravel()),
@@ -115,6 +137,11 @@ def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w
     below = np.nextafter(np.float16(0.5), np.float16(0))
     small = heat.astype(np.float16)
     return np.where((heat < 0.5) & (small >= 0.5), below, small)
+
+
+def scorer(size: int, top: float):
+    """`from_patches` with its settings, compiled: values [n, p] -> scores [n]."""
+    return jax.jit(partial(from_patches, size=size, top=top))
 
 
 def from_patches(values, size: int, top: float):
@@ -137,8 +164,11 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
         masks = truths([test[i] for i in known], p.maps.shape[-1], fit)
         pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks)
     kept = dict(scored.calibration)
-    healthy = p.p_value[p.label == 0]
-    summary = calibrate.calibration_summary(healthy, kept.pop("k"), kept.pop("alpha"))
+    k, alpha = kept.pop("k"), kept.pop("alpha")
+    if k > 1:
+        summary = calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
+    else:
+        summary = calibrate.no_promise(p.score[p.label == 0], k, alpha)
     return {"image": image, "pixel": pixel, "calibration": {**summary, **kept}}
 
 
