@@ -25,7 +25,7 @@ CHOICES = {
     "data.fit": ("stretch", "pad"),
     "clip.dtype": ("float32", "bfloat16"),
     "bank_dtype": ("float32", "bfloat16", "float16"),
-    "prompts.phrases": ("templates", "words"),
+    "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
@@ -38,8 +38,10 @@ LEAST = {
     **dict.fromkeys(("synthesis.variants", "data.pool", "fusion.probes"), 1),
     **dict.fromkeys(("meta.images", "meta.shots", "meta.query"), 0),
     **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
-    **{"meta.tasks": 1},
+    **{"meta.tasks": 1, "cluster.processes": 0, "cluster.process": -1},
+    **{"cluster.timeout": 1, "cluster.heartbeat": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
+    **{"prompts.synonyms": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
 }
@@ -59,6 +61,7 @@ MEDICLIP = {
         "position": "end",
         "shared": False,
         "causal": False,
+        "init": "random",
     },
     "synthesis": {"preset": "mediclip", "partner": "support"},
     "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
@@ -68,6 +71,16 @@ MEDICLIP = {
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
 }
 
+PROMPTS = {
+    "phrases": "templates",  # templates | words (as MediCLIP) | ontology (templates and synonyms)
+    "context": 8,  # learnable vectors per prompt
+    "init": "random",  # of the context: random | a phrase such as "a photo of a"
+    "position": "end",  # of the phrase: end | middle | front
+    "shared": False,  # one context for all prompts
+    "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
+    "synonyms": 3,  # words per anatomy, condition and modality from the ontology; 0 = all
+    "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
+}
 FUSION = {
     "branches": BRANCHES,  # of method ours; ("learned",) is the trained prompts alone
     "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
@@ -89,6 +102,15 @@ META = {
     "inner_rate": 0.05,
     "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
     "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
+}
+
+# Where the processes of one run find one another.
+CLUSTER = {
+    "coordinator": "",  # host:port of process 0; "" where TPU, SLURM or Open MPI tells it
+    "processes": 0,  # how many; 0: told by the environment
+    "process": -1,  # which one this is, from 0; -1: told by the environment
+    "timeout": 300,  # seconds to wait for the others to come
+    "heartbeat": 100,  # seconds of silence after which a process counts as dead
 }
 
 
@@ -133,13 +155,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     }
     c.cache = ""  # folder of bank and prepared data; "" takes $MEDCLIP_CACHE or the user's cache
     c.bank_dtype = "float32"  # of the tokens on disk: float32 | bfloat16 | float16
-    c.prompts = {
-        "phrases": "templates",  # templates | words (as MediCLIP)
-        "context": 8,  # learnable vectors per prompt
-        "position": "end",  # of the phrase: end | middle | front
-        "shared": False,  # one context for all prompts
-        "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
-    }
+    c.prompts = PROMPTS
     c.synthesis = {
         "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
         "variants": 50,  # anomalous variants per support; an epoch uses one
@@ -164,6 +180,8 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
     c.fusion = FUSION
     c.calibration = CALIBRATION
+    c.distributed = False  # one of several processes, which all run the same command
+    c.cluster = CLUSTER
     c.log_every = 10  # steps
     c.checkpoint_every = 100  # steps
     return c.lock()

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import track
 
-from medclip_jax import calibrate, features, files, metrics, score
+from medclip_jax import calibrate, features, files, metrics, processes, score, sharding
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Predictions, Record
@@ -60,42 +60,53 @@ def score_images(
     found = limits(detector, maps, image_scores, alpha, pixel_rate)
     keys = jax.random.split(jax.random.key(seed), passes)
 
+    local = sharding.mesh(jax.local_devices())
     rows, doubt = [], []
-    out = np.empty((len(test), size, size), np.float16)
-    groups = features.load_images(bank, test, BATCH)
-    groups = track(groups, "score", -(-len(test) // BATCH), console=Console(stderr=True))
+    mine = [test[i] for i in processes.part(len(test))]
+    out = np.empty((len(mine), size, size), np.float16)
+    groups = features.load_images(bank, mine, BATCH)
+    groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
+        real = len(batch.pooled)
+        batch, _ = sharding.put(batch, local)
         values = detector.patches(batch)
         raw = image_scores(values) if detector.image is None else detector.image(batch)
-        rows.append(np.asarray(raw, np.float64))
-        heat = calibrate.to_unit(np.asarray(maps(values)), found.pixel.value, found.pixel_width)
+        rows.append(np.asarray(raw, np.float64)[:real])
+        heat = calibrate.to_unit(
+            np.asarray(maps(values))[:real], found.pixel.value, found.pixel_width
+        )
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
-        doubt.append(np.zeros(len(raw)))
+        doubt.append(np.zeros(real))
         if detector.passes is not None and passes:
             if detector.image_passes is None:
-                each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
+                each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))[:, :real]
             else:
-                each = np.asarray(detector.image_passes(batch, keys))
+                each = np.asarray(detector.image_passes(batch, keys))[:, :real]
             doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
-    raw = np.concatenate(rows)
+    held = (np.concatenate(rows), np.concatenate(doubt), out)
+    raw, doubt, out = processes.gather(held, len(test))
     predictions = Predictions(
         tuple(r.id for r in test),
         np.array([r.label for r in test]),
         calibrate.to_unit(raw, found.image.value, found.image_width),
         calibrate.p_values(raw, found.healthy) if detector.k > 1 else np.full(len(raw), np.nan),
-        np.concatenate(doubt),
+        doubt,
         out,
     )
-    kept = {
+    return Scored(predictions, described(found, alpha, detector.k))
+
+
+def described(found: Limits, alpha: float, k: int) -> dict[str, Any]:
+    """What metrics.json says of the limits."""
+    return {
         "threshold_raw": found.image.value,
         "scale": found.image_width,
         "pixel_threshold_raw": found.pixel.value,
         "pixel_scale": found.pixel_width,
         "pixel_message": found.pixel.message,
         "alpha": alpha,
-        "k": detector.k,
+        "k": k,
     }
-    return Scored(predictions, kept)
 
 
 def limits(detector: Detector, maps, image_scores, alpha: float, pixel_rate: float) -> Limits:

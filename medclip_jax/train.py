@@ -31,21 +31,26 @@ from medclip_jax.workdir import claim, keep_split
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
-def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any] | None:
     """Train (or resume), score the test set, write everything but the report; returns metrics.json.
 
+    Of several processes only the main one writes; the others return None.
     With `train` False a finished training is required. Raises a UserError for what a user can mend.
     """
     timing: dict[str, float] = {}
     c = configuration.resolve(config)
-    claim(workdir, c)
+    main = sharding.is_main()
+    claim(workdir, c, main)
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
         tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
         records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k)
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
-        keep_split(workdir, drawn, c)
+        keep_split(workdir, drawn, c, main)
+
+    # before the long part: a word that the ontology lacks stops the run here
+    design, frozen = build(c, tower)
 
     with stage(timing, "encode"):
         bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh)
@@ -59,7 +64,6 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
         features.encode_images(bank, drawn.test)
 
-    design, frozen = build(c, tower)
     groups = fit.folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
@@ -76,6 +80,8 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             passes=c.score.passes,
             seed=c.seed,
         )
+    if not main:
+        return None  # all scores are with the main process, which measures and writes
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
@@ -143,6 +149,10 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
         modality=c.data.modality,
         context=context,
         position=c.prompts.position,
+        init=c.prompts.init,
+        synonyms=c.prompts.synonyms,
+        ontology_file=c.prompts.ontology_file,
+        positions=len(tower.text["position"]),
     )
     design = model.Design(
         built,

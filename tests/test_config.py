@@ -94,6 +94,7 @@ def test_mediclip_is_a_preset_over_the_given_fields():
         ("prompts.context", -1),
         ("prompts.position", "between"),
         ("prompts.phrases", "poems"),
+        ("prompts.synonyms", -1),
         ("synthesis.variants", -1),
         ("synthesis.preset", "medklip"),
         ("synthesis.partner", "nobody"),
