@@ -68,9 +68,9 @@ def test_folder_keeps_its_own_parts(folder, cache):
 def test_k_beyond_the_pool_names_the_largest(busi, folder, cache):
     records = datasets.load("busi", busi, cache)
     for k in (0, -1, 9):
-        with pytest.raises(ConfigError, match="give K from 1 to 8"):
+        with pytest.raises(ConfigError, match="give K from 0 to 8"):
             datasets.split(records, k, 0, pool_size=8)
-    with pytest.raises(ConfigError, match="give K from 1 to 6"):
+    with pytest.raises(ConfigError, match="give K from 0 to 6"):
         datasets.split(datasets.load("folder", folder, cache), 7, 0)
     with pytest.raises(DataError, match="no healthy image"):
         datasets.split(records, 4, 0, pool_size=32)
