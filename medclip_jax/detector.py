@@ -28,6 +28,8 @@ class Detector(NamedTuple):
     # image scores that do not come from the patch values: (features) -> [n]
     image: Callable[[Features], Float[Array, " n"]] | None = None
     held_out_image: Float[np.ndarray, " k"] | None = None
+    # reads images otherwise than features.load_images, with its arguments
+    load: Callable[..., Any] | None = None
 
 
 def build(

@@ -62,7 +62,7 @@ def score_images(
 
     rows, doubt = [], []
     out = np.empty((len(test), size, size), np.float16)
-    groups = features.load_images(bank, test, BATCH)
+    groups = (detector.load or features.load_images)(bank, test, BATCH)
     groups = track(groups, "score", -(-len(test) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
         values = detector.patches(batch)
@@ -134,8 +134,11 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     pixel = None
     if any(test[i].label for i in known):
-        masks = truths([test[i] for i in known], p.maps.shape[-1], fit)
-        pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks)
+        measured = [test[i] for i in known]
+        masks = truths(measured, p.maps.shape[-1], fit)
+        mm = spacings(measured, p.maps.shape[-1], fit)
+        pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks, spacing=mm)
+        pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
     kept = dict(scored.calibration)
     healthy = p.p_value[p.label == 0]
     summary = calibrate.calibration_summary(healthy, kept.pop("k"), kept.pop("alpha"))
@@ -151,6 +154,23 @@ def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s
     empty = np.zeros((size, size), bool)
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(one, test)))
+
+
+def spacings(test: Sequence[Record], size: int, fit: str) -> list[tuple[float, float]] | None:
+    """Millimetres per pixel of the tower frame (row, column) of each image; None if any lacks it.
+
+    Distances of one table must have one unit, so one image without spacing makes all of them
+    pixels.
+    """
+    found = []
+    for record in test:
+        image = readers.read(record.path)
+        if image.spacing is None:
+            return None
+        sides = image.pixels.shape[1:]
+        sides = sides if fit == "stretch" else (max(sides),) * 2
+        found.append(tuple(mm * side / size for mm, side in zip(image.spacing, sides, strict=True)))
+    return found
 
 
 def truth(record: Record) -> Bool[np.ndarray, "h w"]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from medclip_jax import (
     __version__,
+    baselines,
     clip,
     detector,
     evaluate,
@@ -64,7 +65,10 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
     with stage(timing, "score"):
-        scorer = detector.build(c.method, theta, frozen, design, bank, drawn.support, groups)
+        if c.method in baselines.METHODS:
+            scorer = baselines.build(c.method, bank, drawn.support)
+        else:
+            scorer = detector.build(c.method, theta, frozen, design, bank, drawn.support, groups)
         scored = evaluate.score_images(
             scorer,
             bank,

@@ -303,7 +303,7 @@ def test_report_needs_no_model(tiny, whole, monkeypatch):
 # --- the other methods ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["memory", "zero_shot"])
+@pytest.mark.parametrize("method", ["memory", "zero_shot", "thumbnails", "grey_level"])
 def test_methods_that_learn_nothing(tiny, tmp_path, method):
     assert tiny.main(tmp_path, arguments=f"k=2,method={method}") == 0
     held = json.loads((tmp_path / "metrics.json").read_text())
