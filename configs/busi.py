@@ -4,13 +4,8 @@ python -m medclip_jax.main --config configs/busi.py:k=16,seed=0 --workdir runs/b
 """
 
 from medclip_jax import config
+from medclip_jax.data.presets import PRESETS
 
 
 def get_config(arg: str = ""):
-    return config.base(
-        arg,
-        name="busi",
-        modality="breast ultrasound",
-        anatomy="breast",
-        conditions=("tumor", "mass", "lesion"),
-    )
+    return config.base(arg, name="busi", **PRESETS["busi"])

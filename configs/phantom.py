@@ -6,13 +6,8 @@ Other simulated sets: --config.data.name=phantom-mri or phantom-xray.
 """
 
 from medclip_jax import config
+from medclip_jax.data.presets import PRESETS
 
 
 def get_config(arg: str = ""):
-    return config.base(
-        arg,
-        name="phantom-ultrasound",
-        modality="breast ultrasound",
-        anatomy="breast",
-        conditions=("tumor", "mass", "lesion"),
-    )
+    return config.base(arg, name="phantom-ultrasound", **PRESETS["phantom-ultrasound"])

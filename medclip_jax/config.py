@@ -105,7 +105,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.seed = given.get("seed", 0)  # of the support draw and of all training randomness
     c.method = given.get("method", "ours")  # METHODS
     c.data = {
-        "name": "",  # busi | folder | phantom-ultrasound | phantom-mri | phantom-xray
+        "name": "",  # see data/datasets.py: busi, brain_mri, chest_xray, folder, phantom-mri, ...
         "root": given.get("root", ""),  # folder of the data; "" takes $MEDCLIP_DATA
         "modality": "medical image",  # fills the prompt templates
         "anatomy": "tissue",

@@ -1,5 +1,6 @@
 """The towers against transformers' own and against the peer fixtures."""
 
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from .conftest import reference_params
 
 PARITY = reference_params("mediclip_parity_*/parity112.npz", "mediclip_parity_*/parity224.npz")
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+END = len(json.loads((weights.EMBEDDED / "vocab.json").read_text())) - 1  # of text; the largest id
+START = END - 1
 
 
 def with_tokenizer(folder: Path, target: Path) -> Path:
@@ -50,7 +53,7 @@ def tiny_model(activation: str) -> tuple[FlaxCLIPModel, dict]:
         projection_dim=16,
         vision_config=dict(num_hidden_layers=4, image_size=32, patch_size=8, **tower),
         text_config=dict(
-            num_hidden_layers=2, vocab_size=921, bos_token_id=919, eos_token_id=920, **tower
+            num_hidden_layers=2, vocab_size=END + 1, bos_token_id=START, eos_token_id=END, **tower
         ),
     )
     shape = (1, 77), (1, 32, 32, 3)
@@ -110,9 +113,9 @@ def test_towers_equal_the_peer_fixtures(path, peer):
     np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
-IDS = np.full((2, 77), 920)
-IDS[0, :6] = [919, 5, 6, 7, 8, 920]
-IDS[1, :4] = [919, 300, 2, 920]
+IDS = np.full((2, 77), END)
+IDS[0, :6] = [START, 5, 6, 7, 8, END]
+IDS[1, :4] = [START, 300, 2, END]
 PIXELS = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
 
 
@@ -160,8 +163,8 @@ def test_activation_follows_the_config(tiny_outputs):
 
 def test_truncated_text_equals_all_positions(tiny):
     """Causal: nothing after the last end of text can change it."""
-    ids = np.full((2, 77), 920)
-    ids[:, :5] = [919, 9, 9, 9, 920]
+    ids = np.full((2, 77), END)
+    ids[:, :5] = [START, 9, 9, 9, END]
     prompts = plain_prompts(ids)
     late = prompts._replace(eos=np.array([4, 76]))  # the second row forces all 77 positions
     short, long = text_of(tiny, prompts), text_of(tiny, late)
@@ -171,8 +174,8 @@ def test_truncated_text_equals_all_positions(tiny):
 
 def test_context_fills_its_slots(tiny):
     """Context equal to a word's embedding is that word."""
-    ids = np.full((1, 77), 920)
-    ids[0, :5] = [919, 11, 12, 13, 920]
+    ids = np.full((1, 77), END)
+    ids[0, :5] = [START, 11, 12, 13, END]
     hidden, slots = ids.copy(), np.full_like(ids, -1)
     hidden[0, [1, 3]] = 0
     slots[0, 1], slots[0, 3] = 1, 0

@@ -36,8 +36,9 @@ MAY_IMPORT = {
     "report": {"figures", "gallery", "results"},
     "results": {"explain", "gallery", "writer"},
     "gallery": {"explain", "figures"},
-    "data.datasets": {"data.builders", "data.layouts", "data.phantom", "data.readers"},
-    "data.builders": {"data.layouts"},
+    "data.datasets": {"data.builders", "data.citations", "data.layouts", "data.phantom"}
+    | {"data.readers"},
+    "data.builders": {"data.citations", "data.layouts"},
     "data.phantom": {"data.anatomy"},
     "data.synthesis": {"data.alterations", "data.shapes"},
     "data.alterations": {"data.shapes"},

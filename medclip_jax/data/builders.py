@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from medclip_jax.data import layouts
+from medclip_jax.data.citations import ABOUT
 from medclip_jax.errors import DataError, WorkdirError
 from medclip_jax.structs import Record
 
@@ -54,13 +55,15 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 },
             )
 
-    def _describe(self, description: str, homepage: str, citation: str) -> tfds.core.DatasetInfo:
+    def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
+        about = ABOUT[next(name for name, own in BUILDERS.items() if own is type(self))]
         return tfds.core.DatasetInfo(
             builder=self,
-            description=description,
-            homepage=homepage,
-            citation=citation,
+            description=f"{about.description} Licence: {about.licence}.",
+            homepage=about.homepage,
+            citation=about.citation,
+            license=about.licence,
             features=tfds.features.FeaturesDict(
                 {
                     "id": text(doc="Path of the image below the root; unique."),
@@ -78,51 +81,41 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class Busi(PathBuilder):
     """Breast Ultrasound Images: 437 benign, 210 malignant, 133 normal."""
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._describe(
-            "Breast Ultrasound Images Dataset (BUSI): 780 images of 600 women, aged 25 to 75, "
-            "with lesion masks. Normal is healthy; benign and malignant are abnormal. "
-            "Licence: CC BY 4.0.",
-            "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset",
-            """@article{aldhabyani2020busi,
-  author  = {Al-Dhabyani, Walid and Gomaa, Mohammed and Khaled, Hussien and Fahmy, Aly},
-  title   = {Dataset of breast ultrasound images},
-  journal = {Data in Brief},
-  volume  = {28},
-  pages   = {104863},
-  year    = {2020},
-  doi     = {10.1016/j.dib.2019.104863}
-}""",
-        )
-
     def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
         return layouts.busi(fetch(dl_manager, BUSI_URL))
+
+
+class BrainMri(PathBuilder):
+    """Brain MRI slices: 98 without and 155 with a tumour."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["brain_mri"].by_hand
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return layouts.brain_mri(Path(dl_manager.manual_dir))
+
+
+class ChestXray(PathBuilder):
+    """Chest films of children: healthy or pneumonia."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["chest_xray"].by_hand
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return layouts.chest_xray(Path(dl_manager.manual_dir))
 
 
 class FolderAD(PathBuilder):
     """A user's own images in the MVTec-AD layout; nothing to download."""
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._describe(
-            "Images in folders, MVTec-AD convention: train/good, test/good, test/<kind>, "
-            "ground_truth/<kind>/<name>_mask.png.",
-            "https://www.mvtec.com/company/research/datasets/mvtec-ad",
-            """@article{bergmann2021mvtec,
-  author  = {Bergmann, Paul and Batzner, Kilian and Fauser, Michael and Sattlegger, David
-             and Steger, Carsten},
-  title   = {The {MVTec} Anomaly Detection Dataset},
-  journal = {International Journal of Computer Vision},
-  volume  = {129},
-  pages   = {1038--1059},
-  year    = {2021}
-}""",
-        )
-
     def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
         raise DataError(f"no folder was named: {layouts.GIVE_ROOT}.")
 
 
-BUILDERS: dict[str, type[PathBuilder]] = {"busi": Busi, "folder": FolderAD}
+BUILDERS: dict[str, type[PathBuilder]] = {
+    "busi": Busi,
+    "brain_mri": BrainMri,
+    "chest_xray": ChestXray,
+    "folder": FolderAD,
+}
 
 
 def fetch_busi(cache: Path) -> Path:

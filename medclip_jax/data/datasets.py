@@ -12,12 +12,15 @@ import numpy as np
 
 from medclip_jax import files
 from medclip_jax.data import layouts, phantom, readers
+from medclip_jax.data.citations import ABOUT
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.structs import Record, Split
 
 LAYOUTS: dict[str, Callable[[Path], layouts.Layout]] = {
     "busi": layouts.busi,
     "folder": layouts.folder,
+    "brain_mri": layouts.brain_mri,
+    "chest_xray": layouts.chest_xray,
 }
 DOWNLOADABLE = ("busi",)
 # Simulated sets of this package: modality and counts of train/good, test/good and test/lesion.
@@ -53,7 +56,7 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
     and keeps the list in `cache`; a changed, added or removed file makes a new list.
 
     Args:
-      name: "busi", "folder" (MVTec-AD layout) or one of PHANTOMS (simulated on first use).
+      name: one of LAYOUTS ("folder" is the MVTec-AD layout) or PHANTOMS (simulated on first use).
       root: where the data lie; None takes $MEDCLIP_DATA, and failing that BUSI is downloaded.
       cache: folder for prepared lists and downloads.
       k: healthy images that will be needed; fewer is listed with the other problems.
@@ -76,7 +79,8 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
     if root is None and name in DOWNLOADABLE:
         root = builders.fetch_busi(cache)
     if root is None:
-        raise DataError(f"no folder was named for '{name}': {layouts.GIVE_ROOT}.")
+        by_hand = f" ({ABOUT[name].by_hand.rstrip('.')})" if ABOUT[name].by_hand else ""
+        raise DataError(f"no folder was named for '{name}': {layouts.GIVE_ROOT}{by_hand}.")
     root = root.expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
@@ -122,8 +126,9 @@ def split(
 
     Without parts of its own (BUSI), the data set gives a pool of `pool_size` healthy images drawn
     anew for each seed (so that draws differ at K = 32 too); test is every other healthy image and
-    every abnormal one: for BUSI 101 + 647, whatever K. With parts (folder layout), the pool is all
-    of the train part and `pool_size` is not used; test is the test part.
+    every abnormal one: whatever K, for BUSI 101 + 647 and for brain_mri 66 + 155. With parts
+    (folder, chest_xray), the pool is all healthy images of the train part and `pool_size` is not
+    used; test is the test part.
 
     Args:
       seed: of the permutation whose first K are the supports.

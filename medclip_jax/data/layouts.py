@@ -10,6 +10,8 @@ from medclip_jax.errors import DataError
 GIVE_ROOT = "give the folder by --config.data.root or $MEDCLIP_DATA"
 MASK = re.compile(r"(?P<name>.+)_mask(_\d+)?")
 BUSI_LABELS = {"benign": 1, "malignant": 1, "normal": 0}
+BRAIN_LABELS = {"no": 0, "yes": 1}
+CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
 
@@ -40,7 +42,7 @@ def busi(root: Path) -> Layout:
     Raises:
       DataError: no such folder.
     """
-    root = _find_busi(root)
+    root = find(root, "BUSI", "busi", "Dataset_BUSI_with_GT", tuple(BUSI_LABELS))
     examples, problems = [], []
     for kind, label in BUSI_LABELS.items():
         files = _files(root / kind)
@@ -53,6 +55,49 @@ def busi(root: Path) -> Layout:
             examples.append(_example(root, image, label, kind, "", own))
         problems += _orphans(root, masks)
     return Layout(root, _sorted(examples), tuple(problems))
+
+
+def brain_mri(root: Path) -> Layout:
+    """List Kaggle's "Brain MRI Images for Brain Tumor Detection": `no/*` healthy, `yes/*` tumour.
+
+    The set has no masks and no parts.
+
+    Args:
+      root: the folder of `yes` and `no`, or one or two levels above it.
+
+    Raises:
+      DataError: no such folder.
+    """
+    root = find(root, "brain MRI", "brain_mri", "brain_tumor_dataset", tuple(BRAIN_LABELS))
+    examples = [
+        _example(root, image, label, kind, "", [])
+        for kind, label in BRAIN_LABELS.items()
+        for image in _files(root / kind)
+    ]
+    return Layout(root, _sorted(examples), ())
+
+
+def chest_xray(root: Path) -> Layout:
+    """List the open paediatric chest films: `{train,test}/{NORMAL,PNEUMONIA}/*`.
+
+    Supports come from `train/NORMAL`; the archive's own `test` is the test set. Its `val` folder
+    (16 films) is not used. The set has no masks.
+
+    Args:
+      root: the folder of `train` and `test`, or one or two levels above it.
+
+    Raises:
+      DataError: no such folder.
+    """
+    places = tuple(f"{part}/{kind}" for part in ("train", "test") for kind in CHEST_LABELS)
+    root = find(root, "chest films", "chest_xray", "chest_xray", places)
+    examples = [
+        _example(root, image, label, kind, part, [])
+        for part in ("train", "test")
+        for kind, label in CHEST_LABELS.items()
+        for image in _files(root / part / kind)
+    ]
+    return Layout(root, _sorted(examples), ())
 
 
 def folder(root: Path) -> Layout:
@@ -84,6 +129,27 @@ def folder(root: Path) -> Layout:
         if not (root / "test" / truth.name).is_dir():
             problems += _orphans(root, _masks(_files(truth)))
     return Layout(root, _sorted(examples), tuple(problems))
+
+
+def find(root: Path, title: str, name: str, inner: str, needed: tuple[str, ...]) -> Path:
+    """The folder that holds all of `needed`: `root` itself or one or two levels below it.
+
+    Args:
+      title: what the data set is called in the message.
+      name: its folder below a data root that holds several sets.
+      inner: the folder that its archive unpacks to.
+      needed: files or folders that must be there.
+
+    Raises:
+      DataError: none of the places holds them.
+    """
+    for place in (root, root / inner, root / name / inner, root / name):
+        if all((place / entry).exists() for entry in needed):
+            return place
+    raise DataError(
+        f"no {title} below {root} (looked there, in {inner}, {name} and {name}/{inner} for "
+        f"{', '.join(needed)}): {GIVE_ROOT}."
+    )
 
 
 def fingerprint(layout: Layout) -> str:
@@ -128,17 +194,6 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
             )
         examples.append(_example(root, image, label, kind.name, "test", own))
     return examples, problems + _orphans(root, masks)
-
-
-def _find_busi(root: Path) -> Path:
-    inner = "Dataset_BUSI_with_GT"
-    for place in (root, root / inner, root / "busi" / inner, root / "busi"):
-        if all((place / kind).is_dir() for kind in BUSI_LABELS):
-            return place
-    raise DataError(
-        f"no BUSI below {root} (looked there, in {inner} and in busi/{inner} for the folders "
-        f"{', '.join(BUSI_LABELS)}): {GIVE_ROOT}."
-    )
 
 
 def _files(place: Path) -> list[Path]:

@@ -1,0 +1,13 @@
+"""Open chest films of children (Kermany et al. 2018): supports from train/NORMAL, test 234 + 390.
+
+python -m medclip_jax.main --config configs/chest_xray.py:k=16,seed=0,root=DIR --workdir runs/chest
+
+DIR is the folder of train and test, or one or two levels above it. The films have no masks.
+"""
+
+from medclip_jax import config
+from medclip_jax.data.presets import PRESETS
+
+
+def get_config(arg: str = ""):
+    return config.base(arg, name="chest_xray", **PRESETS["chest_xray"])

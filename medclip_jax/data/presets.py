@@ -1,0 +1,31 @@
+"""What each data set shows, written once: config files and episodes of several sets read it here.
+
+modality, anatomy and conditions fill the prompt templates.
+"""
+
+PRESETS: dict[str, dict] = {
+    "busi": {
+        "modality": "breast ultrasound",
+        "anatomy": "breast",
+        "conditions": ("tumor", "mass", "lesion"),
+    },
+    "brain_mri": {
+        "modality": "brain MRI",
+        "anatomy": "brain",
+        "conditions": ("tumor", "mass", "lesion"),
+    },
+    "chest_xray": {
+        "modality": "chest X-ray",
+        "anatomy": "lung",
+        "conditions": ("pneumonia", "opacity", "consolidation"),
+    },
+}
+PRESETS |= {
+    "phantom-ultrasound": PRESETS["busi"],
+    "phantom-mri": PRESETS["brain_mri"],
+    "phantom-xray": {
+        "modality": "chest X-ray",
+        "anatomy": "lung",
+        "conditions": ("nodule", "opacity", "lesion"),
+    },
+}
