@@ -45,7 +45,9 @@ def test_grey_level_is_the_mean_of_the_image(scene):
     np.testing.assert_allclose(made.image(batch), pixels(bank, test).mean((1, 2)), atol=1e-6)
     wanted = pixels(bank, supports).mean((1, 2))
     np.testing.assert_allclose(made.held_out_image, wanted, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(made.patches(batch)).mean(1), made.image(batch), atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(made.patches(batch)).mean(1), made.image(batch), atol=1e-6
+    )
 
 
 def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
