@@ -112,7 +112,7 @@ def randomised(vision: dict, key: jax.Array, blocks: Sequence[int]) -> dict:
     """The tower with the given blocks (from 1) drawn anew, for the sanity check of explanations.
 
     Every weight matrix of a block gets normal values of its own standard deviation; norms and
-    biases stay. A map that hardly changes does not explain the model (Adebayo et al., NeurIPS 2018).
+    biases stay. A map that hardly changes does not explain the model (Adebayo et al., 2018).
     """
     chosen = np.asarray(blocks, int) - 1
     leaves, tree = jax.tree.flatten(vision["blocks"])

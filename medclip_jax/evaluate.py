@@ -14,7 +14,16 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import track
 
-from medclip_jax import calibrate, features, files, metrics, score
+from medclip_jax import (
+    attribution,
+    calibrate,
+    features,
+    files,
+    intervals,
+    metrics,
+    score,
+    thumbnails,
+)
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Predictions, Record
@@ -26,6 +35,7 @@ GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
 class Scored(NamedTuple):
     predictions: Predictions
     calibration: dict[str, Any]
+    cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM per patch, [0, 1]
 
 
 class Limits(NamedTuple):
@@ -60,7 +70,7 @@ def score_images(
     found = limits(detector, maps, image_scores, alpha, pixel_rate)
     keys = jax.random.split(jax.random.key(seed), passes)
 
-    rows, doubt = [], []
+    rows, doubt, why = [], [], []
     out = np.empty((len(test), size, size), np.float16)
     groups = (detector.load or features.load_images)(bank, test, BATCH)
     groups = track(groups, "score", -(-len(test) // BATCH), console=Console(stderr=True))
@@ -71,6 +81,8 @@ def score_images(
         heat = calibrate.to_unit(np.asarray(maps(values)), found.pixel.value, found.pixel_width)
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
         doubt.append(np.zeros(len(raw)))
+        if detector.load is None:  # pixels have no layer to explain
+            why.append(attribution.cams(detector.patches, batch, top).astype(np.float16))
         if detector.passes is not None and passes:
             each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
             doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
@@ -92,7 +104,7 @@ def score_images(
         "alpha": alpha,
         "k": len(found.healthy),
     }
-    return Scored(predictions, kept)
+    return Scored(predictions, kept, np.concatenate(why) if why else None)
 
 
 def limits(detector: Detector, maps, image_scores, alpha: float, pixel_rate: float) -> Limits:
@@ -139,10 +151,13 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
         mm = spacings(measured, p.maps.shape[-1], fit)
         pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks, spacing=mm)
         pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
+    sure = {"image": intervals.image(p.score, p.label)}
+    sure["pixel"] = intervals.pixel(p.maps[known], masks, p.label[known]) if pixel else {}
     kept = dict(scored.calibration)
     healthy = p.p_value[p.label == 0]
     summary = calibrate.calibration_summary(healthy, kept.pop("k"), kept.pop("alpha"))
-    return {"image": image, "pixel": pixel, "calibration": {**summary, **kept}}
+    calibration = {**summary, **kept}
+    return {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure}
 
 
 def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:
@@ -189,6 +204,7 @@ def write_predictions(
 
     Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
     gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
+    Of every image, for the report: the arrays of `thumbnails.pack`.
     """
     p = scored.predictions
     rng = np.random.default_rng(seed)
@@ -206,6 +222,7 @@ def write_predictions(
         if test[i].masks or test[i].label == 0:
             mask = truth(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
             gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
+    gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     whole = io.BytesIO()
     np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **gallery)
     files.write_bytes(workdir / "predictions.npz", whole.getvalue())

@@ -161,8 +161,8 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
 def test_metrics_json_has_the_keys_of_the_contract(whole):
     held = json.loads((whole / "metrics.json").read_text())
     assert list(held) == (
-        "dataset k seed split method learner gradients backbone image pixel calibration timing "
-        "versions".split()
+        "dataset k seed split method learner gradients backbone image pixel calibration intervals "
+        "timing versions".split()
     )
     assert set(held["image"]) == {*IMAGE.split(), "threshold"}
     assert set(held["pixel"]) == set(PIXEL.split())
