@@ -88,12 +88,18 @@ def table(out: Path, rows: list[list]) -> None:
         values = np.array([r[3:] for r in rows if r[:2] == [k, method]], float)
         mean, n = values.mean(0), len(values)
         sd = values.std(0, ddof=1) if n > 1 else np.full(len(mean), np.nan)
-        half = stats.t.ppf(0.975, n - 1) * sd[0] / n**0.5 if n > 1 else np.nan
+        low, high = interval(values[:, 0])
         cells = [f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, sd, strict=True)]
-        interval = f"{mean[0] - half:.3f} to {mean[0] + half:.3f}"
-        lines.append(f"| {k} | {method} | {' | '.join(cells)} | {interval} |")
+        lines.append(f"| {k} | {method} | {' | '.join(cells)} | {low:.3f} to {high:.3f} |")
     files.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% t interval of a mean over draws; NaN for a single one."""
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5 if n > 1 else np.nan
+    return values.mean() - half, values.mean() + half
 
 
 if __name__ == "__main__":

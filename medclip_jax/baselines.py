@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax import features
+from medclip_jax import detector, features
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Features, Record
@@ -25,8 +25,9 @@ SIDE = 32  # pixels of a thumbnail
 
 def build(method: str, bank: features.Bank, supports: Sequence[Record]) -> Detector:
     """The detector of a method of METHODS; its `load` reads images where others read tokens."""
-    (held,) = load(bank, supports, len(supports))
-    return METHODS[method](jnp.asarray(held.levels[0][..., 0]))._replace(load=load)
+    images = detector.healthy_images(bank, supports)  # of one support also gentle views
+    healthy = jnp.asarray(np.stack([shrink(x) for x in images]).reshape(len(images), -1))
+    return METHODS[method](healthy)._replace(load=load, k=len(supports))
 
 
 def load(bank: features.Bank, records: Sequence[Record], size: int) -> Iterator[Features]:

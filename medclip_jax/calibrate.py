@@ -67,6 +67,53 @@ def threshold(healthy: Num[np.ndarray, " k"], alpha: float) -> Threshold:
     return Threshold(float(ordered[k - alarms]), alpha, alarms / (k + 1), attainable, message)
 
 
+NOTHING = "no healthy image was given, so no threshold can be set from data"
+ALONE = "with one healthy image none can be held out, so no false-alarm rate can be promised"
+
+
+def even_odds(alpha: float, rate: float) -> tuple[Threshold, PixelThreshold]:
+    """Without supports (K = 0): decide where the prompts give probability 0.5, logit 0."""
+    said = f"{NOTHING}: the decision is where the prompts give probability 0.5"
+    nan = math.nan
+    return Threshold(0.0, alpha, nan, False, said), PixelThreshold(0.0, rate, nan, 0, said)
+
+
+def largest(healthy: Num[np.ndarray, " v"], alpha: float) -> Threshold:
+    """With one support (K = 1): above the largest score of its views, with no promise.
+
+    Raises DataError for no scores or NaN.
+    """
+    value = float(_finite(healthy, "view of the healthy image").max())
+    said = f"{ALONE}: the threshold is the largest score of {len(healthy)} views of it"
+    return Threshold(value, alpha, math.nan, False, said)
+
+
+def no_promise(
+    healthy_scores: Num[np.ndarray, " n"], k: int, alpha: float
+) -> dict[str, float | int | bool | str | None]:
+    """`calibration_summary` where K is 0 or 1: what cannot be known is None.
+
+    healthy_scores: unit scores of healthy test images; `false_alarm_rate` is their share at or
+    above 0.5.
+    """
+    n = len(healthy_scores)
+    message = (
+        f"{NOTHING}: the decision is where the prompts give probability 0.5"
+        if k == 0
+        else f"{ALONE}: the threshold is the largest score of views of that image"
+    )
+    unknown = ("alpha_attained", "least_attainable", "expected_low", "expected_high")
+    return {
+        "alpha_requested": alpha,
+        **dict.fromkeys(unknown),
+        "attainable": False,
+        "k": k,
+        "n_healthy_test": n,
+        "false_alarm_rate": float(np.mean(np.asarray(healthy_scores) >= 0.5)) if n else math.nan,
+        "message": message,
+    }
+
+
 def spread(healthy: Num[np.ndarray, " k"]) -> float:
     """Standard deviation (ddof 1) of the healthy scores: the scale of `to_unit`.
 

@@ -16,6 +16,7 @@ from medclip_jax.errors import ConfigError
 
 METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing learns
+BRANCHES = ("learned", "memory", "zero_shot")
 LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
@@ -25,27 +26,30 @@ CHOICES = {
     "data.fit": ("stretch", "pad"),
     "clip.dtype": ("float32", "bfloat16"),
     "bank_dtype": ("float32", "bfloat16", "float16"),
-    "prompts.phrases": ("templates", "words"),
+    "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
     "model.form": ("softmax", "distance"),
 }
 LEAST = {
-    # what calibrates is held out from training: one support alone would leave nothing to learn from
-    **dict.fromkeys(("k", "calibration.folds"), 2),
+    "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
+    "calibration.folds": 2,  # what calibrates is held out from training
     **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
-    **dict.fromkeys(("synthesis.variants", "data.pool"), 1),
+    **dict.fromkeys(("synthesis.variants", "data.pool", "fusion.probes"), 1),
     **dict.fromkeys(("meta.images", "meta.shots", "meta.query"), 0),
     **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
-    **{"meta.tasks": 1},
+    **{"meta.tasks": 1, "cluster.processes": 0, "cluster.process": -1},
+    **{"cluster.timeout": 1, "cluster.heartbeat": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
+    **{"prompts.synonyms": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
 }
 SHARES = {  # (smallest, largest, what to give)
     "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
     "score.top": (0, 1, "a share from 0 to 1"),
+    "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
     "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
     "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
 }
@@ -58,12 +62,34 @@ MEDICLIP = {
         "position": "end",
         "shared": False,
         "causal": False,
+        "init": "random",
     },
     "synthesis": {"preset": "mediclip", "partner": "support"},
     "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
     "score": {"top": 0.0},
+    "fusion": {"branches": ("learned",)},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
+}
+
+PROMPTS = {
+    "phrases": "templates",  # templates | words (as MediCLIP) | ontology (templates and synonyms)
+    "context": 8,  # learnable vectors per prompt
+    "init": "random",  # of the context: random | a phrase such as "a photo of a"
+    "position": "end",  # of the phrase: end | middle | front
+    "shared": False,  # one context for all prompts
+    "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
+    "synonyms": 3,  # words per anatomy, condition and modality from the ontology; 0 = all
+    "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
+}
+FUSION = {
+    "branches": BRANCHES,  # of method ours; ("learned",) is the trained prompts alone
+    "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
+}
+CALIBRATION = {
+    "alpha": 0.1,  # false-alarm rate asked for
+    "folds": 4,  # supports are held out in this many parts (2 to k)
+    "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
 }
 
 # Episodes, for the learners other than joint; `data` and `images` are for all.
@@ -77,6 +103,15 @@ META = {
     "inner_rate": 0.05,
     "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
     "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
+}
+
+# Where the processes of one run find one another.
+CLUSTER = {
+    "coordinator": "",  # host:port of process 0; "" where TPU, SLURM or Open MPI tells it
+    "processes": 0,  # how many; 0: told by the environment
+    "process": -1,  # which one this is, from 0; -1: told by the environment
+    "timeout": 300,  # seconds to wait for the others to come
+    "heartbeat": 100,  # seconds of silence after which a process counts as dead
 }
 
 
@@ -101,7 +136,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     """All fields with their defaults; `data` are the fields of the data set."""
     given = parse_arg(arg or "")
     c = ConfigDict()
-    c.k = given.get("k", 16)  # healthy support images, at least 2: each is held out once
+    c.k = given.get("k", 16)  # healthy support images; 1: none can be held out; 0: zero-shot
     c.seed = given.get("seed", 0)  # of the support draw and of all training randomness
     c.method = given.get("method", "ours")  # METHODS
     c.data = {
@@ -121,13 +156,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     }
     c.cache = ""  # folder of bank and prepared data; "" takes $MEDCLIP_CACHE or the user's cache
     c.bank_dtype = "float32"  # of the tokens on disk: float32 | bfloat16 | float16
-    c.prompts = {
-        "phrases": "templates",  # templates | words (as MediCLIP)
-        "context": 8,  # learnable vectors per prompt
-        "position": "end",  # of the phrase: end | middle | front
-        "shared": False,  # one context for all prompts
-        "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
-    }
+    c.prompts = PROMPTS
     c.synthesis = {
         "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
         "variants": 50,  # anomalous variants per support; an epoch uses one
@@ -149,11 +178,11 @@ def base(arg: str = "", **data) -> ConfigDict:
         "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
         "passes": 20,  # MC-dropout passes for the uncertainty
     }
-    c.calibration = {
-        "alpha": 0.1,  # false-alarm rate asked for
-        "folds": 4,  # supports are held out in this many parts (2 to k)
-        "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
-    }
+    c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
+    c.fusion = FUSION
+    c.calibration = CALIBRATION
+    c.distributed = False  # one of several processes, which all run the same command
+    c.cluster = CLUSTER
     c.log_every = 10  # steps
     c.checkpoint_every = 100  # steps
     return c.lock()
@@ -165,13 +194,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises ConfigError for values that cannot be used.
     """
     c = config.copy_and_resolve_references()
+    if c.k == 0 and c.method == "ours":
+        c.method = "zero_shot"  # all that is left of the branches
     if c.method == "mediclip":
         c.update(MEDICLIP)
         c.learner = "joint"
     if c.method == "joint":  # ours without episodes, whatever the learner of ours
         c.learner = "joint"
     check(c)
-    c.batch = c.batch or min(8, c.k)
+    c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     c.meta.query = c.meta.query or c.meta.shots
     c.steps = c.steps or max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
@@ -191,6 +222,13 @@ def check(c: ConfigDict) -> None:
             raise ConfigError(f"config.{name} is {value}: give {LEAST[name]} or more")
         if name in SHARES and not SHARES[name][0] <= value <= SHARES[name][1]:
             raise ConfigError(f"config.{name} is {value}: give {SHARES[name][2]}")
+    if c.k == 0 and c.method != "zero_shot":
+        raise ConfigError(f"config.k is 0, but method {c.method} needs an image: give k=1 or more")
+    unknown = set(c.fusion.branches) - set(BRANCHES)
+    if unknown or not c.fusion.branches:
+        raise ConfigError(
+            f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}"
+        )
     if c.meta.shots == 1:
         raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
     if not c.meta.inner_rate > 0:

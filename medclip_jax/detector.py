@@ -12,14 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, features, model, score
+from medclip_jax import clip, features, memory, model, score
+from medclip_jax.data import readers, views
 from medclip_jax.structs import Features, Record
 
 Values = Float[Array, "n p"]
 
 
 class Detector(NamedTuple):
-    """`patches` scores images; `held_out` are the supports' values, each left out in turn."""
+    """`patches` scores images; `held_out` are the supports' values, each left out in turn.
+
+    With one support nothing can be left out: `held_out` are then gentle views of it (data/views).
+    With none it has no rows. In both cases no false-alarm rate can be promised.
+    """
 
     patches: Callable[[Features], Values]  # larger is more anomalous
     held_out: Float[np.ndarray, "k p"]
@@ -28,6 +33,11 @@ class Detector(NamedTuple):
     # image scores that do not come from the patch values: (features) -> [n]
     image: Callable[[Features], Float[Array, " n"]] | None = None
     held_out_image: Float[np.ndarray, " k"] | None = None
+    # (i, features) -> values as of a detector that never saw support i
+    without: Callable[[int, Features], Values] | None = None
+    # image scores of every pass where they do not come from the patches: (features, keys) -> [t, n]
+    image_passes: Callable[[Features, Any], Float[Array, "t n"]] | None = None
+    k: int = 0  # supports
     # reads images otherwise than features.load_images, with its arguments
     load: Callable[..., Any] | None = None
 
@@ -40,19 +50,48 @@ def build(
     bank: features.Bank,
     supports: Sequence[Record],
     groups: Sequence[np.ndarray],
+    coreset: float = 1.0,
 ) -> Detector:
-    """The detector of a method; `theta` [1 + folds, ...] as fit.run leaves it."""
-    (tokens,) = features.load_images(bank, supports, len(supports))
-    tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
+    """The detector of a method; `theta` [1 + folds, ...] as fit.run leaves it.
+
+    coreset: share of the healthy patches that a memory keeps, in (0, 1].
+    """
+    tokens, healthy = healthy_tokens(bank, supports)
     if method == "memory":
-        return remember(tokens)
+        return remember(tokens, coreset, healthy)
     if method == "zero_shot":
-        return zero_shot(theta, frozen, design, bank.clip, tokens)
-    return learned(theta, frozen, design, tokens, groups)
+        return zero_shot(theta, frozen, design, bank.clip, healthy)._replace(k=len(supports))
+    return learned(theta, frozen, design, tokens, groups, healthy)
 
 
-def learned(theta, frozen, design, tokens: Features, groups) -> Detector:
-    """Prompts and adapters: copy 0 scores, copy 1 + f scores the supports of fold f."""
+def healthy_tokens(
+    bank: features.Bank, supports: Sequence[Record]
+) -> tuple[Features | None, Features | None]:
+    """Tokens of the supports, and those that calibrate: the supports, or views of a single one."""
+    if not supports:
+        return None, None
+    (tokens,) = features.load_images(bank, supports, len(supports))
+    tokens = healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
+    if len(supports) == 1:
+        made = features.encode(bank, healthy_images(bank, supports))
+        healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)
+    return tokens, healthy
+
+
+def healthy_images(bank: features.Bank, supports: Sequence[Record]) -> Float[np.ndarray, "m s s"]:
+    """Pixels of the images that calibrate, in the tower frame."""
+    found = {r.id: x for r, x in readers.read_all(supports, bank.clip.size, bank.fit)}
+    images = np.stack([found[r.id] for r in supports])
+    return views.of(images[0]) if len(supports) == 1 else images
+
+
+def learned(
+    theta, frozen, design, tokens: Features, groups, healthy: Features | None = None
+) -> Detector:
+    """Prompts and adapters: copy 0 scores, copy 1 + f scores the supports of fold f.
+
+    Without folds copy 0 scores `healthy` (the supports themselves if that is None).
+    """
     texts = jax.jit(jax.vmap(lambda t: model.text_features(t, frozen, design)))(theta)
     pick = [jax.tree.map(lambda x, i=i: x[i], (theta, texts)) for i in range(1 + len(groups))]
 
@@ -70,38 +109,59 @@ def learned(theta, frozen, design, tokens: Features, groups) -> Detector:
 
         return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, batch)
 
-    held_out = np.zeros((len(tokens.pooled), design.grid**2), np.float32)
-    for copy, group in zip(pick[1:] or pick, groups or [np.arange(len(held_out))], strict=True):
-        held_out[group] = patches(copy, jax.tree.map(lambda x, g=group: x[g], tokens))
+    shown = tokens if len(groups) or healthy is None else healthy
+    held_out = np.zeros((len(shown.pooled), design.grid**2), np.float32)
+    copies = pick[1:] or pick
+    held = [*groups] or [np.arange(len(held_out))]
+    for copy, group in zip(copies, held, strict=True):
+        held_out[group] = patches(copy, jax.tree.map(lambda x, g=group: x[g], shown))
+    fold_of = {int(i): f for f, group in enumerate(held) for i in group}
     return Detector(
         partial(patches, pick[0]),
         held_out,
         partial(passes, pick[0]) if design.dropout > 0 else None,
+        without=lambda i, batch: patches(copies[fold_of[i]], batch),
+        k=len(tokens.pooled),
     )
 
 
-def remember(tokens: Features) -> Detector:
-    """Nearest healthy patch of the supports; a support is compared with the others only."""
+def remember(tokens: Features, coreset: float = 1.0, healthy: Features | None = None) -> Detector:
+    """Nearest healthy patch of the supports; a support is compared with the others only.
+
+    coreset: share of the patches that is kept. A single support is remembered whole, and `healthy`
+    (views of it) are compared with it.
+    """
     pooled = tuple(score.neighbourhood(x) for x in tokens.levels)
+    k = len(tokens.pooled)
 
     @jax.jit
-    def patches(batch, memory):
+    def patches(batch, kept):
         levels = tuple(score.neighbourhood(x) for x in batch.levels)
-        flat = tuple(m.reshape(-1, m.shape[-1]) for m in memory)
-        return score.memory_distance(levels, flat)
+        return score.memory_distance(levels, kept)
 
-    k = len(tokens.pooled)
-    held_out = []
-    for i in range(k):
-        others = tuple(np.delete(m, i, axis=0) for m in pooled) if k > 1 else pooled
-        held_out.append(patches(jax.tree.map(lambda x, i=i: x[i : i + 1], tokens), others))
-    return Detector(lambda batch: patches(batch, pooled), np.concatenate(held_out), None)
+    @partial(jax.jit, static_argnums=0)
+    def choose(left_out, pooled):
+        others = (jnp.delete(m, left_out, axis=0) if left_out < k else m for m in pooled)
+        return tuple(memory.keep(m.reshape(-1, m.shape[-1]), coreset) for m in others)
+
+    def without(i, batch):
+        return patches(batch, choose(i if k > 1 else k, pooled))
+
+    everything = choose(k, pooled)
+    if k > 1 or healthy is None:
+        each = (jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(k))
+        held_out = [without(i, one) for i, one in enumerate(each)]
+    else:
+        held_out = [patches(healthy, everything)]
+    held_out = np.concatenate(held_out)
+    return Detector(lambda b: patches(b, everything), held_out, None, without=without, k=k)
 
 
-def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features) -> Detector:
+def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features | None) -> Detector:
     """CLIP's own text and image embeddings, healthy against abnormal prompts; nothing is learned.
 
-    Patches are the last level's tokens through the tower's own norm and projection.
+    Patches are the last level's tokens through the tower's own norm and projection. Values are
+    logits: 0 is where both classes are equally likely. `tokens` None: no support (K = 0).
     """
     empty = jnp.zeros((len(design.prompts.ids), 0, tower.text_width))
     text = clip.encode_text(frozen["text"], empty, design.prompts, design.text_tower, design.causal)
@@ -118,5 +178,9 @@ def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features) -> Dete
         pooled = batch.pooled[:, None]
         return score.patch_logit((pooled,), text, label, scale, zero, "softmax")[:, 0]
 
+    if tokens is None:
+        none = np.zeros((0, design.grid**2), np.float32)
+        return Detector(patches, none, None, image, np.zeros(0, np.float32))
     held_out = np.asarray(patches(tokens)), np.asarray(image(tokens))
-    return Detector(patches, held_out[0], None, image, held_out[1])
+    k = len(tokens.pooled)
+    return Detector(patches, *held_out[:1], None, image, held_out[1], lambda _, b: patches(b), k=k)

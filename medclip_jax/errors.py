@@ -23,3 +23,7 @@ class CheckpointError(UserError):
 
 class WorkdirError(UserError):
     """An output or cache folder that cannot be used."""
+
+
+class ProcessError(UserError):
+    """Another process of the run is lost."""

@@ -1,6 +1,7 @@
 """Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
 
 import io
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,16 +18,19 @@ from rich.progress import track
 from medclip_jax import (
     attribution,
     calibrate,
+    explain,
     features,
     files,
     intervals,
     metrics,
+    processes,
     score,
+    sharding,
     thumbnails,
 )
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
-from medclip_jax.structs import Predictions, Record
+from medclip_jax.structs import Features, Predictions, Record
 
 BATCH = 32  # images per scoring call
 GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
@@ -66,56 +70,89 @@ def score_images(
     """
     size = bank.clip.size
     maps = jax.jit(partial(score.to_pixels, size=size))
-    image_scores = jax.jit(partial(from_patches, size=size, top=top))
+    image_scores = scorer(size, top)
     found = limits(detector, maps, image_scores, alpha, pixel_rate)
     keys = jax.random.split(jax.random.key(seed), passes)
 
+    local = sharding.mesh(jax.local_devices())
     rows, doubt, why = [], [], []
-    out = np.empty((len(test), size, size), np.float16)
-    groups = (detector.load or features.load_images)(bank, test, BATCH)
-    groups = track(groups, "score", -(-len(test) // BATCH), console=Console(stderr=True))
+    mine = [test[i] for i in processes.part(len(test))]
+    out = np.empty((len(mine), size, size), np.float16)
+    groups = (detector.load or features.load_images)(bank, mine, BATCH)
+    groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
+        real = len(batch.pooled)
+        batch, _ = sharding.put(batch, local)
         values = detector.patches(batch)
         raw = image_scores(values) if detector.image is None else detector.image(batch)
-        rows.append(np.asarray(raw, np.float64))
-        heat = calibrate.to_unit(np.asarray(maps(values)), found.pixel.value, found.pixel_width)
+        rows.append(np.asarray(raw, np.float64)[:real])
+        heat = calibrate.to_unit(
+            np.asarray(maps(values))[:real], found.pixel.value, found.pixel_width
+        )
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
-        doubt.append(np.zeros(len(raw)))
-        if detector.load is None:  # pixels have no layer to explain
-            why.append(attribution.cams(detector.patches, batch, top).astype(np.float16))
+        doubt.append(np.zeros(real))
+        why.append(cams(detector, batch, top)[:real])
         if detector.passes is not None and passes:
-            each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))
+            if detector.image_passes is None:
+                each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))[:, :real]
+            else:
+                each = np.asarray(detector.image_passes(batch, keys))[:, :real]
             doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
-    raw = np.concatenate(rows)
+    held = (np.concatenate(rows), np.concatenate(doubt), out, np.concatenate(why))
+    raw, doubt, out, why = processes.gather(held, len(test))
     predictions = Predictions(
         tuple(r.id for r in test),
         np.array([r.label for r in test]),
         calibrate.to_unit(raw, found.image.value, found.image_width),
-        calibrate.p_values(raw, found.healthy),
-        np.concatenate(doubt),
+        calibrate.p_values(raw, found.healthy) if detector.k > 1 else np.full(len(raw), np.nan),
+        doubt,
         out,
     )
-    kept = {
+    explained = why if why.any() else None
+    return Scored(predictions, described(found, alpha, detector.k), explained)
+
+
+def cams(detector: Detector, batch: Features, top: float) -> Float[np.ndarray, "n p"]:
+    """Grad-CAM per patch of what the detector reads, float16; one column of 0 for pixels."""
+    if detector.load is not None:
+        return np.zeros((len(batch.pooled), 1), np.float16)
+    try:
+        return attribution.cams(detector.patches, batch, top).astype(np.float16)
+    except explain.NoGradientError as error:
+        logging.warning("no Grad-CAM: %s", error)
+        return np.zeros(batch.levels[0].shape[:2], np.float16)
+
+
+def described(found: Limits, alpha: float, k: int) -> dict[str, Any]:
+    """What metrics.json says of the limits."""
+    return {
         "threshold_raw": found.image.value,
         "scale": found.image_width,
         "pixel_threshold_raw": found.pixel.value,
         "pixel_scale": found.pixel_width,
         "pixel_message": found.pixel.message,
         "alpha": alpha,
-        "k": len(found.healthy),
+        "k": k,
     }
-    return Scored(predictions, kept, np.concatenate(why) if why else None)
 
 
 def limits(detector: Detector, maps, image_scores, alpha: float, pixel_rate: float) -> Limits:
-    """Thresholds and widths from the supports; `maps` and `image_scores` read patch values."""
+    """Thresholds and widths from the supports; `maps` and `image_scores` read patch values.
+
+    Without supports: where the prompts hold both classes equally likely, logit 0.
+    """
+    if not len(detector.held_out):
+        image, pixel = calibrate.even_odds(alpha, pixel_rate)
+        return Limits(np.zeros(0), image, 1.0, pixel, 1.0)
     held_maps = np.asarray(maps(jnp.asarray(detector.held_out)))
     healthy = detector.held_out_image
     if healthy is None:
         healthy = np.asarray(image_scores(jnp.asarray(detector.held_out)))
     return Limits(
         healthy,
-        calibrate.threshold(healthy, alpha),
+        calibrate.threshold(healthy, alpha)
+        if detector.k > 1
+        else calibrate.largest(healthy, alpha),
         calibrate.spread(healthy),
         calibrate.pixel_threshold(held_maps, pixel_rate),
         calibrate.spread(held_maps.ravel()),
@@ -127,6 +164,11 @@ def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w
     below = np.nextafter(np.float16(0.5), np.float16(0))
     small = heat.astype(np.float16)
     return np.where((heat < 0.5) & (small >= 0.5), below, small)
+
+
+def scorer(size: int, top: float):
+    """`from_patches` with its settings, compiled: values [n, p] -> scores [n]."""
+    return jax.jit(partial(from_patches, size=size, top=top))
 
 
 def from_patches(values, size: int, top: float):
@@ -154,8 +196,11 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
     sure = {"image": intervals.image(p.score, p.label)}
     sure["pixel"] = intervals.pixel(p.maps[known], masks, p.label[known]) if pixel else {}
     kept = dict(scored.calibration)
-    healthy = p.p_value[p.label == 0]
-    summary = calibrate.calibration_summary(healthy, kept.pop("k"), kept.pop("alpha"))
+    k, alpha = kept.pop("k"), kept.pop("alpha")
+    if k > 1:
+        summary = calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
+    else:
+        summary = calibrate.no_promise(p.score[p.label == 0], k, alpha)
     calibration = {**summary, **kept}
     return {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure}
 

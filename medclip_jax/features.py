@@ -23,14 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from medclip_jax import clip, files, sharding
+from medclip_jax import clip, files, processes, sharding
 from medclip_jax.data import readers, synthesis
 from medclip_jax.errors import ConfigError
+from medclip_jax.groups import batches, progress, unique
 from medclip_jax.structs import Batch, Features, Record
 
 ENCODE_BATCH = 16  # images per call of the tower and device; larger is not faster on a CPU
@@ -79,13 +78,19 @@ def digest(*parts: Any) -> str:
 
 def encode_images(bank: Bank, records: Sequence[Record]) -> int:
     """Fill the bank with the given images; returns how many had to be encoded."""
-    missing = unique(r for r in records if not whole(image_path(bank, r)))
-    images = readers.read_all(missing, bank.clip.size, bank.fit)
-    groups = batches(images, batch_size(bank))
-    for group in progress(groups, "encode images", -(-len(missing) // batch_size(bank))):
-        features = encode(bank, np.stack([pixels for _, pixels in group]))
-        for i, (record, _) in enumerate(group):
+    missing = lacking(records, lambda r: image_path(bank, r))
+    groups = list(batches(missing, batch_size(bank)))
+    # this process's rows of each group, which is filled up by going round it again
+    rows = [sharding.share(batch_size(bank), bank.mesh) % len(group) for group in groups]
+    wanted = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
+    images = readers.read_all(wanted, bank.clip.size, bank.fit)
+    whole_groups = zip(groups, rows, strict=True)
+    for group, own in progress(whole_groups, "encode images", len(groups)):
+        pixels = {i: next(images)[1] for i in np.unique(own)}
+        features = encode_share(bank, np.stack([pixels[i] for i in own]), len(group))
+        for i, record in enumerate(group):
             write(image_path(bank, record), bank, features, slice(i, i + 1))
+    processes.seen([image_path(bank, r) for r in missing])
     return len(missing)
 
 
@@ -105,7 +110,7 @@ def image_path(bank: Bank, record: Record) -> Path:
 
 def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> int:
     """Fill the bank with variants of each support; returns how many had to be encoded."""
-    todo = unique(s for s in supports if not whole(variant_path(bank, s, supports, recipe)))
+    todo = lacking(supports, lambda s: variant_path(bank, s, supports, recipe))
     if not todo or not recipe.variants:
         return 0
     pixels = {r.id: x for r, x in readers.read_all(supports, bank.clip.size, bank.fit)}
@@ -115,6 +120,7 @@ def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -
         features = encode(bank, images)
         extra = {"mask": np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1), "kind": kinds}
         write(variant_path(bank, support, supports, recipe), bank, features, slice(None), extra)
+    processes.seen([variant_path(bank, s, supports, recipe) for s in todo])
     return len(todo) * recipe.variants
 
 
@@ -218,23 +224,35 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
 
 def encode(bank: Bank, images: Float[np.ndarray, "n s s"]) -> Features:
     """Features of any number of images, on the host; rows spread over the devices."""
-    model, size = bank.clip, batch_size(bank)
-    parts = []
+    size = batch_size(bank)
+    rows, parts = sharding.share(size, bank.mesh), []
     for start in range(0, len(images), size):
         group = images[start : start + size]
-        full = np.resize(group, (size, *group.shape[1:]))  # one shape, one compilation
-        placed, _ = sharding.put(full, bank.mesh)
-        features = clip.encode_images(
-            bank.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
-        )
-        held = jax.device_get(features)
-        real = len(group)
-        parts.append(jax.tree.map(lambda x, real=real: x[:real], held))
-    return jax.tree.map(lambda *x: np.concatenate(x).astype(bank.dtype), *parts)
+        parts.append(encode_share(bank, group[rows % len(group)], len(group)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def encode_share(bank: Bank, images: Float[np.ndarray, "m s s"], real: int) -> Features:
+    """Features of the `real` images of one batch, of which this process holds its share.
+
+    The share has its full length, so there is one shape and one compilation.
+    """
+    model, placed = bank.clip, sharding.place(images, bank.mesh)
+    features = clip.encode_images(
+        bank.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
+    )
+    return jax.tree.map(lambda x: x.astype(bank.dtype), sharding.fetch(features, real))
 
 
 def batch_size(bank: Bank) -> int:
     return ENCODE_BATCH * bank.mesh.size
+
+
+def lacking(records: Iterable[Record], path: Callable[[Record], Path]) -> list[Record]:
+    """Records of different content without an undamaged file, the same list in every process."""
+    kept = unique(records)
+    missing = processes.agreed([not whole(path(r)) for r in kept])
+    return [r for r, lacks in zip(kept, missing, strict=True) if lacks]
 
 
 def whole(path: Path) -> bool:
@@ -256,7 +274,9 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict | None = None):
-    """One bank file, in one piece. Raises WorkdirError if it cannot be written."""
+    """One bank file, in one piece, by the main process. Raises WorkdirError if it cannot be."""
+    if not sharding.is_main():
+        return
     tensors = {"pooled": features.pooled[rows], **(extra or {})}
     tensors |= {f"level{i}": x[rows] for i, x in enumerate(features.levels)}
     files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
@@ -270,25 +290,3 @@ def _tokens(held: dict[str, np.ndarray]) -> list[np.ndarray]:
 def _features(tensors: list[np.ndarray]) -> Features:
     pooled, *levels = tensors
     return Features(pooled, tuple(levels))
-
-
-def unique(records: Iterable[Record]) -> list[Record]:
-    """Records with different content: equal files are encoded once."""
-    return list({r.sha256: r for r in records}.values())
-
-
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of up to `size` items."""
-    group = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def progress(items: Iterable, what: str, steps: int) -> Iterable:
-    """Show progress on the terminal; nothing where there is nothing to do."""
-    return track(items, what, steps, console=Console(stderr=True)) if steps else items

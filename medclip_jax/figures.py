@@ -99,7 +99,7 @@ def calibration(
     """
     n = p_value.size
     if n == 0:
-        return message("Calibration is undefined: no healthy test image.")
+        return message("Calibration is undefined: no p-value of a healthy test image.")
     figure, axes = _chart("level: expected false-alarm rate", "observed on healthy test images")
     if k:
         from scipy.stats import betabinom

@@ -11,7 +11,17 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
-from medclip_jax import checkpoints, features, learn, maml, model, preemption, sharding, writer
+from medclip_jax import (
+    checkpoints,
+    features,
+    learn,
+    maml,
+    model,
+    preemption,
+    processes,
+    sharding,
+    writer,
+)
 from medclip_jax.data import episodes
 from medclip_jax.errors import CheckpointError
 from medclip_jax.structs import TrainState
@@ -27,7 +37,8 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
     state = sharding.replicate(start(c, tower, design, optimizer, 1 + len(groups)), mesh)
     if not c.steps:
-        (workdir / "metrics.jsonl").touch()
+        if sharding.is_main():
+            (workdir / "metrics.jsonl").touch()
         return jax.device_get(state.theta)
 
     manager = checkpoints.open(workdir)
@@ -39,22 +50,23 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
         )
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
     joint = c.learner == "joint"
-    step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer)
+    copied = sharding.replicated(mesh)
+    step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer, copied)
     frozen = sharding.replicate(frozen, mesh)
-    read = reader(c, pools, groups)
+    read = reader(c, pools, groups, mesh)
     closing = checkpoints.finishing(manager)
-    with writer.Writer(workdir, resume_step=first) as log, closing, preemption.notice() as asked:
+    with logbook(workdir, first) as log, closing, preemption.notice() as asked:
         waiting = None
         for i in track(range(first, c.steps), "train", console=Console(stderr=True)):
-            batch, valid = sharding.put(read(i), mesh)
-            batch = batch._replace(valid=batch.valid & valid[:, None])
-            state, parts = step(state, frozen, batch)
+            state, parts = step(state, frozen, read(i))
             if waiting is not None:  # one step late, so that the device never waits for the host
                 report(log, *waiting)
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
             waiting = (i + 1, parts) if due else None
-            stop = asked.is_set()
-            if stop or (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps:
+            save = (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps
+            # several processes agree where they wait for the device anyway
+            stop = told(asked) if due or save or not processes.several() else False
+            if stop or save:
                 if waiting is not None:  # logged before it is saved: a resume does not repeat it
                     report(log, *waiting)
                     waiting = None
@@ -64,7 +76,7 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
                 break
         if waiting is not None:
             report(log, *waiting)
-    if asked.is_set():  # the manager has closed, so the checkpoint is whole
+    if told(asked):  # the manager has closed, so the checkpoint is whole
         raise preemption.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {c.steps}")
     if joint:
         return jax.device_get(state.theta)
@@ -73,7 +85,17 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     rows = rows._replace(valid=rows.valid & valid[:, None])
     inner = inner._replace(steps=c.meta.adapt_steps)
     theta, _ = learn.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
-    return jax.device_get(theta)
+    return sharding.fetch(theta, 1 + len(groups))
+
+
+def logbook(workdir, step: int) -> writer.Writer | writer.Silent:
+    """metrics.jsonl, resumed at `step`; of several processes only the main one writes it."""
+    return writer.Writer(workdir, resume_step=step) if sharding.is_main() else writer.Silent()
+
+
+def told(asked) -> bool:
+    """Was this process, or any other of the run, asked to stop?"""
+    return bool(processes.agreed(asked.is_set())[0])
 
 
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
@@ -91,17 +113,32 @@ def start(c, tower, design, optimizer, copies: int) -> TrainState:
     return TrainState(jnp.asarray(0), theta, opt, jax.random.key_data(key))
 
 
-def reader(c, pools, groups) -> Callable[[int], Any]:
-    """What a step reads, as a function of the step: rows (joint) or episodes."""
+def reader(c, pools, groups, mesh) -> Callable[[int], Any]:
+    """What a step reads, as a function of the step: rows (joint) or episodes, on the devices.
+
+    Every process reads its share of them.
+    """
     pool = features.join(pools)
+
+    def spread(draw, n):
+        rows, valid = sharding.share(n, mesh), sharding.valid(n, mesh)
+
+        def read(step):
+            batch = sharding.place(draw(step, rows), mesh)
+            return batch._replace(valid=batch.valid & valid[:, None])
+
+        return read
+
     target = not c.meta.data or c.data.name in c.meta.data
     members = learn.members(c.k, groups, [len(p.clean) for p in pools[1:]], target)
     if c.learner == "joint":
         own = [np.concatenate(sets) for sets in members]
-        return lambda step: learn.batch_at(step, pool, own, c.batch, c.seed)
+        return spread(lambda i, rows: learn.batch_at(i, pool, own, c.batch, c.seed, rows), c.batch)
     episodes.check(pool.kinds)
     sizes = dict(tasks=c.meta.tasks, k=c.k, shots=c.meta.shots, query=c.meta.query)
-    return lambda step: learn.episodes_at(step, pool, members, c.seed, **sizes)
+    return spread(
+        lambda i, rows: learn.episodes_at(i, pool, members, c.seed, rows, **sizes), c.meta.tasks
+    )
 
 
 def folds(k: int, parts: int) -> list[np.ndarray]:

@@ -69,11 +69,14 @@ def episodic(loss: Callable, inner: maml.Inner) -> Callable:
     return objective
 
 
-def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def make_step(
+    loss: Callable, optimizer: optax.GradientTransformation, placed: Any = None
+) -> Callable:
     """jit((state, frozen, batch) -> (state, parts)); every copy of theta takes its own step.
 
     `loss(theta, frozen, batch, key) -> (scalar, parts)`. Leaves of batch are [row or task, copy,
-    ...], spread over the devices on axis 0; the state is the same on all and donated.
+    ...], spread over the devices on axis 0; the state is the same on all and donated. `placed`: the
+    sharding of what comes out; None leaves it to the compiler.
     """
 
     def step(state: TrainState, frozen, batch):
@@ -93,7 +96,7 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callab
         first = jax.tree.map(lambda x: x[0], parts)
         return TrainState(state.step + 1, theta, opt, state.key), first
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=placed)
 
 
 def adapt(
@@ -146,18 +149,27 @@ def supports(k: int, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.arange(k), *(np.setdiff1d(np.arange(k), g) for g in groups)]
 
 
-def batch_at(step: int, pool: features.Pool, members: list[np.ndarray], size: int, seed: int):
+def batch_at(
+    step: int,
+    pool: features.Pool,
+    members: list[np.ndarray],
+    size: int,
+    seed: int,
+    rows: np.ndarray | None = None,
+):
     """The rows of one step for every copy of theta: a function of the step alone.
 
     Arrays are [row, copy, ...]. Each copy walks through its own supports in random order, epoch
     after epoch; in an epoch a support is itself with probability 1/4 (Identity), else its next
-    anomalous variant.
+    anomalous variant. `rows`: those that are read, None for all.
     """
     picks = [rows_at(step, own, size, seed, pool.variants) for own in members]
-    support, variant = (np.concatenate(x) for x in zip(*picks, strict=True))
-    batch = features.take(pool, support, variant)
-    copies = len(members)
-    return jax.tree.map(lambda x: np.moveaxis(x.reshape(copies, size, *x.shape[1:]), 0, 1), batch)
+    # [row, copy]
+    support, variant = (np.stack(x, axis=1) for x in zip(*picks, strict=True))
+    if rows is not None:
+        support, variant = support[rows], variant[rows]
+    batch = features.take(pool, support.ravel(), variant.ravel())
+    return jax.tree.map(lambda x: x.reshape(*support.shape, *x.shape[1:]), batch)
 
 
 def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int):
@@ -173,15 +185,25 @@ def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int):
 
 
 def episodes_at(
-    step: int, pool: features.Pool, members: Sequence[Sequence[np.ndarray]], seed: int, **sizes: int
+    step: int,
+    pool: features.Pool,
+    members: Sequence[Sequence[np.ndarray]],
+    seed: int,
+    rows: np.ndarray | None = None,
+    **sizes: int,
 ) -> Episodes:
     """The tasks of one step for every copy; `members` are, per copy and data set, its images.
 
-    `sizes` are those of episodes.sample. On the host: put it with sharding.put.
+    `sizes` are those of episodes.sample; `rows` are the tasks that are read, None for all. On the
+    host: put it with sharding.put, or with sharding.place if `rows` is a process's share.
     """
+    rows = np.arange(sizes["tasks"]) if rows is None else rows
     drawn = [episodes.sample(step, seed, own, pool.kinds, **sizes) for own in members]
-    valid = np.ones((sizes["tasks"], len(members)), bool)
-    sides = (take(pool, [getattr(d, side) for d in drawn]) for side in ("support", "query"))
+    valid = np.ones((len(rows), len(members)), bool)
+    sides = (
+        take(pool, [jax.tree.map(lambda x: x[rows], getattr(d, side)) for d in drawn])
+        for side in ("support", "query")
+    )
     return Episodes(*sides, valid)
 
 

@@ -113,14 +113,33 @@ def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
     from medclip_jax import report
 
     if mode != "report":
-        from medclip_jax import train
+        from medclip_jax import processes, train
 
-        devices()
-        result = train.run(fields, workdir, train=mode == "train")
+        with processes.together():
+            join(fields)
+            devices()
+            result = train.run(fields, workdir, train=mode == "train")
+        if result is None:
+            return  # of several processes only the main one reports
         logging.info("%s", summary(result))
     with Console(stderr=True).status("report"):
         page = report.write(workdir)
     logging.info("report: %s", page)
+
+
+def join(fields: ConfigDict) -> None:
+    """Join the other processes of the run, if there are any; the first thing that touches JAX."""
+    from medclip_jax import sharding
+
+    cluster = fields.cluster
+    sharding.start(
+        fields.distributed,
+        coordinator=cluster.coordinator or None,
+        processes=cluster.processes or None,
+        process=None if cluster.process < 0 else cluster.process,
+        timeout=cluster.timeout,
+        heartbeat=cluster.heartbeat,
+    )
 
 
 def devices() -> None:
@@ -142,4 +161,9 @@ def summary(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if "jax" not in sys.modules:
+        sys.exit(code)
+    from medclip_jax import processes
+
+    processes.leave(code)

@@ -84,12 +84,19 @@ def adapt(
         moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
         return moved, value
 
-    # One step has nothing to save. Inside scan nothing can merge with the recomputation, so the
-    # barrier against common subexpressions is not needed.
-    remat = inner.remat and inner.steps > 1
-    body = jax.checkpoint(step, prevent_cse=False) if remat else step
-    start = [p for p, move in zip(leaves, moves, strict=True) if move]
-    moved, losses = jax.lax.scan(body, start, length=inner.steps)
+    # The first step stands before the loop: where tasks share theta (vmap over tasks), all that
+    # depends on theta alone is then computed once for all of them, and kept once.
+    moved, losses = [p for p, move in zip(leaves, moves, strict=True) if move], []
+    if inner.steps:
+        moved, value = step(moved, None)
+        losses.append(value[None])
+    if inner.steps > 1:
+        # Inside scan nothing can merge with the recomputation, so the barrier against common
+        # subexpressions is not needed.
+        body = jax.checkpoint(step, prevent_cse=False) if inner.remat else step
+        moved, later = jax.lax.scan(body, moved, length=inner.steps - 1)
+        losses.append(later)
+    losses = jnp.concatenate(losses) if losses else jnp.zeros(0)
     return whole(moved), losses
 
 

@@ -38,7 +38,10 @@ class Output(NamedTuple):
 
 
 def init(key: jax.Array, model: clip.Clip, design: Design, context: int, shared: bool) -> dict:
-    """Fresh theta: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10)."""
+    """Fresh theta: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10).
+
+    Context vectors for which the prompts name a token start from its embedding instead.
+    """
     context_key, *adapter_keys = jax.random.split(key, 1 + len(model.vision_tower.levels))
     rows = 1 if shared else len(design.prompts.ids)
     bound = model.width**-0.5
@@ -51,8 +54,13 @@ def init(key: jax.Array, model: clip.Clip, design: Design, context: int, shared:
             "bias": jax.random.uniform(bias_key, (model.joint,), **draw),
         }
 
+    vectors = 0.02 * jax.random.normal(context_key, (rows, context, model.text_width))
+    start = design.prompts.start
+    if start is not None and (start >= 0).any():
+        named = model.text["token"][jnp.maximum(start, 0)]
+        vectors = jnp.where((jnp.asarray(start) >= 0)[None, :, None], named[None], vectors)
     return {
-        "context": 0.02 * jax.random.normal(context_key, (rows, context, model.text_width)),
+        "context": vectors,
         "adapters": tuple(adapter(k) for k in adapter_keys),
         "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
         "offset": jnp.asarray(0.5),

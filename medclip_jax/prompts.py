@@ -6,7 +6,9 @@ Templates and word lists are data; the code only fills, tokenises and lays out.
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 
+from medclip_jax import ontology
 from medclip_jax.errors import ConfigError
 from medclip_jax.structs import Prompts
 
@@ -33,7 +35,11 @@ WORDS_ABNORMAL = (
     *("abnormal", "positive", "symptomatic", "diseased", "pathological", "atypical"),
     *("irregular", "unhealthy", "lesioned", "damaged", "anomalous"),
 )
-PHRASES = {"templates": (HEALTHY, ABNORMAL), "words": (WORDS_HEALTHY, WORDS_ABNORMAL)}
+PHRASES = {
+    "templates": (HEALTHY, ABNORMAL),
+    "words": (WORDS_HEALTHY, WORDS_ABNORMAL),
+    "ontology": (HEALTHY, ABNORMAL),  # with every synonym
+}
 
 
 def fill(
@@ -48,6 +54,17 @@ def fill(
     return list(dict.fromkeys(filled))
 
 
+def fill_words(templates: Sequence[str], words: ontology.Words) -> list[str]:
+    """`fill` with synonyms: conditions all; anatomy and modality one at a time, not every pair."""
+    anatomy, modality = words.anatomy[0], words.modality[0]
+    filled = fill(templates, anatomy, words.conditions, modality)
+    for other in words.anatomy[1:]:
+        filled += fill(templates, other, (), modality)
+    for other in words.modality[1:]:
+        filled += fill(templates, anatomy, (), other)
+    return list(dict.fromkeys(filled))
+
+
 def build(
     tokenizer,
     eos_id: int,
@@ -58,13 +75,48 @@ def build(
     modality: str,
     context: int,
     position: str,
+    init: str = "random",
+    synonyms: int = 3,
+    ontology_file: str = "",
+    positions: int = POSITIONS,
 ) -> Prompts:
-    """Healthy prompts first, then abnormal ones. Raises ConfigError for an unknown choice."""
+    """Healthy prompts first, then abnormal ones.
+
+    With `phrases` "ontology", at most `synonyms` words (0 = all) stand for each anatomy, condition
+    and modality, from the shipped table and `ontology_file`. `positions` is the length of the text
+    tower. Raises ConfigError for an unknown choice, or a word that the ontology does not know.
+    """
     if phrases not in PHRASES:
         raise ConfigError(f"prompts.phrases {phrases!r}: choose one of {', '.join(PHRASES)}")
-    healthy, abnormal = (fill(t, anatomy, conditions, modality) for t in PHRASES[phrases])
+    if phrases == "ontology":
+        table = ontology.load(ontology_file)
+        words = ontology.expand(table, conditions, anatomy, modality, synonyms)
+        healthy, abnormal = (fill_words(t, words) for t in PHRASES[phrases])
+    else:
+        healthy, abnormal = (fill(t, anatomy, conditions, modality) for t in PHRASES[phrases])
     label = np.array([0] * len(healthy) + [1] * len(abnormal))
-    return tokenise(tokenizer, eos_id, [*healthy, *abnormal], label, context, position)
+    built = tokenise(tokenizer, eos_id, [*healthy, *abnormal], label, context, position, positions)
+    return built._replace(start=start_ids(tokenizer, init, context, position))
+
+
+def start_ids(tokenizer, init: str, context: int, position: str) -> np.ndarray:
+    """The token whose embedding each context vector starts from; -1: a random one (equation 4).
+
+    The words of a phrase such as "a photo of a" stand next to the prompt's own phrase: last before
+    it at the `end`, first after or around it otherwise. Raises ConfigError if they are more than
+    the context.
+    """
+    start = np.full(context, -1, np.int32)
+    if init == "random" or not context:
+        return start
+    ids = tokenizer(init, add_special_tokens=False).input_ids
+    if not 0 < len(ids) <= context:
+        raise ConfigError(
+            f"prompts.init {init!r} has {len(ids)} tokens and prompts.context is {context}: "
+            "give a phrase of at least one and at most so many, or random"
+        )
+    start[context - len(ids) if position == "end" else 0 :][: len(ids)] = ids
+    return start
 
 
 def tokenise(
@@ -74,27 +126,40 @@ def tokenise(
     label: np.ndarray,
     context: int,
     position: str,
+    positions: int = POSITIONS,
 ) -> Prompts:
     """[SOS] context phrase . [EOS] pad, the phrase at the `end`, `front` or in the `middle`.
 
-    Raises ConfigError if a prompt does not fit in 77 positions.
+    A phrase that does not fit in `positions` is shortened, and a warning names it. Raises
+    ConfigError if the context leaves no room for one token of a phrase.
     """
     if position not in ("end", "front", "middle"):
         raise ConfigError(f"prompts.position {position!r}: choose one of end, front, middle")
     names = [tokenizer(p, add_special_tokens=False).input_ids for p in phrases]
     dot = tokenizer(".", add_special_tokens=False).input_ids
+    room = positions - context - len(dot) - 2
+    if room < 1:
+        raise ConfigError(
+            f"prompts.context is {context}: the text tower has {positions} positions, "
+            f"give {positions - len(dot) - 3} or less"
+        )
+    for phrase, name in zip(phrases, names, strict=True):
+        if len(name) > room:
+            logging.warning(
+                "prompt %r is shortened to its first %d of %d tokens: the text tower has %d "
+                "positions, %d of them context",
+                phrase,
+                room,
+                len(name),
+                positions,
+                context,
+            )
     rows = [
-        arrange(tokenizer.bos_token_id, name, dot, tokenizer.eos_token_id, context, position)
+        arrange(tokenizer.bos_token_id, name[:room], dot, tokenizer.eos_token_id, context, position)
         for name in names
     ]
-    longest = max(range(len(rows)), key=lambda i: len(rows[i][0]))
-    if len(rows[longest][0]) > POSITIONS:
-        raise ConfigError(
-            f"prompt {phrases[longest]!r} needs {len(rows[longest][0])} positions with "
-            f"{context} of context, CLIP has {POSITIONS}; shorten it or prompts.context"
-        )
-    ids = np.full((len(rows), POSITIONS), tokenizer.pad_token_id, np.int32)
-    slots = np.full((len(rows), POSITIONS), -1, np.int32)
+    ids = np.full((len(rows), positions), tokenizer.pad_token_id, np.int32)
+    slots = np.full((len(rows), positions), -1, np.int32)
     for i, (row_ids, row_slots) in enumerate(rows):
         ids[i, : len(row_ids)], slots[i, : len(row_ids)] = row_ids, row_slots
     return Prompts(ids, slots, end_of_text(ids, eos_id), np.asarray(label), tuple(phrases))

@@ -117,7 +117,7 @@ def _panels(
             score, p_value = predictions["score"][i], predictions["p_value"][i]
             panels.append(
                 gallery.Panel(
-                    f"{row + 1}\n{kind}\nscore {score:.3f}\np {p_value:.3f}",
+                    f"{row + 1}\n{kind}\nscore {score:.3f}\n{_p(p_value)}",
                     image,
                     map,
                     mask,
@@ -125,3 +125,7 @@ def _panels(
                 )
             )
     return index, panels
+
+
+def _p(value: float) -> str:
+    return "p undefined" if np.isnan(value) else f"p {value:.3f}"

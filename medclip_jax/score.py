@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 FORMS = ("softmax", "distance")
+CHUNK = 4096  # rows of the memory compared at a time
 
 
 def unit(x: Float[Array, "*a d"]) -> Float[Array, "*a d"]:
@@ -86,8 +87,24 @@ def memory_distance(
     levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
 ) -> Float[Array, "n p"]:
     """Cosine distance of each patch to its nearest healthy patch, mean over levels, in [0, 2]."""
-    nearest = [1 - cosine(v, m).max(-1) for v, m in zip(levels, memory, strict=True)]
+    nearest = [1 - most_alike(v, m) for v, m in zip(levels, memory, strict=True)]
     return sum(nearest) / len(nearest)
+
+
+def most_alike(v: Float[Array, "n p d"], memory: Float[Array, "m d"]) -> Float[Array, "n p"]:
+    """Largest cosine with any row of the memory, CHUNK rows at a time: memory stays bounded."""
+    rows = len(memory)
+    if rows <= CHUNK:
+        return cosine(v, memory).max(-1)
+    fill = -rows % CHUNK
+    # filled with the last row, which changes no maximum
+    full = jnp.concatenate([memory, jnp.broadcast_to(memory[-1:], (fill, memory.shape[1]))])
+    chunks = full.reshape(-1, CHUNK, memory.shape[1])
+
+    def one(best, chunk):
+        return jnp.maximum(best, cosine(v, chunk).max(-1)), None
+
+    return jax.lax.scan(one, jnp.full(v.shape[:2], -jnp.inf, v.dtype), chunks)[0]
 
 
 def neighbourhood(tokens: Float[Array, "n p d"]) -> Float[Array, "n p d"]:

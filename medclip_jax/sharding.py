@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from medclip_jax.errors import ConfigError
 
 AXIS = "rows"
+A_DAY = 86400  # seconds
 
 
 def start(
@@ -57,6 +58,7 @@ def start(
             process,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=A_DAY,  # the others wait while process 0 writes the report
         )
     except ValueError as error:
         # JAX's way to say that no address was given and none was found.

@@ -68,6 +68,7 @@ class Prompts(NamedTuple):
     eos: Int[np.ndarray, " c"]  # position of the end-of-text token
     label: Int[np.ndarray, " c"]  # 0 healthy, 1 abnormal
     text: tuple[str, ...]  # the phrases
+    start: Int[np.ndarray, " k"] | None = None  # token each context vector starts from, -1 random
 
 
 class TrainState(NamedTuple):

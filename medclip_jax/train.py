@@ -19,6 +19,7 @@ from medclip_jax import (
     features,
     files,
     fit,
+    fusion,
     model,
     prompts,
     sharding,
@@ -31,21 +32,26 @@ from medclip_jax.workdir import claim, keep_split
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
-def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any] | None:
     """Train (or resume), score the test set, write everything but the report; returns metrics.json.
 
+    Of several processes only the main one writes; the others return None.
     With `train` False a finished training is required. Raises a UserError for what a user can mend.
     """
     timing: dict[str, float] = {}
     c = configuration.resolve(config)
-    claim(workdir, c)
+    main = sharding.is_main()
+    claim(workdir, c, main)
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
         tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
         records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k)
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
-        keep_split(workdir, drawn, c)
+        keep_split(workdir, drawn, c, main)
+
+    # before the long part: a word that the ontology lacks stops the run here
+    design, frozen = build(c, tower)
 
     with stage(timing, "encode"):
         bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh)
@@ -59,16 +65,12 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
         features.encode_images(bank, drawn.test)
 
-    design, frozen = build(c, tower)
     groups = fit.folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
     with stage(timing, "score"):
-        if c.method in baselines.METHODS:
-            scorer = baselines.build(c.method, bank, drawn.support)
-        else:
-            scorer = detector.build(c.method, theta, frozen, design, bank, drawn.support, groups)
+        scorer, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
         scored = evaluate.score_images(
             scorer,
             bank,
@@ -79,6 +81,8 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             passes=c.score.passes,
             seed=c.seed,
         )
+    if not main:
+        return None  # all scores are with the main process, which measures and writes
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
@@ -93,6 +97,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         "gradients": c.steps * configuration.gradients(c),
         "backbone": f"{c.clip.checkpoint} ({tower.digest})",
         **result,
+        "fusion": mix and mix.shares(),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
         "versions": {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS},
     }
@@ -107,8 +112,37 @@ def source(name: str, c: ConfigDict, drawn: Split) -> tuple[Record, ...]:
     return datasets.healthy(records, drawn, c.meta.images, c.seed)
 
 
-def build(c: ConfigDict, tower: clip.Clip) -> tuple[model.Design, dict]:
-    """The static design of the model and its frozen parameters."""
+def assemble(
+    c: ConfigDict, theta, frozen, design, bank, supports, groups
+) -> tuple[detector.Detector, fusion.Mix | None]:
+    """The detector that the config asks for, and how it mixes if it fuses branches."""
+
+    def branch(name):
+        shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
+        return detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
+
+    if c.method in baselines.METHODS:
+        return baselines.build(c.method, bank, supports), None
+    if c.method not in ("ours", "joint"):
+        return branch(c.method), None
+    branches = {name: branch(name) for name in c.fusion.branches}
+    if len(branches) == 1:
+        return next(iter(branches.values())), None
+    return fusion.fuse(
+        branches,
+        bank,
+        supports,
+        modality=c.data.modality,
+        variants=c.fusion.probes,
+        seed=c.seed,
+        image_scores=evaluate.scorer(bank.clip.size, c.score.top),
+    )
+
+
+def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[model.Design, dict]:
+    """The static design of the model and its frozen parameters; `context` if not the config's."""
+    if context is None:
+        context = c.prompts.context if c.steps else 0
     built = prompts.build(
         tower.tokenizer,
         tower.eos_id,
@@ -116,8 +150,12 @@ def build(c: ConfigDict, tower: clip.Clip) -> tuple[model.Design, dict]:
         anatomy=c.data.anatomy,
         conditions=c.data.conditions,
         modality=c.data.modality,
-        context=c.prompts.context if c.steps else 0,
+        context=context,
         position=c.prompts.position,
+        init=c.prompts.init,
+        synonyms=c.prompts.synonyms,
+        ontology_file=c.prompts.ontology_file,
+        positions=len(tower.text["position"]),
     )
     design = model.Design(
         built,

@@ -11,8 +11,11 @@ from medclip_jax.errors import WorkdirError
 from medclip_jax.structs import Split
 
 
-def claim(workdir: Path, c: ConfigDict) -> None:
-    """Make the workdir this run's own, or refuse one that holds a run with other settings."""
+def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
+    """Make the workdir this run's own, or refuse one that holds a run with other settings.
+
+    Of several processes only the `main` one writes.
+    """
     path = workdir / "config.json"
     settings = json.loads(c.to_json_best_effort())
     try:
@@ -24,8 +27,8 @@ def claim(workdir: Path, c: ConfigDict) -> None:
             f"{path} cannot be read ({error.strerror}): give another workdir"
         ) from None
     if held is not None:
-        for place in ("cache", "log_every", "checkpoint_every"):
-            held[place] = settings[place]  # where and how often is not what
+        for place in ("cache", "log_every", "checkpoint_every", "distributed", "cluster"):
+            held[place] = settings[place]  # where, how often and by how many is not what
         differs = [name for name in settings if settings[name] != held.get(name)]
         if differs:
             name = differs[0]
@@ -33,13 +36,14 @@ def claim(workdir: Path, c: ConfigDict) -> None:
                 f"{workdir} holds a run with {name} = {held.get(name)}, not {settings[name]}: "
                 "give another workdir, or the settings it was started with"
             )
-    files.write_json(path, settings)
+    if main:
+        files.write_json(path, settings)
 
 
-def keep_split(workdir: Path, drawn: Split, c: ConfigDict) -> None:
+def keep_split(workdir: Path, drawn: Split, c: ConfigDict, main: bool = True) -> None:
     """Write split.json, or check that the data still match the one that is there."""
     path = workdir / "split.json"
     if path.is_file():
         datasets.check_split(path, drawn)
-    else:
+    elif main:
         datasets.write_split(drawn, path, name=c.data.name, seed=c.seed, kind=c.data.split)

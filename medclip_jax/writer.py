@@ -88,6 +88,19 @@ class Writer:
         self.close()
 
 
+class Silent:
+    """The writer of a process that leaves the writing to another."""
+
+    def scalars(self, step: int, parts: Mapping[str, Any]) -> None:
+        """Log nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def truncate(path: Path, step: int | None) -> list[dict[str, Any]]:
     """Keep the lines of a metrics.jsonl up to `step` (None: all), drop a half-written last line.
 

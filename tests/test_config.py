@@ -64,6 +64,14 @@ def test_joint_is_ours_without_episodes():
     assert (done.learner, done.steps) == ("joint", ours.steps)
 
 
+def test_without_supports_ours_is_zero_shot():
+    done = config.resolve(config.base("k=0"))
+    assert (done.method, done.steps, done.k) == ("zero_shot", 0, 0)
+    for method in ("memory", "mediclip"):
+        with pytest.raises(ConfigError, match="config.k is 0"):
+            config.resolve(config.base(f"k=0,method={method}"))
+
+
 def test_mediclip_is_a_preset_over_the_given_fields():
     c = config.resolve(config.base("method=mediclip,k=4"))
     for group, fields in config.MEDICLIP.items():
@@ -74,9 +82,10 @@ def test_mediclip_is_a_preset_over_the_given_fields():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("k", 0),
-        ("k", 1),
         ("k", -1),
+        ("fusion.probes", 0),
+        ("fusion.branches", ("learned", "luck")),
+        ("memory.coreset", 0.0),
         ("synthesis.variants", 0),
         ("loss.dice", float("nan")),
         ("seed", -1),
@@ -92,6 +101,7 @@ def test_mediclip_is_a_preset_over_the_given_fields():
         ("prompts.context", -1),
         ("prompts.position", "between"),
         ("prompts.phrases", "poems"),
+        ("prompts.synonyms", -1),
         ("synthesis.variants", -1),
         ("synthesis.preset", "medklip"),
         ("synthesis.partner", "nobody"),

@@ -18,7 +18,11 @@ ALL = {"structs", "errors", "files", ""}  # leaves that anyone may import; "" is
 
 # Only these edges are allowed; a module that is not here imports no sibling but the leaves.
 MAY_IMPORT = {
-    "main": {"config", "preemption", "train", "report"},
+    "main": {"config", "preemption", "processes", "train", "report", "sharding"},
+    "processes": {"preemption"},
+    "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
+    | {"evaluate", "fit", "learn", "maml", "model", "score", "train"},
+    "groups": set(),
     "train": {
         "baselines",
         "clip",
@@ -29,21 +33,37 @@ MAY_IMPORT = {
         "features",
         "fit",
     }
+    | {"fusion"}
     | {"model", "prompts", "sharding", "workdir"},
     "fit": {"checkpoints", "data.episodes", "features", "learn", "maml", "model", "preemption"}
-    | {"sharding", "writer"},
+    | {"processes", "sharding", "writer"},
     "workdir": {"data.datasets"},
     "learn": {"data.episodes", "features", "maml"},
     "data.episodes": {"data.synthesis"},
-    "evaluate": {"attribution", "calibrate", "data.readers", "detector", "features", "intervals"}
-    | {"metrics", "score", "thumbnails"},
     "attribution": {"clip", "explain", "score"},
     "thumbnails": {"data.readers", "explain"},
     "baselines": {"data.readers", "detector", "features"},
-    "detector": {"clip", "features", "model", "score"},
-    "features": {"clip", "data.readers", "data.synthesis", "sharding"},
+    "evaluate": {
+        "attribution",
+        "explain",
+        "intervals",
+        "thumbnails",
+        "calibrate",
+        "data.readers",
+        "detector",
+        "features",
+        "metrics",
+        "processes",
+    }
+    | {"score", "sharding"},
+    "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"},
+    "fusion": {"calibrate", "data.probes", "detector", "features"},
+    "memory": {"score"},
+    "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"},
     "model": {"clip", "losses", "score"},
     "clip": {"weights"},
+    "prompts": {"ontology"},
+    "ontology": {"terminology"},
     "metrics": {"boundary", "pixels", "ranking"},
     "report": {"figures", "gallery", "results", "viewer"},
     "results": {"explain", "gallery", "viewer", "writer"},
@@ -51,6 +71,13 @@ MAY_IMPORT = {
     "gallery": {"explain", "figures"},
     "data.datasets": {"data.builders", "data.citations", "data.layouts", "data.phantom"}
     | {"data.readers"},
+    "data.readers": {"data.dicom", "data.dicom_files", "data.frame", "data.nifti"}
+    | {"data.pillow_images", "data.sources"},
+    "data.dicom": {"data.dicom_files", "data.dicom_grey", "data.sources"},
+    "data.dicom_files": {"data.codestreams", "data.dicom_grey", "data.sources"},
+    "data.dicom_grey": {"data.sources"},
+    "data.nifti": {"data.sources"},
+    "data.pillow_images": {"data.sources"},
     "data.builders": {"data.citations", "data.layouts"},
     "data.phantom": {"data.anatomy"},
     "data.synthesis": {"data.alterations", "data.shapes"},
@@ -59,13 +86,15 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"weights", "clip", "model"},
     "transformers": {"clip", "weights", "prompts"},
-    "ml_collections": {"config", "main", "train", "workdir"},
+    "ml_collections": {"config", "main", "site", "train", "workdir"},
     "orbax": {"checkpoints"},
     "tensorflow_datasets": {"data.builders"},
+    "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey"},
+    "nibabel": {"data.nifti"},
     "torch": set(),
     "tensorflow": set(),
 }
-LONG = {("train", "run"), ("fit", "run")}
+LONG = {("train", "run"), ("fit", "run"), ("config", "base")}
 NAMELESS = {"utils", "helpers", "helper", "manager", "base", "factory", "registry", "common"}
 
 

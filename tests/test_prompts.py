@@ -1,12 +1,14 @@
 """Prompts: filling, layout, slots, and what is refused."""
 
+import jax
 import numpy as np
 import pytest
 
-from medclip_jax import clip, prompts, weights
+from medclip_jax import clip, config, model, ontology, prompts, train, weights
 from medclip_jax.errors import ConfigError
 
 BOS, EOS, DOT = 1, 9, 5
+POSITIONS = ("end", "front", "middle")
 
 
 class Words:
@@ -27,6 +29,13 @@ class Words:
 @pytest.fixture(scope="module")
 def tokenizer():
     return clip._tokenizer(weights.EMBEDDED)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(prompts.logging, "warning", lambda text, *a: said.append(text % a))
+    return said
 
 
 def build(tokenizer, **changed):
@@ -116,17 +125,146 @@ def test_every_row_uses_every_slot_once(tokenizer, context, position):
         assert (slots[eos:] == -1).all() and slots[0] == -1
 
 
-def test_a_prompt_that_fills_all_positions_fits_and_one_more_does_not():
-    words = ["liver " * 70]  # with BOS, "." and EOS: 73
-    got = prompts.tokenise(Words(), 6, words, np.array([0]), 4, "middle")
-    assert got.eos.tolist() == [76]
-    with pytest.raises(ConfigError, match="needs 78 positions with 5 of context.*shorten"):
-        prompts.tokenise(Words(), 6, words, np.array([0]), 5, "middle")
+def test_a_prompt_that_fills_all_positions_fits_and_one_more_is_shortened(warnings):
+    words = ["liver " * 70, "sick"]  # with BOS, "." and EOS: 73
+    got = prompts.tokenise(Words(), 6, words, np.array([0, 1]), 4, "middle")
+    assert got.eos.tolist() == [76, 7] and not warnings
+    got = prompts.tokenise(Words(), 6, words, np.array([0, 1]), 5, "middle")
+    assert got.eos.tolist() == [76, 8]
+    assert (got.ids[0] == 4).sum() == 69 and got.ids[0, 75:].tolist() == [5, 6]
+    (warning,) = warnings
+    assert "liver liver" in warning and "first 69 of 70 tokens" in warning and "sick" not in warning
+
+
+def test_the_length_of_the_text_tower_is_kept(warnings):
+    got = prompts.tokenise(Words(), 6, ["normal liver sick"], np.array([0]), 2, "end", positions=7)
+    assert got.ids.tolist() == [[1, 0, 0, 2, 4, 5, 6]] and len(warnings) == 1
+
+
+def test_a_context_that_leaves_no_room_is_refused():
+    prompts.tokenise(Words(), 6, ["sick"], np.array([0]), 73, "end")
+    with pytest.raises(ConfigError, match="prompts.context is 74.*77 positions, give 73 or less"):
+        prompts.tokenise(Words(), 6, ["sick"], np.array([0]), 74, "end")
+
+
+def test_synonyms_make_prompts_of_both_classes(tokenizer):
+    """One anatomy, condition and modality, two words of each."""
+    words = ontology.Words(("breast", "bosom"), ("mass", "lump"), ("ultrasound", "sonogram"))
+    assert prompts.fill_words(prompts.HEALTHY, words) == [
+        "no signs of mass",
+        "no signs of lump",
+        "normal breast appearance",
+        "ultrasound of a healthy breast",
+        "ultrasound of a normal breast",
+        "normal bosom appearance",
+        "ultrasound of a healthy bosom",
+        "ultrasound of a normal bosom",
+        "sonogram of a healthy breast",
+        "sonogram of a normal breast",
+    ]
+    got = build(tokenizer, phrases="ontology", conditions=("mass", "lesion"), synonyms=2)
+    plain = build(tokenizer, conditions=("mass", "lesion"))
+    assert set(plain.text) < set(got.text)
+    assert "signs of breast mass" in got.text and "no signs of breast lesion" in got.text
+    healthy, abnormal = (
+        {t for t, y in zip(got.text, got.label, strict=True) if y == s} for s in (0, 1)
+    )
+    assert len(healthy) + len(abnormal) == len(got.text) and not healthy & abnormal
+
+
+def test_one_word_each_is_the_templates_alone(tokenizer):
+    one = build(tokenizer, phrases="ontology", conditions=("mass", "lesion"), synonyms=1)
+    plain = build(tokenizer, conditions=("mass", "lesion"))
+    assert one.text == plain.text and (one.ids == plain.ids).all()
+
+
+def test_a_word_that_the_ontology_lacks_is_named(tokenizer):
+    with pytest.raises(ConfigError, match="no finding 'mas'; nearest: .*mass"):
+        build(tokenizer, phrases="ontology", conditions=("mas",))
+
+
+@pytest.mark.parametrize("init", ["random", "a photo of a"])
+def test_the_phrase_stands_next_to_the_words_it_begins(tokenizer, init):
+    photo = tokenizer("a photo of a", add_special_tokens=False).input_ids
+    n = len(photo)
+    at = {p: build(tokenizer, context=n + 2, position=p, init=init).start for p in POSITIONS}
+    if init == "random":
+        assert all((start == -1).all() and len(start) == n + 2 for start in at.values())
+        return
+    assert at["end"].tolist() == [-1, -1, *photo]
+    assert at["front"].tolist() == at["middle"].tolist() == [*photo, -1, -1]
+
+
+@pytest.mark.parametrize("init, context", [("a photo of a", 2), ("", 4)])
+def test_a_phrase_that_cannot_fill_the_context_is_refused(tokenizer, init, context):
+    with pytest.raises(ConfigError, match=f"prompts.init {init!r} has .* tokens .* {context}:"):
+        build(tokenizer, context=context, init=init)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_context_that_starts_from_a_phrase_reads_as_that_phrase(tiny, key, shared):
+    """Embeddings in the slots are the phrase typed out: the text features are equal."""
+    n = len(tiny.tokenizer("a photo of a", add_special_tokens=False).input_ids)
+    given = dict(phrases="templates", anatomy="lung", conditions=("mass",), modality="x-ray")
+    given |= dict(position="end")
+    learned = prompts.build(tiny.tokenizer, tiny.eos_id, **given, context=n, init="a photo of a")
+    typed = prompts.tokenise(
+        tiny.tokenizer,
+        tiny.eos_id,
+        ["a photo of a " + text for text in learned.text],
+        learned.label,
+        0,
+        "end",
+    )
+
+    def features(built, context):
+        fixed = (tiny.text_tower, tiny.size, tiny.grid, "softmax", True, True, 0.0)
+        design = model.Design(built, *fixed)
+        theta = model.init(key, tiny, design, context, shared)
+        assert theta["context"].shape[0] == (1 if shared else len(built.ids))
+        return model.text_features(theta, {"text": tiny.text}, design)
+
+    np.testing.assert_allclose(features(learned, n), features(typed, 0), atol=1e-6)
+
+
+def test_slots_without_a_word_of_the_phrase_start_as_ever(tiny, key):
+    given = dict(phrases="words", anatomy="", conditions=(), modality="", position="end")
+    fixed = (tiny.text_tower, tiny.size, tiny.grid, "softmax", True, True, 0.0)
+
+    def context(init):
+        built = prompts.build(tiny.tokenizer, tiny.eos_id, **given, context=6, init=init)
+        return model.init(key, tiny, model.Design(built, *fixed), 6, False)["context"]
+
+    random, begun = context("random"), context("photo")
+    n = len(tiny.tokenizer("photo", add_special_tokens=False).input_ids)
+    np.testing.assert_array_equal(begun[:, :-n], random[:, :-n])
+    assert (np.abs(begun[:, -n:] - random[:, -n:]) > 0).any()
+
+
+def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
+    """A condition of the user's own table; the context starts from a phrase."""
+    own = tmp_path / "own.csv"
+    own.write_text("kind,name,synonyms\nfinding,blob,bright blob|round blob\n")
+    c = config.base("k=2", conditions=("blob",))
+    given = {"phrases": "ontology", "ontology_file": str(own), "init": "photo", "synonyms": 2}
+    c.prompts.update(given)
+    design, _ = train.build(config.resolve(c), tiny)
+    assert {"signs of blob", "signs of bright blob"} < set(design.prompts.text)
+    assert "signs of round blob" not in design.prompts.text
+    start = prompts.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")
+    np.testing.assert_array_equal(design.prompts.start, start)
+    assert design.prompts.ids.shape[1] == len(tiny.text["position"])
+    theta = model.init(jax.random.key(0), tiny, design, c.prompts.context, False)
+    assert theta["context"].shape[:2] == (len(design.prompts.ids), c.prompts.context)
+
+
+def test_without_context_no_phrase_is_needed(tokenizer):
+    assert build(tokenizer, context=0, init="a photo of a").start.shape == (0,)
 
 
 def test_unknown_choices_are_refused(tokenizer):
     with pytest.raises(
-        ConfigError, match="prompts.phrases 'poems': choose one of templates, words"
+        ConfigError, match="prompts.phrases 'poems': choose one of templates, words, ontology"
     ):
         build(tokenizer, phrases="poems")
     with pytest.raises(ConfigError, match="prompts.position 'top': choose one of end, front, mid"):

@@ -147,7 +147,7 @@ def test_unknown_suffix_missing_file_folder_and_not_an_image(tmp_path):
         "gone.png": "does not exist",
         "b.png": "not a PNG",
         "empty.png": "empty or is not",
-        "folder.png": "cannot be decoded",
+        "folder.png": "holds no DICOM image",
     }
     for name, words in cases.items():
         with pytest.raises(DataError) as caught:
@@ -214,10 +214,24 @@ def test_bomb_is_refused_by_its_header(tmp_path, monkeypatch, side):
         readers.read(bomb(tmp_path / "bomb.png", side, side))
 
 
-def test_tiff_of_many_pages_is_refused(tmp_path, rng):
-    pages = [PIL.Image.fromarray(grey(rng)) for _ in range(3)]
+def test_pages_of_a_tiff_are_frames(tmp_path, rng):
+    pages = [grey(rng) for _ in range(3)]
+    first, *more = map(PIL.Image.fromarray, pages)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=more)
+    pixels = readers.read(tmp_path / "a.tif").pixels
+    np.testing.assert_array_equal(pixels, np.stack(pages).astype(np.float32) / 255)
+    part = readers.read(tmp_path / "a.tif", frames=(1, 3)).pixels
+    np.testing.assert_array_equal(part, pixels[1:])
+    with pytest.raises(DataError, match=r"a\.tif has 3 frame\(s\) and 2 to 4"):
+        readers.read(tmp_path / "a.tif", frames=(2, 4))
+    with pytest.raises(DataError, match="3 frames where one image is needed"):
+        next(readers.read_all([record(tmp_path / "a.tif")], 8))
+
+
+def test_pages_of_several_sizes_are_refused(tmp_path, rng):
+    pages = [PIL.Image.fromarray(grey(rng, 5 + i, 5)) for i in range(2)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(DataError, match="3 pages"):
+    with pytest.raises(DataError, match="several sizes"):
         readers.read(tmp_path / "a.tif")
 
 
@@ -285,6 +299,19 @@ def test_pad_keeps_the_aspect_and_stretch_does_not():
     padded = readers.fit(tall, 32, "pad")
     assert padded[:, 8:24].min() > 0.999 and padded[:, :8].max() == padded[:, 24:].max() == 0
     assert readers.fit(tall, 32, "stretch").min() > 0.999
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_spacing_after_fitting_keeps_lengths_in_mm(mode):
+    """A bright bar of 12 x 20 mm is measured the same before and after."""
+    pixels = np.zeros((80, 50), np.float32)
+    pixels[20:40, 10:35] = 1  # 20 rows of 0.6 mm, 25 columns of 0.8 mm
+    row, column = readers.fit_spacing((0.6, 0.8), 80, 50, 224, mode)
+    area = readers.fit(pixels, 224, mode).sum() * row * column
+    np.testing.assert_allclose(area, 20 * 0.6 * 25 * 0.8, rtol=0.01)
+    if mode == "stretch":
+        np.testing.assert_allclose((row * 224, column * 224), (80 * 0.6, 50 * 0.8))
+    assert readers.fit_spacing(None, 80, 50, 224, mode) is None
 
 
 def test_shrinking_is_antialiased():

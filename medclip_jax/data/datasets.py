@@ -145,10 +145,10 @@ def split(
     candidates = [r for r in records if r.label == 0 and (r.part == "train" or not own_parts)]
     order = np.random.default_rng(seed).permutation(len(candidates))
     pool = [candidates[i] for i in (order if own_parts else order[:pool_size])]
-    if not 1 <= k <= len(pool):
+    if not 0 <= k <= len(pool):
         raise ConfigError(
             f"config.data.k is {k} but the pool holds {len(pool)} healthy images: "
-            f"give K from 1 to {len(pool)}."
+            f"give K from 0 to {len(pool)}."
         )
     taken = {r.id for r in pool}
     test = [r for r in records if (r.part == "test" if own_parts else r.id not in taken)]

@@ -1,0 +1,64 @@
+"""Measure this machine: time, memory, scaling, the same against PyTorch, a new site's detector.
+
+python experiments/benchmark.py maml|scaling|torch|adapt [--json FILE] [--help]
+
+Run it from a checkout in which medclip_jax is installed. Times are the best of a few repetitions,
+taken in turn, so that what else the machine does falls on all sides alike: read the ratios. On
+Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command makes large steps faster on a CPU;
+the JSON says whether it was set, and workers inherit it.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+COMMANDS = {  # subcommand -> module of bench
+    "maml": "maml",
+    "scaling": "scaling",
+    "torch": "peer",
+    "adapt": "adapt",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    modules = {name: importlib.import_module(f"bench.{file}") for name, file in COMMANDS.items()}
+    for name, module in modules.items():
+        one = commands.add_parser(name, help=module.__doc__.splitlines()[0])
+        one.add_argument("--json", type=Path, help="file for the result")
+        module.arguments(one)
+    args = parser.parse_args()
+    said = {"command": args.command, "arguments": plain_arguments(args), "machine": machine()}
+    result = said | modules[args.command].run(args)
+    if args.json:
+        from medclip_jax import files
+
+        files.write_json(args.json, result)
+
+
+def plain_arguments(args: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(args).items() if name not in ("json", "command")}
+
+
+def machine() -> dict:
+    """What the numbers depend on."""
+    from importlib.metadata import version
+
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": version("jax"),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+if __name__ == "__main__":
+    main()

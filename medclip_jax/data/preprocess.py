@@ -1,0 +1,158 @@
+"""Preprocessing (section 4.1 of the paper): z-score, equalisation, wavelet denoising, CLAHE.
+
+A recipe is a tuple of step names, applied from left to right. Steps take and give float32 pixels in
+[0, 1], so that any order is possible; the functions behind them are exact and keep their own range.
+
+Images are preprocessed in the tower frame, as the last thing before the tower. So a synthetic
+anomaly goes through the same chain as a real one, and the search for the body, which knows air by
+its darkness, sees the image as it was acquired.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+
+import numpy as np
+import pywt
+from jaxtyping import Float, Shaped
+from skimage import exposure
+
+from medclip_jax.errors import ConfigError
+
+VERSION = 1  # raise when a step changes: banks are named by it
+SPREAD = 3.0  # standard deviations that fill half of [0, 1]
+WAVELET = "db4"
+LEVELS = 2  # of the wavelet transform; noise lives in the finest ones
+NORMAL = 0.6744897501960817  # third quartile of N(0, 1): median of |x| over its sd
+WINDOWS = {"brain": (40.0, 80.0), "lung": (-600.0, 1500.0), "soft tissue": (40.0, 400.0)}
+
+Pixels = Float[np.ndarray, "h w"]
+
+
+def zscore(image: Shaped[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
+    """(I - mean) / sd, float64, sd with ddof 0 (equation 1); all 0 for a constant image."""
+    if image.min() == image.max():
+        return np.zeros(image.shape)
+    return (image - image.mean(dtype=np.float64)) / image.std(dtype=np.float64)
+
+
+def equalize_hist(image: Shaped[np.ndarray, "h w"]) -> Shaped[np.ndarray, "h w"]:
+    """Each pixel's place in the cumulated histogram, in (0, 1]; 256 bins for floats.
+
+    A constant image comes back unchanged.
+    """
+    return image if image.min() == image.max() else exposure.equalize_hist(image)
+
+
+def clahe(
+    image: Shaped[np.ndarray, "h w"],
+    kernel: tuple[int, int] | None = None,
+    clip_limit: float = 0.01,
+) -> Shaped[np.ndarray, "h w"]:
+    """Contrast-limited adaptive histogram equalisation, stretched to [0, 1] (scikit-image).
+
+    Args:
+      image: float in [0, 1] or unsigned integers. A constant image comes back unchanged.
+      kernel: height and width of the tiles, pixels; None takes an eighth of each side.
+      clip_limit: share of a tile's pixels that one of 256 grey levels may hold.
+    """
+    if image.min() == image.max():
+        return image
+    return exposure.equalize_adapthist(image, kernel, clip_limit)
+
+
+def wavelet_denoise(
+    image: Float[np.ndarray, "*n h w"], mode: str = "symmetric", levels: int = LEVELS
+) -> Float[np.ndarray, "*n h w"]:
+    """W^-1[T(W[I])], Daubechies db4, soft threshold (equation 2); precision and range are kept.
+
+    Threshold sd * sqrt(2 ln(h w)), sd = median |diagonal detail of the finest level| / 0.6745
+    (Donoho and Johnstone 1994, VisuShrink), per image; the coarse approximation is untouched.
+
+    Args:
+      image: one or many of one size. A side below 14 pixels has no level: unchanged.
+      mode: how PyWavelets continues the image beyond its edge.
+      levels: at most; fewer where the image is too small for the filter.
+    """
+    height, width = image.shape[-2:]
+    levels = min(levels, pywt.dwt_max_level(min(height, width), WAVELET))
+    if not levels:
+        return image
+    coarse, *details = pywt.wavedec2(image, WAVELET, mode, levels, axes=(-2, -1))
+    noise = np.median(np.abs(details[-1][-1]), axis=(-2, -1), keepdims=True) / NORMAL
+    threshold = (noise * np.sqrt(2 * np.log(height * width))).astype(image.dtype)
+    soft = [
+        tuple(np.sign(band) * np.maximum(np.abs(band) - threshold, 0) for band in bands)
+        for bands in details
+    ]
+    whole = pywt.waverec2([coarse, *soft], WAVELET, mode, axes=(-2, -1))
+    return whole[..., :height, :width]  # an odd side comes back one pixel longer
+
+
+def window(hounsfield: Shaped[np.ndarray, "*n h w"], name: str) -> Float[np.ndarray, "*n h w"]:
+    """CT window, Hounsfield units -> [0, 1]; `name` is a key of WINDOWS (centre, width)."""
+    centre, width = WINDOWS[name]
+    return np.clip((hounsfield - centre) / width + 0.5, 0, 1)
+
+
+# --- steps: [0, 1] to [0, 1] ----------------------------------------------------------------
+
+
+def _unit_zscore(image: Pixels) -> Pixels:
+    """z-score, clipped to 3 standard deviations and mapped to [0, 1]; constant: all 0.5."""
+    return (np.clip(zscore(image), -SPREAD, SPREAD) + SPREAD) / (2 * SPREAD)
+
+
+STEPS: dict[str, Callable[[Pixels], Pixels]] = {
+    "zscore": _unit_zscore,
+    "equalize": equalize_hist,
+    "wavelet": wavelet_denoise,
+    "clahe": clahe,
+}
+
+# METHOD.md, "Input". CT is windowed before, where Hounsfield units are known (`window`).
+RECIPES = {
+    "ultrasound": ("wavelet", "clahe", "zscore"),
+    "mri": ("zscore", "wavelet"),
+    "xray": ("clahe", "zscore"),
+    "mammography": ("clahe", "zscore"),
+    "ct": ("zscore",),
+}
+
+
+def steps(recipe: str | Sequence[str]) -> tuple[str, ...]:
+    """The steps of a recipe: "" (none), a name of RECIPES, or step names as a tuple or "a,b".
+
+    Raises ConfigError for a name that is neither.
+    """
+    if isinstance(recipe, str):
+        recipe = RECIPES.get(recipe) or tuple(s.strip() for s in recipe.split(",") if s.strip())
+    for name in recipe:
+        if name not in STEPS:
+            raise ConfigError(
+                f"config.data.recipe has {name!r}: give a recipe ({', '.join(RECIPES)}) "
+                f"or steps ({', '.join(STEPS)}) separated by commas"
+            )
+    return tuple(recipe)
+
+
+def apply(image: Pixels, recipe: str | Sequence[str]) -> Float[np.ndarray, "h w"]:
+    """One image through the steps of a recipe; float32 in [0, 1] in and out."""
+
+    def follow(pixels, name):
+        # wavelets overshoot; every step is promised pixels in [0, 1]
+        return np.clip(STEPS[name](pixels), 0, 1).astype(np.float32)
+
+    return reduce(follow, steps(recipe), image)
+
+
+def batch(
+    images: Float[np.ndarray, "n h w"], recipe: str | Sequence[str], workers: int | None = None
+) -> Float[np.ndarray, "n h w"]:
+    """Many images, each as `apply`, on all cores; with an empty recipe the same array."""
+    chain = steps(recipe)
+    if not chain:
+        return images
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return np.stack(list(pool.map(lambda image: apply(image, chain), images)))

@@ -1,0 +1,180 @@
+"""Three branches in one detector: the trained prompt map, the memory, and plain prompts.
+
+Each branch's values are standardised on the held-out supports and weighed by what it sees of
+anomalies that training never showed (data/probes): a branch that is blind on a modality counts
+nothing. Only healthy images and probes painted on them are read, never a test image or label.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from medclip_jax import calibrate, detector, features
+from medclip_jax.data import probes
+from medclip_jax.detector import Detector
+from medclip_jax.structs import Features
+
+FINEST = 4.0  # standard deviations: no branch is trusted as if it separated better than this
+
+
+class Evidence(NamedTuple):
+    """What one branch says of the healthy images and of the probes on them, each held out."""
+
+    patch: Float[np.ndarray, "k p"]
+    image: Float[np.ndarray, " k"]
+    probe_patch: Float[np.ndarray, "k v p"]
+    probe_image: Float[np.ndarray, "k v"]
+
+
+class Mix(NamedTuple):
+    """fused = sum over branches of gain * (value - centre), for patches and for images."""
+
+    names: tuple[str, ...]
+    patch_centre: Float[np.ndarray, " b"]
+    patch_gain: Float[np.ndarray, " b"]
+    image_centre: Float[np.ndarray, " b"]
+    image_gain: Float[np.ndarray, " b"]
+    patch_weight: Float[np.ndarray, " b"]  # shares, sum 1: for the record
+    image_weight: Float[np.ndarray, " b"]
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Each branch's share of the weights, for maps and for image scores."""
+        both = {"map": self.patch_weight, "image": self.image_weight}
+        return {
+            what: {n: round(float(w), 4) for n, w in zip(self.names, weights, strict=True)}
+            for what, weights in both.items()
+        }
+
+
+def fuse(
+    branches: dict[str, Detector],
+    bank: features.Bank,
+    supports: Sequence,
+    *,
+    modality: str,
+    variants: int,
+    seed: int,
+    image_scores: Callable,
+) -> tuple[Detector, Mix]:
+    """The fused detector and how it mixes.
+
+    image_scores: patch values [n, p] -> image scores [n], for branches without their own.
+    variants: probes per support. modality: names the kinds of probe, see data/probes.
+    """
+    images = detector.healthy_images(bank, supports)
+    painted = probes.paint(images, probes.kinds_of(modality), variants, seed)
+    size = images.shape[-1]
+    tokens = features.encode(bank, painted.images.reshape(-1, size, size))
+    rows = [slice(i * variants, (i + 1) * variants) for i in range(len(images))]
+    held = [jax.tree.map(lambda x, r=r: jnp.asarray(x[r], jnp.float32), tokens) for r in rows]
+    grid = bank.clip.grid
+    cut = painted.masks.reshape(*painted.masks.shape[:2], grid, size // grid, grid, size // grid)
+    inside = cut.mean((3, 5)).reshape(*painted.masks.shape[:2], grid * grid) > 0.5
+    found = {name: evidence(d, held, image_scores) for name, d in branches.items()}
+    made = mix(found, inside, len(painted.kinds))
+    return combine(branches, found, made, image_scores), made
+
+
+def evidence(branch: Detector, held: Sequence[Features], image_scores: Callable) -> Evidence:
+    """Run a branch on the probes of each support as if it had never seen that support."""
+    values = [np.asarray(branch.without(i, batch)) for i, batch in enumerate(held)]
+    if branch.image is None:
+        healthy = image_scores(jnp.asarray(branch.held_out))
+        scores = [image_scores(jnp.asarray(v)) for v in values]
+    else:
+        healthy, scores = branch.held_out_image, [branch.image(batch) for batch in held]
+    scores = np.stack([np.asarray(s) for s in scores])
+    return Evidence(branch.held_out, np.asarray(healthy), np.stack(values), scores)
+
+
+def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:
+    """Weights from the evidence. `inside` [k, v, p]: the patches that a probe covers."""
+    spreads, centres, weights = [], [], []
+    for e in found.values():
+        centres.append((e.patch.mean(), e.image.mean()))
+        spreads.append((calibrate.spread(e.patch.ravel()), calibrate.spread(e.image)))
+        image = [e.probe_image[:, v::kinds].ravel() for v in range(kinds)]
+        patch = [e.probe_patch[:, v::kinds][inside[:, v::kinds]] for v in range(kinds)]
+        weights.append((weight(e.patch.ravel(), patch), weight(e.image, image)))
+    spread, centre, w = (np.array(x).T for x in (spreads, centres, weights))
+    # all blind: nothing speaks for one branch more than for another
+    w = np.where(w.sum(1, keepdims=True) > 0, w, 1.0)
+    gain = w / spread
+    share = w / w.sum(1, keepdims=True)
+    return Mix(tuple(found), centre[0], gain[0], centre[1], gain[1], share[0], share[1])
+
+
+def weight(healthy: np.ndarray, altered: Sequence[np.ndarray]) -> float:
+    """How far a branch tells healthy values from those of its WORST kind of probe; 0 is blind.
+
+    The distance in standard deviations of two normal distributions with the same AUROC:
+    sqrt(2) Phi^-1(AUROC), from 0 (chance or worse) to FINEST. For branches that err independently
+    these are the best linear weights of standardised values.
+    """
+    worst = min((auroc(healthy, x) for x in altered if len(x)), default=0.5)
+    return float(np.clip(np.sqrt(2) * stats.norm.ppf(worst), 0, FINEST))
+
+
+def auroc(low: np.ndarray, high: np.ndarray) -> float:
+    """P(high > low) + P(equal) / 2."""
+    ordered = np.sort(low)
+    less, up_to = (np.searchsorted(ordered, high, side=s) for s in ("left", "right"))
+    return float((less + up_to).mean() / (2 * len(low)))
+
+
+def combine(
+    branches: dict[str, Detector], found: dict[str, Evidence], made: Mix, image_scores: Callable
+) -> Detector:
+    """One detector whose values are the weighted, standardised sum of its branches'."""
+
+    def total(values, centre, gain):
+        return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
+
+    def patches(batch):
+        values = (
+            b.patches(batch) if g else 0.0 for b, g in zip(parts, made.patch_gain, strict=True)
+        )
+        return total(values, made.patch_centre, made.patch_gain)
+
+    def image(batch):
+        values = (
+            one_image(b, batch) if g else 0.0 for b, g in zip(parts, made.image_gain, strict=True)
+        )
+        return total(values, made.image_centre, made.image_gain)
+
+    def one_image(branch, batch):
+        return image_scores(branch.patches(batch)) if branch.image is None else branch.image(batch)
+
+    def passes(batch, keys):
+        return shifted(batch, keys, patches(batch), made.patch_gain, lambda v: v)
+
+    def image_passes(batch, keys):
+        return shifted(batch, keys, image(batch), made.image_gain, image_scores)
+
+    def shifted(batch, keys, fused, gain, read):
+        """The fused values with each random branch replaced by its passes."""
+        out = jnp.broadcast_to(fused[None], (len(keys), *fused.shape))
+        for branch, g in zip(parts, gain, strict=True):
+            if branch.passes is not None and g:
+                each = jax.vmap(read)(branch.passes(batch, keys))
+                out = out + g * (each - read(branch.patches(batch))[None])
+        return out
+
+    parts = tuple(branches.values())
+    random = any(b.passes is not None for b in parts)
+    patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
+    scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
+    return Detector(
+        patches,
+        np.asarray(patch, np.float32),
+        passes if random else None,
+        image,
+        np.asarray(scores, np.float32),
+        image_passes=image_passes if random else None,
+        k=parts[0].k,
+    )

@@ -1,0 +1,406 @@
+"""DICOM against pydicom's arrays in the reference set, files of others, series and bombs."""
+
+import csv
+import json
+import os
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
+
+from medclip_jax.data import dicom, dicom_files, readers
+from medclip_jax.errors import DataError
+
+from .conftest import HERE, reference_files
+
+EXPECTED = reference_files("io/expected.json")[0]
+CASES = json.loads(EXPECTED.read_text())["dicom"]
+ARRAYS = np.load(EXPECTED.with_suffix(".npz"))
+GOOD = [k for k, v in CASES.items() if v["status"] == "readable"]
+BAD = {  # what the message must say
+    "bad_missing_pixeldata": "without an image (no PixelData)",
+    "bad_truncated_pixels": "cannot be decoded (ValueError)",
+    "bad_truncated_header": "without an image",
+    "bad_text_renamed": "no DICM prefix",
+    "bad_empty": "is empty",
+    "bad_rows_mismatch": "cannot be decoded (ValueError)",
+    "bad_unsupported_jpeg2000": "JPEG 2000",
+    "bad_window_width_0": "window has the width 0",
+}
+
+
+def data_files(pattern: str) -> list:
+    """Files of others, in $MEDCLIP_DATA or beside the checkout; one skipped test where absent."""
+    named = os.environ.get("MEDCLIP_DATA")
+    root = Path(named) if named else HERE.parents[1] / "shared" / "data"
+    found = [pytest.param(p, id=p.name) for p in sorted(root.glob(pattern)) if p.is_file()]
+    skip = pytest.mark.skip(reason=f"no {pattern}: set MEDCLIP_DATA")
+    return found or [pytest.param(None, marks=skip)]
+
+
+def file(name: str) -> Path:
+    return EXPECTED.parent / CASES[name]["file"]
+
+
+def film(pixels: np.ndarray, **elements) -> Dataset:
+    """A small uncompressed secondary capture of one patient."""
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID = uid.SecondaryCaptureImageStorage
+    ds.file_meta.MediaStorageSOPInstanceUID = uid.generate_uid(entropy_srcs=["test"])
+    ds.PatientName, ds.PatientID, ds.Modality = "DOE^JANE", "4711", "MR"
+    ds.SOPClassUID, ds.SOPInstanceUID = uid.SecondaryCaptureImageStorage, "1.2.3"
+    ds.Rows, ds.Columns = pixels.shape[-2:]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated = ds.BitsStored = 8 * pixels.itemsize
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelRepresentation = int(pixels.dtype.kind == "i")
+    if pixels.ndim == 3:
+        ds.NumberOfFrames = len(pixels)
+    ds.PixelData = pixels.tobytes()
+    for name, value in elements.items():
+        setattr(ds, name, value)
+    return ds
+
+
+def save(path: Path, ds: Dataset) -> Path:
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def item(**elements) -> Dataset:
+    ds = Dataset()
+    for name, value in elements.items():
+        setattr(ds, name, value)
+    return ds
+
+
+def ramp(height=6, width=8, dtype=np.uint16) -> np.ndarray:
+    return np.arange(height * width, dtype=dtype).reshape(height, width)
+
+
+# ---------------------------------------------------------------- reference
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_grey_values_of_the_reference(name):
+    """A window where there is one, else the stretch by least and largest; colour by BT.601."""
+    image = readers.read(file(name))
+    if f"{name}__luma601" in ARRAYS:
+        wanted = ARRAYS[f"{name}__luma601"] / 255
+    else:
+        kind = "unit_voi" if f"{name}__unit_voi" in ARRAYS else "unit_minmax"
+        wanted = ARRAYS[f"{name}__{kind}"]
+    wanted = wanted if wanted.ndim == 3 else wanted[None]
+    assert image.pixels.dtype == np.float32
+    np.testing.assert_allclose(image.pixels, wanted, atol=1e-6)
+    assert set(image.meta) == {"format", "modality"}
+
+
+@pytest.mark.parametrize("name", [k for k in CASES if k not in GOOD])
+def test_malformed_files_are_told_apart(name):
+    with pytest.raises(DataError) as caught:
+        readers.read(file(name))
+    message = str(caught.value)
+    assert BAD[name] in message and str(file(name)) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("path", data_files("dicom/good/*") + data_files("dicom/bad/*"))
+def test_files_of_others(path):
+    """What the index calls good is read as pydicom reads it; what it calls bad may be refused."""
+    with (path.parents[1] / "index.csv").open() as lines:
+        row = next(r for r in csv.DictReader(lines) if r["file"].endswith(f"/{path.name}"))
+    try:
+        image = readers.read(path)
+    except DataError as error:
+        assert path.parent.name == "bad" or row["decode"] != "ok", error
+        assert str(path) in str(error) and "\n" not in str(error)
+        return
+    assert image.pixels.shape == (int(row["frames"] or 1), int(row["rows"]), int(row["cols"]))
+    assert np.isfinite(image.pixels).all() and 0 <= image.pixels.min() < image.pixels.max() <= 1
+    if row["ts"] and row["pi"].startswith("MONO"):
+        with warnings.catch_warnings(action="ignore"):
+            ds = pydicom.dcmread(path, force=True)
+            stored = ds.pixel_array
+            peer = pydicom.pixels.apply_modality_lut(stored, ds)
+            if "WindowWidth" not in ds and "VOILUTSequence" not in ds:
+                unit = (peer - peer.min()) / (np.ptp(peer))
+            else:
+                peer = pydicom.pixels.apply_voi_lut(peer.astype(np.int32), ds).astype(np.float64)
+                unit = None
+        sign = -1 if row["pi"] == "MONOCHROME1" else 1
+        if unit is not None:
+            wanted = unit if sign > 0 else 1 - unit
+            np.testing.assert_allclose(image.pixels.squeeze(), wanted, atol=1e-6)
+        else:  # pydicom's range after a window depends on the header: compare up to a line
+            together = np.corrcoef(peer.ravel(), image.pixels.ravel())[0, 1]
+            assert together * sign > 0.9999
+
+
+# ---------------------------------------------------------------- grey values
+
+
+def test_modality_table_and_rescale(tmp_path):
+    pixels = ramp(4, 4, np.uint8)
+    table = item(LUTDescriptor=[16, 0, 16], LUTData=[int(x) for x in np.arange(16) ** 2])
+    table["LUTDescriptor"].VR, table["LUTData"].VR, table.ModalityLUTType = "US", "US", "US"
+    found = readers.read(save(tmp_path / "a.dcm", film(pixels, ModalityLUTSequence=[table])))
+    np.testing.assert_allclose(found.pixels[0], (pixels / 15.0) ** 2, atol=1e-6)
+    window = dict(RescaleSlope="2", RescaleIntercept="-10", WindowCenter="0", WindowWidth="20")
+    window["VOILUTFunction"] = "LINEAR_EXACT"
+    found = readers.read(save(tmp_path / "b.dcm", film(pixels, **window)))
+    np.testing.assert_allclose(
+        found.pixels[0], np.clip((2.0 * pixels - 10) / 20 + 0.5, 0, 1), atol=1e-6
+    )
+
+
+def test_enhanced_frames_have_windows_of_their_own(tmp_path):
+    pixels = np.stack([ramp(), ramp()])
+    groups = [
+        item(
+            FrameVOILUTSequence=[item(WindowCenter=c, WindowWidth=11)],
+            PixelMeasuresSequence=[item(PixelSpacing=[0.5, 0.25])],
+        )
+        for c in (10, 30)
+    ]
+    path = save(tmp_path / "a.dcm", film(pixels, PerFrameFunctionalGroupsSequence=groups))
+    image = readers.read(path)
+    for frame, center in zip(image.pixels, (10, 30), strict=True):
+        wanted = np.clip((ramp() - (center - 0.5)) / 10 + 0.5, 0, 1)
+        np.testing.assert_allclose(frame, wanted, atol=1e-6)
+    assert image.spacing == (0.5, 0.25)
+    np.testing.assert_array_equal(readers.read(path, frames=(1, 2)).pixels, image.pixels[1:])
+
+
+def palette(words: bytes, entries=256, segmented=False) -> dict:
+    prefix = "Segmented" if segmented else ""
+    found = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        found[f"{colour}PaletteColorLookupTableDescriptor"] = [entries, 0, 16]
+        found[f"{prefix}{colour}PaletteColorLookupTableData"] = words
+    return found
+
+
+def test_palettes(tmp_path):
+    pixels = ramp(4, 4, np.uint8)
+    table = (np.arange(256, dtype=np.uint16) * 257)[::-1]
+    found = readers.read(save(tmp_path / "a.dcm", film(pixels, **palette(table.tobytes()))))
+    np.testing.assert_allclose(found.pixels[0], 1 - pixels / 255.0, atol=1e-6)
+    line = np.array([0, 1, 0, 1, 255, 255 * 257], np.uint16).tobytes()  # one entry 0, then a line
+    found = readers.read(save(tmp_path / "b.dcm", film(pixels, **palette(line, segmented=True))))
+    np.testing.assert_allclose(found.pixels[0], pixels / 255.0, atol=1e-6)
+
+
+def test_a_palette_that_unrolls_for_ever_is_refused(tmp_path):
+    bomb = np.array([0, 1, 0, *[1, 65535, 9, 1, 65535, 0] * 400], np.uint16).tobytes()
+    pixels = ramp(4, 4, np.uint8)
+    path = save(tmp_path / "a.dcm", film(pixels, **palette(bomb, segmented=True)))
+    with pytest.raises(DataError, match="palette is larger"):
+        readers.read(path)
+    again = np.array([0, 1, 0, 2, 1, 0, 0], np.uint16).tobytes()  # repeats itself
+    path = save(tmp_path / "b.dcm", film(pixels, **palette(again, segmented=True)))
+    with pytest.raises(DataError, match="indirect segments"):
+        readers.read(path)
+
+
+# ---------------------------------------------------------------- spacing and identity
+
+
+@pytest.mark.parametrize(
+    "elements, wanted",
+    [
+        ({}, None),
+        ({"PixelSpacing": [0.4, 0.3]}, (0.4, 0.3)),
+        ({"ImagerPixelSpacing": [0.2, 0.2]}, (0.2, 0.2)),
+        (
+            {"ImagerPixelSpacing": [0.2, 0.2], "EstimatedRadiographicMagnificationFactor": "1.25"},
+            (0.16, 0.16),
+        ),
+        ({"PixelSpacing": [0, 0.3]}, None),
+    ],
+)
+def test_spacing_is_row_then_column_in_mm(tmp_path, elements, wanted):
+    found = readers.read(save(tmp_path / "a.dcm", film(ramp(), **elements))).spacing
+    assert found is wanted is None or found == pytest.approx(wanted)
+
+
+def test_ultrasound_regions_give_spacing_where_they_agree(tmp_path):
+    def region(delta):
+        return item(
+            RegionSpatialFormat=1,
+            PhysicalUnitsXDirection=3,
+            PhysicalUnitsYDirection=3,
+            PhysicalDeltaX=delta,
+            PhysicalDeltaY=0.02,
+        )
+
+    one = film(ramp(), SequenceOfUltrasoundRegions=[region(0.01), region(0.01)])
+    two = film(ramp(), SequenceOfUltrasoundRegions=[region(0.01), region(0.03)])
+    assert readers.read(save(tmp_path / "a.dcm", one)).spacing == pytest.approx((0.2, 0.1))
+    assert readers.read(save(tmp_path / "b.dcm", two)).spacing is None
+
+
+def test_the_patient_stays_in_the_file(tmp_path, caplog, capfd, recwarn):
+    """Name and number in every place a message might quote."""
+    ok = film(ramp(), InstitutionName="DOE^JANE", Modality="DOE^JANE")
+    image = readers.read(save(tmp_path / "a.dcm", ok))
+    assert image.meta == {"format": "DICOM", "modality": "OT"} and "DOE" not in str(image)
+    broken = [
+        {"PhotometricInterpretation": "DOE^JANE"},
+        {"VOILUTFunction": "DOE^JANE", "WindowCenter": 1, "WindowWidth": 9},
+        {"PixelData": b"DOE^JANE"},
+        {"SamplesPerPixel": 4711},
+    ]
+    told = []
+    for elements in broken:
+        path = save(tmp_path / "b.dcm", film(ramp(), **elements))
+        with pytest.raises(DataError) as caught:
+            readers.read(path)
+        told.append(f"{caught.value} {caught.value.__cause__}")
+    whole = (tmp_path / "a.dcm").read_bytes()
+    for tag in (b"\x28\x00\x10\x00US", b"\x28\x00\x02\x00US"):  # a name where a number belongs
+        at = whole.index(tag)
+        (tmp_path / "c.dcm").write_bytes(whole[: at + 4] + b"IS\x08\x00DOE^JANE" + whole[at + 10 :])
+        with pytest.raises(DataError) as caught:
+            readers.read(tmp_path / "c.dcm")
+        told.append(f"{caught.value} {caught.value.__cause__}")
+    everything = " ".join(told) + caplog.text + "".join(capfd.readouterr())
+    assert len(told) == 6 and "DOE" not in everything and " 4711 " not in told[2]
+
+
+# ---------------------------------------------------------------- series
+
+
+def slice_at(z: float, number: int, series="1.2", **elements) -> Dataset:
+    return film(
+        np.full((4, 5), 100 + round(10 * z), np.int16),
+        SeriesInstanceUID=series,
+        InstanceNumber=number,
+        ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+        ImagePositionPatient=[0, 0, z],
+        PixelSpacing=[0.5, 0.5],
+        **elements,
+    )
+
+
+def test_series_is_sorted_along_its_normal(tmp_path):
+    for i, z in enumerate((3.0, -1.5, 0.0, 1.5)):  # names and numbers say otherwise
+        save(tmp_path / f"{i}", slice_at(z, i))
+    (tmp_path / "notes.txt").write_text("not an image")
+    image = readers.read(tmp_path)
+    np.testing.assert_allclose(image.pixels[:, 0, 0], [0, 15 / 45, 30 / 45, 1], atol=1e-6)
+    assert image.spacing == (0.5, 0.5) and image.meta == {"format": "DICOM", "modality": "MR"}
+    np.testing.assert_array_equal(readers.read(tmp_path, frames=(1, 3)).pixels, image.pixels[1:3])
+
+
+def test_series_without_positions_is_sorted_by_number(tmp_path):
+    for i, (z, number) in enumerate(((3, 10), (1, 2), (2, 9))):
+        ds = slice_at(z, number)
+        del ds.ImagePositionPatient
+        save(tmp_path / f"{i}.dcm", ds)
+    found = readers.read(tmp_path).pixels[:, 0, 0]
+    np.testing.assert_allclose(found, [0, 0.5, 1], atol=1e-6)
+    ds = slice_at(0, 0)
+    del ds.ImagePositionPatient, ds.InstanceNumber
+    save(tmp_path / "3.dcm", ds)
+    with pytest.raises(DataError, match="without usable position and instance number"):
+        readers.read(tmp_path)
+
+
+def test_series_with_windows_keeps_each(tmp_path):
+    for i in range(2):
+        save(tmp_path / f"{i}", slice_at(i, i, WindowCenter=100.5 + 10 * i, WindowWidth=21))
+    np.testing.assert_allclose(readers.read(tmp_path).pixels, 0.5, atol=1e-6)
+
+
+def test_folders_that_are_not_one_series(tmp_path):
+    with pytest.raises(DataError, match="holds no DICOM image"):
+        readers.read(tmp_path)
+    save(tmp_path / "a", slice_at(0, 0))
+    save(tmp_path / "b", slice_at(1, 1, series="1.3"))
+    with pytest.raises(DataError, match="holds 2 series"):
+        readers.read(tmp_path)
+    save(tmp_path / "b", film(ramp(9, 9), SeriesInstanceUID="1.2", InstanceNumber=4))
+    with pytest.raises(DataError, match="several sizes"):
+        readers.read(tmp_path)
+
+
+# ---------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [{"Rows": 60000, "Columns": 60000}, {"Rows": 4000, "Columns": 4000, "NumberOfFrames": 17}],
+)
+def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, elements):
+    monkeypatch.setattr(pydicom.pixels, "iter_pixels", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(DataError, match=r"at most (64,000,000|268,435,456)"):
+        readers.read(save(tmp_path / "a.dcm", film(ramp(), **elements)))
+
+
+def test_a_series_of_too_many_pixels_is_refused_before_any_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "MAX_VOXELS", 50)
+    monkeypatch.setattr(dicom, "_decode", lambda path: pytest.fail("decoded"))
+    for i in range(3):
+        save(tmp_path / f"{i}", slice_at(i, i))
+    with pytest.raises(DataError, match="has 60 pixels and at most 50"):
+        readers.read(tmp_path)
+
+
+STREAMS = {  # a header that states 60000 x 60000 and no more
+    uid.JPEGBaseline8Bit: bytes.fromhex("ffd8ffc0000b08ea60ea6001011100ffd9"),
+    uid.JPEGLSLossless: bytes.fromhex("ffd8fff7000b08ea60ea6001011100ffd9"),
+    uid.JPEG2000: bytes.fromhex("ff4fff51002900000000ea600000ea60" + "00" * 8 + "0000ea600000ea60")
+    + bytes(8)
+    + bytes.fromhex("0001070101"),
+}
+
+
+@pytest.mark.parametrize("syntax", STREAMS, ids=lambda s: s.name)
+def test_a_stream_larger_than_its_header_says_is_not_decoded(tmp_path, monkeypatch, syntax):
+    monkeypatch.setattr(pydicom.pixels, "iter_pixels", lambda *_, **__: pytest.fail("decoded"))
+    ds = film(ramp(6, 8, np.uint8))
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.PixelData = pydicom.encaps.encapsulate([STREAMS[syntax]])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    with pytest.raises(DataError, match="8 x 6 x 1 in its header and 60000 x 60000 x 1"):
+        readers.read(save(tmp_path / "a.dcm", ds))
+
+
+def test_a_deflated_file_that_inflates_for_ever_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom_files, "MAX_BYTES", 3_000_000)
+    monkeypatch.setattr(pydicom, "dcmread", lambda *_, **__: pytest.fail("inflated whole"))
+    whole = file("deflated_u8").read_bytes()
+    meta = 132 + 12 + int.from_bytes(whole[140:144], "little")
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = deflate.compress(bytes(50_000_000)) + deflate.flush()
+    (tmp_path / "a.dcm").write_bytes(whole[:meta] + packed)
+    with pytest.raises(DataError, match="inflates to more than 3,000,000 bytes"):
+        readers.read(tmp_path / "a.dcm")
+
+
+def test_a_syntax_without_decoder_is_named(tmp_path):
+    ds = film(ramp())
+    ds.file_meta.TransferSyntaxUID = uid.MPEG2MPML
+    ds.PixelData = pydicom.encaps.encapsulate([b"1234"])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    with pytest.raises(DataError, match="MPEG2 Main Profile"):
+        readers.read(save(tmp_path / "a.dcm", ds))
+
+
+def test_the_same_on_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    paths = [file(name) for name in GOOD] * 3
+    alone = [readers.read(path).pixels for path in paths]
+    with ThreadPoolExecutor(4) as pool:
+        for one, other in zip(
+            alone, pool.map(lambda p: readers.read(p).pixels, paths), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)

@@ -1,0 +1,190 @@
+"""Fusion: weights from evidence, the arithmetic of the mix, and what may change its values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medclip_jax import detector, features, fusion, model
+from medclip_jax.data import probes
+
+from .test_detector import design_of, tokens
+from .test_features import one_device, write_pictures
+
+
+def evidence(rng, shift, k=400, v=4, p=9) -> fusion.Evidence:
+    """Normal values; those of probes are `shift` standard deviations higher."""
+    draw = rng.normal
+    return fusion.Evidence(
+        draw(2, 3, (k, p)), draw(5, 2, k), draw(2 + 3 * shift, 3, (k, v, p)),
+        draw(5 + 2 * shift, 2, (k, v)),
+    )  # fmt: skip
+
+
+def test_the_weight_is_the_distance_of_two_normals():
+    rng = np.random.default_rng(0)
+    healthy = rng.normal(3, 2, 4000)
+    for distance in (0.5, 1.0, 2.0):
+        altered = rng.normal(3 + 2 * distance, 2, 4000)
+        assert fusion.weight(healthy, [altered]) == pytest.approx(distance, abs=0.1)
+
+
+def test_the_worst_kind_decides_and_a_blind_branch_counts_nothing():
+    healthy = np.linspace(0, 1, 100)
+    assert fusion.weight(healthy, [healthy + 5, healthy]) == pytest.approx(0, abs=1e-12)
+    assert fusion.weight(healthy, [healthy - 1]) == 0
+    assert fusion.weight(healthy, [healthy + 5]) == fusion.FINEST
+
+
+def test_auroc_counts_ties_half():
+    assert fusion.auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0])) == (0.5 + 1 + 1 + 1) / 4
+
+
+def test_gains_standardise_and_weigh():
+    rng = np.random.default_rng(1)
+    found = {"a": evidence(rng, 2.0), "b": evidence(rng, 1.0), "blind": evidence(rng, -0.2)}
+    inside = np.ones((400, 4, 9), bool)
+    made = fusion.mix(found, inside, 1)
+    np.testing.assert_allclose(made.patch_weight, [2 / 3, 1 / 3, 0], atol=0.03)
+    np.testing.assert_allclose(made.image_weight, [2 / 3, 1 / 3, 0], atol=0.06)
+    spread = found["a"].image.std(ddof=1)
+    assert made.image_gain[0] == pytest.approx(
+        fusion.weight(found["a"].image, [found["a"].probe_image.ravel()]) / spread
+    )
+    assert made.patch_centre[1] == found["b"].patch.mean()
+
+
+def test_only_patches_under_a_probe_speak_for_the_map():
+    rng = np.random.default_rng(2)
+    e = evidence(rng, 0.0)
+    inside = np.zeros((400, 4, 9), bool)
+    inside[:, :, 4] = True
+    e.probe_patch[inside] += 6  # two standard deviations
+    made = fusion.mix({"a": e, "b": evidence(rng, 1.0)}, inside, 1)
+    assert made.patch_weight[0] == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_all_blind_is_all_equal():
+    rng = np.random.default_rng(3)
+    found = {"a": evidence(rng, -1.0), "b": evidence(rng, -1.0)}
+    made = fusion.mix(found, np.ones((400, 4, 9), bool), 1)
+    np.testing.assert_array_equal(made.patch_weight, [0.5, 0.5])
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("fused")
+    supports = write_pictures(folder, 4, start=40)
+    bank = features.open_bank(folder, tiny, "stretch", "float32", one_device())
+    features.encode_images(bank, supports)
+    design, frozen = design_of(tiny, dropout=0.2)
+    plain, _ = design_of(tiny, context=0)
+    start = model.init(jax.random.key(0), tiny, design, 2, False)
+    theta = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
+    groups = [np.array([0, 2]), np.array([1, 3])]
+    made = {
+        name: detector.build(name, theta, frozen, shape, bank, supports, groups)
+        for name, shape in (("learned", design), ("memory", design), ("zero_shot", plain))
+    }
+    settings = dict(modality="brain MRI", variants=4, seed=0, image_scores=lambda v: v.max(1))
+    return made, settings, fusion.fuse(made, bank, supports, **settings), bank, supports
+
+
+def test_fused_values_are_the_sum_of_the_branches(fused):
+    made, _, (whole, mix), _, _ = fused
+    new = tokens(3)
+    values = [made[n].patches(new) for n in mix.names]
+    wanted = sum(
+        g * (v - c) for v, c, g in zip(values, mix.patch_centre, mix.patch_gain, strict=True)
+    )
+    np.testing.assert_allclose(whole.patches(new), wanted, rtol=1e-5, atol=1e-5)
+    held = sum(
+        g * (made[n].held_out - c)
+        for n, c, g in zip(mix.names, mix.patch_centre, mix.patch_gain, strict=True)
+    )
+    np.testing.assert_allclose(whole.held_out, held, rtol=1e-5, atol=1e-5)
+    assert whole.held_out.shape == (4, 16) and whole.held_out_image.shape == (4,)
+    assert abs(whole.held_out_image.mean()) < 1e-4  # centred on the held-out supports
+    shares = mix.shares()
+    assert sum(shares["map"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_fused_pass_differs_by_the_random_branch_alone(fused):
+    made, _, (whole, mix), _, _ = fused
+    keys, new = jax.random.split(jax.random.key(3), 5), tokens(2)
+    drawn = made["learned"].passes(new, keys)
+    moved = mix.patch_gain[0] * (drawn - made["learned"].patches(new)[None])
+    np.testing.assert_allclose(whole.passes(new, keys), whole.patches(new)[None] + moved, atol=2e-4)
+    scores = mix.image_gain[0] * (drawn.max(2) - made["learned"].patches(new).max(1)[None])
+    np.testing.assert_allclose(
+        whole.image_passes(new, keys), whole.image(new)[None] + scores, atol=2e-4
+    )
+
+
+def test_fusing_again_gives_the_same(fused):
+    made, settings, (whole, mix), bank, supports = fused
+    _, again = fusion.fuse(made, bank, supports, **settings)
+    for a, b in zip(mix, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_evidence_holds_each_support_out(fused):
+    made, *_ = fused
+    seen = tokens(4)
+    for name in ("learned", "memory"):
+        each = [made[name].without(i, seen) for i in range(4)]
+        assert np.abs(np.asarray(each[0]) - np.asarray(each[1])).max() > 1e-4
+    copies = made["learned"]
+    np.testing.assert_array_equal(copies.without(0, seen), copies.without(2, seen))  # one fold
+
+
+# --- probes --------------------------------------------------------------------------------------
+
+
+def pictures(n=2, size=64):
+    rng = np.random.default_rng(5)
+    return (0.2 + 0.5 * rng.random((n, size, size))).astype(np.float32)
+
+
+def test_probes_stay_in_range_and_change_what_they_mark():
+    images = pictures()
+    made = probes.paint(images, probes.KINDS, 6, 0)
+    assert made.images.shape == made.masks.shape == (2, 6, 64, 64)
+    assert made.images.min() >= 0 and made.images.max() <= 1
+    away = made.images - images[:, None]
+    for v in range(6):
+        kind, inside = probes.KINDS[v % 3], made.masks[:, v]
+        assert 0.002 < inside.mean() < 0.6
+        change = away[:, v][inside].mean()
+        assert (change < -0.05) if kind == "dark_mass" else (change > 0.02)
+        assert np.abs(away[:, v][inside]).mean() > 3 * np.abs(away[:, v][~inside]).mean()
+
+
+def test_probes_are_a_function_of_seed_and_place():
+    images = pictures()
+    first = probes.paint(images, ("haze",), 3, 1)
+    np.testing.assert_array_equal(first.images, probes.paint(images, ("haze",), 3, 1).images)
+    more = probes.paint(images, ("haze",), 5, 1)
+    np.testing.assert_array_equal(first.images, more.images[:, :3])
+    assert np.abs(first.images - probes.paint(images, ("haze",), 3, 2).images).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "modality, kinds",
+    [
+        ("breast ultrasound", ("dark_mass",)),
+        ("brain MRI", ("bright_mass", "dark_mass")),
+        ("chest X-ray", ("haze",)),
+        ("photograph", probes.KINDS),
+    ],
+)
+def test_the_modality_names_its_kinds(modality, kinds):
+    assert probes.kinds_of(modality) == kinds
+
+
+def test_a_black_image_can_be_probed():
+    made = probes.paint(np.zeros((1, 32, 32), np.float32), probes.KINDS, 3, 0)
+    assert np.isfinite(made.images).all()

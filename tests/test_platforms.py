@@ -1,0 +1,143 @@
+"""Ready for TPU and GPU without one: what runs on a device lowers for them, and stays on it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import export
+
+from medclip_jax import clip, config, evaluate, fit, learn, model, score, sharding, train
+from medclip_jax.structs import Batch, Features
+
+HOST = ("callback", "infeed", "outfeed", "device_put", "io_", "debug")
+STABLE_HOST = ("xla_python", "xla_ffi_python", "stablehlo.infeed", "stablehlo.outfeed")
+WEIGHTS = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.0)
+PLATFORMS = ["tpu", "cuda"]
+
+
+def spec(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)
+
+
+def train_step(tower, learner):
+    """The step of fit.run on one copy, two tasks of two rows; with its arguments."""
+    c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
+    c.update_from_flattened_dict({"learner": learner, "prompts.context": 2})
+    c = config.resolve(c)
+    design, frozen = train.build(c, tower)
+    loss, optimizer = partial(model.loss, design=design, weights=WEIGHTS), optax.adam(1e-3)
+    inner = learn.inner(c.learner, 1, 0.1, False)
+    objective = loss if learner == "joint" else learn.episodic(loss, inner)
+    lead = (2, 1) if learner == "joint" else (2, 1, 2)
+    levels = tuple(np.zeros((*lead, tower.grid**2, tower.width), np.float32) for _ in range(2))
+    batch = Batch(
+        Features(np.zeros((*lead, tower.joint), np.float32), levels),
+        np.zeros((*lead, tower.size, tower.size), np.float32),
+        np.zeros(lead, np.int32),
+        np.ones(lead, bool),
+    )
+    if learner != "joint":
+        batch = learn.Episodes(batch, batch, np.ones((2, 1), bool))
+    state = fit.start(c, tower, design, optimizer, 1)
+    return learn.make_step(objective, optimizer), spec((state, frozen, batch))
+
+
+def encoder(tower):
+    def run(vision, grey):
+        return clip.encode_images(
+            vision, grey, tower=tower.vision_tower, mean=tower.mean, std=tower.std
+        )
+
+    return jax.jit(run), spec((tower.vision, np.zeros((2, tower.size, tower.size), np.float32)))
+
+
+def scorer(tower):
+    """Adapted tokens, patch logits, pixel map and image score, as evaluate runs them."""
+    step, (state, frozen, _) = train_step(tower, "joint")
+    c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
+    c.prompts.context = 2
+    design, _ = train.build(config.resolve(c), tower)
+    theta = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.theta)
+
+    def run(theta, frozen, tokens):
+        text = model.text_features(theta, frozen, design)
+        values = model.forward(theta, text, tokens, design).logit
+        scores = evaluate.from_patches(values, size=tower.size, top=0.05)
+        return score.to_pixels(values, tower.size), scores
+
+    levels = tuple(np.zeros((2, tower.grid**2, tower.width), np.float32) for _ in range(2))
+    tokens = Features(np.zeros((2, tower.joint), np.float32), levels)
+    return jax.jit(run), (theta, frozen, spec(tokens))
+
+
+PARTS = {
+    "exact step": partial(train_step, learner="maml"),
+    "joint step": partial(train_step, learner="joint"),
+    "encoder": encoder,
+    "scorer": scorer,
+}
+
+
+def primitives(jaxpr) -> set[str]:
+    """Names of all primitives, those inside loops and calls too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found.add(equation.primitive.name)
+        for inside in jax.core.jaxprs_in_params(equation.params):
+            found |= primitives(inside)
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_it_lowers_for_tpu_and_gpu_and_never_leaves_the_device(tiny, part):
+    function, given = PARTS[part](tiny)
+    exported = export.export(function, platforms=PLATFORMS)(*given)
+    assert exported.platforms == tuple(PLATFORMS)
+    text = exported.mlir_module()
+    assert "stablehlo.dot_general" in text  # it is the real thing
+    assert not [name for name in STABLE_HOST if name in text]
+
+
+def test_the_exact_step_calls_nothing_on_the_host(tiny):
+    function, given = train_step(tiny, "maml")
+    names = primitives(jax.make_jaxpr(function)(*given).jaxpr)
+    assert {"dot_general", "while"} & names and len(names) > 20
+    assert not [name for name in names if any(word in name for word in HOST)], names
+
+
+def test_a_callback_would_be_seen():
+    """The two tests above can fail."""
+
+    def talks(x):
+        return jax.pure_callback(np.sin, x, x)
+
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+    assert any("callback" in n for n in primitives(jax.make_jaxpr(talks)(one).jaxpr))
+    text = export.export(jax.jit(talks), platforms=["cpu"])
+    with pytest.raises(Exception, match="(?i)serializ|callback|keepalive"):
+        text(one).serialize()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_bfloat16_tower_lowers_and_multiplies_in_bfloat16(tiny, platform):
+    tower = tiny._replace(vision_tower=tiny.vision_tower._replace(dtype="bfloat16"))
+    function, given = encoder(tower)
+    text = export.export(function, platforms=[platform])(*given).mlir_module()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products and all("bf16" in line for line in products)
+    assert "f32" in text  # what leaves it, and its norms
+
+
+def test_one_step_makes_no_implicit_transfer(tiny):
+    """Everything is placed before: the step itself moves nothing between host and device."""
+    function, given = train_step(tiny, "joint")
+    arrays = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), given)
+    mesh = sharding.mesh(jax.devices()[:1])
+    state, frozen = sharding.replicate(arrays[:2], mesh)
+    batch, _ = sharding.put(arrays[2], mesh)
+    with jax.transfer_guard("disallow"):
+        after, _ = function(state, frozen, batch)
+    assert int(after.step) == 1
