@@ -163,8 +163,8 @@ def write(args, rows: dict) -> None:
 def notes(args) -> list[str]:
     p = 2.0 ** (1 - args.draws)
     return [
-        "Mean ± sd over support draws; draw i is seed i, the same for every method. The interval is "
-        "a two-level bootstrap over draws and test images. Last step of a fixed budget; no test "
+        "Mean ± sd over support draws; draw i is seed i, the same for every method. The interval "
+        "is a two-level bootstrap over draws and test images. Last step of a fixed budget; no test "
         "label is read before scoring, except for the columns named oracle, which are for "
         "comparison only. p: Wilcoxon over draws against ours, Holm-corrected within the table; "
         f"with {args.draws} draws it cannot be below {p:.4g}. DeLong: draws of "
