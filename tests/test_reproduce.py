@@ -16,7 +16,11 @@ def run(seed, shift, n=60):
     rng = np.random.default_rng(seed)
     label = np.arange(n) % 2
     score = 1 / (1 + np.exp(-(rng.normal(size=n) + shift * label)))
-    image = {"auroc": float(stats.auroc(score, label)), "auprc": 0.5, "sensitivity_at_90": 0.4}
+    image = {
+        "auroc": float(stats.auroc(score[None], label)[0]),
+        "auprc": 0.5,
+        "sensitivity_at_90": 0.4,
+    }
     made = {"seed": seed, "image": image, "pixel": None, "calibration": {"false_alarm_rate": 0.1}}
     ids = np.array([f"{i}.png" for i in range(n)])
     return {**made, "oracle": {"f1": 0.7}, "id": ids, "label": label, "score": score}
