@@ -1,7 +1,7 @@
 """The door: flags, then one call.
 
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
-                           [--mode train|evaluate|report] [--config.field=value ...]
+                           [--mode train|evaluate|check|report] [--config.field=value ...]
 
 Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault,
 130 on Ctrl-C, 143 on SIGTERM while training: the state is saved then, the same command goes on.

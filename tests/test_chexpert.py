@@ -22,7 +22,7 @@ def row(patient: int, view: str = "Frontal", part: str = "train", **labels: str)
 
 def write(root: Path, name: str, rows: list[dict], columns=(*COLUMNS, *OTHERS)) -> None:
     for n, held in enumerate(rows):
-        png(root / held["Path"].partition("/")[2], n)
+        png(root / held["Path"].partition("/")[2], n + 100 * (name == "valid"))
     with (root / f"{name}.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         table.writeheader()

@@ -67,7 +67,7 @@ def test_folder_keeps_its_own_parts(folder, cache):
 
 def test_k_beyond_the_pool_names_the_largest(busi, folder, cache):
     records = datasets.load("busi", busi, cache)
-    for k in (0, -1, 9):
+    for k in (-1, 9):
         with pytest.raises(ConfigError, match="give K from 0 to 8"):
             datasets.split(records, k, 0, pool_size=8)
     with pytest.raises(ConfigError, match="give K from 0 to 6"):
