@@ -1,7 +1,7 @@
 """The door: flags, then one call.
 
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
-                           [--mode train|evaluate|report] [--config.field=value ...]
+                           [--mode train|evaluate|check|report] [--config.field=value ...]
 python -m medclip_jax.main --mode predict --workdir TRAINED --input PATH ... --output DIR
                            [--part i/n] [--pseudonymise]
 python -m medclip_jax.main --mode export --workdir TRAINED --output FILE
@@ -31,6 +31,7 @@ MODES = {
     "evaluate": "score a trained workdir again",
     "predict": "score files, folders, globs, DICOM series and NIfTI volumes with a trained workdir",
     "export": "write a trained scorer as one file that runs with jax and numpy alone",
+    "check": "print one table of what is in the data and what is wrong with it; no --workdir",
     "report": "rebuild figures and report.html from the workdir's files",
 }
 APART = ("predict", "export")  # modes that use a trained workdir and take no config
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     workdir, code = None, 2
     try:
         given = parse(argv)
-        workdir = Path(given.workdir).expanduser()
+        workdir = Path(given.workdir or ".").expanduser()
         if given.mode in APART:
             use(given, workdir)
         else:
@@ -100,7 +101,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         return complete(given)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
-    if given.config is None or not given.workdir:
+    if given.config is None or not (given.workdir or given.mode == "check"):
         raise ConfigError("--config and --workdir are needed: see --help")
     if not isinstance(given.config, ConfigDict):  # ml_collections keeps quiet until it is used
         name = given["config"].config_filename
@@ -173,8 +174,25 @@ def plain(error: Exception) -> str:
     return " ".join(said.split())
 
 
+def check(fields: ConfigDict) -> None:
+    """Print the table of the data set; DataError if it cannot be used."""
+    from medclip_jax.data import check as data_check
+
+    c = config.resolve(fields)
+    root = Path(c.data.root) if c.data.root else None
+    data_check.run(
+        *(c.data.name, root, Path(c.cache), c.k),
+        seed=c.seed,
+        pool_size=c.data.pool,
+        kind=c.data.split,
+        policy=(c.data.uncertain, c.data.blank),
+    )
+
+
 def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
     """One call per mode. Imports are here so that --help is quick."""
+    if mode == "check":
+        return check(fields)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
