@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from medclip_jax.errors import ConfigError
 
-METHODS = ("ours", "mediclip", "memory", "zero_shot")
+METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
+FIXED = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing learns
 BRANCHES = ("learned", "memory", "zero_shot")
 LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
@@ -225,13 +226,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if c.method == "mediclip":
         c.update(MEDICLIP)
         c.learner = "joint"
+    if c.method == "joint":  # ours without episodes, whatever the learner of ours
+        c.learner = "joint"
     check(c)
     c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     c.meta.query = c.meta.query or c.meta.shots
     c.steps = c.steps or max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
-    if c.method in ("memory", "zero_shot"):
-        c.steps = 0  # nothing learns
+    if c.method in FIXED:
+        c.steps = 0
     c.cache = str(cache_folder(c.cache))
     return c
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from medclip_jax import (
     __version__,
+    baselines,
     clip,
     detector,
     evaluate,
@@ -133,7 +134,9 @@ def assemble(
         shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
         return detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
 
-    if c.method != "ours":
+    if c.method in baselines.METHODS:
+        return baselines.build(c.method, bank, supports), None
+    if c.method not in ("ours", "joint"):
         return branch(c.method), None
     branches = {name: branch(name) for name in c.fusion.branches}
     if len(branches) == 1:

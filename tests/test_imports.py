@@ -23,15 +23,29 @@ MAY_IMPORT = {
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
     | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"},
     "groups": set(),
-    "train": {"clip", "config", "data.datasets", "detector", "evaluate", "features", "fit"}
-    | {"data.augment", "data.preprocess", "fusion"}
+    "train": {"baselines", "clip", "config", "data.datasets", "detector", "evaluate", "features"}
+    | {"data.augment", "data.preprocess", "fit", "fusion"}
     | {"model", "prompts", "sharding", "workdir"},
     "fit": {"checkpoints", "data.episodes", "features", "learn", "maml", "model", "preemption"}
     | {"processes", "sharding", "writer"},
     "workdir": {"data.datasets"},
     "learn": {"data.episodes", "features", "maml"},
     "data.episodes": {"data.synthesis"},
-    "evaluate": {"calibrate", "data.readers", "detector", "features", "metrics", "processes"}
+    "attribution": {"clip", "explain", "score"},
+    "thumbnails": {"data.readers", "explain"},
+    "baselines": {"data.readers", "detector", "features"},
+    "evaluate": {
+        "attribution",
+        "explain",
+        "intervals",
+        "thumbnails",
+        "calibrate",
+        "data.readers",
+        "detector",
+        "features",
+        "metrics",
+        "processes",
+    }
     | {"score", "sharding"},
     "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"},
     "fusion": {"calibrate", "data.probes", "detector", "features"},
@@ -44,8 +58,9 @@ MAY_IMPORT = {
     "prompts": {"ontology"},
     "ontology": {"terminology"},
     "metrics": {"boundary", "pixels", "ranking"},
-    "report": {"figures", "gallery", "results"},
-    "results": {"explain", "gallery", "writer"},
+    "report": {"figures", "gallery", "results", "viewer"},
+    "results": {"explain", "gallery", "viewer", "writer"},
+    "viewer": {"explain"},
     "gallery": {"explain", "figures"},
     "data.datasets": {"data.builders", "data.chexpert", "data.citations", "data.layouts"}
     | {"data.phantom", "data.pools", "data.readers", "data.twins"},
