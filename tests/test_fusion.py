@@ -36,6 +36,15 @@ def test_the_worst_kind_decides_and_a_blind_branch_counts_nothing():
     assert fusion.weight(healthy, [healthy + 5]) == fusion.FINEST
 
 
+def test_the_image_weight_is_the_shift_in_standard_deviations():
+    healthy = np.array([1.0, 2.0, 3.0])  # standard deviation 1
+    moved = healthy[:, None] + np.array([[1.0, 2.0]])
+    assert fusion.image_weight(healthy, [moved]) == pytest.approx(1.5)
+    assert fusion.image_weight(healthy, [moved, healthy[:, None] + 0.5]) == pytest.approx(0.5)
+    assert fusion.image_weight(healthy, [moved, healthy[:, None] - 0.5]) == 0
+    assert fusion.image_weight(healthy, [moved + 100]) == fusion.FINEST
+
+
 def test_auroc_counts_ties_half():
     assert fusion.auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0])) == (0.5 + 1 + 1 + 1) / 4
 
@@ -49,7 +58,7 @@ def test_gains_standardise_and_weigh():
     np.testing.assert_allclose(made.image_weight, [2 / 3, 1 / 3, 0], atol=0.06)
     spread = found["a"].image.std(ddof=1)
     assert made.image_gain[0] == pytest.approx(
-        fusion.weight(found["a"].image, [found["a"].probe_image.ravel()]) / spread
+        fusion.image_weight(found["a"].image, [found["a"].probe_image]) / spread
     )
     assert made.patch_centre[1] == found["b"].patch.mean()
 
