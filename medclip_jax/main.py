@@ -2,6 +2,9 @@
 
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
                            [--mode train|evaluate|check|report] [--config.field=value ...]
+python -m medclip_jax.main --mode predict --workdir TRAINED --input PATH ... --output DIR
+                           [--part i/n] [--pseudonymise]
+python -m medclip_jax.main --mode export --workdir TRAINED --output FILE
 
 Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault,
 130 on Ctrl-C, 143 on SIGTERM while training: the state is saved then, the same command goes on.
@@ -11,12 +14,13 @@ import errno
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config
+from medclip_jax import config, lock
 from medclip_jax.errors import ConfigError, UserError, WorkdirError
 from medclip_jax.preemption import EXIT_CODE, Preempted
 
@@ -26,8 +30,11 @@ MODES = {
     "train": "train or resume, score, report",
     "evaluate": "score a trained workdir again",
     "check": "print one table of what is in the data and what is wrong with it; no --workdir",
+    "predict": "score files, folders, globs, DICOM series and NIfTI volumes with a trained workdir",
+    "export": "write a trained scorer as one file that runs with jax and numpy alone",
     "report": "rebuild figures and report.html from the workdir's files",
 }
+APART = ("predict", "export")  # modes that use a trained workdir and take no config
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +47,10 @@ def main(argv: list[str]) -> int:
     try:
         given = parse(argv)
         workdir = Path(given.workdir or ".").expanduser()
-        run(given.mode, given.config, workdir)
+        if given.mode in APART:
+            use(given, workdir)
+        else:
+            run(given.mode, given.config, workdir)
     except UserError as error:
         said = str(error)
     except OSError as error:
@@ -68,12 +78,17 @@ def usage() -> str:
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """Read the flags: config, workdir and mode. Raises ConfigError for anything wrong in them."""
+    argv = packaged(argv)
     given = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "Config file, FILE[:k=16,...].", flag_values=given, sys_argv=argv
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=given)
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=given)
+    flags.DEFINE_multi_string("input", [], "What to score; PATH ... .", flag_values=given)
+    flags.DEFINE_string("output", None, "Where results go.", flag_values=given)
+    flags.DEFINE_string("part", "", "i/n: the i-th of n shares.", flag_values=given)
+    flags.DEFINE_boolean("pseudonymise", False, "No name or id of a source.", flag_values=given)
     try:
         rest = given(argv)
     except (
@@ -81,6 +96,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
         *(OSError, ImportError, SyntaxError),  # of the config file
     ) as error:
         raise ConfigError(f"{plain(error)} (see --help)") from error
+    if given.mode in APART:
+        given.input = [*given.input, *rest[1:]]  # --input A B C
+        return complete(given)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
     if given.config is None or not (given.workdir or given.mode == "check"):
@@ -89,6 +107,63 @@ def parse(argv: list[str]) -> flags.FlagValues:
         name = given["config"].config_filename
         raise ConfigError(f"config file {name} cannot be read: give one that exists")
     return given
+
+
+def packaged(argv: list[str]) -> list[str]:
+    """The same flags, with a config that is not a file here taken from the installed package.
+
+    `--config configs/busi.py:k=16`, `busi.py:k=16` and `busi:k=16` then mean the same.
+    """
+    argv = list(argv)
+    here = Path(__file__).parent
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        place = i if equals else i + 1
+        given = value if equals else "".join(argv[place : place + 1])
+        name, colon, arguments = given.partition(":")
+        for folder in (here / "configs", here.parent / "configs"):
+            file = folder / f"{Path(name).stem}.py"
+            ours = Path(name).parent.name in ("", "configs") and not Path(name).is_absolute()
+            if name and ours and not Path(name).is_file() and file.is_file():
+                argv[place] = (
+                    f"{flag}={file}{colon}{arguments}" if equals else (f"{file}{colon}{arguments}")
+                )
+                break
+    return argv
+
+
+def complete(given: flags.FlagValues) -> flags.FlagValues:
+    """The flags of predict and export, or a ConfigError naming what they lack."""
+    needed = ("workdir", "input", "output") if given.mode == "predict" else ("workdir", "output")
+    lacking = [f"--{name}" for name in needed if not given[name].value]
+    if lacking:
+        raise ConfigError(f"--mode {given.mode} needs {' and '.join(lacking)}: see --help")
+    if given.config is not None:
+        raise ConfigError(
+            f"--mode {given.mode} takes no --config: the settings are those of the workdir"
+        )
+    return given
+
+
+def use(given: flags.FlagValues, workdir: Path) -> None:
+    """Predict with, or export, a trained workdir."""
+    devices()
+    output = Path(given.output).expanduser()
+    if given.mode == "export":
+        from medclip_jax import export
+
+        size = export.save(workdir, output)
+        logging.info("%s: %.1f MB", output, size / 1e6)
+        return
+    from medclip_jax import predict
+
+    done = predict.run(workdir, given.input, output, given.part, given.pseudonymise)
+    logging.info(
+        "%d scored, %d finished before, %d unreadable, %d alarm(s): %s",
+        *done,
+    )
 
 
 def plain(error: Exception) -> str:
@@ -126,6 +201,13 @@ def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
         ) from None
     if not os.access(workdir, os.W_OK):
         raise WorkdirError(f"{workdir} is not writable: give another --workdir")
+    # processes of one run share their workdir on purpose
+    with nullcontext() if fields.distributed else lock.hold(workdir):
+        work(mode, fields, workdir)
+
+
+def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
+    """Train, evaluate or report in a workdir that is ours."""
     from rich.console import Console
 
     from medclip_jax import report

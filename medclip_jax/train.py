@@ -23,6 +23,7 @@ from medclip_jax import (
     fusion,
     model,
     prompts,
+    scorer,
     sharding,
 )
 from medclip_jax import config as configuration
@@ -83,9 +84,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         )
         return None
     with stage(timing, "score"):
-        scorer, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
+        built, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
         scored = evaluate.score_images(
-            scorer,
+            built,
             bank,
             drawn.test,
             top=c.score.top,
@@ -99,6 +100,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
+        scorer.write(workdir, c, bank, theta, drawn.support, scored.limits, mix)
 
     result = {
         "dataset": c.data.name,

@@ -148,7 +148,13 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
     charts = "loss roc scores calibration risk_coverage gallery"
     assert held == {
         *("config.json", "metrics.jsonl", "split.json", "predictions.npz", "metrics.json"),
-        *("report.html", "figures", *(f"figures/{name}.png" for name in charts.split())),
+        *(
+            "report.html",
+            "scorer.json",
+            "scorer.safetensors",
+            "figures",
+            *(f"figures/{name}.png" for name in charts.split()),
+        ),
     }
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {str(STEPS - EVERY), str(STEPS)}
     settings = json.loads((whole / "config.json").read_text())

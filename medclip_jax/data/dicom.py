@@ -4,7 +4,7 @@ Only format and modality are told of a file. No text of pydicom's errors is pass
 quote the patient's name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +80,16 @@ def read_series(folder: Path, frames: tuple[int, int] | None = None) -> Image:
     Raises:
       DataError: as `read_dicom`; no DICOM image, several series, or sizes that differ.
     """
-    films = [_decode(path) for path in _sorted_series(folder)]
+    return read_slices(_sorted_series(folder), folder, frames)
+
+
+def read_slices(paths: Sequence[Path], named: Path, frames: tuple[int, int] | None = None) -> Image:
+    """Read the given files, in order, as one series; `named` is what messages call it.
+
+    Returns and raises as `read_series`.
+    """
+    folder = named
+    films = [_decode(path) for path in paths]
     if len({film.pixels.shape[1:] for film in films}) > 1:
         raise DataError(f"{folder} has images of several sizes: give a folder with one series.")
     _finish(films)

@@ -1,0 +1,89 @@
+"""For notebooks: a trained workdir as an object that scores arrays and files.
+
+import medclip_jax
+scorer = medclip_jax.load("runs/phantom")
+for result in scorer.predict(["scan.png"]):
+    print(result.score, result.alarm)
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from medclip_jax import explain, trained
+from medclip_jax import predict as prediction
+from medclip_jax.data import readers
+from medclip_jax.errors import DataError
+
+
+class Prediction(NamedTuple):
+    """One image, scored."""
+
+    score: float  # [0, 1]; 0.5 is the threshold
+    p_value: float  # of "as healthy as the supports"
+    alarm: bool
+    uncertainty: float  # sd of the score over MC-dropout passes
+    map: Float[np.ndarray, "h w"]  # in the image's own frame, [0, 1]; 0.5 is the pixel threshold
+    boxes: tuple[explain.Box, ...]  # of what the map marks, in pixels
+
+
+class Scorer:
+    """A trained workdir. `predict` scores images, `predict_files` writes results of files."""
+
+    def __init__(self, workdir: str | Path):
+        self.workdir = Path(workdir).expanduser()
+        self._trained = trained.load(self.workdir)
+
+    def predict(self, images: Iterable) -> list[Prediction]:
+        """Score images: paths of one-frame files, or arrays [h, w] of finite values in [0, 1].
+
+        Raises DataError for what cannot be read or is no such array.
+        """
+        pixels = [_pixels(image) for image in images]
+        if not pixels:
+            return []
+        fit, size = self._trained.config.data.fit, self._trained.bank.clip.size
+        scores = trained.score(
+            self._trained, np.stack([readers.fit(image, size, fit) for image in pixels])
+        )
+        return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
+
+    def predict_files(self, *named: str, output: str | Path) -> prediction.Summary:
+        """What --mode predict does: results of files, folders and globs below `output`."""
+        return prediction.run(self.workdir, [str(n) for n in named], Path(output))
+
+
+def load(workdir: str | Path) -> Scorer:
+    """The scorer of a trained workdir. Raises WorkdirError or CheckpointError if it has none."""
+    return Scorer(workdir)
+
+
+def _pixels(image) -> Float[np.ndarray, "h w"]:
+    if isinstance(image, str | Path):
+        held = readers.read(Path(image)).pixels
+        if len(held) != 1:
+            raise DataError(f"{image} holds {len(held)} frames: use predict_files for volumes")
+        return held[0]
+    held = np.asarray(image)
+    if held.ndim != 2 or not held.size or held.dtype.kind not in "fiub":
+        raise DataError(f"an image of shape {held.shape} and type {held.dtype}: give [h, w] floats")
+    held = held.astype(np.float32)
+    if not np.isfinite(held).all() or held.min() < 0 or held.max() > 1:
+        raise DataError("an image holds NaN or values outside [0, 1]: scale it to [0, 1]")
+    return held
+
+
+def _prediction(scores: trained.Scores, i: int, shape: tuple, fit: str) -> Prediction:
+    heat = readers.to_frame(scores.maps[i].astype(np.float32), *shape, fit)
+    boxes = explain.boxes(heat, 0.5, min_area=max(1, heat.size // 2000))
+    return Prediction(
+        float(scores.score[i]),
+        float(scores.p_value[i]),
+        bool(scores.alarm[i]),
+        float(scores.uncertainty[i]),
+        heat,
+        tuple(boxes),
+    )

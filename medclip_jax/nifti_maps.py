@@ -1,0 +1,78 @@
+"""Maps of a NIfTI volume as a volume: the voxel grid, affine and codes of the source.
+
+Stored as uint16 with slope 2^-16, so that a voxel is at least 0.5 exactly where its map is. Nothing
+of the source's header but its geometry is kept: the texts may name a patient.
+"""
+
+import gzip
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+
+from medclip_jax import files
+from medclip_jax.data import nifti
+
+SLOPE = 2.0**-16
+CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
+
+
+def write(path: Path, source: Path, frames: int, heat: Callable[[int], np.ndarray]) -> None:
+    """Write the map volume .nii.gz of a volume that was read as axial slices.
+
+    frames: number of slices, of all time points. heat: slice -> its map [h, w] in [0, 1].
+    Raises WorkdirError if the disk refuses it.
+    """
+    header, shape = _geometry(source)
+    slices = shape[2]
+    points = frames // slices
+    first = heat(0)
+    volumes = np.empty((points, slices, *first.shape), np.uint16)
+    for i in range(frames):
+        volumes[i // slices, i % slices] = np.minimum(heat(i) * 65536.0, 65535)
+    affine = header.get_best_affine()
+    back = orientations.ornt_transform(CANONICAL, orientations.io_orientation(affine))
+    turned = [orientations.apply_orientation(nifti.stack(v, "axial"), back) for v in volumes]
+    written = _header(header, turned[0].shape, points)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(temporary, "wb", compresslevel=1) as file:
+            file.write(written.binaryblock + b"\0" * 4)
+            for volume in turned:
+                for z in range(volume.shape[2]):
+                    file.write(volume[:, :, z].tobytes(order="F"))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise files.cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _geometry(source: Path) -> tuple[nibabel.Nifti1Header, tuple[int, int, int]]:
+    """The header of a source that was read before, and its shape in canonical order."""
+    header = nibabel.load(source).header
+    shape = (*header.get_data_shape(), 1, 1)[:3]
+    turn = orientations.io_orientation(header.get_best_affine())
+    canonical = [0, 0, 0]
+    for axis, (to, _) in enumerate(turn):
+        canonical[int(to)] = int(shape[axis])
+    return header, tuple(canonical)
+
+
+def _header(source, shape: tuple[int, ...], points: int) -> nibabel.Nifti1Header:
+    made = nibabel.Nifti1Header()
+    made.set_data_dtype(np.uint16)
+    made.set_data_shape(shape if points == 1 else (*shape, points))
+    for name in ("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d"):
+        made[name] = source[name]
+    for name in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"):
+        made[name] = source[name]
+    made["xyzt_units"] = source["xyzt_units"]
+    made["magic"] = b"n+1"
+    made.set_data_offset(352)
+    made.set_slope_inter(SLOPE, 0)
+    return made

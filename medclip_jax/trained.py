@@ -1,0 +1,160 @@
+"""A trained workdir, loaded: images in the tower frame -> scores, p-values, doubt and maps."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
+
+from medclip_jax import (
+    calibrate,
+    clip,
+    detector,
+    evaluate,
+    features,
+    fusion,
+    scorer,
+    sharding,
+    train,
+)
+from medclip_jax.errors import CheckpointError
+from medclip_jax.score import to_pixels
+from medclip_jax.structs import Features
+
+
+class Readings(NamedTuple):
+    """Compiled readers of patch values [n, p]."""
+
+    maps: Any  # -> [n, size, size]
+    image_scores: Any  # -> [n]
+
+
+class Trained(NamedTuple):
+    """All that scoring needs, on the devices."""
+
+    config: ConfigDict
+    bank: features.Bank  # the tower; nothing is read from or written to its folder
+    detector: detector.Detector
+    limits: evaluate.Limits
+    readings: Readings
+    keys: Any  # [t] of MC-dropout
+    digest: str  # names the scorer
+    k: int  # supports; with fewer than 2 there are no p-values (NaN)
+
+
+class Scores(NamedTuple):
+    """Scores of n images."""
+
+    score: Float[np.ndarray, " n"]  # [0, 1], 0.5 is the threshold
+    p_value: Float[np.ndarray, " n"]
+    alarm: Bool[np.ndarray, " n"]  # the decision at the false-alarm rate asked for in training
+    uncertainty: Float[np.ndarray, " n"]  # sd of the score over MC-dropout passes
+    maps: Float[np.ndarray, "n s s"]  # tower frame, [0, 1], 0.5 is the pixel threshold
+
+
+def load(workdir: Path) -> Trained:
+    """The scorer of a trained workdir; the supports' files are not needed.
+
+    Raises WorkdirError if there is no whole scorer, CheckpointError if its CLIP is not the one
+    that it was trained with.
+    """
+    held = scorer.read(workdir)
+    c = ConfigDict(held.config)
+    tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
+    if tower.digest != held.checkpoint:
+        raise CheckpointError(
+            f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
+            f"({held.checkpoint}, not {tower.digest}): restore that one"
+        )
+    mesh = sharding.mesh()
+    bank = features.open_bank(workdir, tower, c.data.fit, c.bank_dtype, mesh)
+    keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
+    readings = Readings(
+        jax.jit(partial(to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)
+    )
+    made = _detector(c, held, tower, readings)
+    return Trained(c, bank, made, held.limits, readings, keys, held.digest, held.k)
+
+
+def _detector(c, held: scorer.Stored, tower: clip.Clip, readings: Readings) -> detector.Detector:
+    """The detector as training assembled it.
+
+    Its held-out values made the limits and the mix, which are kept. So where a branch does not
+    compare with the supports themselves, one blank row stands for them.
+    """
+    rows = tower.grid**2
+    level = jnp.zeros((1, rows, tower.width))
+    blank = Features(jnp.zeros((1, tower.joint)), (level,) * len(tower.vision_tower.levels))
+    theta = jax.tree.map(lambda x: jnp.asarray(x)[None], held.theta)
+
+    def branch(name: str) -> detector.Detector:
+        if name == "memory":
+            tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), held.tokens)
+            return detector.remember(tokens, c.memory.coreset)
+        if name == "zero_shot":
+            design, frozen = train.build(c, tower, context=0)
+            return detector.zero_shot(theta, frozen, design, tower, None)
+        design, frozen = train.build(c, tower)
+        return detector.learned(theta, frozen, design, blank, [])
+
+    if held.mix is None:
+        return branch(c.method if c.method != "ours" else c.fusion.branches[0])
+    nothing = fusion.Evidence(
+        np.zeros((1, rows)), np.zeros(1), np.zeros((1, 1, rows)), np.zeros((1, 1))
+    )
+    branches = {name: branch(name) for name in held.mix.names}
+    found = dict.fromkeys(branches, nothing)
+    return fusion.combine(branches, found, held.mix, readings.image_scores)
+
+
+def batch_size(trained: Trained) -> int:
+    """Images that `score` takes at a time without another compilation."""
+    return features.batch_size(trained.bank)
+
+
+def score(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Scores:
+    """Score images in the tower frame, [0, 1]; any number, `batch_size` at a time."""
+    size = batch_size(trained)
+    parts = [_batch(trained, images[i : i + size]) for i in range(0, len(images), size)]
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _batch(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Scores:
+    full = np.resize(images, (batch_size(trained), *images.shape[1:]))  # one shape, one compilation
+    tokens = features.encode(trained.bank, full)
+    raw, heat, doubt = (x[: len(images)] for x in _read(trained, tokens))
+    image, nothing = trained.limits.image, np.full(len(raw), np.nan)
+    return Scores(
+        calibrate.to_unit(raw, image.value, trained.limits.image_width),
+        calibrate.p_values(raw, trained.limits.healthy) if trained.k > 1 else nothing,
+        raw > image.value,
+        doubt,
+        heat,
+    )
+
+
+def _read(trained: Trained, batch: Features):
+    """Raw image scores [n], unit maps [n, s, s] and uncertainty [n], on the host."""
+    made, found, readings = trained.detector, trained.limits, trained.readings
+    values = made.patches(batch)
+    raw = readings.image_scores(values) if made.image is None else made.image(batch)
+    maps = np.asarray(readings.maps(values))
+    heat = calibrate.to_unit(maps, found.pixel.value, found.pixel_width)
+    doubt = np.zeros(len(raw))
+    each = passes(made, readings, batch, trained.keys)
+    if each is not None:
+        doubt = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width).std(0)
+    return np.asarray(raw, np.float64), heat, doubt
+
+
+def passes(made: detector.Detector, readings: Readings, batch: Features, keys):
+    """Raw image scores of the MC-dropout passes [t, n]; None where nothing is random."""
+    if made.passes is None or not len(keys):
+        return None
+    if made.image_passes is not None:
+        return made.image_passes(batch, keys)
+    return jax.vmap(readings.image_scores)(made.passes(batch, keys))

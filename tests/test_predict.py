@@ -1,0 +1,197 @@
+"""Prediction through the door: results, resume, hostile names, bad files, privacy, shares."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from medclip_jax import main, trained
+from medclip_jax.data import readers
+
+from .test_end_to_end import ROOT, finished, predictions, world
+
+PLANTED = ("DOEPLANTED", "IDPLANTED77", "19611117", "HOSPITALPLANTED", "PHYSICIANPLANTED")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return finished(tmp_path_factory.getbasetemp()).workdir
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return world(tmp_path_factory.getbasetemp()).data
+
+
+def run(whole: Path, output: Path, *named, more=()) -> int:
+    inputs = [f"--input={n}" for n in named]
+    flags = ["main", "--mode=predict", f"--workdir={whole}", f"--output={output}", *inputs, *more]
+    return main.main(flags)
+
+
+def table(output: Path, name: str = "results.csv") -> list[dict]:
+    with (output / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pages(output: Path) -> list[dict]:
+    return [json.loads(p.read_text()) for p in sorted(output.glob("*.json"))]
+
+
+def noise(seed: int = 0, shape=(40, 50)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def dicom(path: Path, number: int = 1) -> Path:
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.826.0.1.77.3.{number}"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.2.826.0.1.77.1", "1.2.826.0.1.77.2"
+    ds.FrameOfReferenceUID = "1.2.826.0.1.77.4"
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate = PLANTED[0], PLANTED[1], PLANTED[2]
+    ds.PatientSex, ds.StudyDate, ds.StudyTime, ds.StudyID = "F", "20200101", "101010", "1"
+    ds.InstitutionName, ds.PerformingPhysicianName = PLANTED[3:]
+    ds.ReferringPhysicianName, ds.AccessionNumber = "", ""
+    ds.Modality, ds.InstanceNumber, ds.SeriesNumber = "MR", number, 1
+    ds.ImagePositionPatient, ds.ImageOrientationPatient = [0, 0, 2 * number], [1, 0, 0, 0, 1, 0]
+    ds.PixelSpacing, ds.SliceThickness, ds.PositionReferenceIndicator = [0.5, 0.7], 2, ""
+    ds.Rows, ds.Columns, ds.SamplesPerPixel = 40, 50, 1
+    ds.PhotometricInterpretation, ds.PixelRepresentation = "MONOCHROME2", 0
+    ds.BitsAllocated = ds.BitsStored = 8
+    ds.HighBit = 7
+    ds.PixelData = noise(number).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
+    """From the workdir alone, against what training wrote for the same images."""
+    held = predictions(whole)
+    model = trained.load(whole)
+    size = model.bank.clip.size
+    images = [readers.fit(readers.read(data / i).pixels[0], size) for i in held["id"]]
+    got = trained.score(model, np.stack(images))
+    np.testing.assert_allclose(got.score, held["score"], atol=2e-3)
+    np.testing.assert_allclose(got.p_value, held["p_value"], atol=0.26)  # ties may break
+    np.testing.assert_allclose(got.maps, held["maps"].astype(float), atol=3e-3)
+    np.testing.assert_allclose(got.uncertainty, held["uncertainty"], atol=2e-3)
+    assert (got.alarm == (got.score >= 0.5)).all()
+
+
+def test_results_bad_files_and_resume(whole, data, tmp_path, caplog):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "sub/b.png", "c\nd;=1.png", "x" * 200 + ".png")):
+        Image.fromarray(noise(i)).save(folder / name)
+    Image.fromarray(np.full((1, 1), 255, np.uint8)).save(folder / "one.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not for us")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    assert run(whole, output, folder, tmp_path / "absent.png") == 0
+    rows, bad = table(output), table(output, "unreadable.csv")
+    assert len(rows) == 5 and len(bad) == 2
+    assert {"in/broken.png", "absent.png"} == {row["source"] for row in bad}
+    assert all("\n" not in row["source"] for row in rows)
+    inside = {p.resolve().parent for p in output.rglob("*")}
+    assert inside == {output.resolve()} and max(len(p.name) for p in output.iterdir()) < 130
+    for page in pages(output):
+        heat = np.asarray(Image.open(output / page["files"]["map"]))
+        assert heat.shape == (page["height"], page["width"])
+        for box in page["frames"][0]["boxes"]:
+            part = heat[box["row0"] : box["row1"], box["col0"] : box["col1"]]
+            assert part.max() >= 32768 and "width_mm" not in box
+    before = {p.name: p.stat().st_mtime_ns for p in output.glob("*.json")}
+    Image.fromarray(noise(9)).save(folder / "a.png")  # other bytes
+    assert run(whole, output, folder) == 0
+    changed = {p.name for p in output.glob("*.json") if p.stat().st_mtime_ns != before[p.name]}
+    assert len(changed) == 1 and next(iter(changed)).startswith("in_a.png")
+
+
+def test_shares_cover_everything_once_and_join(whole, tmp_path):
+    for i in range(5):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(noise(i)).save(tmp_path / "in" / f"{i}.png")
+    output = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        assert run(whole, output, tmp_path / "in", more=[f"--part={part}"]) == 0
+    parts = [table(output, f"results.{i}-of-2.csv") for i in (1, 2)]
+    assert [len(p) for p in parts] == [3, 2]
+    assert run(whole, output, tmp_path / "in") == 0
+    joined = table(output)
+    assert sorted(r["source"] for r in joined) == sorted(r["source"] for p in parts for r in p)
+    assert {r["score"] for r in joined} == {r["score"] for p in parts for r in p}
+
+
+def test_nothing_to_read_is_the_users_to_mend(whole, tmp_path, capfd):
+    assert run(whole, tmp_path / "out", tmp_path / "absent.png") == 2
+    assert "none of the 1 item(s) could be read" in capfd.readouterr().err
+    assert run(whole, tmp_path / "out", tmp_path) == 2
+    assert run(whole, tmp_path / "out", tmp_path, more=["--part=3/2"]) == 2
+    assert run(tmp_path, tmp_path / "out", tmp_path) == 2
+    assert main.main(["main", "--mode=predict", f"--workdir={whole}"]) == 2
+
+
+@pytest.mark.parametrize("pseudonymise", [False, True])
+def test_a_dicom_series_gives_objects_without_identity(whole, tmp_path, caplog, pseudonymise):
+    for number in (2, 1, 3):
+        dicom(tmp_path / "in" / f"s{4 - number}.dcm", number)
+    output = tmp_path / "out"
+    more = ["--pseudonymise"] if pseudonymise else []
+    assert run(whole, output, tmp_path / "in", more=more) == 0
+    (page,) = pages(output)
+    assert len(page["frames"]) == 3 and page["spacing_mm"] == [0.5, 0.7] and not page["notes"]
+    seg = pydicom.dcmread(output / page["files"]["seg"])
+    capture = pydicom.dcmread(output / page["files"]["capture"])
+    assert seg.SOPClassUID == pydicom.uid.SegmentationStorage and (seg.Rows, seg.Columns) == (
+        40,
+        50,
+    )
+    referred = {
+        r.ReferencedSOPInstanceUID
+        for r in seg.ReferencedSeriesSequence[0]["ReferencedInstanceSequence"]
+    }
+    ours = {f"1.2.826.0.1.77.3.{n}" for n in (1, 2, 3)}
+    assert not referred & ours if pseudonymise else referred == ours
+    assert capture.BurnedInAnnotation == "NO" and capture.StudyInstanceUID == seg.StudyInstanceUID
+    # PS3.3 asks that objects of a study share the patient's name, id and birth date: no more
+    allowed = () if pseudonymise else PLANTED[:3]
+    for path in output.rglob("*"):
+        raw = path.read_bytes()
+        held = [p for p in PLANTED if p.encode() in raw]
+        assert set(held) <= set(allowed if path.suffix == ".dcm" else ()), (path.name, held)
+    assert not any(p in caplog.text for p in PLANTED)
+    if pseudonymise:
+        assert not any(u.encode() in p.read_bytes() for u in ours for p in output.rglob("*"))
+
+
+def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 6)).astype(np.int16)
+    affine = np.array([[-1.5, 0, 0, 9], [0, 0, 2.0, -7], [0, 1.2, 0, 3], [0, 0, 0, 1]])
+    nibabel.Nifti1Image(voxels, affine).to_filename(tmp_path / "v.nii.gz")
+    assert run(whole, tmp_path / "out", tmp_path / "v.nii.gz") == 0
+    (page,) = pages(tmp_path / "out")
+    made = nibabel.load(tmp_path / "out" / page["files"]["map"])
+    np.testing.assert_allclose(made.affine, affine, atol=1e-5)
+    assert made.shape == voxels.shape and 0 <= made.get_fdata().min()
+    # axial slices run along the source's second axis, which is the patient's foot-to-head axis
+    tops = [made.get_fdata()[:, i].max() >= 0.5 for i in range(24)]
+    boxed = [bool(f["boxes"]) for f in page["frames"]]
+    assert len(boxed) == 24 and all(t or not b for t, b in zip(tops, boxed, strict=True))
+
+
+def test_a_config_by_name_is_the_packaged_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for given in ("configs/phantom.py:k=4", "phantom:k=4"):
+        argv = main.packaged(["main", f"--config={given}"])
+        assert argv[1] == f"--config={ROOT}/configs/phantom.py:k=4"
+    assert main.packaged(["main", "--config", "none.py"]) == ["main", "--config", "none.py"]
