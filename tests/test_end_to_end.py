@@ -316,7 +316,8 @@ def test_methods_that_learn_nothing(tiny, tmp_path, method):
 @pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])
 def test_none_and_one_support_promise_nothing(tiny, tmp_path, k, method):
     asked = "ours" if k == 0 else method
-    assert tiny.main(tmp_path, "--config.steps=2", arguments=f"k={k},method={asked}") == 0
+    fuse = "--config.fusion.branches=('learned','memory','zero_shot')"
+    assert tiny.main(tmp_path, "--config.steps=2", fuse, arguments=f"k={k},method={asked}") == 0
     held = json.loads((tmp_path / "metrics.json").read_text())
     found = held["calibration"]
     assert held["method"] == method and held["k"] == found["k"] == k
