@@ -133,8 +133,10 @@ def _attention(x, p, heads: int, mask):
     return _dense(mixed.reshape(n, s, d), p["out"])
 
 
-def _block(x, p, tower: Tower, mask=None):
-    x = x + _attention(_layer_norm(x, p["norm1"], tower.eps), p, tower.heads, mask)
+def _block(x, p, tower: Tower, mask=None, shift=None):
+    """One residual block; `shift` is added to what the first norm hands to the attention."""
+    y = _layer_norm(x, p["norm1"], tower.eps)
+    x = x + _attention(y if shift is None else y + shift, p, tower.heads, mask)
     hidden = _activate(_dense(_layer_norm(x, p["norm2"], tower.eps), p["fc1"]), tower.activation)
     return x + _dense(hidden, p["fc2"])
 
@@ -145,14 +147,10 @@ def normalise(grey: Float[Array, "n h w"], mean, std) -> Float[Array, "n h w 3"]
     return (grey[..., None] - mean) / std
 
 
-def patch_features(
+def embed(
     vision: dict[str, Any], pixels: Float[Array, "n h w 3"], tower: Tower
-) -> Features:
-    """Pooled embedding (joint space, not normalised) and patch tokens after each tapped block.
-
-    Tokens are the residual stream, without the final norm and projection, as MediCLIP taps them
-    (PEERS 5.9); row-major grid, class token dropped.
-    """
+) -> Float[Array, "n s d"]:
+    """What the first block reads: class token, then patches (row-major), with positions."""
     n, h, w, _ = pixels.shape
     s = tower.patch
     patches = pixels.reshape(n, h // s, s, w // s, s, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -161,7 +159,40 @@ def patch_features(
     x = x @ vision["patch"].astype(dtype)
     first = jnp.broadcast_to(vision["class"].astype(dtype), (n, 1, x.shape[-1]))
     x = jnp.concatenate([first, x], axis=1) + vision["position"].astype(dtype)[None]
-    x = _layer_norm(x, vision["pre"], tower.eps)
+    return _layer_norm(x, vision["pre"], tower.eps)
+
+
+def run_block(
+    vision: dict[str, Any], x: Float[Array, "n s d"], number: int, tower: Tower, shift=None
+) -> Float[Array, "n s d"]:
+    """Block `number` (from 1) of the image tower; a `shift` is added to its first norm's output."""
+    return _block(x, jax.tree.map(lambda b: b[number - 1], vision["blocks"]), tower, shift=shift)
+
+
+def first_norm(
+    vision: dict[str, Any], x: Float[Array, "n s d"], number: int, tower: Tower
+) -> Float[Array, "n s d"]:
+    """What the first norm of block `number` (from 1) hands to its attention."""
+    return _layer_norm(
+        x, jax.tree.map(lambda b: b[number - 1], vision["blocks"]["norm1"]), tower.eps
+    )
+
+
+def pool(vision: dict[str, Any], x: Float[Array, "n s d"], tower: Tower) -> Float[Array, "n j"]:
+    """The pooled embedding (joint space, not normalised) of the last block's tokens."""
+    first = _layer_norm(x[:, 0], vision["post"], tower.eps)
+    return first @ vision["projection"].astype(x.dtype)
+
+
+def patch_features(
+    vision: dict[str, Any], pixels: Float[Array, "n h w 3"], tower: Tower
+) -> Features:
+    """Pooled embedding (joint space, not normalised) and patch tokens after each tapped block.
+
+    Tokens are the residual stream, without the final norm and projection, as MediCLIP taps them
+    (PEERS 5.9); row-major grid, class token dropped.
+    """
+    x = embed(vision, pixels, tower)
     levels, start = [], 0
     for level in tower.levels:  # one scan per stretch between taps
         stretch = jax.tree.map(lambda b, i=start, j=level: b[i:j], vision["blocks"])
@@ -170,7 +201,7 @@ def patch_features(
         start = level
     rest = jax.tree.map(lambda b: b[start:], vision["blocks"])
     x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, rest)
-    pooled = _layer_norm(x[:, 0], vision["post"], tower.eps) @ vision["projection"].astype(dtype)
+    pooled = pool(vision, x, tower)
     return Features(pooled.astype(jnp.float32), tuple(levels))
 
 

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from medclip_jax.errors import ConfigError
 
-METHODS = ("ours", "mediclip", "memory", "zero_shot")
+METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
+FIXED = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing learns
 BRANCHES = ("learned", "memory", "zero_shot")
 LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
@@ -23,6 +24,9 @@ CHOICES = {
     "method": METHODS,
     "learner": LEARNERS,
     "data.fit": ("stretch", "pad"),
+    "data.split": ("peer", "clean"),
+    "data.uncertain": ("exclude", "positive", "negative"),
+    "data.blank": ("negative", "exclude"),
     "clip.dtype": ("float32", "bfloat16"),
     "bank_dtype": ("float32", "bfloat16", "float16"),
     "prompts.phrases": ("templates", "words", "ontology"),
@@ -35,7 +39,7 @@ LEAST = {
     "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
     "calibration.folds": 2,  # what calibrates is held out from training
     **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
-    **dict.fromkeys(("synthesis.variants", "data.pool", "fusion.probes"), 1),
+    **dict.fromkeys(("synthesis.variants", "data.pool", "fusion.probes", "augment.copies"), 1),
     **dict.fromkeys(("meta.images", "meta.shots", "meta.query"), 0),
     **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
     **{"meta.tasks": 1, "cluster.processes": 0, "cluster.process": -1},
@@ -46,6 +50,11 @@ LEAST = {
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
 }
 SHARES = {  # (smallest, largest, what to give)
+    "augment.flip": (0, 1, "a probability from 0 to 1"),
+    "augment.flip_vertical": (0, 1, "a probability from 0 to 1"),
+    "augment.rotate": (0, 180, "an angle from 0 to 180 degrees"),
+    "augment.elastic": (0, 0.05, "a share of the side from 0 to 0.05"),
+    "augment.intensity": (0, 1, "a strength from 0 to 1"),
     "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
     "score.top": (0, 1, "a share from 0 to 1"),
     "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
@@ -67,10 +76,16 @@ MEDICLIP = {
     "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
     "score": {"top": 0.0},
+    "augment": dict.fromkeys(("flip", "flip_vertical", "rotate", "elastic", "intensity"), 0.0),
     "fusion": {"branches": ("learned",)},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
 }
 
+# What CheXpert's labels that say neither yes nor no mean (data/chexpert.py).
+CHEXPERT = {
+    "uncertain": "exclude",  # label -1: exclude | positive | negative
+    "blank": "negative",  # not mentioned: negative | exclude
+}
 PROMPTS = {
     "phrases": "templates",  # templates | words (as MediCLIP) | ontology (templates and synonyms)
     "context": 8,  # learnable vectors per prompt
@@ -114,6 +129,17 @@ CLUSTER = {
 }
 
 
+# Of the supports, in training: augment.Strengths. All strengths 0 is off.
+AUGMENT = {
+    "copies": 8,  # augmented copies per support
+    "flip": 0.0,  # probability of mirroring left and right
+    "flip_vertical": 0.0,  # probability of turning upside down
+    "rotate": 0.0,  # largest angle, degrees
+    "elastic": 0.0,  # sd of the displacement, share of the side; ultrasound and MRI only
+    "intensity": 0.0,  # largest change of contrast, gamma and brightness
+}
+
+
 def parse_arg(arg: str) -> dict:
     """`k=16,seed=0` -> typed values. Raises ConfigError for an unknown name or a bad value."""
     given = {}
@@ -144,10 +170,11 @@ def base(arg: str = "", **data) -> ConfigDict:
         "modality": "medical image",  # fills the prompt templates
         "anatomy": "tissue",
         "conditions": ("disease",),
-        "split": "peer",  # PROTOCOL.md
-        "pool": 32,  # healthy images set aside for supports
+        "split": "peer",  # as published tables | clean: near-duplicates and patients kept apart
+        "pool": 32,  # healthy images set aside for supports, of sets without parts in peer
         "fit": "stretch",  # into the tower's square: stretch (as peers) | pad
-    } | data
+        "recipe": "",  # preprocessing: "" | one of preprocess.RECIPES | steps, "wavelet,clahe"
+    } | (CHEXPERT | data)
     c.clip = {
         "checkpoint": "compact",  # compact (embedded) | folder | Hub id
         "levels": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
@@ -161,6 +188,7 @@ def base(arg: str = "", **data) -> ConfigDict:
         "variants": 50,  # anomalous variants per support; an epoch uses one
         "partner": "self",  # CutPaste copies from the image itself | from any "support"
     }
+    c.augment = AUGMENT
     c.model = {
         "form": "softmax",  # score.FORMS: softmax | distance (equation 9)
         "learn_scale": True,  # temperature of the anomaly logit
@@ -198,13 +226,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if c.method == "mediclip":
         c.update(MEDICLIP)
         c.learner = "joint"
+    if c.method == "joint":  # ours without episodes, whatever the learner of ours
+        c.learner = "joint"
     check(c)
     c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     c.meta.query = c.meta.query or c.meta.shots
     c.steps = c.steps or max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
-    if c.method in ("memory", "zero_shot"):
-        c.steps = 0  # nothing learns
+    if c.method in FIXED:
+        c.steps = 0
     c.cache = str(cache_folder(c.cache))
     return c
 

@@ -38,6 +38,8 @@ class Detector(NamedTuple):
     # image scores of every pass where they do not come from the patches: (features, keys) -> [t, n]
     image_passes: Callable[[Features, Any], Float[Array, "t n"]] | None = None
     k: int = 0  # supports
+    # reads images otherwise than features.load_images, with its arguments
+    load: Callable[..., Any] | None = None
 
 
 def build(

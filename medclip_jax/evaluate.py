@@ -1,6 +1,7 @@
 """Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
 
 import io
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,10 +15,22 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import track
 
-from medclip_jax import calibrate, features, files, metrics, processes, score, sharding
+from medclip_jax import (
+    attribution,
+    calibrate,
+    explain,
+    features,
+    files,
+    intervals,
+    metrics,
+    processes,
+    score,
+    sharding,
+    thumbnails,
+)
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
-from medclip_jax.structs import Predictions, Record
+from medclip_jax.structs import Features, Predictions, Record
 
 BATCH = 32  # images per scoring call
 GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
@@ -26,6 +39,7 @@ GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
 class Scored(NamedTuple):
     predictions: Predictions
     calibration: dict[str, Any]
+    cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM per patch, [0, 1]
 
 
 class Limits(NamedTuple):
@@ -61,10 +75,10 @@ def score_images(
     keys = jax.random.split(jax.random.key(seed), passes)
 
     local = sharding.mesh(jax.local_devices())
-    rows, doubt = [], []
+    rows, doubt, why = [], [], []
     mine = [test[i] for i in processes.part(len(test))]
     out = np.empty((len(mine), size, size), np.float16)
-    groups = features.load_images(bank, mine, BATCH)
+    groups = (detector.load or features.load_images)(bank, mine, BATCH)
     groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
         real = len(batch.pooled)
@@ -77,14 +91,15 @@ def score_images(
         )
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
         doubt.append(np.zeros(real))
+        why.append(cams(detector, batch, top)[:real])
         if detector.passes is not None and passes:
             if detector.image_passes is None:
                 each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))[:, :real]
             else:
                 each = np.asarray(detector.image_passes(batch, keys))[:, :real]
             doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
-    held = (np.concatenate(rows), np.concatenate(doubt), out)
-    raw, doubt, out = processes.gather(held, len(test))
+    held = (np.concatenate(rows), np.concatenate(doubt), out, np.concatenate(why))
+    raw, doubt, out, why = processes.gather(held, len(test))
     predictions = Predictions(
         tuple(r.id for r in test),
         np.array([r.label for r in test]),
@@ -93,7 +108,19 @@ def score_images(
         doubt,
         out,
     )
-    return Scored(predictions, described(found, alpha, detector.k))
+    explained = why if why.any() else None
+    return Scored(predictions, described(found, alpha, detector.k), explained)
+
+
+def cams(detector: Detector, batch: Features, top: float) -> Float[np.ndarray, "n p"]:
+    """Grad-CAM per patch of what the detector reads, float16; one column of 0 for pixels."""
+    if detector.load is not None:
+        return np.zeros((len(batch.pooled), 1), np.float16)
+    try:
+        return attribution.cams(detector.patches, batch, top).astype(np.float16)
+    except explain.NoGradientError as error:
+        logging.warning("no Grad-CAM: %s", error)
+        return np.zeros(batch.levels[0].shape[:2], np.float16)
 
 
 def described(found: Limits, alpha: float, k: int) -> dict[str, Any]:
@@ -161,15 +188,21 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     pixel = None
     if any(test[i].label for i in known):
-        masks = truths([test[i] for i in known], p.maps.shape[-1], fit)
-        pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks)
+        measured = [test[i] for i in known]
+        masks = truths(measured, p.maps.shape[-1], fit)
+        mm = spacings(measured, p.maps.shape[-1], fit)
+        pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks, spacing=mm)
+        pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
+    sure = {"image": intervals.image(p.score, p.label)}
+    sure["pixel"] = intervals.pixel(p.maps[known], masks, p.label[known]) if pixel else {}
     kept = dict(scored.calibration)
     k, alpha = kept.pop("k"), kept.pop("alpha")
     if k > 1:
         summary = calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
     else:
         summary = calibrate.no_promise(p.score[p.label == 0], k, alpha)
-    return {"image": image, "pixel": pixel, "calibration": {**summary, **kept}}
+    calibration = {**summary, **kept}
+    return {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure}
 
 
 def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:
@@ -181,6 +214,23 @@ def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s
     empty = np.zeros((size, size), bool)
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(one, test)))
+
+
+def spacings(test: Sequence[Record], size: int, fit: str) -> list[tuple[float, float]] | None:
+    """Millimetres per pixel of the tower frame (row, column) of each image; None if any lacks it.
+
+    Distances of one table must have one unit, so one image without spacing makes all of them
+    pixels.
+    """
+    found = []
+    for record in test:
+        image = readers.read(record.path)
+        if image.spacing is None:
+            return None
+        sides = image.pixels.shape[1:]
+        sides = sides if fit == "stretch" else (max(sides),) * 2
+        found.append(tuple(mm * side / size for mm, side in zip(image.spacing, sides, strict=True)))
+    return found
 
 
 def truth(record: Record) -> Bool[np.ndarray, "h w"]:
@@ -199,6 +249,7 @@ def write_predictions(
 
     Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
     gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
+    Of every image, for the report: the arrays of `thumbnails.pack`.
     """
     p = scored.predictions
     rng = np.random.default_rng(seed)
@@ -216,6 +267,7 @@ def write_predictions(
         if test[i].masks or test[i].label == 0:
             mask = truth(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
             gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
+    gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     whole = io.BytesIO()
     np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **gallery)
     files.write_bytes(workdir / "predictions.npz", whole.getvalue())

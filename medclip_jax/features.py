@@ -5,11 +5,12 @@ On disk, one safetensors file per source image, named by the content of everythi
   <cache>/bank/<recipe>/<image sha256>.safetensors              the image as it is
   <cache>/bank/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
 
-`recipe` is the digest of checkpoint, levels, frame, pixel mean and number format; `synthesis` of
-preset, seed, number of variants and partners. So the bank serves every K, seed and method, and
-whatever changes tokens changes a name. A file appears whole (written beside, then renamed); one
-that is damaged is made again. Tensors: `pooled` [v, d], `level0` … [v, p, d], for variants also
-`mask` [v, bytes] (packed bits) and `kind` [v].
+`recipe` is the digest of checkpoint, levels, frame, pixel mean, number format and preprocessing;
+`synthesis` of preset, seed, number of variants, partners and augmentation. So the bank serves every
+K, seed and method, and whatever changes tokens changes a name. A file appears whole (written
+beside, then renamed); one that is damaged is made again. Tensors: `pooled` [v, d], `level0` …
+[v, p, d], for variants also `mask` [v, bytes] (packed bits) and `kind` [v]; augmented copies follow
+the variants there.
 """
 
 import hashlib
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from medclip_jax import clip, files, processes, sharding
-from medclip_jax.data import readers, synthesis
+from medclip_jax.data import augment, preprocess, readers, synthesis
+from medclip_jax.data.variants import Synthesis, variants
 from medclip_jax.errors import ConfigError
 from medclip_jax.groups import batches, progress, unique
 from medclip_jax.structs import Batch, Features, Record
@@ -44,28 +45,22 @@ class Bank(NamedTuple):
     dtype: str  # of the tokens on disk
     mesh: Any
     vision: Any  # the tower's parameters, on every device
+    recipe: tuple[str, ...] = ()  # preprocess.STEPS that images go through before the tower
 
 
-class Synthesis(NamedTuple):
-    """How anomalies are made."""
-
-    preset: str  # synthesis.Preset
-    variants: int  # anomalous variants per image
-    seed: int
-    partner: str  # CutPaste copies from "self" or from any "support"
-
-
-def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh) -> Bank:
-    """A bank below `cache`. Raises ConfigError for an unknown fit or dtype."""
+def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh, recipe="") -> Bank:
+    """A bank below `cache`. Raises ConfigError for an unknown fit, dtype or recipe."""
     if fit not in ("stretch", "pad"):
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
     tower = model.vision_tower
     pixels = model.size, model.mean, model.std, fit
-    recipe = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype)
+    steps = preprocess.steps(recipe)
+    named = [(preprocess.VERSION, steps)] if steps else []
+    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype, *named)
     vision = sharding.replicate(model.vision, mesh)
-    return Bank(cache / "bank" / recipe, model, fit, dtype, mesh, vision)
+    return Bank(cache / "bank" / name, model, fit, dtype, mesh, vision, steps)
 
 
 def digest(*parts: Any) -> str:
@@ -121,35 +116,14 @@ def encode_variants(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -
         extra = {"mask": np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1), "kind": kinds}
         write(variant_path(bank, support, supports, recipe), bank, features, slice(None), extra)
     processes.seen([variant_path(bank, s, supports, recipe) for s in todo])
-    return len(todo) * recipe.variants
-
-
-def variants(
-    record: Record,
-    image: Float[np.ndarray, "s s"],
-    partners: Float[np.ndarray, "k s s"],
-    recipe: Synthesis,
-) -> tuple[Float[np.ndarray, "v s s"], Float[np.ndarray, "v s s"], Int[np.ndarray, " v"]]:
-    """Anomalous variants of one image: (images, masks, kinds).
-
-    Variant i is a function of (seed, image content, i) and, if partners are shared, of them.
-    """
-    name = int(record.sha256[:16], 16)
-    keys = jnp.stack([synthesis.key_for(recipe.seed, name, v) for v in range(recipe.variants)])
-    rng = np.random.default_rng([recipe.seed, name])
-    kinds = rng.integers(len(synthesis.KINDS) - 1, size=recipe.variants)
-    chosen = rng.integers(len(partners), size=recipe.variants)
-    images = np.broadcast_to(image, (recipe.variants, *image.shape))
-    sources = images if recipe.partner == "self" else partners[chosen]
-    changed, masks = synthesis.batch(keys, images, sources, kinds, recipe.preset)
-    return changed, masks, kinds
+    return len(todo) * (recipe.variants + recipe.copies)
 
 
 def variant_path(bank: Bank, record: Record, supports: Sequence[Record], recipe: Synthesis) -> Path:
     partners = [s.sha256 for s in supports] if recipe.partner == "support" else []
-    return (
-        bank.folder / f"{record.sha256}-{digest(synthesis.VERSION, recipe, partners)}.safetensors"
-    )
+    plain, changes = recipe[:4], (augment.VERSION, recipe.copies, recipe.strengths)
+    parts = synthesis.VERSION, plain, partners, *([changes] if recipe.copies else [])
+    return bank.folder / f"{record.sha256}-{digest(*parts)}.safetensors"
 
 
 class Pool(NamedTuple):
@@ -161,6 +135,7 @@ class Pool(NamedTuple):
     size: int  # pixels per side of the masks
     variants: int
     kinds: Int[np.ndarray, "k v"]  # of each variant, index into synthesis.KINDS
+    copies: int = 0  # augmented copies per support, clean
 
 
 def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool:
@@ -174,7 +149,9 @@ def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool
     altered = (
         opened(variant_path(bank, s, supports, recipe) for s in supports) if recipe.variants else ()
     )
-    kinds = [tensor("kind")[:] for tensor in altered] or np.zeros((len(supports), 0), int)
+    kinds = [tensor("kind")[: recipe.variants] for tensor in altered] or np.zeros(
+        (len(supports), 0), int
+    )
     return Pool(
         opened(image_path(bank, s) for s in supports),
         altered,
@@ -182,6 +159,7 @@ def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool
         bank.clip.size,
         recipe.variants,
         np.asarray(kinds),
+        recipe.copies if recipe.variants else 0,
     )
 
 
@@ -195,21 +173,22 @@ def join(pools: Sequence[Pool]) -> Pool:
 
 
 def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " n"]) -> Batch:
-    """Rows of the pool as a batch on the host; variant -1 is the image itself (Identity)."""
+    """Rows of the pool as a batch on the host.
+
+    variant: -1 is the image itself (Identity), -2 - c its augmented copy c, both clean.
+    """
+
+    def row(s, v, name: str) -> np.ndarray:
+        if v == -1:
+            return pool.clean[s](name)[0]
+        return pool.anomalous[s](name)[int(v) if v >= 0 else pool.variants - int(v) - 2]
 
     def rows(name: str) -> np.ndarray:
-        picked = [
-            pool.clean[s](name)[0] if v < 0 else pool.anomalous[s](name)[int(v)]
-            for s, v in zip(support, variant, strict=True)
-        ]
-        return np.stack(picked)
+        return np.stack([row(s, v, name) for s, v in zip(support, variant, strict=True)])
 
     bits = pool.size * pool.size
     empty = np.zeros(-(-bits // 8), np.uint8)
-    packed = [
-        empty if v < 0 else pool.anomalous[s]("mask")[int(v)]
-        for s, v in zip(support, variant, strict=True)
-    ]
+    packed = [row(s, v, "mask") if v >= 0 else empty for s, v in zip(support, variant, strict=True)]
     mask = np.unpackbits(np.stack(packed), axis=1, count=bits).reshape(-1, pool.size, pool.size)
     return Batch(
         Features(rows("pooled"), tuple(rows(f"level{i}") for i in range(pool.levels))),
@@ -237,7 +216,8 @@ def encode_share(bank: Bank, images: Float[np.ndarray, "m s s"], real: int) -> F
 
     The share has its full length, so there is one shape and one compilation.
     """
-    model, placed = bank.clip, sharding.place(images, bank.mesh)
+    model, images = bank.clip, preprocess.batch(images, bank.recipe)
+    placed = sharding.place(images, bank.mesh)
     features = clip.encode_images(
         bank.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
     )

@@ -67,7 +67,7 @@ def _page(panels: Sequence[Panel]) -> bytes:
     width = left + 4 * wide + 3 * gap + right
     height = top + sum(tall) + gap * (len(panels) - 1) + bottom
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=GROUND)
-    scale = ScalarMappable(Normalize(0, 1), "inferno")
+    scale = ScalarMappable(Normalize(0, 1), "cividis")
     y = height - top
     for panel, h in zip(panels, tall, strict=True):
         y -= h

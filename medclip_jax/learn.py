@@ -163,7 +163,7 @@ def batch_at(
     after epoch; in an epoch a support is itself with probability 1/4 (Identity), else its next
     anomalous variant. `rows`: those that are read, None for all.
     """
-    picks = [rows_at(step, own, size, seed, pool.variants) for own in members]
+    picks = [rows_at(step, own, size, seed, pool.variants, pool.copies) for own in members]
     # [row, copy]
     support, variant = (np.stack(x, axis=1) for x in zip(*picks, strict=True))
     if rows is not None:
@@ -172,15 +172,19 @@ def batch_at(
     return jax.tree.map(lambda x: x.reshape(*support.shape, *x.shape[1:]), batch)
 
 
-def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int):
-    """(support, variant) of each row of a step; variant -1 is the image itself."""
+def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int, copies: int = 0):
+    """(support, variant) of each row of a step; variant -1 is the image itself.
+
+    Clean rows take the image and its augmented copies (-2, -3, ...) in turn.
+    """
     support, variant = [], []
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, len(own))
         rng = np.random.default_rng([seed, epoch])
         support.append(own[rng.permutation(len(own))[place]])
         identity = rng.random(len(own))[place] < 0.25
-        variant.append(-1 if identity or not variants else epoch % variants)
+        clean = -1 - epoch % (1 + copies)
+        variant.append(clean if identity or not variants else epoch % variants)
     return np.array(support), np.array(variant)
 
 
@@ -197,6 +201,7 @@ def episodes_at(
     `sizes` are those of episodes.sample; `rows` are the tasks that are read, None for all. On the
     host: put it with sharding.put, or with sharding.place if `rows` is a process's share.
     """
+    sizes = sizes | {"copies": pool.copies}
     rows = np.arange(sizes["tasks"]) if rows is None else rows
     drawn = [episodes.sample(step, seed, own, pool.kinds, **sizes) for own in members]
     valid = np.ones((len(rows), len(members)), bool)

@@ -1,7 +1,7 @@
 """The door: flags, then one call.
 
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
-                           [--mode train|evaluate|report] [--config.field=value ...]
+                           [--mode train|evaluate|check|report] [--config.field=value ...]
 
 Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault,
 130 on Ctrl-C, 143 on SIGTERM while training: the state is saved then, the same command goes on.
@@ -25,6 +25,7 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM) 
 MODES = {
     "train": "train or resume, score, report",
     "evaluate": "score a trained workdir again",
+    "check": "print one table of what is in the data and what is wrong with it; no --workdir",
     "report": "rebuild figures and report.html from the workdir's files",
 }
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     workdir, code = None, 2
     try:
         given = parse(argv)
-        workdir = Path(given.workdir).expanduser()
+        workdir = Path(given.workdir or ".").expanduser()
         run(given.mode, given.config, workdir)
     except UserError as error:
         said = str(error)
@@ -82,7 +83,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise ConfigError(f"{plain(error)} (see --help)") from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
-    if given.config is None or not given.workdir:
+    if given.config is None or not (given.workdir or given.mode == "check"):
         raise ConfigError("--config and --workdir are needed: see --help")
     if not isinstance(given.config, ConfigDict):  # ml_collections keeps quiet until it is used
         name = given["config"].config_filename
@@ -98,8 +99,25 @@ def plain(error: Exception) -> str:
     return " ".join(said.split())
 
 
+def check(fields: ConfigDict) -> None:
+    """Print the table of the data set; DataError if it cannot be used."""
+    from medclip_jax.data import check as data_check
+
+    c = config.resolve(fields)
+    root = Path(c.data.root) if c.data.root else None
+    data_check.run(
+        *(c.data.name, root, Path(c.cache), c.k),
+        seed=c.seed,
+        pool_size=c.data.pool,
+        kind=c.data.split,
+        policy=(c.data.uncertain, c.data.blank),
+    )
+
+
 def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
     """One call per mode. Imports are here so that --help is quick."""
+    if mode == "check":
+        return check(fields)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,6 +1,7 @@
 """report.html and its figures, from the files of a workdir alone: no model, no data set, no JAX."""
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from medclip_jax import figures, gallery
+from medclip_jax import figures, gallery, viewer
 from medclip_jax.files import write_bytes
 from medclip_jax.results import MAX_BOXES, SPECK, Files, read
 
@@ -55,6 +56,7 @@ class Cell(NamedTuple):
     name: str
     value: str | None  # the exact value, None if undefined
     text: str  # as printed
+    limits: str | None = None  # 95% interval as printed
 
 
 def write(workdir: str | Path) -> Path:
@@ -108,6 +110,9 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
     metrics, predictions = files.metrics, files.predictions
     label = predictions["label"]
     pictures = dict(_pictures(files, charts, sheets))
+    sure = metrics.get("intervals") or {}
+    script = (ROOT / "report.js").read_text(encoding="utf-8")
+    shown = {"colours": viewer.colours(), "images": files.pictures}
     return environment.get_template("report.html.jinja").render(
         metrics=metrics,
         support=files.split["support"],
@@ -117,8 +122,14 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
         abnormal=int((label == 1).sum()),
         missing=len({row["id"] for row in files.split["test"]} - set(predictions["id"].tolist())),
         text=text,
-        image_table=_table(metrics["image"]),
-        pixel_table=_table(metrics.get("pixel") or {}),
+        image_table=_table(metrics["image"], limits=sure.get("image")),
+        pixel_table=_table(metrics.get("pixel") or {}, limits=sure.get("pixel")),
+        sure=bool(sure.get("image") or sure.get("pixel")),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        shown=viewer.as_script(shown),
+        everything=_all_rows(files),
+        command=_command(files),
         calibration=metrics.get("calibration") or {},
         calibration_table=_table(metrics.get("calibration") or {}, skip=("message",)),
         timing_table=_table(metrics.get("timing") or {}, names={}),
@@ -141,7 +152,11 @@ def text(value: Any) -> str:
 
 
 def _table(
-    values: Mapping[str, Any], *, skip: tuple[str, ...] = (), names: Mapping[str, str] = NAMES
+    values: Mapping[str, Any],
+    *,
+    skip: tuple[str, ...] = (),
+    names: Mapping[str, str] = NAMES,
+    limits: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """Rows for the plain values; curves and other lists are drawn, not listed."""
     return [
@@ -149,6 +164,7 @@ def _table(
             names.get(name, name.replace("_", " ") if names else name),
             None if value is None else str(value),
             text(value),
+            " to ".join(map(text, limits[name])) if limits and name in limits else None,
         )
         for name, value in values.items()
         if name not in skip and not isinstance(value, list | dict)
@@ -161,6 +177,24 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _all_rows(files: Files) -> list[dict[str, Any]]:
+    """One row per test image for the table; boxes are None where no small copy was kept."""
+    columns = ("id", "label", "score", "p_value", "uncertainty")
+    rows = []
+    for i in range(len(files.predictions["id"])):
+        row = {name: files.predictions[name][i].item() for name in columns}
+        kept = files.pictures[i] if files.pictures else None
+        rows.append({**row, "boxes": len(kept["boxes"]) if kept else None})
+    return rows
+
+
+def _command(files: Files) -> str:
+    """A command that makes this run again; FILE is the config file of the data set."""
+    m = files.metrics
+    arguments = f"k={m['k']},seed={m['seed']},method={m['method']}"
+    return f"python -m medclip_jax.main --config FILE:{arguments} --workdir DIR"
 
 
 def _gallery_rows(files: Files) -> list[dict[str, Any]]:

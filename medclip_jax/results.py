@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medclip_jax import gallery
+from medclip_jax import gallery, viewer
 from medclip_jax.errors import WorkdirError
 from medclip_jax.explain import boxes
 from medclip_jax.writer import read_steps
@@ -27,6 +27,7 @@ class Files(NamedTuple):
     predictions: dict[str, np.ndarray]  # id, label, score, p_value, uncertainty: all of length n
     index: list[int]  # of each panel's image in the predictions
     panels: list[gallery.Panel]
+    pictures: list[dict[str, Any]]  # of every image, see viewer; empty if none was kept
 
 
 def read(workdir: Path) -> Files:
@@ -40,7 +41,10 @@ def read(workdir: Path) -> Files:
     index, panels = _load(
         workdir, "predictions.npz", "evaluate", lambda path: _panels(path, predictions)
     )
-    return Files(config, steps, split, metrics, predictions, index, panels)
+    pictures = _load(
+        workdir, "predictions.npz", "evaluate", lambda path: _pictures(path, len(predictions["id"]))
+    )
+    return Files(config, steps, split, metrics, predictions, index, panels, pictures)
 
 
 def _load(workdir: Path, name: str, command: str, parse: Callable[[Path], Any]) -> Any:
@@ -85,6 +89,12 @@ def _predictions(path: Path) -> dict[str, np.ndarray]:
     if not np.isfinite(columns["score"]).all():
         raise ValueError("some scores are not finite")
     return columns
+
+
+def _pictures(path: Path, n: int) -> list[dict[str, Any]]:
+    with np.load(path, allow_pickle=False) as file:
+        held = {name: file[name] for name in file.files if name.startswith(("thumb", "frame"))}
+    return viewer.pictures(held, n)
 
 
 def _panels(

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
 from medclip_jax import checkpoints, clip, evaluate, fit, learn, maml, model, score, train
-from medclip_jax.data import episodes, readers, synthesis
+from medclip_jax.data import episodes, preprocess, readers, synthesis
 from medclip_jax.detector import Detector
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
 from medclip_jax.structs import Batch, Features
@@ -126,7 +126,7 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
     changed, masks = synthesis.batch(jnp.stack(keys), again, again, kinds, c.synthesis.preset)
     tokens = clip.encode_images(
         tower.vision,
-        np.concatenate([pixels, changed]),
+        preprocess.batch(np.concatenate([pixels, changed]), c.data.recipe),
         tower=tower.vision_tower,
         mean=tower.mean,
         std=tower.std,

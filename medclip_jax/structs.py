@@ -33,6 +33,7 @@ class Record(NamedTuple):
     path: Path  # absolute
     masks: tuple[Path, ...]  # their union is the lesion mask; empty if there is none
     sha256: str  # of the image file's bytes
+    patient: str = ""  # whose image, where the data set says so; a code, never a name
 
 
 class Split(NamedTuple):

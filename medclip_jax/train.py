@@ -1,5 +1,6 @@
 """One run, top to bottom: images -> tokens -> training -> scores -> report."""
 
+import logging
 import time
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from medclip_jax import (
     __version__,
+    baselines,
     clip,
     detector,
     evaluate,
@@ -24,7 +26,7 @@ from medclip_jax import (
     sharding,
 )
 from medclip_jax import config as configuration
-from medclip_jax.data import datasets
+from medclip_jax.data import augment, datasets, preprocess
 from medclip_jax.structs import Record, Split
 from medclip_jax.workdir import claim, keep_split
 
@@ -34,31 +36,36 @@ VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any] | None:
     """Train (or resume), score the test set, write everything but the report; returns metrics.json.
 
-    Of several processes only the main one writes; the others return None.
+    Of several processes only the main one writes; the others return None, and so do all where
+    there is no test set.
     With `train` False a finished training is required. Raises a UserError for what a user can mend.
     """
     timing: dict[str, float] = {}
     c = configuration.resolve(config)
+    recipe = preprocess.steps(c.data.recipe)
+    augmented = augment.chosen(c.augment, c.data.modality)
     main = sharding.is_main()
     claim(workdir, c, main)
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
         tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
-        records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k)
-        drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split)
+        policy = (c.data.uncertain, c.data.blank)
+        records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k, policy)
+        drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
         keep_split(workdir, drawn, c, main)
 
     # before the long part: a word that the ontology lacks stops the run here
     design, frozen = build(c, tower)
 
     with stage(timing, "encode"):
-        bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh)
+        bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh, recipe)
         synthesis = features.Synthesis(
             c.synthesis.preset,
             c.synthesis.variants if c.steps else 0,
             c.seed if c.synthesis.partner == "support" else 0,
             c.synthesis.partner,
+            *augmented,
         )
         others = [source(name, c, drawn) for name in c.meta.data if name != c.data.name]
         pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
@@ -68,6 +75,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     with stage(timing, "train"):
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
+    if not drawn.test:
+        logging.warning("trained, but not measured: %s has no folder test", c.data.root)
+        return None
     with stage(timing, "score"):
         scorer, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
         scored = evaluate.score_images(
@@ -120,7 +130,9 @@ def assemble(
         shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
         return detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
 
-    if c.method != "ours":
+    if c.method in baselines.METHODS:
+        return baselines.build(c.method, bank, supports), None
+    if c.method not in ("ours", "joint"):
         return branch(c.method), None
     branches = {name: branch(name) for name in c.fusion.branches}
     if len(branches) == 1:

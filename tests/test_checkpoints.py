@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import checkpoints
+from medclip_jax import checkpoints, sharding
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.structs import TrainState
 
@@ -133,3 +133,15 @@ def test_a_disk_that_refuses_a_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_equal(restored(tmp_path), state(10))
+
+
+def test_a_state_of_eight_devices_goes_on_with_one(tmp_path):
+    """And back: what is restored has the values that were saved, on the devices asked for."""
+    eight, one = sharding.mesh(), sharding.mesh(jax.devices()[:1])
+    for name, saved, wanted in (("down", eight, one), ("up", one, eight)):
+        manager = checkpoints.open(tmp_path / name)
+        with checkpoints.finishing(manager):
+            checkpoints.save(manager, sharding.replicate(state(10), saved))
+        held = restored(tmp_path / name, sharding.replicate(state(0), wanted))
+        assert_equal(jax.device_get(held), jax.device_get(state(10)))
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(held)} == {wanted.size}

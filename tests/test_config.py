@@ -52,9 +52,16 @@ def test_batch_and_steps_follow_from_k(k, batch, steps, expected):
     assert (c.batch, c.steps) == (batch, steps)  # the given one is left alone
 
 
-@pytest.mark.parametrize("method", ["memory", "zero_shot"])
+@pytest.mark.parametrize("method", config.FIXED)
 def test_what_learns_nothing_takes_no_steps(method):
     assert config.resolve(config.base(f"method={method}")).steps == 0
+
+
+def test_joint_is_ours_without_episodes():
+    c = config.base("method=joint,k=4")
+    c.learner = "maml"
+    done, ours = config.resolve(c), config.resolve(config.base("k=4"))
+    assert (done.learner, done.steps) == ("joint", ours.steps)
 
 
 def test_without_supports_ours_is_zero_shot():

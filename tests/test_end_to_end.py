@@ -161,8 +161,8 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
 def test_metrics_json_has_the_keys_of_the_contract(whole):
     held = json.loads((whole / "metrics.json").read_text())
     assert list(held) == (
-        "dataset k seed split method learner gradients backbone image pixel calibration fusion "
-        "timing versions".split()
+        "dataset k seed split method learner gradients backbone image pixel calibration intervals "
+        "fusion timing versions".split()
     )
     assert set(held["image"]) == {*IMAGE.split(), "threshold"}
     assert set(held["pixel"]) == set(PIXEL.split())
@@ -303,7 +303,7 @@ def test_report_needs_no_model(tiny, whole, monkeypatch):
 # --- the other methods ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["memory", "zero_shot"])
+@pytest.mark.parametrize("method", ["memory", "zero_shot", "thumbnails", "grey_level"])
 def test_methods_that_learn_nothing(tiny, tmp_path, method):
     assert tiny.main(tmp_path, arguments=f"k=2,method={method}") == 0
     held = json.loads((tmp_path / "metrics.json").read_text())

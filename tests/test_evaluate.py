@@ -173,3 +173,33 @@ def test_an_unknown_mask_is_absent_from_the_gallery(scene, scored, tmp_path):
     evaluate.write_predictions(tmp_path, scored, partly, "stretch", seed=0)
     with np.load(tmp_path / "predictions.npz") as file:
         assert "gallery_mask_0" not in file and "gallery_mask_1" in file
+
+
+@pytest.mark.parametrize("fit, wanted", [("stretch", (0.375, 1.0)), ("pad", (0.5, 1.0))])
+def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
+    scene, monkeypatch, fit, wanted
+):
+    """Images of 30 x 40 pixels of 0.4 x 0.8 mm in a frame of 32."""
+    _, _, test, _ = scene
+    plain = evaluate.measure(perfect(test), test, fit)["pixel"]
+    read = readers.read
+    monkeypatch.setattr(readers, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
+    assert evaluate.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
+    said = perfect(test)
+    wrong = said.predictions.maps.copy()
+    wrong[0] = np.roll(wrong[0], 2, axis=1)  # two columns off
+    said = said._replace(predictions=said.predictions._replace(maps=wrong))
+    got = evaluate.measure(said, test, "stretch")["pixel"]
+    assert got["distance_unit"] == "mm" and "distance_unit" not in plain
+    assert got["hausdorff"] == pytest.approx(2 * 1.0 / 2)  # mean with the second, exact image
+
+
+def test_one_image_without_spacing_makes_all_distances_pixels(scene, monkeypatch):
+    _, _, test, _ = scene
+    read, last = readers.read, test[-1].path
+    monkeypatch.setattr(
+        readers,
+        "read",
+        lambda path: read(path)._replace(spacing=None if path == last else (0.4, 0.8)),
+    )
+    assert evaluate.spacings(test, 32, "stretch") is None

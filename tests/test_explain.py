@@ -1,8 +1,10 @@
-"""Boxes on maps whose components are known."""
+"""Boxes on maps whose components are known; Grad-CAM and agreement by hand."""
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from medclip_jax import explain
 from medclip_jax.explain import Box, boxes
 
 
@@ -63,3 +65,76 @@ def test_nothing_marked_and_half_precision_and_nan():
 def test_unknown_score_is_refused():
     with pytest.raises(Exception, match="median"):
         boxes(np.ones((4, 4), np.float32), 0.5, scores="median")
+
+
+# --- Grad-CAM: the check values of PEERS 6.2 ------------------------------------------------------
+
+A = np.array([[[1.0, 0], [0, 2], [0, 2], [1, 0]]])  # two channels on 2 x 2: A1, A2
+G = np.tile(np.array([0.25, -0.25]), (1, 4, 1))  # of mean A1 - mean A2
+
+
+def test_grad_cam_check_value():
+    weights, raw = explain.grad_cam(A, G)
+    np.testing.assert_allclose(weights, [[0.25, -0.25]])
+    np.testing.assert_allclose(np.maximum(raw, 0), [[0.25, 0, 0, 0.25]])
+
+
+def test_grad_cam_pp_check_value():
+    weights, raw = explain.grad_cam_pp(A, G)
+    np.testing.assert_allclose(weights, [[0.3999974, 0]], atol=5e-8)
+    np.testing.assert_allclose(raw, [[0.3999974, 0, 0, 0.3999974]], atol=5e-8)
+
+
+def test_maps_without_anything_positive_are_zero():
+    flat = explain.unit(np.array([[-1.0, -2.0], [0.5, 0.5], [1.0, 3.0]]))
+    np.testing.assert_allclose(flat, [[0, 0], [0, 0], [0, 1]], atol=1e-7)
+
+
+def test_resizing_has_pixel_centres_at_halves():
+    row = explain.to_square(np.array([[0.0, 1, 0, 1]]), 4)[0, 0]
+    np.testing.assert_allclose(row, [0, 0.25, 0.75, 1])
+    np.testing.assert_allclose(explain.to_square(np.array([[0.7]]), 3), np.full((1, 3, 3), 0.7))
+
+
+def test_a_gradient_of_zero_is_explained():
+    explain.check_gradient(G, "block 6")
+    with pytest.raises(explain.NoGradientError, match="block 6 is exactly 0.*first norm"):
+        explain.check_gradient(0 * G, "block 6")
+
+
+# --- agreement ------------------------------------------------------------------------------------
+
+
+def test_pointing_game_by_hand():
+    maps, masks = np.zeros((4, 4, 4)), np.zeros((4, 4, 4), bool)
+    masks[:3, 1:3, 1:3] = True  # the fourth has no mask and is left out
+    maps[0, 1, 1] = 1  # a hit
+    maps[1, 0, 0] = 1  # a miss, but next to the mask
+    maps[2, 1, 1] = maps[2, 3, 3] = 1  # half of the largest values
+    assert explain.pointing_game(maps, masks) == pytest.approx((0.5, 0.25))
+    hit, chance = explain.pointing_game(maps, masks, tolerance=1)
+    assert (hit, chance) == pytest.approx((1.0, 1.0))
+    assert np.isnan(explain.pointing_game(maps[3:], masks[3:])).all()
+
+
+def test_deletion_falls_fastest_along_the_true_importance():
+    rng = np.random.default_rng(0)
+    tokens, healthy, weight = rng.random((16, 3)) + 1, np.zeros((16, 3)), rng.random(16)
+
+    def score(x):
+        return weight @ x.sum(1)
+
+    part = weight * tokens.sum(1)
+    best = explain.deletion(score, tokens, healthy, part, steps=4)
+    wanted = [part.sum() - np.sort(part)[::-1][:n].sum() for n in (0, 4, 8, 12, 16)]
+    np.testing.assert_allclose(best, wanted, atol=1e-12)
+    worst = explain.deletion(score, tokens, healthy, -part, steps=4)
+    assert best.mean() < worst.mean() and best[-1] == worst[-1]
+
+
+def test_agreement_is_spearman():
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 5, (3, 20)), rng.random((3, 20))
+    wanted = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(explain.agreement(a, b), wanted)
+    assert np.isnan(explain.agreement(np.zeros((1, 4)), b[:1, :4])).all()

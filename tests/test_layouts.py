@@ -1,41 +1,94 @@
 """The layouts of the shipped data sets: on folders the tests make, and on the real ones."""
 
+import hashlib
 import runpy
 from pathlib import Path
 
 import pytest
 
-from medclip_jax.data import datasets
+from medclip_jax.data import datasets, layouts
 from medclip_jax.data.citations import ABOUT
 from medclip_jax.data.presets import PRESETS
 from medclip_jax.errors import DataError
 
-from .test_datasets import REAL, cache, no_named_root, png  # noqa: F401
+from .folders import REPO, real, write_brain, write_busi, write_chest, write_folder
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = REPO / "configs"
+
+
+@pytest.fixture
+def busi(tmp_path) -> Path:
+    return write_busi(tmp_path / "data" / "Dataset_BUSI_with_GT")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "mine")
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def no_named_root(monkeypatch):
+    monkeypatch.delenv("MEDCLIP_DATA", raising=False)
 
 
 @pytest.fixture
 def brain(tmp_path) -> Path:
-    root = tmp_path / "data" / "brain_mri"
-    for n in range(6):
-        png(root / "no" / f"{n} no.jpg", n)
-        png(root / "yes" / f"Y{n}.JPG", 50 + n)
-    return root
+    return write_brain(tmp_path / "data" / "brain_mri")
 
 
 @pytest.fixture
 def chest(tmp_path) -> Path:
-    root = tmp_path / "data" / "chest_xray"
-    for n in range(4):
-        for i, place in enumerate(("train/NORMAL", "test/NORMAL", "test/PNEUMONIA")):
-            png(root / place / f"IM-{n}.jpeg", 10 * n + i)
-    png(root / "train" / "PNEUMONIA" / "person1.jpeg", 99)
-    png(root / "val" / "NORMAL" / "IM-9.jpeg", 98)
-    return root
+    return write_chest(tmp_path / "data" / "chest_xray")
 
 
-def test_brain_mri_records(brain, cache):  # noqa: F811
+def test_busi_records(busi, cache):
+    records = datasets.load("busi", busi, cache)
+    assert [r.id for r in records[:6]] == [f"benign/benign ({n}).png" for n in range(1, 6)] + [
+        "malignant/malignant (1).png"
+    ]
+    assert records[-1].id == "normal/normal (12).png"  # natural order: 12 after 2
+    assert [sum(r.label == label for r in records) for label in (0, 1)] == [12, 8]
+    assert all(r.part == "" and r.path.is_file() and r.path.is_absolute() for r in records)
+    two = records[1]
+    assert [m.name for m in two.masks] == ["benign (2)_mask.png", "benign (2)_mask_1.png"]
+    assert all(r.sha256 == hashlib.sha256(r.path.read_bytes()).hexdigest() for r in records)
+
+
+def test_busi_is_found_one_or_two_levels_below(busi, cache):
+    (busi.parent / "busi").mkdir()
+    expected = datasets.load("busi", busi, cache)
+    assert datasets.load("busi", busi.parent, cache) == expected
+    busi.rename(busi.parent / "busi" / busi.name)
+    above = datasets.load("busi", busi.parent, cache)
+    assert [r.id for r in above] == [r.id for r in expected]
+
+
+def test_root_from_the_environment(busi, cache, monkeypatch):
+    monkeypatch.setenv("MEDCLIP_DATA", str(busi))
+    assert datasets.load("busi", None, cache) == datasets.load("busi", busi, cache)
+
+
+def test_folder_records(folder, cache):
+    records = datasets.load("folder", folder, cache)
+    rows = {r.id: (r.label, r.part, len(r.masks)) for r in records}
+    assert len(rows) == 24
+    assert rows["train/good/3.png"] == (0, "train", 0)
+    assert rows["test/good/3.png"] == (0, "test", 0)
+    assert rows["test/crack/3.png"] == (1, "test", 1)
+    assert rows["test/stain/3.png"] == (1, "test", 0)
+
+
+def test_natural_order_is_total_and_numeric():
+    names = ["b2", "a10", "a2", "a02", "10", "9", "a", ""]
+    assert sorted(names, key=layouts.natural) == ["", "9", "10", "a", "a02", "a2", "a10", "b2"]
+
+
+def test_brain_mri_records(brain, cache):
     records = datasets.load("brain_mri", brain, cache)
     rows = {r.id: (r.label, r.part, r.masks) for r in records}
     assert rows["no/3 no.jpg"] == (0, "", ()) and rows["yes/Y3.JPG"] == (1, "", ())
@@ -44,7 +97,7 @@ def test_brain_mri_records(brain, cache):  # noqa: F811
     assert all(r.label == 0 for r in drawn.support)
 
 
-def test_chest_xray_supports_come_from_train_and_test_is_the_archives(chest, cache):  # noqa: F811
+def test_chest_xray_supports_come_from_train_and_test_is_the_archives(chest, cache):
     records = datasets.load("chest_xray", chest, cache)
     drawn = datasets.split(records, 4, 0)
     assert {r.path.parent for r in drawn.support} == {chest / "train" / "NORMAL"}
@@ -68,7 +121,7 @@ def test_root_may_stand_one_or_two_levels_above(name, inner, brain, chest):
 
 
 @pytest.mark.parametrize("name", ["brain_mri", "chest_xray"])
-def test_missing_sets_say_where_they_come_from(name, tmp_path, cache):  # noqa: F811
+def test_missing_sets_say_where_they_come_from(name, tmp_path, cache):
     with pytest.raises(DataError, match=rf"below {tmp_path}.*{name}.*data\.root"):
         datasets.load(name, tmp_path, cache)
     with pytest.raises(DataError, match=r"no folder was named.*https://.*unpack"):
@@ -104,22 +157,27 @@ def test_every_data_set_has_its_texts():
     assert set(PRESETS) == (set(datasets.LAYOUTS) - {"folder"}) | set(datasets.PHANTOMS)
 
 
-def has(name: str) -> bool:
-    try:
-        return bool(datasets.LAYOUTS[name](REAL).examples)
-    except DataError:
-        return False
-
-
 @pytest.mark.parametrize(
     "name, pool, test", [("brain_mri", 98, [66, 155]), ("chest_xray", 64, [234, 390])]
 )
-def test_real_counts(name, pool, test, cache):  # noqa: F811
-    if not has(name):
-        pytest.skip(f"no {name} below {REAL}; set $MEDCLIP_DATA")
-    records = datasets.load(name, REAL, cache)
+def test_real_counts(name, pool, test, cache):
+    records = datasets.load(name, real(name), cache)
     assert sum(r.label == 0 and r.part != "test" for r in records) == pool
     for k in (4, 32):
         drawn = datasets.split(records, k, seed=0)
         assert len(drawn.support) == k
         assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == test
+
+
+def test_real_busi_counts(cache):
+    records = datasets.load("busi", real("busi"), cache)
+    kinds = [r.id.split("/")[0] for r in records]
+    counts = {kind: kinds.count(kind) for kind in layouts.BUSI_LABELS}
+    assert counts == {"benign": 437, "malignant": 210, "normal": 133}
+    assert sum(len(r.masks) for r in records) == 798
+    for k in (4, 32):
+        drawn = datasets.split(records, k, seed=0)
+        assert len(drawn.support) == k
+        assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == [101, 647]
+    twins = {r.id for r in records if r.sha256 == records[432].sha256}
+    assert twins == {"benign/benign (433).png", "malignant/malignant (145).png"}

@@ -207,3 +207,10 @@ def test_files_of_others(path):
     image = readers.read(path)
     assert image.pixels.min() == 0 and image.pixels.max() == 1
     assert len(image.pixels) == int(np.prod(wanted.shape[2:]))
+
+
+def test_values_near_the_end_of_float32_still_fill_the_unit_range(tmp_path):
+    values = np.array([-3e38, 0, 1e38, 3e38], np.float32).reshape(2, 2, 1)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "a.nii")
+    found = nifti.stack(readers.read(tmp_path / "a.nii").pixels, "axial")
+    np.testing.assert_allclose(found.ravel(), [0, 0.5, 4 / 6, 1], atol=1e-6)

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -86,7 +87,7 @@ def primitives(jaxpr) -> set[str]:
     found = set()
     for equation in jaxpr.eqns:
         found.add(equation.primitive.name)
-        for inside in jax.core.jaxprs_in_params(equation.params):
+        for inside in jax.extend.core.jaxprs_in_params(equation.params):
             found |= primitives(inside)
     return found
 

@@ -4,7 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medclip_jax.data import preprocess
@@ -94,6 +94,7 @@ def test_constant_images(value):
 
 
 @pytest.mark.parametrize("step", preprocess.STEPS)
+@settings(max_examples=40, deadline=None)
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),

@@ -1,6 +1,7 @@
 """The report, from a made-up workdir: every figure, every number, nothing from outside."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -33,6 +34,27 @@ def image_with_lesion(rng, h, w, abnormal):
     return (image * 255).astype(np.uint8), map.astype(np.float16), mask.astype(np.uint8)
 
 
+def small_copies(rng, label):
+    """As thumbnails.pack leaves them, from images in memory."""
+    from medclip_jax import thumbnails
+
+    files = {name: [] for name in thumbnails.FILES}
+    frames = []
+    for i, y in enumerate(label):
+        image, map, mask = image_with_lesion(rng, *((90, 120), (120, 80), (100, 100))[i % 3], y)
+        frames.append(image.shape)
+        files["thumb"].append(thumbnails._file(Image.fromarray(image), "JPEG"))
+        lesion = thumbnails._file(Image.fromarray(mask * 255), "PNG") if y else b""
+        files["thumb_mask"].append(lesion)
+        grey = thumbnails._grey(map.astype(np.float32))
+        files["thumb_map"].append(grey)
+        files["thumb_cam"].append(grey if i % 2 else b"")
+    joined = {}
+    for name, parts in files.items():
+        joined |= thumbnails._joined(name, parts)
+    return {**joined, "frame": np.array(frames)}
+
+
 def write_arrays(folder, rng, label, score, shown):
     n = len(label)
     k = 16
@@ -41,7 +63,7 @@ def write_arrays(folder, rng, label, score, shown):
     ids = np.array([f"test/{i:04d}.png" for i in range(n)], dtype="U80")
     ids[0] = EVIL
     chosen = np.unique(np.linspace(0, n - 1, shown).astype(int))
-    arrays = {"gallery_index": chosen}
+    arrays = {"gallery_index": chosen, **small_copies(rng, label)}
     for row, i in enumerate(chosen):
         shape = ((90, 120), (120, 80), (100, 100))[row % 3]
         image, map, mask = image_with_lesion(rng, *shape, label[i])
@@ -78,6 +100,7 @@ def metrics_of(label, score):
         "backbone": "compact",
         "image": image,
         "pixel": pixel,
+        "intervals": {"image": {"recall": [0.61234, 0.85]}, "pixel": {"dice": [0.41, 0.4567]}},
         "calibration": {
             "alpha_requested": 0.05,
             "alpha_attained": 1 / 17,
@@ -142,7 +165,7 @@ class Page(HTMLParser):
             self.values.append(attrs["value"])
 
     def handle_data(self, data):
-        if not self.tags or self.tags[-1] not in ("style",) or data.strip() == "":
+        if not self.tags or self.tags[-1] not in ("style", "script") or data.strip() == "":
             self.words.append(data)
 
 
@@ -167,7 +190,11 @@ def test_each_figure_is_a_real_png(workdir, name):
 
 def test_the_page_needs_nothing_from_outside(html):
     page = Page(html)
-    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    assert "link" not in page.tags and "iframe" not in page.tags
+    assert page.tags.count("script") == 2  # data, and our own code, which the policy knows by hash
+    code = re.search(r"<script>(.*?)</script>", html, re.S)[1]
+    known = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{known}" in html or f"script-src 'sha256-{known}'" in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|url\(|@import""", html)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert len(page.sources) == len(page.alts) == 7  # five charts and two pages of the gallery
@@ -177,7 +204,7 @@ def test_the_page_needs_nothing_from_outside(html):
 
 
 def test_strings_from_files_are_escaped(html):
-    assert "<script" not in html and "<i>" not in html and "<b>" not in html
+    assert "<script>alert" not in html and "<i>" not in html and "<b>" not in html
     text = Page(html).text
     assert EVIL in text and "train/<i>3</i>.png" in text and "note <script>" in text
 
@@ -197,6 +224,11 @@ def test_the_numbers_are_those_of_metrics_json(workdir, html):
     assert "Matthews correlation undefined" in page.text
     assert "Hausdorff distance, 95th percentile undefined" in page.text
     assert "observed false-alarm rate is 0.0833" in page.text
+
+
+def test_intervals_stand_beside_their_metrics(html):
+    words = Page(html).text
+    assert "recall 0.7500 0.6123 to 0.8500" in words and "Dice 0.4321 0.4100 to 0.4567" in words
 
 
 def test_page_names_run_supports_versions_and_limits(html):

@@ -10,7 +10,7 @@ were; a strength of 0 removes the change from the computation, not only from the
 
 import re
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dm_pix
 import jax
@@ -25,6 +25,7 @@ VERSION = 1  # raise when the result of a key changes: banks are named by it
 ELASTIC = re.compile(r"ultraso|sonogra|\bmri?\b|magnetic resonance", re.IGNORECASE)
 SMOOTH = 1 / 16  # of the side: standard deviation of the Gaussian that smooths displacements
 CHUNK = 16  # images per compiled call of `batch`
+STREAM = 47  # keeps these draws apart from others of the same seed
 
 
 class Strengths(NamedTuple):
@@ -37,18 +38,25 @@ class Strengths(NamedTuple):
     intensity: float = 0.0  # largest change of contrast, gamma (both as log) and brightness
 
 
-def permitted(strengths: Strengths, modality: str) -> Strengths:
-    """The strengths, if this modality allows them.
+def permitted(strengths: Strengths, modality: str) -> None:
+    """Raise ConfigError for elastic deformation of anything but ultrasound and MRI.
 
-    `modality` is free text, such as "breast ultrasound". Raises ConfigError for elastic deformation
-    of anything but ultrasound and MRI.
+    `modality` is free text, such as "breast ultrasound".
     """
     if strengths.elastic and not ELASTIC.search(modality):
         raise ConfigError(
             f"config.augment.elastic is {strengths.elastic} but config.data.modality is "
             f"{modality!r}: only ultrasound and MRI may be deformed, give 0"
         )
-    return strengths
+
+
+def chosen(fields: Any, modality: str) -> tuple[int, Strengths]:
+    """(copies, strengths) from the mapping config.augment; without a strength no copies."""
+    given = dict(fields)
+    count = given.pop("copies")
+    strengths = Strengths(**{name: float(value) for name, value in given.items()})
+    permitted(strengths, modality)
+    return (count if any(strengths) else 0), strengths
 
 
 def sample(
@@ -128,6 +136,28 @@ def batch(
         new, mask = jax.device_get(_many(strengths, *rows))
         changed[part], moved[part] = new[: len(part)], mask[: len(part)]
     return changed, moved
+
+
+def copies(
+    seed: int,
+    image_digest: int,
+    image: Float[np.ndarray, "h w"],
+    count: int,
+    strengths: Strengths,
+) -> Float[np.ndarray, "n h w"]:
+    """The image, then `count` changed copies; copy c is a function of (seed, image_digest, c).
+
+    `image_digest` is any whole number that names the image (its low 64 bits count).
+    """
+    whole = np.repeat(image[None], 1 + count, axis=0)
+    if not count:
+        return whole
+    key = jax.random.fold_in(jax.random.key(seed), STREAM)
+    for word in (image_digest & 0xFFFFFFFF, (image_digest >> 32) & 0xFFFFFFFF):
+        key = jax.random.fold_in(key, np.uint32(word))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
+    changed, _ = batch(keys, whole[1:], np.zeros_like(whole[1:]), strengths)
+    return np.concatenate([whole[:1], changed])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from medclip_jax.data import layouts
+from medclip_jax.data import chexpert, layouts
 from medclip_jax.data.citations import ABOUT
 from medclip_jax.errors import DataError, WorkdirError
 from medclip_jax.structs import Record
@@ -29,8 +29,11 @@ BUSI_URL = "https://scholar.cu.edu.eg/Dataset_BUSI.zip"
 class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Builder over a listed layout; its examples hold paths below `layout.root`."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Paths, labels and SHA-256 of the image files."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {
+        "1.0.0": "Paths, labels and SHA-256 of the image files.",
+        "1.1.0": "Patients, where the data set names them.",
+    }
 
     def __init__(self, *, layout: layouts.Layout | None = None, **kwargs: Any):
         self.layout = layout
@@ -51,6 +54,7 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "part": example.part,
                     "image": example.id,
                     "masks": list(example.masks),
+                    "patient": example.patient,
                     "sha256": _sha256(layout.root / example.id),
                 },
             )
@@ -72,6 +76,7 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "part": text(doc="train, test, or empty where the data set has no parts."),
                     "image": text(doc="Path of the image below the root."),
                     "masks": tfds.features.Sequence(text(doc="Path below the root.")),
+                    "patient": text(doc="Whose image; empty where the data set does not say."),
                     "sha256": text(doc="Of the image file's bytes, hexadecimal."),
                 }
             ),
@@ -103,6 +108,15 @@ class ChestXray(PathBuilder):
         return layouts.chest_xray(Path(dl_manager.manual_dir))
 
 
+class Chexpert(PathBuilder):
+    """Frontal chest films with labels taken from reports."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["chexpert"].by_hand
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return chexpert.layout(Path(dl_manager.manual_dir))
+
+
 class FolderAD(PathBuilder):
     """A user's own images in the MVTec-AD layout; nothing to download."""
 
@@ -114,6 +128,7 @@ BUILDERS: dict[str, type[PathBuilder]] = {
     "busi": Busi,
     "brain_mri": BrainMri,
     "chest_xray": ChestXray,
+    "chexpert": Chexpert,
     "folder": FolderAD,
 }
 
@@ -208,6 +223,7 @@ def _record(row: dict[str, Any], root: Path) -> Record:
         path=(root / row["image"].decode()).absolute(),
         masks=tuple((root / mask.decode()).absolute() for mask in row["masks"]),
         sha256=row["sha256"].decode(),
+        patient=row["patient"].decode(),
     )
 
 

@@ -61,6 +61,26 @@ ABOUT = {
         "Fetch ChestXRay2017.zip from https://data.mendeley.com/datasets/rscbjbr9sj/2 and unpack "
         "it, so that the folders train and test stand in chest_xray.",
     ),
+    "chexpert": About(
+        "CheXpert-v1.0-small: chest films of adults, labelled from their reports for 14 "
+        "observations. Frontal views only; No Finding is healthy, any finding is abnormal. "
+        "Supports come from train.csv, the test set is valid.csv; no patient is in both.",
+        "https://stanfordmlgroup.github.io/competitions/chexpert/",
+        "Stanford University Dataset Research Use Agreement: research only, no redistribution",
+        """@inproceedings{irvin2019chexpert,
+  author    = {Irvin, Jeremy and Rajpurkar, Pranav and Ko, Michael and Yu, Yifan and others},
+  title     = {{CheXpert}: A Large Chest Radiograph Dataset with Uncertainty Labels and Expert
+               Comparison},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  volume    = {33},
+  pages     = {590--597},
+  year      = {2019},
+  doi       = {10.1609/aaai.v33i01.3301590}
+}""",
+        "Register at https://stanfordmlgroup.github.io/competitions/chexpert/, fetch "
+        "CheXpert-v1.0-small.zip and unpack it, so that train.csv and valid.csv stand in "
+        "CheXpert-v1.0-small.",
+    ),
     "folder": About(
         "Images in folders, MVTec-AD convention: train/good, test/good, test/<kind>, "
         "ground_truth/<kind>/<name>_mask.png.",

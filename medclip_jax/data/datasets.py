@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medclip_jax import files
-from medclip_jax.data import layouts, phantom, readers
+from medclip_jax.data import chexpert, layouts, phantom, pools, readers, twins
 from medclip_jax.data.citations import ABOUT
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.structs import Record, Split
@@ -21,13 +21,15 @@ LAYOUTS: dict[str, Callable[[Path], layouts.Layout]] = {
     "folder": layouts.folder,
     "brain_mri": layouts.brain_mri,
     "chest_xray": layouts.chest_xray,
+    "chexpert": chexpert.layout,
 }
 DOWNLOADABLE = ("busi",)
 # Simulated sets of this package: modality and counts of train/good, test/good and test/lesion.
 PHANTOMS = {f"phantom-{m}": (m, 32, 40, 40) for m in ("ultrasound", "mri", "xray")}
 PHANTOM_SIZE = (224, 256)
-KINDS = ("peer",)
+KINDS = ("peer", "clean")
 LISTED = 10  # problems named in one message
+WAITING = 1024  # files handed to the threads at a time
 
 
 class Entry(NamedTuple):
@@ -49,7 +51,13 @@ class StoredSplit(NamedTuple):
     test: tuple[Entry, ...]
 
 
-def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record, ...]:
+def load(
+    name: str,
+    root: Path | None,
+    cache: Path,
+    k: int = 1,
+    policy: tuple[str, str] = chexpert.DEFAULT,
+) -> tuple[Record, ...]:
     """Records of a data set, in natural order of their ids.
 
     The first call for a state of the data decodes every image and mask once, hashes the images
@@ -60,23 +68,38 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
       root: where the data lie; None takes $MEDCLIP_DATA, and failing that BUSI is downloaded.
       cache: folder for prepared lists and downloads.
       k: healthy images that will be needed; fewer is listed with the other problems.
+      policy: CheXpert's labels that say neither yes nor no, see chexpert.Policy.
 
     Raises:
-      ConfigError: unknown name.
+      ConfigError: unknown name or policy.
       DataError: no data there, the download failed, or all problems of the data together.
       WorkdirError: `cache` cannot be written.
     """
+    from medclip_jax.data import builders  # imports tensorflow_datasets, too slow for --help
+
+    name, layout = listed(name, root, cache, policy)
+    found = problems(layout, k)
+    if not builders.prepared(name, layout, cache):
+        found += broken(layout)
+    _refuse(layout.root, found)
+    return builders.records(name, layout, cache)
+
+
+def listed(
+    name: str, root: Path | None, cache: Path, policy: tuple[str, str] = chexpert.DEFAULT
+) -> tuple[str, layouts.Layout]:
+    """Name (a phantom becomes a "folder") and layout of a data set, no image opened; see `load`."""
     if name not in (*LAYOUTS, *PHANTOMS):
         known = ", ".join((*LAYOUTS, *PHANTOMS))
         raise ConfigError(f"config.data.name is '{name}': give one of {known}.")
-    from medclip_jax.data import builders  # imports tensorflow_datasets, too slow for --help
-
     if name in PHANTOMS:
         modality, *counts = PHANTOMS[name]
         root = phantom.write_folder(cache / name, modality, 0, PHANTOM_SIZE, *counts)
         name = "folder"
     root = root or _environment_root()
     if root is None and name in DOWNLOADABLE:
+        from medclip_jax.data import builders
+
         root = builders.fetch_busi(cache)
     if root is None:
         by_hand = f" ({ABOUT[name].by_hand.rstrip('.')})" if ABOUT[name].by_hand else ""
@@ -84,12 +107,9 @@ def load(name: str, root: Path | None, cache: Path, k: int = 1) -> tuple[Record,
     root = root.expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
-    layout = LAYOUTS[name](root)
-    found = problems(layout, k)
-    if not builders.prepared(name, layout, cache):
-        found += broken(layout)
-    _refuse(layout.root, found)
-    return builders.records(name, layout, cache)
+    if name == "chexpert":
+        return name, chexpert.layout(root, chexpert.Policy(*policy))
+    return name, LAYOUTS[name](root)
 
 
 def problems(layout: layouts.Layout, k: int = 1) -> tuple[str, ...]:
@@ -116,23 +136,34 @@ def broken(layout: layouts.Layout) -> tuple[str, ...]:
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return tuple(found for found in pool.map(check, layout.examples) if found)
+        every = range(0, len(layout.examples), WAITING)  # or all the files would wait at once
+        parts = (layout.examples[i : i + WAITING] for i in every)
+        return tuple(found for part in parts for found in pool.map(check, part) if found)
 
 
 def split(
-    records: Iterable[Record], k: int, seed: int, pool_size: int = 32, kind: str = "peer"
+    records: Iterable[Record],
+    k: int,
+    seed: int,
+    pool_size: int = 32,
+    kind: str = "peer",
+    cache: Path | None = None,
 ) -> Split:
     """Draw K healthy supports; nested, so that the first 4 of 8 are the 4 of K = 4.
 
-    Without parts of its own (BUSI), the data set gives a pool of `pool_size` healthy images drawn
-    anew for each seed (so that draws differ at K = 32 too); test is every other healthy image and
-    every abnormal one: whatever K, for BUSI 101 + 647 and for brain_mri 66 + 155. With parts
-    (folder, chest_xray), the pool is all healthy images of the train part and `pool_size` is not
-    used; test is the test part.
+    peer: without parts of its own (BUSI), the data set gives a pool of `pool_size` healthy images
+    drawn anew for each seed (so that draws differ at K = 32 too); test is every other healthy
+    image and every abnormal one: whatever K, for BUSI 101 + 647 and for brain_mri 66 + 155. With
+    parts (folder, chest_xray, chexpert), the pool is all healthy images of the train part and
+    `pool_size` is not used; test is the test part. A folder may have no test part: test is empty.
+
+    clean: no near-duplicate and no patient is on both sides, see pools.clean; half of the
+    different healthy images make the pool where the data set has no parts.
 
     Args:
       seed: of the permutation whose first K are the supports.
-      kind: "peer", the split of published tables.
+      kind: "peer", the split of published tables, or "clean".
+      cache: where the groups of near-duplicates are kept between runs.
 
     Raises:
       ConfigError: K or the pool is larger than the data allow, or the kind is unknown.
@@ -141,18 +172,17 @@ def split(
     records = tuple(records)
     if kind not in KINDS:
         raise ConfigError(f"config.data.split is '{kind}': give one of {', '.join(KINDS)}.")
-    own_parts = any(r.part for r in records)
-    candidates = [r for r in records if r.label == 0 and (r.part == "train" or not own_parts)]
-    order = np.random.default_rng(seed).permutation(len(candidates))
-    pool = [candidates[i] for i in (order if own_parts else order[:pool_size])]
+    if kind == "clean":
+        pool, test = pools.clean(records, seed, twins.of(records, cache))
+    else:
+        pool, test = pools.peer(records, seed, pool_size)
     if not 0 <= k <= len(pool):
         raise ConfigError(
             f"config.data.k is {k} but the pool holds {len(pool)} healthy images: "
             f"give K from 0 to {len(pool)}."
         )
-    taken = {r.id for r in pool}
-    test = [r for r in records if (r.part == "test" if own_parts else r.id not in taken)]
-    _check_testable(test)
+    if test or {r.part for r in records} != {"train"}:
+        _check_testable(test)
     drawn = Split(tuple(pool[:k]), tuple(test))
     if copies := duplicates(drawn):
         logging.warning(

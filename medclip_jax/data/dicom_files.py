@@ -139,11 +139,14 @@ def plugin(ds: Dataset) -> str:
     """The one decoder for a file; "" where pydicom itself reads uncompressed pixels.
 
     Left alone, pydicom tries all that are there, in an order that depends on the files before.
-    CharLS refuses damaged JPEG-LS, libjpeg does not.
+    CharLS refuses damaged JPEG-LS, libjpeg does not. pydicom's own RLE decoder is slow, but the
+    fast one panics on damaged segments.
     """
     syntax = ds.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return ""
+    if syntax == uid.RLELossless:
+        return "pydicom"
     return "pyjpegls" if syntax in JPEG_LS else "pylibjpeg"
 
 

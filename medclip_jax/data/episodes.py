@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     """Rows of the pool, per task."""
 
     image: Int[np.ndarray, "e n"]
-    variant: Int[np.ndarray, "e n"]  # -1: the image as it is
+    variant: Int[np.ndarray, "e n"]  # -1: the image as it is; -2 - c: its augmented copy c
 
 
 class Tasks(NamedTuple):
@@ -50,6 +50,7 @@ def sample(
     k: int,
     shots: int,
     query: int,
+    copies: int = 0,
 ) -> Tasks:
     """Draw the tasks of a step: a function of the arguments alone, whatever the devices.
 
@@ -59,6 +60,7 @@ def sample(
       tasks: how many; kind (probability 1/4 each) and data set are drawn for each.
       k: largest number of support images of a task.
       shots: rows of the support. query: rows of the query.
+      copies: augmented copies per image; a clean row is one of them or the image, at random.
     """
     drawn = []
     for task in range(tasks):
@@ -69,6 +71,8 @@ def sample(
         kind = known[int(kind_at * len(known))]
         sides = deal(rng, own, kinds, kind, k)
         rows = [choose(*side, n) for side, n in zip(sides, (shots, query), strict=True)]
+        if copies:
+            rows = [augmented(rng, side, copies) for side in rows]
         drawn.append((*rows, kind, source))
     support, asked, kind, source = zip(*drawn, strict=True)
     both = (Rows(*np.moveaxis(np.array(side), 2, 0)) for side in (support, asked))
@@ -106,6 +110,14 @@ def choose(bare: list, rows: list, n: int) -> list[tuple[int, int]]:
     first = n if not rows else 0 if not bare else -(-n // 2)
     picked = [bare[i % len(bare)] for i in range(first)]
     return picked + [rows[i % len(rows)] for i in range(n - first)]
+
+
+def augmented(rng, rows: list[tuple[int, int]], copies: int) -> list[tuple[int, int]]:
+    """Clean rows replaced by the image or one of its augmented copies, variants -1 to -1 - copies.
+
+    Which images are on which side stays as it was dealt.
+    """
+    return [(i, v if v >= 0 else -1 - int(rng.integers(1 + copies))) for i, v in rows]
 
 
 def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Rows:

@@ -12,6 +12,7 @@ MASK = re.compile(r"(?P<name>.+)_mask(_\d+)?")
 BUSI_LABELS = {"benign": 1, "malignant": 1, "normal": 0}
 BRAIN_LABELS = {"no": 0, "yes": 1}
 CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
+CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
 
@@ -23,6 +24,7 @@ class Example(NamedTuple):
     kind: str  # the data set's own class, e.g. "malignant"
     part: str  # "train", "test", or "" where the data set has none
     masks: tuple[str, ...]
+    patient: str = ""  # whose image, where the data set says so
 
 
 class Layout(NamedTuple):
@@ -81,7 +83,8 @@ def chest_xray(root: Path) -> Layout:
     """List the open paediatric chest films: `{train,test}/{NORMAL,PNEUMONIA}/*`.
 
     Supports come from `train/NORMAL`; the archive's own `test` is the test set. Its `val` folder
-    (16 films) is not used. The set has no masks.
+    (16 films) is not used. The set has no masks. Patients are told by the file names:
+    `[NORMAL2-]IM-<patient>-<image>` and `person<patient>_<cause>_<image>`.
 
     Args:
       root: the folder of `train` and `test`, or one or two levels above it.
@@ -92,7 +95,7 @@ def chest_xray(root: Path) -> Layout:
     places = tuple(f"{part}/{kind}" for part in ("train", "test") for kind in CHEST_LABELS)
     root = find(root, "chest films", "chest_xray", "chest_xray", places)
     examples = [
-        _example(root, image, label, kind, part, [])
+        _example(root, image, label, kind, part, [])._replace(patient=_chest_patient(image))
         for part in ("train", "test")
         for kind, label in CHEST_LABELS.items()
         for image in _files(root / part / kind)
@@ -105,16 +108,16 @@ def folder(root: Path) -> Layout:
 
     `train/good/*`, `test/good/*`, `test/<kind>/*`, and optionally
     `ground_truth/<kind>/<name>_mask.png`. Where a kind has a folder in `ground_truth`, each of its
-    images must have a mask.
+    images must have a mask. Without a folder `test` there is nothing to measure on.
 
     Raises:
-      DataError: `train/good` or `test` is missing below `root`.
+      DataError: `train/good` is missing below `root`.
     """
-    for needed in (root / "train" / "good", root / "test"):
-        if not needed.is_dir():
-            raise DataError(
-                f"no folder {needed} (layout: train/good, test/good, test/<kind>): {GIVE_ROOT}."
-            )
+    needed = root / "train" / "good"
+    if not needed.is_dir():
+        raise DataError(
+            f"no folder {needed} (layout: train/good, test/good, test/<kind>): {GIVE_ROOT}."
+        )
     examples, problems = [], []
     for image in _files(root / "train" / "good"):
         examples.append(_example(root, image, 0, "good", "train", []))
@@ -160,7 +163,7 @@ def fingerprint(layout: Layout) -> str:
     """
     digest = hashlib.sha256(str(layout.root.resolve()).encode())
     for example in layout.examples:
-        digest.update(f"\n{example.label} {example.part}".encode())
+        digest.update(f"\n{example.label} {example.part} {example.patient}".encode())
         for name in (example.id, *example.masks):
             try:
                 stat = (layout.root / name).stat()
@@ -194,6 +197,11 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
             )
         examples.append(_example(root, image, label, kind.name, "test", own))
     return examples, problems + _orphans(root, masks)
+
+
+def _chest_patient(image: Path) -> str:
+    match = CHEST_PATIENT.match(image.name)
+    return match[1] if match else ""
 
 
 def _files(place: Path) -> list[Path]:

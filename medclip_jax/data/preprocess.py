@@ -42,7 +42,11 @@ def equalize_hist(image: Shaped[np.ndarray, "h w"]) -> Shaped[np.ndarray, "h w"]
 
     A constant image comes back unchanged.
     """
-    return image if image.min() == image.max() else exposure.equalize_hist(image)
+    if image.min() == image.max():
+        return image
+    if image.dtype == np.float32:  # too coarse for 256 bins between nearly equal values
+        image = image.astype(np.float64)
+    return exposure.equalize_hist(image)
 
 
 def clahe(

@@ -19,6 +19,11 @@ PRESETS: dict[str, dict] = {
         "anatomy": "lung",
         "conditions": ("pneumonia", "opacity", "consolidation"),
     },
+    "chexpert": {
+        "modality": "chest X-ray",
+        "anatomy": "lung",
+        "conditions": ("opacity", "effusion", "consolidation", "cardiomegaly"),
+    },
 }
 PRESETS |= {
     "phantom-ultrasound": PRESETS["busi"],

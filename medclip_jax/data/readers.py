@@ -71,7 +71,7 @@ def read(path: Path, axis: Axis = "axial", frames: tuple[int, int] | None = None
     if name.endswith(DICOM) or is_dicom(path):
         return read_dicom(path, frames)
     raise DataError(
-        f"{path} has the suffix '{path.suffix}' and is not DICOM, so it cannot be read: "
+        f"{path} has the suffix '{path.suffix}', which cannot be read, and is not DICOM: "
         f"give one of {', '.join(SUFFIXES)}."
     )
 

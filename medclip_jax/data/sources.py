@@ -59,9 +59,13 @@ def too_large(path: Path, what: str) -> str:
 
 def stretch_to_unit(values: Float[np.ndarray, "f h w"], low: float, high: float) -> None:
     """(v - low) / (high - low), in place, for the least and largest value; a constant gives 0."""
-    values -= low
+    if high - low > float(np.finfo(np.float32).max):  # the difference would be infinite
+        values /= 2
+        low, high = low / 2, high / 2
+    values -= np.float32(low)
     if high > low:
-        values /= high - low
+        values /= np.float32(high - low)
+        np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
 
 
 def choose(path: Path, found: int, frames: tuple[int, int] | None) -> slice:

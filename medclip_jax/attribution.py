@@ -1,0 +1,126 @@
+"""Gradients of the anomaly score with respect to the tower's tokens, for `explain`'s Grad-CAM.
+
+Two gradients are meant by "Grad-CAM at level l", and they differ for all levels but the last:
+
+    direct   the level's tokens feed the map through their own adapter; later levels stay as they
+             are. It needs cached tokens only and works for every tower (ViT or ResNet).
+    through  the level's tokens feed the map directly and through the blocks after them. It needs
+             the image and a ViT, since the blocks after the level run again.
+
+The score is pooled (mean of the top share), never the maximum, whose gradient reaches four patches.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from medclip_jax import clip, explain, score
+from medclip_jax.structs import Features
+
+LEAST_TOP = 0.05  # a smaller share of the patches would explain single patches only
+Patches = Callable[[Features], Float[Array, "n p"]]
+
+
+def direct(patches: Patches, features: Features, top: float) -> tuple[Float[Array, "n p _"], ...]:
+    """Gradient of each image's score with respect to every level's tokens.
+
+    patches: features -> anomaly per patch (Detector.patches). top: share of the patches in the
+    score, at least 0.05.
+    """
+
+    def total(levels):
+        values = patches(features._replace(levels=levels))
+        return score.image_score(values, max(top, LEAST_TOP)).sum()  # images are independent
+
+    return jax.grad(total)(features.levels)
+
+
+def cams(
+    patches: Patches, features: Features, top: float, method: str = "grad_cam"
+) -> Float[np.ndarray, "n p"]:
+    """Direct Grad-CAM per patch, in [0, 1]: mean over the levels of each level's ReLU map.
+
+    Levels on coarser grids (ResNet) are brought to the finest. Raises NoGradientError if no level
+    has a gradient in any image.
+    """
+    held = [np.asarray(x, np.float32) for x in features.levels]
+    gradients = [np.asarray(x) for x in direct(patches, features, top)]
+    explain.check_gradient(np.concatenate([g.ravel() for g in gradients])[None, None], "all levels")
+    finest = max(x.shape[1] for x in held)
+    each = []
+    for a, g in zip(held, gradients, strict=True):
+        raw = explain.CAMS[method](a, g)[1]
+        if raw.shape[1] < finest:
+            raw = explain.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
+        each.append(explain.unit(raw))
+    return np.mean(each, axis=0, dtype=np.float32)
+
+
+def through(
+    vision: dict,
+    pixels: Float[Array, "n h w 3"],
+    tower: clip.Tower,
+    target: Callable[[Features], Float[Array, " n"]],
+    block: int,
+    norm: bool = False,
+) -> tuple[Float[np.ndarray, "n p d"], Float[np.ndarray, "n p d"]]:
+    """Patch activations of a ViT block and the gradient of `target` through all that follows.
+
+    pixels: normalised images. target: features -> one score per image. block: from 1; its output
+    tokens, or with `norm` what its first norm hands to its attention. A level tapped at `block`
+    itself counts directly. Raises NoGradientError where the score does not depend on the patches.
+    """
+    depth = vision["blocks"]["fc1"]["bias"].shape[0]
+    if not 1 <= block <= depth:
+        raise ValueError(f"block {block} is not one of 1 to {depth}")
+
+    def embed(x):
+        x = clip.embed(vision, x, tower)
+        levels: dict[int, Array] = {}
+        for number in range(1, block):
+            x = clip.run_block(vision, x, number, tower)
+            levels[number] = x[:, 1:]
+        return x, levels
+
+    def follow(shift, before, levels):
+        """The score when the chosen activations move by `shift`."""
+        levels = dict(levels)
+        x = clip.run_block(vision, before, block, tower, shift=shift if norm else None)
+        x = x if norm else x + shift
+        levels[block] = x[:, 1:]
+        for number in range(block + 1, depth + 1):
+            x = clip.run_block(vision, x, number, tower)
+            levels[number] = x[:, 1:]
+        tapped = tuple(levels[number].astype(jnp.float32) for number in tower.levels)
+        return target(Features(clip.pool(vision, x, tower).astype(jnp.float32), tapped)).sum()
+
+    before, levels = embed(pixels)
+    if norm:
+        activations = clip.first_norm(vision, before, block, tower)
+    else:
+        activations = clip.run_block(vision, before, block, tower)
+    gradients = jax.grad(follow)(jnp.zeros_like(activations), before, levels)
+    held = np.asarray(activations[:, 1:]), np.asarray(gradients[:, 1:])
+    explain.check_gradient(held[1], f"block {block}{' (first norm)' if norm else ''}")
+    return held
+
+
+def randomised(vision: dict, key: jax.Array, blocks: Sequence[int]) -> dict:
+    """The tower with the given blocks (from 1) drawn anew, for the sanity check of explanations.
+
+    Every weight matrix of a block gets normal values of its own standard deviation; norms and
+    biases stay. A map that hardly changes does not explain the model (Adebayo et al., 2018).
+    """
+    chosen = np.asarray(blocks, int) - 1
+    leaves, tree = jax.tree.flatten(vision["blocks"])
+    drawn = []
+    for i, leaf in enumerate(leaves):
+        if leaf.ndim == 3:  # [block, in, out]
+            sd = leaf[chosen].std((1, 2), keepdims=True)
+            new = sd * jax.random.normal(jax.random.fold_in(key, i), leaf[chosen].shape, leaf.dtype)
+            leaf = leaf.at[chosen].set(new)
+        drawn.append(leaf)
+    return {**vision, "blocks": jax.tree.unflatten(tree, drawn)}

@@ -1,0 +1,146 @@
+"""CheXpert-v1.0-small (Irvin et al. 2019): films and labels named by train.csv and valid.csv.
+
+Frontal views only. The labels come from reports: 1 present, 0 absent, -1 uncertain, blank not
+mentioned. What counts:
+
+  abnormal   any of FINDINGS is present (Support Devices is no finding)
+  healthy    "No Finding" is 1, and of FINDINGS none is present or undecided
+  left out   everything else
+
+A Policy says what uncertain and blank are: "positive" present, "negative" absent, "exclude"
+undecided. Supports come from train.csv, the test set is valid.csv (labelled by radiologists).
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from medclip_jax.data.layouts import Example, Layout, find, natural
+from medclip_jax.errors import ConfigError, DataError
+
+FINDINGS = (
+    *("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
+    *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion"),
+    *("Pleural Other", "Fracture"),
+)
+COLUMNS = ("Path", "Frontal/Lateral", "No Finding", *FINDINGS)
+PARTS = {"train": "train", "valid": "test"}  # file and folder of the archive -> part
+UNDECIDED = None
+MEANINGS = {"positive": 1, "negative": 0, "exclude": UNDECIDED}
+UNCERTAIN = ("exclude", "positive", "negative")
+BLANK = ("negative", "exclude")
+
+
+class Policy(NamedTuple):
+    """What is made of labels that say neither yes nor no."""
+
+    uncertain: str = "exclude"  # -1: UNCERTAIN
+    blank: str = "negative"  # not mentioned: BLANK
+
+
+DEFAULT = Policy()
+
+
+def layout(root: Path, policy: Policy = DEFAULT) -> Layout:
+    """List the frontal films that have a label under the policy.
+
+    Args:
+      root: the folder of train.csv and valid.csv, or one or two levels above it.
+
+    Raises:
+      ConfigError: unknown policy.
+      DataError: no such folder, a column is missing, or a value is no label.
+    """
+    if policy.uncertain not in UNCERTAIN or policy.blank not in BLANK:
+        raise ConfigError(
+            f"config.data.uncertain, config.data.blank are '{policy.uncertain}', '{policy.blank}': "
+            f"give one of {', '.join(UNCERTAIN)} and one of {', '.join(BLANK)}"
+        )
+    tables = tuple(f"{name}.csv" for name in PARTS)
+    root = find(root, "CheXpert", "chexpert", "CheXpert-v1.0-small", tables)
+    examples, problems = [], []
+    for name, part in PARTS.items():
+        missing = []
+        for line, example in _rows(root, name, part, policy):
+            if (root / example.id).is_file():
+                examples.append(example)
+            else:
+                missing.append((line, example.id))
+        if missing:
+            line, first = missing[0]
+            problems.append(
+                f"{name}.csv names {len(missing)} image(s) that are not there, first {first} "
+                f"in line {line}"
+            )
+    twice = len(examples) - len({example.id for example in examples})
+    if twice:
+        problems.append(f"train.csv and valid.csv name {twice} image(s) more than once")
+    return Layout(root, tuple(sorted(examples, key=lambda e: natural(e.id))), tuple(problems))
+
+
+def label_of(row: dict[str, str], policy: Policy) -> tuple[int | None, str]:
+    """(0 healthy, 1 abnormal or None for undecided, what was found) of a row of the tables.
+
+    Raises:
+      KeyError: a value that is neither a label nor blank.
+    """
+    meaning = {
+        **{"1.0": 1, "1": 1, "0.0": 0, "0": 0},
+        **{value: MEANINGS[policy.uncertain] for value in ("-1.0", "-1")},
+        "": MEANINGS[policy.blank],
+    }
+    found = {name: meaning[(row[name] or "").strip()] for name in FINDINGS}
+    present = [name for name in FINDINGS if found[name] == 1]
+    if present:
+        return 1, present[0]
+    healthy = meaning[(row["No Finding"] or "").strip()] == 1
+    if healthy and UNDECIDED not in found.values():
+        return 0, "No Finding"
+    return None, ""
+
+
+def _rows(root: Path, name: str, part: str, policy: Policy) -> Iterator[tuple[int, Example]]:
+    """(line, example) of every frontal film that the policy decides."""
+    table = root / f"{name}.csv"
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            absent = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
+            if absent:
+                raise DataError(
+                    f"{table} has no column '{absent[0]}': give the table as CheXpert ships it."
+                )
+            for row in rows:
+                if (row["Frontal/Lateral"] or "").strip() != "Frontal":
+                    continue
+                below = _below(table, rows.line_num, row["Path"] or "", name)
+                try:
+                    label, kind = label_of(row, policy)
+                except KeyError as error:
+                    raise DataError(
+                        f"{table} holds {error} in line {rows.line_num} where a label is 1, 0, -1 "
+                        "or blank: give the table as CheXpert ships it."
+                    ) from error
+                if label is not None:
+                    yield rows.line_num, _example(below, label, kind, part)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{table} cannot be read as a table ({error}): give it as CheXpert ships it."
+        ) from error
+
+
+def _below(table: Path, line: int, named: str, name: str) -> PurePosixPath:
+    """Path below the root: the archive's own folder, whatever its version, is cut off."""
+    pieces = PurePosixPath(named.strip()).parts
+    if name not in pieces or ".." in pieces:
+        raise DataError(
+            f"{table} names '{named}' in line {line}, which is no path of CheXpert "
+            f"(<archive>/{name}/patient<n>/study<n>/<view>): give the table as CheXpert ships it."
+        )
+    return PurePosixPath(*pieces[pieces.index(name) :])
+
+
+def _example(below: PurePosixPath, label: int, kind: str, part: str) -> Example:
+    patient = next((piece for piece in below.parts if piece.startswith("patient")), "")
+    return Example(below.as_posix(), label, kind, part, (), patient)

@@ -1,0 +1,87 @@
+"""Small copies of test images, masks, maps and Grad-CAMs, kept with the predictions for the report.
+
+JPEG for the image and 1-bit PNG for the mask, at most 256 pixels a side; 8-bit PNG for map and
+Grad-CAM, at most 128; all in the aspect of the original. A byte of a map is its value times 256,
+rounded down, so 128 and more is what the pixel threshold marks. All files of a kind stand one
+after another in one uint8 array and `_end` says where each ends, so that nothing needs pickle.
+"""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float
+
+from medclip_jax import explain
+from medclip_jax.data import readers
+from medclip_jax.structs import Record
+
+SIDE = 256  # pixels of the longer side
+MAP_SIDE = 128  # of maps, which are smooth
+QUALITY = 80  # of JPEG
+FILES = ("thumb", "thumb_mask", "thumb_map", "thumb_cam")
+
+
+def pack(
+    records: Sequence[Record],
+    maps: Float[np.ndarray, "n s s"],
+    fit: str,
+    cams: Float[np.ndarray, "n p"] | None = None,
+) -> dict[str, np.ndarray]:
+    """Arrays thumb, thumb_mask, thumb_map, thumb_cam, each with its _end, and frame [n, 2].
+
+    maps: tower frame, [0, 1]. cams: per patch, [0, 1]. `frame` is the size (rows, columns) of the
+    original. There is no mask file where no lesion is known, no cam file without `cams`.
+    """
+    squares = [None] * len(records) if cams is None else explain.to_square(cams, MAP_SIDE)
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda *one: _one(*one, fit), records, maps, squares))
+    arrays = {"frame": np.array([frame for frame, _ in made], np.int32).reshape(-1, 2)}
+    for i, name in enumerate(FILES):
+        arrays |= _joined(name, [parts[i] for _, parts in made])
+    return arrays
+
+
+def _one(record: Record, heat, cam, fit: str) -> tuple[tuple[int, int], tuple[bytes, ...]]:
+    pixels = readers.read(record.path).pixels[0]
+    frame = pixels.shape
+    image = PIL.Image.fromarray(np.round(255 * pixels).astype(np.uint8))
+    mask = b""
+    if record.masks:
+        lesion = readers.read_mask(record.masks, frame)
+        mask = _file(PIL.Image.fromarray(lesion.astype(np.uint8) * 255), "PNG")
+    sides = small_size(*frame, MAP_SIDE)
+    grey = [b"" if x is None else _grey(readers.to_frame(x, *sides, fit)) for x in (heat, cam)]
+    return frame, (_file(image, "JPEG"), mask, *grey)
+
+
+def small_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Rows and columns of a copy whose longer side is at most `side`."""
+    scale = min(1, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _grey(unit: Float[np.ndarray, "h w"]) -> bytes:
+    held = io.BytesIO()
+    codes = np.clip(np.floor(256 * unit), 0, 255).astype(np.uint8)
+    PIL.Image.fromarray(codes).save(held, "PNG", optimize=True)
+    return held.getvalue()
+
+
+def _file(image: PIL.Image.Image, kind: str) -> bytes:
+    size = small_size(image.height, image.width, SIDE)[::-1]
+    how = PIL.Image.Resampling.NEAREST if kind == "PNG" else PIL.Image.Resampling.BILINEAR
+    small = image.resize(size, how)
+    held = io.BytesIO()
+    if kind == "PNG":
+        small.convert("1", dither=PIL.Image.Dither.NONE).save(held, kind, optimize=True)
+    else:
+        small.save(held, kind, quality=QUALITY, optimize=True)
+    return held.getvalue()
+
+
+def _joined(name: str, parts: Sequence[bytes]) -> dict[str, np.ndarray]:
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return {name: np.frombuffer(b"".join(parts), np.uint8), f"{name}_end": ends}

@@ -1,0 +1,183 @@
+"""Gradients of the score: the peers' Grad-CAM, finite differences, the class-token trap."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medclip_jax import attribution, clip, detector, explain, model, score
+from medclip_jax.structs import Features
+
+from .conftest import reference_params
+from .test_detector import design_of, tokens
+
+CAM = reference_params("cam_*.npz")
+
+
+# --- pytorch-grad-cam -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CAM)
+def test_grad_cam_meets_pytorch_grad_cam(path, peer):
+    ref = np.load(path)
+    parity, tower = peer(path.parent / f"mediclip_parity_{path.stem[-1]}" / "parity224.npz")
+    pixels = jnp.asarray(parity["pixel_values"].transpose(0, 2, 3, 1))
+
+    def cosine(text, features):
+        return score.cosine(features.pooled, jnp.asarray(text)[None])[:, 0]
+
+    ours = partial(attribution.through, tower.vision, pixels, tower.vision_tower, block=6)
+    for c, text in enumerate(ref["text_embeds"]):
+        a, g = ours(target=partial(cosine, text), norm=True)
+        if c == 1:
+            channels_last = [ref[n].reshape(3, 64, 196).swapaxes(1, 2) for n in
+                             ("activations", "gradients_text1")]  # fmt: skip
+            np.testing.assert_allclose(a, channels_last[0], atol=5e-5)
+            close(g, channels_last[1], 1e-4)
+        for name, cam in (("gradcam", explain.grad_cam), ("gradcampp", explain.grad_cam_pp)):
+            weights, raw = cam(a, g)
+            stem = f"{name}_text{c}"
+            close(weights, ref[f"{stem}_weights"], 1e-4)
+            close(raw, ref[f"{stem}_raw"].reshape(3, 196), 1e-4)
+            small = explain.unit(raw)
+            np.testing.assert_allclose(small, ref[f"{stem}_norm14"].reshape(3, 196), atol=3e-4)
+            if f"{stem}_final" in ref:
+                final = explain.unit(explain.to_square(small, 224))
+                np.testing.assert_allclose(final, ref[f"{stem}_final"], atol=3e-4)
+
+
+def close(got, wanted, relative):
+    assert np.abs(got - wanted).max() <= relative * np.abs(wanted).max()
+
+
+# --- on a small tower -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scene(tiny):
+    rng = np.random.default_rng(0)
+    grey = jnp.asarray(rng.random((2, 32, 32)), jnp.float32)
+    pixels = clip.normalise(grey, tiny.mean, tiny.std)
+    design, frozen = design_of(tiny)
+    theta = model.init(jax.random.key(3), tiny, design, 2, False)
+    text = model.text_features(theta, frozen, design)
+    patches = jax.jit(lambda f: model.forward(theta, text, f, design).logit)
+    features = clip.patch_features(tiny.vision, pixels, tiny.vision_tower)
+    return pixels, patches, features
+
+
+def pooled(patches):
+    return lambda features: score.image_score(patches(features), 0.25)
+
+
+def test_a_class_token_score_does_not_reach_the_last_patches(tiny, scene):
+    pixels, *_ = scene
+
+    def first(features):
+        return features.pooled[:, 0]
+
+    with pytest.raises(explain.NoGradientError, match=r"block 4 is exactly 0.*class-token"):
+        attribution.through(tiny.vision, pixels, tiny.vision_tower, first, 4)
+    for block, norm in ((4, True), (3, False)):
+        _, g = attribution.through(tiny.vision, pixels, tiny.vision_tower, first, block, norm)
+        assert np.abs(g).max() > 0
+
+
+def test_a_patch_score_reaches_the_last_patches_as_cached_tokens_do(tiny, scene):
+    """At the last block the two gradients are one; at block 1 the blocks after it add theirs."""
+    pixels, patches, features = scene
+    direct = attribution.direct(patches, features, 0.25)
+    through = partial(attribution.through, tiny.vision, pixels, tiny.vision_tower, pooled(patches))
+    a, g = through(4)
+    np.testing.assert_allclose(a, features.levels[1], atol=1e-5)
+    np.testing.assert_allclose(g, direct[1], atol=1e-5)
+    a, g = through(1)
+    np.testing.assert_allclose(a, features.levels[0], atol=1e-5)
+    assert np.abs(g - direct[0]).max() > 1e-3
+
+
+def test_gradients_equal_finite_differences(scene):
+    _, patches, features = scene
+    direct = attribution.direct(patches, features, 0.25)
+    rng = np.random.default_rng(1)
+    for level, gradient in enumerate(direct):
+        way = rng.normal(size=gradient.shape).astype(np.float32)
+
+        def at(step, level=level, way=way):
+            levels = list(features.levels)
+            levels[level] = levels[level] + step * way
+            return float(pooled(patches)(features._replace(levels=tuple(levels))).sum())
+
+        slope = (at(1e-2) - at(-1e-2)) / 2e-2
+        assert slope == pytest.approx(float((gradient * way).sum()), rel=2e-2, abs=1e-3)
+
+
+def test_through_gradient_equals_finite_differences(tiny, scene):
+    """Over a change of the pixels, where every path from block 1 on is taken."""
+    pixels, patches, _ = scene
+    tower = tiny.vision_tower
+    target = pooled(patches)
+    a, g = attribution.through(tiny.vision, pixels, tower, target, 2)
+    way = np.random.default_rng(2).normal(size=a.shape).astype(np.float32)
+
+    def at(step):
+        x = clip.embed(tiny.vision, pixels, tower)
+        held = {}
+        for number in range(1, 5):
+            x = clip.run_block(tiny.vision, x, number, tower)
+            x = x.at[:, 1:].add(step * way) if number == 2 else x
+            held[number] = x[:, 1:]
+        return float(target(Features(clip.pool(tiny.vision, x, tower), (held[1], held[4]))).sum())
+
+    assert (at(1e-2) - at(-1e-2)) / 2e-2 == pytest.approx((g * way).sum(), rel=2e-2, abs=1e-3)
+
+
+def test_levels_on_other_grids_meet_on_the_finest(scene):
+    """As a ResNet tower hands them over: 2 x 2 cells of 8 channels and 4 x 4 of 3."""
+    rng = np.random.default_rng(4)
+    levels = tuple(jnp.asarray(rng.random((3, p, d)), jnp.float32) for p, d in ((4, 8), (16, 3)))
+
+    def patches(f):
+        return f.levels[1].sum(-1) + jnp.repeat(f.levels[0].sum(-1), 4, axis=1)
+
+    made = attribution.cams(patches, Features(jnp.zeros((3, 1)), levels), top=1.0)
+    assert made.shape == (3, 16) and made.min() >= 0 and made.max() <= 1
+    coarse, fine = (explain.unit(np.asarray(x.sum(-1), np.float64)) for x in levels)
+    coarse = explain.unit(explain.to_square(np.asarray(levels[0].sum(-1)), 4).reshape(3, 16))
+    np.testing.assert_allclose(made, (coarse + fine) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
+def test_cams_of_a_memory_find_what_it_has_not_seen(method):
+    """One strange patch in tokens that are else the supports' own."""
+    held = tokens(3)
+    made = detector.remember(held)
+    strange = [np.array(x[:1]) for x in held.levels]
+    for level in strange:
+        level[0, 5] += 3 * np.random.default_rng(7).normal(size=level.shape[-1])
+    features = Features(held.pooled[:1], tuple(map(jnp.asarray, strange)))
+    cam = attribution.cams(made.patches, features, 0.05, method)
+    assert cam.shape == (1, 16) and np.isfinite(cam).all() and 0 <= cam.min() <= cam.max() <= 1
+
+
+def test_randomised_weights_change_the_explanation(tiny, scene):
+    pixels, patches, _ = scene
+    through = partial(attribution.through, pixels=pixels, tower=tiny.vision_tower)
+    seen = {}
+    for name, blocks in (("trained", []), ("last", [4]), ("all", [1, 2, 3, 4])):
+        vision = attribution.randomised(tiny.vision, jax.random.key(5), blocks)
+        a, g = through(vision, target=pooled(patches), block=3)
+        seen[name] = explain.grad_cam(a, g)[1]
+    assert explain.agreement(seen["trained"], seen["trained"]).min() == pytest.approx(1)
+    assert abs(explain.agreement(seen["trained"], seen["all"]).mean()) < 0.7
+    kept = attribution.randomised(tiny.vision, jax.random.key(5), [4])["blocks"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(kept[:3], tiny.vision["blocks"]["fc1"]["kernel"][:3])
+    assert (kept[3] != tiny.vision["blocks"]["fc1"]["kernel"][3]).mean() > 0.99
+
+
+def test_an_unknown_block_is_refused(tiny, scene):
+    pixels, patches, _ = scene
+    with pytest.raises(ValueError, match="block 5 is not one of 1 to 4"):
+        attribution.through(tiny.vision, pixels, tiny.vision_tower, pooled(patches), 5)

@@ -1,0 +1,61 @@
+"""The measuring scripts: their counting and their statistics, on numbers known beforehand."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+import learners  # noqa: E402
+from bench import workload  # noqa: E402
+
+
+def rows(gain, gradients=400):
+    rng = np.random.default_rng(0)
+    made = []
+    for seed in range(6):
+        base = 0.7 + 0.05 * rng.random()
+        for name, more, taken in (("joint", 0.0, 400), ("maml", gain, gradients)):
+            value = base + more + 0.002 * rng.random() * (name != "joint")
+            made.append([4, name, seed, taken, value, value, None, None])
+    return made
+
+
+def test_a_planted_gain_is_found_and_written(tmp_path):
+    learners.write(tmp_path, rows(0.1))
+    found = {t["measure"]: t for t in json.loads((tmp_path / "tests.json").read_text())}
+    assert set(found) == {"image auroc", "pixel auroc"}  # no masks: no other measure
+    test = found["image auroc"]
+    assert 0.1 < test["low"] < test["difference"] < test["high"] < 0.102
+    assert test["p_holm"] < 1e-6 and test["p_wilcoxon"] == pytest.approx(2 / 2**6)
+    text = (tmp_path / "table.md").read_text()
+    assert "| 4 | maml | 400 |" in text and "+0.101" in text
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 13
+
+
+def test_variants_with_other_numbers_of_gradients_are_refused():
+    learners.equal_gradients(rows(0.0, 410))
+    with pytest.raises(ValueError, match="gradients differ"):
+        learners.equal_gradients(rows(0.0, 800))
+
+
+def test_runs_take_turns_after_one_that_does_not_count():
+    order = []
+
+    def run(name):
+        order.append(name)
+        return float(len(order))
+
+    taken = workload.in_turn({"a": lambda: run("a"), "b": lambda: run("b")}, 2)
+    assert order == ["a", "b"] * 3 and taken == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_the_workload_is_the_one_that_is_named():
+    work = workload.build("tiny", 3, 2)
+    assert len(work.design.prompts.ids) == 21 and work.episodes.valid.shape == (3, 1)
+    assert work.theta["context"].shape == (21, 8, 32)
+    assert workload.SIZES["ViT-B/16"][:3] == (512, 12, 8)
+    assert workload.SIZES["ViT-L/14"][:3] == (768, 12, 12)

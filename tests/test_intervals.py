@@ -1,0 +1,66 @@
+"""Intervals of one run: the point they surround, their coverage, their edges."""
+
+import numpy as np
+import pytest
+
+from medclip_jax import intervals, metrics
+
+
+def scene(rng, healthy, abnormal, shift=1.0):
+    label = np.repeat([0, 1], [healthy, abnormal])
+    return rng.normal(shift * label, 1.0), label
+
+
+def test_measures_of_the_sample_itself_are_those_of_metrics():
+    rng = np.random.default_rng(0)
+    score, label = scene(rng, 40, 60)
+    score = np.round(score, 1)  # ties
+    levels, place = np.unique(score, return_inverse=True)
+    counts = np.zeros((1, 2, len(levels)))
+    np.add.at(counts, (0, label, place), 1)
+    got = intervals.measures(counts, int(np.searchsorted(levels, 0.5)))
+    wanted = metrics.image_level(score, label)
+    for name in set(got) & set(wanted):
+        assert got[name][0] == pytest.approx(wanted[name], abs=1e-12), name
+
+
+def test_pixel_measures_are_those_of_metrics():
+    rng = np.random.default_rng(1)
+    maps = (rng.integers(0, 512, (6, 20, 30)) / 512).astype(np.float32)
+    masks = rng.random((6, 20, 30)) < 0.2 + 0.4 * maps
+    counts = np.stack([intervals.histograms(*pair) for pair in zip(maps, masks, strict=True)])
+    got = intervals.measures(counts.sum(0)[None], intervals.BINS // 2)
+    wanted = metrics.pixel_level(maps, masks)
+    for name in set(got) & set(wanted):
+        assert got[name][0] == pytest.approx(wanted[name], abs=1e-9), name
+    limits = intervals.pixel(maps, masks, np.array([0, 0, 1, 1, 1, 1]))
+    assert all(limits[n][0] <= wanted[n] <= limits[n][1] for n in ("auroc", "dice", "recall"))
+
+
+def test_coverage_by_simulation():
+    """AUROC, sensitivity and specificity of normal scores, 300 test sets, nominal 95%."""
+    rng = np.random.default_rng(2)
+    from scipy.stats import norm
+
+    truth = {"auroc": norm.cdf(2**-0.5), "recall": norm.cdf(0.5), "specificity": norm.cdf(0.5)}
+    held = dict.fromkeys(truth, 0)
+    for i in range(300):
+        limits = intervals.image(*scene(rng, 80, 80), seed=i)
+        for name, value in truth.items():
+            held[name] += limits[name][0] <= value <= limits[name][1]
+    for name, count in held.items():
+        assert 0.91 <= count / 300 <= 0.985, (name, count / 300)
+
+
+def test_perfect_rates_are_not_certain():
+    limits = intervals.image(np.array([0.1] * 10 + [0.9] * 10), np.repeat([0, 1], 10))
+    assert limits["recall"][0] == pytest.approx(0.722, abs=1e-3) and limits["recall"][1] == 1
+    assert limits["fpr"] == pytest.approx([0, 0.278], abs=1e-3)
+    assert limits["auroc"] == [1, 1]
+    assert intervals.image(np.array([0.1, 0.2]), np.array([0, 0])) == {}
+
+
+def test_the_same_seed_gives_the_same_limits():
+    score, label = scene(np.random.default_rng(3), 20, 30)
+    assert intervals.image(score, label) == intervals.image(score, label)
+    assert intervals.image(score, label, seed=1) != intervals.image(score, label)
