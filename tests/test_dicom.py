@@ -404,3 +404,18 @@ def test_the_same_on_threads():
             alone, pool.map(lambda p: readers.read(p).pixels, paths), strict=True
         ):
             np.testing.assert_array_equal(one, other)
+
+
+def test_jpeg_without_its_extra_decoder(monkeypatch):
+    """8-bit JPEG goes to Pillow; lossless is refused with what to install."""
+    monkeypatch.setattr(dicom_files, "find_spec", lambda name: None)
+
+    def film(syntax):
+        ds = pydicom.Dataset()
+        ds.file_meta = pydicom.dataset.FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = syntax
+        return ds
+
+    assert dicom_files.plugin(Path("a.dcm"), film(pydicom.uid.JPEGBaseline8Bit)) == "pillow"
+    with pytest.raises(DataError, match=r"a\.dcm has JPEG Lossless.*pip install pylibjpeg-libjpeg"):
+        dicom_files.plugin(Path("a.dcm"), film(pydicom.uid.JPEGLosslessSV1))

@@ -191,8 +191,9 @@ def _film(path: Path) -> _Film:
 
 def _frames(path: Path, ds: Dataset) -> Iterator[np.ndarray]:
     """Decoded frames one by one; a decoder's error becomes one that names the transfer syntax."""
+    plugin = dicom_files.plugin(path, ds)
     try:
-        yield from pydicom.pixels.iter_pixels(ds, decoding_plugin=dicom_files.plugin(ds))
+        yield from pydicom.pixels.iter_pixels(ds, decoding_plugin=plugin)
     except Exception as error:
         raise DataError(
             f"{path} has {dicom_files.syntax_name(ds)} pixels that cannot be decoded "

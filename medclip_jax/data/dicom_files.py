@@ -8,6 +8,7 @@ import logging
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -29,6 +30,7 @@ STARTS = (
     b"\x00\x08",
 )  # group 0002 or 0008 first, where "DICM" is missing
 BITS = {1, 8, 16, 32, 64}
+JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
 JPEG_LS = {uid.JPEGLSLossless, uid.JPEGLSNearLossless}
 ENCODINGS = {  # (implicit VR, little endian) of files that do not name their transfer syntax
     (True, True): uid.ImplicitVRLittleEndian,
@@ -135,19 +137,32 @@ def syntax_name(ds: Dataset) -> str:
     return syntax.name if syntax in uid.UID_dictionary else "an unknown transfer syntax"
 
 
-def plugin(ds: Dataset) -> str:
+def plugin(path: Path, ds: Dataset) -> str:
     """The one decoder for a file; "" where pydicom itself reads uncompressed pixels.
 
     Left alone, pydicom tries all that are there, in an order that depends on the files before.
     CharLS refuses damaged JPEG-LS, libjpeg does not. pydicom's own RLE decoder is slow, but the
-    fast one panics on damaged segments.
+    fast one panics on damaged segments. libjpeg is an extra, for its licence; 8-bit JPEG goes
+    without it.
+
+    Raises:
+      DataError: the decoder of lossless or 12-bit JPEG is not installed.
     """
     syntax = ds.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return ""
     if syntax == uid.RLELossless:
         return "pydicom"
-    return "pyjpegls" if syntax in JPEG_LS else "pylibjpeg"
+    if syntax in JPEG_LS:
+        return "pyjpegls"
+    if syntax in JPEG and find_spec("libjpeg") is None:
+        if syntax == uid.JPEGBaseline8Bit:
+            return "pillow"
+        raise DataError(
+            f"{path} has {syntax_name(ds)} pixels, whose decoder is not installed: "
+            "pip install pylibjpeg-libjpeg (GPL-3)."
+        )
+    return "pylibjpeg"
 
 
 def _check_deflated(path: Path, raw: bytes) -> None:
