@@ -215,7 +215,7 @@ def interval(runs: list[dict]) -> str:
         return "–"
     scores = np.stack([r["score"] for r in runs])
     found = stats.bootstrap_interval(scores, label, np.random.default_rng(0), rounds=1000)
-    return f"{found.low:.3f} to {found.high:.3f}"
+    return f"{max(found.low, 0):.3f} to {min(found.high, 1):.3f}"  # few draws reach beyond
 
 
 def tests(cell: dict[str, list[dict]]) -> dict[str, tuple[str, str]]:

@@ -97,7 +97,7 @@ PROMPTS = {
     "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
 }
 FUSION = {
-    "branches": BRANCHES,  # of method ours; ("learned",) is the trained prompts alone
+    "branches": ("learned",),  # of method ours, any of BRANCHES; more than one are fused
     "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
 }
 CALIBRATION = {

@@ -39,8 +39,8 @@ GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
 class Scored(NamedTuple):
     predictions: Predictions
     calibration: dict[str, Any]
+    limits: "Limits"
     cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM per patch, [0, 1]
-    limits: "Limits | None" = None
 
 
 class Limits(NamedTuple):
@@ -110,7 +110,7 @@ def score_images(
         out,
     )
     explained = why if why.any() else None
-    return Scored(predictions, described(found, alpha, detector.k), explained, found)
+    return Scored(predictions, described(found, alpha, detector.k), found, explained)
 
 
 def cams(detector: Detector, batch: Features, top: float) -> Float[np.ndarray, "n p"]:

@@ -29,9 +29,9 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM) 
 MODES = {
     "train": "train or resume, score, report",
     "evaluate": "score a trained workdir again",
+    "check": "print one table of what is in the data and what is wrong with it; no --workdir",
     "predict": "score files, folders, globs, DICOM series and NIfTI volumes with a trained workdir",
     "export": "write a trained scorer as one file that runs with jax and numpy alone",
-    "check": "print one table of what is in the data and what is wrong with it; no --workdir",
     "report": "rebuild figures and report.html from the workdir's files",
 }
 APART = ("predict", "export")  # modes that use a trained workdir and take no config

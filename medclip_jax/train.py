@@ -77,7 +77,11 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
     if not drawn.test:
-        logging.warning("trained, but not measured: %s has no folder test", c.data.root)
+        logging.warning(
+            "trained, but not measured: %s has no folder test; to measure, add test/good and "
+            "test/<kind> and give a new --workdir",
+            c.data.root,
+        )
         return None
     with stage(timing, "score"):
         built, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)

@@ -168,7 +168,7 @@ def test_metrics_json_has_the_keys_of_the_contract(whole):
     held = json.loads((whole / "metrics.json").read_text())
     assert list(held) == (
         "dataset k seed split method learner gradients backbone image pixel calibration intervals "
-        "timing versions".split()
+        "fusion timing versions".split()
     )
     assert set(held["image"]) == {*IMAGE.split(), "threshold"}
     assert set(held["pixel"]) == set(PIXEL.split())
@@ -317,6 +317,26 @@ def test_methods_that_learn_nothing(tiny, tmp_path, method):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
     assert not (tmp_path / "checkpoints").exists()
     assert len(np.unique(predictions(tmp_path)["score"])) > 6
+
+
+@pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])
+def test_none_and_one_support_promise_nothing(tiny, tmp_path, k, method):
+    asked = "ours" if k == 0 else method
+    fuse = "--config.fusion.branches=('learned','memory','zero_shot')"
+    assert tiny.main(tmp_path, "--config.steps=2", fuse, arguments=f"k={k},method={asked}") == 0
+    held = json.loads((tmp_path / "metrics.json").read_text())
+    found = held["calibration"]
+    assert held["method"] == method and held["k"] == found["k"] == k
+    assert found["alpha_attained"] is None and found["least_attainable"] is None
+    assert found["attainable"] is False and 0 <= found["false_alarm_rate"] <= 1
+    assert ("no threshold can be set" if k == 0 else "none can be held out") in found["message"]
+    rows = predictions(tmp_path)
+    assert np.isnan(rows["p_value"]).all() and len(np.unique(rows["score"])) > 6
+    assert np.isfinite(rows["maps"]).all()
+    assert (tmp_path / "report.html").is_file()
+    if method == "ours":
+        assert set(held["fusion"]["image"]) == {"learned", "memory", "zero_shot"}
+        assert sum(held["fusion"]["map"].values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_mediclip_preset_on_two_supports(tiny, tmp_path):
