@@ -136,6 +136,8 @@ class Pool(NamedTuple):
     variants: int
     kinds: Int[np.ndarray, "k v"]  # of each variant, index into synthesis.KINDS
     copies: int = 0  # augmented copies per support, clean
+    # a teacher's patch logits per support, [1 + variants + copies, p]; () where there is none
+    teacher: tuple[Float[np.ndarray, "_ p"], ...] = ()
 
 
 def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool:
@@ -169,6 +171,7 @@ def join(pools: Sequence[Pool]) -> Pool:
         clean=sum((p.clean for p in pools), ()),
         anomalous=sum((p.anomalous for p in pools), ()),
         kinds=np.concatenate([p.kinds for p in pools]),
+        teacher=sum((p.teacher for p in pools), ()),
     )
 
 
@@ -186,6 +189,11 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
     def rows(name: str) -> np.ndarray:
         return np.stack([row(s, v, name) for s, v in zip(support, variant, strict=True)])
 
+    taught = None
+    if pool.teacher:
+        v = np.asarray(variant)
+        at = np.where(v >= -1, v + 1, pool.variants - v - 1)
+        taught = np.stack([pool.teacher[s][i] for s, i in zip(support, at, strict=True)])
     bits = pool.size * pool.size
     empty = np.zeros(-(-bits // 8), np.uint8)
     packed = [row(s, v, "mask") if v >= 0 else empty for s, v in zip(support, variant, strict=True)]
@@ -195,6 +203,7 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
         mask.astype(np.float32),
         (np.asarray(variant) >= 0).astype(np.int32),
         np.ones(len(support), bool),
+        teacher=taught,
     )
 
 

@@ -49,6 +49,7 @@ def write(workdir: Path, c, bank: features.Bank, theta: Any, supports, limits: L
         (tokens,) = features.load_images(bank, supports, len(supports))
         tensors |= flatten(tokens._asdict(), "tokens")
     settings = json.loads(c.to_json_best_effort())
+    settings["distill"]["teacher"] = ""
     settings["cache"] = settings["data"]["root"] = ""  # where things lay is not needed
     raw = save({name: np.array(value, order="C") for name, value in tensors.items()})
     files.write_bytes(workdir / TENSORS, raw)

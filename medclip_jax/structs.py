@@ -52,6 +52,14 @@ class Features(NamedTuple):
     ]  # patch tokens of each tapped level, class token dropped
 
 
+class Views(NamedTuple):
+    """Two augmentations of the healthy image of each row."""
+
+    one: Features
+    two: Features
+    image: Int[Array, " n"]  # number of the image in its pool
+
+
 class Batch(NamedTuple):
     """Tokens of a batch of images with their (synthetic) truth, in the tower frame."""
 
@@ -59,6 +67,8 @@ class Batch(NamedTuple):
     mask: Float[Array, "n h w"]  # [0, 1], 1 = anomalous
     label: Int[Array, " n"]  # 0 healthy, 1 anomalous
     valid: Bool[Array, " n"]  # False for rows that only fill the shape
+    views: Views | None = None  # for SimCLR
+    teacher: Float[Array, "n p"] | None = None  # a teacher's patch logits, for distillation
 
 
 class Prompts(NamedTuple):

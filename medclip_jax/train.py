@@ -16,6 +16,7 @@ from medclip_jax import (
     baselines,
     clip,
     detector,
+    distil,
     evaluate,
     features,
     files,
@@ -71,6 +72,10 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         others = [source(name, c, drawn) for name in c.meta.data if name != c.data.name]
         pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
         features.encode_images(bank, drawn.test)
+        if c.distill.teacher and c.steps:
+            teacher = distil.load(c, tower, drawn.test, build)
+            sets = zip(pools, (drawn.support, *others), strict=True)
+            pools = [distil.pool(teacher, p, bank, x, synthesis) for p, x in sets]
 
     groups = fit.folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
