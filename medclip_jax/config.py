@@ -76,7 +76,7 @@ MEDICLIP = {
         "init": "random",
     },
     "synthesis": {"preset": "mediclip", "partner": "support"},
-    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
+    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
     "score": {"top": 0.0},
     "distill": {"teacher": ""},
@@ -197,6 +197,7 @@ def base(arg: str = "", **data) -> ConfigDict:
         "form": "softmax",  # score.FORMS: softmax | distance (equation 9)
         "learn_scale": True,  # temperature of the anomaly logit
         "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
+        "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
     }
     c.loss = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}  # weights; 0 = not computed
     c.loss.simclr = 0.0  # two augmentations of a support alike (equation 12); needs config.augment

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from medclip_jax import clip, features, model, scorer
 from medclip_jax.data import preprocess, readers, variants
 from medclip_jax.errors import ConfigError
+from medclip_jax.learned_parts import refines
 from medclip_jax.structs import Record
 
 BATCH = 16  # images per call of the teacher's tower
@@ -45,9 +46,10 @@ def load(c, tower: clip.Clip, test: Sequence[Record], build: Callable) -> Teache
     theirs = ConfigDict(held.config)
     refuse(workdir, theirs, held.theta, c, test)
     other = tower
-    if held.checkpoint != tower.digest or tuple(theirs.clip.levels) != tuple(c.clip.levels):
+    same = held.checkpoint == tower.digest and refines(theirs) == refines(c)
+    if not same or tuple(theirs.clip.levels) != tuple(c.clip.levels):
         checkpoint = theirs.clip.checkpoint
-        other = clip.load(checkpoint, tuple(theirs.clip.levels), theirs.clip.dtype)
+        other = clip.load(checkpoint, tuple(theirs.clip.levels), theirs.clip.dtype, refines(theirs))
         if other.digest != held.checkpoint:
             raise ConfigError(
                 f"config.distill.teacher {workdir} was trained with another CLIP than {checkpoint} "

@@ -13,6 +13,11 @@ LEAST = {"distill.weight": 0, "distill.temperature": 0.01}
 SHARES = {"distill.alpha": (0, 1, "a share from 0 to 1")}
 
 
+def refines(c) -> bool:
+    """Is refinement on? Configs kept by workdirs from before it do not say, and had none."""
+    return bool(c.model.get("refine", False))
+
+
 def check(c) -> None:
     """Raise ConfigError if a part that is on lacks what it needs. c: a config (config.resolve)."""
     augmented = any(value for name, value in c.augment.items() if name != "copies")

@@ -5,6 +5,7 @@ theta is a plain dict of arrays:
   adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
   scale     []               log of 1/temperature of the anomaly logit and the alignment
   offset    []               of the distance form (score.patch_logit)
+  refine    ({kernel, bias, gate}, ...)  a query per tapped level (refine.init), if it is on
   head      {hidden, out}    SimCLR's projection (simclr.init), if it has a weight
 """
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, losses, score, simclr
+from medclip_jax import clip, losses, refine, score, simclr
 from medclip_jax.structs import Batch, Features, Prompts
 
 
@@ -30,6 +31,7 @@ class Design(NamedTuple):
     causal: bool
     learn_scale: bool  # False: temperature 1, as MediCLIP
     dropout: float  # rate, on the adapted tokens
+    refinement: refine.Frozen | None = None  # what refinement keeps of the tapped blocks; None: off
 
 
 class Output(NamedTuple):
@@ -74,6 +76,8 @@ def init(
         "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
         "offset": jnp.asarray(0.5),
     }
+    if design.refinement is not None:
+        theta["refine"] = refine.init(design.refinement)
     if contrast:
         theta["head"] = simclr.init(jax.random.fold_in(key, simclr.STREAM), model.joint)
     return theta
@@ -104,6 +108,14 @@ def adapt_tokens(
     return tuple(adapted)
 
 
+def refined(theta: Mapping, features: Features, design: Design) -> Features:
+    """Features with the levels refined (equation 6); as they are where refinement is off."""
+    if design.refinement is None:
+        return features
+    levels = refine.refine(theta["refine"], design.refinement, features.levels, features.inputs)
+    return features._replace(levels=levels)
+
+
 def scale_of(theta: Mapping, design: Design) -> Float[Array, ""]:
     return jnp.exp(theta["scale"]) if design.learn_scale else jnp.asarray(1.0)
 
@@ -116,7 +128,7 @@ def forward(
     key: jax.Array | None = None,
 ) -> Output:
     """Adapted tokens and anomaly logits, given the text features of `text_features`."""
-    levels = adapt_tokens(theta, features, design.dropout, key)
+    levels = adapt_tokens(theta, refined(theta, features, design), design.dropout, key)
     logit = score.patch_logit(
         levels,
         text,
@@ -161,7 +173,7 @@ def loss(
 
     def contrast():
         one, two, image = batch.views
-        both = (adapt_tokens(theta, view, 0.0, None) for view in (one, two))
+        both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
         heads = [simclr.project(theta["head"], levels) for levels in both]
         return simclr.ntxent(*heads, image, batch.valid)
 

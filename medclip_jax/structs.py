@@ -50,6 +50,8 @@ class Features(NamedTuple):
     levels: tuple[
         Float[Array, "n p _"], ...
     ]  # patch tokens of each tapped level, class token dropped
+    # what each tapped block reads, class token first; only where refinement is on
+    inputs: tuple[Float[Array, "n s d"], ...] = ()
 
 
 class Views(NamedTuple):

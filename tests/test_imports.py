@@ -28,14 +28,15 @@ MAY_IMPORT = {
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
     "trained": {"calibrate", "clip", "detector", "evaluate", "features", "fusion", "score"}
-    | {"scorer", "sharding", "train"},
+    | {"learned_parts", "scorer", "sharding", "train"},
     "scorer": {"calibrate", "evaluate", "features", "fusion"},
     "processes": {"preemption"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
-    | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"},
+    | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"}
+    | {"learned_parts"},
     "groups": set(),
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
-    | {"scorer"},
+    | {"learned_parts", "scorer"},
     "train": {
         "distil",
         "baselines",
@@ -46,7 +47,7 @@ MAY_IMPORT = {
         "evaluate",
         "features",
     }
-    | {"data.augment", "data.preprocess", "fit", "fusion", "scorer"}
+    | {"data.augment", "data.preprocess", "fit", "fusion", "refine", "scorer"}
     | {"model", "prompts", "sharding", "workdir"},
     "fit": {
         "checkpoints",
@@ -86,7 +87,7 @@ MAY_IMPORT = {
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
     | {"data.augment", "data.preprocess", "data.variants"},
     "data.variants": {"data.augment", "data.synthesis"},
-    "model": {"clip", "losses", "score", "simclr"},
+    "model": {"clip", "losses", "refine", "score", "simclr"},
     "clip": {"weights"},
     "prompts": {"ontology"},
     "ontology": {"terminology"},
