@@ -16,6 +16,7 @@ from medclip_jax import (
     baselines,
     clip,
     detector,
+    distil,
     evaluate,
     features,
     files,
@@ -23,6 +24,7 @@ from medclip_jax import (
     fusion,
     model,
     prompts,
+    refine,
     scorer,
     sharding,
 )
@@ -50,7 +52,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
-        tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
+        tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine)
         policy = (c.data.uncertain, c.data.blank)
         records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k, policy)
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
@@ -71,6 +73,10 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         others = [source(name, c, drawn) for name in c.meta.data if name != c.data.name]
         pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
         features.encode_images(bank, drawn.test)
+        if c.distill.teacher and c.steps:
+            teacher = distil.load(c, tower, drawn.test, build)
+            sets = zip(pools, (drawn.support, *others), strict=True)
+            pools = [distil.pool(teacher, p, bank, x, synthesis) for p, x in sets]
 
     groups = fit.folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
@@ -173,6 +179,9 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
         ontology_file=c.prompts.ontology_file,
         positions=len(tower.text["position"]),
     )
+    vision, kept = tower.vision_tower, None
+    if tower.vision_tower.inputs:
+        kept = refine.frozen(tower.vision, vision.levels, vision.heads, vision.eps)
     design = model.Design(
         built,
         tower.text_tower,
@@ -182,6 +191,7 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
         c.prompts.causal,
         c.model.learn_scale,
         c.model.dropout,
+        kept,
     )
     return design, {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
 
