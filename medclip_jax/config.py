@@ -34,6 +34,7 @@ CHOICES = {
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
     "model.form": ("softmax", "distance"),
+    "fusion.weights": ("equal", "probes"),
 }
 LEAST = {
     "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
@@ -97,7 +98,8 @@ PROMPTS = {
     "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
 }
 FUSION = {
-    "branches": ("learned",),  # of method ours, any of BRANCHES; more than one are fused
+    "branches": ("learned", "memory"),  # of method ours, any of BRANCHES; several are fused
+    "weights": "equal",  # of standardised branches: equal | probes, what each sees of them
     "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
 }
 CALIBRATION = {
