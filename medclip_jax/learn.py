@@ -213,7 +213,11 @@ def episodes_at(
 
 
 def adaptation_rows(pool: features.Pool, members: Sequence[np.ndarray]) -> Batch:
-    """What every copy adapts to, [row, copy, ...]; rows that fill a shorter copy are not valid."""
+    """What every copy adapts to, [row, copy, ...]; rows that fill a shorter copy are not valid.
+
+    These are the target's: they carry no data set.
+    """
+    pool = pool._replace(source=None)
     drawn = [episodes.adaptation(own, pool.kinds) for own in members]
     count = [d.image.size for d in drawn]
     full = [episodes.Rows(*(np.resize(x, (1, max(count))) for x in rows)) for rows in drawn]
@@ -222,7 +226,8 @@ def adaptation_rows(pool: features.Pool, members: Sequence[np.ndarray]) -> Batch
 
 
 def take(pool: features.Pool, rows: Sequence[episodes.Rows]) -> Batch:
-    """Rows [task, row] of each copy -> tokens [task, copy, row, ...]."""
+    """Rows [task, row] of each copy -> tokens [task, copy, row, ...]; a task has one data set."""
     image, variant = (np.stack(x, axis=1) for x in zip(*rows, strict=True))
     batch = features.take(pool, image.ravel(), variant.ravel())
-    return jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)
+    batch = jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)
+    return batch if batch.source is None else batch._replace(source=batch.source[..., 0])

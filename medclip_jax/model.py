@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, losses, score
+from medclip_jax import clip, losses, score, several
 from medclip_jax.structs import Batch, Features, Prompts
 
 
@@ -29,6 +29,7 @@ class Design(NamedTuple):
     causal: bool
     learn_scale: bool  # False: temperature 1, as MediCLIP
     dropout: float  # rate, on the adapted tokens
+    sets: several.Sets | None = None  # prompts of all data sets, where training has several
 
 
 class Output(NamedTuple):
@@ -125,22 +126,37 @@ def loss(
     design: Design,
     weights: Mapping[str, float],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss: (scalar, named parts). A term of weight 0 is not computed."""
-    text = text_features(theta, frozen, design)
-    out = forward(theta, text, batch.features, design, key)
-    pixels = score.to_pixels(out.logit, design.size)
+    """The training loss: (scalar, named parts). A term of weight 0 is not computed.
+
+    Where training has several data sets, rows are compared with the prompts of their own.
+    """
     scale = scale_of(theta, design)
+    if design.sets is None or batch.source is None:
+        text = text_features(theta, frozen, design)
+        _, levels, logit = forward(theta, text, batch.features, design, key)
+        label, words = design.prompts.label, None
+    else:
+        static = design.sets, batch.source, design.text_tower, design.causal
+        words = several.words(theta["context"], frozen["text"], *static)
+        levels = adapt_tokens(theta, batch.features, design.dropout, key)
+        logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
+        label = design.sets.label
+    pixels = score.to_pixels(logit, design.size)
 
     def align():
-        similarity = sum(score.cosine(v, text) for v in out.levels) / len(out.levels)
+        if words is None:
+            similarity = sum(score.cosine(v, text) for v in levels) / len(levels)
+        else:
+            similarity = several.similarity(levels, words)
         share = losses.patch_share(batch.mask, design.grid)
-        label = jnp.asarray(design.prompts.label)
-        return losses.align(similarity, share, label, batch.valid, scale)
+        return losses.align(similarity, share, jnp.asarray(label), batch.valid, scale)
 
     def prompt():
-        pair = score.class_features(text, design.prompts.label)
-        logits = jnp.exp(frozen["logit_scale"]) * score.cosine(batch.features.pooled, pair)
-        return losses.prompt(logits, batch.label, batch.valid)
+        if words is None:
+            alike = score.cosine(batch.features.pooled, score.class_features(text, label))
+        else:
+            alike = several.prompt_logits(batch.features.pooled, words)
+        return losses.prompt(jnp.exp(frozen["logit_scale"]) * alike, batch.label, batch.valid)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),

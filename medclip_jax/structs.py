@@ -59,6 +59,8 @@ class Batch(NamedTuple):
     mask: Float[Array, "n h w"]  # [0, 1], 1 = anomalous
     label: Int[Array, " n"]  # 0 healthy, 1 anomalous
     valid: Bool[Array, " n"]  # False for rows that only fill the shape
+    # data set of each row, or [] of all rows; None where there is one, 0 is the target
+    source: Int[Array, "*n"] | None = None
 
 
 class Prompts(NamedTuple):

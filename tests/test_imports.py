@@ -36,7 +36,10 @@ MAY_IMPORT = {
     "groups": set(),
     "train": {"baselines", "clip", "config", "data.datasets", "detector", "evaluate", "features"}
     | {"data.augment", "data.preprocess", "fit", "fusion", "scorer"}
-    | {"model", "prompts", "sharding", "workdir"},
+    | {"model", "others", "prompts", "several", "sharding", "workdir"},
+    "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
+    | {"data.variants", "features"},
+    "several": {"clip", "score"},
     "fit": {"checkpoints", "data.episodes", "features", "learn", "maml", "model", "preemption"}
     | {"processes", "sharding", "writer"},
     "workdir": {"data.datasets"},
@@ -64,7 +67,7 @@ MAY_IMPORT = {
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
     | {"data.augment", "data.preprocess", "data.variants"},
     "data.variants": {"data.augment", "data.synthesis"},
-    "model": {"clip", "losses", "score"},
+    "model": {"clip", "losses", "score", "several"},
     "clip": {"weights"},
     "prompts": {"ontology"},
     "ontology": {"terminology"},
