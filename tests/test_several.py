@@ -260,7 +260,7 @@ def test_two_phantoms_in_one_run(tmp_path, monkeypatch):
     folder, *_ = tiny_checkpoint(tmp_path / "clip")
     monkeypatch.setattr(
         "medclip_jax.data.datasets.PHANTOMS",
-        {f"phantom-{m}": (m, 6, 4, 4) for m in ("ultrasound", "mri")},
+        {f"phantom-{m}": (m, 4, 2, 2) for m in ("ultrasound", "mri")},
     )
     opened, built, recipes = features.open_pool, [], []
     monkeypatch.setattr(
@@ -273,16 +273,16 @@ def test_two_phantoms_in_one_run(tmp_path, monkeypatch):
         return run(c, workdir, tower, design, *rest)
 
     monkeypatch.setattr(train.fit, "run", watched)
-    c = config.base("k=4", name="phantom-ultrasound", **PRESETS["phantom-ultrasound"])
+    c = config.base("k=2", name="phantom-ultrasound", **PRESETS["phantom-ultrasound"])
     c.update_from_flattened_dict(
         {
             "meta.data": ("phantom-ultrasound", "phantom-mri"),
             "meta.recipe": "own",
-            "meta.images": 3,
-            "learner": "maml",
+            "meta.images": 2,
+            "learner": "fomaml",
             "clip.checkpoint": str(folder),
             "cache": str(tmp_path / "cache"),
-            "synthesis.variants": 30,
+            "synthesis.variants": 16,
             "calibration.folds": 2,
             "steps": 2,
             "score.passes": 1,
