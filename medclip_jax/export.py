@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from medclip_jax import __version__, files
-from medclip_jax.errors import CheckpointError
+from medclip_jax.errors import CheckpointError, ConfigError
 
 KIND, FORMAT = "medclip_jax scorer", 1
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -101,6 +101,11 @@ def save(workdir: str | Path, path: str | Path) -> int:
     from medclip_jax import scorer, trained
 
     model = trained.load(Path(workdir))
+    if model.bank.recipe:
+        raise ConfigError(
+            f"{workdir} was trained with data.recipe {', '.join(model.bank.recipe)}, which the "
+            "exported file cannot carry: use --mode predict, or train without a recipe"
+        )
     run = _function(model)
     size = model.bank.clip.size
     batch = jax.export.symbolic_shape("n")[0]
@@ -186,6 +191,7 @@ def _function(model):
     from medclip_jax import clip, trained
 
     tower, made, read = model.bank.clip, model.detector, model.readings
+    seeds = jax.random.key_data(model.keys)  # keys themselves cannot be kept as arrays
 
     def run(images):
         like = dict(tower=tower.vision_tower, mean=tower.mean, std=tower.std)
@@ -193,7 +199,7 @@ def _function(model):
         kept = jax.tree.map(lambda x: x.astype(model.bank.dtype).astype(jnp.float32), tokens)
         values = made.patches(kept)
         raw = read.image_scores(values) if made.image is None else made.image(kept)
-        passes = trained.passes(made, read, kept, model.keys)
+        passes = trained.passes(made, read, kept, jax.random.wrap_key_data(seeds))
         passes = jnp.zeros((0, 1)) if passes is None else passes
         return raw, read.maps(values), passes
 
