@@ -89,14 +89,12 @@ def test_what_fills_the_shape_is_neutral_for_the_target(tiny, form, causal):
     _, design, theta, frozen, batch = setting(tiny, MORE, form=form, causal=causal)
     alone = gradient(design._replace(sets=None), theta, frozen, batch, None)
     assert (~design.sets.real[0]).sum() == 6
-    close(gradient(design, theta, frozen, batch, 0), alone)
-    close(gradient(design, theta, frozen, batch, [0] * 4), alone)
+    close(gradient(design, theta, frozen, batch, 0 if causal else [0] * 4), alone)
 
 
-@pytest.mark.parametrize("form", ["softmax", "distance"])
-def test_the_other_set_is_compared_with_its_own_prompts(tiny, form):
+def test_the_other_set_is_compared_with_its_own_prompts(tiny):
     """As a run of that set alone would be, on the same shared context; here it is filled up."""
-    sets, design, theta, frozen, batch = setting(tiny, TARGET, MORE, form, shared=True)
+    sets, design, theta, frozen, batch = setting(tiny, TARGET, MORE, "distance", shared=True)
     assert (~design.sets.real[1]).any()
     alone = gradient(design._replace(prompts=sets[1], sets=None), theta, frozen, batch, None)
     close(gradient(design, theta, frozen, batch, 1), alone)
@@ -280,11 +278,12 @@ def test_two_phantoms_in_one_run(tmp_path, monkeypatch):
             "meta.recipe": "own",
             "meta.images": 2,
             "learner": "fomaml",
+            "meta.adapt_steps": 0,
             "clip.checkpoint": str(folder),
             "cache": str(tmp_path / "cache"),
             "synthesis.variants": 16,
             "calibration.folds": 2,
-            "steps": 2,
+            "steps": 1,
             "score.passes": 1,
         }
     )
