@@ -1,8 +1,8 @@
 """Three branches in one detector: the trained prompt map, the memory, and plain prompts.
 
-Each branch's values are standardised on the held-out supports and weighed by what it sees of
-anomalies that training never showed (data/probes): a branch that is blind on a modality counts
-nothing. Only healthy images and probes painted on them are read, never a test image or label.
+Each branch's values are standardised on the held-out supports. Standardised values count equally,
+or are weighed by what a branch sees of anomalies that training never showed (data/probes). Only
+healthy images and probes painted on them are read, never a test image or label.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,6 +56,7 @@ def fuse(
     bank: features.Bank,
     supports: Sequence,
     *,
+    weights: str,
     modality: str,
     variants: int,
     seed: int,
@@ -63,9 +64,14 @@ def fuse(
 ) -> tuple[Detector, Mix]:
     """The fused detector and how it mixes.
 
+    weights: "equal", or "probes": by what a branch sees of `variants` probes per support.
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
-    variants: probes per support. modality: names the kinds of probe, see data/probes.
+    modality: names the kinds of probe, see data/probes.
     """
+    if weights == "equal":
+        found = {name: unprobed(branch, image_scores) for name, branch in branches.items()}
+        ones = np.ones((len(found), 2))
+        return combine(branches, found, made := weighed(found, ones), image_scores), made
     images = detector.healthy_images(bank, supports)
     painted = probes.paint(images, probes.kinds_of(modality), variants, seed)
     size = images.shape[-1]
@@ -80,28 +86,43 @@ def fuse(
     return combine(branches, found, made, image_scores), made
 
 
+def unprobed(branch: Detector, image_scores: Callable) -> Evidence:
+    """What a branch says of the healthy images, each held out; there are no probes."""
+    healthy = branch.held_out_image
+    if healthy is None:
+        healthy = image_scores(jnp.asarray(branch.held_out))
+    k, p = branch.held_out.shape
+    return Evidence(branch.held_out, np.asarray(healthy), np.zeros((k, 0, p)), np.zeros((k, 0)))
+
+
 def evidence(branch: Detector, held: Sequence[Features], image_scores: Callable) -> Evidence:
     """Run a branch on the probes of each support as if it had never seen that support."""
     values = [np.asarray(branch.without(i, batch)) for i, batch in enumerate(held)]
     if branch.image is None:
-        healthy = image_scores(jnp.asarray(branch.held_out))
         scores = [image_scores(jnp.asarray(v)) for v in values]
     else:
-        healthy, scores = branch.held_out_image, [branch.image(batch) for batch in held]
+        scores = [branch.image(batch) for batch in held]
     scores = np.stack([np.asarray(s) for s in scores])
-    return Evidence(branch.held_out, np.asarray(healthy), np.stack(values), scores)
+    found = unprobed(branch, image_scores)
+    return found._replace(probe_patch=np.stack(values), probe_image=scores)
 
 
 def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:
     """Weights from the evidence. `inside` [k, v, p]: the patches that a probe covers."""
-    spreads, centres, weights = [], [], []
+    weights = []
     for e in found.values():
-        centres.append((e.patch.mean(), e.image.mean()))
-        spreads.append((calibrate.spread(e.patch.ravel()), calibrate.spread(e.image)))
         image = [e.probe_image[:, v::kinds] for v in range(kinds)]
         patch = [e.probe_patch[:, v::kinds][inside[:, v::kinds]] for v in range(kinds)]
         weights.append((weight(e.patch.ravel(), patch), image_weight(e.image, image)))
-    spread, centre, w = (np.array(x).T for x in (spreads, centres, weights))
+    return weighed(found, np.array(weights))
+
+
+def weighed(found: dict[str, Evidence], weights: Float[np.ndarray, "b 2"]) -> Mix:
+    """Values standardised on the held-out healthy images, times weights (map, image)."""
+    centre = np.array([(e.patch.mean(), e.image.mean()) for e in found.values()]).T
+    scale = calibrate.spread
+    spread = np.array([(scale(e.patch.ravel()), scale(e.image)) for e in found.values()]).T
+    w = weights.T
     # all blind: nothing speaks for one branch more than for another
     w = np.where(w.sum(1, keepdims=True) > 0, w, 1.0)
     gain = w / spread
