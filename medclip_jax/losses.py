@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-TERMS = ("focal", "dice", "align", "prompt", "simclr", "distill")
+TERMS = ("focal", "dice", "align", "prompt")
+CARRIED = ("simclr", "distill")  # of what only some rows carry: views, a teacher's logits
 
 
 class Distill(NamedTuple):
