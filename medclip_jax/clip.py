@@ -241,13 +241,26 @@ def encode_text(
     if causal:
         length = int(np.max(prompts.eos)) + 1
         ids, slots = ids[:, :length], slots[:, :length]
+    return encode_ids(text, context, ids, slots, jnp.asarray(prompts.eos), tower, causal)
+
+
+def encode_ids(
+    text: dict[str, Any],
+    context: Float[Array, "c k d"],
+    ids: Int[Array, "c t"],
+    slots: Int[Array, "c t"],
+    eos: Int[Array, " c"],
+    tower: Tower,
+    causal: bool,
+) -> Float[Array, "c j"]:
+    """`encode_text` of prompts that may be chosen on the device; t may end after the last EOS."""
     x = _embed(text["token"], context, ids, slots)
     positions = x.shape[1]
     x = x + text["position"][None, :positions]
     mask = jnp.tril(jnp.ones((positions, positions), bool))[None, None] if causal else None
     for i in range(text["blocks"]["fc1"]["bias"].shape[0]):  # a loop: its gradient beats scan's
         x = _block(x, jax.tree.map(lambda b, i=i: b[i], text["blocks"]), tower, mask)
-    at_eos = x[jnp.arange(x.shape[0]), jnp.asarray(prompts.eos)]
+    at_eos = x[jnp.arange(x.shape[0]), eos]
     return _layer_norm(at_eos, text["final"], tower.eps) @ text["projection"]
 
 

@@ -32,6 +32,7 @@ CHOICES = {
     "bank_dtype": ("float32", "bfloat16", "float16"),
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
+    "meta.recipe": ("target", "own"),
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
     "model.form": ("softmax", "distance"),
@@ -112,10 +113,11 @@ CALIBRATION = {
     "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
 }
 
-# Episodes, for the learners other than joint; `data` and `images` are for all.
+# Episodes, for the learners other than joint; `data`, `images` and `recipe` are for all.
 META = {
     "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
     "images": 32,  # healthy images of each data set beside the target; 0 = all
+    "recipe": "target",  # of those: the target's | own, of each set's modality (data/presets.py)
     "tasks": 4,  # per step
     "shots": 0,  # support rows of a task; 0 = min(8, k), at least 2
     "query": 0,  # query rows of a task; 0 = as shots

@@ -54,14 +54,20 @@ def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh, recipe=
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
-    tower = model.vision_tower
-    pixels = model.size, model.mean, model.std, fit
+    vision = sharding.replicate(model.vision, mesh)
+    unnamed = cache / "bank" / "recipe"
+    return with_recipe(Bank(unnamed, model, fit, dtype, mesh, vision), recipe)
+
+
+def with_recipe(bank: Bank, recipe: str | Sequence[str]) -> Bank:
+    """The same bank for images that are preprocessed otherwise. Raises ConfigError if unknown."""
+    model, tower = bank.clip, bank.clip.vision_tower
+    pixels = model.size, model.mean, model.std, bank.fit
     steps = preprocess.steps(recipe)
     named = [(preprocess.VERSION, steps)] if steps else []
     named += ["inputs"] if tower.inputs else []
-    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype, *named)
-    vision = sharding.replicate(model.vision, mesh)
-    return Bank(cache / "bank" / name, model, fit, dtype, mesh, vision, steps)
+    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, bank.dtype, *named)
+    return bank._replace(folder=bank.folder.with_name(name), recipe=steps)
 
 
 def digest(*parts: Any) -> str:
@@ -140,6 +146,7 @@ class Pool(NamedTuple):
     # a teacher's patch logits per support, [1 + variants + copies, p]; () where there is none
     teacher: tuple[Float[np.ndarray, "_ p"], ...] = ()
     inputs: bool = False  # tokens hold the tapped blocks' inputs
+    source: Int[np.ndarray, " k"] | None = None  # data set of each support; None: all of one
 
 
 def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool:
@@ -169,12 +176,14 @@ def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool
 
 
 def join(pools: Sequence[Pool]) -> Pool:
-    """One pool of several with the same bank and number of variants; images in order."""
+    """One pool of several with the same tower and number of variants; images in order."""
+    sizes = [len(p.clean) for p in pools]
     return pools[0]._replace(
         clean=sum((p.clean for p in pools), ()),
         anomalous=sum((p.anomalous for p in pools), ()),
         kinds=np.concatenate([p.kinds for p in pools]),
         teacher=sum((p.teacher for p in pools), ()),
+        source=np.repeat(np.arange(len(pools)), sizes) if len(pools) > 1 else None,
     )
 
 
@@ -211,6 +220,7 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
         (np.asarray(variant) >= 0).astype(np.int32),
         np.ones(len(support), bool),
         teacher=taught,
+        source=None if pool.source is None else pool.source[support],
     )
 
 

@@ -217,7 +217,11 @@ def episodes_at(
 
 
 def adaptation_rows(pool: features.Pool, members: Sequence[np.ndarray]) -> Batch:
-    """What every copy adapts to, [row, copy, ...]; rows that fill a shorter copy are not valid."""
+    """What every copy adapts to, [row, copy, ...]; rows that fill a shorter copy are not valid.
+
+    These are the target's: they carry no data set.
+    """
+    pool = pool._replace(source=None)
     drawn = [episodes.adaptation(own, pool.kinds) for own in members]
     count = [d.image.size for d in drawn]
     full = [episodes.Rows(*(np.resize(x, (1, max(count))) for x in rows)) for rows in drawn]
@@ -228,9 +232,13 @@ def adaptation_rows(pool: features.Pool, members: Sequence[np.ndarray]) -> Batch
 def take(
     pool: features.Pool, rows: Sequence[episodes.Rows], pair: Sequence[np.ndarray] = ()
 ) -> Batch:
-    """Rows [task, row] of each copy -> tokens [task, copy, row, ...]; `pair` as in `shaped`."""
+    """Rows [task, row] of each copy -> tokens [task, copy, row, ...]; a task has one data set.
+
+    `pair` as in `shaped`.
+    """
     image, variant = (np.stack(x, axis=1) for x in zip(*rows, strict=True))
-    return shaped(pool, image, variant, pair)
+    batch = shaped(pool, image, variant, pair)
+    return batch if batch.source is None else batch._replace(source=batch.source[..., 0])
 
 
 def shaped(

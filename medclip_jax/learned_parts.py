@@ -26,3 +26,7 @@ def check(c) -> None:
             f"config.loss.simclr is {c.loss.simclr} and nothing augments the supports: give a "
             "strength of config.augment, such as rotate=10, or simclr 0"
         )
+    if c.distill.teacher and c.meta.data:
+        raise ConfigError(
+            "config.distill.teacher teaches the target's images alone: leave config.meta.data empty"
+        )

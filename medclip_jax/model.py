@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, losses, refine, score, simclr
+from medclip_jax import clip, losses, refine, score, several, simclr
 from medclip_jax.structs import Batch, Features, Prompts
 
 
@@ -32,6 +32,7 @@ class Design(NamedTuple):
     learn_scale: bool  # False: temperature 1, as MediCLIP
     dropout: float  # rate, on the adapted tokens
     refinement: refine.Frozen | None = None  # what refinement keeps of the tapped blocks; None: off
+    sets: several.Sets | None = None  # prompts of all data sets, where training has several
 
 
 class Output(NamedTuple):
@@ -153,23 +154,36 @@ def loss(
     """The training loss: (scalar, named parts). A term of weight 0 is not computed.
 
     Nor is SimCLR's where rows carry no views: in adaptation, which has no step to draw them by.
-    `distill` says how the teacher's logits count, where the rows carry them.
+    `distill` says how the teacher's logits count, where the rows carry them. Where training has
+    several data sets, rows are compared with the prompts of their own.
     """
-    text = text_features(theta, frozen, design)
-    out = forward(theta, text, batch.features, design, key)
-    pixels = score.to_pixels(out.logit, design.size)
     scale = scale_of(theta, design)
+    if design.sets is None or batch.source is None:
+        text = text_features(theta, frozen, design)
+        _, levels, logit = forward(theta, text, batch.features, design, key)
+        label, words = design.prompts.label, None
+    else:
+        static = design.sets, batch.source, design.text_tower, design.causal
+        words = several.words(theta["context"], frozen["text"], *static)
+        levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
+        logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
+        label = design.sets.label
+    pixels = score.to_pixels(logit, design.size)
 
     def align():
-        similarity = sum(score.cosine(v, text) for v in out.levels) / len(out.levels)
+        if words is None:
+            similarity = sum(score.cosine(v, text) for v in levels) / len(levels)
+        else:
+            similarity = several.similarity(levels, words)
         share = losses.patch_share(batch.mask, design.grid)
-        label = jnp.asarray(design.prompts.label)
-        return losses.align(similarity, share, label, batch.valid, scale)
+        return losses.align(similarity, share, jnp.asarray(label), batch.valid, scale)
 
     def prompt():
-        pair = score.class_features(text, design.prompts.label)
-        logits = jnp.exp(frozen["logit_scale"]) * score.cosine(batch.features.pooled, pair)
-        return losses.prompt(logits, batch.label, batch.valid)
+        if words is None:
+            alike = score.cosine(batch.features.pooled, score.class_features(text, label))
+        else:
+            alike = several.prompt_logits(batch.features.pooled, words)
+        return losses.prompt(jnp.exp(frozen["logit_scale"]) * alike, batch.label, batch.valid)
 
     def contrast():
         one, two, image = batch.views
@@ -179,7 +193,7 @@ def loss(
 
     def taught():
         share = losses.patch_share(batch.mask, design.grid)
-        return losses.distill_patches(out.logit, batch.teacher, share, batch.valid, distill)
+        return losses.distill_patches(logit, batch.teacher, share, batch.valid, distill)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),

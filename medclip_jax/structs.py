@@ -71,6 +71,8 @@ class Batch(NamedTuple):
     valid: Bool[Array, " n"]  # False for rows that only fill the shape
     views: Views | None = None  # for SimCLR
     teacher: Float[Array, "n p"] | None = None  # a teacher's patch logits, for distillation
+    # data set of each row, or [] of all rows; None where there is one, 0 is the target
+    source: Int[Array, "*n"] | None = None
 
 
 class Prompts(NamedTuple):

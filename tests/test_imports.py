@@ -37,28 +37,14 @@ MAY_IMPORT = {
     "groups": set(),
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
     | {"learned_parts", "scorer"},
-    "train": {
-        "distil",
-        "baselines",
-        "clip",
-        "config",
-        "data.datasets",
-        "detector",
-        "evaluate",
-        "features",
-    }
-    | {"data.augment", "data.preprocess", "fit", "fusion", "refine", "scorer"}
-    | {"model", "prompts", "sharding", "workdir"},
-    "fit": {
-        "checkpoints",
-        "data.episodes",
-        "features",
-        "learn",
-        "losses",
-        "maml",
-        "model",
-        "preemption",
-    }
+    "train": {"baselines", "clip", "config", "data.datasets", "detector", "distil", "evaluate"}
+    | {"data.augment", "data.preprocess", "features", "fit", "fusion", "refine", "scorer"}
+    | {"model", "others", "prompts", "several", "sharding", "workdir"},
+    "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
+    | {"data.variants", "features"},
+    "several": {"clip", "score"},
+    "fit": {"checkpoints", "data.episodes", "features", "learn", "losses", "maml", "model"}
+    | {"preemption"}
     | {"processes", "sharding", "writer"},
     "workdir": {"data.datasets"},
     "config": {"learned_parts"},
@@ -87,7 +73,7 @@ MAY_IMPORT = {
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
     | {"data.augment", "data.preprocess", "data.variants"},
     "data.variants": {"data.augment", "data.synthesis"},
-    "model": {"clip", "losses", "refine", "score", "simclr"},
+    "model": {"clip", "losses", "refine", "score", "several", "simclr"},
     "clip": {"weights"},
     "prompts": {"ontology"},
     "ontology": {"terminology"},
