@@ -12,7 +12,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 TERMS = ("focal", "dice", "align", "prompt")
-CARRIED = ("simclr", "distill")  # of what only some rows carry: views, a teacher's logits
 
 
 class Distill(NamedTuple):
