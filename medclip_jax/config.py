@@ -197,14 +197,8 @@ def base(arg: str = "", **data) -> ConfigDict:
         "partner": "self",  # CutPaste copies from the image itself | from any "support"
     }
     c.augment = AUGMENT
-    c.model = {
-        "form": "softmax",  # score.FORMS: softmax | distance (equation 9)
-        "learn_scale": True,  # temperature of the anomaly logit
-        "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
-        "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
-    }
-    c.loss = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}  # weights; 0 = not computed
-    c.loss.simclr = 0.0  # two augmentations of a support alike (equation 12); needs config.augment
+    c.model = learned_parts.MODEL
+    c.loss = learned_parts.LOSS
     c.distill = learned_parts.DISTILL
     c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
     c.learner = "joint"  # LEARNERS, see learn.py
