@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from medclip_jax import score_fields
 from medclip_jax.errors import ConfigError
 
 METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
@@ -34,6 +35,7 @@ CHOICES = {
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
     "model.form": ("softmax", "distance"),
+    **score_fields.CHOICES,
 }
 LEAST = {
     "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
@@ -48,6 +50,7 @@ LEAST = {
     **{"prompts.synonyms": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
+    **score_fields.LEAST,
 }
 SHARES = {  # (smallest, largest, what to give)
     "augment.flip": (0, 1, "a probability from 0 to 1"),
@@ -60,6 +63,7 @@ SHARES = {  # (smallest, largest, what to give)
     "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
     "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
     "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
+    **score_fields.SHARES,
 }
 
 # MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
@@ -75,7 +79,7 @@ MEDICLIP = {
     "synthesis": {"preset": "mediclip", "partner": "support"},
     "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
-    "score": {"top": 0.0},
+    "score": {"top": 0.0, "tiles": 1},
     "augment": dict.fromkeys(("flip", "flip_vertical", "rotate", "elastic", "intensity"), 0.0),
     "fusion": {"branches": ("learned",)},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
@@ -201,10 +205,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.epochs = 200  # passes over the supports, as peers count
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
-    c.score = {
-        "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
-        "passes": 20,  # MC-dropout passes for the uncertainty
-    }
+    c.score = score_fields.SCORE
     c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
     c.fusion = FUSION
     c.calibration = CALIBRATION
@@ -225,6 +226,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         c.method = "zero_shot"  # all that is left of the branches
     if c.method == "mediclip":
         c.update(MEDICLIP)
+        c.score.suppress.update(score_fields.SUPPRESS)
         c.learner = "joint"
     if c.method == "joint":  # ours without episodes, whatever the learner of ours
         c.learner = "joint"
@@ -256,6 +258,7 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}"
         )
+    score_fields.check(c)
     if c.meta.shots == 1:
         raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
     if not c.meta.inner_rate > 0:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from medclip_jax import __version__, files
-from medclip_jax.errors import CheckpointError
+from medclip_jax.errors import CheckpointError, ConfigError
 
 KIND, FORMAT = "medclip_jax scorer", 1
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -101,6 +101,11 @@ def save(workdir: str | Path, path: str | Path) -> int:
     from medclip_jax import scorer, trained
 
     model = trained.load(Path(workdir))
+    if model.steps is not None:
+        raise ConfigError(
+            f"{workdir} suppresses outliers (config.score.suppress), which an exported scorer "
+            "cannot: use --mode predict, or train without it"
+        )
     run = _function(model)
     size = model.bank.clip.size
     batch = jax.export.symbolic_shape("n")[0]

@@ -262,6 +262,11 @@ def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict |
     files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
 
 
+def read(path: Path) -> Features:
+    """All rows of one bank file."""
+    return _features(_tokens(load(path)))
+
+
 def _tokens(held: dict[str, np.ndarray]) -> list[np.ndarray]:
     levels = sum(name.startswith("level") for name in held)
     return [held["pooled"], *(held[f"level{i}"] for i in range(levels))]

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from medclip_jax import calibrate, detector, features
-from medclip_jax.data import probes
+from medclip_jax import calibrate, detector, features, kept, scales
+from medclip_jax.data import probes, readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
@@ -60,24 +60,35 @@ def fuse(
     variants: int,
     seed: int,
     image_scores: Callable,
+    tiles: int = 1,
 ) -> tuple[Detector, Mix]:
     """The fused detector and how it mixes.
 
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
     variants: probes per support. modality: names the kinds of probe, see data/probes.
+    tiles: as the branches were built, see scales. Tokens of probes are kept in the bank.
     """
-    images = detector.healthy_images(bank, supports)
+    size = bank.clip.size
+    images = detector.healthy_images(bank, supports, scales.side(size, tiles))
     painted = probes.paint(images, probes.kinds_of(modality), variants, seed)
-    size = images.shape[-1]
-    tokens = features.encode(bank, painted.images.reshape(-1, size, size))
-    rows = [slice(i * variants, (i + 1) * variants) for i in range(len(images))]
-    held = [jax.tree.map(lambda x, r=r: jnp.asarray(x[r], jnp.float32), tokens) for r in rows]
-    grid = bank.clip.grid
-    cut = painted.masks.reshape(*painted.masks.shape[:2], grid, size // grid, grid, size // grid)
-    inside = cut.mean((3, 5)).reshape(*painted.masks.shape[:2], grid * grid) > 0.5
+    tokens = kept.encode(
+        bank, painted.images, lambda x: scales.encode(bank, x, tiles), f"{tiles} tiles"
+    )
+    held = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in tokens]
+    inside = covered(painted.masks, size, bank.clip.grid * (scales.FINE if tiles > 1 else 1))
     found = {name: evidence(d, held, image_scores) for name, d in branches.items()}
     made = mix(found, inside, len(painted.kinds))
     return combine(branches, found, made, image_scores), made
+
+
+def covered(masks: np.ndarray, size: int, grid: int) -> np.ndarray:
+    """Masks [k, v, b, b] -> [k, v, p]: the patches of which more than half is marked."""
+    if masks.shape[-1] != size:
+        shape = masks.shape[:2]
+        masks = np.stack([readers.fit_mask(m, size) for m in masks.reshape(-1, *masks.shape[2:])])
+        masks = masks.reshape(*shape, size, size)
+    cut = masks.reshape(*masks.shape[:2], grid, size // grid, grid, size // grid)
+    return cut.mean((3, 5)).reshape(*masks.shape[:2], grid * grid) > 0.5
 
 
 def evidence(branch: Detector, held: Sequence[Features], image_scores: Callable) -> Evidence:
@@ -187,4 +198,5 @@ def combine(
         np.asarray(scores, np.float32),
         image_passes=image_passes if random else None,
         k=parts[0].k,
+        load=parts[0].load,
     )

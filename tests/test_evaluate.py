@@ -103,7 +103,7 @@ def perfect(test, size=32) -> evaluate.Scored:
     said = Predictions(
         tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
     )
-    return evaluate.Scored(said, {"k": 5, "alpha": 0.2})
+    return evaluate.Scored(said, {"k": 5, "alpha": 0.2}, None)
 
 
 def test_the_truth_is_the_union_of_the_mask_files(scene):

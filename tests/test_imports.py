@@ -20,22 +20,27 @@ ALL = {"structs", "errors", "files", ""}  # leaves that anyone may import; "" is
 MAY_IMPORT = {
     "main": {"config", "data.check", "export", "lock", "predict", "preemption", "processes"}
     | {"report", "sharding", "train"},
-    "api": {"data.readers", "explain", "predict", "trained"},
-    "predict": {"data.dicom", "data.readers", "inputs", "outputs", "preemption", "trained"},
+    "api": {"data.readers", "explain", "predict", "suppress", "trained"},
+    "predict": {"data.dicom", "data.readers", "inputs", "outputs", "preemption"}
+    | {"suppress", "trained"},
     "inputs": {"data.readers"},
     "outputs": {"data.readers", "dicom_objects", "evaluate", "explain", "inputs", "nifti_maps"}
     | {"trained"},
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
     "trained": {"calibrate", "clip", "detector", "evaluate", "features", "fusion", "score"}
-    | {"scorer", "sharding", "train"},
-    "scorer": {"calibrate", "evaluate", "features", "fusion"},
+    | {"score_fields", "scorer", "sharding", "suppress", "train"},
+    "scorer": {"calibrate", "evaluate", "features", "fusion", "suppress"},
+    "suppress": {"data.readers"},
+    "config": {"score_fields"},
     "processes": {"preemption"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
-    | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"},
+    | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"}
+    | {"score_fields"},
     "groups": set(),
     "train": {"baselines", "clip", "config", "data.datasets", "detector", "evaluate", "features"}
-    | {"data.augment", "data.preprocess", "fit", "fusion", "scorer"}
+    | {"data.augment", "data.preprocess", "fit", "fusion", "score", "score_fields", "scorer"}
+    | {"scales", "suppress"}
     | {"model", "prompts", "sharding", "workdir"},
     "fit": {"checkpoints", "data.episodes", "features", "learn", "maml", "model", "preemption"}
     | {"processes", "sharding", "writer"},
@@ -57,9 +62,12 @@ MAY_IMPORT = {
         "metrics",
         "processes",
     }
-    | {"score", "sharding"},
+    | {"rejection", "score", "sharding", "suppress"},
     "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"},
-    "fusion": {"calibrate", "data.probes", "detector", "features"},
+    "fusion": {"calibrate", "data.probes", "data.readers", "detector", "features", "kept"}
+    | {"scales"},
+    "kept": {"features", "processes"},
+    "scales": {"calibrate", "data.readers", "detector", "features", "groups", "processes"},
     "memory": {"score"},
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
     | {"data.augment", "data.preprocess", "data.variants"},
