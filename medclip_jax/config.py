@@ -35,6 +35,7 @@ CHOICES = {
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
     "model.form": ("softmax", "distance"),
+    "fusion.weights": ("equal", "probes"),
     **score_fields.CHOICES,
 }
 LEAST = {
@@ -101,7 +102,8 @@ PROMPTS = {
     "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
 }
 FUSION = {
-    "branches": ("learned",),  # of method ours, any of BRANCHES; more than one are fused
+    "branches": ("learned", "memory"),  # of method ours, any of BRANCHES; several are fused
+    "weights": "equal",  # of standardised branches: equal | probes, what each sees of them
     "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
 }
 CALIBRATION = {
@@ -245,7 +247,8 @@ def check(c: ConfigDict) -> None:
     """Raise ConfigError naming the first field whose value cannot be used."""
     for name, value in flat(c):
         if name in CHOICES and value not in CHOICES[name]:
-            raise ConfigError(f"config.{name} is {value!r}: give one of {', '.join(CHOICES[name])}")
+            known = ", ".join(map(str, CHOICES[name]))
+            raise ConfigError(f"config.{name} is {value!r}: give one of {known}")
         # written so that NaN is refused
         if name in LEAST and not value >= LEAST[name]:
             raise ConfigError(f"config.{name} is {value}: give {LEAST[name]} or more")

@@ -42,6 +42,7 @@ class Detector(NamedTuple):
     load: Callable[..., Any] | None = None
     # the held-out copies of what was learned, as an ensemble: features -> values [f, n, p]
     copies: Callable[[Features], Float[Array, "f n p"]] | None = None
+    image_copies: Callable[[Features], Float[Array, "f n"]] | None = None  # as image_passes
 
 
 def build(

@@ -131,8 +131,9 @@ def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limit
     unit = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width)
     copies = np.full(n, np.nan)
     if detector.copies is not None:
-        each = np.asarray(jax.vmap(image_scores)(detector.copies(batch)))
-        copies = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
+        read = detector.image_copies or (lambda b: jax.vmap(image_scores)(detector.copies(b)))
+        each = calibrate.to_unit(np.asarray(read(batch)), found.image.value, found.image_width)
+        copies = each.std(0)
     return np.stack([unit.std(0), *rejection.of_passes(unit), copies], 1)
 
 

@@ -101,6 +101,11 @@ def save(workdir: str | Path, path: str | Path) -> int:
     from medclip_jax import scorer, trained
 
     model = trained.load(Path(workdir))
+    if model.bank.recipe:
+        raise ConfigError(
+            f"{workdir} was trained with data.recipe {', '.join(model.bank.recipe)}, which the "
+            "exported file cannot carry: use --mode predict, or train without a recipe"
+        )
     if model.steps is not None:
         raise ConfigError(
             f"{workdir} suppresses outliers (config.score.suppress), which an exported scorer "
@@ -191,6 +196,7 @@ def _function(model):
     from medclip_jax import clip, trained
 
     tower, made, read = model.bank.clip, model.detector, model.readings
+    seeds = jax.random.key_data(model.keys)  # keys themselves cannot be kept as arrays
 
     def run(images):
         like = dict(tower=tower.vision_tower, mean=tower.mean, std=tower.std)
@@ -198,7 +204,7 @@ def _function(model):
         kept = jax.tree.map(lambda x: x.astype(model.bank.dtype).astype(jnp.float32), tokens)
         values = made.patches(kept)
         raw = read.image_scores(values) if made.image is None else made.image(kept)
-        passes = trained.passes(made, read, kept, model.keys)
+        passes = trained.passes(made, read, kept, jax.random.wrap_key_data(seeds))
         passes = jnp.zeros((0, 1)) if passes is None else passes
         return raw, read.maps(values), passes
 

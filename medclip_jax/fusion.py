@@ -1,8 +1,8 @@
 """Three branches in one detector: the trained prompt map, the memory, and plain prompts.
 
-Each branch's values are standardised on the held-out supports and weighed by what it sees of
-anomalies that training never showed (data/probes): a branch that is blind on a modality counts
-nothing. Only healthy images and probes painted on them are read, never a test image or label.
+Each branch's values are standardised on the held-out supports. Standardised values count equally,
+or are weighed by what a branch sees of anomalies that training never showed (data/probes). Only
+healthy images and probes painted on them are read, never a test image or label.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,6 +56,7 @@ def fuse(
     bank: features.Bank,
     supports: Sequence,
     *,
+    weights: str,
     modality: str,
     variants: int,
     seed: int,
@@ -64,10 +65,15 @@ def fuse(
 ) -> tuple[Detector, Mix]:
     """The fused detector and how it mixes.
 
+    weights: "equal", or "probes": by what a branch sees of `variants` probes per support.
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
-    variants: probes per support. modality: names the kinds of probe, see data/probes.
+    modality: names the kinds of probe, see data/probes.
     tiles: as the branches were built, see scales. Tokens of probes are kept in the bank.
     """
+    if weights == "equal":
+        found = {name: unprobed(branch, image_scores) for name, branch in branches.items()}
+        ones = np.ones((len(found), 2))
+        return combine(branches, found, made := weighed(found, ones), image_scores), made
     size = bank.clip.size
     images = detector.healthy_images(bank, supports, scales.side(size, tiles))
     painted = probes.paint(images, probes.kinds_of(modality), variants, seed)
@@ -91,28 +97,43 @@ def covered(masks: np.ndarray, size: int, grid: int) -> np.ndarray:
     return cut.mean((3, 5)).reshape(*masks.shape[:2], grid * grid) > 0.5
 
 
+def unprobed(branch: Detector, image_scores: Callable) -> Evidence:
+    """What a branch says of the healthy images, each held out; there are no probes."""
+    healthy = branch.held_out_image
+    if healthy is None:
+        healthy = image_scores(jnp.asarray(branch.held_out))
+    k, p = branch.held_out.shape
+    return Evidence(branch.held_out, np.asarray(healthy), np.zeros((k, 0, p)), np.zeros((k, 0)))
+
+
 def evidence(branch: Detector, held: Sequence[Features], image_scores: Callable) -> Evidence:
     """Run a branch on the probes of each support as if it had never seen that support."""
     values = [np.asarray(branch.without(i, batch)) for i, batch in enumerate(held)]
     if branch.image is None:
-        healthy = image_scores(jnp.asarray(branch.held_out))
         scores = [image_scores(jnp.asarray(v)) for v in values]
     else:
-        healthy, scores = branch.held_out_image, [branch.image(batch) for batch in held]
+        scores = [branch.image(batch) for batch in held]
     scores = np.stack([np.asarray(s) for s in scores])
-    return Evidence(branch.held_out, np.asarray(healthy), np.stack(values), scores)
+    found = unprobed(branch, image_scores)
+    return found._replace(probe_patch=np.stack(values), probe_image=scores)
 
 
 def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:
     """Weights from the evidence. `inside` [k, v, p]: the patches that a probe covers."""
-    spreads, centres, weights = [], [], []
+    weights = []
     for e in found.values():
-        centres.append((e.patch.mean(), e.image.mean()))
-        spreads.append((calibrate.spread(e.patch.ravel()), calibrate.spread(e.image)))
         image = [e.probe_image[:, v::kinds] for v in range(kinds)]
         patch = [e.probe_patch[:, v::kinds][inside[:, v::kinds]] for v in range(kinds)]
         weights.append((weight(e.patch.ravel(), patch), image_weight(e.image, image)))
-    spread, centre, w = (np.array(x).T for x in (spreads, centres, weights))
+    return weighed(found, np.array(weights))
+
+
+def weighed(found: dict[str, Evidence], weights: Float[np.ndarray, "b 2"]) -> Mix:
+    """Values standardised on the held-out healthy images, times weights (map, image)."""
+    centre = np.array([(e.patch.mean(), e.image.mean()) for e in found.values()]).T
+    scale = calibrate.spread
+    spread = np.array([(scale(e.patch.ravel()), scale(e.image)) for e in found.values()]).T
+    w = weights.T
     # all blind: nothing speaks for one branch more than for another
     w = np.where(w.sum(1, keepdims=True) > 0, w, 1.0)
     gain = w / spread
@@ -172,22 +193,28 @@ def combine(
         return image_scores(branch.patches(batch)) if branch.image is None else branch.image(batch)
 
     def passes(batch, keys):
-        return shifted(batch, keys, patches(batch), made.patch_gain, lambda v: v)
+        return shifted("passes", (batch, keys), patches(batch), made.patch_gain, lambda v: v)
 
     def image_passes(batch, keys):
-        return shifted(batch, keys, image(batch), made.image_gain, image_scores)
+        return shifted("passes", (batch, keys), image(batch), made.image_gain, image_scores)
 
-    def shifted(batch, keys, fused, gain, read):
-        """The fused values with each random branch replaced by its passes."""
-        out = jnp.broadcast_to(fused[None], (len(keys), *fused.shape))
+    def copies(batch):
+        return shifted("copies", (batch,), patches(batch), made.patch_gain, lambda v: v)
+
+    def image_copies(batch):
+        return shifted("copies", (batch,), image(batch), made.image_gain, image_scores)
+
+    def shifted(name, given, fused, gain, read):
+        """The fused values with each branch that has `name` (passes, copies) replaced by them."""
+        out = fused[None]
         for branch, g in zip(parts, gain, strict=True):
-            if branch.passes is not None and g:
-                each = jax.vmap(read)(branch.passes(batch, keys))
-                out = out + g * (each - read(branch.patches(batch))[None])
+            if getattr(branch, name) is not None:
+                each = jax.vmap(read)(getattr(branch, name)(*given))
+                out = out + g * (each - read(branch.patches(given[0]))[None])
         return out
 
     parts = tuple(branches.values())
-    random = any(b.passes is not None for b in parts)
+    random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
     patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
     scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
     return Detector(
@@ -199,4 +226,6 @@ def combine(
         image_passes=image_passes if random else None,
         k=parts[0].k,
         load=parts[0].load,
+        copies=copies if several else None,
+        image_copies=image_copies if several else None,
     )

@@ -160,6 +160,7 @@ def assemble(
         bank,
         supports,
         modality=c.data.modality,
+        weights=c.fusion.weights,
         variants=c.fusion.probes,
         seed=c.seed,
         image_scores=evaluate.scorer(bank.clip.size, c.score.top),

@@ -80,7 +80,8 @@ def load(workdir: Path) -> Trained:
             f"({held.checkpoint}, not {tower.digest}): restore that one"
         )
     mesh = sharding.mesh()
-    bank = features.open_bank(workdir, tower, c.data.fit, c.bank_dtype, mesh)
+    like = (tower, c.data.fit, c.bank_dtype, mesh, c.data.get("recipe", ""))
+    bank = features.open_bank(workdir, *like)
     keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
     readings = Readings(
         jax.jit(partial(to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)

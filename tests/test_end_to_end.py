@@ -323,7 +323,8 @@ def test_methods_that_learn_nothing(tiny, tmp_path, method):
 def test_none_and_one_support_promise_nothing(tiny, tmp_path, k, method):
     asked = "ours" if k == 0 else method
     fuse = "--config.fusion.branches=('learned','memory','zero_shot')"
-    assert tiny.main(tmp_path, "--config.steps=2", fuse, arguments=f"k={k},method={asked}") == 0
+    fuse = (fuse, "--config.fusion.weights=probes")
+    assert tiny.main(tmp_path, "--config.steps=2", *fuse, arguments=f"k={k},method={asked}") == 0
     held = json.loads((tmp_path / "metrics.json").read_text())
     found = held["calibration"]
     assert held["method"] == method and held["k"] == found["k"] == k

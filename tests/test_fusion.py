@@ -98,7 +98,9 @@ def fused(tmp_path_factory, tiny):
         name: detector.build(name, theta, frozen, shape, bank, supports, groups)
         for name, shape in (("learned", design), ("memory", design), ("zero_shot", plain))
     }
-    settings = dict(modality="brain MRI", variants=4, seed=0, image_scores=lambda v: v.max(1))
+    settings = dict(
+        weights="probes", modality="brain MRI", variants=4, seed=0, image_scores=lambda v: v.max(1)
+    )
     return made, settings, fusion.fuse(made, bank, supports, **settings), bank, supports
 
 
@@ -197,3 +199,27 @@ def test_the_modality_names_its_kinds(modality, kinds):
 def test_a_black_image_can_be_probed():
     made = probes.paint(np.zeros((1, 32, 32), np.float32), probes.KINDS, 3, 0)
     assert np.isfinite(made.images).all()
+
+
+def test_equal_weights_are_the_mean_of_standardised_values(fused):
+    bank = fused[3]
+    rng = np.random.default_rng(4)
+    held = {
+        "a": rng.normal(2, 3, (6, 9)).astype(np.float32),
+        "b": rng.normal(-1, 0.5, (6, 9)).astype(np.float32),
+    }
+    new = {"a": rng.normal(4, 3, (2, 9)), "b": rng.normal(0, 0.5, (2, 9))}
+    branches = {
+        name: detector.Detector(lambda batch, n=name: jnp.asarray(new[n]), held[name], None, k=6)
+        for name in held
+    }
+    both, made = fusion.fuse(
+        branches, bank, (), weights="equal", modality="", variants=1, seed=0,
+        image_scores=lambda values: values.max(1),
+    )  # fmt: skip
+    wanted = sum((new[n] - held[n].mean()) / held[n].std(ddof=1) for n in held)
+    np.testing.assert_allclose(both.patches(None), wanted, rtol=1e-5)
+    peaks = {n: held[n].max(1) for n in held}
+    image = sum((new[n].max(1) - peaks[n].mean()) / peaks[n].std(ddof=1) for n in held)
+    np.testing.assert_allclose(both.image(None), image, rtol=1e-5)
+    np.testing.assert_array_equal(made.image_weight, [0.5, 0.5])

@@ -62,7 +62,7 @@ def refused(capfd, tiny, tmp_path, *more: str, arguments: str = "k=4") -> str:
         ("--config.method=ous", "give one of ours, mediclip, memory, zero_shot"),
         ("--config.data.name=bussi", "'bussi': give one of busi, folder"),
         ("--config.clip.levels=99", "need rising block numbers between 1 and 4"),
-        ("--mode=trian", "one of <train|evaluate|predict|export|report>"),
+        ("--mode=trian", "one of <train|evaluate|predict|export|check|report>"),
         ("--stepz=3", "'stepz'"),
         ("extra", "'extra' is not a flag"),
     ],

@@ -9,6 +9,7 @@ from medclip_jax.structs import Batch
 
 from .test_detector import design_of, tokens
 from .test_evaluate import SETTINGS, perfect, scene, scored  # noqa: F401
+from .test_fusion import fused  # noqa: F401
 
 
 def test_entropy_is_that_of_a_coin():
@@ -122,6 +123,17 @@ def test_the_ensemble_is_the_held_out_copies(tiny):
         np.testing.assert_array_equal(values, made.without(support, new))
     one = detector.learned(theta, frozen, design, tokens(1), [])
     assert one.copies is None
+
+
+def test_a_fused_ensemble_differs_by_the_learned_branch_alone(fused):  # noqa: F811
+    made, _, (whole, mix), *_ = fused
+    new = tokens(2)
+    drawn, plain = made["learned"].copies(new), made["learned"].patches(new)
+    at = mix.names.index("learned")
+    wanted = whole.patches(new)[None] + mix.patch_gain[at] * (drawn - plain[None])
+    np.testing.assert_allclose(whole.copies(new), wanted, atol=2e-4)
+    scores = mix.image_gain[at] * (drawn.max(2) - plain.max(1)[None])
+    np.testing.assert_allclose(whole.image_copies(new), whole.image(new)[None] + scores, atol=2e-4)
 
 
 # --- MC-dropout itself (10) ---------------------------------------------------------------------

@@ -177,6 +177,7 @@ def test_branches_of_tiles_can_be_fused_and_probes_are_kept(wide, calls):  # noq
     bank, supports, test, build = wide
     branches = {"learned": build("ours")[1], "memory": build("memory")[1]}
     settings = dict(modality="brain MRI", variants=2, seed=0, image_scores=lambda v: v.max(1))
+    settings["weights"] = "probes"
     made, mix = fusion.fuse(branches, bank, supports, **settings, tiles=2)
     assert np.isfinite(made.patches(packed(bank, test))).all() and made.load is not None
     encoded = len(calls)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import nibabel
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from nibabel import orientations
 
 from medclip_jax.data.sources import (
@@ -117,7 +117,7 @@ def slices(voxels: Float[np.ndarray, "x y z *t"], axis: Axis) -> Float[np.ndarra
     return np.ascontiguousarray(turned)
 
 
-def stack(frames: Float[np.ndarray, "f h w"], axis: Axis) -> Float[np.ndarray, "x y z"]:
+def stack(frames: Num[np.ndarray, "f h w"], axis: Axis) -> Num[np.ndarray, "x y z"]:
     """Inverse of `slices` for one time point: a map of every slice becomes a canonical volume."""
     return np.ascontiguousarray(np.moveaxis(frames[:, ::-1, ::-1], (0, 1, 2), AXES[axis]))
 
