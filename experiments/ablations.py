@@ -36,7 +36,6 @@ SWITCHES = {
     "fusion with memory": Switch(
         ("fusion.branches=('learned','memory')",), ("fusion.branches=('learned',)",)
     ),
-    "learned context": Switch(("prompts.context=8",), ("prompts.context=0",)),
     "prompt templates": Switch(("prompts.phrases=templates",), ("prompts.phrases=words",)),
     "synthesis of the paper": Switch(("synthesis.preset=medclip",), ("synthesis.preset=mediclip",)),
     "dice loss": Switch(("loss.dice=1.0",), ("loss.dice=0.0",)),

@@ -78,31 +78,31 @@ def through(
         raise ValueError(f"block {block} is not one of 1 to {depth}")
 
     def embed(x):
-        x = clip.embed(vision, x, tower)
-        levels: dict[int, Array] = {}
+        after = {0: clip.embed(vision, x, tower)}  # tokens after each block
         for number in range(1, block):
-            x = clip.run_block(vision, x, number, tower)
-            levels[number] = x[:, 1:]
-        return x, levels
+            after[number] = clip.run_block(vision, after[number - 1], number, tower)
+        return after
 
-    def follow(shift, before, levels):
+    def follow(shift, after):
         """The score when the chosen activations move by `shift`."""
-        levels = dict(levels)
-        x = clip.run_block(vision, before, block, tower, shift=shift if norm else None)
-        x = x if norm else x + shift
-        levels[block] = x[:, 1:]
+        after = dict(after)
+        x = clip.run_block(vision, after[block - 1], block, tower, shift=shift if norm else None)
+        after[block] = x if norm else x + shift
         for number in range(block + 1, depth + 1):
-            x = clip.run_block(vision, x, number, tower)
-            levels[number] = x[:, 1:]
-        tapped = tuple(levels[number].astype(jnp.float32) for number in tower.levels)
-        return target(Features(clip.pool(vision, x, tower).astype(jnp.float32), tapped)).sum()
+            after[number] = clip.run_block(vision, after[number - 1], number, tower)
+        tapped = tuple(after[number][:, 1:].astype(jnp.float32) for number in tower.levels)
+        read = tower.levels if tower.inputs else ()  # by refinement
+        inputs = tuple(after[number - 1].astype(jnp.float32) for number in read)
+        pooled = clip.pool(vision, after[depth], tower).astype(jnp.float32)
+        return target(Features(pooled, tapped, inputs)).sum()
 
-    before, levels = embed(pixels)
+    after = embed(pixels)
+    before = after[block - 1]
     if norm:
         activations = clip.first_norm(vision, before, block, tower)
     else:
         activations = clip.run_block(vision, before, block, tower)
-    gradients = jax.grad(follow)(jnp.zeros_like(activations), before, levels)
+    gradients = jax.grad(follow)(jnp.zeros_like(activations), after)
     held = np.asarray(activations[:, 1:]), np.asarray(gradients[:, 1:])
     explain.check_gradient(held[1], f"block {block}{' (first norm)' if norm else ''}")
     return held

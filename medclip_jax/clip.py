@@ -28,6 +28,7 @@ class Tower(NamedTuple):
     patch: int = 0  # pixels per patch side (vision)
     levels: tuple[int, ...] = ()  # tapped blocks, counted from 1 (vision)
     dtype: str = "float32"
+    inputs: bool = False  # also tap what the tapped blocks read, for refinement (vision)
 
 
 class Clip(NamedTuple):
@@ -51,9 +52,15 @@ class Clip(NamedTuple):
     eos_id: int
 
 
-def load(checkpoint: str, levels: tuple[int, ...] = (), dtype: str = "float32") -> Clip:
+def load(
+    checkpoint: str,
+    levels: tuple[int, ...] = (),
+    dtype: str = "float32",
+    inputs: bool = False,
+) -> Clip:
     """Load `compact`, a folder or a Hub id; tap `levels` (blocks from 1; () = 1/2, 3/4 and last).
 
+    `inputs`: features hold the tapped blocks' inputs too.
     Raises CheckpointError for an unusable checkpoint, ConfigError for impossible levels.
     """
     w = weights.read(checkpoint)
@@ -74,6 +81,7 @@ def load(checkpoint: str, levels: tuple[int, ...] = (), dtype: str = "float32") 
             vision["patch_size"],
             levels,
             dtype,
+            inputs,
         ),
         text_tower=Tower(text["num_attention_heads"], text["layer_norm_eps"], text["hidden_act"]),
         tokenizer=_tokenizer(w.folder),
@@ -193,8 +201,13 @@ def patch_features(
     (PEERS 5.9); row-major grid, class token dropped.
     """
     x = embed(vision, pixels, tower)
-    levels, start = [], 0
+    levels, inputs, start = [], [], 0
     for level in tower.levels:  # one scan per stretch between taps
+        if tower.inputs:
+            before = jax.tree.map(lambda b, i=start, j=level - 1: b[i:j], vision["blocks"])
+            x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, before)
+            inputs.append(x.astype(jnp.float32))
+            start = level - 1
         stretch = jax.tree.map(lambda b, i=start, j=level: b[i:j], vision["blocks"])
         x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, stretch)
         levels.append(x[:, 1:].astype(jnp.float32))
@@ -202,7 +215,7 @@ def patch_features(
     rest = jax.tree.map(lambda b: b[start:], vision["blocks"])
     x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, rest)
     pooled = pool(vision, x, tower)
-    return Features(pooled.astype(jnp.float32), tuple(levels))
+    return Features(pooled.astype(jnp.float32), tuple(levels), tuple(inputs))
 
 
 def project(
@@ -228,13 +241,26 @@ def encode_text(
     if causal:
         length = int(np.max(prompts.eos)) + 1
         ids, slots = ids[:, :length], slots[:, :length]
+    return encode_ids(text, context, ids, slots, jnp.asarray(prompts.eos), tower, causal)
+
+
+def encode_ids(
+    text: dict[str, Any],
+    context: Float[Array, "c k d"],
+    ids: Int[Array, "c t"],
+    slots: Int[Array, "c t"],
+    eos: Int[Array, " c"],
+    tower: Tower,
+    causal: bool,
+) -> Float[Array, "c j"]:
+    """`encode_text` of prompts that may be chosen on the device; t may end after the last EOS."""
     x = _embed(text["token"], context, ids, slots)
     positions = x.shape[1]
     x = x + text["position"][None, :positions]
     mask = jnp.tril(jnp.ones((positions, positions), bool))[None, None] if causal else None
     for i in range(text["blocks"]["fc1"]["bias"].shape[0]):  # a loop: its gradient beats scan's
         x = _block(x, jax.tree.map(lambda b, i=i: b[i], text["blocks"]), tower, mask)
-    at_eos = x[jnp.arange(x.shape[0]), jnp.asarray(prompts.eos)]
+    at_eos = x[jnp.arange(x.shape[0]), eos]
     return _layer_norm(at_eos, text["final"], tower.eps) @ text["projection"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medclip_jax import score_fields
+from medclip_jax import learned_parts, score_fields
 from medclip_jax.errors import ConfigError
 
 METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
@@ -32,6 +32,7 @@ CHOICES = {
     "bank_dtype": ("float32", "bfloat16", "float16"),
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
+    "meta.recipe": ("target", "own"),
     "synthesis.preset": ("medclip", "mediclip"),
     "synthesis.partner": ("self", "support"),
     "model.form": ("softmax", "distance"),
@@ -43,14 +44,13 @@ LEAST = {
     "calibration.folds": 2,  # what calibrates is held out from training
     **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
     **dict.fromkeys(("synthesis.variants", "data.pool", "fusion.probes", "augment.copies"), 1),
-    **dict.fromkeys(("meta.images", "meta.shots", "meta.query"), 0),
-    **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
+    **{f"meta.{x}": 0 for x in ("images", "shots", "query", "inner_steps", "adapt_steps")},
+    **learned_parts.LEAST,
     **{"meta.tasks": 1, "cluster.processes": 0, "cluster.process": -1},
     **{"cluster.timeout": 1, "cluster.heartbeat": 1},
-    **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
-    **{"prompts.synonyms": 0},
+    **dict.fromkeys(("seed", "batch", "steps", "prompts.context", "prompts.synonyms"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
-    **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt")},
+    **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt", "simclr")},
     **score_fields.LEAST,
 }
 SHARES = {  # (smallest, largest, what to give)
@@ -59,6 +59,7 @@ SHARES = {  # (smallest, largest, what to give)
     "augment.rotate": (0, 180, "an angle from 0 to 180 degrees"),
     "augment.elastic": (0, 0.05, "a share of the side from 0 to 0.05"),
     "augment.intensity": (0, 1, "a strength from 0 to 1"),
+    **learned_parts.SHARES,
     "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
     "score.top": (0, 1, "a share from 0 to 1"),
     "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
@@ -78,9 +79,10 @@ MEDICLIP = {
         "init": "random",
     },
     "synthesis": {"preset": "mediclip", "partner": "support"},
-    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0},
-    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0},
+    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False},
+    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
     "score": {"top": 0.0, "tiles": 1},
+    "distill": {"teacher": ""},
     "augment": dict.fromkeys(("flip", "flip_vertical", "rotate", "elastic", "intensity"), 0.0),
     "fusion": {"branches": ("learned",)},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
@@ -112,10 +114,11 @@ CALIBRATION = {
     "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
 }
 
-# Episodes, for the learners other than joint; `data` and `images` are for all.
+# Episodes, for the learners other than joint; `data`, `images` and `recipe` are for all.
 META = {
     "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
     "images": 32,  # healthy images of each data set beside the target; 0 = all
+    "recipe": "target",  # of those: the target's | own, of each set's modality (data/presets.py)
     "tasks": 4,  # per step
     "shots": 0,  # support rows of a task; 0 = min(8, k), at least 2
     "query": 0,  # query rows of a task; 0 = as shots
@@ -133,7 +136,6 @@ CLUSTER = {
     "timeout": 300,  # seconds to wait for the others to come
     "heartbeat": 100,  # seconds of silence after which a process counts as dead
 }
-
 
 # Of the supports, in training: augment.Strengths. All strengths 0 is off.
 AUGMENT = {
@@ -199,8 +201,11 @@ def base(arg: str = "", **data) -> ConfigDict:
         "form": "softmax",  # score.FORMS: softmax | distance (equation 9)
         "learn_scale": True,  # temperature of the anomaly logit
         "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
+        "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
     }
     c.loss = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}  # weights; 0 = not computed
+    c.loss.simclr = 0.0  # two augmentations of a support alike (equation 12); needs config.augment
+    c.distill = learned_parts.DISTILL
     c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
     c.learner = "joint"  # LEARNERS, see learn.py
     c.meta = META
@@ -239,6 +244,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c.steps = c.steps or max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
     if c.method in FIXED:
         c.steps = 0
+    learned_parts.check(c)
     c.cache = str(cache_folder(c.cache))
     return c
 
@@ -247,8 +253,8 @@ def check(c: ConfigDict) -> None:
     """Raise ConfigError naming the first field whose value cannot be used."""
     for name, value in flat(c):
         if name in CHOICES and value not in CHOICES[name]:
-            known = ", ".join(map(str, CHOICES[name]))
-            raise ConfigError(f"config.{name} is {value!r}: give one of {known}")
+            said = ", ".join(map(str, CHOICES[name]))
+            raise ConfigError(f"config.{name} is {value!r}: give one of {said}")
         # written so that NaN is refused
         if name in LEAST and not value >= LEAST[name]:
             raise ConfigError(f"config.{name} is {value}: give {LEAST[name]} or more")

@@ -9,8 +9,8 @@ On disk, one safetensors file per source image, named by the content of everythi
 `synthesis` of preset, seed, number of variants, partners and augmentation. So the bank serves every
 K, seed and method, and whatever changes tokens changes a name. A file appears whole (written
 beside, then renamed); one that is damaged is made again. Tensors: `pooled` [v, d], `level0` …
-[v, p, d], for variants also `mask` [v, bytes] (packed bits) and `kind` [v]; augmented copies follow
-the variants there.
+[v, p, d], with refinement `input0` … [v, s, d], for variants also `mask` [v, bytes] (packed bits)
+and `kind` [v]; augmented copies follow the variants there.
 """
 
 import hashlib
@@ -54,13 +54,20 @@ def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh, recipe=
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
-    tower = model.vision_tower
-    pixels = model.size, model.mean, model.std, fit
+    vision = sharding.replicate(model.vision, mesh)
+    unnamed = cache / "bank" / "recipe"
+    return with_recipe(Bank(unnamed, model, fit, dtype, mesh, vision), recipe)
+
+
+def with_recipe(bank: Bank, recipe: str | Sequence[str]) -> Bank:
+    """The same bank for images that are preprocessed otherwise. Raises ConfigError if unknown."""
+    model, tower = bank.clip, bank.clip.vision_tower
+    pixels = model.size, model.mean, model.std, bank.fit
     steps = preprocess.steps(recipe)
     named = [(preprocess.VERSION, steps)] if steps else []
-    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, dtype, *named)
-    vision = sharding.replicate(model.vision, mesh)
-    return Bank(cache / "bank" / name, model, fit, dtype, mesh, vision, steps)
+    named += ["inputs"] if tower.inputs else []
+    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, bank.dtype, *named)
+    return bank._replace(folder=bank.folder.with_name(name), recipe=steps)
 
 
 def digest(*parts: Any) -> str:
@@ -93,7 +100,7 @@ def load_images(bank: Bank, records: Sequence[Record], size: int) -> Iterator[Fe
     """Features of the given images in order, `size` at a time; encode_images comes first."""
     for group in batches(records, size):
         held = [load(image_path(bank, r)) for r in group]
-        yield _features([np.concatenate(rows) for rows in zip(*map(_tokens, held), strict=True)])
+        yield jax.tree.map(lambda *rows: np.concatenate(rows), *map(_tokens, held))
 
 
 def image_path(bank: Bank, record: Record) -> Path:
@@ -136,6 +143,10 @@ class Pool(NamedTuple):
     variants: int
     kinds: Int[np.ndarray, "k v"]  # of each variant, index into synthesis.KINDS
     copies: int = 0  # augmented copies per support, clean
+    # a teacher's patch logits per support, [1 + variants + copies, p]; () where there is none
+    teacher: tuple[Float[np.ndarray, "_ p"], ...] = ()
+    inputs: bool = False  # tokens hold the tapped blocks' inputs
+    source: Int[np.ndarray, " k"] | None = None  # data set of each support; None: all of one
 
 
 def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool:
@@ -160,15 +171,19 @@ def open_pool(bank: Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool
         recipe.variants,
         np.asarray(kinds),
         recipe.copies if recipe.variants else 0,
+        inputs=bank.clip.vision_tower.inputs,
     )
 
 
 def join(pools: Sequence[Pool]) -> Pool:
-    """One pool of several with the same bank and number of variants; images in order."""
+    """One pool of several with the same tower and number of variants; images in order."""
+    sizes = [len(p.clean) for p in pools]
     return pools[0]._replace(
         clean=sum((p.clean for p in pools), ()),
         anomalous=sum((p.anomalous for p in pools), ()),
         kinds=np.concatenate([p.kinds for p in pools]),
+        teacher=sum((p.teacher for p in pools), ()),
+        source=np.repeat(np.arange(len(pools)), sizes) if len(pools) > 1 else None,
     )
 
 
@@ -186,15 +201,26 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
     def rows(name: str) -> np.ndarray:
         return np.stack([row(s, v, name) for s, v in zip(support, variant, strict=True)])
 
+    taught = None
+    if pool.teacher:
+        v = np.asarray(variant)
+        at = np.where(v >= -1, v + 1, pool.variants - v - 1)
+        taught = np.stack([pool.teacher[s][i] for s, i in zip(support, at, strict=True)])
     bits = pool.size * pool.size
     empty = np.zeros(-(-bits // 8), np.uint8)
     packed = [row(s, v, "mask") if v >= 0 else empty for s, v in zip(support, variant, strict=True)]
     mask = np.unpackbits(np.stack(packed), axis=1, count=bits).reshape(-1, pool.size, pool.size)
     return Batch(
-        Features(rows("pooled"), tuple(rows(f"level{i}") for i in range(pool.levels))),
+        Features(
+            rows("pooled"),
+            tuple(rows(f"level{i}") for i in range(pool.levels)),
+            tuple(rows(f"input{i}") for i in range(pool.levels if pool.inputs else 0)),
+        ),
         mask.astype(np.float32),
         (np.asarray(variant) >= 0).astype(np.int32),
         np.ones(len(support), bool),
+        teacher=taught,
+        source=None if pool.source is None else pool.source[support],
     )
 
 
@@ -259,19 +285,14 @@ def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict |
         return
     tensors = {"pooled": features.pooled[rows], **(extra or {})}
     tensors |= {f"level{i}": x[rows] for i, x in enumerate(features.levels)}
+    tensors |= {f"input{i}": x[rows] for i, x in enumerate(features.inputs)}
     files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
 
 
-def read(path: Path) -> Features:
-    """All rows of one bank file."""
-    return _features(_tokens(load(path)))
-
-
-def _tokens(held: dict[str, np.ndarray]) -> list[np.ndarray]:
-    levels = sum(name.startswith("level") for name in held)
-    return [held["pooled"], *(held[f"level{i}"] for i in range(levels))]
-
-
-def _features(tensors: list[np.ndarray]) -> Features:
-    pooled, *levels = tensors
-    return Features(pooled, tuple(levels))
+def _tokens(held: dict[str, np.ndarray]) -> Features:
+    levels, inputs = (sum(n.startswith(part) for n in held) for part in ("level", "input"))
+    return Features(
+        held["pooled"],
+        tuple(held[f"level{i}"] for i in range(levels)),
+        tuple(held[f"input{i}"] for i in range(inputs)),
+    )

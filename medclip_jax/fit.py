@@ -15,6 +15,7 @@ from medclip_jax import (
     checkpoints,
     features,
     learn,
+    losses,
     maml,
     model,
     preemption,
@@ -49,6 +50,9 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
             f"{workdir}: training stands at step {first} of {c.steps}; run --mode train first"
         )
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
+    if c.distill.teacher:
+        given = {name: c.distill[name] for name in losses.Distill._fields}
+        loss = partial(loss, distill=losses.Distill(**given))
     joint = c.learner == "joint"
     copied = sharding.replicated(mesh)
     step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer, copied)
@@ -104,6 +108,7 @@ def start(c, tower, design, optimizer, copies: int) -> TrainState:
 
     def init(_):
         like = dict(context=c.prompts.context, shared=c.prompts.shared)
+        like["contrast"] = bool(c.loss.simclr)
         theta = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
         return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta
@@ -131,13 +136,17 @@ def reader(c, pools, groups, mesh) -> Callable[[int], Any]:
 
     target = not c.meta.data or c.data.name in c.meta.data
     members = learn.members(c.k, groups, [len(p.clean) for p in pools[1:]], target)
+    views = bool(c.loss.simclr)
     if c.learner == "joint":
         own = [np.concatenate(sets) for sets in members]
-        return spread(lambda i, rows: learn.batch_at(i, pool, own, c.batch, c.seed, rows), c.batch)
+        return spread(
+            lambda i, rows: learn.batch_at(i, pool, own, c.batch, c.seed, rows, views), c.batch
+        )
     episodes.check(pool.kinds)
     sizes = dict(tasks=c.meta.tasks, k=c.k, shots=c.meta.shots, query=c.meta.query)
     return spread(
-        lambda i, rows: learn.episodes_at(i, pool, members, c.seed, rows, **sizes), c.meta.tasks
+        lambda i, rows: learn.episodes_at(i, pool, members, c.seed, rows, views, **sizes),
+        c.meta.tasks,
     )
 
 

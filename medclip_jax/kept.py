@@ -34,7 +34,7 @@ def encode(
     ]:
         features.write(path, bank, how(np.asarray(images)), slice(None))
     processes.seen(paths)
-    return [features.read(p) for p in paths]
+    return [features._tokens(features.load(p)) for p in paths]
 
 
 def place(bank: features.Bank, images: Float[np.ndarray, "v s s"], name: str) -> Path:

@@ -20,9 +20,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool
 
-from medclip_jax import features, maml
+from medclip_jax import features, maml, simclr
 from medclip_jax.data import episodes
-from medclip_jax.structs import Batch, TrainState
+from medclip_jax.structs import Batch, TrainState, Views
 
 BODY = ("context",)  # parts of theta that ANIL does not adapt
 
@@ -156,20 +156,21 @@ def batch_at(
     size: int,
     seed: int,
     rows: np.ndarray | None = None,
+    views: bool = False,
 ):
     """The rows of one step for every copy of theta: a function of the step alone.
 
     Arrays are [row, copy, ...]. Each copy walks through its own supports in random order, epoch
     after epoch; in an epoch a support is itself with probability 1/4 (Identity), else its next
-    anomalous variant. `rows`: those that are read, None for all.
+    anomalous variant. `rows`: those that are read, None for all. `views`: for SimCLR.
     """
     picks = [rows_at(step, own, size, seed, pool.variants, pool.copies) for own in members]
     # [row, copy]
     support, variant = (np.stack(x, axis=1) for x in zip(*picks, strict=True))
+    pair = simclr.draw(seed, step, support.shape, pool.copies) if views else ()
     if rows is not None:
         support, variant = support[rows], variant[rows]
-    batch = features.take(pool, support.ravel(), variant.ravel())
-    return jax.tree.map(lambda x: x.reshape(*support.shape, *x.shape[1:]), batch)
+    return shaped(pool, support, variant, [p if rows is None else p[rows] for p in pair])
 
 
 def rows_at(step: int, own: np.ndarray, size: int, seed: int, variants: int, copies: int = 0):
@@ -194,6 +195,7 @@ def episodes_at(
     members: Sequence[Sequence[np.ndarray]],
     seed: int,
     rows: np.ndarray | None = None,
+    views: bool = False,
     **sizes: int,
 ) -> Episodes:
     """The tasks of one step for every copy; `members` are, per copy and data set, its images.
@@ -205,15 +207,21 @@ def episodes_at(
     rows = np.arange(sizes["tasks"]) if rows is None else rows
     drawn = [episodes.sample(step, seed, own, pool.kinds, **sizes) for own in members]
     valid = np.ones((len(rows), len(members)), bool)
-    sides = (
-        take(pool, [jax.tree.map(lambda x: x[rows], getattr(d, side)) for d in drawn])
-        for side in ("support", "query")
-    )
+    sides = []
+    for i, side in enumerate(("support", "query")):
+        dealt = [getattr(d, side) for d in drawn]
+        shape = 2, len(dealt[0].image), len(drawn), dealt[0].image.shape[1]
+        pair = [p[i][rows] for p in simclr.draw(seed, step, shape, pool.copies)] if views else ()
+        sides.append(take(pool, [jax.tree.map(lambda x: x[rows], d) for d in dealt], pair))
     return Episodes(*sides, valid)
 
 
 def adaptation_rows(pool: features.Pool, members: Sequence[np.ndarray]) -> Batch:
-    """What every copy adapts to, [row, copy, ...]; rows that fill a shorter copy are not valid."""
+    """What every copy adapts to, [row, copy, ...]; rows that fill a shorter copy are not valid.
+
+    These are the target's: they carry no data set.
+    """
+    pool = pool._replace(source=None)
     drawn = [episodes.adaptation(own, pool.kinds) for own in members]
     count = [d.image.size for d in drawn]
     full = [episodes.Rows(*(np.resize(x, (1, max(count))) for x in rows)) for rows in drawn]
@@ -221,8 +229,24 @@ def adaptation_rows(pool: features.Pool, members: Sequence[np.ndarray]) -> Batch
     return batch._replace(valid=np.arange(max(count))[:, None] < np.array(count)[None])
 
 
-def take(pool: features.Pool, rows: Sequence[episodes.Rows]) -> Batch:
-    """Rows [task, row] of each copy -> tokens [task, copy, row, ...]."""
+def take(
+    pool: features.Pool, rows: Sequence[episodes.Rows], pair: Sequence[np.ndarray] = ()
+) -> Batch:
+    """Rows [task, row] of each copy -> tokens [task, copy, row, ...]; a task has one data set.
+
+    `pair` as in `shaped`.
+    """
     image, variant = (np.stack(x, axis=1) for x in zip(*rows, strict=True))
+    batch = shaped(pool, image, variant, pair)
+    return batch if batch.source is None else batch._replace(source=batch.source[..., 0])
+
+
+def shaped(
+    pool: features.Pool, image: np.ndarray, variant: np.ndarray, pair: Sequence[np.ndarray]
+) -> Batch:
+    """Rows of the pool in the shape of `image`; `pair`: two views of each for SimCLR, or none."""
     batch = features.take(pool, image.ravel(), variant.ravel())
+    if len(pair):
+        one, two = (features.take(pool, image.ravel(), p.ravel()).features for p in pair)
+        batch = batch._replace(views=Views(one, two, image.ravel()))
     return jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)

@@ -20,7 +20,7 @@ NAME = ".lock"
 def hold(workdir: Path) -> Iterator[None]:
     """Keep other runs out of a workdir until the block is left.
 
-    Raises WorkdirError naming the process that is in it.
+    Raises WorkdirError naming the process that is in it, or if no file can be made there.
     """
     path = workdir / NAME
     held = _take(path)
@@ -35,7 +35,12 @@ def hold(workdir: Path) -> Iterator[None]:
 
 def _take(path: Path) -> int:
     while True:
-        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise WorkdirError(
+                f"{path.parent} is not writable ({error.strerror}): give another --workdir"
+            ) from None
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(held), os.stat(path)):

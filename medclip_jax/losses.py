@@ -4,13 +4,23 @@ Logits are of the anomalous class. `valid` weighs rows, so padded rows never cou
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-TERMS = ("focal", "dice", "align", "prompt")
+TERMS = ("focal", "dice", "align", "prompt", "simclr", "distill")
+
+
+class Distill(NamedTuple):
+    """How a teacher's logits count (equation 13): config.distill without the teacher."""
+
+    weight: float = 1.0  # of the whole term
+    alpha: float = 0.5  # share of the labels' cross-entropy; the rest is the teacher's
+    temperature: float = 1.0
+    squared: bool = False  # times temperature^2, as Hinton et al. 2015
 
 
 def row_mean(x: Float[Array, " n"], valid: Bool[Array, " n"]) -> Float[Array, ""]:
@@ -77,6 +87,39 @@ def prompt(
 ) -> Float[Array, ""]:
     """Equation (5): -log P(healthy | image) of the pooled embedding; healthy images only."""
     return row_mean(-jax.nn.log_softmax(logits, axis=-1)[:, 0], valid & (label == 0))
+
+
+def distill(
+    student: Float[Array, "n c"],
+    teacher: Float[Array, "n c"],
+    label: Int[Array, " n"],
+    like: Distill,
+) -> Float[Array, " n"]:
+    """Equation (13) per row: alpha CE(label, student) + (1 - alpha) KL(teacher || student).
+
+    KL of the softmax at the temperature; `like.squared` multiplies it by temperature^2.
+    """
+    ce = optax.losses.softmax_cross_entropy_with_integer_labels(student, label)
+    own, wanted = (jax.nn.log_softmax(z / like.temperature) for z in (student, teacher))
+    kl = optax.losses.kl_divergence_with_log_targets(own, jax.lax.stop_gradient(wanted))
+    strength = like.temperature**2 if like.squared else 1.0
+    return like.alpha * ce + (1 - like.alpha) * strength * kl
+
+
+def distill_patches(
+    student: Float[Array, "n p"],
+    teacher: Float[Array, "n p"],
+    share: Float[Array, "n p"],
+    valid: Bool[Array, " n"],
+    like: Distill,
+) -> Float[Array, ""]:
+    """Equation (13) on anomaly logits, mean over patches and valid rows.
+
+    A patch is labelled anomalous if more than half of it is masked.
+    """
+    both = (jnp.stack([jnp.zeros_like(z), z], axis=-1).reshape(-1, 2) for z in (student, teacher))
+    each = distill(*both, (share > 0.5).astype(jnp.int32).reshape(-1), like)
+    return row_mean(each.reshape(share.shape).mean(1), valid)
 
 
 def patch_share(mask: Float[Array, "n h w"], grid: int) -> Float[Array, "n p"]:

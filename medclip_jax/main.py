@@ -260,10 +260,15 @@ def summary(result: dict) -> str:
     return f"{result['dataset']} K={result['k']} {result['method']}: {shown}"
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script: run, then end the process with the exit code."""
     code = main(sys.argv)
     if "jax" not in sys.modules:
         sys.exit(code)
     from medclip_jax import processes
 
     processes.leave(code)
+
+
+if __name__ == "__main__":
+    cli()

@@ -5,6 +5,8 @@ theta is a plain dict of arrays:
   adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
   scale     []               log of 1/temperature of the anomaly logit and the alignment
   offset    []               of the distance form (score.patch_logit)
+  refine    ({kernel, bias, gate}, ...)  a query per tapped level (refine.init), if it is on
+  head      {hidden, out}    SimCLR's projection (simclr.init), if it has a weight
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, losses, score
+from medclip_jax import clip, losses, refine, score, several, simclr
 from medclip_jax.structs import Batch, Features, Prompts
 
 
@@ -29,6 +31,8 @@ class Design(NamedTuple):
     causal: bool
     learn_scale: bool  # False: temperature 1, as MediCLIP
     dropout: float  # rate, on the adapted tokens
+    refinement: refine.Frozen | None = None  # what refinement keeps of the tapped blocks; None: off
+    sets: several.Sets | None = None  # prompts of all data sets, where training has several
 
 
 class Output(NamedTuple):
@@ -37,10 +41,18 @@ class Output(NamedTuple):
     logit: Float[Array, "n p"]  # anomaly logit per patch
 
 
-def init(key: jax.Array, model: clip.Clip, design: Design, context: int, shared: bool) -> dict:
+def init(
+    key: jax.Array,
+    model: clip.Clip,
+    design: Design,
+    context: int,
+    shared: bool,
+    contrast: bool = False,
+) -> dict:
     """Fresh theta: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10).
 
-    Context vectors for which the prompts name a token start from its embedding instead.
+    Context vectors for which the prompts name a token start from its embedding instead. With
+    `contrast` there is a SimCLR head; what else is drawn does not depend on it.
     """
     context_key, *adapter_keys = jax.random.split(key, 1 + len(model.vision_tower.levels))
     rows = 1 if shared else len(design.prompts.ids)
@@ -59,12 +71,17 @@ def init(key: jax.Array, model: clip.Clip, design: Design, context: int, shared:
     if start is not None and (start >= 0).any():
         named = model.text["token"][jnp.maximum(start, 0)]
         vectors = jnp.where((jnp.asarray(start) >= 0)[None, :, None], named[None], vectors)
-    return {
+    theta = {
         "context": vectors,
         "adapters": tuple(adapter(k) for k in adapter_keys),
         "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
         "offset": jnp.asarray(0.5),
     }
+    if design.refinement is not None:
+        theta["refine"] = refine.init(design.refinement)
+    if contrast:
+        theta["head"] = simclr.init(jax.random.fold_in(key, simclr.STREAM), model.joint)
+    return theta
 
 
 def text_features(theta: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
@@ -92,6 +109,14 @@ def adapt_tokens(
     return tuple(adapted)
 
 
+def refined(theta: Mapping, features: Features, design: Design) -> Features:
+    """Features with the levels refined (equation 6); as they are where refinement is off."""
+    if design.refinement is None:
+        return features
+    levels = refine.refine(theta["refine"], design.refinement, features.levels, features.inputs)
+    return features._replace(levels=levels)
+
+
 def scale_of(theta: Mapping, design: Design) -> Float[Array, ""]:
     return jnp.exp(theta["scale"]) if design.learn_scale else jnp.asarray(1.0)
 
@@ -104,7 +129,7 @@ def forward(
     key: jax.Array | None = None,
 ) -> Output:
     """Adapted tokens and anomaly logits, given the text features of `text_features`."""
-    levels = adapt_tokens(theta, features, design.dropout, key)
+    levels = adapt_tokens(theta, refined(theta, features, design), design.dropout, key)
     logit = score.patch_logit(
         levels,
         text,
@@ -124,29 +149,63 @@ def loss(
     *,
     design: Design,
     weights: Mapping[str, float],
+    distill: losses.Distill | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss: (scalar, named parts). A term of weight 0 is not computed."""
-    text = text_features(theta, frozen, design)
-    out = forward(theta, text, batch.features, design, key)
-    pixels = score.to_pixels(out.logit, design.size)
+    """The training loss: (scalar, named parts). A term of weight 0 is not computed.
+
+    Nor is SimCLR's where rows carry no views: in adaptation, which has no step to draw them by.
+    `distill` says how the teacher's logits count, where the rows carry them. Where training has
+    several data sets, rows are compared with the prompts of their own.
+    """
     scale = scale_of(theta, design)
+    if design.sets is None or batch.source is None:
+        text = text_features(theta, frozen, design)
+        _, levels, logit = forward(theta, text, batch.features, design, key)
+        label, words = design.prompts.label, None
+    else:
+        static = design.sets, batch.source, design.text_tower, design.causal
+        words = several.words(theta["context"], frozen["text"], *static)
+        levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
+        logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
+        label = design.sets.label
+    pixels = score.to_pixels(logit, design.size)
 
     def align():
-        similarity = sum(score.cosine(v, text) for v in out.levels) / len(out.levels)
+        if words is None:
+            similarity = sum(score.cosine(v, text) for v in levels) / len(levels)
+        else:
+            similarity = several.similarity(levels, words)
         share = losses.patch_share(batch.mask, design.grid)
-        label = jnp.asarray(design.prompts.label)
-        return losses.align(similarity, share, label, batch.valid, scale)
+        return losses.align(similarity, share, jnp.asarray(label), batch.valid, scale)
 
     def prompt():
-        pair = score.class_features(text, design.prompts.label)
-        logits = jnp.exp(frozen["logit_scale"]) * score.cosine(batch.features.pooled, pair)
-        return losses.prompt(logits, batch.label, batch.valid)
+        if words is None:
+            alike = score.cosine(batch.features.pooled, score.class_features(text, label))
+        else:
+            alike = several.prompt_logits(batch.features.pooled, words)
+        return losses.prompt(jnp.exp(frozen["logit_scale"]) * alike, batch.label, batch.valid)
+
+    def contrast():
+        one, two, image = batch.views
+        both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
+        heads = [simclr.project(theta["head"], levels) for levels in both]
+        return simclr.ntxent(*heads, image, batch.valid)
+
+    def taught():
+        share = losses.patch_share(batch.mask, design.grid)
+        return losses.distill_patches(logit, batch.teacher, share, batch.valid, distill)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
         "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
         "align": align,
         "prompt": prompt,
+        "simclr": contrast,
+        "distill": taught,
     }
-    parts = {name: terms[name]() for name in losses.TERMS if weights[name]}
+    weights = {**weights, "distill": distill.weight if distill else 0.0}
+    lacking = {"simclr"} if batch.views is None else set()
+    lacking |= {"distill"} if batch.teacher is None else set()
+    asked = (name for name in losses.TERMS if weights.get(name) and name not in lacking)
+    parts = {name: terms[name]() for name in asked}
     return losses.total(parts, weights)

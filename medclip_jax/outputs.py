@@ -8,6 +8,8 @@ import csv
 import io
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -33,6 +35,7 @@ MOST_BOXES = 10  # of one frame
 SPECK = 2000  # a box holds at least one pixel in this many of its image
 BOX = (230, 159, 0)  # orange of Okabe and Ito
 BELOW = float(np.nextafter(np.float32(0.5), np.float32(0)))  # maps say "at least", boxes "above"
+STALE = 86400  # seconds
 HEAT = 0.45  # weight of the heat in an overlay
 
 
@@ -164,6 +167,19 @@ def tables(path: Path) -> Iterator[Callable[[Item, list[dict], str], None]]:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> int:
+    """Delete temporary files that killed processes left in an output folder; returns how many.
+
+    Only those of `files` and `tables`, a day old: younger ones may be another process's.
+    """
+    old = time.time() - STALE
+    found = [p for p in folder.glob(".*.tmp") if re.fullmatch(r"\..+\.\d+\.tmp", p.name)]
+    left = [p for p in found if p.is_file() and not p.is_symlink() and p.stat().st_mtime < old]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
 
 
 def unreadable_name(table: str) -> str:

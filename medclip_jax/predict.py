@@ -99,6 +99,7 @@ def run(
     model = trained.load(workdir)
     logging.info("%d item(s) to score with %s", len(chosen), workdir)
     stamp = hashlib.sha256(f"{FORMAT} {model.digest} {pseudonymise}".encode()).hexdigest()
+    outputs.sweep(output)
     table = output / (f"results.{part.replace('/', '-of-')}.csv" if part else "results.csv")
     done = _process(model, chosen, output, stamp, table, pseudonymise)
     if done.unreadable == len(chosen) > 0:

@@ -53,6 +53,8 @@ def check(c: Any) -> None:
             "config.score.tiles needs supports to standardise on and config.k is 0: "
             "give k=1 or more, or tiles=1"
         )
+    if c.score.tiles > 1 and c.model.get("refine", False):
+        raise ConfigError("config.score.tiles and model.refine do not go together: give tiles=1")
     if c.score.tiles > 1 and c.method in ("thumbnails", "grey_level"):
         raise ConfigError(f"config.score.tiles is not for method {c.method}: give tiles=1")
 

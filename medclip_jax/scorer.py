@@ -51,8 +51,9 @@ def write(
     tensors = flatten(jax.tree.map(lambda x: np.asarray(x)[0], theta), "theta")
     if supports and remembers(c):
         (tokens,) = features.load_images(bank, supports, len(supports))
-        tensors |= flatten(tokens._asdict(), "tokens")
+        tensors |= flatten(tokens._replace(inputs=())._asdict(), "tokens")
     settings = json.loads(c.to_json_best_effort())
+    settings["distill"]["teacher"] = ""
     settings["cache"] = settings["data"]["root"] = ""  # where things lay is not needed
     raw = save({name: np.array(value, order="C") for name, value in tensors.items()})
     files.write_bytes(workdir / TENSORS, raw)

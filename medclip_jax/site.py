@@ -34,6 +34,7 @@ from medclip_jax import (
 from medclip_jax.data import episodes, preprocess, readers, synthesis
 from medclip_jax.detector import Detector
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
+from medclip_jax.learned_parts import refines
 from medclip_jax.structs import Batch, Features
 
 LEAST = 2  # images: each is held out once
@@ -72,7 +73,7 @@ def load(workdir: Path) -> Start:
         raise WorkdirError(f"{workdir} holds no run ({error}): give one that was trained") from None
     if c.learner == "joint":
         raise ConfigError(f"{workdir} learned jointly: train one with --config.learner=maml")
-    tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
+    tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, refines(c))
     design, frozen = train.build(c, tower)
     optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
     copies = 1 + len(fit.folds(c.k, c.calibration.folds))

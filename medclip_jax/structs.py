@@ -50,6 +50,16 @@ class Features(NamedTuple):
     levels: tuple[
         Float[Array, "n p _"], ...
     ]  # patch tokens of each tapped level, class token dropped
+    # what each tapped block reads, class token first; only where refinement is on
+    inputs: tuple[Float[Array, "n s d"], ...] = ()
+
+
+class Views(NamedTuple):
+    """Two augmentations of the healthy image of each row."""
+
+    one: Features
+    two: Features
+    image: Int[Array, " n"]  # number of the image in its pool
 
 
 class Batch(NamedTuple):
@@ -59,6 +69,10 @@ class Batch(NamedTuple):
     mask: Float[Array, "n h w"]  # [0, 1], 1 = anomalous
     label: Int[Array, " n"]  # 0 healthy, 1 anomalous
     valid: Bool[Array, " n"]  # False for rows that only fill the shape
+    views: Views | None = None  # for SimCLR
+    teacher: Float[Array, "n p"] | None = None  # a teacher's patch logits, for distillation
+    # data set of each row, or [] of all rows; None where there is one, 0 is the target
+    source: Int[Array, "*n"] | None = None
 
 
 class Prompts(NamedTuple):

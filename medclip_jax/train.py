@@ -17,23 +17,27 @@ from medclip_jax import (
     baselines,
     clip,
     detector,
+    distil,
     evaluate,
     features,
     files,
     fit,
     fusion,
     model,
+    others,
     prompts,
+    refine,
     scales,
     score_fields,
     scorer,
+    several,
     sharding,
     suppress,
 )
 from medclip_jax import config as configuration
 from medclip_jax.data import augment, datasets, preprocess
 from medclip_jax.score import to_pixels
-from medclip_jax.structs import Record, Split
+from medclip_jax.structs import Prompts
 from medclip_jax.workdir import claim, keep_split
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
@@ -50,12 +54,13 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     c = configuration.resolve(config)
     recipe = preprocess.steps(c.data.recipe)
     augmented = augment.chosen(c.augment, c.data.modality)
+    beside = others.read(c)
     main = sharding.is_main()
     claim(workdir, c, main)
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
-        tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
+        tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine)
         policy = (c.data.uncertain, c.data.blank)
         records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k, policy)
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
@@ -63,6 +68,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
 
     # before the long part: a word that the ontology lacks stops the run here
     design, frozen = build(c, tower)
+    if beside and c.steps:
+        own = [phrases(c, tower, c.prompts.context, **other.words) for other in beside]
+        design = design._replace(sets=several.stack([design.prompts, *own]))
 
     with stage(timing, "encode"):
         bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh, recipe)
@@ -73,11 +81,14 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             c.synthesis.partner,
             *augmented,
         )
-        others = [source(name, c, drawn) for name in c.meta.data if name != c.data.name]
-        pools = [features.open_pool(bank, x, synthesis) for x in (drawn.support, *others)]
+        pools = [features.open_pool(bank, drawn.support, synthesis)]
+        pools += others.open_pools(beside, c, drawn, bank, synthesis)
         features.encode_images(bank, drawn.test)
         if c.score.tiles > 1:
             scales.encode_images(bank, [*drawn.support, *drawn.test], c.score.tiles)
+        if c.distill.teacher and c.steps:
+            teacher = distil.load(c, tower, drawn.test, build)
+            pools = [distil.pool(teacher, pools[0], bank, drawn.support, synthesis)]
 
     groups = fit.folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
@@ -129,13 +140,6 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     return result
 
 
-def source(name: str, c: ConfigDict, drawn: Split) -> tuple[Record, ...]:
-    """Healthy images of a data set beside the target, "name" or "name=folder"."""
-    name, _, root = name.partition("=")
-    records = datasets.load(name, Path(root) if root else None, Path(c.cache))
-    return datasets.healthy(records, drawn, c.meta.images, c.seed)
-
-
 def assemble(
     c: ConfigDict, theta, frozen, design, bank, supports, groups
 ) -> tuple[detector.Detector, fusion.Mix | None]:
@@ -183,20 +187,11 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
     """The static design of the model and its frozen parameters; `context` if not the config's."""
     if context is None:
         context = c.prompts.context if c.steps else 0
-    built = prompts.build(
-        tower.tokenizer,
-        tower.eos_id,
-        phrases=c.prompts.phrases,
-        anatomy=c.data.anatomy,
-        conditions=c.data.conditions,
-        modality=c.data.modality,
-        context=context,
-        position=c.prompts.position,
-        init=c.prompts.init,
-        synonyms=c.prompts.synonyms,
-        ontology_file=c.prompts.ontology_file,
-        positions=len(tower.text["position"]),
-    )
+    shown = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
+    built = phrases(c, tower, context, **shown)
+    vision, kept = tower.vision_tower, None
+    if tower.vision_tower.inputs:
+        kept = refine.frozen(tower.vision, vision.levels, vision.heads, vision.eps)
     design = model.Design(
         built,
         tower.text_tower,
@@ -206,8 +201,29 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
         c.prompts.causal,
         c.model.learn_scale,
         c.model.dropout,
+        kept,
     )
     return design, {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+
+
+def phrases(
+    c: ConfigDict, tower: clip.Clip, context: int, modality: str, anatomy: str, conditions
+) -> Prompts:
+    """The prompts of a data set that shows this, made as the config says."""
+    return prompts.build(
+        tower.tokenizer,
+        tower.eos_id,
+        phrases=c.prompts.phrases,
+        anatomy=anatomy,
+        conditions=conditions,
+        modality=modality,
+        context=context,
+        position=c.prompts.position,
+        init=c.prompts.init,
+        synonyms=c.prompts.synonyms,
+        ontology_file=c.prompts.ontology_file,
+        positions=len(tower.text["position"]),
+    )
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from medclip_jax import (
     train,
 )
 from medclip_jax.errors import CheckpointError, ConfigError
+from medclip_jax.learned_parts import refines
 from medclip_jax.score import to_pixels
 from medclip_jax.structs import Features
 
@@ -73,7 +74,7 @@ def load(workdir: Path) -> Trained:
             f"{workdir} scores tiles (config.score.tiles), which --mode predict cannot: "
             "train with tiles=1"
         )
-    tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
+    tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, refines(c))
     if tower.digest != held.checkpoint:
         raise CheckpointError(
             f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
@@ -99,6 +100,9 @@ def _detector(c, held: scorer.Stored, tower: clip.Clip, readings: Readings) -> d
     rows = tower.grid**2
     level = jnp.zeros((1, rows, tower.width))
     blank = Features(jnp.zeros((1, tower.joint)), (level,) * len(tower.vision_tower.levels))
+    if tower.vision_tower.inputs:
+        read = jnp.zeros((1, rows + 1, tower.width))
+        blank = blank._replace(inputs=(read,) * len(blank.levels))
     theta = jax.tree.map(lambda x: jnp.asarray(x)[None], held.theta)
 
     def branch(name: str) -> detector.Detector:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import detector, evaluate, features, model
+from medclip_jax import calibrate, detector, evaluate, features, model
 from medclip_jax.data import readers
 from medclip_jax.errors import DataError
 from medclip_jax.structs import Predictions
@@ -103,7 +103,10 @@ def perfect(test, size=32) -> evaluate.Scored:
     said = Predictions(
         tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
     )
-    return evaluate.Scored(said, {"k": 5, "alpha": 0.2}, None)
+    one = calibrate.threshold(np.array([0.1, 0.2]), 0.5)
+    pixel = calibrate.pixel_threshold(np.full((1, 2, 2), 0.1), 0.1)
+    limits = evaluate.Limits(np.array([0.1, 0.2]), one, 1.0, pixel, 1.0)
+    return evaluate.Scored(said, {"k": 5, "alpha": 0.2}, limits)
 
 
 def test_the_truth_is_the_union_of_the_mask_files(scene):

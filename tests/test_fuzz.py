@@ -6,9 +6,27 @@ import subprocess
 import sys
 
 from .conftest import HERE
+from .test_end_to_end import finished
 
 CASES = int(os.environ.get("MEDCLIP_FUZZ_CASES", "300"))
 HANG = 120 + CASES  # seconds; three cases take about a tenth of one
+
+
+def test_broken_files_through_prediction_are_scored_or_listed(tmp_path_factory):
+    workdir = finished(tmp_path_factory.getbasetemp()).workdir
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz_predict", f"--cases={CASES // 2}"]
+        + [f"--workdir={workdir}"],
+        cwd=HERE.parent,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["files"] == CASES // 2 and found["scored"] > 9 and found["refused"] > 9
+    assert found["grown_mb"] < 2048
 
 
 def test_broken_files_give_an_image_or_a_data_error():

@@ -29,23 +29,30 @@ MAY_IMPORT = {
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
     "trained": {"calibrate", "clip", "detector", "evaluate", "features", "fusion", "score"}
-    | {"score_fields", "scorer", "sharding", "suppress", "train"},
+    | {"learned_parts", "score_fields", "scorer", "sharding", "suppress", "train"},
     "scorer": {"calibrate", "evaluate", "features", "fusion", "suppress"},
     "suppress": {"data.readers"},
-    "config": {"score_fields"},
     "processes": {"preemption"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
     | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"}
-    | {"score_fields"},
+    | {"learned_parts", "score_fields"},
     "groups": set(),
-    "train": {"baselines", "clip", "config", "data.datasets", "detector", "evaluate", "features"}
-    | {"data.augment", "data.preprocess", "fit", "fusion", "score", "score_fields", "scorer"}
-    | {"scales", "suppress"}
-    | {"model", "prompts", "sharding", "workdir"},
-    "fit": {"checkpoints", "data.episodes", "features", "learn", "maml", "model", "preemption"}
+    "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
+    | {"learned_parts", "scorer"},
+    "train": {"baselines", "clip", "config", "data.datasets", "detector", "distil", "evaluate"}
+    | {"data.augment", "data.preprocess", "features", "fit", "fusion", "refine", "scorer"}
+    | {"scales", "score", "score_fields", "suppress"}
+    | {"model", "others", "prompts", "several", "sharding", "workdir"},
+    "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
+    | {"data.variants", "features"},
+    "several": {"clip", "score"},
+    "fit": {"checkpoints", "data.episodes", "features", "learn", "losses", "maml", "model"}
+    | {"preemption"}
     | {"processes", "sharding", "writer"},
     "workdir": {"data.datasets"},
-    "learn": {"data.episodes", "features", "maml"},
+    "config": {"learned_parts", "score_fields"},
+    "learn": {"data.episodes", "features", "maml", "simclr"},
+    "simclr": {"losses", "score"},
     "data.episodes": {"data.synthesis"},
     "attribution": {"clip", "explain", "score"},
     "thumbnails": {"data.readers", "explain"},
@@ -72,7 +79,7 @@ MAY_IMPORT = {
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
     | {"data.augment", "data.preprocess", "data.variants"},
     "data.variants": {"data.augment", "data.synthesis"},
-    "model": {"clip", "losses", "score"},
+    "model": {"clip", "losses", "refine", "score", "several", "simclr"},
     "clip": {"weights"},
     "prompts": {"ontology"},
     "ontology": {"terminology"},
@@ -102,7 +109,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"weights", "clip", "model"},
     "transformers": {"clip", "weights", "prompts"},
-    "ml_collections": {"config", "main", "site", "train", "trained", "workdir"},
+    "ml_collections": {"config", "distil", "main", "site", "train", "trained", "workdir"},
     "orbax": {"checkpoints"},
     "tensorflow_datasets": {"data.builders"},
     "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey", "dicom_objects", "inputs"},

@@ -38,12 +38,14 @@ class Strengths(NamedTuple):
     intensity: float = 0.0  # largest change of contrast, gamma (both as log) and brightness
 
 
-def permitted(strengths: Strengths, modality: str) -> None:
-    """Raise ConfigError for elastic deformation of anything but ultrasound and MRI.
+def deforms(modality: str) -> bool:
+    """May images of a modality (free text, such as "breast ultrasound") be deformed?"""
+    return bool(ELASTIC.search(modality))
 
-    `modality` is free text, such as "breast ultrasound".
-    """
-    if strengths.elastic and not ELASTIC.search(modality):
+
+def permitted(strengths: Strengths, modality: str) -> None:
+    """Raise ConfigError for elastic deformation of anything but ultrasound and MRI."""
+    if strengths.elastic and not deforms(modality):
         raise ConfigError(
             f"config.augment.elastic is {strengths.elastic} but config.data.modality is "
             f"{modality!r}: only ultrasound and MRI may be deformed, give 0"

@@ -23,6 +23,7 @@ from medclip_jax.data.citations import ABOUT
 from medclip_jax.errors import DataError, WorkdirError
 from medclip_jax.structs import Record
 
+BATCH = 1024  # rows read at a time
 BUSI_URL = "https://scholar.cu.edu.eg/Dataset_BUSI.zip"
 
 
@@ -194,7 +195,13 @@ def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...
                     raise
     with _quiet():
         source = BUILDERS[name](data_dir=str(place)).as_data_source(split="full")
-        rows = [source[i] for i in range(len(source))]
+        # TFDS's own door to many rows at a time; a batch bounds what is held undecoded
+        starts = range(0, len(source), BATCH)
+        rows = [
+            row
+            for i in starts
+            for row in source.__getitems__(range(i, min(i + BATCH, len(source))))
+        ]
     found = (_record(row, layout.root) for row in rows)
     return tuple(sorted(found, key=lambda record: layouts.natural(record.id)))
 

@@ -34,3 +34,15 @@ PRESETS |= {
         "conditions": ("nodule", "opacity", "lesion"),
     },
 }
+
+# The recommended preprocessing of each set's modality (preprocess.RECIPES), used where it is asked
+# for by name: config.meta.recipe=own.
+RECIPES = {
+    "busi": "ultrasound",
+    "brain_mri": "mri",
+    "chest_xray": "xray",
+    "chexpert": "xray",
+    "phantom-ultrasound": "ultrasound",
+    "phantom-mri": "mri",
+    "phantom-xray": "xray",
+}

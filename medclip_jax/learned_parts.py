@@ -1,0 +1,32 @@
+"""Optional parts of what is learned: what they need of the config beyond single fields."""
+
+from medclip_jax.errors import ConfigError
+
+DISTILL = {  # equation 13, see losses.Distill
+    "teacher": "",  # workdir of a trained run whose patch logits teach this one; "" = off
+    "weight": 1.0,  # of the term
+    "alpha": 0.5,  # share of the labels' cross-entropy; the rest is the teacher's
+    "temperature": 1.0,
+    "squared": False,  # times temperature^2, as Hinton et al. 2015; the paper does not
+}
+LEAST = {"distill.weight": 0, "distill.temperature": 0.01}
+SHARES = {"distill.alpha": (0, 1, "a share from 0 to 1")}
+
+
+def refines(c) -> bool:
+    """Is refinement on? Configs kept by workdirs from before it do not say, and had none."""
+    return bool(c.model.get("refine", False))
+
+
+def check(c) -> None:
+    """Raise ConfigError if a part that is on lacks what it needs. c: a config (config.resolve)."""
+    augmented = any(value for name, value in c.augment.items() if name != "copies")
+    if c.steps and c.loss.simclr and not augmented:
+        raise ConfigError(
+            f"config.loss.simclr is {c.loss.simclr} and nothing augments the supports: give a "
+            "strength of config.augment, such as rotate=10, or simclr 0"
+        )
+    if c.distill.teacher and c.meta.data:
+        raise ConfigError(
+            "config.distill.teacher teaches the target's images alone: leave config.meta.data empty"
+        )

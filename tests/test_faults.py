@@ -1,0 +1,44 @@
+"""A share of experiments/faults.py: killed with -9 while training and predicting, nothing lost."""
+
+import os
+import sys
+import time
+
+from medclip_jax import outputs
+
+from .test_end_to_end import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import faults  # noqa: E402
+
+
+def test_three_kills_lose_nothing(tmp_path):
+    found = faults.run(tmp_path, kills=3, seed=1, stages=("checkpoint", "scoring", "predict"))
+    assert sum(found["kills"].values()) == 3 and found["losses"] == []
+    assert found["kills"]["predict"]
+
+
+def test_a_lost_or_changed_file_is_a_loss(tmp_path):
+    for name in ("whole", "job"):
+        (tmp_path / name).mkdir()
+        for file in ("results.csv", "a.json", ".a.json.7.tmp"):
+            (tmp_path / name / file).write_text(file)
+    job = faults.Job((), tmp_path / "job", tmp_path)
+    (tmp_path / "job" / ".b.json.8.tmp").touch()
+    assert faults.losses(job, tmp_path / "whole") == []
+    (tmp_path / "job" / "a.json").write_text("other")
+    (tmp_path / "job" / "b.json").touch()
+    assert faults.losses(job, tmp_path / "whole") == ["a.json", "b.json"]
+
+
+def test_what_killed_writers_left_is_swept_after_a_day(tmp_path):
+    names = (".a.json.71.tmp", ".results.csv.71.tmp", ".b.json.72.tmp", "c.71.tmp", ".d.tmp")
+    for name in names:
+        (tmp_path / name).touch()
+    past = time.time() - 2 * outputs.STALE
+    for name in (".a.json.71.tmp", ".results.csv.71.tmp", "c.71.tmp", ".d.tmp"):
+        os.utime(tmp_path / name, (past, past))
+    assert outputs.sweep(tmp_path) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {".b.json.72.tmp", "c.71.tmp", ".d.tmp"}
+    assert outputs.sweep(tmp_path / "absent") == 0
