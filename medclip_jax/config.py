@@ -42,12 +42,11 @@ CHOICES = {
 LEAST = {
     "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
     "calibration.folds": 2,  # what calibrates is held out from training
-    **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
-    **dict.fromkeys(("synthesis.variants", "data.pool", "fusion.probes", "augment.copies"), 1),
+    **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes", "data.pool"), 1),
+    **dict.fromkeys(("synthesis.variants", "fusion.probes", "augment.copies", "meta.tasks"), 1),
     **{f"meta.{x}": 0 for x in ("images", "shots", "query", "inner_steps", "adapt_steps")},
     **learned_parts.LEAST,
-    **{"meta.tasks": 1, "cluster.processes": 0, "cluster.process": -1},
-    **{"cluster.timeout": 1, "cluster.heartbeat": 1},
+    **{"cluster.processes": 0, "cluster.process": -1, "cluster.timeout": 1, "cluster.heartbeat": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context", "prompts.synonyms"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt", "simclr")},
