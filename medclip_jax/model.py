@@ -141,6 +141,22 @@ def forward(
     return Output(text, levels, logit)
 
 
+def contrast(theta: Mapping, batch: Batch, design: Design) -> Float[Array, ""]:
+    """SimCLR (equation 12) between the two views that the rows carry."""
+    one, two, image = batch.views
+    both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
+    heads = [simclr.project(theta["head"], levels) for levels in both]
+    return simclr.ntxent(*heads, image, batch.valid)
+
+
+def taught(
+    logit: Float[Array, "n p"], batch: Batch, design: Design, like: losses.Distill
+) -> Float[Array, ""]:
+    """Distillation (equation 13) from the teacher's logits that the rows carry."""
+    share = losses.patch_share(batch.mask, design.grid)
+    return losses.distill_patches(logit, batch.teacher, share, batch.valid, like)
+
+
 def loss(
     theta: Mapping,
     frozen: Mapping[str, Any],
@@ -185,23 +201,13 @@ def loss(
             alike = several.prompt_logits(batch.features.pooled, words)
         return losses.prompt(jnp.exp(frozen["logit_scale"]) * alike, batch.label, batch.valid)
 
-    def contrast():
-        one, two, image = batch.views
-        both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
-        heads = [simclr.project(theta["head"], levels) for levels in both]
-        return simclr.ntxent(*heads, image, batch.valid)
-
-    def taught():
-        share = losses.patch_share(batch.mask, design.grid)
-        return losses.distill_patches(logit, batch.teacher, share, batch.valid, distill)
-
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
         "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
         "align": align,
         "prompt": prompt,
-        "simclr": contrast,
-        "distill": taught,
+        "simclr": lambda: contrast(theta, batch, design),
+        "distill": lambda: taught(out.logit, batch, design, distill),
     }
     weights = {**weights, "distill": distill.weight if distill else 0.0}
     lacking = {"simclr"} if batch.views is None else set()
