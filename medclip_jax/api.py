@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import explain, trained
+from medclip_jax import explain, suppress, trained
 from medclip_jax import predict as prediction
 from medclip_jax.data import readers
 from medclip_jax.errors import DataError
@@ -42,13 +42,17 @@ class Scorer:
 
         Raises DataError for what cannot be read or is no such array.
         """
-        pixels = [_pixels(image) for image in images]
-        if not pixels:
+        held = [_pixels(image) for image in images]
+        if not held:
             return []
+        pixels, spacings = zip(*held, strict=True)
         fit, size = self._trained.config.data.fit, self._trained.bank.clip.size
-        scores = trained.score(
-            self._trained, np.stack([readers.fit(image, size, fit) for image in pixels])
-        )
+        frames = np.stack([readers.fit(image, size, fit) for image in pixels])
+        mm2 = [
+            suppress.area(mm, *image.shape, size, fit)
+            for mm, image in zip(spacings, pixels, strict=True)
+        ]
+        scores = trained.score(self._trained, frames, mm2)
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
     def predict_files(self, *named: str, output: str | Path) -> prediction.Summary:
@@ -61,19 +65,22 @@ def load(workdir: str | Path) -> Scorer:
     return Scorer(workdir)
 
 
-def _pixels(image) -> Float[np.ndarray, "h w"]:
+def _pixels(image) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:
+    """Pixels and spacing; that of an array is not known."""
     if isinstance(image, str | Path):
-        held = readers.read(Path(image)).pixels
-        if len(held) != 1:
-            raise DataError(f"{image} holds {len(held)} frames: use predict_files for volumes")
-        return held[0]
+        read = readers.read(Path(image))
+        if len(read.pixels) != 1:
+            raise DataError(
+                f"{image} holds {len(read.pixels)} frames: use predict_files for volumes"
+            )
+        return read.pixels[0], read.spacing
     held = np.asarray(image)
     if held.ndim != 2 or not held.size or held.dtype.kind not in "fiub":
         raise DataError(f"an image of shape {held.shape} and type {held.dtype}: give [h, w] floats")
     held = held.astype(np.float32)
     if not np.isfinite(held).all() or held.min() < 0 or held.max() > 1:
         raise DataError("an image holds NaN or values outside [0, 1]: scale it to [0, 1]")
-    return held
+    return held, None
 
 
 def _prediction(scores: trained.Scores, i: int, shape: tuple, fit: str) -> Prediction:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medclip_jax import learned_parts
+from medclip_jax import learned_parts, score_fields
 from medclip_jax.errors import ConfigError
 
 METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
@@ -37,21 +37,21 @@ CHOICES = {
     "synthesis.partner": ("self", "support"),
     "model.form": ("softmax", "distance"),
     "fusion.weights": ("equal", "probes"),
+    **score_fields.CHOICES,
 }
 LEAST = {
     "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
     "calibration.folds": 2,  # what calibrates is held out from training
     **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes"), 1),
     **dict.fromkeys(("synthesis.variants", "data.pool", "fusion.probes", "augment.copies"), 1),
-    **dict.fromkeys(("meta.images", "meta.shots", "meta.query"), 0),
-    **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), 0),
+    **{f"meta.{x}": 0 for x in ("images", "shots", "query", "inner_steps", "adapt_steps")},
     **learned_parts.LEAST,
     **{"meta.tasks": 1, "cluster.processes": 0, "cluster.process": -1},
     **{"cluster.timeout": 1, "cluster.heartbeat": 1},
-    **dict.fromkeys(("seed", "batch", "steps", "prompts.context"), 0),
-    **{"prompts.synonyms": 0},
+    **dict.fromkeys(("seed", "batch", "steps", "prompts.context", "prompts.synonyms"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt", "simclr")},
+    **score_fields.LEAST,
 }
 SHARES = {  # (smallest, largest, what to give)
     "augment.flip": (0, 1, "a probability from 0 to 1"),
@@ -65,6 +65,7 @@ SHARES = {  # (smallest, largest, what to give)
     "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
     "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
     "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
+    **score_fields.SHARES,
 }
 
 # MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
@@ -80,7 +81,7 @@ MEDICLIP = {
     "synthesis": {"preset": "mediclip", "partner": "support"},
     "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
-    "score": {"top": 0.0},
+    "score": {"top": 0.0, "tiles": 1},
     "distill": {"teacher": ""},
     "augment": dict.fromkeys(("flip", "flip_vertical", "rotate", "elastic", "intensity"), 0.0),
     "fusion": {"branches": ("learned",)},
@@ -135,7 +136,6 @@ CLUSTER = {
     "timeout": 300,  # seconds to wait for the others to come
     "heartbeat": 100,  # seconds of silence after which a process counts as dead
 }
-
 
 # Of the supports, in training: augment.Strengths. All strengths 0 is off.
 AUGMENT = {
@@ -197,14 +197,8 @@ def base(arg: str = "", **data) -> ConfigDict:
         "partner": "self",  # CutPaste copies from the image itself | from any "support"
     }
     c.augment = AUGMENT
-    c.model = {
-        "form": "softmax",  # score.FORMS: softmax | distance (equation 9)
-        "learn_scale": True,  # temperature of the anomaly logit
-        "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
-        "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
-    }
-    c.loss = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}  # weights; 0 = not computed
-    c.loss.simclr = 0.0  # two augmentations of a support alike (equation 12); needs config.augment
+    c.model = learned_parts.MODEL
+    c.loss = learned_parts.LOSS
     c.distill = learned_parts.DISTILL
     c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
     c.learner = "joint"  # LEARNERS, see learn.py
@@ -212,10 +206,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.epochs = 200  # passes over the supports, as peers count
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
-    c.score = {
-        "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
-        "passes": 20,  # MC-dropout passes for the uncertainty
-    }
+    c.score = score_fields.SCORE
     c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
     c.fusion = FUSION
     c.calibration = CALIBRATION
@@ -236,6 +227,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         c.method = "zero_shot"  # all that is left of the branches
     if c.method == "mediclip":
         c.update(MEDICLIP)
+        c.score.suppress.update(score_fields.SUPPRESS)
         c.learner = "joint"
     if c.method == "joint":  # ours without episodes, whatever the learner of ours
         c.learner = "joint"
@@ -255,7 +247,8 @@ def check(c: ConfigDict) -> None:
     """Raise ConfigError naming the first field whose value cannot be used."""
     for name, value in flat(c):
         if name in CHOICES and value not in CHOICES[name]:
-            raise ConfigError(f"config.{name} is {value!r}: give one of {', '.join(CHOICES[name])}")
+            said = ", ".join(map(str, CHOICES[name]))
+            raise ConfigError(f"config.{name} is {value!r}: give one of {said}")
         # written so that NaN is refused
         if name in LEAST and not value >= LEAST[name]:
             raise ConfigError(f"config.{name} is {value}: give {LEAST[name]} or more")
@@ -268,6 +261,7 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}"
         )
+    score_fields.check(c)
     if c.meta.shots == 1:
         raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
     if not c.meta.inner_rate > 0:

@@ -40,6 +40,9 @@ class Detector(NamedTuple):
     k: int = 0  # supports
     # reads images otherwise than features.load_images, with its arguments
     load: Callable[..., Any] | None = None
+    # the held-out copies of what was learned, as an ensemble: features -> values [f, n, p]
+    copies: Callable[[Features], Float[Array, "f n p"]] | None = None
+    image_copies: Callable[[Features], Float[Array, "f n"]] | None = None  # as image_passes
 
 
 def build(
@@ -78,9 +81,12 @@ def healthy_tokens(
     return tokens, healthy
 
 
-def healthy_images(bank: features.Bank, supports: Sequence[Record]) -> Float[np.ndarray, "m s s"]:
-    """Pixels of the images that calibrate, in the tower frame."""
-    found = {r.id: x for r, x in readers.read_all(supports, bank.clip.size, bank.fit)}
+def healthy_images(
+    bank: features.Bank, supports: Sequence[Record], size: int | None = None
+) -> Float[np.ndarray, "m s s"]:
+    """Pixels of the images that calibrate, in the tower frame; size: another side of it."""
+    size = size or bank.clip.size
+    found = {r.id: x for r, x in readers.read_all(supports, size, bank.fit)}
     images = np.stack([found[r.id] for r in supports])
     return views.of(images[0]) if len(supports) == 1 else images
 
@@ -122,17 +128,21 @@ def learned(
         partial(passes, pick[0]) if design.dropout > 0 else None,
         without=lambda i, batch: patches(copies[fold_of[i]], batch),
         k=len(tokens.pooled),
+        copies=(lambda b: jnp.stack([patches(c, b) for c in copies])) if len(copies) > 1 else None,
     )
 
 
-def remember(tokens: Features, coreset: float = 1.0, healthy: Features | None = None) -> Detector:
+def remember(
+    tokens: Features, coreset: float = 1.0, healthy: Features | None = None, rows: int = 1
+) -> Detector:
     """Nearest healthy patch of the supports; a support is compared with the others only.
 
     coreset: share of the patches that is kept. A single support is remembered whole, and `healthy`
-    (views of it) are compared with it.
+    (views of it) are compared with it. rows: of the tokens, in turn, that are of one support.
     """
     pooled = tuple(score.neighbourhood(x) for x in tokens.levels)
-    k = len(tokens.pooled)
+    pooled = tuple(m.reshape(-1, rows * m.shape[1], m.shape[2]) for m in pooled)
+    k = len(pooled[0])
 
     @jax.jit
     def patches(batch, kept):
@@ -149,7 +159,8 @@ def remember(tokens: Features, coreset: float = 1.0, healthy: Features | None = 
 
     everything = choose(k, pooled)
     if k > 1 or healthy is None:
-        each = (jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(k))
+        own = [slice(i * rows, (i + 1) * rows) for i in range(k)]
+        each = (jax.tree.map(lambda x, r=r: x[r], tokens) for r in own)
         held_out = [without(i, one) for i, one in enumerate(each)]
     else:
         held_out = [patches(healthy, everything)]

@@ -24,8 +24,10 @@ from medclip_jax import (
     intervals,
     metrics,
     processes,
+    rejection,
     score,
     sharding,
+    suppress,
     thumbnails,
 )
 from medclip_jax.data import readers
@@ -41,6 +43,7 @@ class Scored(NamedTuple):
     calibration: dict[str, Any]
     limits: "Limits"
     cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM per patch, [0, 1]
+    doubts: dict[str, np.ndarray] | None = None  # measures of rejection, beside the sd; MC-dropout
 
 
 class Limits(NamedTuple):
@@ -63,16 +66,19 @@ def score_images(
     pixel_rate: float,
     passes: int,
     seed: int,
+    quiet: suppress.Learned | None = None,
 ) -> Scored:
     """Scores of the test set, calibrated on the held-out supports alone. Labels are not read.
 
     top: share of the largest patches whose mean is the image score (0: the map's maximum).
     alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
+    quiet: outlier suppression of the maps, learned on these supports.
     """
     size = bank.clip.size
     maps = jax.jit(partial(score.to_pixels, size=size))
     image_scores = scorer(size, top)
-    found = limits(detector, maps, image_scores, alpha, pixel_rate)
+    held_maps = maps if quiet is None else lambda _: quiet.supports
+    found = limits(detector, held_maps, image_scores, alpha, pixel_rate)
     keys = jax.random.split(jax.random.key(seed), passes)
 
     local = sharding.mesh(jax.local_devices())
@@ -87,18 +93,14 @@ def score_images(
         values = detector.patches(batch)
         raw = image_scores(values) if detector.image is None else detector.image(batch)
         rows.append(np.asarray(raw, np.float64)[:real])
-        heat = calibrate.to_unit(
-            np.asarray(maps(values))[:real], found.pixel.value, found.pixel_width
-        )
+        heat = np.asarray(maps(values))[:real]
+        if quiet is not None:
+            shown = mine[i * BATCH : i * BATCH + real]
+            heat = suppress.treat(heat, quiet.steps, list(suppress.areas(shown, size, bank.fit)))
+        heat = calibrate.to_unit(heat, found.pixel.value, found.pixel_width)
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
-        doubt.append(np.zeros(real))
+        doubt.append(doubts(detector, batch, keys, image_scores, found)[:real])
         why.append(cams(detector, batch, top)[:real])
-        if detector.passes is not None and passes:
-            if detector.image_passes is None:
-                each = np.asarray(jax.vmap(image_scores)(detector.passes(batch, keys)))[:, :real]
-            else:
-                each = np.asarray(detector.image_passes(batch, keys))[:, :real]
-            doubt[-1] = calibrate.to_unit(each, found.image.value, found.image_width).std(0)
     held = (np.concatenate(rows), np.concatenate(doubt), out, np.concatenate(why))
     raw, doubt, out, why = processes.gather(held, len(test))
     predictions = Predictions(
@@ -106,11 +108,33 @@ def score_images(
         np.array([r.label for r in test]),
         calibrate.to_unit(raw, found.image.value, found.image_width),
         calibrate.p_values(raw, found.healthy) if detector.k > 1 else np.full(len(raw), np.nan),
-        doubt,
+        doubt[:, 0],
         out,
     )
     explained = why if why.any() else None
-    return Scored(predictions, described(found, alpha, detector.k), found, explained)
+    told = rejection.named(doubt[:, 1:]) if detector.passes is not None and passes else None
+    return Scored(predictions, described(found, alpha, detector.k), found, explained, told)
+
+
+def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limits):
+    """[n, 4]: sd of the unit scores of the passes, then rejection.NAMES; 0 if nothing is random.
+
+    The copies held out are a small ensemble; NaN where there are none.
+    """
+    n = len(batch.pooled)
+    if detector.passes is None or not len(keys):
+        return np.zeros((n, 4))
+    if detector.image_passes is None:
+        each = jax.vmap(image_scores)(detector.passes(batch, keys))
+    else:
+        each = detector.image_passes(batch, keys)
+    unit = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width)
+    copies = np.full(n, np.nan)
+    if detector.copies is not None:
+        read = detector.image_copies or (lambda b: jax.vmap(image_scores)(detector.copies(b)))
+        each = calibrate.to_unit(np.asarray(read(batch)), found.image.value, found.image_width)
+        copies = each.std(0)
+    return np.stack([unit.std(0), *rejection.of_passes(unit), copies], 1)
 
 
 def cams(detector: Detector, batch: Features, top: float) -> Float[np.ndarray, "n p"]:
@@ -203,7 +227,9 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
     else:
         summary = calibrate.no_promise(p.score[p.label == 0], k, alpha)
     calibration = {**summary, **kept}
-    return {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure}
+    doubts = {"sd": p.uncertainty, **scored.doubts} if scored.doubts else {}
+    doubt = {"uncertainty": rejection.measure(p.score, p.label, doubts)}
+    return {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure} | doubt
 
 
 def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:
@@ -270,5 +296,5 @@ def write_predictions(
             gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
     gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     whole = io.BytesIO()
-    np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **gallery)
+    np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **(scored.doubts or {}), **gallery)
     files.write_bytes(workdir / "predictions.npz", whole.getvalue())

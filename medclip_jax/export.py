@@ -106,6 +106,11 @@ def save(workdir: str | Path, path: str | Path) -> int:
             f"{workdir} was trained with data.recipe {', '.join(model.bank.recipe)}, which the "
             "exported file cannot carry: use --mode predict, or train without a recipe"
         )
+    if model.steps is not None:
+        raise ConfigError(
+            f"{workdir} suppresses outliers (config.score.suppress), which an exported scorer "
+            "cannot: use --mode predict, or train without it"
+        )
     run = _function(model)
     size = model.bank.clip.size
     batch = jax.export.symbolic_shape("n")[0]

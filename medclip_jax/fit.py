@@ -108,7 +108,7 @@ def start(c, tower, design, optimizer, copies: int) -> TrainState:
 
     def init(_):
         like = dict(context=c.prompts.context, shared=c.prompts.shared)
-        like["contrast"] = bool(c.loss.simclr)
+        like["contrast"] = bool(c.loss.get("simclr", 0))  # absent in older workdirs
         theta = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
         return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from medclip_jax import calibrate, detector, features
-from medclip_jax.data import probes
+from medclip_jax import calibrate, detector, features, kept, scales
+from medclip_jax.data import probes, readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
@@ -61,29 +61,40 @@ def fuse(
     variants: int,
     seed: int,
     image_scores: Callable,
+    tiles: int = 1,
 ) -> tuple[Detector, Mix]:
     """The fused detector and how it mixes.
 
     weights: "equal", or "probes": by what a branch sees of `variants` probes per support.
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
     modality: names the kinds of probe, see data/probes.
+    tiles: as the branches were built, see scales. Tokens of probes are kept in the bank.
     """
     if weights == "equal":
         found = {name: unprobed(branch, image_scores) for name, branch in branches.items()}
         ones = np.ones((len(found), 2))
         return combine(branches, found, made := weighed(found, ones), image_scores), made
-    images = detector.healthy_images(bank, supports)
+    size = bank.clip.size
+    images = detector.healthy_images(bank, supports, scales.side(size, tiles))
     painted = probes.paint(images, probes.kinds_of(modality), variants, seed)
-    size = images.shape[-1]
-    tokens = features.encode(bank, painted.images.reshape(-1, size, size))
-    rows = [slice(i * variants, (i + 1) * variants) for i in range(len(images))]
-    held = [jax.tree.map(lambda x, r=r: jnp.asarray(x[r], jnp.float32), tokens) for r in rows]
-    grid = bank.clip.grid
-    cut = painted.masks.reshape(*painted.masks.shape[:2], grid, size // grid, grid, size // grid)
-    inside = cut.mean((3, 5)).reshape(*painted.masks.shape[:2], grid * grid) > 0.5
+    tokens = kept.encode(
+        bank, painted.images, lambda x: scales.encode(bank, x, tiles), f"{tiles} tiles"
+    )
+    held = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in tokens]
+    inside = covered(painted.masks, size, bank.clip.grid * (scales.FINE if tiles > 1 else 1))
     found = {name: evidence(d, held, image_scores) for name, d in branches.items()}
     made = mix(found, inside, len(painted.kinds))
     return combine(branches, found, made, image_scores), made
+
+
+def covered(masks: np.ndarray, size: int, grid: int) -> np.ndarray:
+    """Masks [k, v, b, b] -> [k, v, p]: the patches of which more than half is marked."""
+    if masks.shape[-1] != size:
+        shape = masks.shape[:2]
+        masks = np.stack([readers.fit_mask(m, size) for m in masks.reshape(-1, *masks.shape[2:])])
+        masks = masks.reshape(*shape, size, size)
+    cut = masks.reshape(*masks.shape[:2], grid, size // grid, grid, size // grid)
+    return cut.mean((3, 5)).reshape(*masks.shape[:2], grid * grid) > 0.5
 
 
 def unprobed(branch: Detector, image_scores: Callable) -> Evidence:
@@ -182,22 +193,28 @@ def combine(
         return image_scores(branch.patches(batch)) if branch.image is None else branch.image(batch)
 
     def passes(batch, keys):
-        return shifted(batch, keys, patches(batch), made.patch_gain, lambda v: v)
+        return shifted("passes", (batch, keys), patches(batch), made.patch_gain, lambda v: v)
 
     def image_passes(batch, keys):
-        return shifted(batch, keys, image(batch), made.image_gain, image_scores)
+        return shifted("passes", (batch, keys), image(batch), made.image_gain, image_scores)
 
-    def shifted(batch, keys, fused, gain, read):
-        """The fused values with each random branch replaced by its passes."""
-        out = jnp.broadcast_to(fused[None], (len(keys), *fused.shape))
+    def copies(batch):
+        return shifted("copies", (batch,), patches(batch), made.patch_gain, lambda v: v)
+
+    def image_copies(batch):
+        return shifted("copies", (batch,), image(batch), made.image_gain, image_scores)
+
+    def shifted(name, given, fused, gain, read):
+        """The fused values with each branch that has `name` (passes, copies) replaced by them."""
+        out = fused[None]
         for branch, g in zip(parts, gain, strict=True):
-            if branch.passes is not None and g:
-                each = jax.vmap(read)(branch.passes(batch, keys))
-                out = out + g * (each - read(branch.patches(batch))[None])
+            if getattr(branch, name) is not None:
+                each = jax.vmap(read)(getattr(branch, name)(*given))
+                out = out + g * (each - read(branch.patches(given[0]))[None])
         return out
 
     parts = tuple(branches.values())
-    random = any(b.passes is not None for b in parts)
+    random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
     patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
     scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
     return Detector(
@@ -208,4 +225,7 @@ def combine(
         np.asarray(scores, np.float32),
         image_passes=image_passes if random else None,
         k=parts[0].k,
+        load=parts[0].load,
+        copies=copies if several else None,
+        image_copies=image_copies if several else None,
     )

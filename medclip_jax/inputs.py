@@ -162,7 +162,8 @@ def _series_of(path: str) -> tuple[tuple, tuple] | None:
             (a, b, c), (d, e, f) = look[:3], look[3:]
             normal = (b * f - c * e, c * d - a * f, a * e - b * d)
             depth = sum(n * x for n, x in zip(normal, at, strict=True))
-        shape = head.get("Rows"), head.get("Columns"), head.get("PhotometricInterpretation")
+        # as text: a broken header may hold several values where there is one
+        shape = [str(head.get(n)) for n in ("Rows", "Columns", "PhotometricInterpretation")]
         uid = str(head.SeriesInstanceUID), str(head.get("SOPClassUID"))
         number = int(head.get("InstanceNumber") or 0)
         return (os.path.dirname(path), *uid, *shape, *look), (round(depth, 3), number)

@@ -1,7 +1,17 @@
-"""Optional parts of what is learned: what they need of the config beyond single fields."""
+"""Fields of what is learned, and what its optional parts need beyond single fields."""
 
 from medclip_jax.errors import ConfigError
 
+MODEL = {
+    "form": "softmax",  # score.FORMS: softmax | distance (equation 9)
+    "learn_scale": True,  # temperature of the anomaly logit
+    "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
+    "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
+}
+LOSS = {  # weights; 0 = not computed
+    **{"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0},
+    "simclr": 0.0,  # two augmentations of a support alike (equation 12); needs config.augment
+}
 DISTILL = {  # equation 13, see losses.Distill
     "teacher": "",  # workdir of a trained run whose patch logits teach this one; "" = off
     "weight": 1.0,  # of the term

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-TERMS = ("focal", "dice", "align", "prompt", "simclr", "distill")
+TERMS = ("focal", "dice", "align", "prompt")
 
 
 class Distill(NamedTuple):

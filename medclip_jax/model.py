@@ -206,6 +206,6 @@ def loss(
     weights = {**weights, "distill": distill.weight if distill else 0.0}
     lacking = {"simclr"} if batch.views is None else set()
     lacking |= {"distill"} if batch.teacher is None else set()
-    asked = (name for name in losses.TERMS if weights.get(name) and name not in lacking)
+    asked = [name for name in terms if weights.get(name) and name not in lacking]
     parts = {name: terms[name]() for name in asked}
     return losses.total(parts, weights)

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medclip_jax import inputs, outputs, preemption, trained
+from medclip_jax import inputs, outputs, preemption, suppress, trained
 from medclip_jax.data import dicom, readers
 from medclip_jax.errors import DataError
 from medclip_jax.inputs import Item
@@ -42,6 +42,7 @@ class Loaded(NamedTuple):
     fitted: Float[np.ndarray, "f s s"]
     spacing: tuple[float, float] | None
     meta: dict[str, str]
+    mm2: float | None = None  # area of a pixel of the tower frame
 
 
 @dataclass
@@ -198,7 +199,8 @@ def _load(item: Item, model: trained.Trained, output: Path, stamp: str) -> Job:
         if not np.isfinite(fitted).all():
             raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")
         shown = np.stack([np.round(255 * frame).astype(np.uint8) for frame in image.pixels])
-        kept = Loaded(key, sha256, shown, np.stack(fitted), image.spacing, image.meta)
+        mm2 = suppress.area(image.spacing, *image.pixels.shape[1:], size, mode)
+        kept = Loaded(key, sha256, shown, np.stack(fitted), image.spacing, image.meta, mm2)
         return Job(item, kept)
     except (DataError, OSError, MemoryError) as error:
         return Job(item, rows=[], error=_reason(error, item))
@@ -229,7 +231,8 @@ def _score(model: trained.Trained, arriving: Iterator[Job]) -> Iterator[Job]:
         while len(waiting) >= least and waiting:
             group = waiting[:size]
             del waiting[:size]
-            scores = trained.score(model, np.stack([frame for _, frame in group]))
+            mm2 = [job.loaded.mm2 for job, _ in group]
+            scores = trained.score(model, np.stack([frame for _, frame in group]), mm2)
             scores = scores._replace(maps=outputs.half(scores.maps))
             start = 0
             while start < len(group):

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from medclip_jax import __version__, calibrate, features, files, fusion
+from medclip_jax import __version__, calibrate, features, files, fusion, suppress
 from medclip_jax.errors import WorkdirError
 from medclip_jax.evaluate import Limits
 from medclip_jax.structs import Features
@@ -36,12 +36,16 @@ class Stored(NamedTuple):
     digest: str  # 16 hex digits that name this scorer
     mix: fusion.Mix | None
     k: int  # supports
+    steps: suppress.Steps | None = None  # outlier suppression of the maps, None: off
 
 
-def write(workdir: Path, c, bank: features.Bank, theta: Any, supports, limits: Limits, mix) -> None:
+def write(
+    workdir: Path, c, bank: features.Bank, theta: Any, supports, limits: Limits, mix, quiet=None
+) -> None:
     """Keep a scorer in its workdir; each file appears whole, the settings last.
 
     theta: [1 + folds, ...] as fit.run leaves it; copy 0 is kept. mix: fusion.Mix or None.
+    quiet: suppress.Learned or None.
     Raises WorkdirError if they cannot be written.
     """
     tensors = flatten(jax.tree.map(lambda x: np.asarray(x)[0], theta), "theta")
@@ -68,6 +72,7 @@ def write(workdir: Path, c, bank: features.Bank, theta: Any, supports, limits: L
         },
         "k": len(supports),
         "mix": None if mix is None else mix._asdict(),
+        "suppress": None if quiet is None else _finite(quiet.steps),
         "config": settings,
     }
     files.write_json(workdir / SETTINGS, head)
@@ -101,7 +106,9 @@ def read(workdir: Path) -> Stored:
         tokens = Features(held["pooled"], tuple(held["levels"])) if held else None
         digest = hashlib.sha256(text).hexdigest()[:16]
         named = head["config"], head["checkpoint"], digest, _mix(head["mix"]), head["k"]
-        return Stored(tree["theta"], tokens, limits, *named)
+        steps = head.get("suppress")  # files of before have none
+        steps = None if steps is None else suppress.Steps(**steps)
+        return Stored(tree["theta"], tokens, limits, *named, steps)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkdirError(
             f"{path} or {TENSORS} beside it is damaged ({error}): "
@@ -112,6 +119,11 @@ def read(workdir: Path) -> Stored:
 def remembers(c) -> bool:
     """Whether scoring compares with the supports' own tokens."""
     return c.method == "memory" or (c.method == "ours" and "memory" in c.fusion.branches)
+
+
+def _finite(steps: suppress.Steps) -> dict[str, float]:
+    """The steps without clipping that is off, which JSON cannot hold."""
+    return {name: x for name, x in steps._asdict().items() if np.isfinite(x)}
 
 
 def _mix(held: dict[str, Any] | None) -> fusion.Mix | None:

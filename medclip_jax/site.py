@@ -19,7 +19,18 @@ import optax
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
-from medclip_jax import checkpoints, clip, evaluate, fit, learn, maml, model, score, train
+from medclip_jax import (
+    checkpoints,
+    clip,
+    evaluate,
+    fit,
+    learn,
+    maml,
+    model,
+    score,
+    score_fields,
+    train,
+)
 from medclip_jax.data import episodes, preprocess, readers, synthesis
 from medclip_jax.detector import Detector
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
@@ -76,6 +87,8 @@ def load(workdir: Path) -> Start:
 
 def prepare(c: ConfigDict, tower: clip.Clip, design: model.Design, frozen: dict, theta) -> Start:
     """The same from a theta at hand (a maml.MetaSGD if its rates were learned)."""
+    if score_fields.suppresses(c) or score_fields.tiles(c) > 1:
+        raise ConfigError("a site has no config.score.suppress and tiles: train without them")
     rate = None if isinstance(theta, maml.MetaSGD) else c.meta.inner_rate
     inner = learn.inner(c.learner, c.meta.adapt_steps, rate, rate is None)
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -26,12 +27,16 @@ from medclip_jax import (
     others,
     prompts,
     refine,
+    scales,
+    score_fields,
     scorer,
     several,
     sharding,
+    suppress,
 )
 from medclip_jax import config as configuration
 from medclip_jax.data import augment, datasets, preprocess
+from medclip_jax.score import to_pixels
 from medclip_jax.structs import Prompts
 from medclip_jax.workdir import claim, keep_split
 
@@ -79,6 +84,8 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         pools = [features.open_pool(bank, drawn.support, synthesis)]
         pools += others.open_pools(beside, c, drawn, bank, synthesis)
         features.encode_images(bank, drawn.test)
+        if c.score.tiles > 1:
+            scales.encode_images(bank, [*drawn.support, *drawn.test], c.score.tiles)
         if c.distill.teacher and c.steps:
             teacher = distil.load(c, tower, drawn.test, build)
             pools = [distil.pool(teacher, pools[0], bank, drawn.support, synthesis)]
@@ -96,6 +103,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         return None
     with stage(timing, "score"):
         built, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
+        quiet = quieter(c, built, bank, drawn.support)
         scored = evaluate.score_images(
             built,
             bank,
@@ -105,13 +113,14 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             pixel_rate=c.calibration.pixel_rate,
             passes=c.score.passes,
             seed=c.seed,
+            quiet=quiet,
         )
     if not main:
         return None  # all scores are with the main process, which measures and writes
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
-        scorer.write(workdir, c, bank, theta, drawn.support, scored.limits, mix)
+        scorer.write(workdir, c, bank, theta, drawn.support, scored.limits, mix, quiet)
 
     result = {
         "dataset": c.data.name,
@@ -138,7 +147,10 @@ def assemble(
 
     def branch(name):
         shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
-        return detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
+        made = detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
+        if c.score.tiles == 1:
+            return made
+        return scales.build(name, made, bank, supports, c.score.tiles, c.memory.coreset)
 
     if c.method in baselines.METHODS:
         return baselines.build(c.method, bank, supports), None
@@ -156,7 +168,19 @@ def assemble(
         variants=c.fusion.probes,
         seed=c.seed,
         image_scores=evaluate.scorer(bank.clip.size, c.score.top),
+        tiles=c.score.tiles,
     )
+
+
+def quieter(c: ConfigDict, built, bank, supports) -> suppress.Learned | None:
+    """Outlier suppression as the supports' maps teach it; None if it is off."""
+    if not score_fields.suppresses(c):
+        return None
+    size = bank.clip.size
+    maps = np.asarray(to_pixels(jnp.asarray(built.held_out), size))
+    areas = list(suppress.areas(supports, size, bank.fit))
+    areas = areas * len(maps) if c.k == 1 else areas  # views of the one support
+    return suppress.learn(c.score.suppress.to_dict(), maps, areas)
 
 
 def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[model.Design, dict]:

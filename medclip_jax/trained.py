@@ -1,5 +1,6 @@
 """A trained workdir, loaded: images in the tower frame -> scores, p-values, doubt and maps."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,13 @@ from medclip_jax import (
     evaluate,
     features,
     fusion,
+    score_fields,
     scorer,
     sharding,
+    suppress,
     train,
 )
-from medclip_jax.errors import CheckpointError
+from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.learned_parts import refines
 from medclip_jax.score import to_pixels
 from medclip_jax.structs import Features
@@ -45,6 +48,7 @@ class Trained(NamedTuple):
     keys: Any  # [t] of MC-dropout
     digest: str  # names the scorer
     k: int  # supports; with fewer than 2 there are no p-values (NaN)
+    steps: suppress.Steps | None = None  # outlier suppression of the maps
 
 
 class Scores(NamedTuple):
@@ -65,6 +69,11 @@ def load(workdir: Path) -> Trained:
     """
     held = scorer.read(workdir)
     c = ConfigDict(held.config)
+    if score_fields.tiles(c) > 1:
+        raise ConfigError(
+            f"{workdir} scores tiles (config.score.tiles), which --mode predict cannot: "
+            "train with tiles=1"
+        )
     tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, refines(c))
     if tower.digest != held.checkpoint:
         raise CheckpointError(
@@ -79,7 +88,7 @@ def load(workdir: Path) -> Trained:
         jax.jit(partial(to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)
     )
     made = _detector(c, held, tower, readings)
-    return Trained(c, bank, made, held.limits, readings, keys, held.digest, held.k)
+    return Trained(c, bank, made, held.limits, readings, keys, held.digest, held.k, held.steps)
 
 
 def _detector(c, held: scorer.Stored, tower: clip.Clip, readings: Readings) -> detector.Detector:
@@ -121,17 +130,29 @@ def batch_size(trained: Trained) -> int:
     return features.batch_size(trained.bank)
 
 
-def score(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Scores:
-    """Score images in the tower frame, [0, 1]; any number, `batch_size` at a time."""
+def score(
+    trained: Trained, images: Float[np.ndarray, "n s s"], mm2: Sequence[float | None] | None = None
+) -> Scores:
+    """Score images in the tower frame, [0, 1]; any number, `batch_size` at a time.
+
+    mm2: area of a pixel of the tower frame of each, None where it is unknown (suppress.area).
+    """
     size = batch_size(trained)
-    parts = [_batch(trained, images[i : i + size]) for i in range(0, len(images), size)]
+    mm2 = [None] * len(images) if mm2 is None else mm2
+    parts = [
+        _batch(trained, images[i : i + size], mm2[i : i + size])
+        for i in range(0, len(images), size)
+    ]
     return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _batch(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Scores:
+def _batch(trained: Trained, images: Float[np.ndarray, "n s s"], mm2) -> Scores:
     full = np.resize(images, (batch_size(trained), *images.shape[1:]))  # one shape, one compilation
     tokens = features.encode(trained.bank, full)
-    raw, heat, doubt = (x[: len(images)] for x in _read(trained, tokens))
+    raw, maps, doubt = (x[: len(images)] for x in _read(trained, tokens))
+    if trained.steps is not None:
+        maps = suppress.treat(maps, trained.steps, mm2)
+    heat = calibrate.to_unit(maps, trained.limits.pixel.value, trained.limits.pixel_width)
     image, nothing = trained.limits.image, np.full(len(raw), np.nan)
     return Scores(
         calibrate.to_unit(raw, image.value, trained.limits.image_width),
@@ -143,17 +164,16 @@ def _batch(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Scores:
 
 
 def _read(trained: Trained, batch: Features):
-    """Raw image scores [n], unit maps [n, s, s] and uncertainty [n], on the host."""
+    """Raw image scores [n], raw maps [n, s, s] and uncertainty [n], on the host."""
     made, found, readings = trained.detector, trained.limits, trained.readings
     values = made.patches(batch)
     raw = readings.image_scores(values) if made.image is None else made.image(batch)
     maps = np.asarray(readings.maps(values))
-    heat = calibrate.to_unit(maps, found.pixel.value, found.pixel_width)
     doubt = np.zeros(len(raw))
     each = passes(made, readings, batch, trained.keys)
     if each is not None:
         doubt = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width).std(0)
-    return np.asarray(raw, np.float64), heat, doubt
+    return np.asarray(raw, np.float64), maps, doubt
 
 
 def passes(made: detector.Detector, readings: Readings, batch: Features, keys):

@@ -13,10 +13,10 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import faults  # noqa: E402
 
 
-def test_three_kills_lose_nothing(tmp_path):
-    found = faults.run(tmp_path, kills=3, seed=1, stages=("checkpoint", "scoring", "predict"))
-    assert sum(found["kills"].values()) == 3 and found["losses"] == []
-    assert found["kills"]["predict"]
+def test_kills_lose_nothing(tmp_path):
+    found = faults.run(tmp_path, kills=2, seed=1, stages=("checkpoint", "predict"))
+    assert found["losses"] == []
+    assert found["kills"] == {"checkpoint": 1, "predict": 1}
 
 
 def test_a_lost_or_changed_file_is_a_loss(tmp_path):

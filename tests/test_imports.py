@@ -20,25 +20,28 @@ ALL = {"structs", "errors", "files", ""}  # leaves that anyone may import; "" is
 MAY_IMPORT = {
     "main": {"config", "data.check", "export", "lock", "predict", "preemption", "processes"}
     | {"report", "sharding", "train"},
-    "api": {"data.readers", "explain", "predict", "trained"},
-    "predict": {"data.dicom", "data.readers", "inputs", "outputs", "preemption", "trained"},
+    "api": {"data.readers", "explain", "predict", "suppress", "trained"},
+    "predict": {"data.dicom", "data.readers", "inputs", "outputs", "preemption"}
+    | {"suppress", "trained"},
     "inputs": {"data.readers"},
     "outputs": {"data.readers", "dicom_objects", "evaluate", "explain", "inputs", "nifti_maps"}
     | {"trained"},
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
     "trained": {"calibrate", "clip", "detector", "evaluate", "features", "fusion", "score"}
-    | {"learned_parts", "scorer", "sharding", "train"},
-    "scorer": {"calibrate", "evaluate", "features", "fusion"},
+    | {"learned_parts", "score_fields", "scorer", "sharding", "suppress", "train"},
+    "scorer": {"calibrate", "evaluate", "features", "fusion", "suppress"},
+    "suppress": {"data.readers"},
     "processes": {"preemption"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
     | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"}
-    | {"learned_parts"},
+    | {"learned_parts", "score_fields"},
     "groups": set(),
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
     | {"learned_parts", "scorer"},
     "train": {"baselines", "clip", "config", "data.datasets", "detector", "distil", "evaluate"}
     | {"data.augment", "data.preprocess", "features", "fit", "fusion", "refine", "scorer"}
+    | {"scales", "score", "score_fields", "suppress"}
     | {"model", "others", "prompts", "several", "sharding", "workdir"},
     "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
     | {"data.variants", "features"},
@@ -47,7 +50,7 @@ MAY_IMPORT = {
     | {"preemption"}
     | {"processes", "sharding", "writer"},
     "workdir": {"data.datasets"},
-    "config": {"learned_parts"},
+    "config": {"learned_parts", "score_fields"},
     "learn": {"data.episodes", "features", "maml", "simclr"},
     "simclr": {"losses", "score"},
     "data.episodes": {"data.synthesis"},
@@ -66,9 +69,12 @@ MAY_IMPORT = {
         "metrics",
         "processes",
     }
-    | {"score", "sharding"},
+    | {"rejection", "score", "sharding", "suppress"},
     "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"},
-    "fusion": {"calibrate", "data.probes", "detector", "features"},
+    "fusion": {"calibrate", "data.probes", "data.readers", "detector", "features", "kept"}
+    | {"scales"},
+    "kept": {"features", "processes"},
+    "scales": {"calibrate", "data.readers", "detector", "features", "groups", "processes"},
     "memory": {"score"},
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
     | {"data.augment", "data.preprocess", "data.variants"},

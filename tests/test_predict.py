@@ -11,7 +11,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from medclip_jax import main, trained
+from medclip_jax import inputs, main, trained
 from medclip_jax.data import readers
 
 from .test_end_to_end import ROOT, finished, predictions, world
@@ -172,6 +172,17 @@ def test_a_dicom_series_gives_objects_without_identity(whole, tmp_path, caplog, 
     assert not any(p in caplog.text for p in PLANTED)
     if pseudonymise:
         assert not any(u.encode() in p.read_bytes() for u in ours for p in output.rglob("*"))
+
+
+def test_a_header_with_several_values_for_one_is_a_slice_of_its_own(tmp_path):
+    path = dicom(tmp_path / "in" / "a.dcm")
+    whole = path.read_bytes()
+    dicom(tmp_path / "in" / "b.dcm", 2)
+    at = whole.index(b"\x28\x00\x10\x00US\x02\x00")  # Rows, of one value
+    rows = whole[at : at + 6] + b"\x04\x00" + whole[at + 8 : at + 10] * 2
+    path.write_bytes(whole[:at] + rows + whole[at + 10 :])
+    items = inputs.find([str(tmp_path / "in")])
+    assert [len(item.paths) for item in items] == [1, 1]
 
 
 def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):

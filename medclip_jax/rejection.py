@@ -1,0 +1,85 @@
+"""Is the uncertainty worth anything? What remains when the most uncertain images are set aside.
+
+Measures of one image's uncertainty, larger is less certain; p_t is its unit score in pass t:
+
+    sd                  standard deviation of p_t over the MC-dropout passes
+    entropy             predictive entropy H(mean p_t), H(p) = -p ln p - (1 - p) ln(1 - p), nats
+    mutual_information  H(mean p_t) - mean H(p_t): what the passes disagree about, nats
+    ensemble            standard deviation over the held-out copies of theta, one per fold
+    distance            -|score - 0.5|: the nearness to the threshold, which costs nothing
+
+The first three are METHOD's (10) and Gal's decomposition (Houlsby et al. 2011, BALD); the last two
+are the baselines they have to beat. Unit scores are no frequencies: 0.5 is the threshold.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import special
+from sklearn.metrics import roc_auc_score
+
+COVERAGE = (1.0, 0.9, 0.8, 0.7, 0.5)
+NAMES = ("entropy", "mutual_information", "ensemble")
+
+Column = Float[np.ndarray, " n"]
+
+
+def entropy(p: Float[np.ndarray, "*a"]) -> Float[np.ndarray, "*a"]:
+    """Entropy of a Bernoulli variable in nats, [0, ln 2]; p in [0, 1]."""
+    return special.entr(p) + special.entr(1 - p)
+
+
+def of_passes(p: Float[np.ndarray, "t n"]) -> tuple[Column, Column]:
+    """Predictive entropy and mutual information of unit scores p in [0, 1], nats.
+
+    Equal passes have no mutual information; rounding below 0 is cut off.
+    """
+    whole = entropy(p.mean(0))
+    return whole, np.where(np.ptp(p, axis=0) == 0, 0.0, np.maximum(whole - entropy(p).mean(0), 0))
+
+
+def named(columns: Float[np.ndarray, "n 3"]) -> dict[str, Column]:
+    """Columns in the order of NAMES under their names, without those that were not made (NaN)."""
+    found = dict(zip(NAMES, np.asarray(columns).T, strict=True))
+    return {name: x for name, x in found.items() if not np.isnan(x).any()}
+
+
+def measure(
+    score: Column, label: Int[np.ndarray, " n"], uncertainty: Mapping[str, Column]
+) -> dict[str, Any] | None:
+    """Risk against coverage and the AUROC of what remains, per measure; None without passes.
+
+    score: [0, 1], abnormal from 0.5 on. uncertainty: of the measures above those that there are;
+    one that is the same for all images orders nothing and is left out, and without `sd` or with a
+    constant one nothing is measured. Labels are read here: call it after scoring.
+    """
+    if "sd" not in uncertainty or np.ptp(uncertainty["sd"]) == 0:
+        return None
+    named = {**uncertainty, "distance": -np.abs(np.asarray(score, np.float64) - 0.5)}
+    wrong = (np.asarray(score) >= 0.5) != (np.asarray(label) == 1)
+    measures = {n: _one(score, label, wrong, u) for n, u in named.items() if np.ptp(u) > 0}
+    return {"coverage": list(COVERAGE), "measures": measures}
+
+
+def risk_coverage(wrong: np.ndarray, uncertainty: Column) -> Column:
+    """Share of wrong decisions among the 1, 2, ... n most certain images."""
+    order = np.argsort(uncertainty, kind="stable")
+    return np.cumsum(np.asarray(wrong, float)[order]) / np.arange(1, len(order) + 1)
+
+
+def _one(score, label, wrong, uncertainty) -> dict[str, Any]:
+    """`aurc` is the mean of the risk over all coverages, [0, 1]; `risk` and `auroc` at COVERAGE."""
+    curve = risk_coverage(wrong, uncertainty)
+    order = np.argsort(uncertainty, kind="stable")
+    kept = [order[: max(1, round(share * len(order)))] for share in COVERAGE]
+    return {
+        "aurc": float(curve.mean()),
+        "risk": [float(curve[len(rows) - 1]) for rows in kept],
+        # null where one class alone remains
+        "auroc": [
+            float(roc_auc_score(label[rows], score[rows])) if np.ptp(label[rows]) else None
+            for rows in kept
+        ],
+    }
