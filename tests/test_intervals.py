@@ -9,7 +9,7 @@ import pytest
 from medclip_jax import intervals, metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import coverage  # noqa: E402
+import interval_coverage as coverage  # noqa: E402
 
 
 def scene(rng, healthy, abnormal, shift=1.0):
@@ -45,7 +45,7 @@ def test_pixel_measures_are_those_of_metrics():
 
 @pytest.mark.parametrize(("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60)])
 def test_coverage_by_simulation(case, runs):
-    """Within what 93 to 97% would show in so few runs; experiments/coverage.py makes more."""
+    """Within what 93 to 97% would show in so few runs; interval_coverage.py makes more."""
     low, high = coverage.band(runs)
     for name, share in coverage.coverage(case, runs).items():
         assert low <= share <= high, (name, share)

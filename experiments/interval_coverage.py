@@ -1,6 +1,6 @@
 """Do the 95% intervals hold the truth 95 times in 100? Simulations with a known truth.
 
-python experiments/coverage.py [--runs 2000] [--only image,pixel,draws] [--seed 0]
+python experiments/interval_coverage.py [--runs 2000] [--only image,pixel,draws] [--seed 0]
 
     image   intervals.image: AUROC, sensitivity, specificity, accuracy of 80 + 80 images
     pixel   intervals.pixel: AUROC, recall, Dice of the pixels of 60 + 60 images; the pixels of an
