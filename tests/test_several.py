@@ -41,7 +41,7 @@ def setting(tower, conditions, target=TARGET, form="softmax", shared=False, caus
     """Design of a target beside a set with other conditions, theta, frozen and a batch."""
     sets = [words_of(tower, target), words_of(tower, conditions, "lung")]
     static = tower.text_tower, tower.size, tower.grid, form, causal, True, 0.0
-    design = model.Design(sets[0], *static, several.stack(sets))
+    design = model.Design(sets[0], *static, sets=several.stack(sets))
     theta = model.init(jax.random.key(0), tower, design, 4, shared)
     rng = np.random.default_rng(0)
     tokens = tuple(
