@@ -207,7 +207,7 @@ def loss(
         "align": align,
         "prompt": prompt,
         "simclr": lambda: contrast(theta, batch, design),
-        "distill": lambda: taught(out.logit, batch, design, distill),
+        "distill": lambda: taught(logit, batch, design, distill),
     }
     weights = {**weights, "distill": distill.weight if distill else 0.0}
     lacking = {"simclr"} if batch.views is None else set()
