@@ -121,7 +121,7 @@ def to_square(patch: Num[np.ndarray, "n p"], size: int) -> Float[np.ndarray, "n 
     weights = np.zeros((size, grid))
     weights[np.arange(size), low] = 1 - (at - low)
     weights[np.arange(size), np.minimum(low + 1, grid - 1)] += at - low
-    return np.einsum("hg,ngk,wk->nhw", weights, patch.reshape(-1, grid, grid), weights)
+    return weights @ patch.reshape(-1, grid, grid) @ weights.T
 
 
 def check_gradient(gradients: Float[np.ndarray, "n p d"], layer: str) -> None:

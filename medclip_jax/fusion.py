@@ -213,7 +213,8 @@ def combine(
                 out = out + g * (each - read(branch.patches(given[0]))[None])
         return out
 
-    parts = tuple(branches.values())
+    # map, image score, passes and copies of a batch all read the same values
+    parts = tuple(b._replace(patches=once(b.patches)) for b in branches.values())
     random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
     patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
     scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
@@ -229,3 +230,21 @@ def combine(
         copies=copies if several else None,
         image_copies=image_copies if several else None,
     )
+
+
+def once(function: Callable) -> Callable:
+    """`function`, which remembers its value for the last argument: called again, it is not run.
+
+    Under a transformation (Grad-CAM's gradient) nothing is remembered.
+    """
+    last: list = []
+
+    def remembering(batch):
+        if last and last[0] is batch:
+            return last[1]
+        value = function(batch)
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
+            last[:] = batch, value
+        return value
+
+    return remembering

@@ -41,7 +41,10 @@ def main(argv: list[str]) -> int:
     """Run the program; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if {"-h", "-help", "--help"} & set(argv[1:]):
-        print(usage())
+        try:
+            print(usage(), flush=True)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     workdir, code = None, 2
     try:

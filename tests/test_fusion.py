@@ -104,6 +104,24 @@ def fused(tmp_path_factory, tiny):
     return made, settings, fusion.fuse(made, bank, supports, **settings), bank, supports
 
 
+def test_a_branch_runs_once_on_a_batch_and_is_never_remembered_inside_a_gradient():
+    calls = []
+
+    def square(batch):
+        calls.append(batch)
+        return batch * batch
+
+    once = fusion.once(square)
+    one, two = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+    assert once(one) is once(one)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(once(two), [9, 16])
+    np.testing.assert_array_equal(jax.grad(lambda x: once(x).sum())(two), [6, 8])
+    np.testing.assert_array_equal(once(two), [9, 16])  # still the array, not what was traced
+    np.testing.assert_array_equal(once(one), [1, 4])
+    assert len(calls) == 4
+
+
 def test_fused_values_are_the_sum_of_the_branches(fused):
     made, _, (whole, mix), _, _ = fused
     new = tokens(3)

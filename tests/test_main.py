@@ -92,6 +92,14 @@ def test_a_command_that_cannot_start_says_why(argv, named, tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_help_ends_quietly_when_its_reader_leaves():
+    command = [sys.executable, "-m", "medclip_jax.main", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as head does
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_help_is_quick_and_imports_neither_jax_nor_transformers():
     command = [sys.executable, "-X", "importtime", "-m", "medclip_jax.main", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
