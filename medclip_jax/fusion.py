@@ -213,7 +213,6 @@ def combine(
                 out = out + g * (each - read(branch.patches(given[0]))[None])
         return out
 
-    # map, image score, passes and copies of a batch all read the same values
     parts = tuple(b._replace(patches=once(b.patches)) for b in branches.values())
     random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
     patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
@@ -235,7 +234,8 @@ def combine(
 def once(function: Callable) -> Callable:
     """`function`, which remembers its value for the last argument: called again, it is not run.
 
-    Under a transformation (Grad-CAM's gradient) nothing is remembered.
+    The map, image score, passes and copies of one batch all read the same values. Under a
+    transformation (Grad-CAM's gradient) nothing is remembered.
     """
     last: list = []
 

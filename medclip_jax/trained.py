@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
 from medclip_jax import (
+    baselines,
     calibrate,
     clip,
     detector,
@@ -65,10 +66,15 @@ def load(workdir: Path) -> Trained:
     """The scorer of a trained workdir; the supports' files are not needed.
 
     Raises WorkdirError if there is no whole scorer, CheckpointError if its CLIP is not the one
-    that it was trained with.
+    that it was trained with, ConfigError for what only a table scores: baselines and tiles.
     """
     held = scorer.read(workdir)
     c = ConfigDict(held.config)
+    if c.method in baselines.METHODS:
+        raise ConfigError(
+            f"{workdir} holds the baseline {c.method}, which is made for comparison in tables and "
+            "not kept for other images: train with method=ours"
+        )
     if score_fields.tiles(c) > 1:
         raise ConfigError(
             f"{workdir} scores tiles (config.score.tiles), which --mode predict cannot: "

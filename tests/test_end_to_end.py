@@ -310,13 +310,24 @@ def test_report_needs_no_model(tiny, whole, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["memory", "zero_shot", "thumbnails", "grey_level"])
-def test_methods_that_learn_nothing(tiny, tmp_path, method):
+def test_methods_that_learn_nothing(tiny, tmp_path, method, capfd):
     assert tiny.main(tmp_path, arguments=f"k=2,method={method}") == 0
     held = json.loads((tmp_path / "metrics.json").read_text())
     assert held["method"] == method and held["k"] == held["calibration"]["k"] == 2
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
     assert not (tmp_path / "checkpoints").exists()
     assert len(np.unique(predictions(tmp_path)["score"])) > 6
+    code, said = predict(tmp_path, tiny.data), capfd.readouterr().err
+    if method in ("thumbnails", "grey_level"):  # for tables alone
+        assert code == 2 and f"holds the baseline {method}" in said, said
+    else:
+        assert code == 0, said
+
+
+def predict(workdir: Path, images: Path) -> int:
+    """Exit code of prediction with what a workdir holds."""
+    flags = ("--mode=predict", f"--workdir={workdir}", f"--output={workdir / 'out'}")
+    return main.main(["main", *flags, f"--input={images}"])
 
 
 @pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
     "trained": {"calibrate", "clip", "detector", "evaluate", "features", "fusion", "score"}
-    | {"learned_parts", "score_fields", "scorer", "sharding", "suppress", "train"},
+    | {"baselines", "learned_parts", "score_fields", "scorer", "sharding", "suppress", "train"},
     "scorer": {"calibrate", "evaluate", "features", "fusion", "suppress"},
     "suppress": {"data.readers"},
     "processes": {"preemption"},
