@@ -237,14 +237,16 @@ def once(function: Callable) -> Callable:
     The map, image score, passes and copies of one batch all read the same values. Under a
     transformation (Grad-CAM's gradient) nothing is remembered.
     """
-    last: list = []
+    last = object(), None  # read and replaced whole, for threads; no batch is this object
 
     def remembering(batch):
-        if last and last[0] is batch:
-            return last[1]
+        nonlocal last
+        known, value = last
+        if known is batch:
+            return value
         value = function(batch)
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
-            last[:] = batch, value
+            last = batch, value
         return value
 
     return remembering

@@ -40,14 +40,11 @@ APART = ("predict", "export")  # modes that use a trained workdir and take no co
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if {"-h", "-help", "--help"} & set(argv[1:]):
-        try:
-            print(usage(), flush=True)
-        except BrokenPipeError:  # the reader, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     workdir, code = None, 2
     try:
+        if {"-h", "-help", "--help"} & set(argv[1:]):
+            print(usage(), flush=True)
+            return 0
         given = parse(argv)
         workdir = Path(given.workdir or ".").expanduser()
         if given.mode in APART:
@@ -56,6 +53,9 @@ def main(argv: list[str]) -> int:
             run(given.mode, given.config, workdir)
     except UserError as error:
         said = str(error)
+    except BrokenPipeError:  # the reader of what is printed, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in MENDABLE:
             raise

@@ -1,0 +1,60 @@
+"""Whole runs of the methods beside `ours`, and of ours with one support or none."""
+
+# ruff: noqa: F811 (fixtures are imported by name)
+
+import json
+
+import numpy as np
+import pytest
+
+from .test_end_to_end import compile_quickly, log, predictions, tiny  # noqa: F401
+from .test_predict import run as predict
+
+
+@pytest.mark.parametrize("method", ["memory", "zero_shot", "thumbnails", "grey_level"])
+def test_methods_that_learn_nothing(tiny, tmp_path, method, capfd):
+    assert tiny.main(tmp_path, arguments=f"k=2,method={method}") == 0
+    held = json.loads((tmp_path / "metrics.json").read_text())
+    assert held["method"] == method and held["k"] == held["calibration"]["k"] == 2
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(np.unique(predictions(tmp_path)["score"])) > 6
+    code, said = predict(tmp_path, tmp_path / "out", tiny.data), capfd.readouterr().err
+    if method in ("thumbnails", "grey_level"):  # for tables alone
+        assert code == 2 and f"holds the baseline {method}" in said, said
+    else:
+        assert code == 0, said
+
+
+@pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])
+def test_none_and_one_support_promise_nothing(tiny, tmp_path, k, method):
+    asked = "ours" if k == 0 else method
+    fuse = "--config.fusion.branches=('learned','memory','zero_shot')"
+    fuse = (fuse, "--config.fusion.weights=probes")
+    assert tiny.main(tmp_path, "--config.steps=2", *fuse, arguments=f"k={k},method={asked}") == 0
+    held = json.loads((tmp_path / "metrics.json").read_text())
+    found = held["calibration"]
+    assert held["method"] == method and held["k"] == found["k"] == k
+    assert found["alpha_attained"] is None and found["least_attainable"] is None
+    assert found["attainable"] is False and 0 <= found["false_alarm_rate"] <= 1
+    assert ("no threshold can be set" if k == 0 else "none can be held out") in found["message"]
+    rows = predictions(tmp_path)
+    assert np.isnan(rows["p_value"]).all() and len(np.unique(rows["score"])) > 6
+    assert np.isfinite(rows["maps"]).all()
+    assert (tmp_path / "report.html").is_file()
+    if method == "ours":
+        assert set(held["fusion"]["image"]) == {"learned", "memory", "zero_shot"}
+        assert sum(held["fusion"]["map"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_mediclip_preset_on_two_supports(tiny, tmp_path):
+    few = ("--config.steps=2", "--config.log_every=1")
+    assert tiny.main(tmp_path, *few, arguments="k=2,method=mediclip") == 0
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert set(rows[0]) == {"step", "loss", "focal", "dice"}  # no alignment in that peer
+    held = json.loads((tmp_path / "metrics.json").read_text())
+    assert held["method"] == "mediclip" and held["k"] == 2
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["prompts"]["phrases"] == "words" and not settings["prompts"]["causal"]
+    assert (predictions(tmp_path)["uncertainty"] == 0).all()  # it has no dropout
