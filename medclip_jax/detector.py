@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, features, memory, model, score
+from medclip_jax import clip, features, memory, model, score, thinned
 from medclip_jax.data import readers, views
 from medclip_jax.structs import Features, Record
 
@@ -107,13 +107,7 @@ def learned(
 
     @jax.jit
     def passes(copy, batch, keys):
-        # Each key is one thinned model, the same for every image: what an image's neighbours in
-        # the batch are must not change its uncertainty.
-        def one(key, image):
-            alone = jax.tree.map(lambda x: x[None], image)
-            return model.forward(*copy, alone, design, key).logit[0]
-
-        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, batch)
+        return thinned.logits(*copy, batch, design, keys)
 
     shown = tokens if len(groups) or healthy is None else healthy
     held_out = np.zeros((len(shown.pooled), design.grid**2), np.float32)

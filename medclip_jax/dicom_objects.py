@@ -6,12 +6,14 @@ names of people beside the patient, institutions, comments and private data are 
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pydicom
+from jaxtyping import Bool
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
@@ -42,25 +44,25 @@ class Made(NamedTuple):
 def build(
     paths: Sequence[str],
     key: str,
-    marked: Callable[[int], np.ndarray],
-    frames: int,
+    marked: Bool[np.ndarray, "f h w"],
     picture: np.ndarray,
     top: int,
     pseudonymise: bool,
 ) -> Made:
     """`seg` and `capture` of one DICOM file or of the files of a series, in order.
 
-    key: names the result; the objects' own UIDs follow from it. marked: frame -> bool [h, w].
+    key: names the result; the objects' own UIDs follow from it. marked: of every frame.
     picture: RGB overlay [a, b, 3] of frame `top`. pseudonymise: empty patient and study fields, and
     every UID of the source replaced by one derived from it.
     """
     made, notes = {}, []
 
+    @cache
     def sources() -> list[Dataset]:
         return [source(Path(p), pseudonymise) for p in paths]
 
     jobs = {
-        "seg": lambda: _segmentation(sources(), key, marked, frames),
+        "seg": lambda: _segmentation(sources(), key, marked),
         "capture": lambda: _capture(sources()[min(top, len(paths) - 1)], key, picture),
     }
     for name, job in jobs.items():
@@ -107,7 +109,7 @@ def _plain_groups(element) -> pydicom.DataElement:
     return pydicom.DataElement(element.tag, "SQ", pydicom.Sequence(items))
 
 
-def _segmentation(sources: list[Dataset], key: str, marked, frames: int):
+def _segmentation(sources: list[Dataset], key: str, marked: Bool[np.ndarray, "f h w"]):
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.sr.codedict import codes
@@ -125,10 +127,9 @@ def _segmentation(sources: list[Dataset], key: str, marked, frames: int):
         tracking_uid=generate_uid(entropy_srcs=[key, "track"]),
         tracking_id="anomaly",
     )
-    pixels = np.stack([marked(i).astype(np.uint8) for i in range(frames)])
     return Segmentation(
         source_images=sources,
-        pixel_array=pixels,
+        pixel_array=marked.astype(np.uint8),
         segmentation_type="BINARY",
         segment_descriptions=[segment],
         series_instance_uid=generate_uid(entropy_srcs=[key, "seg series"]),

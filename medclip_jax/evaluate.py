@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 from rich.console import Console
@@ -22,6 +21,7 @@ from medclip_jax import (
     features,
     files,
     intervals,
+    limits,
     metrics,
     processes,
     rejection,
@@ -32,6 +32,7 @@ from medclip_jax import (
 )
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
+from medclip_jax.limits import Limits
 from medclip_jax.structs import Features, Predictions, Record
 
 BATCH = 32  # images per scoring call
@@ -41,19 +42,9 @@ GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
 class Scored(NamedTuple):
     predictions: Predictions
     calibration: dict[str, Any]
-    limits: "Limits"
+    limits: Limits
     cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM per patch, [0, 1]
     doubts: dict[str, np.ndarray] | None = None  # measures of rejection, beside the sd; MC-dropout
-
-
-class Limits(NamedTuple):
-    """What the held-out supports say: where healthy ends, and the unit to measure beyond it."""
-
-    healthy: Float[np.ndarray, " k"]  # image scores of the supports, each held out
-    image: calibrate.Threshold
-    image_width: float
-    pixel: calibrate.PixelThreshold
-    pixel_width: float
 
 
 def score_images(
@@ -75,10 +66,8 @@ def score_images(
     quiet: outlier suppression of the maps, learned on these supports.
     """
     size = bank.clip.size
-    maps = jax.jit(partial(score.to_pixels, size=size))
-    image_scores = scorer(size, top)
-    held_maps = maps if quiet is None else lambda _: quiet.supports
-    found = limits(detector, held_maps, image_scores, alpha, pixel_rate)
+    maps, image_scores = jax.jit(partial(score.to_pixels, size=size)), scorer(size, top)
+    found = calibrated(detector, size, top, alpha, pixel_rate, quiet)
     keys = jax.random.split(jax.random.key(seed), passes)
 
     local = sharding.mesh(jax.local_devices())
@@ -113,7 +102,21 @@ def score_images(
     )
     explained = why if why.any() else None
     told = rejection.named(doubt[:, 1:]) if detector.passes is not None and passes else None
-    return Scored(predictions, described(found, alpha, detector.k), found, explained, told)
+    return Scored(predictions, limits.described(found, alpha, detector.k), found, explained, told)
+
+
+def calibrated(
+    detector: Detector,
+    size: int,
+    top: float,
+    alpha: float,
+    pixel_rate: float,
+    quiet: suppress.Learned | None = None,
+) -> Limits:
+    """Limits of a detector that reads frames of `size` pixels; the rest as in `score_images`."""
+    maps = jax.jit(partial(score.to_pixels, size=size))
+    held_maps = maps if quiet is None else lambda _: quiet.supports
+    return limits.find(detector, held_maps, scorer(size, top), alpha, pixel_rate)
 
 
 def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limits):
@@ -146,42 +149,6 @@ def cams(detector: Detector, batch: Features, top: float) -> Float[np.ndarray, "
     except explain.NoGradientError as error:
         logging.warning("no Grad-CAM: %s", error)
         return np.zeros(batch.levels[0].shape[:2], np.float16)
-
-
-def described(found: Limits, alpha: float, k: int) -> dict[str, Any]:
-    """What metrics.json says of the limits."""
-    return {
-        "threshold_raw": found.image.value,
-        "scale": found.image_width,
-        "pixel_threshold_raw": found.pixel.value,
-        "pixel_scale": found.pixel_width,
-        "pixel_message": found.pixel.message,
-        "alpha": alpha,
-        "k": k,
-    }
-
-
-def limits(detector: Detector, maps, image_scores, alpha: float, pixel_rate: float) -> Limits:
-    """Thresholds and widths from the supports; `maps` and `image_scores` read patch values.
-
-    Without supports: where the prompts hold both classes equally likely, logit 0.
-    """
-    if not len(detector.held_out):
-        image, pixel = calibrate.even_odds(alpha, pixel_rate)
-        return Limits(np.zeros(0), image, 1.0, pixel, 1.0)
-    held_maps = np.asarray(maps(jnp.asarray(detector.held_out)))
-    healthy = detector.held_out_image
-    if healthy is None:
-        healthy = np.asarray(image_scores(jnp.asarray(detector.held_out)))
-    return Limits(
-        healthy,
-        calibrate.threshold(healthy, alpha)
-        if detector.k > 1
-        else calibrate.largest(healthy, alpha),
-        calibrate.spread(healthy),
-        calibrate.pixel_threshold(held_maps, pixel_rate),
-        calibrate.spread(held_maps.ravel()),
-    )
 
 
 def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:

@@ -12,19 +12,21 @@ import numpy as np
 from medclip_jax.errors import WorkdirError
 
 
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+def write_json(path: str | os.PathLike[str], obj: Any, durable: bool = True) -> None:
     """Write a JSON file in one piece: readers see the old file or the new one, never half.
 
     Values that are not finite become null; numpy scalars, arrays and paths become plain values.
     Raises WorkdirError if it cannot be written, TypeError for a value that JSON cannot hold.
     """
     text = json.dumps(plain(obj), indent=2, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (text + "\n").encode(), durable)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes, durable: bool = True) -> None:
     """Write a file in one piece, through a temporary file in the same folder.
 
+    durable: wait for the disk, so that the file outlives a power cut. Without, it outlives any kill
+    of the process, but after a power cut it may be missing or cut short.
     Raises WorkdirError if it cannot be written.
     """
     path = Path(path)
@@ -34,8 +36,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         try:
             with temporary.open("wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

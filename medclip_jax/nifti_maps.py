@@ -4,43 +4,39 @@ Stored as uint16 with slope 2^-16, so that a voxel is at least 0.5 exactly where
 of the source's header but its geometry is kept: the texts may name a patient.
 """
 
-import gzip
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from isal import igzip
+from jaxtyping import UInt16
 from nibabel import orientations
 
 from medclip_jax import files
 from medclip_jax.data import nifti
 
 SLOPE = 2.0**-16
+LEVEL = 1  # of isal, 0 to 3
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
 
 
-def write(path: Path, source: Path, frames: int, heat: Callable[[int], np.ndarray]) -> None:
+def write(path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"]) -> None:
     """Write the map volume .nii.gz of a volume that was read as axial slices.
 
-    frames: number of slices, of all time points. heat: slice -> its map [h, w] in [0, 1].
+    codes: the map of every slice of all time points in order, 2^16 times its value.
     Raises WorkdirError if the disk refuses it.
     """
     header, shape = _geometry(source)
-    slices = shape[2]
-    points = frames // slices
-    first = heat(0)
-    volumes = np.empty((points, slices, *first.shape), np.uint16)
-    for i in range(frames):
-        volumes[i // slices, i % slices] = np.minimum(heat(i) * 65536.0, 65535)
+    volumes = codes.reshape(-1, shape[2], *codes.shape[1:])
     affine = header.get_best_affine()
     back = orientations.ornt_transform(CANONICAL, orientations.io_orientation(affine))
     turned = [orientations.apply_orientation(nifti.stack(v, "axial"), back) for v in volumes]
-    written = _header(header, turned[0].shape, points)
+    written = _header(header, turned[0].shape, len(turned))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(temporary, "wb", compresslevel=1) as file:
+        with igzip.open(temporary, "wb", compresslevel=LEVEL) as file:
             file.write(written.binaryblock + b"\0" * 4)
             for volume in turned:
                 for z in range(volume.shape[2]):

@@ -9,34 +9,26 @@ import io
 import json
 import os
 import re
+import stat
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt16
 
-from medclip_jax import dicom_objects, evaluate, explain, files, nifti_maps
-from medclip_jax.data import readers
+from medclip_jax import dicom_objects, files, marks, nifti_maps, overlay, png
 from medclip_jax.inputs import Item
-from medclip_jax.trained import Scores
+from medclip_jax.marks import Marks
 
 COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
 )
-SIDE = 1024  # pixels of an overlay's longer side at most
-MOST_BOXES = 10  # of one frame
-SPECK = 2000  # a box holds at least one pixel in this many of its image
-BOX = (230, 159, 0)  # orange of Okabe and Ito
-BELOW = float(np.nextafter(np.float32(0.5), np.float32(0)))  # maps say "at least", boxes "above"
 STALE = 86400  # seconds
-HEAT = 0.45  # weight of the heat in an overlay
 
 
 class Result(NamedTuple):
@@ -47,7 +39,8 @@ class Result(NamedTuple):
     pixels: UInt8[np.ndarray, "f h w"]
     spacing: tuple[float, float] | None  # mm (row, column)
     meta: dict[str, str]
-    scores: Scores  # maps as float16
+    marks: Sequence[Marks]  # of all frames, in order
+    codes: UInt16[np.ndarray, "f h w"]  # maps, as `marks` codes them
     fit: str
     model: dict[str, Any]
 
@@ -58,28 +51,29 @@ def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[
     Raises WorkdirError if the disk refuses them.
     """
     height, width = result.pixels.shape[1:]
-    frames = [_frame(result, i) for i in range(len(result.pixels))]
-    top = int(np.argmax(result.scores.score))
-    heat = frame_map(result, top)
-    picture = overlay(result.pixels[top], heat, frames[top]["boxes"])
-    left = {"overlay": (f"{item.output}.overlay.png", png(picture))}
+    frames = [frame for part in result.marks for frame in part.frames]
+    score, alarm = (
+        np.concatenate([getattr(part.scores, name) for part in result.marks])
+        for name in ("score", "alarm")
+    )
+    top = int(np.argmax(score))
+    heat = _heat(result, top)
+    picture = overlay.draw(result.pixels[top], heat, frames[top]["boxes"])
+    left = {"overlay": (f"{item.output}.overlay.png", png.encode(picture))}
     notes: list[str] = []
     if item.kind == "nifti":
         name = f"{item.output}.map.nii.gz"
-        nifti_maps.write(
-            output / name, Path(item.paths[0]), len(frames), partial(frame_map, result)
-        )
+        nifti_maps.write(output / name, Path(item.paths[0]), result.codes)
         left["map"] = (name, None)
     elif len(frames) == 1:
-        left["map"] = (f"{item.output}.map.png", png(sixteen_bits(heat)))
+        left["map"] = (f"{item.output}.map.png", png.encode(result.codes[0]))
     else:
-        left["map"] = (f"{item.output}.map.npz", _compressed(result.scores.maps))
+        left["map"] = (f"{item.output}.map.npz", _compressed(result.marks))
     if item.kind == "dicom":
         made = dicom_objects.build(
             item.paths,
             result.key,
-            lambda i: frame_map(result, i) >= 0.5,
-            len(frames),
+            result.codes >= marks.HALF,
             picture,
             top,
             pseudonymise,
@@ -88,7 +82,7 @@ def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[
         left |= {name: (f"{item.output}.{name}.dcm", raw) for name, raw in made.files.items()}
     for name, raw in left.values():
         if raw is not None:
-            files.write_bytes(output / name, raw)
+            files.write_bytes(output / name, raw, durable=False)  # `finished` looks at sizes
     page = {
         "source": item.output if pseudonymise else item.source,
         "files_read": len(item.paths),
@@ -100,15 +94,16 @@ def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[
         "width": width,
         "spacing_mm": result.spacing,
         "model": result.model,
-        "score": float(result.scores.score[top]),
+        "score": float(score[top]),
         "top_frame": top,
-        "alarms": int(result.scores.alarm.sum()),
+        "alarms": int(alarm.sum()),
         "frames": frames,
         "files": {what: name for what, (name, _) in left.items()},
+        "bytes": {what: (output / name).stat().st_size for what, (name, _) in left.items()},
         "notes": notes,
         "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }
-    files.write_json(output / f"{item.output}.json", page)
+    files.write_json(output / f"{item.output}.json", page, durable=False)
     return rows(page, item)
 
 
@@ -119,9 +114,10 @@ def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
         page = json.loads(path.read_bytes())
         if page["key"] != key:
             return None
-        names = page["files"].values()
-        if not all((output / os.path.basename(name)).is_file() for name in names):
-            return None
+        for what, name in page["files"].items():
+            held = os.stat(output / os.path.basename(name))
+            if not stat.S_ISREG(held.st_mode) or held.st_size != page["bytes"][what]:
+                return None  # cut short by a power cut, or not ours
         return rows(page, item)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, or no result of ours: it is made
@@ -192,82 +188,21 @@ def read_table(path: Path, most: int) -> list[dict[str, str]]:
         return [row for row, _ in zip(csv.DictReader(file), range(most), strict=False)]
 
 
-def frame_map(result: Result, i: int) -> Float[np.ndarray, "h w"]:
-    """The map of one frame in the image's own frame, [0, 1]; 0.5 is the pixel threshold."""
-    heat = result.scores.maps[i].astype(np.float32)
-    return readers.to_frame(heat, *result.pixels.shape[1:], result.fit)
+def _heat(result: Result, frame: int) -> Float[np.ndarray, "h w"]:
+    """The map of one frame in the image's own frame."""
+    for part in result.marks:
+        if frame < len(part.frames):
+            break
+        frame -= len(part.frames)
+    if part.heat is not None:
+        return part.heat
+    return marks.frame_map(part.scores.maps[frame], result.pixels.shape[1:], result.fit)
 
 
-def half(maps: Float[np.ndarray, "n s s"]) -> Float[np.ndarray, "n s s"]:
-    """Maps as float16 with every decision kept."""
-    return evaluate.half_precision(maps)
-
-
-def sixteen_bits(heat: Float[np.ndarray, "h w"]) -> np.ndarray:
-    """[0, 1] -> 0 to 65535, so that 32768 or more is exactly what is at least 0.5."""
-    return np.minimum(heat * 65536.0, 65535).astype(np.uint16)
-
-
-def overlay(
-    pixels: UInt8[np.ndarray, "h w"], heat: Float[np.ndarray, "h w"], boxes: list[dict]
-) -> UInt8[np.ndarray, "a b 3"]:
-    """The image in grey with the map in colour and the boxes; nothing else is drawn on it."""
-    height, width = pixels.shape
-    scale = min(1.0, SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    grey = np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BOX))
-    warm = np.asarray(PIL.Image.fromarray(heat).resize(size, PIL.Image.Resampling.BILINEAR))
-    colour = _palette()[np.clip(warm * 255, 0, 255).astype(np.uint8)]
-    mixed = (1 - HEAT) * grey[..., None] + HEAT * colour
-    picture = PIL.Image.fromarray(mixed.astype(np.uint8))
-    pen = PIL.ImageDraw.Draw(picture)
-    for box in boxes:
-        corners = [box["col0"], box["row0"], box["col1"] - 1, box["row1"] - 1]
-        pen.rectangle([round(v * scale) for v in corners], outline=BOX, width=2)
-    return np.asarray(picture)
-
-
-def png(pixels: np.ndarray) -> bytes:
+def _compressed(parts: Sequence[Marks]) -> bytes:
+    """An npz file; as numpy's own, but deflated at the fastest level."""
     held = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(held, "PNG", compress_level=1)
-    return held.getvalue()
-
-
-@cache
-def _palette() -> UInt8[np.ndarray, "256 3"]:
-    import matplotlib
-
-    return (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8)
-
-
-def _frame(result: Result, i: int) -> dict[str, Any]:
-    heat, scores = frame_map(result, i), result.scores
-    least = max(1, heat.size // SPECK)
-    found = explain.boxes(
-        heat, float(np.nextafter(np.float32(0.5), 0)), min_area=least, n=MOST_BOXES
-    )
-    return {
-        "frame": i,
-        "score": float(scores.score[i]),
-        "p_value": float(scores.p_value[i]),
-        "alarm": bool(scores.alarm[i]),
-        "uncertainty": float(scores.uncertainty[i]),
-        "boxes": [_box(box, result.spacing) for box in found],
-    }
-
-
-def _box(box: explain.Box, spacing: tuple[float, float] | None) -> dict[str, Any]:
-    held = {name: getattr(box, name) for name in ("row0", "col0", "row1", "col1", "score")}
-    held["area_pixels"] = box.area
-    if spacing is not None:
-        row, column = spacing
-        held["height_mm"] = (box.row1 - box.row0) * row
-        held["width_mm"] = (box.col1 - box.col0) * column
-        held["area_mm2"] = box.area * row * column
-    return held
-
-
-def _compressed(maps: np.ndarray) -> bytes:
-    held = io.BytesIO()
-    np.savez_compressed(held, maps=maps)
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        with file.open(zipfile.ZipInfo("maps.npy"), "w") as member:
+            np.lib.format.write_array(member, np.concatenate([p.scores.maps for p in parts]))
     return held.getvalue()

@@ -6,60 +6,36 @@ command goes on where a stopped one stood. What cannot be read is listed, not fa
 """
 
 import collections
+import contextlib
 import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Float, UInt8
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
-from medclip_jax import inputs, outputs, preemption, suppress, trained
-from medclip_jax.data import dicom, readers
+from medclip_jax import inputs, loading, outputs, preemption, scoring, trained
 from medclip_jax.errors import DataError
-from medclip_jax.inputs import Item
+from medclip_jax.loading import Job
 from medclip_jax.outputs import Result
-from medclip_jax.structs import Image
 
-FORMAT = 1  # of the outputs; another number makes finished items anew
-LARGE = 16 << 20  # bytes; a larger file is read alone
+FORMAT = 2  # of the outputs; another number makes finished items anew
+PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
-
-
-class Loaded(NamedTuple):
-    """One item, read: in its own frame for the eye, in the tower frame for the scorer."""
-
-    key: str  # names content, scorer and settings
-    sha256: str
-    pixels: UInt8[np.ndarray, "f h w"]
-    fitted: Float[np.ndarray, "f s s"]
-    spacing: tuple[float, float] | None
-    meta: dict[str, str]
-    mm2: float | None = None  # area of a pixel of the tower frame
-
-
-@dataclass
-class Job:
-    """One item on its way; `rows` is set once it is done, `error` if it cannot be."""
-
-    item: Item
-    loaded: Loaded | None = None
-    scored: list[trained.Scores] = field(default_factory=list)
-    rows: list[dict[str, Any]] | None = None
-    error: str = ""
-
-    def frames(self) -> int:
-        return sum(len(part.score) for part in self.scored)
-
-    def whole(self) -> bool:
-        return self.loaded is None or self.frames() == len(self.loaded.fitted)
 
 
 class Summary(NamedTuple):
@@ -117,20 +93,23 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
         TextColumn("predict"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        _Rate(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    cores = os.cpu_count() or 1
-    readers_pool, writers_pool = ThreadPoolExecutor(cores), ThreadPoolExecutor(cores)
+    pools = [ThreadPoolExecutor(n * (os.cpu_count() or 1)) for n in (1, 2)]
+    most = 4 * trained.batch_size(model)  # so that the encoder does not wait for writers
     try:
         with outputs.tables(table) as tell, preemption.notice() as asked, bar:
-            shown = bar.add_task("predict", total=len(chosen), rate="")
-            arriving = _read(readers_pool, chosen, model, output, stamp, asked)
-            writing: collections.deque[tuple[Job, Future]] = collections.deque()
+            shown = bar.add_task("predict", total=len(chosen))
+            reading = loading.ahead(pools[0], chosen, model, output, stamp, asked)
+            writing: collections.deque[tuple[Job, Future | None]] = collections.deque()
+
+            def full(most: int) -> bool:
+                return len(writing) > most or sum(job.size() for job, _ in writing) > PENDING
 
             def settle(most: int) -> None:
-                while len(writing) > most:
+                while writing and (full(most) or writing[0][1] is None or writing[0][1].done()):
                     job, future = writing.popleft()
                     rows = job.rows if future is None else future.result()
                     tell(job.item, rows, job.error)
@@ -138,131 +117,42 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
                     counts[kind] += 1
                     counts["alarms"] += sum(row["alarm"] for row in rows)
                     bar.advance(shown)
-                    speed = bar.tasks[0].speed
-                    bar.update(shown, rate=f"{speed:.1f}/s" if speed else "")
 
-            for job in _score(model, arriving):
-                future = None
-                if not job.error and job.rows is None:
-                    future = writers_pool.submit(_write, model, job, output, pseudonymise)
-                writing.append((job, future))
-                settle(2 * cores)
-            settle(0)
+            with contextlib.closing(reading):
+                for job in scoring.run(model, reading, pools[1]):
+                    future = None
+                    if not job.error and job.rows is None:
+                        future = pools[1].submit(_write, model, job, output, pseudonymise)
+                    writing.append((job, future))
+                    settle(most)
+                settle(0)
             if asked.is_set():
                 at = sum(counts[kind] for kind in ("scored", "skipped", "unreadable"))
                 raise preemption.Preempted(f"stopped by SIGTERM after {at} of {len(chosen)} items")
     finally:
-        for pool in (readers_pool, writers_pool):
+        for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
     _tell_unreadable(counts["unreadable"], table)
     return Summary(*(counts[name] for name in Summary._fields[:-1]), table)
 
 
-def _read(pool, items: Sequence[Item], model, output: Path, stamp: str, asked) -> Iterator[Job]:
-    """Items in order, read ahead on threads: a few small ones, or one large."""
-    ahead = 2 * (os.cpu_count() or 1)
-    running: collections.deque[Future] = collections.deque()
-    for item in items:
-        if asked.is_set():
-            return
-        large = _is_large(item)
-        while running and (large or len(running) >= ahead):
-            yield running.popleft().result()
-        running.append(pool.submit(_load, item, model, output, stamp))
-        if large:
-            yield running.popleft().result()
-    while running and not asked.is_set():
-        yield running.popleft().result()
+class _Rate(ProgressColumn):
+    """Items per second."""
 
-
-def _is_large(item: Item) -> bool:
-    try:
-        return len(item.paths) > 1 or os.path.getsize(item.paths[0]) > LARGE
-    except OSError:  # reading will say what is wrong
-        return False
-
-
-def _load(item: Item, model: trained.Trained, output: Path, stamp: str) -> Job:
-    """Read one item, unless its finished result is there."""
-    try:
-        for path in item.paths:
-            if not inputs.is_regular(path):
-                raise DataError(f"{inputs.printable(path)} is not there or is no regular file")
-        sha256 = _content(item)
-        key = hashlib.sha256(f"{stamp} {sha256}".encode()).hexdigest()
-        held = outputs.finished(output, item, key)
-        if held is not None:
-            return Job(item, rows=held)
-        image = _image(item)
-        size, mode = model.bank.clip.size, model.config.data.fit
-        fitted = [readers.fit(frame, size, mode) for frame in image.pixels]
-        if not np.isfinite(fitted).all():
-            raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")
-        shown = np.stack([np.round(255 * frame).astype(np.uint8) for frame in image.pixels])
-        mm2 = suppress.area(image.spacing, *image.pixels.shape[1:], size, mode)
-        kept = Loaded(key, sha256, shown, np.stack(fitted), image.spacing, image.meta, mm2)
-        return Job(item, kept)
-    except (DataError, OSError, MemoryError) as error:
-        return Job(item, rows=[], error=_reason(error, item))
-
-
-def _image(item: Item) -> Image:
-    if len(item.paths) > 1:
-        return dicom.read_slices([Path(p) for p in item.paths], Path(item.paths[0]).parent)
-    return readers.read(Path(item.paths[0]))
-
-
-def _content(item: Item) -> str:
-    """SHA-256 of the bytes of one file, or of the hashes of a series' files in order."""
-    each = []
-    for path in item.paths:
-        with open(path, "rb") as file:
-            each.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
-
-
-def _score(model: trained.Trained, arriving: Iterator[Job]) -> Iterator[Job]:
-    """The same jobs in order, scored; frames of neighbouring items share a batch."""
-    size = trained.batch_size(model)
-    line: collections.deque[Job] = collections.deque()  # in order, not yet whole or behind such
-    waiting: list[tuple[Job, Float[np.ndarray, "s s"]]] = []
-
-    def flush(least: int) -> None:
-        while len(waiting) >= least and waiting:
-            group = waiting[:size]
-            del waiting[:size]
-            mm2 = [job.loaded.mm2 for job, _ in group]
-            scores = trained.score(model, np.stack([frame for _, frame in group]), mm2)
-            scores = scores._replace(maps=outputs.half(scores.maps))
-            start = 0
-            while start < len(group):
-                job, end = group[start][0], start
-                while end < len(group) and group[end][0] is job:
-                    end += 1
-                job.scored.append(trained.Scores(*(column[start:end] for column in scores)))
-                start = end
-
-    for job in arriving:
-        line.append(job)
-        if job.loaded is not None:
-            waiting += [(job, frame) for frame in job.loaded.fitted]
-        flush(size)
-        while line and line[0].whole():
-            yield line.popleft()
-    flush(1)
-    yield from line
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 def _write(model: trained.Trained, job: Job, output: Path, pseudonymise: bool) -> list[dict]:
     loaded = job.loaded
-    columns = trained.Scores(*(np.concatenate(x) for x in zip(*job.scored, strict=True)))
     result = Result(
         loaded.key,
         loaded.sha256,
         loaded.pixels,
         loaded.spacing,
         loaded.meta,
-        columns,
+        [future.result() for future in job.marks],  # submitted to the same pool, but before
+        job.codes,
         model.config.data.fit,
         {
             "scorer": model.digest,
@@ -273,14 +163,6 @@ def _write(model: trained.Trained, job: Job, output: Path, pseudonymise: bool) -
         },
     )
     return outputs.write(output, job.item, result, pseudonymise)
-
-
-def _reason(error: Exception, item: Item) -> str:
-    """One line without the folders of this machine."""
-    said = str(error) or type(error).__name__
-    for path in item.paths[:1]:
-        said = said.replace(path, item.source)
-    return inputs.printable(" ".join(said.split()))
 
 
 def _tell_unreadable(count: int, table: Path) -> None:

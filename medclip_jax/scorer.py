@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from medclip_jax import __version__, calibrate, features, files, fusion, suppress
 from medclip_jax.errors import WorkdirError
-from medclip_jax.evaluate import Limits
+from medclip_jax.limits import Limits
 from medclip_jax.structs import Features
 
 FORMAT = 1

@@ -19,6 +19,7 @@ from medclip_jax import (
     evaluate,
     features,
     fusion,
+    limits,
     score_fields,
     scorer,
     sharding,
@@ -44,7 +45,7 @@ class Trained(NamedTuple):
     config: ConfigDict
     bank: features.Bank  # the tower; nothing is read from or written to its folder
     detector: detector.Detector
-    limits: evaluate.Limits
+    limits: limits.Limits
     readings: Readings
     keys: Any  # [t] of MC-dropout
     digest: str  # names the scorer
@@ -60,6 +61,14 @@ class Scores(NamedTuple):
     alarm: Bool[np.ndarray, " n"]  # the decision at the false-alarm rate asked for in training
     uncertainty: Float[np.ndarray, " n"]  # sd of the score over MC-dropout passes
     maps: Float[np.ndarray, "n s s"]  # tower frame, [0, 1], 0.5 is the pixel threshold
+
+
+class Raw(NamedTuple):
+    """What the detector says of n images, before thresholds."""
+
+    score: Float[np.ndarray, " n"]
+    maps: Float[np.ndarray, "n s s"]  # tower frame
+    doubt: Float[np.ndarray, " n"]  # sd of the unit score over MC-dropout passes
 
 
 def load(workdir: Path) -> Trained:
@@ -153,18 +162,35 @@ def score(
 
 
 def _batch(trained: Trained, images: Float[np.ndarray, "n s s"], mm2) -> Scores:
-    full = np.resize(images, (batch_size(trained), *images.shape[1:]))  # one shape, one compilation
-    tokens = features.encode(trained.bank, full)
-    raw, maps, doubt = (x[: len(images)] for x in _read(trained, tokens))
+    return finish(trained, read(trained, encode(trained, images), len(images)), mm2)
+
+
+# Scoring in three steps, which prediction runs one beside another: each on its own thread.
+
+
+def encode(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Features:
+    """Tokens of 1 to `batch_size` images, filled up with copies: one shape, one compilation."""
+    full = images[np.arange(batch_size(trained)) % len(images)]
+    return features.encode(trained.bank, full)
+
+
+def read(trained: Trained, tokens: Features, real: int) -> Raw:
+    """What the detector says of the first `real` images of `encode`."""
+    return Raw(*(x[:real] for x in _read(trained, tokens)))
+
+
+def finish(trained: Trained, raw: Raw, mm2: Sequence[float | None]) -> Scores:
+    """Raw values -> unit scores, decisions and maps; on the host, each image for itself."""
+    maps = raw.maps
     if trained.steps is not None:
         maps = suppress.treat(maps, trained.steps, mm2)
     heat = calibrate.to_unit(maps, trained.limits.pixel.value, trained.limits.pixel_width)
-    image, nothing = trained.limits.image, np.full(len(raw), np.nan)
+    image, nothing = trained.limits.image, np.full(len(raw.score), np.nan)
     return Scores(
-        calibrate.to_unit(raw, image.value, trained.limits.image_width),
-        calibrate.p_values(raw, trained.limits.healthy) if trained.k > 1 else nothing,
-        raw > image.value,
-        doubt,
+        calibrate.to_unit(raw.score, image.value, trained.limits.image_width),
+        calibrate.p_values(raw.score, trained.limits.healthy) if trained.k > 1 else nothing,
+        raw.score > image.value,
+        raw.doubt,
         heat,
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import calibrate, detector, evaluate, features, model
+from medclip_jax import calibrate, detector, evaluate, features, limits, model
 from medclip_jax.data import readers
 from medclip_jax.errors import DataError
 from medclip_jax.structs import Predictions
@@ -105,8 +105,8 @@ def perfect(test, size=32) -> evaluate.Scored:
     )
     one = calibrate.threshold(np.array([0.1, 0.2]), 0.5)
     pixel = calibrate.pixel_threshold(np.full((1, 2, 2), 0.1), 0.1)
-    limits = evaluate.Limits(np.array([0.1, 0.2]), one, 1.0, pixel, 1.0)
-    return evaluate.Scored(said, {"k": 5, "alpha": 0.2}, limits)
+    found = limits.Limits(np.array([0.1, 0.2]), one, 1.0, pixel, 1.0)
+    return evaluate.Scored(said, {"k": 5, "alpha": 0.2}, found)
 
 
 def test_the_truth_is_the_union_of_the_mask_files(scene):

@@ -20,21 +20,31 @@ ALL = {"structs", "errors", "files", ""}  # leaves that anyone may import; "" is
 MAY_IMPORT = {
     "main": {"config", "data.check", "export", "lock", "predict", "preemption", "processes"}
     | {"report", "sharding", "train"},
-    "api": {"data.readers", "explain", "predict", "suppress", "trained"},
-    "predict": {"data.dicom", "data.readers", "inputs", "outputs", "preemption"}
-    | {"suppress", "trained"},
+    "api": {"data.readers", "explain", "predict", "site", "suppress", "trained"},
+    "predict": {"inputs", "loading", "outputs", "preemption", "scoring", "trained"},
+    "loading": {"data.dicom", "data.readers", "inputs", "outputs", "suppress", "trained"},
+    "scoring": {"loading", "marks", "trained"},
     "inputs": {"data.readers"},
-    "outputs": {"data.readers", "dicom_objects", "evaluate", "explain", "inputs", "nifti_maps"}
-    | {"trained"},
+    "outputs": {"dicom_objects", "inputs", "marks", "nifti_maps", "overlay"} | {"png"},
+    "marks": {"data.readers", "evaluate", "explain", "trained"},
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
     "trained": {"calibrate", "clip", "detector", "evaluate", "features", "fusion", "score"}
-    | {"baselines", "learned_parts", "score_fields", "scorer", "sharding", "suppress", "train"},
-    "scorer": {"calibrate", "evaluate", "features", "fusion", "suppress"},
+    | {
+        "baselines",
+        "learned_parts",
+        "limits",
+        "score_fields",
+        "scorer",
+        "sharding",
+        "suppress",
+        "train",
+    },
+    "scorer": {"calibrate", "limits", "features", "fusion", "suppress"},
     "suppress": {"data.readers"},
     "processes": {"preemption"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
-    | {"data.preprocess", "evaluate", "fit", "learn", "maml", "model", "score", "train"}
+    | {"data.preprocess", "evaluate", "fit", "learn", "limits", "maml", "model", "score", "train"}
     | {"learned_parts", "score_fields"},
     "groups": set(),
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
@@ -57,6 +67,7 @@ MAY_IMPORT = {
     "attribution": {"clip", "explain", "score"},
     "thumbnails": {"data.readers", "explain"},
     "baselines": {"data.readers", "detector", "features"},
+    "limits": {"calibrate", "detector"},
     "evaluate": {
         "attribution",
         "explain",
@@ -66,11 +77,14 @@ MAY_IMPORT = {
         "data.readers",
         "detector",
         "features",
+        "limits",
         "metrics",
         "processes",
     }
     | {"rejection", "score", "sharding", "suppress"},
-    "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"},
+    "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"}
+    | {"thinned"},
+    "thinned": {"model", "score"},
     "fusion": {"calibrate", "data.probes", "data.readers", "detector", "features", "kept"}
     | {"scales"},
     "kept": {"features", "processes"},

@@ -1,0 +1,80 @@
+"""Jobs through the scorer: frames of neighbouring items share a batch, and three steps overlap.
+
+The encoder runs in the caller's thread, what reads its tokens in a second one, and what needs no
+device in a pool: thresholds, boxes and maps in the image's own frame.
+"""
+
+import collections
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from jaxtyping import Float
+
+from medclip_jax import marks, trained
+from medclip_jax.loading import Job
+
+CROWDED = 1 << 28  # bytes of images that wait for a whole batch
+
+Group = list[tuple[Job, Float[np.ndarray, "s s"]]]
+
+
+def run(model: trained.Trained, arriving: Iterator[Job], pool: ThreadPoolExecutor) -> Iterator[Job]:
+    """The same jobs in order, each with the marks of all its frames, done or under way.
+
+    A batch is filled before it is encoded, unless the images that wait for it hold much memory.
+    """
+    size = trained.batch_size(model)
+    line: collections.deque[Job] = collections.deque()  # in order, not yet whole or behind such
+    waiting: Group = []
+    with ThreadPoolExecutor(1) as reader:
+        reading: collections.deque[tuple[Group, Future]] = collections.deque()
+
+        def encode(group: Group) -> None:
+            tokens = trained.encode(model, np.stack([frame for _, frame in group]))
+            reading.append((group, reader.submit(trained.read, model, tokens, len(group))))
+
+        def hand_out(most: int) -> None:
+            while len(reading) > most:
+                group, future = reading.popleft()
+                _submit(model, group, future.result(), pool)
+
+        for job in arriving:
+            line.append(job)
+            if job.loaded is not None:
+                waiting += [(job, frame) for frame in job.loaded.fitted]
+            crowded = sum(job.size() for job in line) > CROWDED
+            while len(waiting) >= size or (waiting and crowded):
+                encode(waiting[:size])
+                del waiting[:size]
+                hand_out(1)
+            if crowded:
+                hand_out(0)
+            while line and line[0].whole():
+                yield line.popleft()
+        if waiting:
+            encode(waiting)
+        hand_out(0)
+        yield from line
+
+
+def _submit(model: trained.Trained, group: Group, raw: trained.Raw, pool) -> None:
+    """Hand each item's frames of a batch to the pool."""
+    start = 0
+    while start < len(group):
+        job, end = group[start][0], start
+        while end < len(group) and group[end][0] is job:
+            end += 1
+        if job.codes is None:
+            job.codes = np.empty(job.loaded.pixels.shape, np.uint16)
+        part = trained.Raw(*(column[start:end] for column in raw))
+        job.marks.append(pool.submit(_mark, model, job, job.scored, part))
+        job.scored += end - start
+        start = end
+
+
+def _mark(model: trained.Trained, job: Job, first: int, raw: trained.Raw) -> marks.Marks:
+    loaded = job.loaded
+    scores = trained.finish(model, raw, [loaded.mm2] * len(raw.score))
+    codes = job.codes[first : first + len(raw.score)]
+    return marks.mark(scores, codes, first, loaded.spacing, model.config.data.fit)

@@ -1,0 +1,170 @@
+"""The parts of prediction's stream: bounded reading, marks, overlay and packed map volumes."""
+
+import io
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from scipy import ndimage
+
+from medclip_jax import explain, loading, marks, outputs, overlay, png
+from medclip_jax.inputs import Item
+from medclip_jax.trained import Scores
+
+
+def blobs(seed: int, shape=(60, 70)) -> np.ndarray:
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 2)
+    return ((noise - noise.min()) / np.ptp(noise)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["max", "mean"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_boxes_score_as_scipy_measures_components(kind, dtype):
+    for seed in range(5):
+        heat = blobs(seed).astype(dtype)
+        labels, count = ndimage.label(heat > 0.6, np.ones((3, 3)))
+        wide = heat.astype(np.promote_types(dtype, np.float32))
+        measure = ndimage.maximum if kind == "max" else ndimage.mean
+        expected = sorted(measure(wide, labels, np.arange(1, count + 1)).tolist(), reverse=True)
+        found = explain.boxes(heat, 0.6, scores=kind, n=1000)
+        assert count > 3 and [box.score for box in found] == expected
+
+
+@pytest.mark.parametrize("shape", [(60, 70), (1500, 40), (1, 1)])
+def test_an_overlay_is_the_weighted_sum_of_grey_and_colour(shape):
+    import matplotlib
+
+    rng = np.random.default_rng(0)
+    pixels, heat = rng.integers(0, 256, shape, dtype=np.uint8), rng.random(shape, np.float32)
+    drawn = overlay.draw(pixels, heat, [])
+    scale = min(1, overlay.SIDE / max(shape))
+    size = tuple(max(1, round(side * scale)) for side in shape[::-1])
+    grey = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BOX)
+    warm = PIL.Image.fromarray(heat).resize(size, PIL.Image.Resampling.BILINEAR)
+    table = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    colour = table[np.clip(np.asarray(warm) * 255, 0, 255).astype(np.uint8)]
+    mixed = (1 - overlay.HEAT) * np.asarray(grey)[..., None] + overlay.HEAT * colour
+    assert np.array_equal(drawn, mixed.astype(np.uint8))
+    boxed = overlay.draw(pixels, heat, [{"row0": 0, "col0": 0, "row1": shape[0], "col1": shape[1]}])
+    assert tuple(boxed[0, 0]) == overlay.BOX
+
+
+def test_marks_of_parts_are_those_of_the_whole():
+    maps = np.stack([blobs(i, (24, 24)) for i in range(4)]).astype(np.float64)
+    scores = Scores(maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps)
+    codes = [np.zeros((4, 50, 30), np.uint16) for _ in range(2)]
+    whole = marks.mark(scores, codes[0], 0, (0.5, 0.25), "pad")
+    parts = []
+    for a, b in ((0, 1), (1, 4)):
+        some = Scores(*(column[a:b] for column in scores))
+        parts += marks.mark(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
+    assert parts == whole.frames and np.array_equal(*codes)
+    assert [f["frame"] for f in whole.frames] == [0, 1, 2, 3]
+    box = max((b for f in whole.frames for b in f["boxes"]), key=lambda b: b["area_pixels"])
+    assert box["area_mm2"] == box["area_pixels"] * 0.125
+    frame = marks.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
+    assert np.array_equal(codes[0][2] >= marks.HALF, frame >= 0.5)
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3), (1, 1), (1, 7, 3), (300, 2)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_files_hold_the_pixels(shape, dtype):
+    if dtype == np.uint16 and len(shape) == 3:
+        return  # no such result
+    whole = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype)
+    for pixels in (whole, whole[::-1], np.zeros_like(whole)):
+        image = PIL.Image.open(io.BytesIO(png.encode(pixels)))
+        assert np.array_equal(np.asarray(image), pixels) and image.format == "PNG"
+        assert image.mode == {3: "RGB"}.get(len(shape), "L" if dtype == np.uint8 else "I;16")
+
+
+def test_readers_wait_for_room_but_the_next_item_is_always_read(monkeypatch):
+    """Every item is larger than the limit: at most those under way are read beside the next."""
+    monkeypatch.setattr(loading, "LIMIT", 1)
+    monkeypatch.setattr(loading.trained, "batch_size", lambda model: 8)
+    monkeypatch.setattr(loading.Job, "size", lambda job: 5)
+    read, threads = [], 3
+
+    def load(item, *_):
+        read.append(item.source)
+        return loading.Job(item)
+
+    monkeypatch.setattr(loading, "load", load)
+    items = [Item(str(i), (f"/absent/{i}",), "image", str(i)) for i in range(40)]
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = loading.ahead(pool, items, None, Path(), "", threading.Event())
+        for number, job in enumerate(jobs):
+            assert job.item is items[number]
+            assert len(read) <= number + 1 + threads
+    assert sorted(read, key=int) == [item.source for item in items]
+
+
+def test_closing_the_stream_lets_waiting_readers_go(monkeypatch):
+    monkeypatch.setattr(loading, "LIMIT", 1)
+    monkeypatch.setattr(loading.trained, "batch_size", lambda model: 8)
+    monkeypatch.setattr(loading.Job, "size", lambda job: 5)
+    monkeypatch.setattr(loading, "load", lambda item, *_: loading.Job(item))
+    items = [Item(str(i), (f"/absent/{i}",), "image", str(i)) for i in range(40)]
+    pool = ThreadPoolExecutor(2)
+    jobs = loading.ahead(pool, items, None, Path(), "", threading.Event())
+    assert next(jobs).item is items[0]
+    jobs.close()
+    pool.shutdown(wait=True)  # would hang if a reader still waited
+
+
+def test_an_item_whose_file_was_cut_short_is_not_finished(tmp_path):
+    item = Item("a", ("a.png",), "image", "a")
+    (tmp_path / "a.map.png").write_bytes(b"whole")
+    frame = {"frame": 0, "score": 0.5, "p_value": 0.5, "uncertainty": 0, "alarm": False}
+    page = {"key": "k", "files": {"map": "a.map.png"}, "bytes": {"map": 5}, "source": "a"}
+    page |= {"frames": [frame | {"boxes": []}], "height": 1, "width": 1}
+    (tmp_path / "a.json").write_text(json.dumps(page))
+    (row,) = outputs.finished(tmp_path, item, "k")
+    assert row["score"] == 0.5 and outputs.finished(tmp_path, item, "other") is None
+    (tmp_path / "a.map.png").write_bytes(b"who")
+    assert outputs.finished(tmp_path, item, "k") is None
+    (tmp_path / "a.map.png").unlink()
+    assert outputs.finished(tmp_path, item, "k") is None
+
+
+def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "MANY", 100)
+    most, now, lock = {"small": 0, "large": 0}, {"small": 0, "large": 0}, threading.Lock()
+    meet = threading.Barrier(2)
+    sizes = {"small": (10, 10), "large": (10, 11)}
+
+    def read(item):
+        kind = item.source
+        with lock:
+            now[kind] += 1
+            most[kind] = max(most[kind], now[kind])
+        if kind == "small":
+            meet.wait(30)  # both are here at once
+        else:
+            time.sleep(0.05)
+        with lock:
+            now[kind] -= 1
+
+    def in_turn(item):
+        with loading._turn(item):
+            read(item)
+
+    items = []
+    for i, kind in enumerate(["small", "small", "large", "large", "large"]):
+        path = tmp_path / f"{i}.png"
+        PIL.Image.new("L", sizes[kind]).save(path)
+        items.append(Item(kind, (str(path),), "image", f"{i}"))
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(in_turn, items))
+    assert most == {"small": 2, "large": 1}
+
+
+def test_a_size_that_cannot_be_read_is_no_obstacle(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert loading._pixels(str(tmp_path / "a.png")) == 0
+    assert loading._pixels(str(tmp_path / "absent.png")) == 0
