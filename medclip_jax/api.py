@@ -7,16 +7,17 @@ for result in scorer.predict(["scan.png"]):
 """
 
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import explain, suppress, trained
+from medclip_jax import explain, site, suppress, trained
 from medclip_jax import predict as prediction
 from medclip_jax.data import readers
-from medclip_jax.errors import DataError
+from medclip_jax.errors import ConfigError, DataError
 
 
 class Prediction(NamedTuple):
@@ -35,6 +36,7 @@ class Scorer:
 
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir).expanduser()
+        self.adapted = False  # to another site than the workdir's
         self._trained = trained.load(self.workdir)
 
     def predict(self, images: Iterable) -> list[Prediction]:
@@ -56,8 +58,30 @@ class Scorer:
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
     def predict_files(self, *named: str, output: str | Path) -> prediction.Summary:
-        """What --mode predict does: results of files, folders and globs below `output`."""
+        """What --mode predict does: results of files, folders and globs below `output`.
+
+        Raises ConfigError for an adapted scorer, which is kept nowhere that files could refer to.
+        """
+        if self.adapted:
+            raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
         return prediction.run(self.workdir, [str(n) for n in named], Path(output))
+
+    def adapt(self, images: Iterable[str | Path]) -> "Scorer":
+        """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.
+
+        The workdir must have meta-learned (config.learner not joint). Nothing is written. The new
+        scorer is the adapted prompts alone, without a memory, and has no uncertainty (0); its
+        thresholds are of the new site.
+        Raises ConfigError for fewer images or a workdir that learned jointly, DataError for a file
+        that cannot be read.
+        """
+        ready = site.adapt(self.workdir, [Path(i) for i in images])
+        again = copy(self)
+        again.adapted = True
+        k = len(ready.limits.healthy)
+        fields = {"detector": ready.detector, "limits": ready.limits, "k": k, "steps": None}
+        again._trained = self._trained._replace(**fields)
+        return again
 
 
 def load(workdir: str | Path) -> Scorer:

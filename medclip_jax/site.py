@@ -25,6 +25,7 @@ from medclip_jax import (
     evaluate,
     fit,
     learn,
+    limits,
     maml,
     model,
     score,
@@ -58,7 +59,7 @@ class Ready(NamedTuple):
     """`detector.patches` scores tokens of new images, `limits` say what of it is abnormal."""
 
     detector: Detector
-    limits: evaluate.Limits
+    limits: limits.Limits
 
 
 def load(workdir: Path) -> Start:
@@ -121,7 +122,7 @@ def adapt(start: Start | Path, images: Sequence[Path]) -> Ready:
     first = jax.tree.map(lambda x: x[0], (theta, text))
     detector = Detector(partial(start.patches, *first), np.asarray(values), None)
     asked = (c.calibration.alpha, c.calibration.pixel_rate)
-    return Ready(detector, evaluate.limits(detector, start.maps, start.image_scores, *asked))
+    return Ready(detector, limits.find(detector, start.maps, start.image_scores, *asked))
 
 
 def altered_rows(start: Start, images: Sequence[Path]) -> Batch:

@@ -94,16 +94,14 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     with stage(timing, "train"):
         theta = fit.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
-    if not drawn.test:
-        logging.warning(
-            "trained, but not measured: %s has no folder test; to measure, add test/good and "
-            "test/<kind> and give a new --workdir",
-            c.data.root,
-        )
-        return None
     with stage(timing, "score"):
         built, mix = assemble(c, theta, frozen, design, bank, drawn.support, groups)
         quiet = quieter(c, built, bank, drawn.support)
+        asked = (c.score.top, c.calibration.alpha, c.calibration.pixel_rate)
+        if not drawn.test:
+            found = evaluate.calibrated(built, tower.size, *asked, quiet)
+            unmeasured(workdir, c, bank, theta, drawn.support, found, mix, quiet)
+            return None
         scored = evaluate.score_images(
             built,
             bank,
@@ -138,6 +136,20 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     }
     files.write_json(workdir / "metrics.json", result)
     return result
+
+
+def unmeasured(workdir: Path, c: ConfigDict, *trained) -> None:
+    """Keep the trained scorer of a folder without test images, and say that nothing was measured.
+
+    trained: what scorer.write takes after the config.
+    """
+    if sharding.is_main():
+        scorer.write(workdir, c, *trained)
+    logging.warning(
+        "trained, but not measured: %s has no folder test; --mode predict scores new images with "
+        "this workdir; to measure, add test/good and test/<kind> and give a new --workdir",
+        c.data.root,
+    )
 
 
 def assemble(

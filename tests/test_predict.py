@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -85,6 +86,20 @@ def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     np.testing.assert_allclose(got.maps, held["maps"].astype(float), atol=3e-3)
     np.testing.assert_allclose(got.uncertainty, held["uncertainty"], atol=2e-3)
     assert (got.alarm == (got.score >= 0.5)).all()
+
+
+def test_a_folder_without_test_images_leaves_the_same_scorer(data, tmp_path, tmp_path_factory):
+    here = world(tmp_path_factory.getbasetemp())
+    shutil.copytree(data / "train", tmp_path / "alone" / "train")
+    left = []
+    for name, given in (("measured", here), ("alone", here._replace(data=tmp_path / "alone"))):
+        assert given.main(tmp_path / f"run-{name}", arguments="k=4,method=memory") == 0
+        head = json.loads((tmp_path / f"run-{name}" / "scorer.json").read_text())
+        left.append([head["sha256"], head["limits"], head["mix"]])
+    assert left[0] == left[1]
+    assert not (tmp_path / "run-alone" / "metrics.json").exists()
+    assert run(tmp_path / "run-alone", tmp_path / "out", data / "test" / "good") == 0
+    assert len(table(tmp_path / "out")) == 6
 
 
 def test_results_bad_files_and_resume(whole, data, tmp_path, caplog):
