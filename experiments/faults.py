@@ -5,7 +5,8 @@ python experiments/faults.py --kills 30 [--seed 0] [--json FILE]
 From a checkout, beside its tests, whose tiny random CLIP and simulated images it uses. Each job is
 killed a few times, each time the same command goes on, and the last one runs to its end. Then its
 files are compared with those of a job that nobody disturbed: metrics.json and the log but for
-times, predictions.npz and the results of prediction byte for byte.
+times, predictions.npz, the results of prediction and the tables and figures of reproduce.py byte
+for byte.
 """
 
 import argparse
@@ -28,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 STEPS, EVERY, IMAGES = 300, 20, 40
 PATIENCE = 600  # seconds until a stage must be reached; a job takes about ten
 STAGES = ("bank", "training", "checkpoint", "scoring")  # of one training job, in order
+PREDICT, REPRODUCE = ("predict",) * 3, ("reproduce",) * 3
+TABLE_STEPS, METHODS = 100, ("ours", "memory")  # of the runs of reproduce.py
 
 
 class Job(NamedTuple):
@@ -36,15 +39,17 @@ class Job(NamedTuple):
     flags: tuple[str, ...]
     folder: Path
     cache: Path
+    program: tuple[str, ...] = ("-m", "medclip_jax.main")
 
     def start(self, compiled: Path) -> subprocess.Popen:
         settings = {
             "JAX_COMPILATION_CACHE_DIR": str(compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }
         return subprocess.Popen(
-            [sys.executable, "-m", "medclip_jax.main", *self.flags],
+            [sys.executable, *self.program, *self.flags],
             cwd=ROOT,
             env=os.environ | settings,
             stdout=subprocess.DEVNULL,
@@ -91,6 +96,33 @@ class World(NamedTuple):
         flags = "--mode=predict", f"--workdir={workdir}", f"--input={self.scans}"
         return Job((*flags, f"--output={output}"), output, output)
 
+    def reproduction(self, name: str) -> Job:
+        """Two small runs and their tables: results/, runs/ and a bank of its own in the folder."""
+        folder = self.base / name
+        fields = {
+            "data.root": self.data,
+            "cache": folder / "cache",
+            "clip.checkpoint": self.clip,
+            "synthesis.variants": 2,
+            "calibration.folds": 2,
+            "score.passes": 2,
+            "steps": TABLE_STEPS,
+            "checkpoint_every": EVERY,
+        }
+        flags = [f"--config={ROOT}/configs/folder.py", "--k=4", "--draws=1"]
+        flags += [f"--methods={','.join(METHODS)}", f"--out={folder / 'results'}"]
+        flags += [f"--runs={folder / 'runs'}", *(f"--set={n}={v}" for n, v in fields.items())]
+        program = (str(ROOT / "experiments" / "reproduce.py"),)
+        return Job(tuple(flags), folder, folder / "cache", program)
+
+    def job(self, kind: str, name: str, trained: Path) -> Job:
+        """A new job; kind: "training", "predict" (with the workdir `trained`) or "reproduce"."""
+        if kind == "predict":
+            return self.prediction(name, trained)
+        if kind == "reproduce":
+            return self.reproduction(name)
+        return self.training(name, self.base / f"cache-{name}")
+
 
 def world(base: Path) -> World:
     sys.path[:0] = [str(ROOT)]
@@ -121,6 +153,13 @@ def moment(stage: str, job: Job, rng: np.random.Generator) -> Callable[[], bool]
         return lambda: _newest(kept) >= after
     if stage == "scoring":
         return lambda: _newest(job.folder / "checkpoints") >= STEPS
+    if stage == "reproduce":
+        runs = job.folder / "runs"
+        if rng.random() < 0.5:  # while the first run trains
+            least = int(rng.integers(1, TABLE_STEPS // 10))
+            return lambda: sum(_lines(path) for path in runs.glob("*/metrics.jsonl")) >= least
+        least = int(rng.integers(1, len(METHODS) + 1))  # between runs or before the tables
+        return lambda: sum(1 for _ in runs.glob("*/scores.npz")) >= least
     least = int(rng.integers(1, 3 * IMAGES - 5))
     return lambda: sum(1 for _ in job.folder.glob("*")) >= least if job.folder.is_dir() else False
 
@@ -128,7 +167,7 @@ def moment(stage: str, job: Job, rng: np.random.Generator) -> Callable[[], bool]
 def kill(job: Job, stage: str, compiled: Path, rng: np.random.Generator) -> bool:
     """Start the job and kill it at a random moment of `stage`; False if it was over before."""
     reached = moment(stage, job, rng)
-    wait = rng.uniform(0, {"scoring": 4.0, "checkpoint": 0.02}.get(stage, 0.1))
+    wait = rng.uniform(0, {"scoring": 4.0, "reproduce": 2.0, "checkpoint": 0.02}.get(stage, 0.1))
     process, end = job.start(compiled), time.monotonic() + PATIENCE
     while process.poll() is None and not reached():
         if time.monotonic() > end:
@@ -155,6 +194,8 @@ def results(folder: Path) -> dict[str, object]:
         # a killed writer's hidden temporary file stays a day, then prediction sweeps it away
         kept = (p for p in folder.iterdir() if not p.name.startswith("."))
         return {p.name: p.read_bytes() for p in kept}
+    if (folder / "results").is_dir():
+        return reproduced(folder)
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics.pop("timing")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -164,6 +205,19 @@ def results(folder: Path) -> dict[str, object]:
         arrays = {name: (held[name].dtype.str, held[name].tobytes()) for name in held.files}
     scorer = (folder / "scorer.safetensors").read_bytes()
     return {"metrics.json": metrics, "log": rows, "predictions": arrays, "scorer": scorer}
+
+
+def reproduced(folder: Path) -> dict[str, object]:
+    """Tables and figures of reproduce.py, and what they were made of."""
+    made = {str(p): p for p in (folder / "results").rglob("*") if p.is_file()}
+    found = {name.removeprefix(str(folder)): path.read_bytes() for name, path in made.items()}
+    for run in (folder / "runs").iterdir():
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics.pop("timing")
+        with np.load(run / "scores.npz", allow_pickle=False) as held:
+            arrays = {name: held[name].tobytes() for name in held.files}
+        found |= {f"{run.name}/metrics": metrics, f"{run.name}/scores": arrays}
+    return found
 
 
 def _newest(checkpoints: Path) -> int:
@@ -178,33 +232,34 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def run(base: Path, kills: int, seed: int, stages: tuple[str, ...] = (*STAGES, "predict")) -> dict:
+def run(
+    base: Path, kills: int, seed: int, stages: tuple[str, ...] = (*STAGES, "predict", "reproduce")
+) -> dict:
     """Kill `kills` times, the stages in turn, at most one job's worth of stages per job.
 
     Returns counts of kills and attempts that came too late by stage, and what was lost. Raises
     RuntimeError if a job fails.
     """
     rng, here = np.random.default_rng(seed), world(base)
-    whole = here.training("whole", base / "cache-whole")
-    whole.finish(here.compiled)
-    predicted = here.prediction("predicted", whole.folder)
-    if "predict" in stages:
-        predicted.finish(here.compiled)
+    groups = {"training": STAGES, "predict": PREDICT, "reproduce": REPRODUCE}
+    whole = {}
+    for kind, group in groups.items():
+        if kind == "training" or set(group) & set(stages):
+            trained = whole["training"].folder if whole else base
+            whole[kind] = here.job(kind, f"whole-{kind}", trained)
+            whole[kind].finish(here.compiled)
     done, late, lost, number = Counter(), Counter(), [], 0
     while sum(done.values()) < kills:
-        for group in (STAGES, ("predict",) * 3):
+        for kind, group in groups.items():
             chosen = [s for s in group if s in stages][: kills - sum(done.values())]
             if not chosen:
                 continue
             number += 1
-            job = here.training(f"job{number}", base / f"cache{number}")
-            against = whole
-            if group is not STAGES:
-                job, against = here.prediction(f"job{number}", whole.folder), predicted
+            job = here.job(kind, f"job{number}", whole["training"].folder)
             for stage in chosen:
                 (done if kill(job, stage, here.compiled, rng) else late)[stage] += 1
             job.finish(here.compiled)
-            lost += [f"{job.folder.name}: {what}" for what in losses(job, against.folder)]
+            lost += [f"{job.folder.name}: {what}" for what in losses(job, whole[kind].folder)]
             print(f"{sum(done.values())} kills, {len(lost)} losses", file=sys.stderr, flush=True)
     return {"kills": dict(done), "too_late": dict(late), "jobs": number, "losses": lost}
 
@@ -213,10 +268,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    known = (*STAGES, "predict", "reproduce")
+    parser.add_argument("--stages", nargs="+", choices=known, default=known)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(Path(folder), given.kills, given.seed)
+        found = run(Path(folder), given.kills, given.seed, tuple(given.stages))
     found = {"total": sum(found["kills"].values()), **found}
     print(json.dumps(found, indent=1))
     if given.json:

@@ -10,7 +10,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import learners  # noqa: E402
-from bench import workload  # noqa: E402
+from bench import predict_inputs, workload  # noqa: E402
+
+from medclip_jax import inputs  # noqa: E402
+from medclip_jax.data import readers  # noqa: E402
 
 
 def rows(gain, gradients=400):
@@ -59,3 +62,13 @@ def test_the_workload_is_the_one_that_is_named():
     assert work.theta["context"].shape == (21, 8, 32)
     assert workload.SIZES["ViT-B/16"][:3] == (512, 12, 8)
     assert workload.SIZES["ViT-L/14"][:3] == (768, 12, 12)
+
+
+@pytest.mark.parametrize("kind", predict_inputs.MAKERS)
+def test_files_to_predict_are_whole_and_all_different(tmp_path, kind):
+    folder = predict_inputs.MAKERS[kind](tmp_path / kind, 3, 5)
+    items = inputs.find([str(folder)])
+    assert len(items) == (1 if kind == "nifti" else 3)
+    pixels = np.concatenate([readers.read(Path(item.paths[0])).pixels for item in items])
+    assert len(pixels) == 3 and len({x.tobytes() for x in pixels}) == 3
+    assert all(0.05 < x.std() < 0.5 for x in pixels)
