@@ -42,12 +42,12 @@ class Writer:
         self.path = workdir / "metrics.jsonl"
         kept = truncate(self.path, resume_step) if self.path.exists() else []
         self._start = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
+        self._events = _event_writer(workdir / "tensorboard", resume_step) if tensorboard else None
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self._events = _event_writer(workdir / "tensorboard", resume_step) if tensorboard else None
 
     def scalars(self, step: int, parts: Mapping[str, Any]) -> None:
         """Log the parts (name -> scalar on the host) of one step.

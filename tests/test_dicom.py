@@ -112,6 +112,7 @@ def test_malformed_files_are_told_apart(name):
 
 
 @pytest.mark.parametrize("path", data_files("dicom/good/*") + data_files("dicom/bad/*"))
+@pytest.mark.filterwarnings("ignore:The .0028,0004. :UserWarning")  # a fault of one file
 def test_files_of_others(path):
     """What the index calls good is read as pydicom reads it; what it calls bad may be refused."""
     with (path.parents[1] / "index.csv").open() as lines:

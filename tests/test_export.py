@@ -120,7 +120,7 @@ def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):
                 pass
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # closes the pipe, too
     assert (tmp_path / lock.NAME).exists()  # the dead left its file, not its lock
     with lock.hold(tmp_path):
         pass

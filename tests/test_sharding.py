@@ -210,6 +210,6 @@ def test_a_killed_process_ends_the_other():
     finally:
         for p in running:
             p.kill()
-            p.wait()
+            p.communicate()
     assert running[0].returncode != 0
     assert "stopped sending heartbeats" in said and "another task died" in said, said

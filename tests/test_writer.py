@@ -58,7 +58,8 @@ def test_resume_drops_later_steps_and_half_a_line(tmp_path):
 
 def test_without_resume_step_all_whole_lines_stay(tmp_path):
     log(tmp_path, [10])
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 20')
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20')
     assert [row["step"] for row in log(tmp_path, [30])] == [10, 30]
 
 
@@ -146,6 +147,9 @@ def test_a_full_disk_is_one_sentence_with_the_path(tmp_path):
     out._file = open("/dev/full", "w")  # the disk fills up while the run is going
     with pytest.raises(WorkdirError, match=r"metrics\.jsonl.*No space left.*free space"):
         out.scalars(1, {"loss": 1.0})
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl.*No space left"):
+        out.close()  # what could not be written is told again, and the file is closed
+    assert out._file.closed
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
