@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -127,9 +128,10 @@ def deletion(
     for i in range(len(tokens.pooled)):
         ranks = np.stack([np.argsort(np.argsort(-o[i], kind="stable")) for o in orders.values()])
         gone = (ranks[:, None] < counts[None, :, None]).reshape(-1, patches)  # [order x step, p]
-        values = np.asarray(detector.patches(filled(replaced(tokens, healthy, i, gone))[0]))
-        pooled = score.image_score(values[: len(gone)], max(top, attribution.LEAST_TOP))
-        unit = calibrate.to_unit(np.asarray(pooled), limits.pixel.value, limits.pixel_width)
+        values = detector.patches(filled(replaced(tokens, healthy, i, gone))[0])
+        pooled = score.image_score(values, max(top, attribution.LEAST_TOP))
+        raw = np.asarray(pooled)[: len(gone)]
+        unit = calibrate.to_unit(raw, limits.pixel.value, limits.pixel_width)
         curves.append(unit.reshape(len(orders), -1))
     means = np.mean(curves, axis=0)
     told = {name: row.tolist() for name, row in zip(orders, means, strict=True)}
@@ -172,7 +174,7 @@ def randomised(
 ) -> dict[str, dict[str, float]]:
     """Mean rank correlation of each explanation with itself after blocks are drawn anew."""
     images = np.stack([x for _, x in readers.read_all(records, bank.clip.size, bank.fit)])
-    vision = jax.device_get(bank.vision)
+    vision = jax.tree.map(jnp.asarray, jax.device_get(bank.vision))
     depth = vision["blocks"]["fc1"]["bias"].shape[0]
     told = {}
     for name, blocks in (("last_block", [depth]), ("all_blocks", range(1, depth + 1))):

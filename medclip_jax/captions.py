@@ -52,13 +52,11 @@ def checks(held: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def pictures(
-    files: Files, charts: Mapping[str, bytes], sheets: list[bytes]
-) -> Iterator[tuple[str, Picture]]:
-    """Every figure of the page by name."""
+def words_of(files: Files) -> dict[str, tuple[str, str, str]]:
+    """Title, text for who cannot see it, and caption of every chart."""
     auroc = text(files.metrics["image"].get("auroc"))
     attained = text((files.metrics.get("calibration") or {}).get("alpha_attained"))
-    words = {
+    return {
         "roc": (
             "ROC of the image scores",
             f"ROC curve of the image scores; AUROC {auroc}.",
@@ -98,6 +96,13 @@ def pictures(
             "0.5 is the pixel threshold.",
         ),
     }
+
+
+def pictures(
+    files: Files, charts: Mapping[str, bytes], sheets: list[bytes]
+) -> Iterator[tuple[str, Picture]]:
+    """Every figure of the page by name."""
+    words = words_of(files)
     for name, (title, alt, caption) in words.items():
         yield name, Picture(title, alt, caption, (_uri(charts[name]),), False)
     yield (

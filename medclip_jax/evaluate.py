@@ -218,11 +218,11 @@ def patients(test: Sequence[Record]) -> np.ndarray | None:
     return None if len(set(named.tolist())) == len(named) else named
 
 
-class Halves(NamedTuple):
+class Halves:
     """Some of the stored maps as float32, one at a time: a copy of all would double the memory."""
 
-    maps: Float[np.ndarray, "n h w"]
-    rows: Sequence[int]
+    def __init__(self, maps: Float[np.ndarray, "n h w"], rows: Sequence[int]):
+        self.maps, self.rows = maps, rows
 
     def __iter__(self):
         return (self.maps[i].astype(np.float32) for i in self.rows)

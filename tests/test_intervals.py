@@ -43,7 +43,9 @@ def test_pixel_measures_are_those_of_metrics():
     assert all(limits[n][0] <= wanted[n] <= limits[n][1] for n in ("auroc", "dice", "recall"))
 
 
-@pytest.mark.parametrize(("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60)])
+@pytest.mark.parametrize(
+    ("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60), ("table", 60)]
+)
 def test_coverage_by_simulation(case, runs):
     """Within what 93 to 97% would show in so few runs; interval_coverage.py makes more."""
     low, high = coverage.band(runs)
