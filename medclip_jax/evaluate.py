@@ -134,8 +134,11 @@ def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limit
     unit = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width)
     copies = np.full(n, np.nan)
     if detector.copies is not None:
-        read = detector.image_copies or (lambda b: jax.vmap(image_scores)(detector.copies(b)))
-        each = calibrate.to_unit(np.asarray(read(batch)), found.image.value, found.image_width)
+        if detector.image_copies is not None:
+            read = detector.image_copies(batch)
+        else:
+            read = jax.vmap(image_scores)(detector.copies(batch))
+        each = calibrate.to_unit(np.asarray(read), found.image.value, found.image_width)
         copies = each.std(0)
     return np.stack([unit.std(0), *rejection.of_passes(unit), copies], 1)
 
@@ -173,33 +176,34 @@ def from_patches(values, size: int, top: float):
     return score.to_pixels(values, size).max((1, 2))
 
 
-def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
+def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[str, Any]:
     """Labels and masks are read here, after scoring: image, pixel and calibration metrics."""
     p = scored.predictions
     image = metrics.image_level(p.score, p.label)
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
-    pixel = None
+    pixel: dict[str, Any] | None = None
     if any(test[i].label for i in known):
         measured = [test[i] for i in known]
         masks = truths(measured, p.maps.shape[-1], fit)
         mm = spacings(measured, p.maps.shape[-1], fit)
-        pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks, spacing=mm)
+        pixel = dict(metrics.pixel_level(p.maps[known].astype(np.float32), masks, spacing=mm))
         pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
     sure = {"image": intervals.image(p.score, p.label)}
     sure["pixel"] = intervals.pixel(p.maps[known], masks, p.label[known]) if pixel else {}
     kept = dict(scored.calibration)
     k, alpha = kept.pop("k"), kept.pop("alpha")
+    summary: dict[str, Any] = {}
     if k > 1:
-        summary = calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
+        summary |= calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
     else:
-        summary = calibrate.no_promise(p.score[p.label == 0], k, alpha)
+        summary |= calibrate.no_promise(p.score[p.label == 0], k, alpha)
     calibration = {**summary, **kept}
     doubts = {"sd": p.uncertainty, **scored.doubts} if scored.doubts else {}
     doubt = {"uncertainty": rejection.measure(p.score, p.label, doubts)}
     return {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure} | doubt
 
 
-def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:
+def truths(test: Sequence[Record], size: int, fit: readers.Mode) -> Bool[np.ndarray, "n s s"]:
     """Lesion masks in the tower frame; all False for an image without mask."""
 
     def one(record):
@@ -210,7 +214,9 @@ def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s
         return np.stack(list(pool.map(one, test)))
 
 
-def spacings(test: Sequence[Record], size: int, fit: str) -> list[tuple[float, float]] | None:
+def spacings(
+    test: Sequence[Record], size: int, fit: readers.Mode
+) -> list[tuple[float, float]] | None:
     """Millimetres per pixel of the tower frame (row, column) of each image; None if any lacks it.
 
     Distances of one table must have one unit, so one image without spacing makes all of them
@@ -237,7 +243,7 @@ def truth(record: Record) -> Bool[np.ndarray, "h w"]:
 
 
 def write_predictions(
-    workdir: Path, scored: Scored, test: Sequence[Record], fit: str, seed: int
+    workdir: Path, scored: Scored, test: Sequence[Record], fit: readers.Mode, seed: int
 ) -> None:
     """predictions.npz: one row per image, maps in the tower frame, and a gallery in image frames.
 
@@ -255,7 +261,8 @@ def write_predictions(
     gallery: dict[str, np.ndarray] = {"gallery_index": np.array(shown)}
     for place, i in enumerate(shown):
         pixels = readers.read(test[i].path).pixels[0]
-        heat = readers.to_frame(p.maps[i].astype(np.float32), *pixels.shape, fit)
+        height, width = pixels.shape
+        heat = readers.to_frame(p.maps[i].astype(np.float32), height, width, fit)
         gallery[f"gallery_image_{place}"] = np.round(255 * pixels).astype(np.uint8)
         gallery[f"gallery_map_{place}"] = heat.astype(np.float16)
         if test[i].masks or test[i].label == 0:
@@ -263,5 +270,6 @@ def write_predictions(
             gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
     gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     whole = io.BytesIO()
-    np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **(scored.doubts or {}), **gallery)
+    arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
+    np.savez(whole, **(arrays | gallery))
     files.write_bytes(workdir / "predictions.npz", whole.getvalue())

@@ -156,7 +156,7 @@ def folds(k: int, parts: int) -> list[np.ndarray]:
     return [] if parts < 2 else [np.arange(k)[i::parts] for i in range(parts)]
 
 
-def report(log: writer.Writer, step: int, parts: dict) -> None:
+def report(log: writer.Writer | writer.Silent, step: int, parts: dict) -> None:
     """Log the parts of a step; a value that is not finite ends the run."""
     values = jax.device_get(parts)
     log.scalars(step, values)
