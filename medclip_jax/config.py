@@ -48,6 +48,7 @@ LEAST = {
     **learned_parts.LEAST,
     **{"cluster.processes": 0, "cluster.process": -1, "cluster.timeout": 1, "cluster.heartbeat": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context", "prompts.synonyms"), 0),
+    **{"validations": 0, "explained": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt", "simclr")},
     **score_fields.LEAST,
@@ -61,6 +62,7 @@ SHARES = {  # (smallest, largest, what to give)
     **learned_parts.SHARES,
     "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
     "score.top": (0, 1, "a share from 0 to 1"),
+    "explained": (0, 32, "a number of images from 0 to 32"),
     "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
     "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
     "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
@@ -212,6 +214,8 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.distributed = False  # one of several processes, which all run the same command
     c.cluster = CLUSTER
     c.log_every = 10  # steps
+    c.explained = 8  # abnormal test images whose explanations are checked, up to 32; 0 = none
+    c.validations = 20  # times in training that held-out copies are validated; 0 = never
     c.checkpoint_every = 100  # steps
     return c.lock()
 
