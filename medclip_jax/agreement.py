@@ -14,6 +14,7 @@ share, which Grad-CAM explains, as a unit value: 0.5 is the pixel threshold.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -152,16 +153,16 @@ def replaced(
             fine, coarse = (round(n**0.5) for n in (gone.shape[1], level.shape[1]))
             cells = gone.reshape(len(gone), coarse, fine // coarse, coarse, fine // coarse)
             lost = cells.mean((2, 4)).reshape(len(gone), -1) > 0.5
-        return np.where(lost[..., None], other[:1], level[i : i + 1])
+        return jnp.where(lost[..., None], other[:1], level[i : i + 1])
 
     levels = tuple(map(one, tokens.levels, healthy.levels))
     many = len(gone)
     lost = np.concatenate([np.zeros((many, 1), bool), gone], 1)  # the class token stays
     inputs = tuple(
-        np.where(lost[..., None], other[:1], x[i : i + 1])
+        jnp.where(lost[..., None], other[:1], x[i : i + 1])
         for x, other in zip(tokens.inputs, healthy.inputs, strict=True)
     )
-    return Features(np.repeat(tokens.pooled[i : i + 1], many, 0), levels, inputs)
+    return Features(jnp.repeat(tokens.pooled[i : i + 1], many, 0), levels, inputs)
 
 
 def randomised(
@@ -181,7 +182,7 @@ def randomised(
         drawn = attribution.randomised(vision, jax.random.key(seed), list(blocks))
         other = bank._replace(vision=sharding.replicate(drawn, bank.mesh))
         tokens = features.encode(other, images)
-        told[name] = compared(own, lambda t=tokens: located(detector, t, top))
+        told[name] = compared(own, partial(located, detector, tokens, top))
     return told
 
 

@@ -33,22 +33,24 @@ def text(value: Any) -> str:
 
 def checks(held: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows of the table: what was checked, of the map, of Grad-CAM, and what to compare with."""
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
     if points := held.get("pointing"):
         of_map, of_cam = (points.get(name) or {} for name in ("map", "grad_cam"))
-        hits = [text(one.get("hit")) if one else "–" for one in (of_map, of_cam)]
+        hits = tuple(text(one.get("hit")) if one else "–" for one in (of_map, of_cam))
         chance = f"{text(of_map.get('chance'))} by chance, {of_map.get('n')} images with a mask"
-        rows.append(("Largest value lies in the lesion (pointing game)", *hits, chance))
+        rows.append(("Largest value lies in the lesion (pointing game)", hits[0], hits[1], chance))
     if curves := held.get("deletion"):
         means = [text(float(np.mean(curves[name]))) for name in ("map", "grad_cam", "random")]
-        rows.append(("Mean score in deletion, less is better", *means[:2], f"{means[2]} at random"))
+        by_map, by_cam, at_random = means
+        what = "Mean score in deletion, less is better"
+        rows.append((what, by_map, by_cam, f"{at_random} at random"))
         rows.append(
             ("Rank correlation of Grad-CAM and map", "–", text(held["spearman"]), "1: equal")
         )
     for name, drawn in (held.get("randomised") or {}).items():
         what = f"Rank correlation with itself, {name.replace('_', ' ')} of the tower drawn anew"
-        found = [text(drawn[kind]) for kind in ("map", "grad_cam")]
-        rows.append((what, *found, "near 1: does not depend on the weights"))
+        of_map, of_cam = text(drawn["map"]), text(drawn["grad_cam"])
+        rows.append((what, of_map, of_cam, "near 1: does not depend on the weights"))
     return rows
 
 

@@ -145,8 +145,11 @@ def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limit
     unit = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width)
     copies = np.full(n, np.nan)
     if detector.copies is not None:
-        read = detector.image_copies or (lambda b: jax.vmap(image_scores)(detector.copies(b)))
-        each = calibrate.to_unit(np.asarray(read(batch)), found.image.value, found.image_width)
+        if detector.image_copies is not None:
+            read = detector.image_copies(batch)
+        else:
+            read = jax.vmap(image_scores)(detector.copies(batch))
+        each = calibrate.to_unit(np.asarray(read), found.image.value, found.image_width)
         copies = each.std(0)
     return np.stack([unit.std(0), *rejection.of_passes(unit), copies], 1)
 
@@ -184,7 +187,7 @@ def from_patches(values, size: int, top: float):
     return score.to_pixels(values, size).max((1, 2))
 
 
-def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
+def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[str, Any]:
     """Labels and masks are read here, after scoring: image, pixel and calibration metrics.
 
     `pixel_counts` are arrays, for write_predictions; all else is for metrics.json.
@@ -200,10 +203,11 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
         sure["pixel"] = intervals.of_counts(counts[known], p.label[known], groups=among)
     kept = dict(scored.calibration)
     k, alpha = kept.pop("k"), kept.pop("alpha")
+    summary: dict[str, Any] = {}
     if k > 1:
-        summary = calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
+        summary |= calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
     else:
-        summary = calibrate.no_promise(p.score[p.label == 0], k, alpha)
+        summary |= calibrate.no_promise(p.score[p.label == 0], k, alpha)
     calibration = {**summary, **kept}
     doubts = {"sd": p.uncertainty, **scored.doubts} if scored.doubts else {}
     doubt = {"uncertainty": rejection.measure(p.score, p.label, doubts)}
@@ -213,9 +217,13 @@ def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
 
 
 def patients(test: Sequence[Record]) -> np.ndarray | None:
-    """Whose image each is; an image without patient is its own. None if no patient has two."""
-    named = np.array([r.patient or f"image {r.id}" for r in test])
-    return None if len(set(named.tolist())) == len(named) else named
+    """A number for whose image each is (no name or id); None if no patient has two.
+
+    An image without patient is its own.
+    """
+    named = [r.patient or f"image {r.id}" for r in test]
+    number = np.unique(named, return_inverse=True)[1]
+    return None if len(set(named)) == len(named) else number
 
 
 class Halves:
@@ -228,7 +236,7 @@ class Halves:
         return (self.maps[i].astype(np.float32) for i in self.rows)
 
 
-def of_pixels(scored: Scored, test: Sequence[Record], fit: str):
+def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
     """Pixel metrics, intervals.pixel_counts and the pointing game; None for all without masks.
 
     Healthy images count as empty masks; an abnormal image whose mask is unknown is left out, and
@@ -241,7 +249,7 @@ def of_pixels(scored: Scored, test: Sequence[Record], fit: str):
     measured, maps = [test[i] for i in known], Halves(p.maps, known)
     masks = lesions.truths(measured, p.maps.shape[-1], fit)
     mm = lesions.spacings(measured, p.maps.shape[-1], fit)
-    pixel = metrics.pixel_level(maps, masks, spacing=mm)
+    pixel: dict[str, Any] = dict(metrics.pixel_level(maps, masks, spacing=mm))
     pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
     why = None if scored.cams is None else scored.cams[known]
     counts = np.zeros((len(test), 3, intervals.BINS), np.float32)
@@ -253,7 +261,7 @@ def write_predictions(
     workdir: Path,
     scored: Scored,
     test: Sequence[Record],
-    fit: str,
+    fit: readers.Mode,
     seed: int,
     counts: Float[np.ndarray, "n 3 b"] | None = None,
 ) -> None:
@@ -274,7 +282,8 @@ def write_predictions(
     gallery: dict[str, np.ndarray] = {"gallery_index": np.array(shown)}
     for place, i in enumerate(shown):
         pixels = readers.read(test[i].path).pixels[0]
-        heat = readers.to_frame(p.maps[i].astype(np.float32), *pixels.shape, fit)
+        height, width = pixels.shape
+        heat = readers.to_frame(p.maps[i].astype(np.float32), height, width, fit)
         gallery[f"gallery_image_{place}"] = np.round(255 * pixels).astype(np.uint8)
         gallery[f"gallery_map_{place}"] = heat.astype(np.float16)
         if test[i].masks or test[i].label == 0:
@@ -285,5 +294,6 @@ def write_predictions(
     gallery |= {} if of is None else {"patient": of}
     gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     whole = io.BytesIO()
-    np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **(scored.doubts or {}), **gallery)
+    arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
+    np.savez(whole, **(arrays | gallery))
     files.write_bytes(workdir / "predictions.npz", whole.getvalue())

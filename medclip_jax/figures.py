@@ -84,8 +84,8 @@ def roc(
         axes.fill_between(at, low, high, color=HEALTHY, alpha=0.2, lw=0, label="95% pointwise")
     axes.plot(fpr, tpr, color=HEALTHY, lw=2, label=name)
     chosen = score > 0.5
-    at = chosen[label == 0].mean(), chosen[label == 1].mean()
-    axes.plot(*at, "o", color=ABNORMAL, ms=8, ls="none", clip_on=False, label="threshold (0.5)")
+    point = chosen[label == 0].mean(), chosen[label == 1].mean()
+    axes.plot(*point, "o", color=ABNORMAL, ms=8, ls="none", clip_on=False, label="threshold (0.5)")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
     return _png(figure)
@@ -179,7 +179,7 @@ def deletion(curves: Mapping[str, Sequence[float]]) -> bytes:
     for name, colour, line, marker in (*kinds, ("random", NEUTRAL, ":", "^")):
         mean = float(np.mean(curves[name]))
         label = f"{name.replace('_', ' ')} first (mean {mean:.3f})"
-        look = dict(color=colour, ls=line, marker=marker, ms=5, lw=1.8, label=label)
+        look: dict[str, Any] = dict(color=colour, ls=line, marker=marker, ms=5, lw=1.8, label=label)
         axes.plot(curves["share"], curves[name], **look)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)

@@ -59,7 +59,7 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer, copied)
     frozen = sharding.replicate(frozen, mesh)
     read = reader(c, pools, groups, mesh)
-    adapted = None if joint else adaptation(c, pools, groups, mesh, loss, inner)
+    adapted = _as_it_is if joint else adaptation(c, pools, groups, mesh, loss, inner)
     judged = c.validations and validation.judge(pools[0], groups, design, c.score.top, mesh)
     closing = checkpoints.finishing(manager)
     with logbook(workdir, first) as log, closing, preemption.notice() as asked:
@@ -70,7 +70,7 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
                 report(log, *waiting)
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
             if judged and validation.due(i + 1, c.steps, c.validations, c.log_every):
-                parts |= judged(adapted(state.theta, frozen) if adapted else state.theta, frozen)
+                parts |= judged(adapted(state.theta, frozen), frozen)
             waiting = (i + 1, parts) if due else None
             save = (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps
             # several processes agree where they wait for the device anyway
@@ -90,6 +90,10 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     if joint:
         return jax.device_get(state.theta)
     return sharding.fetch(adapted(state.theta, frozen), 1 + len(groups))
+
+
+def _as_it_is(theta, _):
+    return theta
 
 
 def adaptation(c, pools, groups, mesh, loss, inner) -> Callable[[Any, Any], Any]:
@@ -170,7 +174,7 @@ def folds(k: int, parts: int) -> list[np.ndarray]:
     return [] if parts < 2 else [np.arange(k)[i::parts] for i in range(parts)]
 
 
-def report(log: writer.Writer, step: int, parts: dict) -> None:
+def report(log: writer.Writer | writer.Silent, step: int, parts: dict) -> None:
     """Log the parts of a step; a value that is not finite ends the run."""
     values = jax.device_get(parts)
     log.scalars(step, values)

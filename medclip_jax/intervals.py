@@ -124,7 +124,7 @@ def histograms(
     covered = np.zeros(BINS)
     if mask.any():
         owners = ndimage.label(mask, np.ones((3, 3)))[0][mask]
-        covered = np.bincount(codes[mask], 1.0 / np.bincount(owners)[owners], BINS)
+        covered += np.bincount(codes[mask], 1.0 / np.bincount(owners)[owners], BINS)
     return np.stack([*both.reshape(2, BINS), covered])
 
 

@@ -10,7 +10,7 @@ from medclip_jax.data import readers
 from medclip_jax.structs import Record
 
 
-def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:
+def truths(test: Sequence[Record], size: int, fit: readers.Mode) -> Bool[np.ndarray, "n s s"]:
     """Lesion masks in the tower frame; all False for an image without mask."""
 
     def one(record):
@@ -21,7 +21,9 @@ def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s
         return np.stack(list(pool.map(one, test)))
 
 
-def spacings(test: Sequence[Record], size: int, fit: str) -> list[tuple[float, float]] | None:
+def spacings(
+    test: Sequence[Record], size: int, fit: readers.Mode
+) -> list[tuple[float, float]] | None:
     """Millimetres per pixel of the tower frame (row, column) of each image; None if any lacks it.
 
     Distances of one table must have one unit, so one image without spacing makes all of them

@@ -188,7 +188,7 @@ def _command(files: Files) -> str:
 def _gallery_rows(files: Files) -> list[dict[str, Any]]:
     columns = ("id", "label", "score", "p_value", "uncertainty")
     rows = []
-    for number, (i, panel) in enumerate(zip(files.index, files.panels, strict=True), start=1):
+    for number, (i, panel) in enumerate(zip(files.places, files.panels, strict=True), start=1):
         row = {name: files.predictions[name][i].item() for name in columns}
         rows.append({**row, "number": number, "boxes": len(panel.boxes)})
     return rows

@@ -70,18 +70,18 @@ def rows(pool: features.Pool, groups: Sequence[np.ndarray]):
     variants = np.arange(-1, min(ALTERED, pool.variants))  # -1 is the image itself
     everyone = np.concatenate(groups)
     longest = max(map(len, groups))
-    support, variant, role = [], [], []
+    dealt: list[tuple[list, list, list]] = []
     for group in groups:
         seen = np.resize(np.setdiff1d(everyone, group), len(everyone) - min(map(len, groups)))
-        support.append([*np.repeat(np.resize(group, longest), len(variants)), *seen])
-        variant.append([*np.tile(variants, longest), *np.full(len(seen), -1)])
+        support = [*np.repeat(np.resize(group, longest), len(variants)), *seen]
+        variant = [*np.tile(variants, longest), *np.full(len(seen), -1)]
         told = np.repeat(np.where(np.arange(longest) < len(group), HEALTHY, NONE), len(variants))
         told = np.where((told == HEALTHY) & (np.tile(variants, longest) >= 0), ALTERED_COPY, told)
-        role.append([*told, *np.full(len(seen), SEEN)])
-    support, variant = np.array(support), np.array(variant)
-    batch = features.take(pool._replace(teacher=(), source=None), support.ravel(), variant.ravel())
-    tokens = jax.tree.map(lambda x: x.reshape(*support.shape, *x.shape[1:]), batch.features)
-    return tokens, np.array(role)
+        dealt.append((support, variant, [*told, *np.full(len(seen), SEEN)]))
+    image, altered, role = (np.array(x) for x in zip(*dealt, strict=True))
+    batch = features.take(pool._replace(teacher=(), source=None), image.ravel(), altered.ravel())
+    tokens = jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch.features)
+    return tokens, role
 
 
 def numbers(scores: Float[Array, "f r"], role: Int[Array, "f r"]) -> dict[str, Float[Array, ""]]:

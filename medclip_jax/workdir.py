@@ -11,8 +11,10 @@ from medclip_jax.errors import WorkdirError
 from medclip_jax.structs import Split
 
 # where, how often and by how many is not what
-PLACES = ("cache", "log_every", "validations", "explained", "checkpoint_every", "distributed")
-PLACES += ("cluster",)
+PLACES = ("cache", "log_every", "validations", "explained", "checkpoint_every") + (
+    "distributed",
+    "cluster",
+)
 
 
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:

@@ -86,9 +86,8 @@ def test_of_model_on_a_bank(scene):
     # all replaced: the support's own score
     (own,) = features.load_images(bank, supports[:1], 1)
     values = np.sort(np.asarray(made.patches(own)), axis=1)[:, -4:].mean()
-    assert ends[0, 1] == pytest.approx(
-        float(calibrate.to_unit(np.array(values), 0.0, 1.0)), abs=1e-5
-    )
+    unit = calibrate.to_unit(np.array(values), 0.0, 1.0)
+    assert ends[0, 1] == pytest.approx(float(unit), abs=1e-5)
     assert -1 <= found["spearman"] <= 1
     for told in found["randomised"].values():
         assert set(told) == {"map", "grad_cam"} and all(x < 0.999 for x in told.values())

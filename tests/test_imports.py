@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "loading": {"data.dicom", "data.readers", "inputs", "outputs", "suppress", "trained"},
     "scoring": {"loading", "marks", "trained"},
     "inputs": {"data.readers"},
-    "outputs": {"dicom_objects", "inputs", "marks", "nifti_maps", "overlay"} | {"png"},
+    "outputs": {"data.readers", "dicom_objects", "inputs", "marks", "nifti_maps", "overlay", "png"},
     "marks": {"data.readers", "evaluate", "explain", "trained"},
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
