@@ -4,8 +4,7 @@
     deletion     the map's score while tokens of an abnormal image are replaced by a healthy
                  support's, most important first; an explanation that the model uses lets it fall
                  faster than a random order
-    spearman     rank correlation of Grad-CAM and map over the patches; high by construction, since
-                 Grad-CAM explains the tokens that the map is made of
+    spearman     rank correlation of Grad-CAM and map over the patches
     randomised   rank correlation of each with itself after the tower's last block, or all blocks,
                  are drawn anew; what stays near 1 does not explain the model (Adebayo et al. 2018)
 
