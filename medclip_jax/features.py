@@ -216,7 +216,7 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
             tuple(rows(f"level{i}") for i in range(pool.levels)),
             tuple(rows(f"input{i}") for i in range(pool.levels if pool.inputs else 0)),
         ),
-        mask.astype(np.float32),
+        mask,
         (np.asarray(variant) >= 0).astype(np.int32),
         np.ones(len(support), bool),
         teacher=taught,

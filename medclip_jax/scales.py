@@ -219,4 +219,6 @@ def widen(whole: Detector, small: Detector, tiles: int, grid: int, size: int) ->
         without=None if whole.without is None else without,
         copies=through("copies"),
         load=loader(tiles),
+        choose=None,
+        chosen=None,
     )

@@ -16,6 +16,7 @@ from medclip_jax import (
     __version__,
     baselines,
     clip,
+    compiled,
     detector,
     distil,
     evaluate,
@@ -56,6 +57,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     augmented = augment.chosen(c.augment, c.data.modality)
     beside = others.read(c)
     main = sharding.is_main()
+    compiled.keep(Path(c.cache))
     claim(workdir, c, main)
     mesh = sharding.mesh()
 

@@ -49,14 +49,32 @@ MAY_IMPORT = {
     "groups": set(),
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
     | {"learned_parts", "scorer"},
-    "train": {"baselines", "clip", "config", "data.datasets", "detector", "distil", "evaluate"}
+    "train": {
+        "baselines",
+        "clip",
+        "compiled",
+        "config",
+        "data.datasets",
+        "detector",
+        "distil",
+        "evaluate",
+    }
     | {"data.augment", "data.preprocess", "features", "fit", "fusion", "refine", "scorer"}
     | {"scales", "score", "score_fields", "suppress"}
     | {"model", "others", "prompts", "several", "sharding", "workdir"},
     "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
     | {"data.variants", "features"},
     "several": {"clip", "score"},
-    "fit": {"checkpoints", "data.episodes", "features", "learn", "losses", "maml", "model"}
+    "fit": {
+        "checkpoints",
+        "data.episodes",
+        "features",
+        "groups",
+        "learn",
+        "losses",
+        "maml",
+        "model",
+    }
     | {"preemption"}
     | {"processes", "sharding", "writer"},
     "workdir": {"data.datasets"},
