@@ -43,6 +43,10 @@ class Detector(NamedTuple):
     # the held-out copies of what was learned, as an ensemble: features -> values [f, n, p]
     copies: Callable[[Features], Float[Array, "f n p"]] | None = None
     image_copies: Callable[[Features], Float[Array, "f n"]] | None = None  # as image_passes
+    # for gradients: what `patches` reads beside the features and chooses in them (a memory's
+    # nearest rows), and (features, choice) -> values with that choice held: no second search
+    choose: Callable[[Features], Any] | None = None
+    chosen: Callable[[Features, Any], Values] | None = None
 
 
 def build(
@@ -125,6 +129,8 @@ def learned(
         without=lambda i, batch: patches(copies[fold_of[i]], batch),
         k=len(tokens.pooled),
         copies=(lambda b: jnp.stack([patches(c, b) for c in copies])) if len(copies) > 1 else None,
+        choose=lambda _: pick[0],
+        chosen=lambda batch, copy: patches(copy, batch),
     )
 
 
@@ -141,9 +147,14 @@ def remember(
     k = len(pooled[0])
 
     @jax.jit
+    def search(batch, kept):
+        return score.nearest(tuple(map(score.neighbourhood, batch.levels)), kept)
+
     def patches(batch, kept):
-        levels = tuple(score.neighbourhood(x) for x in batch.levels)
-        return score.memory_distance(levels, kept)
+        return search(batch, kept)[0]
+
+    def chosen(batch, choice):
+        return score.distance_to(tuple(map(score.neighbourhood, batch.levels)), choice)
 
     @partial(jax.jit, static_argnums=0)
     def choose(left_out, pooled):
@@ -161,7 +172,37 @@ def remember(
     else:
         scored = [patches(healthy, everything)]
     held_out = np.concatenate(scored)
-    return Detector(lambda b: patches(b, everything), held_out, None, without=without, k=k)
+    found = once(lambda b: search(b, everything))
+    return Detector(
+        lambda b: found(b)[0],
+        held_out,
+        None,
+        without=without,
+        k=k,
+        choose=lambda b: tuple(m[row] for m, row in zip(everything, found(b)[1], strict=True)),
+        chosen=chosen,
+    )
+
+
+def once(function: Callable) -> Callable:
+    """`function`, which remembers its value for the last argument: called again, it is not run.
+
+    The map, image score, passes and copies of one batch all read the same values. Under a
+    transformation (Grad-CAM's gradient) nothing is remembered.
+    """
+    last = object(), None  # read and replaced whole, for threads; no batch is this object
+
+    def remembering(batch):
+        nonlocal last
+        known, value = last
+        if known is batch:
+            return value
+        value = function(batch)
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
+            last = batch, value
+        return value
+
+    return remembering
 
 
 def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features | None) -> Detector:

@@ -6,6 +6,7 @@ healthy images and probes painted on them are read, never a test image or label.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -175,9 +176,6 @@ def combine(
 ) -> Detector:
     """One detector whose values are the weighted, standardised sum of its branches'."""
 
-    def total(values, centre, gain):
-        return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
-
     def patches(batch):
         values = (
             b.patches(batch) if g else 0.0 for b, g in zip(parts, made.patch_gain, strict=True)
@@ -214,7 +212,7 @@ def combine(
                 out = out + g * (each - read(branch.patches(given[0]))[None])
         return out
 
-    parts = tuple(b._replace(patches=once(b.patches)) for b in branches.values())
+    parts = tuple(b._replace(patches=detector.once(b.patches)) for b in branches.values())
     random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
     patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
     scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
@@ -229,25 +227,19 @@ def combine(
         load=parts[0].load,
         copies=copies if several else None,
         image_copies=image_copies if several else None,
+        choose=lambda batch: tuple(b.choose and b.choose(batch) for b in parts),
+        chosen=partial(chosen, parts, made),
     )
 
 
-def once(function: Callable) -> Callable:
-    """`function`, which remembers its value for the last argument: called again, it is not run.
+def total(values, centre, gain):
+    return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
 
-    The map, image score, passes and copies of one batch all read the same values. Under a
-    transformation (Grad-CAM's gradient) nothing is remembered.
-    """
-    last = object(), None  # read and replaced whole, for threads; no batch is this object
 
-    def remembering(batch):
-        nonlocal last
-        known, value = last
-        if known is batch:
-            return value
-        value = function(batch)
-        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
-            last = batch, value
-        return value
-
-    return remembering
+def chosen(parts: Sequence[Detector], made: Mix, batch: Features, choices: Sequence):
+    """Detector.chosen of fused branches: the fused values with each branch's choice held."""
+    values = [
+        b.patches(batch) if b.chosen is None else b.chosen(batch, choice)
+        for b, choice in zip(parts, choices, strict=True)
+    ]
+    return total(values, made.patch_centre, made.patch_gain)

@@ -168,6 +168,7 @@ def loss(
     several data sets, rows are compared with the prompts of their own.
     """
     scale = scale_of(theta, design)
+    batch = batch._replace(mask=batch.mask.astype(jnp.float32))
     if design.sets is None or batch.source is None:
         text = text_features(theta, frozen, design)
         _, levels, logit = forward(theta, text, batch.features, design, key)

@@ -17,6 +17,7 @@ from medclip_jax import (
     agreement,
     baselines,
     clip,
+    compiled,
     detector,
     distil,
     evaluate,
@@ -57,6 +58,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     augmented = augment.chosen(c.augment, c.data.modality)
     beside = others.read(c)
     main = sharding.is_main()
+    compiled.keep(Path(c.cache))
     claim(workdir, c, main)
     mesh = sharding.mesh()
 

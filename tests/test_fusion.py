@@ -111,7 +111,7 @@ def test_a_branch_runs_once_on_a_batch_and_is_never_remembered_inside_a_gradient
         calls.append(batch)
         return batch * batch
 
-    once = fusion.once(square)
+    once = detector.once(square)
     one, two = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
     assert once(one) is once(one)
     assert len(calls) == 1

@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "agreement",
         "baselines",
         "clip",
+        "compiled",
         "config",
         "data.datasets",
         "detector",
@@ -67,7 +68,16 @@ MAY_IMPORT = {
     "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
     | {"data.variants", "features"},
     "several": {"clip", "score"},
-    "fit": {"checkpoints", "data.episodes", "features", "learn", "losses", "maml", "model"}
+    "fit": {
+        "checkpoints",
+        "data.episodes",
+        "features",
+        "groups",
+        "learn",
+        "losses",
+        "maml",
+        "model",
+    }
     | {"preemption"}
     | {"processes", "sharding", "validation", "writer"},
     "validation": {"features", "model", "score", "sharding"},

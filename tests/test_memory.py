@@ -57,10 +57,13 @@ def test_a_share_of_one_is_the_memory_itself():
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 29])
 def test_chunks_change_nothing(monkeypatch, count):
     v, m = cloud(20, seed=1).reshape(4, 5, 6), cloud(count, seed=2)
-    whole = score.most_alike(v, m)
+    whole, row = score.most_alike(v, m)
+    np.testing.assert_array_equal(row, score.cosine(v, m).argmax(-1))
     monkeypatch.setattr(score, "CHUNK", 8)
-    np.testing.assert_allclose(score.most_alike(v, m), whole, atol=1e-6)
-    far = score.most_alike(-m[None, :1], m[:1].repeat(9, 0))  # no padding may look nearer
+    again, same = score.most_alike(v, m)
+    np.testing.assert_allclose(again, whole, atol=1e-6)
+    np.testing.assert_array_equal(same, row)
+    far, _ = score.most_alike(-m[None, :1], m[:1].repeat(9, 0))  # no padding may look nearer
     np.testing.assert_allclose(far, -1, atol=1e-6)
 
 
