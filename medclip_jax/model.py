@@ -1,7 +1,8 @@
 """What is learned (theta) and how it turns cached tokens into anomaly: one forward for all.
 
 theta is a plain dict of arrays:
-  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared
+  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared;
+                             absent where k is 0, as no checkpoint holds an empty array
   adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
   scale     []               log of 1/temperature of the anomaly logit and the alignment
   offset    []               of the distance form (score.patch_logit)
@@ -72,7 +73,7 @@ def init(
         named = model.text["token"][jnp.maximum(start, 0)]
         vectors = jnp.where((jnp.asarray(start) >= 0)[None, :, None], named[None], vectors)
     theta = {
-        "context": vectors,
+        **({"context": vectors} if context else {}),
         "adapters": tuple(adapter(k) for k in adapter_keys),
         "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
         "offset": jnp.asarray(0.5),
@@ -86,12 +87,18 @@ def init(
 
 def text_features(theta: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
     """Text features of all prompts with the learned context."""
-    context = theta["context"]
+    context = context_of(theta, frozen)
     rows = len(design.prompts.ids)
     context = jnp.broadcast_to(context, (rows, *context.shape[1:]))
     return clip.encode_text(
         frozen["text"], context, design.prompts, design.text_tower, design.causal
     )
+
+
+def context_of(theta: Mapping, frozen: Mapping) -> Float[Array, "_ k d"]:
+    """The learned context; of no vectors where theta has none."""
+    width = frozen["text"]["token"].shape[1]
+    return theta["context"] if "context" in theta else jnp.zeros((1, 0, width))
 
 
 def adapt_tokens(
@@ -180,7 +187,7 @@ def loss(
         label, words = design.prompts.label, None
     else:
         static = design.sets, batch.source, design.text_tower, design.causal
-        words = several.words(theta["context"], frozen["text"], *static)
+        words = several.words(context_of(theta, frozen), frozen["text"], *static)
         levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
         logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
         label = design.sets.label

@@ -58,3 +58,15 @@ def test_mediclip_preset_on_two_supports(tiny, tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     assert settings["prompts"]["phrases"] == "words" and not settings["prompts"]["causal"]
     assert (predictions(tmp_path)["uncertainty"] == 0).all()  # it has no dropout
+
+
+@pytest.mark.parametrize("learner", ["joint", "anil"])
+def test_prompts_without_learnable_context_train_resume_and_predict(tiny, tmp_path, learner):
+    plain = ("--config.prompts.context=0", f"--config.learner={learner}", "--config.steps=4")
+    plain += ("--config.synthesis.variants=50",)  # episodes need two of a kind
+    assert tiny.main(tmp_path / "a", *plain, arguments="k=2") == 0
+    first = predictions(tmp_path / "a")
+    assert tiny.main(tmp_path / "a", *plain, "--mode=evaluate", arguments="k=2") == 0
+    np.testing.assert_array_equal(predictions(tmp_path / "a")["score"], first["score"])
+    assert predict(tmp_path / "a", tmp_path / "out", tiny.data) == 0
+    assert np.isfinite(first["maps"]).all() and len(np.unique(first["score"])) > 6
