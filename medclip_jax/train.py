@@ -23,6 +23,7 @@ from medclip_jax import (
     files,
     fit,
     fusion,
+    language,
     model,
     others,
     prompts,
@@ -158,8 +159,10 @@ def assemble(
     """The detector that the config asks for, and how it mixes if it fuses branches."""
 
     def branch(name):
+        name = name.removesuffix(fusion.IMAGE_ONLY)
         shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
-        made = detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
+        like = c.memory.coreset, c.memory.mirror
+        made = detector.build(name, theta, frozen, shape, bank, supports, groups, *like)
         if c.score.tiles == 1:
             return made
         return scales.build(name, made, bank, supports, c.score.tiles, c.memory.coreset)
@@ -215,7 +218,10 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
         c.model.dropout,
         kept,
     )
-    return design, {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    text = dict(tower.text)
+    if named := c.model.get("language", ""):  # absent in older workdirs
+        text["language"] = language.load(named, tower.digest, tower.joint)
+    return design, {"text": text, "logit_scale": jnp.asarray(tower.logit_scale)}
 
 
 def phrases(
