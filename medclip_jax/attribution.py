@@ -56,7 +56,7 @@ def cams(
         if raw.shape[1] < finest:
             raw = explain.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
         each.append(explain.unit(raw))
-    return np.mean(each, axis=0, dtype=np.float32)
+    return np.stack(each).mean(0, dtype=np.float32)
 
 
 def through(

@@ -62,11 +62,11 @@ def build(
     supports mirrored left and right as well.
     """
     tokens, healthy = healthy_tokens(bank, supports)
+    if method == "zero_shot" or tokens is None:
+        return zero_shot(theta, frozen, design, bank.clip, healthy)._replace(k=len(supports))
     if method == "memory":
         tokens = mirrored(bank, supports) if mirror else tokens
         return remember(tokens, coreset, healthy, rows=1 + mirror, asked=1)
-    if method == "zero_shot":
-        return zero_shot(theta, frozen, design, bank.clip, healthy)._replace(k=len(supports))
     return learned(theta, frozen, design, tokens, groups, healthy)
 
 
@@ -122,11 +122,13 @@ def learned(
 
     @jax.jit
     def patches(copy, batch):
-        return model.forward(*copy, batch, design).logit
+        theta, text = copy
+        return model.forward(theta, text, batch, design).logit
 
     @jax.jit
     def passes(copy, batch, keys):
-        return thinned.logits(*copy, batch, design, keys)
+        theta, text = copy
+        return thinned.logits(theta, text, batch, design, keys)
 
     shown = tokens if len(groups) or healthy is None else healthy
     held_out = np.zeros((len(shown.pooled), design.grid**2), np.float32)
@@ -180,10 +182,10 @@ def remember(
     if k > 1 or healthy is None:
         own = [slice(i * rows, i * rows + asked) for i in range(k)]
         each = (jax.tree.map(lambda x, r=r: x[r], tokens) for r in own)
-        held_out = [without(i, one) for i, one in enumerate(each)]
+        scored = [without(i, one) for i, one in enumerate(each)]
     else:
-        held_out = [patches(healthy, everything)]
-    held_out = np.concatenate(held_out)
+        scored = [patches(healthy, everything)]
+    held_out = np.concatenate(scored)
     return Detector(lambda b: patches(b, everything), held_out, None, without=without, k=k)
 
 

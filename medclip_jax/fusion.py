@@ -6,7 +6,7 @@ healthy images and probes painted on them are read, never a test image or label.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,14 +110,15 @@ def unprobed(branch: Detector, image_scores: Callable) -> Evidence:
 
 def evidence(branch: Detector, held: Sequence[Features], image_scores: Callable) -> Evidence:
     """Run a branch on the probes of each support as if it had never seen that support."""
-    values = [np.asarray(branch.without(i, batch)) for i, batch in enumerate(held)]
+    without: Any = branch.without
+    values = [np.asarray(without(i, batch)) for i, batch in enumerate(held)]
     if branch.image is None:
         scores = [image_scores(jnp.asarray(v)) for v in values]
     else:
         scores = [branch.image(batch) for batch in held]
-    scores = np.stack([np.asarray(s) for s in scores])
     found = unprobed(branch, image_scores)
-    return found._replace(probe_patch=np.stack(values), probe_image=scores)
+    probed = np.stack([np.asarray(s) for s in scores])
+    return found._replace(probe_patch=np.stack(values), probe_image=probed)
 
 
 def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:

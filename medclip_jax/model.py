@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from medclip_jax import clip, losses, refine, score, several, simclr
-from medclip_jax.structs import Batch, Features, Prompts
+from medclip_jax.structs import Batch, Features, Prompts, Views
 
 
 class Design(NamedTuple):
@@ -158,20 +158,14 @@ def forward(
     return Output(text, levels, logit)
 
 
-def contrast(theta: Mapping, batch: Batch, design: Design) -> Float[Array, ""]:
-    """SimCLR (equation 12) between the two views that the rows carry."""
-    one, two, image = batch.views
-    both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
-    heads = [simclr.project(theta["head"], levels) for levels in both]
-    return simclr.ntxent(*heads, image, batch.valid)
-
-
-def taught(
-    logit: Float[Array, "n p"], batch: Batch, design: Design, like: losses.Distill
+def contrast(
+    theta: Mapping, views: Views, valid: Bool[Array, " n"], design: Design
 ) -> Float[Array, ""]:
-    """Distillation (equation 13) from the teacher's logits that the rows carry."""
-    share = losses.patch_share(batch.mask, design.grid)
-    return losses.distill_patches(logit, batch.teacher, share, batch.valid, like)
+    """SimCLR (equation 12) between the two views of each row."""
+    one, two, image = views
+    both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
+    first, second = (simclr.project(theta["head"], levels) for levels in both)
+    return simclr.ntxent(first, second, image, valid)
 
 
 def loss(
@@ -205,7 +199,7 @@ def loss(
 
     def align():
         if words is None:
-            similarity = sum(score.cosine(v, text) for v in levels) / len(levels)
+            similarity = score.level_mean(score.cosine(v, text) for v in levels)
         else:
             similarity = several.similarity(levels, words)
         share = losses.patch_share(batch.mask, design.grid)
@@ -223,12 +217,13 @@ def loss(
         "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
         "align": align,
         "prompt": prompt,
-        "simclr": lambda: contrast(theta, batch, design),
-        "distill": lambda: taught(logit, batch, design, distill),
     }
+    if (views := batch.views) is not None:
+        terms["simclr"] = lambda: contrast(theta, views, batch.valid, design)
+    if (teacher := batch.teacher) is not None and (like := distill) is not None:
+        share = losses.patch_share(batch.mask, design.grid)
+        terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, like)
     weights = {**weights, "distill": distill.weight if distill else 0.0}
-    lacking = {"simclr"} if batch.views is None else set()
-    lacking |= {"distill"} if batch.teacher is None else set()
-    asked = [name for name in terms if weights.get(name) and name not in lacking]
+    asked = [name for name in terms if weights.get(name)]
     parts = {name: terms[name]() for name in asked}
     return losses.total(parts, weights)

@@ -5,7 +5,9 @@ sigmoid. Both of the paper's forms fit: "softmax" (healthy against abnormal prom
 "distance" (equation 9). Imports no sibling but structs.
 """
 
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +51,11 @@ def patch_logit(
     """
     if form == "softmax":
         pair = class_features(text, label)
-        similarity = sum(cosine(v, pair) for v in levels) / len(levels)
+        similarity = level_mean(cosine(v, pair) for v in levels)
         return scale * (similarity[..., 1] - similarity[..., 0])
     if form == "distance":
         healthy = text[np.flatnonzero(np.asarray(label) == 0)]
-        away = sum(1 - cosine(v, healthy).max(-1) for v in levels) / len(levels)
+        away = level_mean(1 - cosine(v, healthy).max(-1) for v in levels)
         return scale * (away - offset)
     raise ValueError(f"form {form!r} is not one of {FORMS}")
 
@@ -87,8 +89,13 @@ def memory_distance(
     levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
 ) -> Float[Array, "n p"]:
     """Cosine distance of each patch to its nearest healthy patch, mean over levels, in [0, 2]."""
-    nearest = [1 - most_alike(v, m) for v, m in zip(levels, memory, strict=True)]
-    return sum(nearest) / len(nearest)
+    return level_mean(1 - most_alike(v, m) for v, m in zip(levels, memory, strict=True))
+
+
+def level_mean(each: Iterable[Float[Array, "*_"]]) -> Float[Array, "*_"]:
+    """Mean of what every level says, in order of the levels."""
+    values = list(each)
+    return reduce(add, values) / len(values)
 
 
 def most_alike(v: Float[Array, "n p d"], memory: Float[Array, "m d"]) -> Float[Array, "n p"]:

@@ -150,9 +150,9 @@ def _mix(held: dict[str, Any] | None) -> fusion.Mix | None:
 def flatten(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     """Leaves of dicts and tuples under names such as theta/adapters/[0]/kernel."""
     if isinstance(tree, dict):
-        parts = tree.items()
+        parts = list(tree.items())
     elif isinstance(tree, list | tuple):
-        parts = ((f"[{i}]", x) for i, x in enumerate(tree))
+        parts = [(f"[{i}]", x) for i, x in enumerate(tree)]
     else:
         return {prefix: np.asarray(tree)}
     return {n: x for name, part in parts for n, x in flatten(part, f"{prefix}/{name}").items()}

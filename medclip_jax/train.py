@@ -14,6 +14,7 @@ from rich.console import Console
 
 from medclip_jax import (
     __version__,
+    agreement,
     baselines,
     clip,
     detector,
@@ -114,11 +115,16 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             seed=c.seed,
             quiet=quiet,
         )
+        # labels are read from here on
+        support = drawn.support[0] if drawn.support else None
+        held = built, bank, support, drawn.test, scored.limits
+        checks = agreement.of_model(*held, top=c.score.top, count=c.explained, seed=c.seed)
     if not main:
         return None  # all scores are with the main process, which measures and writes
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
-        evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
+        counts = result.pop("pixel_counts")
+        evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed, counts)
         scorer.write(workdir, c, bank, theta, drawn.support, scored.limits, mix, quiet)
 
     result = {
@@ -131,6 +137,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         "gradients": c.steps * configuration.gradients(c),
         "backbone": f"{c.clip.checkpoint} ({tower.digest})",
         **result,
+        "explanations": {**(result["explanations"] or {}), **(checks or {})} or None,
         "fusion": mix and mix.shares(),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
         "versions": {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS},

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "loading": {"data.dicom", "data.readers", "inputs", "outputs", "suppress", "trained"},
     "scoring": {"loading", "marks", "trained"},
     "inputs": {"data.readers"},
-    "outputs": {"dicom_objects", "inputs", "marks", "nifti_maps", "overlay"} | {"png"},
+    "outputs": {"data.readers", "dicom_objects", "inputs", "marks", "nifti_maps", "overlay", "png"},
     "marks": {"data.readers", "evaluate", "explain", "trained"},
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
@@ -50,7 +50,18 @@ MAY_IMPORT = {
     "groups": set(),
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
     | {"learned_parts", "scorer"},
-    "train": {"baselines", "clip", "config", "data.datasets", "detector", "distil", "evaluate"}
+    "agreement": {"attribution", "calibrate", "data.readers", "detector", "explain", "features"}
+    | {"limits", "score", "sharding"},
+    "train": {
+        "agreement",
+        "baselines",
+        "clip",
+        "config",
+        "data.datasets",
+        "detector",
+        "distil",
+        "evaluate",
+    }
     | {"data.augment", "data.preprocess", "features", "fit", "fusion", "refine", "scorer"}
     | {"language", "scales", "score", "score_fields", "suppress"}
     | {"model", "others", "prompts", "several", "sharding", "workdir"},
@@ -59,7 +70,8 @@ MAY_IMPORT = {
     "several": {"clip", "score"},
     "fit": {"checkpoints", "data.episodes", "features", "learn", "losses", "maml", "model"}
     | {"language", "preemption"}
-    | {"processes", "sharding", "writer"},
+    | {"processes", "sharding", "validation", "writer"},
+    "validation": {"features", "model", "score", "sharding"},
     "workdir": {"data.datasets"},
     "config": {"learned_parts", "score_fields"},
     "learn": {"data.episodes", "features", "maml", "simclr"},
@@ -68,11 +80,16 @@ MAY_IMPORT = {
     "attribution": {"clip", "explain", "score"},
     "thumbnails": {"data.readers", "explain"},
     "baselines": {"data.readers", "detector", "features"},
+    "draws": {"intervals", "stats"},
+    "lesions": {"data.readers"},
     "limits": {"calibrate", "detector"},
     "evaluate": {
+        "agreement",
         "attribution",
         "explain",
         "intervals",
+        "lesions",
+        "pixels",
         "thumbnails",
         "calibrate",
         "data.readers",
@@ -100,7 +117,8 @@ MAY_IMPORT = {
     "prompts": {"ontology"},
     "ontology": {"terminology"},
     "metrics": {"boundary", "pixels", "ranking"},
-    "report": {"figures", "gallery", "results", "viewer"},
+    "captions": {"results"},
+    "report": {"captions", "figures", "gallery", "intervals", "results", "viewer"},
     "results": {"explain", "gallery", "viewer", "writer"},
     "viewer": {"explain"},
     "gallery": {"explain", "figures"},

@@ -318,7 +318,7 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
     tower, pool, learner, tmp_path, monkeypatch
 ):
     fields = {"learner": learner, "model.dropout": 0.2, "meta.learn_rate": learner == "maml"}
-    c = settings(steps=7, log_every=2, **fields)
+    c = settings(steps=7, log_every=2, validations=0, **fields)
     monkeypatch.setattr(model, "init", lambda key, model, **_: toy_init(key, model.widths[0]))
     monkeypatch.setattr(model, "loss", lambda *given, design, weights: toy_loss(*given))
     whole = fitted(c, tmp_path / "whole", tower, pool)
