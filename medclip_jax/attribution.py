@@ -65,11 +65,11 @@ def weigh(
 ) -> Float[np.ndarray, "n p"]:
     """`cams` from the gradients."""
     held = [np.asarray(x, np.float32) for x in features.levels]
-    gradients = [np.asarray(x) for x in gradients]
-    explain.check_gradient(np.concatenate([g.ravel() for g in gradients])[None, None], "all levels")
+    slopes = [np.asarray(x) for x in gradients]
+    explain.check_gradient(np.concatenate([g.ravel() for g in slopes])[None, None], "all levels")
     finest = max(x.shape[1] for x in held)
     each = []
-    for a, g in zip(held, gradients, strict=True):
+    for a, g in zip(held, slopes, strict=True):
         raw = explain.CAMS[method](a, g)[1]
         if raw.shape[1] < finest:
             raw = explain.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)

@@ -15,6 +15,7 @@ from rich.progress import track
 from medclip_jax import (
     checkpoints,
     features,
+    language,
     learn,
     losses,
     maml,
@@ -133,10 +134,13 @@ def told(asked) -> bool:
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
     """Step 0; all copies of theta are equal."""
     key = jax.random.key(c.seed)
+    tuned = c.model.get("language_tuned", False)
 
     def init(_):
         like = dict(context=c.prompts.context, shared=c.prompts.shared)
         like["contrast"] = bool(c.loss.get("simclr", 0))  # absent in older workdirs
+        if tuned:
+            like["language"] = language.load(c.model.language, tower.digest, tower.joint)
         theta = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
         return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta

@@ -20,6 +20,7 @@ from medclip_jax.data import probes, readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
+IMAGE_ONLY = "_image"  # ends the name of a branch that speaks for the image score alone
 FINEST = 4.0  # standard deviations: no branch is trusted as if it separated better than this
 
 
@@ -67,6 +68,7 @@ def fuse(
     """The fused detector and how it mixes.
 
     weights: "equal", or "probes": by what a branch sees of `variants` probes per support.
+    branches: one whose name ends with IMAGE_ONLY has no share in the map.
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
     modality: names the kinds of probe, see data/probes.
     tiles: as the branches were built, see scales. Tokens of probes are kept in the bank.
@@ -132,12 +134,13 @@ def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:
 
 def weighed(found: dict[str, Evidence], weights: Float[np.ndarray, "b 2"]) -> Mix:
     """Values standardised on the held-out healthy images, times weights (map, image)."""
+    able = np.array([(0.0 if name.endswith(IMAGE_ONLY) else 1.0, 1.0) for name in found]).T
     centre = np.array([(e.patch.mean(), e.image.mean()) for e in found.values()]).T
     scale = calibrate.spread
     spread = np.array([(scale(e.patch.ravel()), scale(e.image)) for e in found.values()]).T
-    w = weights.T
+    w = weights.T * able
     # all blind: nothing speaks for one branch more than for another
-    w = np.where(w.sum(1, keepdims=True) > 0, w, 1.0)
+    w = np.where(w.sum(1, keepdims=True) > 0, w, able)
     gain = w / spread
     share = w / w.sum(1, keepdims=True)
     return Mix(tuple(found), centre[0], gain[0], centre[1], gain[1], share[0], share[1])

@@ -3,8 +3,9 @@
     joint    Adam on the loss of a batch of rows
     maml     Adam on the query loss after inner steps on the support, exact second order
     fomaml   the same with the inner gradient as a constant
-    anil     exact, but only the head adapts: adapters, scale and offset; the body is the context,
-             so the text tower is not in the inner loop (Raghu et al. 2020)
+    anil     exact, but only the head adapts: adapters, scale and offset; the body is the context
+             (and a tuned language adapter), so the text tower is not in the inner loop (Raghu et
+             al. 2020)
 
 With a learned rate (Meta-SGD, Li et al. 2017) theta is a maml.MetaSGD until it is adapted.
 Every copy of theta (all supports, and one per held-out fold) learns from its own images alone.
@@ -24,7 +25,7 @@ from medclip_jax import features, maml, simclr
 from medclip_jax.data import episodes
 from medclip_jax.structs import Batch, TrainState, Views
 
-BODY = ("context",)  # parts of theta that ANIL does not adapt
+BODY = ("context", "language")  # parts of theta that ANIL does not adapt
 
 
 class Episodes(NamedTuple):
