@@ -257,7 +257,7 @@ def encode_text(
 
 
 def encode_ids(
-    text: dict[str, Any],
+    text: Mapping[str, Any],
     context: Float[Array, "c k d"],
     ids: Int[Array, "c t"],
     slots: Int[Array, "c t"],

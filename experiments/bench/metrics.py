@@ -62,7 +62,7 @@ class Scenes:
         y, x = self.place
         for i in range(self.n):
             rng = np.random.default_rng([self.seed, i])
-            at, wide = rng.uniform(0.2, 0.8, 2), rng.uniform(0.04, 0.15, 2)
+            at, wide = rng.uniform(0.2, 0.8, 2), rng.uniform(0.05, 0.3, 2)
             far = ((y - at[0]) / wide[0]) ** 2 + ((x - at[1]) / wide[1]) ** 2
             if self.part:
                 yield far < 1 if i % 7 else np.zeros(far.shape, bool)
