@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import learners  # noqa: E402
-from bench import predict_inputs, workload  # noqa: E402
+from bench import predict_inputs, prepare, workload  # noqa: E402
 
 from medclip_jax import inputs  # noqa: E402
 from medclip_jax.data import readers  # noqa: E402
@@ -72,3 +72,9 @@ def test_files_to_predict_are_whole_and_all_different(tmp_path, kind):
     pixels = np.concatenate([readers.read(Path(item.paths[0])).pixels for item in items])
     assert len(pixels) == 3 and len({x.tobytes() for x in pixels}) == 3
     assert all(0.05 < x.std() < 0.5 for x in pixels)
+
+
+def test_a_folder_of_links_is_listed_and_read_whole(tmp_path):
+    found = prepare.worker("folder", prepare.links(tmp_path / "data", 40))
+    assert found["images"] == 40 and found["per_second"] > 0
+    assert found["peak_mb"] >= found["before_mb"] > 0
