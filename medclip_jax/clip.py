@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from medclip_jax import clip_resnet, language, openclip, weights
 from medclip_jax.errors import CheckpointError, ConfigError
@@ -71,7 +71,6 @@ def load(
     w = openclip.read(folder) if openclip.holds(folder) else weights.read(str(folder))
     vision, text = w.config["vision_config"], w.config["text_config"]
     tower: AnyTower
-    widths: tuple[int, ...]
     if "shape" in vision:
         tower = clip_resnet.tapped(vision["shape"], levels, dtype, inputs)
         widths = clip_resnet.widths(w.vision, tower)
@@ -291,14 +290,11 @@ def _embed(
     if context.shape[1] == 0:
         return tokens
     filled = jnp.take_along_axis(context, jnp.maximum(slots, 0)[..., None], axis=1)
-    is_slot: Bool[Array, "c t 1"] = (slots >= 0)[..., None]
-    return jnp.where(is_slot, filled, tokens)
+    return jnp.where((slots >= 0)[..., None], filled, tokens)
 
 
 @partial(jax.jit, static_argnames=("tower", "mean", "std"))
 def encode_images(vision, grey: Float[Array, "n h w"], *, tower: AnyTower, mean, std) -> Features:
     """Grey images in [0, 1] straight to features; rows are independent (shard them freely)."""
-    images = normalise(grey, mean, std)
-    if isinstance(tower, clip_resnet.Tower):
-        return clip_resnet.encode(vision, images, tower)
-    return patch_features(vision, images, tower)
+    read: Any = clip_resnet.encode if isinstance(tower, clip_resnet.Tower) else patch_features
+    return read(vision, normalise(grey, mean, std), tower)
