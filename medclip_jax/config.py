@@ -17,7 +17,7 @@ from medclip_jax.errors import ConfigError
 
 METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing learns
-BRANCHES = ("learned", "memory", "zero_shot")
+BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image")
 LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
@@ -80,7 +80,8 @@ MEDICLIP = {
         "init": "random",
     },
     "synthesis": {"preset": "mediclip", "partner": "support"},
-    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False},
+    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False}
+    | {"language": "", "language_tuned": False},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
     "score": {"top": 0.0, "tiles": 1},
     "distill": {"teacher": ""},
@@ -208,7 +209,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
     c.score = score_fields.SCORE
-    c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
+    c.memory = {"coreset": 1.0, "mirror": False}  # share that is kept; supports mirrored as well
     c.fusion = FUSION
     c.calibration = CALIBRATION
     c.distributed = False  # one of several processes, which all run the same command
@@ -259,10 +260,11 @@ def check(c: ConfigDict) -> None:
             raise ConfigError(f"config.{name} is {value}: give {SHARES[name][2]}")
     if c.k == 0 and c.method != "zero_shot":
         raise ConfigError(f"config.k is 0, but method {c.method} needs an image: give k=1 or more")
-    unknown = set(c.fusion.branches) - set(BRANCHES)
-    if unknown or not c.fusion.branches:
+    given = set(c.fusion.branches)
+    if given - set(BRANCHES) or not given - {"zero_shot_image"} or len(given & {*BRANCHES[2:]}) > 1:
         raise ConfigError(
-            f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}"
+            f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}, the "
+            "last (plain prompts in the image score alone) beside another, not beside zero_shot"
         )
     score_fields.check(c)
     if c.meta.shots == 1:

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,7 @@ def score_images(
     maps, image_scores = jax.jit(partial(score.to_pixels, size=size)), scorer(size, top)
     found = calibrated(detector, size, top, alpha, pixel_rate, quiet)
     keys = jax.random.split(jax.random.key(seed), passes)
+    cams = explainer(detector, top)
 
     local = sharding.mesh(jax.local_devices())
     rows, doubt, why = [], [], []
@@ -92,7 +93,7 @@ def score_images(
         heat = calibrate.to_unit(heat, found.pixel.value, found.pixel_width)
         out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
         doubt.append(doubts(detector, batch, keys, image_scores, found)[:real])
-        why.append(cams(detector, batch, top)[:real])
+        why.append(cams(batch)[:real])
     held = (np.concatenate(rows), np.concatenate(doubt), out, np.concatenate(why))
     raw, doubt, out, why = processes.gather(held, len(test))
     predictions = Predictions(
@@ -154,15 +155,25 @@ def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limit
     return np.stack([unit.std(0), *rejection.of_passes(unit), copies], 1)
 
 
-def cams(detector: Detector, batch: Features, top: float) -> Float[np.ndarray, "n p"]:
-    """Grad-CAM per patch of what the detector reads, float16; one column of 0 for pixels."""
-    if detector.load is not None:
-        return np.zeros((len(batch.pooled), 1), np.float16)
-    try:
-        return attribution.cams(detector.patches, batch, top).astype(np.float16)
-    except explain.NoGradientError as error:
-        logging.warning("no Grad-CAM: %s", error)
-        return np.zeros(batch.levels[0].shape[:2], np.float16)
+def explainer(detector: Detector, top: float) -> Callable[[Features], np.ndarray]:
+    """features -> Grad-CAM per patch [n, p] of what the detector reads, float16.
+
+    One column of 0 for a detector that reads pixels.
+    """
+    choose = detector.choose or (lambda _: ())
+    chosen = detector.chosen or (lambda batch, _: detector.patches(batch))
+    gradient = attribution.gradient(chosen, top)
+
+    def cams(batch):
+        if detector.load is not None:
+            return np.zeros((len(batch.pooled), 1), np.float16)
+        try:
+            return attribution.weigh(batch, gradient(batch, choose(batch))).astype(np.float16)
+        except explain.NoGradientError as error:
+            logging.warning("no Grad-CAM: %s", error)
+            return np.zeros(batch.levels[0].shape[:2], np.float16)
+
+    return cams
 
 
 def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:

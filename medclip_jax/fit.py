@@ -1,5 +1,6 @@
 """Training: theta and its held-out copies, step by step, resumable at every checkpoint."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from rich.progress import track
 from medclip_jax import (
     checkpoints,
     features,
+    language,
     learn,
     losses,
     maml,
@@ -26,6 +28,7 @@ from medclip_jax import (
 )
 from medclip_jax.data import episodes
 from medclip_jax.errors import CheckpointError
+from medclip_jax.groups import ahead
 from medclip_jax.structs import TrainState
 
 
@@ -62,10 +65,18 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     adapted = _as_it_is if joint else adaptation(c, pools, groups, mesh, loss, inner)
     judged = c.validations and validation.judge(pools[0], groups, design, c.score.top, mesh)
     closing = checkpoints.finishing(manager)
-    with logbook(workdir, first) as log, closing, preemption.notice() as asked:
+    todo = range(first, c.steps)
+    with (
+        logbook(workdir, first) as log,
+        closing,
+        preemption.notice() as asked,
+        contextlib.closing(ahead(read, todo)) as batches,
+    ):
         waiting = None
-        for i in track(range(first, c.steps), "train", console=Console(stderr=True)):
-            state, parts = step(state, frozen, read(i))
+        for i, batch in zip(
+            track(todo, "train", console=Console(stderr=True)), batches, strict=True
+        ):
+            state, parts = step(state, frozen, batch)
             if waiting is not None:  # one step late, so that the device never waits for the host
                 report(log, *waiting)
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
@@ -123,10 +134,13 @@ def told(asked) -> bool:
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
     """Step 0; all copies of theta are equal."""
     key = jax.random.key(c.seed)
+    tuned = c.model.get("language_tuned", False)
 
     def init(_):
         like = dict(context=c.prompts.context, shared=c.prompts.shared)
         like["contrast"] = bool(c.loss.get("simclr", 0))  # absent in older workdirs
+        if tuned:
+            like["language"] = language.load(c.model.language, tower.digest, tower.joint)
         theta = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
         return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta

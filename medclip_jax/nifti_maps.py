@@ -5,6 +5,7 @@ of the source's header but its geometry is kept: the texts may name a patient.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def write(path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"]) -> None:
     except OSError as error:
         raise files.cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # also where there is no such folder
+            temporary.unlink()
 
 
 def _geometry(source: Path) -> tuple[nibabel.Nifti1Header, tuple[int, int, int]]:

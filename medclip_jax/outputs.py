@@ -167,7 +167,8 @@ def tables(path: Path) -> Iterator[Callable[[Item, list[dict], str], None]]:
         raise files.cannot_write(path, error) from error
     finally:
         for part in parts:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # also where there is no such folder
+                part.unlink()
 
 
 def sweep(folder: Path) -> int:

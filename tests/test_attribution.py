@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from medclip_jax import attribution, clip, clip_resnet, detector, explain, model, score
 from medclip_jax.structs import Features
@@ -154,7 +155,8 @@ def test_levels_on_other_grids_meet_on_the_finest(scene):
 @pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
 def test_cams_of_a_resnet_tower(method):
     """Stages 2 and 4 of CLIP's ResNet: 8 x 8 cells of 32 channels, 2 x 2 of 128; by hand."""
-    params, tower = clip_resnet.load(RESNET / "tower.safetensors", (2, 4))
+    params, tower = clip_resnet.read(load_file(RESNET / "tower.safetensors"))
+    tower = clip_resnet.tapped(tower, (2, 4), "float32", False)
     pixels = jnp.asarray(np.load(RESNET / "expected.npz")["pixels"])
     features = jax.jit(clip_resnet.patch_features, static_argnames="tower")(
         params, pixels, tower=tower

@@ -15,7 +15,7 @@ from .test_detector import design_of
 def pool(tiny):
     """Four supports and three variants of each; a token tells whose it is and which."""
     rng = np.random.default_rng(0)
-    width = tiny.width
+    width = tiny.widths[0]
 
     def tensors(support, altered):
         def get(name):
