@@ -206,7 +206,7 @@ def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[s
     p = scored.predictions
     image = metrics.image_level(p.score, p.label)
     pixel, counts, points = of_pixels(scored, test, fit)
-    of = patients(test)
+    of = lesions.patients(test)
     sure = {"image": intervals.image(p.score, p.label, groups=of), "pixel": {}}
     if counts is not None:
         known = counts.any((1, 2))
@@ -227,26 +227,6 @@ def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[s
     return found | doubt | told
 
 
-def patients(test: Sequence[Record]) -> np.ndarray | None:
-    """A number for whose image each is (no name or id); None if no patient has two.
-
-    An image without patient is its own.
-    """
-    named = [r.patient or f"image {r.id}" for r in test]
-    number = np.unique(named, return_inverse=True)[1]
-    return None if len(set(named)) == len(named) else number
-
-
-class Halves:
-    """Some of the stored maps as float32, one at a time: a copy of all would double the memory."""
-
-    def __init__(self, maps: Float[np.ndarray, "n h w"], rows: Sequence[int]):
-        self.maps, self.rows = maps, rows
-
-    def __iter__(self):
-        return (self.maps[i].astype(np.float32) for i in self.rows)
-
-
 def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
     """Pixel metrics, intervals.pixel_counts and the pointing game; None for all without masks.
 
@@ -257,7 +237,7 @@ def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     if not any(test[i].label for i in known):
         return None, None, None
-    measured, maps = [test[i] for i in known], Halves(p.maps, known)
+    measured, maps = [test[i] for i in known], lesions.Halves(p.maps, known)
     masks = lesions.truths(measured, p.maps.shape[-1], fit)
     mm = lesions.spacings(measured, p.maps.shape[-1], fit)
     pixel: dict[str, Any] = dict(metrics.pixel_level(maps, masks, spacing=mm))
@@ -301,7 +281,7 @@ def write_predictions(
             mask = lesions.truth(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
             gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
     gallery |= {} if counts is None else {"pixel_counts": counts}
-    of = patients(test)
+    of = lesions.patients(test)
     gallery |= {} if of is None else {"patient": of}
     gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     whole = io.BytesIO()

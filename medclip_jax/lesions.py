@@ -1,10 +1,10 @@
-"""Where lesions are known to be: masks and millimetres of test images. Read after scoring only."""
+"""What is known of test images: masks, millimetres, patients. Read after scoring only."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from medclip_jax.data import readers
 from medclip_jax.structs import Record
@@ -47,3 +47,23 @@ def truth(record: Record) -> Bool[np.ndarray, "h w"]:
     """
     shape = readers.read(record.path).pixels.shape[1:]
     return readers.read_mask(record.masks, shape)
+
+
+def patients(test: Sequence[Record]) -> np.ndarray | None:
+    """A number for whose image each is (no name or id); None if no patient has two.
+
+    An image without patient is its own.
+    """
+    named = [r.patient or f"image {r.id}" for r in test]
+    number = np.unique(named, return_inverse=True)[1]
+    return None if len(set(named)) == len(named) else number
+
+
+class Halves:
+    """Some of the stored maps as float32, one at a time: a copy of all would double the memory."""
+
+    def __init__(self, maps: Float[np.ndarray, "n h w"], rows: Sequence[int]):
+        self.maps, self.rows = maps, rows
+
+    def __iter__(self):
+        return (self.maps[i].astype(np.float32) for i in self.rows)
