@@ -11,6 +11,7 @@ The score is pooled (mean of the top share), never the maximum, whose gradient r
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +23,30 @@ from medclip_jax.structs import Features
 
 LEAST_TOP = 0.05  # a smaller share of the patches would explain single patches only
 Patches = Callable[[Features], Float[Array, "n p"]]
+Levels = tuple[Float[Array, "n _ _"], ...]
 
 
-def direct(patches: Patches, features: Features, top: float) -> tuple[Float[Array, "n p _"], ...]:
+def direct(patches: Patches, features: Features, top: float) -> Levels:
     """Gradient of each image's score with respect to every level's tokens.
 
     patches: features -> anomaly per patch (Detector.patches). top: share of the patches in the
     score, at least 0.05.
     """
+    return gradient(lambda f, _: patches(f), top)(features, None)
 
-    def total(levels):
-        values = patches(features._replace(levels=levels))
+
+def gradient(chosen: Callable[[Features, Any], Array], top: float) -> Callable:
+    """`direct` for many batches, compiled: (features, choice) -> gradients.
+
+    chosen: as Detector.chosen, features and what `choose` found in them -> anomaly per patch.
+    """
+
+    def total(levels, features, choice):
+        values = chosen(features._replace(levels=levels), choice)
         return score.image_score(values, max(top, LEAST_TOP)).sum()  # images are independent
 
-    return jax.grad(total)(features.levels)
+    one = jax.jit(jax.grad(total))
+    return lambda features, choice: one(features.levels, features, choice)
 
 
 def cams(
@@ -46,12 +57,19 @@ def cams(
     Levels on coarser grids (ResNet) are brought to the finest. Raises NoGradientError if no level
     has a gradient in any image.
     """
+    return weigh(features, direct(patches, features, top), method)
+
+
+def weigh(
+    features: Features, gradients: Levels, method: str = "grad_cam"
+) -> Float[np.ndarray, "n p"]:
+    """`cams` from the gradients."""
     held = [np.asarray(x, np.float32) for x in features.levels]
-    gradients = [np.asarray(x) for x in direct(patches, features, top)]
-    explain.check_gradient(np.concatenate([g.ravel() for g in gradients])[None, None], "all levels")
+    slopes = [np.asarray(x) for x in gradients]
+    explain.check_gradient(np.concatenate([g.ravel() for g in slopes])[None, None], "all levels")
     finest = max(x.shape[1] for x in held)
     each = []
-    for a, g in zip(held, gradients, strict=True):
+    for a, g in zip(held, slopes, strict=True):
         raw = explain.CAMS[method](a, g)[1]
         if raw.shape[1] < finest:
             raw = explain.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, features, memory, model, score, thinned
+from medclip_jax import clip, features, kept, memory, model, score, thinned
 from medclip_jax.data import readers, views
 from medclip_jax.structs import Features, Record
 
@@ -43,6 +43,10 @@ class Detector(NamedTuple):
     # the held-out copies of what was learned, as an ensemble: features -> values [f, n, p]
     copies: Callable[[Features], Float[Array, "f n p"]] | None = None
     image_copies: Callable[[Features], Float[Array, "f n"]] | None = None  # as image_passes
+    # for gradients: what `patches` reads beside the features and chooses in them (a memory's
+    # nearest rows), and (features, choice) -> values with that choice held: no second search
+    choose: Callable[[Features], Any] | None = None
+    chosen: Callable[[Features, Any], Values] | None = None
 
 
 def build(
@@ -54,16 +58,19 @@ def build(
     supports: Sequence[Record],
     groups: Sequence[np.ndarray],
     coreset: float = 1.0,
+    mirror: bool = False,
 ) -> Detector:
     """The detector of a method; `theta` [1 + folds, ...] as fit.run leaves it.
 
-    coreset: share of the healthy patches that a memory keeps, in (0, 1].
+    coreset: share of the healthy patches that a memory keeps, in (0, 1]. mirror: it remembers the
+    supports mirrored left and right as well.
     """
     tokens, healthy = healthy_tokens(bank, supports)
     if method == "zero_shot" or tokens is None:
         return zero_shot(theta, frozen, design, bank.clip, healthy)._replace(k=len(supports))
     if method == "memory":
-        return remember(tokens, coreset, healthy)
+        tokens = mirrored(bank, supports) if mirror else tokens
+        return remember(tokens, coreset, healthy, rows=1 + mirror, asked=1)
     return learned(theta, frozen, design, tokens, groups, healthy)
 
 
@@ -85,10 +92,26 @@ def healthy_images(
     bank: features.Bank, supports: Sequence[Record], size: int | None = None
 ) -> Float[np.ndarray, "m s s"]:
     """Pixels of the images that calibrate, in the tower frame; size: another side of it."""
-    size = size or bank.clip.size
-    found = {r.id: x for r, x in readers.read_all(supports, size, bank.fit)}
-    images = np.stack([found[r.id] for r in supports])
+    images = pixels(bank, supports, size or bank.clip.size)
     return views.of(images[0]) if len(supports) == 1 else images
+
+
+def pixels(
+    bank: features.Bank, supports: Sequence[Record], size: int
+) -> Float[np.ndarray, "k s s"]:
+    """Pixels of the supports in a frame of `size` per side."""
+    found = {r.id: x for r, x in readers.read_all(supports, size, bank.fit)}
+    return np.stack([found[r.id] for r in supports])
+
+
+def mirrored(bank: features.Bank, supports: Sequence[Record]) -> Features:
+    """Tokens of the supports [2 k], each followed by its mirror image, which the bank keeps too."""
+    images = pixels(bank, supports, bank.clip.size)[:, None, :, ::-1]
+    made = kept.encode(bank, images, partial(features.encode, bank), "mirrored")
+    (tokens,) = features.load_images(bank, supports, len(supports))
+    each = [jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(len(supports))]
+    pairs = [x for pair in zip(each, made, strict=True) for x in pair]
+    return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x), jnp.float32), *pairs)
 
 
 def learned(
@@ -125,25 +148,38 @@ def learned(
         without=lambda i, batch: patches(copies[fold_of[i]], batch),
         k=len(tokens.pooled),
         copies=(lambda b: jnp.stack([patches(c, b) for c in copies])) if len(copies) > 1 else None,
+        choose=lambda _: pick[0],
+        chosen=lambda batch, copy: patches(copy, batch),
     )
 
 
 def remember(
-    tokens: Features, coreset: float = 1.0, healthy: Features | None = None, rows: int = 1
+    tokens: Features,
+    coreset: float = 1.0,
+    healthy: Features | None = None,
+    rows: int = 1,
+    asked: int | None = None,
 ) -> Detector:
     """Nearest healthy patch of the supports; a support is compared with the others only.
 
     coreset: share of the patches that is kept. A single support is remembered whole, and `healthy`
-    (views of it) are compared with it. rows: of the tokens, in turn, that are of one support.
+    (views of it) are compared with it. rows: of the tokens, in turn, that are of one support;
+    the first `asked` of them (all by default) are its held-out values.
     """
+    asked = asked or rows
     pooled = tuple(score.neighbourhood(x) for x in tokens.levels)
     pooled = tuple(m.reshape(-1, rows * m.shape[1], m.shape[2]) for m in pooled)
     k = len(pooled[0])
 
     @jax.jit
+    def search(batch, kept):
+        return score.nearest(tuple(map(score.neighbourhood, batch.levels)), kept)
+
     def patches(batch, kept):
-        levels = tuple(score.neighbourhood(x) for x in batch.levels)
-        return score.memory_distance(levels, kept)
+        return search(batch, kept)[0]
+
+    def chosen(batch, choice):
+        return score.distance_to(tuple(map(score.neighbourhood, batch.levels)), choice)
 
     @partial(jax.jit, static_argnums=0)
     def choose(left_out, pooled):
@@ -155,13 +191,43 @@ def remember(
 
     everything = choose(k, pooled)
     if k > 1 or healthy is None:
-        own = [slice(i * rows, (i + 1) * rows) for i in range(k)]
+        own = [slice(i * rows, i * rows + asked) for i in range(k)]
         each = (jax.tree.map(lambda x, r=r: x[r], tokens) for r in own)
         scored = [without(i, one) for i, one in enumerate(each)]
     else:
         scored = [patches(healthy, everything)]
     held_out = np.concatenate(scored)
-    return Detector(lambda b: patches(b, everything), held_out, None, without=without, k=k)
+    found = once(lambda b: search(b, everything))
+    return Detector(
+        lambda b: found(b)[0],
+        held_out,
+        None,
+        without=without,
+        k=k,
+        choose=lambda b: tuple(m[row] for m, row in zip(everything, found(b)[1], strict=True)),
+        chosen=chosen,
+    )
+
+
+def once(function: Callable) -> Callable:
+    """`function`, which remembers its value for the last argument: called again, it is not run.
+
+    The map, image score, passes and copies of one batch all read the same values. Under a
+    transformation (Grad-CAM's gradient) nothing is remembered.
+    """
+    last = object(), None  # read and replaced whole, for threads; no batch is this object
+
+    def remembering(batch):
+        nonlocal last
+        known, value = last
+        if known is batch:
+            return value
+        value = function(batch)
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
+            last = batch, value
+        return value
+
+    return remembering
 
 
 def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features | None) -> Detector:

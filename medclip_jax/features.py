@@ -209,6 +209,7 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
     empty = np.zeros(-(-bits // 8), np.uint8)
     packed = [row(s, v, "mask") if v >= 0 else empty for s, v in zip(support, variant, strict=True)]
     mask: Any = np.unpackbits(np.stack(packed), axis=1, count=bits)
+    mask = mask.reshape(-1, pool.size, pool.size)
     label: Any = (np.asarray(variant) >= 0).astype(np.int32)
     valid: Any = np.ones(len(support), bool)
     return Batch(
@@ -217,8 +218,7 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
             tuple(rows(f"level{i}") for i in range(pool.levels)),
             tuple(rows(f"input{i}") for i in range(pool.levels if pool.inputs else 0)),
         ),
-        mask.reshape(-1, pool.size, pool.size).astype(np.float32),
-        *(label, valid),
+        *(mask, label, valid),
         teacher=taught,
         source=None if pool.source is None else pool.source[support],
     )

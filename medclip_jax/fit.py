@@ -1,5 +1,6 @@
 """Training: theta and its held-out copies, step by step, resumable at every checkpoint."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from rich.progress import track
 from medclip_jax import (
     checkpoints,
     features,
+    language,
     learn,
     losses,
     maml,
@@ -21,10 +23,12 @@ from medclip_jax import (
     preemption,
     processes,
     sharding,
+    validation,
     writer,
 )
 from medclip_jax.data import episodes
 from medclip_jax.errors import CheckpointError
+from medclip_jax.groups import ahead
 from medclip_jax.structs import TrainState
 
 
@@ -58,14 +62,26 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     step = learn.make_step(loss if joint else learn.episodic(loss, inner), optimizer, copied)
     frozen = sharding.replicate(frozen, mesh)
     read = reader(c, pools, groups, mesh)
+    adapted = _as_it_is if joint else adaptation(c, pools, groups, mesh, loss, inner)
+    judged = c.validations and validation.judge(pools[0], groups, design, c.score.top, mesh)
     closing = checkpoints.finishing(manager)
-    with logbook(workdir, first) as log, closing, preemption.notice() as asked:
+    todo = range(first, c.steps)
+    with (
+        logbook(workdir, first) as log,
+        closing,
+        preemption.notice() as asked,
+        contextlib.closing(ahead(read, todo)) as batches,
+    ):
         waiting = None
-        for i in track(range(first, c.steps), "train", console=Console(stderr=True)):
-            state, parts = step(state, frozen, read(i))
+        for i, batch in zip(
+            track(todo, "train", console=Console(stderr=True)), batches, strict=True
+        ):
+            state, parts = step(state, frozen, batch)
             if waiting is not None:  # one step late, so that the device never waits for the host
                 report(log, *waiting)
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
+            if judged and validation.due(i + 1, c.steps, c.validations, c.log_every):
+                parts |= judged(adapted(state.theta, frozen), frozen)
             waiting = (i + 1, parts) if due else None
             save = (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps
             # several processes agree where they wait for the device anyway
@@ -84,12 +100,25 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
         raise preemption.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {c.steps}")
     if joint:
         return jax.device_get(state.theta)
+    return sharding.fetch(adapted(state.theta, frozen), 1 + len(groups))
+
+
+def _as_it_is(theta, _):
+    return theta
+
+
+def adaptation(c, pools, groups, mesh, loss, inner) -> Callable[[Any, Any], Any]:
+    """(theta, frozen) -> theta after every copy has adapted to its supports, compiled once."""
     rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, groups))
     rows, valid = sharding.put(rows, mesh)
     rows = rows._replace(valid=rows.valid & valid[:, None])
     inner = inner._replace(steps=c.meta.adapt_steps)
-    theta, _ = learn.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
-    return sharding.fetch(theta, 1 + len(groups))
+
+    @jax.jit
+    def adapted(theta, frozen, rows):
+        return learn.adapt(theta, frozen, rows, loss=loss, inner=inner)[0]
+
+    return lambda theta, frozen: adapted(theta, frozen, rows)
 
 
 def logbook(workdir, step: int) -> writer.Writer | writer.Silent:
@@ -105,10 +134,13 @@ def told(asked) -> bool:
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
     """Step 0; all copies of theta are equal."""
     key = jax.random.key(c.seed)
+    tuned = c.model.get("language_tuned", False)
 
     def init(_):
         like = dict(context=c.prompts.context, shared=c.prompts.shared)
         like["contrast"] = bool(c.loss.get("simclr", 0))  # absent in older workdirs
+        if tuned:
+            like["language"] = language.load(c.model.language, tower.digest, tower.joint)
         theta = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
         return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta

@@ -6,6 +6,7 @@ healthy images and probes painted on them are read, never a test image or label.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from medclip_jax.data import probes, readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
+IMAGE_ONLY = "_image"  # ends the name of a branch that speaks for the image score alone
 FINEST = 4.0  # standard deviations: no branch is trusted as if it separated better than this
 
 
@@ -66,6 +68,7 @@ def fuse(
     """The fused detector and how it mixes.
 
     weights: "equal", or "probes": by what a branch sees of `variants` probes per support.
+    branches: one whose name ends with IMAGE_ONLY has no share in the map.
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
     modality: names the kinds of probe, see data/probes.
     tiles: as the branches were built, see scales. Tokens of probes are kept in the bank.
@@ -131,12 +134,13 @@ def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:
 
 def weighed(found: dict[str, Evidence], weights: Float[np.ndarray, "b 2"]) -> Mix:
     """Values standardised on the held-out healthy images, times weights (map, image)."""
+    able = np.array([(0.0 if name.endswith(IMAGE_ONLY) else 1.0, 1.0) for name in found]).T
     centre = np.array([(e.patch.mean(), e.image.mean()) for e in found.values()]).T
     scale = calibrate.spread
     spread = np.array([(scale(e.patch.ravel()), scale(e.image)) for e in found.values()]).T
-    w = weights.T
+    w = weights.T * able
     # all blind: nothing speaks for one branch more than for another
-    w = np.where(w.sum(1, keepdims=True) > 0, w, 1.0)
+    w = np.where(w.sum(1, keepdims=True) > 0, w, able)
     gain = w / spread
     share = w / w.sum(1, keepdims=True)
     return Mix(tuple(found), centre[0], gain[0], centre[1], gain[1], share[0], share[1])
@@ -175,9 +179,6 @@ def combine(
 ) -> Detector:
     """One detector whose values are the weighted, standardised sum of its branches'."""
 
-    def total(values, centre, gain):
-        return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
-
     def patches(batch):
         values = (
             b.patches(batch) if g else 0.0 for b, g in zip(parts, made.patch_gain, strict=True)
@@ -214,7 +215,7 @@ def combine(
                 out = out + g * (each - read(branch.patches(given[0]))[None])
         return out
 
-    parts = tuple(b._replace(patches=once(b.patches)) for b in branches.values())
+    parts = tuple(b._replace(patches=detector.once(b.patches)) for b in branches.values())
     random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
     patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
     scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
@@ -229,25 +230,19 @@ def combine(
         load=parts[0].load,
         copies=copies if several else None,
         image_copies=image_copies if several else None,
+        choose=lambda batch: tuple(b.choose and b.choose(batch) for b in parts),
+        chosen=partial(chosen, parts, made),
     )
 
 
-def once(function: Callable) -> Callable:
-    """`function`, which remembers its value for the last argument: called again, it is not run.
+def total(values, centre, gain):
+    return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
 
-    The map, image score, passes and copies of one batch all read the same values. Under a
-    transformation (Grad-CAM's gradient) nothing is remembered.
-    """
-    last = object(), None  # read and replaced whole, for threads; no batch is this object
 
-    def remembering(batch):
-        nonlocal last
-        known, value = last
-        if known is batch:
-            return value
-        value = function(batch)
-        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
-            last = batch, value
-        return value
-
-    return remembering
+def chosen(parts: Sequence[Detector], made: Mix, batch: Features, choices: Sequence):
+    """Detector.chosen of fused branches: the fused values with each branch's choice held."""
+    values = [
+        b.patches(batch) if b.chosen is None else b.chosen(batch, choice)
+        for b, choice in zip(parts, choices, strict=True)
+    ]
+    return total(values, made.patch_centre, made.patch_gain)

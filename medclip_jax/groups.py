@@ -1,6 +1,8 @@
 """Work on the host in groups: what is the same once, so many at a time, shown as it goes on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -28,3 +30,18 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 def progress(items: Iterable, what: str, steps: int) -> Iterable:
     """Show progress on the terminal; nothing where there is nothing to do."""
     return track(items, what, steps, console=Console(stderr=True)) if steps else items
+
+
+def ahead(make: Callable[[Any], Any], items: Iterable) -> Generator[Any, None, None]:
+    """make(item) of each item, in order; the one after is made on a thread meanwhile.
+
+    An error of `make` is raised at its item's turn. Close it if it is not read to its end.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        next_one = None
+        for item in items:
+            last, next_one = next_one, pool.submit(make, item)
+            if last is not None:
+                yield last.result()
+        if next_one is not None:
+            yield next_one.result()

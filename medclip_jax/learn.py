@@ -3,8 +3,9 @@
     joint    Adam on the loss of a batch of rows
     maml     Adam on the query loss after inner steps on the support, exact second order
     fomaml   the same with the inner gradient as a constant
-    anil     exact, but only the head adapts: adapters, scale and offset; the body is the context,
-             so the text tower is not in the inner loop (Raghu et al. 2020)
+    anil     exact, but only the head adapts: adapters, scale and offset; the body is the context
+             (and a tuned language adapter), so the text tower is not in the inner loop (Raghu et
+             al. 2020)
 
 With a learned rate (Meta-SGD, Li et al. 2017) theta is a maml.MetaSGD until it is adapted.
 Every copy of theta (all supports, and one per held-out fold) learns from its own images alone.
@@ -24,7 +25,7 @@ from medclip_jax import features, maml, simclr
 from medclip_jax.data import episodes
 from medclip_jax.structs import Batch, TrainState, Views
 
-BODY = ("context",)  # parts of theta that ANIL does not adapt
+BODY = ("context", "language")  # parts of theta that ANIL does not adapt
 
 
 class Episodes(NamedTuple):
@@ -84,14 +85,16 @@ def make_step(
         copies = jax.tree.leaves(state.theta)[0].shape[0]
 
         def one(copy):
-            theta, opt, batch, key = copy
-            (_, parts), grad = jax.value_and_grad(loss, has_aux=True)(theta, frozen, batch, key)
+            theta, opt, number, key = copy
+            own = jax.tree.map(
+                partial(jax.lax.dynamic_index_in_dim, index=number, axis=1, keepdims=False), batch
+            )
+            (_, parts), grad = jax.value_and_grad(loss, has_aux=True)(theta, frozen, own, key)
             update, opt = optimizer.update(grad, opt, theta)
             return optax.apply_updates(theta, update), opt, parts
 
         # one after the other: batching the copies by vmap is a third slower on a CPU
-        batch = by_copy(batch)
-        each = (state.theta, state.opt, batch, jax.random.split(key, copies))
+        each = (state.theta, state.opt, jnp.arange(copies), jax.random.split(key, copies))
         theta, opt, parts = jax.lax.map(one, each)
         first = jax.tree.map(lambda x: x[0], parts)
         return TrainState(state.step + 1, theta, opt, state.key), first

@@ -1,10 +1,12 @@
 """What is learned (theta) and how it turns cached tokens into anomaly: one forward for all.
 
 theta is a plain dict of arrays:
-  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared
+  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared;
+                             absent where k is 0, as no checkpoint holds an empty array
   adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
   scale     []               log of 1/temperature of the anomaly logit and the alignment
   offset    []               of the distance form (score.patch_logit)
+  language  {down, up}       the language adapter (language.init), if it is tuned
   refine    ({kernel, bias, gate}, ...)  a query per tapped level (refine.init), if it is on
   head      {hidden, out}    SimCLR's projection (simclr.init), if it has a weight
 """
@@ -48,21 +50,22 @@ def init(
     context: int,
     shared: bool,
     contrast: bool = False,
+    language: Mapping | None = None,
 ) -> dict:
     """Fresh theta: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10).
 
     Context vectors for which the prompts name a token start from its embedding instead. With
-    `contrast` there is a SimCLR head; what else is drawn does not depend on it.
+    `contrast` there is a SimCLR head; what else is drawn does not depend on it. `language`: the
+    adapter to tune.
     """
     context_key, *adapter_keys = jax.random.split(key, 1 + len(model.vision_tower.levels))
     rows = 1 if shared else len(design.prompts.ids)
-    bound = model.width**-0.5
 
-    def adapter(key):
+    def adapter(key, width):
         kernel_key, bias_key = jax.random.split(key)
-        draw = dict(minval=-bound, maxval=bound)
+        draw = dict(minval=-(width**-0.5), maxval=width**-0.5)
         return {
-            "kernel": jax.random.uniform(kernel_key, (model.width, model.joint), **draw),
+            "kernel": jax.random.uniform(kernel_key, (width, model.joint), **draw),
             "bias": jax.random.uniform(bias_key, (model.joint,), **draw),
         }
 
@@ -72,13 +75,15 @@ def init(
         named = model.text["token"][jnp.maximum(start, 0)]
         vectors = jnp.where((jnp.asarray(start) >= 0)[None, :, None], named[None], vectors)
     theta = {
-        "context": vectors,
-        "adapters": tuple(adapter(k) for k in adapter_keys),
+        **({"context": vectors} if context else {}),
+        "adapters": tuple(map(adapter, adapter_keys, model.widths)),
         "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
         "offset": jnp.asarray(0.5),
     }
     if design.refinement is not None:
         theta["refine"] = refine.init(design.refinement)
+    if language is not None:
+        theta["language"] = language
     if contrast:
         theta["head"] = simclr.init(jax.random.fold_in(key, simclr.STREAM), model.joint)
     return theta
@@ -86,12 +91,24 @@ def init(
 
 def text_features(theta: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
     """Text features of all prompts with the learned context."""
-    context = theta["context"]
+    context = context_of(theta, frozen)
     rows = len(design.prompts.ids)
     context = jnp.broadcast_to(context, (rows, *context.shape[1:]))
     return clip.encode_text(
-        frozen["text"], context, design.prompts, design.text_tower, design.causal
+        text_of(theta, frozen), context, design.prompts, design.text_tower, design.causal
     )
+
+
+def text_of(theta: Mapping, frozen: Mapping) -> Mapping:
+    """Parameters of the text tower, with the language adapter that is tuned if there is one."""
+    tuned = {"language": theta["language"]} if "language" in theta else {}
+    return {**frozen["text"], **tuned}
+
+
+def context_of(theta: Mapping, frozen: Mapping) -> Float[Array, "_ k d"]:
+    """The learned context; of no vectors where theta has none."""
+    width = frozen["text"]["token"].shape[1]
+    return theta["context"] if "context" in theta else jnp.zeros((1, 0, width))
 
 
 def adapt_tokens(
@@ -168,13 +185,14 @@ def loss(
     several data sets, rows are compared with the prompts of their own.
     """
     scale = scale_of(theta, design)
+    batch = batch._replace(mask=batch.mask.astype(jnp.float32))
     if design.sets is None or batch.source is None:
         text = text_features(theta, frozen, design)
         _, levels, logit = forward(theta, text, batch.features, design, key)
         label, words = design.prompts.label, None
     else:
         static = design.sets, batch.source, design.text_tower, design.causal
-        words = several.words(theta["context"], frozen["text"], *static)
+        words = several.words(context_of(theta, frozen), text_of(theta, frozen), *static)
         levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
         logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
         label = design.sets.label

@@ -226,4 +226,6 @@ def widen(whole: Detector, small: Detector, tiles: int, grid: int, size: int) ->
         without=left_out("without"),
         copies=through("copies"),
         load=loader(tiles),
+        choose=None,
+        chosen=None,
     )

@@ -89,7 +89,7 @@ def memory_distance(
     levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
 ) -> Float[Array, "n p"]:
     """Cosine distance of each patch to its nearest healthy patch, mean over levels, in [0, 2]."""
-    return level_mean(1 - most_alike(v, m) for v, m in zip(levels, memory, strict=True))
+    return nearest(levels, memory)[0]
 
 
 def level_mean(each: Iterable[Float[Array, "*_"]]) -> Float[Array, "*_"]:
@@ -98,20 +98,54 @@ def level_mean(each: Iterable[Float[Array, "*_"]]) -> Float[Array, "*_"]:
     return reduce(add, values) / len(values)
 
 
-def most_alike(v: Float[Array, "n p d"], memory: Float[Array, "m d"]) -> Float[Array, "n p"]:
-    """Largest cosine with any row of the memory, CHUNK rows at a time: memory stays bounded."""
-    rows = len(memory)
-    if rows <= CHUNK:
-        return cosine(v, memory).max(-1)
-    fill = -rows % CHUNK
+def nearest(
+    levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
+) -> tuple[Float[Array, "n p"], tuple[Int[Array, "n p"], ...]]:
+    """`memory_distance`, and the row of the memory that is nearest in each level."""
+    found = [most_alike(v, m) for v, m in zip(levels, memory, strict=True)]
+    return level_mean(1 - alike for alike, _ in found), tuple(row for _, row in found)
+
+
+def distance_to(
+    levels: tuple[Float[Array, "n p _"], ...], neighbours: tuple[Float[Array, "n p _"], ...]
+) -> Float[Array, "n p"]:
+    """Cosine distance of each patch to a neighbour of its own, mean over levels, in [0, 2].
+
+    With the nearest rows of a memory: the value and the gradient of `memory_distance`.
+    """
+    pairs = zip(levels, neighbours, strict=True)
+    return level_mean(1 - (unit(v) * unit(near)).sum(-1) for v, near in pairs)
+
+
+def most_alike(
+    v: Float[Array, "n p d"], memory: Float[Array, "m d"]
+) -> tuple[Float[Array, "n p"], Int[Array, "n p"]]:
+    """Largest cosine with any row of the memory and the first row that has it.
+
+    One image and CHUNK rows at a time: similarities stay in the processor's cache, so that their
+    largest is found while they are there, and memory stays bounded.
+    """
+    size = min(len(memory), CHUNK)
     # filled with the last row, which changes no maximum
-    full = jnp.concatenate([memory, jnp.broadcast_to(memory[-1:], (fill, memory.shape[1]))])
-    chunks = full.reshape(-1, CHUNK, memory.shape[1])
+    fill = jnp.broadcast_to(memory[-1:], (-len(memory) % size, memory.shape[1]))
+    chunks = unit(jnp.concatenate([memory, fill])).reshape(-1, size, memory.shape[1])
+    first = jnp.arange(len(chunks)) * size
+    place = jnp.arange(size)[None]
 
-    def one(best, chunk):
-        return jnp.maximum(best, cosine(v, chunk).max(-1)), None
+    def image(patches):
+        def step(best, part):
+            chunk, start = part
+            alike = patches @ chunk.T
+            top = alike.max(-1)
+            # not argmax, which XLA computes one by one on a CPU
+            row = start + jnp.where(alike == top[:, None], place, size).min(-1)
+            better = top > best[0]
+            return (jnp.maximum(best[0], top), jnp.where(better, row, best[1])), None
 
-    return jax.lax.scan(one, jnp.full(v.shape[:2], -jnp.inf, v.dtype), chunks)[0]
+        none = jnp.full(len(patches), -jnp.inf, v.dtype), jnp.zeros(len(patches), first.dtype)
+        return jax.lax.scan(step, none, (chunks, first))[0]
+
+    return jax.lax.map(image, unit(v))
 
 
 def neighbourhood(tokens: Float[Array, "n p d"]) -> Float[Array, "n p d"]:

@@ -6,7 +6,7 @@ context vectors of a prompt are those of the target's prompt of the same class a
 again where the target has fewer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -70,7 +70,7 @@ def stack(prompts: Sequence[Prompts]) -> Sets:
 
 def words(
     context: Float[Array, "_ k d"],
-    text: dict,
+    text: Mapping,
     sets: Sets,
     source: Int[Array, "*n"],
     tower: clip.Tower,

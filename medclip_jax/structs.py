@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 
 class Image(NamedTuple):
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     """Tokens of a batch of images with their (synthetic) truth, in the tower frame."""
 
     features: Features
-    mask: Float[Array, "n h w"]  # [0, 1], 1 = anomalous
+    mask: Num[Array, "n h w"]  # [0, 1], 1 = anomalous; bytes as the bank hands them over
     label: Int[Array, " n"]  # 0 healthy, 1 anomalous
     valid: Bool[Array, " n"]  # False for rows that only fill the shape
     views: Views | None = None  # for SimCLR
