@@ -14,7 +14,7 @@ from PIL import Image
 
 from .test_end_to_end import ROOT, finished
 
-IMAGES = 120
+IMAGES = 300
 # where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
 PROGRAM = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
@@ -70,13 +70,13 @@ def stopped(process: subprocess.Popen, folder: Path, with_: int, least: int) -> 
 def test_signals_while_predicting_and_the_same_command_finishes(start, tmp_path):
     undisturbed, cut = start("whole"), tmp_path / "cut"
     process = start("cut")
-    stderr, done = stopped(process, cut, signal.SIGTERM, 1)
-    assert process.returncode == 143, stderr[-3000:]
-    assert int(re.search(r"stopped by SIGTERM after (\d+) of 120 items", stderr)[1]) == done
-    process = start("cut")
-    stderr, _ = stopped(process, cut, signal.SIGINT, done + 1)
+    stderr, done = stopped(process, cut, signal.SIGINT, 1)
     assert process.returncode == 130, stderr[-3000:]
     assert stderr.splitlines()[-1] == "stopped; the same command goes on from what is saved"
+    process = start("cut")
+    stderr, done = stopped(process, cut, signal.SIGTERM, done + 1)
+    assert process.returncode == 143, stderr[-3000:]
+    assert int(re.search(r"stopped by SIGTERM after (\d+) of 300 items", stderr)[1]) == done
     process = start("cut")
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr[-3000:]
