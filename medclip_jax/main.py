@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     except Preempted as stopped:
         said, code = f"{stopped}; the same command goes on from there", EXIT_CODE
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
         return 130
     else:
         return 0

@@ -30,8 +30,8 @@ def table(name: str, root: Path, k: int = 4, **options) -> tuple[dict, str]:
 
 def test_a_sound_folder(folder):
     rows, text = table("folder", folder)
-    assert rows["train healthy"].count == 6 and rows["test healthy"].count == 6
-    assert rows["with mask"].count == 6 and "9 x 7" not in text and "7 x 9" in text
+    assert rows["train healthy"].images == 6 and rows["test healthy"].images == 6
+    assert rows["with mask"].images == 6 and "9 x 7" not in text and "7 x 9" in text
     assert {row.state for row in rows.values()} == {"ok"}
     assert not (folder.parent / "cache").exists()
 
@@ -44,7 +44,7 @@ def test_what_is_worth_a_look(folder):
     PIL.Image.fromarray(np.full((9, 7), 8, np.uint8)).save(folder / "test" / "good" / "2.png")
     PIL.Image.fromarray(array // 32).save(folder / "test" / "stain" / "3.png")
     rows, _ = table("folder", folder)
-    look = {what: row.count for what, row in rows.items() if row.state == "look"}
+    look = {what: row.images for what, row in rows.items() if row.state == "look"}
     assert look == {
         "exact duplicate across the split": 1,
         "near-duplicate across the split": 2,

@@ -1,10 +1,12 @@
-"""SIGTERM while predicting: training's exit code, and the same command ends as if undisturbed."""
+"""SIGTERM and SIGINT while predicting: the same command ends as if nothing had happened."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,12 @@ from PIL import Image
 
 from .test_end_to_end import ROOT, finished
 
-IMAGES = 120
+IMAGES = 300
+# where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
+PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from medclip_jax import main; main.cli()"
+)
 
 
 @pytest.fixture
@@ -33,7 +40,7 @@ def start(tmp_path, tmp_path_factory):
     def run(output: str) -> subprocess.Popen:
         flags = "--mode=predict", f"--workdir={workdir}", f"--input={tmp_path / 'in'}"
         return subprocess.Popen(
-            [sys.executable, "-m", "medclip_jax.main", *flags, f"--output={tmp_path / output}"],
+            [sys.executable, "-c", PROGRAM, *flags, f"--output={tmp_path / output}"],
             cwd=ROOT,
             env=os.environ | settings,
             stderr=subprocess.PIPE,
@@ -47,23 +54,33 @@ def kept(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_sigterm_while_predicting_and_the_same_command_finishes(start, tmp_path):
-    undisturbed = start("whole")
-    process = start("cut")
-    while process.poll() is None and not list(tmp_path.glob("cut/*.json")):
+def stopped(process: subprocess.Popen, folder: Path, with_: int, least: int) -> tuple[str, int]:
+    """Stop it once it has finished so many items; what it said, and how many it has finished."""
+    while process.poll() is None and len(list(folder.glob("*.json"))) < least:
         time.sleep(0.002)
-    process.terminate()
+    process.send_signal(with_)
     _, stderr = process.communicate(timeout=300)
+    assert not (folder / "results.csv").exists()  # a table is of everything
+    assert not list(folder.glob(".*"))  # nothing half-written stays
+    done = len(list(folder.glob("*.json")))
+    assert least <= done < IMAGES
+    return stderr, done
+
+
+def test_signals_while_predicting_and_the_same_command_finishes(start, tmp_path):
+    undisturbed, cut = start("whole"), tmp_path / "cut"
+    process = start("cut")
+    stderr, done = stopped(process, cut, signal.SIGINT, 1)
+    assert process.returncode == 130, stderr[-3000:]
+    assert stderr.splitlines()[-1] == "stopped; the same command goes on from what is saved"
+    process = start("cut")
+    stderr, done = stopped(process, cut, signal.SIGTERM, done + 1)
     assert process.returncode == 143, stderr[-3000:]
-    said = re.search(r"stopped by SIGTERM after (\d+) of 120 items", stderr)
-    done = len(list(tmp_path.glob("cut/*.json")))
-    assert 0 < int(said[1]) == done < IMAGES
-    assert not (tmp_path / "cut" / "results.csv").exists()  # a table is of everything
-    assert not list(tmp_path.glob("cut/.*"))  # nothing half-written stays
+    assert int(re.search(r"stopped by SIGTERM after (\d+) of 300 items", stderr)[1]) == done
     process = start("cut")
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr[-3000:]
     _, stderr = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, stderr[-3000:]
-    ours, theirs = kept(tmp_path / "cut"), kept(tmp_path / "whole")
+    ours, theirs = kept(cut), kept(tmp_path / "whole")
     assert len(theirs) == 3 * IMAGES + 2 and ours == theirs
