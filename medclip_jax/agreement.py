@@ -175,7 +175,7 @@ def randomised(
     """Mean rank correlation of each explanation with itself after blocks are drawn anew."""
     images = np.stack([x for _, x in readers.read_all(records, bank.clip.size, bank.fit)])
     vision = jax.tree.map(jnp.asarray, jax.device_get(bank.vision))
-    depth = vision["blocks"]["fc1"]["bias"].shape[0]
+    depth = attribution.depth(vision)
     told = {}
     for name, blocks in (("last_block", [depth]), ("all_blocks", range(1, depth + 1))):
         drawn = attribution.randomised(vision, jax.random.key(seed), list(blocks))

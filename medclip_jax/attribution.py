@@ -126,13 +126,30 @@ def through(
     return held
 
 
+def depth(vision: dict) -> int:
+    """Blocks of a ViT, stages of a ResNet."""
+    return len(vision["blocks"]["fc1"]["bias"] if "blocks" in vision else vision["stages"])
+
+
 def randomised(vision: dict, key: jax.Array, blocks: Sequence[int]) -> dict:
     """The tower with the given blocks (from 1) drawn anew, for the sanity check of explanations.
 
-    Every weight matrix of a block gets normal values of its own standard deviation; norms and
-    biases stay. A map that hardly changes does not explain the model (Adebayo et al., 2018).
+    Every weight matrix of a block (ResNet: every kernel of a stage) gets normal values of its own
+    standard deviation; norms and biases stay. A map that hardly changes does not explain the model
+    (Adebayo et al., 2018).
     """
     chosen = np.asarray(blocks, int) - 1
+    if "stages" in vision:
+        flat, shape = jax.tree.flatten([vision["stages"][i] for i in chosen])
+        fresh = [
+            x.std() * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            if x.ndim == 4  # [h, w, in, out]
+            else x
+            for i, x in enumerate(flat)
+        ]
+        stages = dict(zip(chosen.tolist(), jax.tree.unflatten(shape, fresh), strict=True))
+        kept = enumerate(vision["stages"])
+        return {**vision, "stages": type(vision["stages"])(stages.get(i, s) for i, s in kept)}
     leaves, tree = jax.tree.flatten(vision["blocks"])
     drawn = []
     for i, leaf in enumerate(leaves):

@@ -53,7 +53,7 @@ def build(
     method: str,
     theta: Any,
     frozen: dict,
-    design: model.Design,
+    design: model.Design | None,
     bank: features.Bank,
     supports: Sequence[Record],
     groups: Sequence[np.ndarray],

@@ -60,7 +60,6 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     beside = others.read(c)
     main = sharding.is_main()
     compiled.keep(Path(c.cache))
-    claim(workdir, c, main)
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
@@ -68,13 +67,14 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         policy = (c.data.uncertain, c.data.blank)
         records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k, policy)
         drawn = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
-        keep_split(workdir, drawn, c, main)
 
     # before the long part: a word that the ontology lacks stops the run here
     design, frozen = build(c, tower)
     if beside and c.steps:
         own = [phrases(c, tower, c.prompts.context, **other.words) for other in beside]
         design = design._replace(sets=several.stack([design.prompts, *own]))
+    claim(workdir, c, main)  # only now: settings that cannot be used leave no claim
+    keep_split(workdir, drawn, c, main)
 
     with stage(timing, "encode"):
         bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh, recipe)

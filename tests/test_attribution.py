@@ -214,3 +214,17 @@ def test_an_unknown_block_is_refused(tiny, scene):
     pixels, patches, _ = scene
     with pytest.raises(ValueError, match="block 5 is not one of 1 to 4"):
         attribution.through(tiny.vision, pixels, tiny.vision_tower, pooled(patches), 5)
+
+
+def test_stages_of_a_resnet_are_drawn_anew():
+    params, _ = clip_resnet.read(load_file(RESNET / "tower.safetensors"))
+    params = jax.tree.map(jnp.asarray, params)
+    last = attribution.depth(params)
+    assert last == 4
+    drawn = attribution.randomised(params, jax.random.key(0), [last])
+    for stage, (old, new) in enumerate(zip(params["stages"], drawn["stages"], strict=True), 1):
+        pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+        changed = {a.ndim: bool((a != b).any()) for a, b in pairs}
+        assert changed == {4: stage == last, 1: False}
+    old, new = (x["stages"][-1][0]["conv1"]["kernel"] for x in (params, drawn))
+    assert float(new.std()) == pytest.approx(float(old.std()), rel=0.1)

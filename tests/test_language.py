@@ -149,7 +149,7 @@ def test_generated_sentences_say_one_thing_in_many_words(script):
     subjects = script.sentences(ontology.load())
     present, absent = subjects["finding pneumonia"]
     assert "signs of lung infection" in present and "no signs of pneumonia" in absent
-    assert "chest X-ray of a lung with pneumonia" in present
+    assert "medical image of a lung with pneumonia" in present
     assert not set(present) & set(absent)
     assert "the brain is unremarkable" in subjects["anatomy brain"][0]
     assert not {"finding disease", "finding no finding"} & set(subjects)
