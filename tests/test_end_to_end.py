@@ -145,7 +145,7 @@ def leaves(tree) -> list[np.ndarray]:
 
 def test_a_run_leaves_the_files_of_the_contract(whole):
     held = {str(p.relative_to(whole)) for p in whole.rglob("*") if "checkpoints" not in p.parts}
-    charts = "loss roc scores calibration risk_coverage gallery"
+    charts = "loss deletion roc scores calibration risk_coverage gallery"
     assert held == {
         *("config.json", "metrics.jsonl", "split.json", "predictions.npz", "metrics.json"),
         *(
@@ -161,14 +161,17 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
     assert settings["steps"] == STEPS and settings["batch"] == 4 and settings["k"] == 4
     rows = log(whole)
     assert [row["step"] for row in rows] == list(range(10, STEPS + 1, 10))
-    assert all(set(row) == {"step", "loss", "focal", "dice", "align"} for row in rows)
+    validation = {"held_out_accuracy", "held_out_auroc"}
+    parts = {"step", "loss", "focal", "dice", "align"}
+    assert all(set(row) in (parts, parts | validation) for row in rows)
+    assert validation <= set(rows[-1])
 
 
 def test_metrics_json_has_the_keys_of_the_contract(whole):
     held = json.loads((whole / "metrics.json").read_text())
     assert list(held) == (
         "dataset k seed split method learner gradients backbone image pixel calibration intervals "
-        "uncertainty fusion timing versions".split()
+        "uncertainty explanations fusion timing versions".split()
     )
     assert set(held["image"]) == {*IMAGE.split(), "threshold"}
     assert set(held["pixel"]) == set(PIXEL.split())
