@@ -149,6 +149,20 @@ def _block(x, p, tower: Tower, mask=None, shift=None):
     return x + _dense(hidden, p["fc2"])
 
 
+def _block_at(x, at: Int[Array, " n"], p, tower: Tower, causal: bool):
+    """`_block` of one position of each row, [n, d]: all that is read of a text tower's last."""
+    (n, s, d), heads = x.shape, tower.heads
+    y, rows = _layer_norm(x, p["norm1"], tower.eps), jnp.arange(n)
+    kernel, bias = p["qkv"]["kernel"].astype(x.dtype), p["qkv"]["bias"].astype(x.dtype)
+    q = y[rows, at] @ kernel[:, :d] + bias[None, :d]
+    k, v = jnp.split((y @ kernel[:, d:] + bias[None, None, d:]).reshape(n, s, 2 * heads, -1), 2, 2)
+    seen = (jnp.arange(s)[None] <= at[:, None])[:, None, None] if causal else None
+    mixed = jax.nn.dot_product_attention(q.reshape(n, 1, heads, -1), k, v, mask=seen)
+    x = x[rows, at] + _dense(mixed.reshape(n, d), p["out"])
+    hidden = _activate(_dense(_layer_norm(x, p["norm2"], tower.eps), p["fc1"]), tower.activation)
+    return x + _dense(hidden, p["fc2"])
+
+
 def normalise(grey: Float[Array, "n h w"], mean, std) -> Float[Array, "n h w 3"]:
     """Grey images in [0, 1] -> what the tower was trained on."""
     mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in (mean, std))
@@ -258,9 +272,10 @@ def encode_ids(
     positions = x.shape[1]
     x = x + text["position"][None, :positions]
     mask = jnp.tril(jnp.ones((positions, positions), bool))[None, None] if causal else None
-    for i in range(text["blocks"]["fc1"]["bias"].shape[0]):  # a loop: its gradient beats scan's
-        x = _block(x, jax.tree.map(lambda b, i=i: b[i], text["blocks"]), tower, mask)
-    at_eos = x[jnp.arange(x.shape[0]), eos]
+    blocks, last = text["blocks"], text["blocks"]["fc1"]["bias"].shape[0] - 1
+    for i in range(last):  # a loop: its gradient beats scan's
+        x = _block(x, jax.tree.map(lambda b, i=i: b[i], blocks), tower, mask)
+    at_eos = _block_at(x, eos, jax.tree.map(lambda b: b[last], blocks), tower, causal)
     return _layer_norm(at_eos, text["final"], tower.eps) @ text["projection"]
 
 

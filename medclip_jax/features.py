@@ -198,26 +198,28 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
             return pool.clean[s](name)[0]
         return pool.anomalous[s](name)[int(v) if v >= 0 else pool.variants - int(v) - 2]
 
-    def rows(name: str) -> np.ndarray:
-        return np.stack([row(s, v, name) for s, v in zip(support, variant, strict=True)])
+    # the copies of theta often meet the same row in one step: each is read once
+    distinct, place = np.unique(np.stack([support, variant], 1), axis=0, return_inverse=True)
+    place = place.ravel()
 
-    taught = None
+    def rows(name: str) -> np.ndarray:
+        return np.stack([row(s, v, name) for s, v in distinct])[place]
+
+    v, taught = np.asarray(variant), None
     if pool.teacher:
-        v = np.asarray(variant)
         at = np.where(v >= -1, v + 1, pool.variants - v - 1)
         taught = np.stack([pool.teacher[s][i] for s, i in zip(support, at, strict=True)])
-    bits = pool.size * pool.size
-    empty = np.zeros(-(-bits // 8), np.uint8)
-    packed = [row(s, v, "mask") if v >= 0 else empty for s, v in zip(support, variant, strict=True)]
-    mask = np.unpackbits(np.stack(packed), axis=1, count=bits).reshape(-1, pool.size, pool.size)
+    empty = np.zeros(-(-(bits := pool.size**2) // 8), np.uint8)
+    packed = np.stack([row(s, v, "mask") if v >= 0 else empty for s, v in distinct])
+    mask = np.unpackbits(packed, axis=1, count=bits).reshape(-1, pool.size, pool.size)
     return Batch(
         Features(
             rows("pooled"),
             tuple(rows(f"level{i}") for i in range(pool.levels)),
             tuple(rows(f"input{i}") for i in range(pool.levels if pool.inputs else 0)),
         ),
-        mask,
-        (np.asarray(variant) >= 0).astype(np.int32),
+        mask[place],
+        (v >= 0).astype(np.int32),
         np.ones(len(support), bool),
         teacher=taught,
         source=None if pool.source is None else pool.source[support],

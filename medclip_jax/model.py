@@ -166,19 +166,27 @@ def loss(
     design: Design,
     weights: Mapping[str, float],
     distill: losses.Distill | None = None,
+    text: Float[Array, "c j"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The training loss: (scalar, named parts). A term of weight 0 is not computed.
 
     Nor is SimCLR's where rows carry no views: in adaptation, which has no step to draw them by.
     `distill` says how the teacher's logits count, where the rows carry them. Where training has
-    several data sets, rows are compared with the prompts of their own.
+    several data sets, rows are compared with the prompts of their own. `text`: the text features of
+    this theta, where they are there already; only with one data set.
     """
     scale = scale_of(theta, design)
     batch = batch._replace(mask=batch.mask.astype(jnp.float32))
     if design.sets is None or batch.source is None:
-        text = text_features(theta, frozen, design)
-        _, levels, logit = forward(theta, text, batch.features, design, key)
+        text = text_features(theta, frozen, design) if text is None else text
+        levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
         label, words = design.prompts.label, None
+        alike = sum(score.cosine(v, text) for v in levels) / len(levels)
+        if design.form == "softmax":  # forward's logit, from the cosines that align needs as well
+            pair = alike @ score.class_weights(text, label)
+            logit = scale * (pair[..., 1] - pair[..., 0])
+        else:
+            logit = score.patch_logit(levels, text, label, scale, theta["offset"], design.form)
     else:
         static = design.sets, batch.source, design.text_tower, design.causal
         words = several.words(theta["context"], frozen["text"], *static)
@@ -189,7 +197,7 @@ def loss(
 
     def align():
         if words is None:
-            similarity = sum(score.cosine(v, text) for v in levels) / len(levels)
+            similarity = alike
         else:
             similarity = several.similarity(levels, words)
         share = losses.patch_share(batch.mask, design.grid)
@@ -197,10 +205,10 @@ def loss(
 
     def prompt():
         if words is None:
-            alike = score.cosine(batch.features.pooled, score.class_features(text, label))
+            pooled = score.cosine(batch.features.pooled, score.class_features(text, label))
         else:
-            alike = several.prompt_logits(batch.features.pooled, words)
-        return losses.prompt(jnp.exp(frozen["logit_scale"]) * alike, batch.label, batch.valid)
+            pooled = several.prompt_logits(batch.features.pooled, words)
+        return losses.prompt(jnp.exp(frozen["logit_scale"]) * pooled, batch.label, batch.valid)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
