@@ -4,9 +4,10 @@ python experiments/ablations.py --config configs/busi.py configs/brain_mri.py --
   --draws 10 --out runs/ablations [--switches dropout,tiles] [--sides full,bare] [--set epochs=50]
 
 `full` has every part on, and each switch takes one away; `bare` has every part off, and each switch
-adds one. Draw i is seed i for all, so that all see the same supports. Each run has its own workdir
-below --out and is skipped if it is finished, so a killed analysis goes on; all share the bank of
-tokens, which is filled once for the images and once for their variants and tiles.
+adds one; `default` is the config as it ships, and each of CHANGES alters one part of it. Draw i is
+seed i for all, so that all see the same supports. Each run has its own workdir below --out and is
+skipped if it is finished, so a killed analysis goes on; all share the bank of tokens, which is
+filled once for the images and once for their variants and tiles.
 
 Writes table.csv (a line per run) and table.md: per data set, K, side and switch the mean image and
 pixel AUROC, the 95% t interval of the first over draws, and its paired difference to the side's
@@ -63,7 +64,29 @@ WITHIN = {
     "coreset of a tenth": ("memory.coreset=0.1",),
     "weights from probes": ("fusion.weights=probes",),
 }
-SIDES = ("full", "bare")
+# Changes of the config as it ships.
+VIEWS = ("augment.flip=0.5", "augment.rotate=10.0", "augment.intensity=0.2")
+CHANGES = {
+    "prompts alone": ("fusion.branches=('learned',)",),
+    "prompts and memory": ("fusion.branches=('learned','memory')",),
+    "plain prompts in the image score": ("fusion.branches=('learned','memory','zero_shot_image')",),
+    "mirrored memory": ("memory.mirror=True",),
+    "language adapter": ("model.language=embedded",),
+    "language adapter, tuned": ("model.language=embedded", "model.language_tuned=True"),
+    "token refinement": ("model.refine=True",),
+    "augmentation alone": VIEWS,
+    "SimCLR and augmentation": (*VIEWS, "loss.simclr=0.1"),
+    "two tiles per side": ("score.tiles=2",),
+    "suppression": SWITCHES["outlier suppression"].on,
+    "maximum in place of the top patches": ("score.top=0.0",),
+    "no alignment loss": ("loss.align=0.0",),
+    "no dice loss": ("loss.dice=0.0",),
+    "no dropout": ("model.dropout=0.0",),
+    "distance form": ("model.form=distance",),
+    "tenth of the memory": ("memory.coreset=0.1",),
+    "probes weigh": ("fusion.weights=probes",),
+}
+SIDES = ("full", "bare", "default")
 COLUMNS = ("data", "k", "side", "switch", "seed")
 
 
@@ -88,11 +111,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--k", type=int, nargs="+", default=[16], help="each at least 2")
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--switches", default="all", help="names by comma, or all")
-    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--sides", default="full,bare", help="any of full,bare,default")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], help="field=value, as --config.field")
     args = parser.parse_args()
-    known = [*SWITCHES, *WITHIN]
+    known = [*SWITCHES, *WITHIN, *CHANGES]
     for given, names in ((args.switches, ["all", *known]), (args.sides, SIDES)):
         unknown = set(given.split(",")) - set(names)
         if unknown:
@@ -104,7 +127,7 @@ def arguments() -> argparse.Namespace:
 
 def chosen(named: str) -> list[str]:
     """The switches asked for, in the order of SWITCHES."""
-    names = [*SWITCHES, *WITHIN]
+    names = [*SWITCHES, *WITHIN, *CHANGES]
     return names if named == "all" else [n for n in names if n in named.split(",")]
 
 
@@ -113,6 +136,8 @@ def variants(side: str, names: list[str]) -> list[tuple[str, list[str]]]:
 
     Assignments are in full, the turned ones last, so that what they override is overridden.
     """
+    if side == "default":
+        return [(side, []), *((n, list(CHANGES[n])) for n in names if n in CHANGES)]
     full = side == "full"
     base = [a for s in SWITCHES.values() for a in (s.on if full else s.off)]
     made = [(side, base)]
@@ -120,6 +145,8 @@ def variants(side: str, names: list[str]) -> list[tuple[str, list[str]]]:
         if name in WITHIN:
             if full:
                 made.append((f"with {name}", [*base, *WITHIN[name]]))
+            continue
+        if name not in SWITCHES:
             continue
         turned = SWITCHES[name].off if full else SWITCHES[name].on
         made.append((f"{'without' if full else 'with'} {name}", [*base, *turned]))
@@ -136,7 +163,7 @@ def run(
     seed: int,
 ) -> dict:
     """metrics.json of one run; what --set says holds for all variants, the variant's own last."""
-    folder = args.out / config.stem / side / name.replace(" ", "_")
+    folder = args.out / config.stem / side / name.replace(" ", "_").replace(",", "")
     one = argparse.Namespace(config=config, out=folder, set=[*args.set, *assignments])
     return compare.finished(one, k, "ours", seed)
 

@@ -1,6 +1,7 @@
-"""Measure this machine: time, memory, scaling, PyTorch beside it, a new site, prediction.
+"""Measure this machine: time, memory, scaling, PyTorch, a new site, prediction, reading, metrics.
 
-python experiments/benchmark.py maml|scaling|torch|adapt|predict [--json FILE] [--help]
+python experiments/benchmark.py maml|scaling|torch|adapt|predict|prepare|metrics \
+  [--json FILE] [--help]
 
 Run it from a checkout in which medclip_jax is installed. Times are the best of a few repetitions,
 taken in turn, so that what else the machine does falls on all sides alike: read the ratios. On
@@ -23,6 +24,8 @@ COMMANDS = {  # subcommand -> module of bench
     "torch": "peer",
     "adapt": "adapt",
     "predict": "predict",
+    "prepare": "prepare",
+    "metrics": "metrics",
 }
 
 

@@ -233,20 +233,25 @@ def _lines(path: Path) -> int:
 
 
 def run(
-    base: Path, kills: int, seed: int, stages: tuple[str, ...] = (*STAGES, "predict", "reproduce")
+    base: Path,
+    kills: int,
+    seed: int,
+    stages: tuple[str, ...] = (*STAGES, "predict", "reproduce"),
+    trained: Path | None = None,
 ) -> dict:
     """Kill `kills` times, the stages in turn, at most one job's worth of stages per job.
 
+    trained: a workdir to predict with; without it that of the undisturbed training.
     Returns counts of kills and attempts that came too late by stage, and what was lost. Raises
     RuntimeError if a job fails.
     """
     rng, here = np.random.default_rng(seed), world(base)
     groups = {"training": STAGES, "predict": PREDICT, "reproduce": REPRODUCE}
-    whole = {}
+    scorer, whole = trained or base / "whole-training", {}
     for kind, group in groups.items():
-        if kind == "training" or set(group) & set(stages):
-            trained = whole["training"].folder if whole else base
-            whole[kind] = here.job(kind, f"whole-{kind}", trained)
+        needed = kind == "training" and trained is None and "predict" in stages
+        if needed or set(group) & set(stages):
+            whole[kind] = here.job(kind, f"whole-{kind}", scorer)
             whole[kind].finish(here.compiled)
     done, late, lost, number = Counter(), Counter(), [], 0
     while sum(done.values()) < kills:
@@ -255,7 +260,7 @@ def run(
             if not chosen:
                 continue
             number += 1
-            job = here.job(kind, f"job{number}", whole["training"].folder)
+            job = here.job(kind, f"job{number}", scorer)
             for stage in chosen:
                 (done if kill(job, stage, here.compiled, rng) else late)[stage] += 1
             job.finish(here.compiled)

@@ -1,11 +1,12 @@
 """Do the 95% intervals hold the truth 95 times in 100? Simulations with a known truth.
 
-python experiments/interval_coverage.py [--runs 2000] [--only image,pixel,draws] [--seed 0]
+python experiments/interval_coverage.py [--runs 2000] [--only image,pixel,draws,table] [--seed 0]
 
     image   intervals.image: AUROC, sensitivity, specificity, accuracy of 80 + 80 images
     pixel   intervals.pixel: AUROC, recall, Dice of the pixels of 60 + 60 images; the pixels of an
             image share a shift, so that they are not independent
     draws   stats.bootstrap_interval: mean AUROC over 5 support draws on the same 60 + 60 images
+    table   draws.image, as reproduce.py uses it: AUROC, recall and false alarms of the same
 
 Scores are normal, so every truth is a closed form. Prints a Markdown table: the share of intervals
 that hold the truth, and the standard error of that share.
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import binom, norm
 
+from medclip_jax import draws as of_draws
 from medclip_jax import intervals, stats
 
 WANTED = (0.93, 0.97)  # of a nominal 95%
@@ -56,14 +58,30 @@ def draws(rng: np.random.Generator, run: int, rounds: int = 400) -> dict[str, bo
     A score is (image + noise of the draw) / sqrt(2) + separation * label, all normal; the truth
     is the mean of Phi(separation / sqrt(2)) over separations, Phi(1 / sqrt(2 + 0.04)).
     """
-    label = np.repeat([0, 1], 60)
-    parts = rng.normal(size=(1, 120)) + rng.normal(size=(5, 120))
-    scores = parts / 2**0.5 + rng.normal(1, 0.2, (5, 1)) * label[None]
+    scores, label = five_draws(rng)
     found = stats.bootstrap_interval(scores, label, np.random.default_rng(run), rounds=rounds)
     return holds({"mean auroc": [found.low, found.high]}, {"mean auroc": norm.cdf(2.04**-0.5)})
 
 
-CASES = {"image": image, "pixel": pixel, "draws": draws}
+def table(rng: np.random.Generator, run: int) -> dict[str, bool]:
+    """The same scores; at the threshold 0.5 a recall is the mean of Phi(separation - 1/2)."""
+    scores, label = five_draws(rng)
+    found = of_draws.image(list(scores), label, seed=run)
+    truth = {
+        "auroc": norm.cdf(2.04**-0.5),
+        "recall": norm.cdf(0.5 / 1.04**0.5),
+        "false_alarm_rate": norm.cdf(-0.5),
+    }
+    return holds({name: [found[name].low, found[name].high] for name in truth}, truth)
+
+
+def five_draws(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    label = np.repeat([0, 1], 60)
+    parts = rng.normal(size=(1, 120)) + rng.normal(size=(5, 120))
+    return parts / 2**0.5 + rng.normal(1, 0.2, (5, 1)) * label[None], label
+
+
+CASES = {"image": image, "pixel": pixel, "draws": draws, "table": table}
 
 
 def holds(limits: dict[str, list[float]], truth: dict[str, float]) -> dict[str, bool]:

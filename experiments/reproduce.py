@@ -7,11 +7,11 @@ python experiments/reproduce.py --out results --runs runs/reproduce --set data.r
 Draw i is seed i for every method. A finished run is never made again, so a killed command goes on;
 several processes share the work with --part 1/2 and --part 2/2 (same --runs folder), and whichever
 comes last writes tables of all that is finished. Tokens are kept in one bank, compiled programs in
-its folder. Writes below --out: runs.csv (a line per run), tables.md, figures/.
+its folder. Writes below --out: runs.csv (a line per run), summary.csv (a line per data set, K,
+method and metric, with intervals, tests and published context), tables.md, figures/.
 """
 
 import argparse
-import csv
 import json
 import shutil
 import sys
@@ -20,23 +20,17 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import tables
 from compare import settings
-from published import IMAGE_AUROC, PIXEL_AUROC, K
+from published import K
 
 from medclip_jax import config as configuration
-from medclip_jax import figures, files, gallery, metrics, results, stats, train
+from medclip_jax import figures, files, gallery, metrics, results, train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [ROOT / "configs" / f"{name}.py" for name in ("busi", "brain_mri", "chest_xray")]
 LEARNERS = ("maml", "fomaml", "anil")  # as methods: ours with this learner
 METHODS = ("ours", "fomaml", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level")
-COLUMNS = (
-    *(("image", name) for name in ("auroc", "auprc")),
-    ("image", "sensitivity_at_90"),
-    *(("calibration", name) for name in ("alpha_attained", "false_alarm_rate")),
-    *(("pixel", name) for name in ("auroc", "auprc", "aupro", "dice")),
-    ("oracle", "f1"),
-)
 SHOWN = 2  # images of Figures 2 to 4
 
 
@@ -93,6 +87,8 @@ def fields(args, file: Path, k: int, method: str, seed: int):
     c = settings(SimpleNamespace(config=file, set=args.set), k, "ours" if learner else method, seed)
     if learner:
         c.learner = method
+    if seed:  # explanations are checked in the first draw alone
+        c.explained = 0
     return c
 
 
@@ -116,21 +112,25 @@ def finished(args, *job) -> None:
     print(*job[1:], job[0].stem, file=sys.stderr, flush=True)
     train.run(c, workdir)
     held = results.read(workdir)
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as file:
+        beside = {n: file[n] for n in ("pixel_counts", "patient") if n in file.files}
     if job[3] == 0 and job[2] == "ours":  # for the figures
         sheet = gallery.pages([p._replace(name=f"K = {job[1]}") for p in held.panels[:SHOWN]])
         files.write_bytes(workdir / "panels.png", gallery.stack(sheet))
     kept = workdir / ".scores.npz"
-    np.savez(kept, **held.predictions)
+    np.savez_compressed(kept, **held.predictions, **beside)
     (workdir / "predictions.npz").unlink()  # 75 MB of maps each
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     kept.rename(workdir / "scores.npz")  # last: it says that the run is whole
 
 
 def read(args, *job) -> dict:
-    """Metrics of a finished run, with scores and labels."""
+    """Metrics of a finished run, with scores, labels and where its arrays are."""
     result = json.loads((folder(args, *job) / "metrics.json").read_text())
-    with np.load(folder(args, *job) / "scores.npz", allow_pickle=False) as held:
-        result |= {name: held[name] for name in ("id", "label", "score")}
+    result["arrays"] = folder(args, *job) / "scores.npz"
+    with np.load(result["arrays"], allow_pickle=False) as held:
+        names = {"id", "label", "score", "patient"} & set(held.files)
+        result |= {name: held[name] for name in names}
     score, label = result["score"], result["label"]
     result["image"]["sensitivity_at_90"] = metrics.sensitivity_at(score, label, 0.9)
     both = len(set(label.tolist())) == 2
@@ -138,114 +138,23 @@ def read(args, *job) -> dict:
     return result
 
 
-# --- tables ---------------------------------------------------------------------------------
-
-
 def write(args, rows: dict) -> None:
-    """runs.csv, tables.md and figures of all finished runs."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    head = ["dataset", "k", "method", "seed", *(f"{a} {b}" for a, b in COLUMNS)]
-    with (args.out / "runs.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([head, *(line(job, r) for job, r in rows.items())])
-    lines = ["# Results", "", *notes(args)]
-    for file in args.config:
-        for k in args.k:
-            cell = {}
-            for (f, n, method, _), result in rows.items():
-                if (f, n) == (file, k):
-                    cell.setdefault(method, []).append(result)
-            if cell:
-                lines += table(file, k, cell)
-    files.write_bytes(args.out / "tables.md", ("\n".join(lines) + "\n").encode())
+    """runs.csv, summary.csv, tables.md and figures of all finished runs."""
+    cells: dict[tuple[str, int], dict[str, list[dict]]] = {}
+    for (file, k, method, _), result in rows.items():
+        cells.setdefault((file.stem, k), {}).setdefault(method, []).append(result)
+    files.write_bytes(args.out / "runs.csv", tables.per_run(rows).encode())
+    found = tables.measured(cells)
+    files.write_bytes(args.out / "summary.csv", tables.summary(cells, found).encode())
+    files.write_bytes(args.out / "tables.md", tables.markdown(cells, found, args.draws).encode())
     draw(args)
-
-
-def notes(args) -> list[str]:
-    p = 2.0 ** (1 - args.draws)
-    return [
-        "Mean ± sd over support draws; draw i is seed i, the same for every method. The interval "
-        "is a two-level bootstrap over draws and test images. Last step of a fixed budget; no test "
-        "label is read before scoring, except for the columns named oracle, which are for "
-        "comparison only. p: Wilcoxon over draws against ours, Holm-corrected within the table; "
-        f"with {args.draws} draws it cannot be below {p:.4g}. DeLong: draws of "
-        f"{args.draws} in which the AUROCs differ at p < 0.05 after Holm's correction.",
-        "",
-    ]
-
-
-def line(job: tuple, result: dict) -> list:
-    return [job[0].stem, *job[1:], *((result[a] or {}).get(b) for a, b in COLUMNS)]
-
-
-def table(file: Path, k: int, cell: dict[str, list[dict]]) -> list[str]:
-    """One Markdown table: methods by columns, then published numbers in rows of their own."""
-    names = ["method", "draws", *(f"{a} {b}" for a, b in COLUMNS)]
-    names[3:3] = ["image AUROC 95%", "p", "DeLong"]
-    out = [f"## {file.stem}, K = {k}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    against = tests(cell)
-    for method, runs in cell.items():
-        cells = [spread([(r[a] or {}).get(b) for r in runs]) for a, b in COLUMNS]
-        cells[1:1] = [interval(runs), *against.get(method, ("", ""))]
-        out.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
-    out += [
-        "",
-        "Published elsewhere (other splits, backbones and stopping rules; context only):",
-        "",
-    ]
-    for what, numbers in (("image", IMAGE_AUROC), ("pixel", PIXEL_AUROC)):
-        for name, values in numbers.get(file.stem, {}).items():
-            value = values[K.index(k)] if k in K else None
-            if value is not None:
-                out.append(f"- {name}: {what} AUROC {value:.3f}")
-    return [*out, ""]
-
-
-def spread(values: list[float | None]) -> str:
-    """Mean ± sd, "–" where undefined."""
-    known = np.array([np.nan if v is None else v for v in values], float)
-    if not np.isfinite(known).all():
-        return "–"
-    return f"{known.mean():.3f}" + (f" ± {known.std(ddof=1):.3f}" if len(known) > 1 else "")
-
-
-def interval(runs: list[dict]) -> str:
-    """Two-level bootstrap of the image AUROC, if all draws have the same test images."""
-    label = runs[0]["label"]
-    if any(r["id"].tolist() != runs[0]["id"].tolist() for r in runs) or len(set(label)) < 2:
-        return "–"
-    scores = np.stack([r["score"] for r in runs])
-    found = stats.bootstrap_interval(scores, label, np.random.default_rng(0), rounds=1000)
-    return f"{max(found.low, 0):.3f} to {min(found.high, 1):.3f}"  # few draws reach beyond
-
-
-def tests(cell: dict[str, list[dict]]) -> dict[str, tuple[str, str]]:
-    """Each method against ours on the draws both have: Wilcoxon over draws, DeLong per draw."""
-    ours = {r["seed"]: r for r in cell.get("ours", [])}
-    names, p, per_draw = [], [], []
-    for method, runs in cell.items():
-        pairs = [(ours[r["seed"]], r) for r in runs if r["seed"] in ours]
-        if method == "ours" or not pairs or None in [r["image"]["auroc"] for x in pairs for r in x]:
-            continue
-        a, b = (np.array([pair[i]["image"]["auroc"] for pair in pairs]) for i in (0, 1))
-        each = [stats.delong(x["score"], y["score"], x["label"]).p for x, y in pairs]
-        names.append(method)
-        p.append(stats.wilcoxon(a, b).p)
-        per_draw.append(each)
-    if not names:
-        return {}
-    flat = np.nan_to_num(np.concatenate(per_draw), nan=1.0)
-    adjusted = np.split(stats.holm(flat), np.cumsum([len(x) for x in per_draw])[:-1])
-    return {
-        name: (f"{value:.3f}", f"{int((each < 0.05).sum())} of {len(each)}")
-        for name, value, each in zip(names, stats.holm(np.array(p)), adjusted, strict=True)
-    }
 
 
 # --- figures --------------------------------------------------------------------------------
 
 
 def draw(args) -> None:
-    """Maps and boxes by K (the paper's Figures 2 to 4), loss curves by K (Figures 5 to 7)."""
+    """Maps and boxes by K (the paper's Figures 2 to 4), loss and validation by K (5 to 7)."""
     from medclip_jax.writer import read_steps
 
     for file in args.config:

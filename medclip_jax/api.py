@@ -51,7 +51,7 @@ class Scorer:
         fit, size = self._trained.config.data.fit, self._trained.bank.clip.size
         frames = np.stack([readers.fit(image, size, fit) for image in pixels])
         mm2 = [
-            suppress.area(mm, *image.shape, size, fit)
+            suppress.area(mm, image.shape[0], image.shape[1], size, fit)
             for mm, image in zip(spacings, pixels, strict=True)
         ]
         scores = trained.score(self._trained, frames, mm2)
@@ -79,8 +79,9 @@ class Scorer:
         again = copy(self)
         again.adapted = True
         k = len(ready.limits.healthy)
-        fields = {"detector": ready.detector, "limits": ready.limits, "k": k, "steps": None}
-        again._trained = self._trained._replace(**fields)
+        again._trained = self._trained._replace(
+            detector=ready.detector, limits=ready.limits, k=k, steps=None
+        )
         return again
 
 
@@ -107,8 +108,11 @@ def _pixels(image) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None
     return held, None
 
 
-def _prediction(scores: trained.Scores, i: int, shape: tuple, fit: str) -> Prediction:
-    heat = readers.to_frame(scores.maps[i].astype(np.float32), *shape, fit)
+def _prediction(
+    scores: trained.Scores, i: int, shape: tuple[int, ...], fit: readers.Mode
+) -> Prediction:
+    height, width = shape
+    heat = readers.to_frame(scores.maps[i].astype(np.float32), height, width, fit)
     boxes = explain.boxes(heat, 0.5, min_area=max(1, heat.size // 2000))
     return Prediction(
         float(scores.score[i]),

@@ -10,6 +10,7 @@ Two gradients are meant by "Grad-CAM at level l", and they differ for all levels
 The score is pooled (mean of the top share), never the maximum, whose gradient reaches four patches.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from medclip_jax import clip, explain, score
+from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
 LEAST_TOP = 0.05  # a smaller share of the patches would explain single patches only
@@ -65,16 +67,37 @@ def weigh(
 ) -> Float[np.ndarray, "n p"]:
     """`cams` from the gradients."""
     held = [np.asarray(x, np.float32) for x in features.levels]
-    gradients = [np.asarray(x) for x in gradients]
-    explain.check_gradient(np.concatenate([g.ravel() for g in gradients])[None, None], "all levels")
+    slopes = [np.asarray(x) for x in gradients]
+    explain.check_gradient(np.concatenate([g.ravel() for g in slopes])[None, None], "all levels")
     finest = max(x.shape[1] for x in held)
     each = []
-    for a, g in zip(held, gradients, strict=True):
+    for a, g in zip(held, slopes, strict=True):
         raw = explain.CAMS[method](a, g)[1]
         if raw.shape[1] < finest:
             raw = explain.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
         each.append(explain.unit(raw))
-    return np.mean(each, axis=0, dtype=np.float32)
+    return np.stack(each).mean(0, dtype=np.float32)
+
+
+def explainer(detector: Detector, top: float) -> Callable[[Features], np.ndarray]:
+    """features -> Grad-CAM per patch [n, p] of what the detector reads, float16.
+
+    One column of 0 for a detector that reads pixels.
+    """
+    choose = detector.choose or (lambda _: ())
+    chosen = detector.chosen or (lambda batch, _: detector.patches(batch))
+    slope = gradient(chosen, top)
+
+    def cams(batch):
+        if detector.load is not None:
+            return np.zeros((len(batch.pooled), 1), np.float16)
+        try:
+            return weigh(batch, slope(batch, choose(batch))).astype(np.float16)
+        except explain.NoGradientError as error:
+            logging.warning("no Grad-CAM: %s", error)
+            return np.zeros(batch.levels[0].shape[:2], np.float16)
+
+    return cams
 
 
 def through(

@@ -60,9 +60,12 @@ def told(manager: ocp.CheckpointManager) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore raises ValueError
-        if code is None and not isinstance(error, OSError):
+        if code:
+            reason = os.strerror(int(code[1]))
+        elif isinstance(error, OSError):
+            reason = str(error.strerror)
+        else:
             raise
-        reason = os.strerror(int(code[1])) if code else error.strerror
         raise WorkdirError(
             f"a checkpoint cannot be written to {manager.directory} ({reason}): free space there; "
             "the same command goes on from the checkpoint before"

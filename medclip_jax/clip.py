@@ -6,15 +6,16 @@ inside a gradient; the text tower runs in every training step, causal and cut af
 end-of-text token, since what comes later cannot change the result.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from medclip_jax import weights
+from medclip_jax import clip_resnet, language, openclip, weights
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.structs import Features, Prompts
 
@@ -31,19 +32,22 @@ class Tower(NamedTuple):
     inputs: bool = False  # also tap what the tapped blocks read, for refinement (vision)
 
 
+AnyTower = Tower | clip_resnet.Tower
+
+
 class Clip(NamedTuple):
     """A loaded checkpoint. `vision` and `text` are parameter trees, the rest is static."""
 
     vision: dict[str, Any]
     text: dict[str, Any]
-    vision_tower: Tower
+    vision_tower: AnyTower
     text_tower: Tower
     tokenizer: Any
     name: str
     digest: str
     size: int  # pixels per side of the input image
     grid: int  # patches per side
-    width: int  # of a vision token
+    widths: tuple[int, ...]  # of a vision token, per tapped level
     text_width: int
     joint: int  # width of the space shared by image and text
     logit_scale: float  # log of 1/temperature
@@ -53,43 +57,34 @@ class Clip(NamedTuple):
 
 
 def load(
-    checkpoint: str,
-    levels: tuple[int, ...] = (),
-    dtype: str = "float32",
-    inputs: bool = False,
+    checkpoint: str, levels: tuple[int, ...] = (), dtype: str = "float32", inputs: bool = False
 ) -> Clip:
     """Load `compact`, a folder or a Hub id; tap `levels` (blocks from 1; () = 1/2, 3/4 and last).
 
-    `inputs`: features hold the tapped blocks' inputs too.
-    Raises CheckpointError for an unusable checkpoint, ConfigError for impossible levels.
+    Of a ResNet, levels are stages, () the last three. `inputs`: features hold the tapped blocks'
+    inputs too. Raises CheckpointError for an unusable checkpoint, ConfigError for wrong levels.
     """
-    w = weights.read(checkpoint)
+    folder = weights.locate(checkpoint)
+    w = openclip.read(folder) if openclip.holds(folder) else weights.read(str(folder))
     vision, text = w.config["vision_config"], w.config["text_config"]
-    depth = vision["num_hidden_layers"]
-    levels = tuple(levels) or tuple(round(depth * x) for x in (0.5, 0.75, 1.0))
-    if not all(1 <= l <= depth for l in levels) or list(levels) != sorted(set(levels)):
-        raise ConfigError(
-            f"clip.levels {levels}: need rising block numbers between 1 and {depth} ({checkpoint})"
-        )
+    tower: AnyTower
+    if "shape" in vision:
+        tower = clip_resnet.tapped(vision["shape"], levels, dtype, inputs)
+        widths = clip_resnet.widths(w.vision, tower)
+    else:
+        tower = _vit(vision, tuple(levels), checkpoint, dtype, inputs)
+        widths = (vision["hidden_size"],) * len(tower.levels)
     return Clip(
         vision=jax.tree.map(jnp.asarray, w.vision),
         text=jax.tree.map(jnp.asarray, w.text),
-        vision_tower=Tower(
-            vision["num_attention_heads"],
-            vision["layer_norm_eps"],
-            vision["hidden_act"],
-            vision["patch_size"],
-            levels,
-            dtype,
-            inputs,
-        ),
+        vision_tower=tower,
         text_tower=Tower(text["num_attention_heads"], text["layer_norm_eps"], text["hidden_act"]),
         tokenizer=_tokenizer(w.folder),
         name=checkpoint,
         digest=w.digest,
         size=vision["image_size"],
         grid=vision["image_size"] // vision["patch_size"],
-        width=vision["hidden_size"],
+        widths=widths,
         text_width=text["hidden_size"],
         joint=w.config["projection_dim"],
         logit_scale=w.logit_scale,
@@ -99,15 +94,25 @@ def load(
     )
 
 
+def _vit(vision: dict, levels: tuple[int, ...], checkpoint: str, dtype: str, inputs: bool) -> Tower:
+    depth = vision["num_hidden_layers"]
+    levels = levels or tuple(round(depth * x) for x in (0.5, 0.75, 1.0))
+    if not all(1 <= l <= depth for l in levels) or list(levels) != sorted(set(levels)):
+        raise ConfigError(
+            f"clip.levels {levels}: need rising block numbers between 1 and {depth} ({checkpoint})"
+        )
+    heads, eps = vision["num_attention_heads"], vision["layer_norm_eps"]
+    return Tower(heads, eps, vision["hidden_act"], vision["patch_size"], levels, dtype, inputs)
+
+
 def _tokenizer(folder):
     from transformers import CLIPTokenizerFast
 
     try:
         return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on damaged files
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
-        ) from None
+        said = f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
+        raise CheckpointError(said) from None
 
 
 # --- towers -------------------------------------------------------------------------------------
@@ -133,32 +138,22 @@ def _activate(x, name: str):
     return x * jax.nn.sigmoid(1.702 * x) if name == "quick_gelu" else jax.nn.gelu(x, False)
 
 
-def _attention(x, p, heads: int, mask):
+def _attention(x, p, heads: int, mask, at=None):
     """Multi-head self-attention over [n, s, d]; mask [s, s] True where a query may look."""
     n, s, d = x.shape
     q, k, v = jnp.split(_dense(x, p["qkv"]).reshape(n, s, 3 * heads, d // heads), 3, axis=2)
+    if at is not None:  # the queries of one position of each row
+        q = q[jnp.arange(n), at][:, None]
+        mask = None if mask is None else mask[0, 0][at][:, None, None]
     mixed = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return _dense(mixed.reshape(n, s, d), p["out"])
+    return _dense(mixed.reshape(n, -1, d), p["out"])
 
 
-def _block(x, p, tower: Tower, mask=None, shift=None):
-    """One residual block; `shift` is added to what the first norm hands to the attention."""
+def _block(x, p, tower: Tower, mask=None, shift=None, at=None):
+    """One block; `shift` is added to the first norm's output, `at` [n] -> those positions alone."""
     y = _layer_norm(x, p["norm1"], tower.eps)
-    x = x + _attention(y if shift is None else y + shift, p, tower.heads, mask)
-    hidden = _activate(_dense(_layer_norm(x, p["norm2"], tower.eps), p["fc1"]), tower.activation)
-    return x + _dense(hidden, p["fc2"])
-
-
-def _block_at(x, at: Int[Array, " n"], p, tower: Tower, causal: bool):
-    """`_block` of one position of each row, [n, d]: all that is read of a text tower's last."""
-    (n, s, d), heads = x.shape, tower.heads
-    y, rows = _layer_norm(x, p["norm1"], tower.eps), jnp.arange(n)
-    kernel, bias = p["qkv"]["kernel"].astype(x.dtype), p["qkv"]["bias"].astype(x.dtype)
-    q = y[rows, at] @ kernel[:, :d] + bias[None, :d]
-    k, v = jnp.split((y @ kernel[:, d:] + bias[None, None, d:]).reshape(n, s, 2 * heads, -1), 2, 2)
-    seen = (jnp.arange(s)[None] <= at[:, None])[:, None, None] if causal else None
-    mixed = jax.nn.dot_product_attention(q.reshape(n, 1, heads, -1), k, v, mask=seen)
-    x = x[rows, at] + _dense(mixed.reshape(n, d), p["out"])
+    x = x if at is None else x[jnp.arange(len(x)), at][:, None]
+    x = x + _attention(y if shift is None else y + shift, p, tower.heads, mask, at)
     hidden = _activate(_dense(_layer_norm(x, p["norm2"], tower.eps), p["fc1"]), tower.activation)
     return x + _dense(hidden, p["fc2"])
 
@@ -228,19 +223,20 @@ def patch_features(
         start = level
     rest = jax.tree.map(lambda b: b[start:], vision["blocks"])
     x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, rest)
-    pooled = pool(vision, x, tower)
-    return Features(pooled.astype(jnp.float32), tuple(levels), tuple(inputs))
+    return Features(pool(vision, x, tower).astype(jnp.float32), tuple(levels), tuple(inputs))
 
 
 def project(
-    vision: dict[str, Any], tokens: Float[Array, "n p d"], tower: Tower
+    vision: dict[str, Any], tokens: Float[Array, "n p d"], tower: AnyTower
 ) -> Float[Array, "n p j"]:
     """Last block's tokens into the joint space, by the tower's own final norm and projection."""
+    if isinstance(tower, clip_resnet.Tower):
+        return clip_resnet.project(vision, tokens, tower)
     return _layer_norm(tokens, vision["post"], tower.eps) @ vision["projection"]
 
 
 def encode_text(
-    text: dict[str, Any],
+    text: Mapping[str, Any],
     context: Float[Array, "c k d"],
     prompts: Prompts,
     tower: Tower,
@@ -259,7 +255,7 @@ def encode_text(
 
 
 def encode_ids(
-    text: dict[str, Any],
+    text: Mapping[str, Any],
     context: Float[Array, "c k d"],
     ids: Int[Array, "c t"],
     slots: Int[Array, "c t"],
@@ -267,7 +263,10 @@ def encode_ids(
     tower: Tower,
     causal: bool,
 ) -> Float[Array, "c j"]:
-    """`encode_text` of prompts that may be chosen on the device; t may end after the last EOS."""
+    """`encode_text` of prompts that may be chosen on the device; t may end after the last EOS.
+
+    A language adapter follows the tower where `text` holds one, as `language`.
+    """
     x = _embed(text["token"], context, ids, slots)
     positions = x.shape[1]
     x = x + text["position"][None, :positions]
@@ -275,8 +274,9 @@ def encode_ids(
     blocks, last = text["blocks"], text["blocks"]["fc1"]["bias"].shape[0] - 1
     for i in range(last):  # a loop: its gradient beats scan's
         x = _block(x, jax.tree.map(lambda b, i=i: b[i], blocks), tower, mask)
-    at_eos = _block_at(x, eos, jax.tree.map(lambda b: b[last], blocks), tower, causal)
-    return _layer_norm(at_eos, text["final"], tower.eps) @ text["projection"]
+    x = _block(x, jax.tree.map(lambda b: b[last], blocks), tower, mask, at=eos)
+    made = _layer_norm(x[:, 0], text["final"], tower.eps) @ text["projection"]
+    return language.adapt(text["language"], made) if "language" in text else made
 
 
 def _embed(
@@ -290,11 +290,11 @@ def _embed(
     if context.shape[1] == 0:
         return tokens
     filled = jnp.take_along_axis(context, jnp.maximum(slots, 0)[..., None], axis=1)
-    is_slot: Bool[Array, "c t 1"] = (slots >= 0)[..., None]
-    return jnp.where(is_slot, filled, tokens)
+    return jnp.where((slots >= 0)[..., None], filled, tokens)
 
 
 @partial(jax.jit, static_argnames=("tower", "mean", "std"))
-def encode_images(vision, grey: Float[Array, "n h w"], *, tower: Tower, mean, std) -> Features:
+def encode_images(vision, grey: Float[Array, "n h w"], *, tower: AnyTower, mean, std) -> Features:
     """Grey images in [0, 1] straight to features; rows are independent (shard them freely)."""
-    return patch_features(vision, normalise(grey, mean, std), tower)
+    read: Any = clip_resnet.encode if isinstance(tower, clip_resnet.Tower) else patch_features
+    return read(vision, normalise(grey, mean, std), tower)

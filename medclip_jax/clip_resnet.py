@@ -1,13 +1,13 @@
 """CLIP's ResNet image towers (RN50, RN101, RN50x4, x16, x64): tokens of every tapped stage.
 
 OpenAI's ModifiedResNet (Radford et al. 2021): a stem of three convolutions, average pooling in
-place of strides, and an attention pool. Weights come from safetensors under OpenAI's or open_clip's
-names (`visual.…`); the sizes follow from the tensors. Equal to open_clip's module on random weights
-(tests/test_clip_resnet.py). The batch norms are those of inference, with their running statistics.
+place of strides, and an attention pool. Weights come under OpenAI's or open_clip's names
+(`visual.…`, see openclip.py); the sizes follow from the tensors. Equal to open_clip's module on
+random weights (tests/test_clip_resnet.py). The batch norms are those of inference, with their
+running statistics.
 """
 
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax.errors import CheckpointError, ConfigError
+from medclip_jax.errors import ConfigError
 from medclip_jax.structs import Features
 
 EPS = 1e-5  # of the batch norms
@@ -29,39 +29,47 @@ class Tower(NamedTuple):
     depths: tuple[int, ...]  # blocks of each stage
     heads: int  # of the attention pool
     size: int  # pixels per side of the input
-    levels: tuple[int, ...]  # tapped stages, counted from 1
+    levels: tuple[int, ...] = (2, 3, 4)  # tapped stages, counted from 1
+    dtype: str = "float32"
+    inputs: bool = False  # as clip.Tower: refinement needs a ViT, so always False
 
 
-def load(path: Path, levels: tuple[int, ...] = (2, 3, 4)) -> tuple[dict[str, Any], Tower]:
-    """Parameters and shape of the image tower in a safetensors file of OpenAI's or open_clip's.
+def read(flat: dict[str, np.ndarray]) -> tuple[dict[str, Any], Tower]:
+    """Parameters and shape of the image tower among tensors under OpenAI's names.
 
-    Raises CheckpointError if the file holds no whole ResNet tower, ConfigError for other `levels`
-    than rising stages from 1 to 4.
+    Raises KeyError naming a tensor that is missing.
     """
-    if list(levels) != sorted(set(levels)) or not set(levels) <= set(range(1, STAGES + 1)):
-        raise ConfigError(f"clip.levels {levels}: a ResNet has rising stages from 1 to {STAGES}")
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    flat = {n.removeprefix("visual."): x for n, x in flat.items() if n.startswith("visual.")}
     try:
-        flat = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not safetensors ({error}); download it again") from None
-    flat = {
-        name.removeprefix("visual."): np.asarray(value, np.float32)
-        for name, value in flat.items()
-        if name.startswith("visual.")
-    }
-    try:
-        tower = shape_of(flat, levels)
+        tower = shape_of(flat)
         return _params(flat, tower.depths), tower
     except KeyError as error:
-        raise CheckpointError(
-            f"{path}: tensor visual.{error.args[0]} is missing; this is not a ResNet CLIP"
-        ) from None
+        raise KeyError(f"visual.{error.args[0]}") from None
 
 
-def shape_of(flat: dict[str, np.ndarray], levels: tuple[int, ...]) -> Tower:
+def tapped(tower: Tower, levels: tuple[int, ...], dtype: str, inputs: bool) -> Tower:
+    """The tower with these levels tapped; () is stages 2 to 4.
+
+    Raises ConfigError for other levels than rising stages from 1 to 4, or if `inputs` (refinement)
+    is asked for.
+    """
+    levels = tuple(levels) or tower.levels
+    if list(levels) != sorted(set(levels)) or not set(levels) <= set(range(1, STAGES + 1)):
+        raise ConfigError(f"clip.levels {levels}: a ResNet has rising stages from 1 to {STAGES}")
+    if inputs:
+        raise ConfigError(
+            "config.model.refine needs the keys and values of a ViT's blocks, which a ResNet "
+            "lacks: give refine=False"
+        )
+    return tower._replace(levels=levels, dtype=dtype)
+
+
+def widths(params: dict[str, Any], tower: Tower) -> tuple[int, ...]:
+    """Channels of each tapped stage."""
+    return tuple(len(params["stages"][l - 1][-1]["conv3"]["bias"]) for l in tower.levels)
+
+
+def shape_of(flat: dict[str, np.ndarray]) -> Tower:
     """The tower that tensors (names without `visual.`) make up.
 
     Raises KeyError naming a tensor that is missing.
@@ -75,7 +83,7 @@ def shape_of(flat: dict[str, np.ndarray], levels: tuple[int, ...]) -> Tower:
         raise KeyError(f"layer{1 + depths.index(0)}.0.conv1.weight")
     positions, width = flat["attnpool.positional_embedding"].shape
     side = round((positions - 1) ** 0.5)
-    return Tower(tuple(depths), max(width // HEAD, 1), 32 * side, tuple(levels))
+    return Tower(tuple(depths), max(width // HEAD, 1), 32 * side)
 
 
 def _params(flat: dict[str, np.ndarray], depths: tuple[int, ...]) -> dict[str, Any]:
@@ -156,12 +164,13 @@ def attention_pool(
 def patch_features(
     params: dict[str, Any], pixels: Float[Array, "n h w 3"], tower: Tower
 ) -> Features:
-    """Pooled embedding (joint space, not normalised) and the tokens after each tapped stage.
+    """Pooled embedding (joint space, not normalised) and the tokens after each tapped stage, as is.
 
     pixels: normalised, tower.size per side. Stages have grids of their own, of size / 4, / 8, / 16
     and / 32 per side, row-major: coarser ones have fewer tokens and more channels.
     """
-    x = pixels
+    dtype = jnp.dtype(tower.dtype)
+    x, params = pixels.astype(dtype), jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
     for i, p in enumerate(params["stem"]):
         x = jax.nn.relu(_conv(x, p, stride=2 if i == 0 else 1))
     x, levels = _halve(x), []
@@ -172,3 +181,40 @@ def patch_features(
             levels.append(x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32))
     pooled = attention_pool(params["pool"], x, tower.heads)
     return Features(pooled.astype(jnp.float32), tuple(levels))
+
+
+def encode(params: dict[str, Any], pixels: Float[Array, "n h w 3"], tower: Tower) -> Features:
+    """`patch_features` with all stages on the grid of the third, as the rest of the house reads.
+
+    Finer stages are averaged over its patches, the coarser one is interpolated.
+    """
+    found, grid = patch_features(params, pixels, tower), tower.size // 16
+    return found._replace(levels=tuple(to_grid(x, grid) for x in found.levels))
+
+
+def to_grid(tokens: Float[Array, "n p d"], grid: int) -> Float[Array, "n q d"]:
+    """Tokens of a square grid, row-major, on another: means where it is coarser, else bilinear."""
+    n, p, d = tokens.shape
+    side = round(p**0.5)
+    x = tokens.reshape(n, side, side, d)
+    if side >= grid:
+        x = _halve(x, side // grid)
+    else:
+        x = jax.image.resize(x, (n, grid, grid, d), "linear")
+    return x.reshape(n, grid**2, d)
+
+
+def project(
+    params: dict[str, Any], tokens: Float[Array, "n p d"], tower: Tower
+) -> Float[Array, "n p j"]:
+    """The last stage's tokens into the joint space, by the attention pool's own values.
+
+    That is what the pool gives for a token that looks at itself alone (Zhou et al., MaskCLIP, ECCV
+    2022). Raises ConfigError if the last stage is not tapped.
+    """
+    if tower.levels[-1] != STAGES:
+        raise ConfigError(f"clip.levels {tower.levels}: maps of plain prompts need stage {STAGES}")
+    for name in "vc":
+        p = params["pool"][name]
+        tokens = tokens @ p["kernel"] + p["bias"][None, None]
+    return tokens

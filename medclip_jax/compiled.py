@@ -1,6 +1,7 @@
 """Programs that XLA has compiled are kept between runs, so that the same job starts at once."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,7 +12,8 @@ def keep(cache: Path) -> None:
     JAX names them by program, version and machine, so that a folder may serve all runs. Call it
     before anything is compiled.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    told: Any = jax.config  # its fields are made when jax is imported: unknown to a type checker
+    if told.jax_compilation_cache_dir or not told.jax_enable_compilation_cache:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

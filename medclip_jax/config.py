@@ -17,7 +17,7 @@ from medclip_jax.errors import ConfigError
 
 METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing learns
-BRANCHES = ("learned", "memory", "zero_shot")
+BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image")
 LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
@@ -48,6 +48,7 @@ LEAST = {
     **learned_parts.LEAST,
     **{"cluster.processes": 0, "cluster.process": -1, "cluster.timeout": 1, "cluster.heartbeat": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context", "prompts.synonyms"), 0),
+    **{"validations": 0, "explained": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt", "simclr")},
     **score_fields.LEAST,
@@ -61,6 +62,7 @@ SHARES = {  # (smallest, largest, what to give)
     **learned_parts.SHARES,
     "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
     "score.top": (0, 1, "a share from 0 to 1"),
+    "explained": (0, 32, "a number of images from 0 to 32"),
     "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
     "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
     "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
@@ -78,7 +80,8 @@ MEDICLIP = {
         "init": "random",
     },
     "synthesis": {"preset": "mediclip", "partner": "support"},
-    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False},
+    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False}
+    | {"language": "", "language_tuned": False},
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
     "score": {"top": 0.0, "tiles": 1},
     "distill": {"teacher": ""},
@@ -206,12 +209,14 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
     c.score = score_fields.SCORE
-    c.memory = {"coreset": 1.0}  # share of the healthy patches that is kept
+    c.memory = {"coreset": 1.0, "mirror": False}  # share that is kept; supports mirrored as well
     c.fusion = FUSION
     c.calibration = CALIBRATION
     c.distributed = False  # one of several processes, which all run the same command
     c.cluster = CLUSTER
     c.log_every = 10  # steps
+    c.explained = 8  # abnormal test images whose explanations are checked, up to 32; 0 = none
+    c.validations = 20  # times in training that held-out copies are validated; 0 = never
     c.checkpoint_every = 100  # steps
     return c.lock()
 
@@ -255,10 +260,11 @@ def check(c: ConfigDict) -> None:
             raise ConfigError(f"config.{name} is {value}: give {SHARES[name][2]}")
     if c.k == 0 and c.method != "zero_shot":
         raise ConfigError(f"config.k is 0, but method {c.method} needs an image: give k=1 or more")
-    unknown = set(c.fusion.branches) - set(BRANCHES)
-    if unknown or not c.fusion.branches:
+    given = set(c.fusion.branches)
+    if given - set(BRANCHES) or not given - {"zero_shot_image"} or len(given & {*BRANCHES[2:]}) > 1:
         raise ConfigError(
-            f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}"
+            f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}, the "
+            "last (plain prompts in the image score alone) beside another, not beside zero_shot"
         )
     score_fields.check(c)
     if c.meta.shots == 1:

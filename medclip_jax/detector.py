@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax import clip, features, memory, model, score, thinned
+from medclip_jax import clip, features, kept, memory, model, score, thinned
 from medclip_jax.data import readers, views
 from medclip_jax.structs import Features, Record
 
@@ -58,16 +58,19 @@ def build(
     supports: Sequence[Record],
     groups: Sequence[np.ndarray],
     coreset: float = 1.0,
+    mirror: bool = False,
 ) -> Detector:
     """The detector of a method; `theta` [1 + folds, ...] as fit.run leaves it.
 
-    coreset: share of the healthy patches that a memory keeps, in (0, 1].
+    coreset: share of the healthy patches that a memory keeps, in (0, 1]. mirror: it remembers the
+    supports mirrored left and right as well.
     """
     tokens, healthy = healthy_tokens(bank, supports)
-    if method == "memory":
-        return remember(tokens, coreset, healthy)
-    if method == "zero_shot":
+    if method == "zero_shot" or tokens is None:
         return zero_shot(theta, frozen, design, bank.clip, healthy)._replace(k=len(supports))
+    if method == "memory":
+        tokens = mirrored(bank, supports) if mirror else tokens
+        return remember(tokens, coreset, healthy, rows=1 + mirror, asked=1)
     return learned(theta, frozen, design, tokens, groups, healthy)
 
 
@@ -89,10 +92,26 @@ def healthy_images(
     bank: features.Bank, supports: Sequence[Record], size: int | None = None
 ) -> Float[np.ndarray, "m s s"]:
     """Pixels of the images that calibrate, in the tower frame; size: another side of it."""
-    size = size or bank.clip.size
-    found = {r.id: x for r, x in readers.read_all(supports, size, bank.fit)}
-    images = np.stack([found[r.id] for r in supports])
+    images = pixels(bank, supports, size or bank.clip.size)
     return views.of(images[0]) if len(supports) == 1 else images
+
+
+def pixels(
+    bank: features.Bank, supports: Sequence[Record], size: int
+) -> Float[np.ndarray, "k s s"]:
+    """Pixels of the supports in a frame of `size` per side."""
+    found = {r.id: x for r, x in readers.read_all(supports, size, bank.fit)}
+    return np.stack([found[r.id] for r in supports])
+
+
+def mirrored(bank: features.Bank, supports: Sequence[Record]) -> Features:
+    """Tokens of the supports [2 k], each followed by its mirror image, which the bank keeps too."""
+    images = pixels(bank, supports, bank.clip.size)[:, None, :, ::-1]
+    made = kept.encode(bank, images, partial(features.encode, bank), "mirrored")
+    (tokens,) = features.load_images(bank, supports, len(supports))
+    each = [jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(len(supports))]
+    pairs = [x for pair in zip(each, made, strict=True) for x in pair]
+    return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x), jnp.float32), *pairs)
 
 
 def learned(
@@ -107,11 +126,13 @@ def learned(
 
     @jax.jit
     def patches(copy, batch):
-        return model.forward(*copy, batch, design).logit
+        theta, text = copy
+        return model.forward(theta, text, batch, design).logit
 
     @jax.jit
     def passes(copy, batch, keys):
-        return thinned.logits(*copy, batch, design, keys)
+        theta, text = copy
+        return thinned.logits(theta, text, batch, design, keys)
 
     shown = tokens if len(groups) or healthy is None else healthy
     held_out = np.zeros((len(shown.pooled), design.grid**2), np.float32)
@@ -133,13 +154,19 @@ def learned(
 
 
 def remember(
-    tokens: Features, coreset: float = 1.0, healthy: Features | None = None, rows: int = 1
+    tokens: Features,
+    coreset: float = 1.0,
+    healthy: Features | None = None,
+    rows: int = 1,
+    asked: int | None = None,
 ) -> Detector:
     """Nearest healthy patch of the supports; a support is compared with the others only.
 
     coreset: share of the patches that is kept. A single support is remembered whole, and `healthy`
-    (views of it) are compared with it. rows: of the tokens, in turn, that are of one support.
+    (views of it) are compared with it. rows: of the tokens, in turn, that are of one support;
+    the first `asked` of them (all by default) are its held-out values.
     """
+    asked = asked or rows
     pooled = tuple(score.neighbourhood(x) for x in tokens.levels)
     pooled = tuple(m.reshape(-1, rows * m.shape[1], m.shape[2]) for m in pooled)
     k = len(pooled[0])
@@ -164,12 +191,12 @@ def remember(
 
     everything = choose(k, pooled)
     if k > 1 or healthy is None:
-        own = [slice(i * rows, (i + 1) * rows) for i in range(k)]
+        own = [slice(i * rows, i * rows + asked) for i in range(k)]
         each = (jax.tree.map(lambda x, r=r: x[r], tokens) for r in own)
-        held_out = [without(i, one) for i, one in enumerate(each)]
+        scored = [without(i, one) for i, one in enumerate(each)]
     else:
-        held_out = [patches(healthy, everything)]
-    held_out = np.concatenate(held_out)
+        scored = [patches(healthy, everything)]
+    held_out = np.concatenate(scored)
     found = once(lambda b: search(b, everything))
     return Detector(
         lambda b: found(b)[0],

@@ -1,26 +1,25 @@
 """Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
 
 import io
-import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
 
 from medclip_jax import (
+    agreement,
     attribution,
     calibrate,
-    explain,
     features,
     files,
     intervals,
+    lesions,
     limits,
     metrics,
     processes,
@@ -33,6 +32,7 @@ from medclip_jax import (
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
 from medclip_jax.limits import Limits
+from medclip_jax.pixels import MetricError
 from medclip_jax.structs import Features, Predictions, Record
 
 BATCH = 32  # images per scoring call
@@ -69,7 +69,7 @@ def score_images(
     maps, image_scores = jax.jit(partial(score.to_pixels, size=size)), scorer(size, top)
     found = calibrated(detector, size, top, alpha, pixel_rate, quiet)
     keys = jax.random.split(jax.random.key(seed), passes)
-    cams = explainer(detector, top)
+    cams = attribution.explainer(detector, top)
 
     local = sharding.mesh(jax.local_devices())
     rows, doubt, why = [], [], []
@@ -84,6 +84,7 @@ def score_images(
         raw = image_scores(values) if detector.image is None else detector.image(batch)
         rows.append(np.asarray(raw, np.float64)[:real])
         heat = np.asarray(maps(values))[:real]
+        finite(mine[i * BATCH :], rows[-1], heat)
         if quiet is not None:
             shown = mine[i * BATCH : i * BATCH + real]
             heat = suppress.treat(heat, quiet.steps, list(suppress.areas(shown, size, bank.fit)))
@@ -104,6 +105,14 @@ def score_images(
     explained = why if why.any() else None
     told = rejection.named(doubt[:, 1:]) if detector.passes is not None and passes else None
     return Scored(predictions, limits.described(found, alpha, detector.k), found, explained, told)
+
+
+def finite(records: Sequence[Record], scores: Float[np.ndarray, " n"], maps) -> None:
+    """Raise MetricError naming the first of the images whose score or map holds NaN or inf."""
+    bad = ~(np.isfinite(scores) & np.isfinite(maps).all((1, 2)))
+    if bad.any():
+        name = records[int(np.argmax(bad))].id
+        raise MetricError(f"{name}: its score or map is not finite; check that image file.")
 
 
 def calibrated(
@@ -135,31 +144,13 @@ def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limit
     unit = calibrate.to_unit(np.asarray(each), found.image.value, found.image_width)
     copies = np.full(n, np.nan)
     if detector.copies is not None:
-        read = detector.image_copies or (lambda b: jax.vmap(image_scores)(detector.copies(b)))
-        each = calibrate.to_unit(np.asarray(read(batch)), found.image.value, found.image_width)
+        if detector.image_copies is not None:
+            read = detector.image_copies(batch)
+        else:
+            read = jax.vmap(image_scores)(detector.copies(batch))
+        each = calibrate.to_unit(np.asarray(read), found.image.value, found.image_width)
         copies = each.std(0)
     return np.stack([unit.std(0), *rejection.of_passes(unit), copies], 1)
-
-
-def explainer(detector: Detector, top: float) -> Callable[[Features], np.ndarray]:
-    """features -> Grad-CAM per patch [n, p] of what the detector reads, float16.
-
-    One column of 0 for a detector that reads pixels.
-    """
-    choose = detector.choose or (lambda _: ())
-    chosen = detector.chosen or (lambda batch, _: detector.patches(batch))
-    gradient = attribution.gradient(chosen, top)
-
-    def cams(batch):
-        if detector.load is not None:
-            return np.zeros((len(batch.pooled), 1), np.float16)
-        try:
-            return attribution.weigh(batch, gradient(batch, choose(batch))).astype(np.float16)
-        except explain.NoGradientError as error:
-            logging.warning("no Grad-CAM: %s", error)
-            return np.zeros(batch.levels[0].shape[:2], np.float16)
-
-    return cams
 
 
 def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:
@@ -184,77 +175,90 @@ def from_patches(values, size: int, top: float):
     return score.to_pixels(values, size).max((1, 2))
 
 
-def measure(scored: Scored, test: Sequence[Record], fit: str) -> dict[str, Any]:
-    """Labels and masks are read here, after scoring: image, pixel and calibration metrics."""
+def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[str, Any]:
+    """Labels and masks are read here, after scoring: image, pixel and calibration metrics.
+
+    `pixel_counts` are arrays, for write_predictions; all else is for metrics.json.
+    """
     p = scored.predictions
     image = metrics.image_level(p.score, p.label)
-    known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
-    pixel = None
-    if any(test[i].label for i in known):
-        measured = [test[i] for i in known]
-        masks = truths(measured, p.maps.shape[-1], fit)
-        mm = spacings(measured, p.maps.shape[-1], fit)
-        pixel = metrics.pixel_level(p.maps[known].astype(np.float32), masks, spacing=mm)
-        pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
-    sure = {"image": intervals.image(p.score, p.label)}
-    sure["pixel"] = intervals.pixel(p.maps[known], masks, p.label[known]) if pixel else {}
+    pixel, counts, points = of_pixels(scored, test, fit)
+    of = patients(test)
+    sure = {"image": intervals.image(p.score, p.label, groups=of), "pixel": {}}
+    if counts is not None:
+        known = counts.any((1, 2))
+        among = None if of is None else of[known]
+        sure["pixel"] = intervals.of_counts(counts[known], p.label[known], groups=among)
     kept = dict(scored.calibration)
     k, alpha = kept.pop("k"), kept.pop("alpha")
+    summary: dict[str, Any] = {}
     if k > 1:
-        summary = calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
+        summary |= calibrate.calibration_summary(p.p_value[p.label == 0], k, alpha)
     else:
-        summary = calibrate.no_promise(p.score[p.label == 0], k, alpha)
+        summary |= calibrate.no_promise(p.score[p.label == 0], k, alpha)
     calibration = {**summary, **kept}
     doubts = {"sd": p.uncertainty, **scored.doubts} if scored.doubts else {}
     doubt = {"uncertainty": rejection.measure(p.score, p.label, doubts)}
-    return {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure} | doubt
+    found = {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure}
+    told = {"explanations": points and {"pointing": points}, "pixel_counts": counts}
+    return found | doubt | told
 
 
-def truths(test: Sequence[Record], size: int, fit: str) -> Bool[np.ndarray, "n s s"]:
-    """Lesion masks in the tower frame; all False for an image without mask."""
+def patients(test: Sequence[Record]) -> np.ndarray | None:
+    """A number for whose image each is (no name or id); None if no patient has two.
 
-    def one(record):
-        return readers.fit_mask(truth(record), size, fit) if record.masks else empty
-
-    empty = np.zeros((size, size), bool)
-    with ThreadPoolExecutor() as pool:
-        return np.stack(list(pool.map(one, test)))
-
-
-def spacings(test: Sequence[Record], size: int, fit: str) -> list[tuple[float, float]] | None:
-    """Millimetres per pixel of the tower frame (row, column) of each image; None if any lacks it.
-
-    Distances of one table must have one unit, so one image without spacing makes all of them
-    pixels.
+    An image without patient is its own.
     """
-    found = []
-    for record in test:
-        image = readers.read(record.path)
-        if image.spacing is None:
-            return None
-        sides = image.pixels.shape[1:]
-        sides = sides if fit == "stretch" else (max(sides),) * 2
-        found.append(tuple(mm * side / size for mm, side in zip(image.spacing, sides, strict=True)))
-    return found
+    named = [r.patient or f"image {r.id}" for r in test]
+    number = np.unique(named, return_inverse=True)[1]
+    return None if len(set(named)) == len(named) else number
 
 
-def truth(record: Record) -> Bool[np.ndarray, "h w"]:
-    """The lesion mask of one image in its own frame: the union of its mask files.
+class Halves:
+    """Some of the stored maps as float32, one at a time: a copy of all would double the memory."""
 
-    Raises DataError for a mask of another size than its image.
+    def __init__(self, maps: Float[np.ndarray, "n h w"], rows: Sequence[int]):
+        self.maps, self.rows = maps, rows
+
+    def __iter__(self):
+        return (self.maps[i].astype(np.float32) for i in self.rows)
+
+
+def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
+    """Pixel metrics, intervals.pixel_counts and the pointing game; None for all without masks.
+
+    Healthy images count as empty masks; an abnormal image whose mask is unknown is left out, and
+    its counts are 0.
     """
-    shape = readers.read(record.path).pixels.shape[1:]
-    return readers.read_mask(record.masks, shape)
+    p = scored.predictions
+    known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
+    if not any(test[i].label for i in known):
+        return None, None, None
+    measured, maps = [test[i] for i in known], Halves(p.maps, known)
+    masks = lesions.truths(measured, p.maps.shape[-1], fit)
+    mm = lesions.spacings(measured, p.maps.shape[-1], fit)
+    pixel: dict[str, Any] = dict(metrics.pixel_level(maps, masks, spacing=mm))
+    pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
+    why = None if scored.cams is None else scored.cams[known]
+    counts = np.zeros((len(test), 3, intervals.BINS), np.float32)
+    counts[known] = intervals.pixel_counts(maps, masks)
+    return pixel, counts, agreement.pointing(maps, why, masks)
 
 
 def write_predictions(
-    workdir: Path, scored: Scored, test: Sequence[Record], fit: str, seed: int
+    workdir: Path,
+    scored: Scored,
+    test: Sequence[Record],
+    fit: readers.Mode,
+    seed: int,
+    counts: Float[np.ndarray, "n 3 b"] | None = None,
 ) -> None:
     """predictions.npz: one row per image, maps in the tower frame, and a gallery in image frames.
 
     Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
     gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
-    Of every image, for the report: the arrays of `thumbnails.pack`.
+    Of every image, for the report: the arrays of `thumbnails.pack`. For tables: `pixel_counts`
+    (intervals.pixel_counts, where masks are known) and `patient`, where some has several images.
     """
     p = scored.predictions
     rng = np.random.default_rng(seed)
@@ -266,13 +270,18 @@ def write_predictions(
     gallery: dict[str, np.ndarray] = {"gallery_index": np.array(shown)}
     for place, i in enumerate(shown):
         pixels = readers.read(test[i].path).pixels[0]
-        heat = readers.to_frame(p.maps[i].astype(np.float32), *pixels.shape, fit)
+        height, width = pixels.shape
+        heat = readers.to_frame(p.maps[i].astype(np.float32), height, width, fit)
         gallery[f"gallery_image_{place}"] = np.round(255 * pixels).astype(np.uint8)
         gallery[f"gallery_map_{place}"] = heat.astype(np.float16)
         if test[i].masks or test[i].label == 0:
-            mask = truth(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
+            mask = lesions.truth(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
             gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
+    gallery |= {} if counts is None else {"pixel_counts": counts}
+    of = patients(test)
+    gallery |= {} if of is None else {"patient": of}
     gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     whole = io.BytesIO()
-    np.savez(whole, **{**p._asdict(), "id": np.array(p.id)}, **(scored.doubts or {}), **gallery)
+    arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
+    np.savez(whole, **(arrays | gallery))
     files.write_bytes(workdir / "predictions.npz", whole.getvalue())

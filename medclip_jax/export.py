@@ -124,7 +124,8 @@ def save(workdir: str | Path, path: str | Path) -> int:
     shapes = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
     code = jax.export.export(jax.jit(lifted), platforms=PLATFORMS)(shapes, images).serialize()
     packed = io.BytesIO()
-    np.savez(packed, **{f"w{i}": w for i, w in enumerate(weights)})
+    named: dict[str, Any] = {f"w{i}": w for i, w in enumerate(weights)}
+    np.savez(packed, **named)
     head = json.loads((Path(workdir) / scorer.SETTINGS).read_bytes())
     parts = dict(zip(MEMBERS, (bytes(code), packed.getvalue(), _card(head).encode()), strict=True))
     manifest = {

@@ -41,22 +41,21 @@ class Bank(NamedTuple):
 
     folder: Path
     clip: clip.Clip
-    fit: str  # "stretch" or "pad"
+    fit: readers.Mode
     dtype: str  # of the tokens on disk
     mesh: Any
     vision: Any  # the tower's parameters, on every device
     recipe: tuple[str, ...] = ()  # preprocess.STEPS that images go through before the tower
 
 
-def open_bank(cache: Path, model: clip.Clip, fit: str, dtype: str, mesh, recipe="") -> Bank:
+def open_bank(cache: Path, model: clip.Clip, fit: Any, dtype: str, mesh, recipe="") -> Bank:
     """A bank below `cache`. Raises ConfigError for an unknown fit, dtype or recipe."""
     if fit not in ("stretch", "pad"):
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
     vision = sharding.replicate(model.vision, mesh)
-    unnamed = cache / "bank" / "recipe"
-    return with_recipe(Bank(unnamed, model, fit, dtype, mesh, vision), recipe)
+    return with_recipe(Bank(cache / "bank" / "-", model, fit, dtype, mesh, vision), recipe)
 
 
 def with_recipe(bank: Bank, recipe: str | Sequence[str]) -> Bank:
@@ -64,7 +63,7 @@ def with_recipe(bank: Bank, recipe: str | Sequence[str]) -> Bank:
     model, tower = bank.clip, bank.clip.vision_tower
     pixels = model.size, model.mean, model.std, bank.fit
     steps = preprocess.steps(recipe)
-    named = [(preprocess.VERSION, steps)] if steps else []
+    named: list[Any] = [(preprocess.VERSION, steps)] if steps else []
     named += ["inputs"] if tower.inputs else []
     name = digest(2, model.digest, tower.levels, tower.dtype, pixels, bank.dtype, *named)
     return bank._replace(folder=bank.folder.with_name(name), recipe=steps)
@@ -200,27 +199,28 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
 
     # the copies of theta often meet the same row in one step: each is read once
     distinct, place = np.unique(np.stack([support, variant], 1), axis=0, return_inverse=True)
-    place = place.ravel()
 
-    def rows(name: str) -> np.ndarray:
-        return np.stack([row(s, v, name) for s, v in distinct])[place]
+    def rows(name: str) -> Any:  # of the host, until a step takes it
+        return np.stack([row(s, v, name) for s, v in distinct])[place.ravel()]
 
-    v, taught = np.asarray(variant), None
+    v = np.asarray(variant)
+    taught: Any = None
     if pool.teacher:
         at = np.where(v >= -1, v + 1, pool.variants - v - 1)
         taught = np.stack([pool.teacher[s][i] for s, i in zip(support, at, strict=True)])
     empty = np.zeros(-(-(bits := pool.size**2) // 8), np.uint8)
     packed = np.stack([row(s, v, "mask") if v >= 0 else empty for s, v in distinct])
-    mask = np.unpackbits(packed, axis=1, count=bits).reshape(-1, pool.size, pool.size)
+    mask: Any = np.unpackbits(packed, axis=1, count=bits)
+    mask = mask.reshape(-1, pool.size, pool.size)[place.ravel()]
+    label: Any = (v >= 0).astype(np.int32)
+    valid: Any = np.ones(len(support), bool)
     return Batch(
         Features(
             rows("pooled"),
             tuple(rows(f"level{i}") for i in range(pool.levels)),
             tuple(rows(f"input{i}") for i in range(pool.levels if pool.inputs else 0)),
         ),
-        mask[place],
-        (v >= 0).astype(np.int32),
-        np.ones(len(support), bool),
+        *(mask, label, valid),
         teacher=taught,
         source=None if pool.source is None else pool.source[support],
     )
@@ -291,7 +291,7 @@ def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict |
     files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
 
 
-def _tokens(held: dict[str, np.ndarray]) -> Features:
+def _tokens(held: dict[str, Any]) -> Features:
     levels, inputs = (sum(n.startswith(part) for n in held) for part in ("level", "input"))
     return Features(
         held["pooled"],

@@ -20,23 +20,34 @@ if TYPE_CHECKING:
 HEALTHY, ABNORMAL, NEUTRAL = "#0072B2", "#D55E00", "#4d4d4d"
 DPI = 144
 NOT_PARTS = ("step", "seconds", "nonfinite")
+VALIDATION = "held_out"
 
 
 def loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
-    """One panel per logged part over the steps; a value that was not finite leaves a gap."""
+    """One panel per logged part over the steps; a value that was not finite leaves a gap.
+
+    What the held-out copies say of synthetic anomalies (see validation) comes last, from 0 to 1.
+    """
     names = list(dict.fromkeys(name for row in steps for name in row if name not in NOT_PARTS))
+    names.sort(key=lambda name: name.startswith(VALIDATION))
     if not names:
         return message("No training step was logged.")
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = _figure(max(4.2, 3.1 * columns), 2.3 * rows + 0.2)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
-    at = np.array([row["step"] for row in steps])
     for axes, name in zip(grid, names, strict=False):
-        values = np.array([row.get(name) for row in steps], dtype=float)
+        logged = [row for row in steps if name in row]
+        at = np.array([row["step"] for row in logged])
+        values = np.array([row[name] for row in logged], dtype=float)
         marker = "o" if np.isfinite(values).sum() < 30 else None
         axes.plot(at, values, color=HEALTHY, lw=1.2, marker=marker, ms=3)
-        axes.set_title(name, fontsize=10, parse_math=False)
+        axes.set_title(name.replace("_", " "), fontsize=10, parse_math=False)
+        if name.startswith(VALIDATION):
+            axes.axhline(0.5, color=NEUTRAL, lw=1, ls=":")  # chance
+            axes.set_ylim(0, 1.03)
+            _plain(axes)
+            continue
         positive = values[np.isfinite(values) & (values > 0)]
         if positive.size == np.isfinite(values).sum() > 1 and positive.max() > 50 * positive.min():
             axes.set_yscale("log")
@@ -50,8 +61,16 @@ def loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def roc(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"], auroc: float | None) -> bytes:
-    """ROC of the image scores, with the point that the calibrated threshold (0.5) chooses."""
+def roc(
+    label: Int[np.ndarray, " n"],
+    score: Float[np.ndarray, " n"],
+    auroc: float | None,
+    band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+) -> bytes:
+    """ROC of the image scores, with the point that the calibrated threshold (0.5) chooses.
+
+    band: false-positive rates and the 95% limits, low and high, of the recall there.
+    """
     from sklearn.metrics import roc_curve
 
     if np.unique(label).size < 2:
@@ -60,10 +79,13 @@ def roc(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"], auroc: flo
     figure, axes = _chart("false-positive rate (1 − specificity)", "true-positive rate (recall)")
     name = "ROC" if auroc is None else f"ROC, AUROC {auroc:.3f}"
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="chance")
+    if band is not None:
+        at, low, high = band
+        axes.fill_between(at, low, high, color=HEALTHY, alpha=0.2, lw=0, label="95% pointwise")
     axes.plot(fpr, tpr, color=HEALTHY, lw=2, label=name)
     chosen = score > 0.5
-    at = chosen[label == 0].mean(), chosen[label == 1].mean()
-    axes.plot(*at, "o", color=ABNORMAL, ms=8, ls="none", clip_on=False, label="threshold (0.5)")
+    point = chosen[label == 0].mean(), chosen[label == 1].mean()
+    axes.plot(*point, "o", color=ABNORMAL, ms=8, ls="none", clip_on=False, label="threshold (0.5)")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
     return _png(figure)
@@ -147,6 +169,21 @@ def risk_coverage(
     )
     axes.set(xlim=(0, 1.01), ylim=(0, max(0.05, 1.35 * float(risk.max()))))
     axes.legend(loc="upper right", fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def deletion(curves: Mapping[str, Sequence[float]]) -> bytes:
+    """The map's score while patches are replaced by healthy ones, by whose order comes first."""
+    figure, axes = _chart("share of the patches replaced by healthy ones", "score of the map")
+    kinds = (("map", HEALTHY, "-", "o"), ("grad_cam", ABNORMAL, "--", "s"))
+    for name, colour, line, marker in (*kinds, ("random", NEUTRAL, ":", "^")):
+        mean = float(np.mean(curves[name]))
+        label = f"{name.replace('_', ' ')} first (mean {mean:.3f})"
+        look: dict[str, Any] = dict(color=colour, ls=line, marker=marker, ms=5, lw=1.8, label=label)
+        axes.plot(curves["share"], curves[name], **look)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    _legend_above(figure, 1)
     return _png(figure)
 
 

@@ -15,6 +15,7 @@ from rich.progress import track
 from medclip_jax import (
     checkpoints,
     features,
+    language,
     learn,
     losses,
     maml,
@@ -22,6 +23,7 @@ from medclip_jax import (
     preemption,
     processes,
     sharding,
+    validation,
     writer,
 )
 from medclip_jax.data import episodes
@@ -58,11 +60,13 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     joint = c.learner == "joint"
     copied = sharding.replicated(mesh)
     # prompts of several data sets depend on the rows
-    words = partial(model.text_features, design=design) if joint and not design.sets else None
+    words = partial(model.text_features, design=design) if joint and design.sets is None else None
     learnt = loss if joint else learn.episodic(loss, inner)
     step = learn.make_step(learnt, optimizer, copied, words)
     frozen = sharding.replicate(frozen, mesh)
     read = reader(c, pools, groups, mesh)
+    adapted = _as_it_is if joint else adaptation(c, pools, groups, mesh, loss, inner)
+    judged = c.validations and validation.judge(pools[0], groups, design, c.score.top, mesh)
     closing = checkpoints.finishing(manager)
     todo = range(first, c.steps)
     with (
@@ -79,6 +83,8 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
             if waiting is not None:  # one step late, so that the device never waits for the host
                 report(log, *waiting)
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
+            if judged and validation.due(i + 1, c.steps, c.validations, c.log_every):
+                parts |= judged(adapted(state.theta, frozen), frozen)
             waiting = (i + 1, parts) if due else None
             save = (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps
             # several processes agree where they wait for the device anyway
@@ -97,12 +103,25 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
         raise preemption.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {c.steps}")
     if joint:
         return jax.device_get(state.theta)
+    return sharding.fetch(adapted(state.theta, frozen), 1 + len(groups))
+
+
+def _as_it_is(theta, _):
+    return theta
+
+
+def adaptation(c, pools, groups, mesh, loss, inner) -> Callable[[Any, Any], Any]:
+    """(theta, frozen) -> theta after every copy has adapted to its supports, compiled once."""
     rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, groups))
     rows, valid = sharding.put(rows, mesh)
     rows = rows._replace(valid=rows.valid & valid[:, None])
     inner = inner._replace(steps=c.meta.adapt_steps)
-    theta, _ = learn.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
-    return sharding.fetch(theta, 1 + len(groups))
+
+    @jax.jit
+    def adapted(theta, frozen, rows):
+        return learn.adapt(theta, frozen, rows, loss=loss, inner=inner)[0]
+
+    return lambda theta, frozen: adapted(theta, frozen, rows)
 
 
 def logbook(workdir, step: int) -> writer.Writer | writer.Silent:
@@ -118,10 +137,13 @@ def told(asked) -> bool:
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
     """Step 0; all copies of theta are equal."""
     key = jax.random.key(c.seed)
+    tuned = c.model.get("language_tuned", False)
 
     def init(_):
         like = dict(context=c.prompts.context, shared=c.prompts.shared)
         like["contrast"] = bool(c.loss.get("simclr", 0))  # absent in older workdirs
+        if tuned:
+            like["language"] = language.load(c.model.language, tower.digest, tower.joint)
         theta = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
         return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta
@@ -169,7 +191,7 @@ def folds(k: int, parts: int) -> list[np.ndarray]:
     return [] if parts < 2 else [np.arange(k)[i::parts] for i in range(parts)]
 
 
-def report(log: writer.Writer, step: int, parts: dict) -> None:
+def report(log: writer.Writer | writer.Silent, step: int, parts: dict) -> None:
     """Log the parts of a step; a value that is not finite ends the run."""
     values = jax.device_get(parts)
     log.scalars(step, values)

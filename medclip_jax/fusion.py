@@ -7,7 +7,7 @@ healthy images and probes painted on them are read, never a test image or label.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from medclip_jax.data import probes, readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
+IMAGE_ONLY = "_image"  # ends the name of a branch that speaks for the image score alone
 FINEST = 4.0  # standard deviations: no branch is trusted as if it separated better than this
 
 
@@ -67,6 +68,7 @@ def fuse(
     """The fused detector and how it mixes.
 
     weights: "equal", or "probes": by what a branch sees of `variants` probes per support.
+    branches: one whose name ends with IMAGE_ONLY has no share in the map.
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
     modality: names the kinds of probe, see data/probes.
     tiles: as the branches were built, see scales. Tokens of probes are kept in the bank.
@@ -109,14 +111,15 @@ def unprobed(branch: Detector, image_scores: Callable) -> Evidence:
 
 def evidence(branch: Detector, held: Sequence[Features], image_scores: Callable) -> Evidence:
     """Run a branch on the probes of each support as if it had never seen that support."""
-    values = [np.asarray(branch.without(i, batch)) for i, batch in enumerate(held)]
+    without: Any = branch.without
+    values = [np.asarray(without(i, batch)) for i, batch in enumerate(held)]
     if branch.image is None:
         scores = [image_scores(jnp.asarray(v)) for v in values]
     else:
         scores = [branch.image(batch) for batch in held]
-    scores = np.stack([np.asarray(s) for s in scores])
     found = unprobed(branch, image_scores)
-    return found._replace(probe_patch=np.stack(values), probe_image=scores)
+    probed = np.stack([np.asarray(s) for s in scores])
+    return found._replace(probe_patch=np.stack(values), probe_image=probed)
 
 
 def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:
@@ -131,12 +134,13 @@ def mix(found: dict[str, Evidence], inside: np.ndarray, kinds: int) -> Mix:
 
 def weighed(found: dict[str, Evidence], weights: Float[np.ndarray, "b 2"]) -> Mix:
     """Values standardised on the held-out healthy images, times weights (map, image)."""
+    able = np.array([(0.0 if name.endswith(IMAGE_ONLY) else 1.0, 1.0) for name in found]).T
     centre = np.array([(e.patch.mean(), e.image.mean()) for e in found.values()]).T
     scale = calibrate.spread
     spread = np.array([(scale(e.patch.ravel()), scale(e.image)) for e in found.values()]).T
-    w = weights.T
+    w = weights.T * able
     # all blind: nothing speaks for one branch more than for another
-    w = np.where(w.sum(1, keepdims=True) > 0, w, 1.0)
+    w = np.where(w.sum(1, keepdims=True) > 0, w, able)
     gain = w / spread
     share = w / w.sum(1, keepdims=True)
     return Mix(tuple(found), centre[0], gain[0], centre[1], gain[1], share[0], share[1])

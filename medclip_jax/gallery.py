@@ -112,7 +112,7 @@ def _row(row: Sequence["Axes"], panel: Panel, scale: "ScalarMappable") -> None:
         axes.imshow(panel.image[::step, ::step], cmap="gray", vmin=0, vmax=255, extent=frame)
         axes.set_axis_off()
     heat = np.asarray(panel.map[::step, ::step], np.float32)
-    row[1].imshow(heat, cmap=scale.cmap, norm=scale.norm, alpha=0.55, extent=frame)
+    row[1].imshow(heat, cmap=scale.cmap, vmin=0, vmax=1, alpha=0.55, extent=frame)
     for box in panel.boxes:
         corner = box.col0 - 0.5, box.row0 - 0.5
         sides = box.col1 - box.col0, box.row1 - box.row0

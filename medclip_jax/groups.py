@@ -1,6 +1,6 @@
 """Work on the host in groups: what is the same once, so many at a time, shown as it goes on."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,7 @@ def progress(items: Iterable, what: str, steps: int) -> Iterable:
     return track(items, what, steps, console=Console(stderr=True)) if steps else items
 
 
-def ahead(make: Callable[[Any], Any], items: Iterable) -> Iterator[Any]:
+def ahead(make: Callable[[Any], Any], items: Iterable) -> Generator[Any, None, None]:
     """make(item) of each item, in order; the one after is made on a thread meanwhile.
 
     An error of `make` is raised at its item's turn. Close it if it is not read to its end.

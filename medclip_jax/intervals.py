@@ -7,6 +7,8 @@ Rates of images (sensitivity, specificity and their complements) get Wilson's in
 which stays honest at 0 and 1. They say nothing about other draws of the supports.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 from scipy import stats as st
@@ -22,17 +24,22 @@ def image(
     labels: Shaped[np.ndarray, " n"],
     threshold: float = 0.5,
     seed: int = 0,
+    groups: Shaped[np.ndarray, " n"] | None = None,
 ) -> Limits:
-    """Limits [low, high] of the metrics of `metrics.image_level`; {} unless both classes exist."""
+    """Limits [low, high] of the metrics of `metrics.image_level`; {} unless both classes exist.
+
+    groups: patient of each image; whole patients are drawn, and no rate gets Wilson's interval.
+    """
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
         return {}
-    levels, place = np.unique(scores, return_inverse=True)
-    counts = np.zeros((len(scores), 2, len(levels)))
-    counts[np.arange(len(scores)), truth.astype(int), place] = 1
-    weights = resample(truth, ROUNDS, seed)
-    start = int(np.searchsorted(levels, threshold, side="left"))
-    found = _limits(measures(_sums(weights, counts), start))
+    counts, start = image_counts(scores, truth, threshold)
+    weights = resample(truth, ROUNDS, seed, groups)
+    found = _limits(measures(sums(weights, counts), start))
+    if groups is not None:
+        low, high = found["specificity"]
+        found |= {"tpr": found["recall"], "fpr": [1 - high, 1 - low]}
+        return {n: found[n] for n in found if n not in ("iou", "dice")}
     called = np.asarray(scores) >= threshold
     for names, hits in ((("recall", "tpr"), called[truth]), (("specificity",), ~called[~truth])):
         interval = st.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
@@ -41,44 +48,116 @@ def image(
     return {**{n: found[n] for n in found if n not in ("iou", "dice")}, "fpr": [1 - high, 1 - low]}
 
 
+def image_counts(
+    scores: Num[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], threshold: float = 0.5
+) -> tuple[Float[np.ndarray, "n 2 b"], int]:
+    """Healthy and abnormal images by score, and the first level that is called abnormal."""
+    levels, place = np.unique(scores, return_inverse=True)
+    counts = np.zeros((len(scores), 2, len(levels)))
+    counts[np.arange(len(scores)), truth.astype(int), place] = 1
+    return counts, int(np.searchsorted(levels, threshold, side="left"))
+
+
 def pixel(
-    maps: Float[np.ndarray, "n h w"],
+    maps: Iterable[Float[np.ndarray, "h w"]],
     masks: Bool[np.ndarray, "n h w"],
     labels: Shaped[np.ndarray, " n"],
     seed: int = 0,
 ) -> Limits:
-    """Limits of pooled pixel metrics when whole images are drawn; maps in [0, 1].
+    """Limits of pooled pixel metrics when whole images are drawn; maps in [0, 1]."""
+    return of_counts(pixel_counts(maps, masks), labels, seed)
 
-    AUROC and AUPRC come from 512 bins: their limits are off by no more than a bin's share.
+
+def of_counts(
+    counts: Float[np.ndarray, "n 3 b"],
+    labels: Shaped[np.ndarray, " n"],
+    seed: int = 0,
+    groups: Shaped[np.ndarray, " n"] | None = None,
+) -> Limits:
+    """The same from `pixel_counts`.
+
+    AUROC, AUPRC and AUPRO come from 512 bins: their limits are off by no more than a bin's share.
     """
-    counts = np.stack([histograms(m, truth) for m, truth in zip(maps, masks, strict=True)])
-    weights = resample(np.asarray(labels) == 1, ROUNDS, seed)
-    return _limits(measures(_sums(weights, counts), BINS // 2))
+    weights = resample(np.asarray(labels) == 1, ROUNDS, seed, groups)
+    return _limits(measures(sums(weights, counts), BINS // 2))
+
+
+def pixel_counts(
+    maps: Iterable[Float[np.ndarray, "h w"]], masks: Bool[np.ndarray, "n h w"]
+) -> Float[np.ndarray, "n 3 b"]:
+    """`histograms` of every image, float32."""
+    made = (histograms(m, truth) for m, truth in zip(maps, masks, strict=True))
+    return np.stack([x.astype(np.float32) for x in made])
+
+
+def roc_band(
+    scores: Num[np.ndarray, " n"],
+    labels: Shaped[np.ndarray, " n"],
+    fpr: Float[np.ndarray, " f"],
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " f"], Float[np.ndarray, " f"]]:
+    """Pointwise 95% limits of the TPR at each FPR of the grid. Needs both classes."""
+    truth = np.asarray(labels) == 1
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(np.asarray(scores)[order]) != 0, True))
+    rates = []
+    for weights in resample(truth, ROUNDS, seed):
+        drawn, positive = weights[order], truth[order]
+        hits, alarms = (np.cumsum(drawn * side)[ends] for side in (positive, ~positive))
+        x, y = ([0, *(c / c[-1])] for c in (alarms, hits))
+        rates.append(np.interp(fpr, x, y))
+    low, high = np.quantile(rates, TAILS, axis=0)
+    return low, high
 
 
 def histograms(
     values: Float[np.ndarray, "h w"], mask: Bool[np.ndarray, "h w"]
-) -> Float[np.ndarray, "2 b"]:
-    """Normal and lesion pixels of one map by value; 0.5 opens the bin BINS / 2."""
+) -> Float[np.ndarray, "3 b"]:
+    """Normal pixels, lesion pixels and coverage of one map by value; 0.5 opens the bin BINS / 2.
+
+    Coverage is as in `ranking`: a lesion pixel weighs 1 / area of its 8-connected component.
+    """
+    from scipy import ndimage
+
     codes = np.minimum((values.astype(np.float32) * BINS).astype(np.intp), BINS - 1)
     both = np.bincount((codes + BINS * mask).ravel(), minlength=2 * BINS)
-    return both.reshape(2, BINS).astype(float)
+    covered = np.zeros(BINS)
+    if mask.any():
+        owners = ndimage.label(mask, np.ones((3, 3)))[0][mask]
+        covered += np.bincount(codes[mask], 1.0 / np.bincount(owners)[owners], BINS)
+    return np.stack([*both.reshape(2, BINS), covered])
 
 
-def resample(truth: Bool[np.ndarray, " n"], rounds: int, seed: int) -> Int[np.ndarray, "r n"]:
-    """How often each image is drawn in each round; class sizes are kept."""
+def resample(
+    truth: Bool[np.ndarray, " n"],
+    rounds: int,
+    seed: int,
+    groups: Shaped[np.ndarray, " n"] | None = None,
+) -> Int[np.ndarray, "r n"]:
+    """How often each image is drawn in each round; class sizes are kept.
+
+    groups: whole patients are drawn, within those with and those without an abnormal image.
+    """
     rng = np.random.default_rng(seed)
-    weights = np.zeros((rounds, len(truth)), np.int64)
+    owner = np.arange(len(truth))
+    if groups is not None:
+        _, owner = np.unique(groups, return_inverse=True)
+    ill = np.zeros(owner.max() + 1, bool)
+    np.logical_or.at(ill, owner, truth)
+    weights = np.zeros((rounds, len(ill)), np.int64)
     for side in (False, True):
-        chosen = np.flatnonzero(truth == side)
+        chosen = np.flatnonzero(ill == side)
         if len(chosen):
             share = np.full(len(chosen), 1 / len(chosen))
             weights[:, chosen] = rng.multinomial(len(chosen), share, rounds)
-    return weights
+    return weights[:, owner]
 
 
-def measures(counts: Float[np.ndarray, "r 2 b"], start: int) -> dict[str, np.ndarray]:
-    """Metrics of each row from its negatives and positives by level; `start` opens the called."""
+def measures(counts: Float[np.ndarray, "r c b"], start: int) -> dict[str, np.ndarray]:
+    """Metrics of each row from its negatives and positives by level; `start` opens the called.
+
+    A third channel is the coverage, for AUPRO.
+    """
     negative, positive = counts[:, 0, ::-1], counts[:, 1, ::-1]  # highest first
     hits, alarms = positive.cumsum(1), negative.cumsum(1)
     called = counts.shape[2] - start  # levels that are called positive
@@ -90,7 +169,10 @@ def measures(counts: Float[np.ndarray, "r 2 b"], start: int) -> dict[str, np.nda
         precision_at = np.where(hits + alarms > 0, hits / (hits + alarms), 0)
         recall, specificity = tp / (tp + fn), tn / (tn + fp)
         product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-        return {
+        covered = {}
+        if counts.shape[1] == 3:
+            covered["aupro"] = aupro(alarms, counts[:, 2, ::-1].cumsum(1))
+        return covered | {
             "auroc": (positive * below).sum(1) / pairs,
             "auprc": (positive * precision_at).sum(1) / hits[:, -1],
             "accuracy": (tp + tn) / (tp + tn + fp + fn),
@@ -105,9 +187,21 @@ def measures(counts: Float[np.ndarray, "r 2 b"], start: int) -> dict[str, np.nda
         }
 
 
-def _sums(weights: Int[np.ndarray, "r n"], counts: Float[np.ndarray, "n 2 b"]) -> np.ndarray:
+def aupro(
+    alarms: Float[np.ndarray, "r b"], covered: Float[np.ndarray, "r b"], limit: float = 0.3
+) -> Float[np.ndarray, " r"]:
+    """As PixelRanks.aupro of each row, from running sums of normal pixels and coverage."""
+    x, y = (np.pad(c / c[:, -1:], ((0, 0), (1, 0))) for c in (alarms, covered))
+    wide, rise = np.diff(x), np.diff(y)
+    used = np.clip(limit - x[:, :-1], 0, wide)
+    end = y[:, :-1] + rise * np.divide(used, wide, out=np.zeros_like(wide), where=wide > 0)
+    return (used * (y[:, :-1] + end) / 2).sum(1) / limit
+
+
+def sums(weights: Int[np.ndarray, "r n"], counts: Float[np.ndarray, "n c b"]) -> np.ndarray:
+    """Counts of each round's images, [r, c, b]."""
     flat = weights.astype(float) @ counts.reshape(len(counts), -1)
-    return flat.reshape(len(weights), 2, -1)
+    return flat.reshape(len(weights), *counts.shape[1:])
 
 
 def _limits(values: dict[str, np.ndarray]) -> Limits:

@@ -3,8 +3,9 @@
     joint    Adam on the loss of a batch of rows
     maml     Adam on the query loss after inner steps on the support, exact second order
     fomaml   the same with the inner gradient as a constant
-    anil     exact, but only the head adapts: adapters, scale and offset; the body is the context,
-             so the text tower is not in the inner loop (Raghu et al. 2020)
+    anil     exact, but only the head adapts: adapters, scale and offset; the body is the context
+             (and a tuned language adapter), so the text tower is not in the inner loop (Raghu et
+             al. 2020)
 
 With a learned rate (Meta-SGD, Li et al. 2017) theta is a maml.MetaSGD until it is adapted.
 Every copy of theta (all supports, and one per held-out fold) learns from its own images alone.
@@ -24,7 +25,7 @@ from medclip_jax import features, maml, simclr
 from medclip_jax.data import episodes
 from medclip_jax.structs import Batch, TrainState, Views
 
-BODY = ("context",)  # parts of theta that ANIL does not adapt
+BODY = ("context", "language")  # parts of theta that ANIL does not adapt
 
 
 class Episodes(NamedTuple):
@@ -35,7 +36,7 @@ class Episodes(NamedTuple):
     valid: Bool[Array, "e copy"]
 
 
-def inner(learner: str, steps: int, rate: float, learned: bool) -> maml.Inner:
+def inner(learner: str, steps: int, rate: float | None, learned: bool) -> maml.Inner:
     """How a learner adapts; `learned` rates start at `rate` (see maml.meta_sgd)."""
     return maml.Inner(
         rate=None if learned else rate,
@@ -229,14 +230,15 @@ def episodes_at(
     sizes = sizes | {"copies": pool.copies}
     rows = np.arange(sizes["tasks"]) if rows is None else rows
     drawn = [episodes.sample(step, seed, own, pool.kinds, **sizes) for own in members]
-    valid = np.ones((len(rows), len(members)), bool)
+    valid: Any = np.ones((len(rows), len(members)), bool)
     sides = []
     for i, side in enumerate(("support", "query")):
         dealt = [getattr(d, side) for d in drawn]
         shape = 2, len(dealt[0].image), len(drawn), dealt[0].image.shape[1]
         pair = [p[i][rows] for p in simclr.draw(seed, step, shape, pool.copies)] if views else ()
         sides.append(take(pool, [jax.tree.map(lambda x: x[rows], d) for d in dealt], pair))
-    return Episodes(*sides, valid)
+    support, query = sides
+    return Episodes(support, query, valid)
 
 
 def adaptation_rows(pool: features.Pool, members: Sequence[np.ndarray]) -> Batch:
@@ -271,5 +273,6 @@ def shaped(
     batch = features.take(pool, image.ravel(), variant.ravel())
     if len(pair):
         one, two = (features.take(pool, image.ravel(), p.ravel()).features for p in pair)
-        batch = batch._replace(views=Views(one, two, image.ravel()))
+        number: Any = image.ravel()
+        batch = batch._replace(views=Views(one, two, number))
     return jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)

@@ -7,6 +7,9 @@ MODEL = {
     "learn_scale": True,  # temperature of the anomaly logit
     "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
     "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
+    # adapter after the text tower: "" (off) | embedded (of the compact CLIP) | fresh | a file
+    "language": "",
+    "language_tuned": False,  # it learns with the prompts; else it stays as it is
 }
 LOSS = {  # weights; 0 = not computed
     **{"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0},
@@ -30,6 +33,11 @@ def refines(c) -> bool:
 
 def check(c) -> None:
     """Raise ConfigError if a part that is on lacks what it needs. c: a config (config.resolve)."""
+    if c.model.language_tuned and not c.model.language:
+        raise ConfigError(
+            "config.model.language_tuned is on and there is no adapter to tune: give "
+            "config.model.language, such as fresh"
+        )
     augmented = any(value for name, value in c.augment.items() if name != "copies")
     if c.steps and c.loss.simclr and not augmented:
         raise ConfigError(

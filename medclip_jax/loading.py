@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +52,18 @@ class Job:
     rows: list[dict[str, Any]] | None = None
     error: str = ""
 
+    def read(self) -> Loaded:
+        """What was read; only for items that are neither done nor refused."""
+        if self.loaded is None:
+            raise RuntimeError(f"{self.item.source} was not read")
+        return self.loaded
+
+    def coded(self) -> UInt16[np.ndarray, "f h w"]:
+        """Its maps; filled once `marks` are done."""
+        if self.codes is None:
+            self.codes = np.empty(self.read().pixels.shape, np.uint16)
+        return self.codes
+
     def whole(self) -> bool:
         return self.loaded is None or self.scored == len(self.loaded.fitted)
 
@@ -95,7 +107,9 @@ class Room:
             self.change.notify_all()
 
 
-def ahead(pool, items: Sequence[Item], model, output: Path, stamp: str, asked) -> Iterator[Job]:
+def ahead(
+    pool, items: Sequence[Item], model, output: Path, stamp: str, asked
+) -> Generator[Job, None, None]:
     """Items in order, read ahead on threads: enough for the next batches, or one large.
 
     Ends early once `asked` is set. Close it if it is not read to its end.
@@ -156,7 +170,8 @@ def load(item: Item, model: trained.Trained, output: Path, stamp: str) -> Job:
         if not np.isfinite(fitted).all():
             raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")
         shown = np.stack([np.round(255 * frame).astype(np.uint8) for frame in image.pixels])
-        mm2 = suppress.area(image.spacing, *image.pixels.shape[1:], size, mode)
+        height, width = image.pixels.shape[1:]
+        mm2 = suppress.area(image.spacing, height, width, size, mode)
         kept = Loaded(key, sha256, shown, np.stack(fitted), image.spacing, image.meta, mm2)
         return Job(item, kept)
     except (DataError, OSError, MemoryError) as error:

@@ -4,6 +4,8 @@ Logits are of the anomalous class. `valid` weighs rows, so padded rows never cou
 """
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -117,8 +119,10 @@ def distill_patches(
 
     A patch is labelled anomalous if more than half of it is masked.
     """
-    both = (jnp.stack([jnp.zeros_like(z), z], axis=-1).reshape(-1, 2) for z in (student, teacher))
-    each = distill(*both, (share > 0.5).astype(jnp.int32).reshape(-1), like)
+    own, wanted = (
+        jnp.stack([jnp.zeros_like(z), z], axis=-1).reshape(-1, 2) for z in (student, teacher)
+    )
+    each = distill(own, wanted, (share > 0.5).astype(jnp.int32).reshape(-1), like)
     return row_mean(each.reshape(share.shape).mean(1), valid)
 
 
@@ -132,5 +136,5 @@ def total(
     parts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted sum of the parts and the parts themselves with it under "loss"."""
-    loss = sum(weights[name] * value for name, value in parts.items())
+    loss = reduce(add, (weights[name] * value for name, value in parts.items()), jnp.zeros(()))
     return loss, {"loss": loss, **parts}

@@ -98,18 +98,28 @@ def parse(argv: list[str]) -> flags.FlagValues:
         *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
         *(OSError, ImportError, SyntaxError),  # of the config file
     ) as error:
+        check_config_file(argv)
         raise ConfigError(f"{plain(error)} (see --help)") from error
     if given.mode in APART:
-        given.input = [*given.input, *rest[1:]]  # --input A B C
+        given["input"].value = [*given.input, *rest[1:]]  # --input A B C
         return complete(given)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
     if given.config is None or not (given.workdir or given.mode == "check"):
         raise ConfigError("--config and --workdir are needed: see --help")
     if not isinstance(given.config, ConfigDict):  # ml_collections keeps quiet until it is used
-        name = given["config"].config_filename
-        raise ConfigError(f"config file {name} cannot be read: give one that exists")
+        check_config_file(argv)
+        raise ConfigError("the config file gives no settings: see configs/folder.py")
     return given
+
+
+def check_config_file(argv: list[str]) -> None:
+    """Raise ConfigError if --config names a file that is not there."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, given = flag.partition("=")
+        name = (given if equals else value).partition(":")[0]
+        if flag in ("--config", "-config") and not Path(name).is_file():
+            raise ConfigError(f"config file {name} cannot be read: give one that exists")
 
 
 def packaged(argv: list[str]) -> list[str]:

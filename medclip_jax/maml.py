@@ -96,8 +96,7 @@ def adapt(
         body = jax.checkpoint(step, prevent_cse=False) if inner.remat else step
         moved, later = jax.lax.scan(body, moved, length=inner.steps - 1)
         losses.append(later)
-    losses = jnp.concatenate(losses) if losses else jnp.zeros(0)
-    return whole(moved), losses
+    return whole(moved), jnp.concatenate(losses) if losses else jnp.zeros(0)
 
 
 def meta_loss(

@@ -31,7 +31,7 @@ def mark(
     codes: UInt16[np.ndarray, "n h w"],
     first: int,
     spacing: tuple[float, float] | None,
-    fit: str,
+    fit: readers.Mode,
 ) -> Marks:
     """Boxes of n frames; `codes` is filled with their maps.
 
@@ -48,10 +48,11 @@ def mark(
 
 
 def frame_map(
-    small: Float[np.ndarray, "s s"], shape: tuple[int, int], fit: str
+    small: Float[np.ndarray, "s s"], shape: tuple[int, ...], fit: readers.Mode
 ) -> Float[np.ndarray, "h w"]:
     """A map in the image's own frame (rows, columns), [0, 1]; 0.5 is the pixel threshold."""
-    return readers.to_frame(small.astype(np.float32), *shape, fit)
+    height, width = shape
+    return readers.to_frame(small.astype(np.float32), height, width, fit)
 
 
 def sixteen_bits(heat: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:

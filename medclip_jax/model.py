@@ -1,10 +1,12 @@
 """What is learned (theta) and how it turns cached tokens into anomaly: one forward for all.
 
 theta is a plain dict of arrays:
-  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared
+  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared;
+                             absent where k is 0, as no checkpoint holds an empty array
   adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
   scale     []               log of 1/temperature of the anomaly logit and the alignment
   offset    []               of the distance form (score.patch_logit)
+  language  {down, up}       the language adapter (language.init), if it is tuned
   refine    ({kernel, bias, gate}, ...)  a query per tapped level (refine.init), if it is on
   head      {hidden, out}    SimCLR's projection (simclr.init), if it has a weight
 """
@@ -14,10 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from medclip_jax import clip, losses, refine, score, several, simclr
-from medclip_jax.structs import Batch, Features, Prompts
+from medclip_jax.structs import Batch, Features, Prompts, Views
 
 
 class Design(NamedTuple):
@@ -48,21 +50,22 @@ def init(
     context: int,
     shared: bool,
     contrast: bool = False,
+    language: Mapping | None = None,
 ) -> dict:
     """Fresh theta: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10).
 
     Context vectors for which the prompts name a token start from its embedding instead. With
-    `contrast` there is a SimCLR head; what else is drawn does not depend on it.
+    `contrast` there is a SimCLR head; what else is drawn does not depend on it. `language`: the
+    adapter to tune.
     """
     context_key, *adapter_keys = jax.random.split(key, 1 + len(model.vision_tower.levels))
     rows = 1 if shared else len(design.prompts.ids)
-    bound = model.width**-0.5
 
-    def adapter(key):
+    def adapter(key, width):
         kernel_key, bias_key = jax.random.split(key)
-        draw = dict(minval=-bound, maxval=bound)
+        draw = dict(minval=-(width**-0.5), maxval=width**-0.5)
         return {
-            "kernel": jax.random.uniform(kernel_key, (model.width, model.joint), **draw),
+            "kernel": jax.random.uniform(kernel_key, (width, model.joint), **draw),
             "bias": jax.random.uniform(bias_key, (model.joint,), **draw),
         }
 
@@ -72,13 +75,15 @@ def init(
         named = model.text["token"][jnp.maximum(start, 0)]
         vectors = jnp.where((jnp.asarray(start) >= 0)[None, :, None], named[None], vectors)
     theta = {
-        "context": vectors,
-        "adapters": tuple(adapter(k) for k in adapter_keys),
+        **({"context": vectors} if context else {}),
+        "adapters": tuple(map(adapter, adapter_keys, model.widths)),
         "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
         "offset": jnp.asarray(0.5),
     }
     if design.refinement is not None:
         theta["refine"] = refine.init(design.refinement)
+    if language is not None:
+        theta["language"] = language
     if contrast:
         theta["head"] = simclr.init(jax.random.fold_in(key, simclr.STREAM), model.joint)
     return theta
@@ -86,12 +91,24 @@ def init(
 
 def text_features(theta: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
     """Text features of all prompts with the learned context."""
-    context = theta["context"]
+    context = context_of(theta, frozen)
     rows = len(design.prompts.ids)
     context = jnp.broadcast_to(context, (rows, *context.shape[1:]))
     return clip.encode_text(
-        frozen["text"], context, design.prompts, design.text_tower, design.causal
+        text_of(theta, frozen), context, design.prompts, design.text_tower, design.causal
     )
+
+
+def text_of(theta: Mapping, frozen: Mapping) -> Mapping:
+    """Parameters of the text tower, with the language adapter that is tuned if there is one."""
+    tuned = {"language": theta["language"]} if "language" in theta else {}
+    return {**frozen["text"], **tuned}
+
+
+def context_of(theta: Mapping, frozen: Mapping) -> Float[Array, "_ k d"]:
+    """The learned context; of no vectors where theta has none."""
+    width = frozen["text"]["token"].shape[1]
+    return theta["context"] if "context" in theta else jnp.zeros((1, 0, width))
 
 
 def adapt_tokens(
@@ -141,20 +158,45 @@ def forward(
     return Output(text, levels, logit)
 
 
-def contrast(theta: Mapping, batch: Batch, design: Design) -> Float[Array, ""]:
-    """SimCLR (equation 12) between the two views that the rows carry."""
-    one, two, image = batch.views
-    both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
-    heads = [simclr.project(theta["head"], levels) for levels in both]
-    return simclr.ntxent(*heads, image, batch.valid)
+class Compared(NamedTuple):
+    """What a batch has in common with the prompts."""
+
+    logit: Float[Array, "n p"]  # anomaly logit per patch
+    alike: Float[Array, "n p c"]  # cosine with every prompt, mean over the levels
+    pooled: Float[Array, "n 2"]  # cosine of the pooled embedding with the mean prompts
+    label: Any  # of the prompts
 
 
-def taught(
-    logit: Float[Array, "n p"], batch: Batch, design: Design, like: losses.Distill
+def compare(theta, frozen, batch: Batch, key, design: Design, text) -> Compared:
+    """Rows against the prompts; against those of their own data set where there are several."""
+    scale = scale_of(theta, design)
+    levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
+    pooled = batch.features.pooled
+    if design.sets is not None and batch.source is not None:
+        static = design.sets, batch.source, design.text_tower, design.causal
+        words = several.words(context_of(theta, frozen), text_of(theta, frozen), *static)
+        logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
+        alike = several.similarity(levels, words)
+        return Compared(logit, alike, several.prompt_logits(pooled, words), design.sets.label)
+    text = text_features(theta, frozen, design) if text is None else text
+    label = design.prompts.label
+    alike = score.level_mean(score.cosine(v, text) for v in levels)
+    if design.form == "softmax":  # score.patch_logit from cosines that are there already
+        pair = alike @ score.class_weights(text, label)
+        logit = scale * (pair[..., 1] - pair[..., 0])
+    else:  # not linear in the levels' cosines
+        logit = score.patch_logit(levels, text, label, scale, theta["offset"], design.form)
+    return Compared(logit, alike, score.cosine(pooled, score.class_features(text, label)), label)
+
+
+def contrast(
+    theta: Mapping, views: Views, valid: Bool[Array, " n"], design: Design
 ) -> Float[Array, ""]:
-    """Distillation (equation 13) from the teacher's logits that the rows carry."""
-    share = losses.patch_share(batch.mask, design.grid)
-    return losses.distill_patches(logit, batch.teacher, share, batch.valid, like)
+    """SimCLR (equation 12) between the two views of each row."""
+    one, two, image = views
+    both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
+    first, second = (simclr.project(theta["head"], levels) for levels in both)
+    return simclr.ntxent(first, second, image, valid)
 
 
 def loss(
@@ -177,50 +219,24 @@ def loss(
     """
     scale = scale_of(theta, design)
     batch = batch._replace(mask=batch.mask.astype(jnp.float32))
-    if design.sets is None or batch.source is None:
-        text = text_features(theta, frozen, design) if text is None else text
-        levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
-        label, words = design.prompts.label, None
-        alike = sum(score.cosine(v, text) for v in levels) / len(levels)
-        if design.form == "softmax":  # forward's logit, from the cosines that align needs as well
-            pair = alike @ score.class_weights(text, label)
-            logit = scale * (pair[..., 1] - pair[..., 0])
-        else:
-            logit = score.patch_logit(levels, text, label, scale, theta["offset"], design.form)
-    else:
-        static = design.sets, batch.source, design.text_tower, design.causal
-        words = several.words(theta["context"], frozen["text"], *static)
-        levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
-        logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
-        label = design.sets.label
+    logit, alike, pooled, label = compare(theta, frozen, batch, key, design, text)
     pixels = score.to_pixels(logit, design.size)
-
-    def align():
-        if words is None:
-            similarity = alike
-        else:
-            similarity = several.similarity(levels, words)
-        share = losses.patch_share(batch.mask, design.grid)
-        return losses.align(similarity, share, jnp.asarray(label), batch.valid, scale)
+    share = losses.patch_share(batch.mask, design.grid)
 
     def prompt():
-        if words is None:
-            pooled = score.cosine(batch.features.pooled, score.class_features(text, label))
-        else:
-            pooled = several.prompt_logits(batch.features.pooled, words)
         return losses.prompt(jnp.exp(frozen["logit_scale"]) * pooled, batch.label, batch.valid)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
         "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
-        "align": align,
+        "align": lambda: losses.align(alike, share, jnp.asarray(label), batch.valid, scale),
         "prompt": prompt,
-        "simclr": lambda: contrast(theta, batch, design),
-        "distill": lambda: taught(logit, batch, design, distill),
     }
+    if (views := batch.views) is not None:
+        terms["simclr"] = lambda: contrast(theta, views, batch.valid, design)
+    if (teacher := batch.teacher) is not None and (like := distill) is not None:
+        terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, like)
     weights = {**weights, "distill": distill.weight if distill else 0.0}
-    lacking = {"simclr"} if batch.views is None else set()
-    lacking |= {"distill"} if batch.teacher is None else set()
-    asked = [name for name in terms if weights.get(name) and name not in lacking]
+    asked = [name for name in terms if weights.get(name)]
     parts = {name: terms[name]() for name in asked}
     return losses.total(parts, weights)

@@ -5,7 +5,9 @@ of the source's header but its geometry is kept: the texts may name a patient.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -45,18 +47,19 @@ def write(path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"]) -> None:
     except OSError as error:
         raise files.cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # also where there is no such folder
+            temporary.unlink()
 
 
 def _geometry(source: Path) -> tuple[nibabel.Nifti1Header, tuple[int, int, int]]:
     """The header of a source that was read before, and its shape in canonical order."""
-    header = nibabel.load(source).header
+    header: Any = nibabel.load(source).header  # of NIfTI-1 or NIfTI-2
     shape = (*header.get_data_shape(), 1, 1)[:3]
     turn = orientations.io_orientation(header.get_best_affine())
     canonical = [0, 0, 0]
     for axis, (to, _) in enumerate(turn):
         canonical[int(to)] = int(shape[axis])
-    return header, tuple(canonical)
+    return header, (canonical[0], canonical[1], canonical[2])
 
 
 def _header(source, shape: tuple[int, ...], points: int) -> nibabel.Nifti1Header:

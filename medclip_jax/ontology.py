@@ -50,7 +50,7 @@ class Ontology(NamedTuple):
     """All concepts, and every normalised name, synonym and code of theirs."""
 
     concepts: tuple[Concept, ...]
-    index: dict[str, Concept]
+    by_name: dict[str, Concept]
 
 
 class Words(NamedTuple):
@@ -94,10 +94,10 @@ def find(ontology: Ontology, term: str, kind: str | None = None) -> Concept:
 
     Raises ConfigError with the nearest terms if there is none of this `kind`.
     """
-    found = ontology.index.get(key(term))
+    found = ontology.by_name.get(key(term))
     if found is not None and kind in (None, found.kind):
         return found
-    known = [t for t, c in ontology.index.items() if kind in (None, c.kind)]
+    known = [t for t, c in ontology.by_name.items() if kind in (None, c.kind)]
     near = difflib.get_close_matches(key(term), known, n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise ConfigError(
@@ -121,7 +121,7 @@ def expand(
         return [asked, *rest][: most or None]
 
     def condition(asked: str) -> Concept:
-        there = ontology.index.get(key(f"{anatomy} {asked}"))
+        there = ontology.by_name.get(key(f"{anatomy} {asked}"))
         if there is not None and there.kind == "finding":
             return there
         return find(ontology, asked, "finding")
@@ -245,7 +245,7 @@ def licensed(concepts: list[Concept], field: str, found: dict[str, terminology.E
     A word that already names another concept is left out. What the release does not know, or maps
     otherwise than the table, is logged as a warning.
     """
-    taken = set(indexed(concepts).index)
+    taken = set(indexed(concepts).by_name)
     result = []
     for c in concepts:
         entry = found.get(getattr(c, field))

@@ -13,7 +13,7 @@ import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from medclip_jax import dicom_objects, files, marks, nifti_maps, overlay, png
+from medclip_jax.data import readers
 from medclip_jax.inputs import Item
 from medclip_jax.marks import Marks
 
@@ -41,7 +42,7 @@ class Result(NamedTuple):
     meta: dict[str, str]
     marks: Sequence[Marks]  # of all frames, in order
     codes: UInt16[np.ndarray, "f h w"]  # maps, as `marks` codes them
-    fit: str
+    fit: readers.Mode
     model: dict[str, Any]
 
 
@@ -59,30 +60,7 @@ def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[
     top = int(np.argmax(score))
     heat = _heat(result, top)
     picture = overlay.draw(result.pixels[top], heat, frames[top]["boxes"])
-    left = {"overlay": (f"{item.output}.overlay.png", png.encode(picture))}
-    notes: list[str] = []
-    if item.kind == "nifti":
-        name = f"{item.output}.map.nii.gz"
-        nifti_maps.write(output / name, Path(item.paths[0]), result.codes)
-        left["map"] = (name, None)
-    elif len(frames) == 1:
-        left["map"] = (f"{item.output}.map.png", png.encode(result.codes[0]))
-    else:
-        left["map"] = (f"{item.output}.map.npz", _compressed(result.marks))
-    if item.kind == "dicom":
-        made = dicom_objects.build(
-            item.paths,
-            result.key,
-            result.codes >= marks.HALF,
-            picture,
-            top,
-            pseudonymise,
-        )
-        notes += made.notes
-        left |= {name: (f"{item.output}.{name}.dcm", raw) for name, raw in made.files.items()}
-    for name, raw in left.values():
-        if raw is not None:
-            files.write_bytes(output / name, raw, durable=False)  # `finished` looks at sizes
+    left, notes = _write_files(output, item, result, picture, top, pseudonymise)
     page = {
         "source": item.output if pseudonymise else item.source,
         "files_read": len(item.paths),
@@ -98,13 +76,40 @@ def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[
         "top_frame": top,
         "alarms": int(alarm.sum()),
         "frames": frames,
-        "files": {what: name for what, (name, _) in left.items()},
-        "bytes": {what: (output / name).stat().st_size for what, (name, _) in left.items()},
+        "files": left,
+        "bytes": {what: (output / name).stat().st_size for what, name in left.items()},
         "notes": notes,
         "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }
     files.write_json(output / f"{item.output}.json", page, durable=False)
     return rows(page, item)
+
+
+def _write_files(
+    output: Path, item: Item, result: Result, picture: np.ndarray, top: int, pseudonymise: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Names of what was written for an item beside its JSON, and why something is missing.
+
+    picture: the overlay of frame `top`.
+    """
+    made: dict[str, bytes] = {"overlay.png": png.encode(picture)}
+    left, notes = {}, []
+    if item.kind == "nifti":
+        left["map"] = f"{item.output}.map.nii.gz"
+        nifti_maps.write(output / left["map"], Path(item.paths[0]), result.codes)
+    elif len(result.codes) == 1:
+        made["map.png"] = png.encode(result.codes[0])
+    else:
+        made["map.npz"] = _compressed(result.marks)
+    if item.kind == "dicom":
+        marked = result.codes >= marks.HALF
+        objects = dicom_objects.build(item.paths, result.key, marked, picture, top, pseudonymise)
+        made |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
+        notes = objects.notes
+    for name, raw in made.items():
+        left[name.partition(".")[0]] = f"{item.output}.{name}"
+        files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
+    return left, notes
 
 
 def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
@@ -162,20 +167,26 @@ def tables(path: Path) -> Iterator[Callable[[Item, list[dict], str], None]]:
         raise files.cannot_write(path, error) from error
     finally:
         for part in parts:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # also where there is no such folder
+                part.unlink()
 
 
 def sweep(folder: Path) -> int:
     """Delete temporary files that killed processes left in an output folder; returns how many.
 
-    Only those of `files` and `tables`, a day old: younger ones may be another process's.
+    Only those of `files` and `tables` that are a day old and name no process of this machine: the
+    others may be written at this moment, also where a clock jumped.
     """
-    old = time.time() - STALE
-    found = [p for p in folder.glob(".*.tmp") if re.fullmatch(r"\..+\.\d+\.tmp", p.name)]
-    left = [p for p in found if p.is_file() and not p.is_symlink() and p.stat().st_mtime < old]
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
+    old, left = time.time() - STALE, 0
+    for path in folder.glob(".*.tmp"):
+        named = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if named is None or path.is_symlink() or not path.is_file():
+            continue
+        with suppress(FileNotFoundError):  # its process, or another sweep, was faster
+            if path.stat().st_mtime < old and not Path("/proc", named[1]).exists():
+                path.unlink()
+                left += 1
+    return left
 
 
 def unreadable_name(table: str) -> str:

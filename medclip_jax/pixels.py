@@ -27,7 +27,8 @@ def read(
         if mm is None:
             raise MetricError(f"Image {index} has no spacing; give one per image, or one for all.")
         yield _checked_map(values, index), _checked_mask(mask, np.shape(values), index), mm
-    if spacing is not None and np.ndim(spacing) == 2 and next(spacings, None) is not None:
+    of_each = isinstance(spacing, Sequence) and np.ndim(np.asarray(spacing)) == 2
+    if of_each and next(spacings, None) is not None:
         raise MetricError("There are more spacings than images; give one per image.")
 
 

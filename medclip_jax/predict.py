@@ -88,7 +88,7 @@ def run(
 
 def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
     """Stream the items through readers, scorer and writers, in order."""
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     bar = Progress(
         TextColumn("predict"),
         BarColumn(),
@@ -111,7 +111,7 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
             def settle(most: int) -> None:
                 while writing and (full(most) or writing[0][1] is None or writing[0][1].done()):
                     job, future = writing.popleft()
-                    rows = job.rows if future is None else future.result()
+                    rows = (job.rows or []) if future is None else future.result()
                     tell(job.item, rows, job.error)
                     kind = "unreadable" if job.error else "skipped" if future is None else "scored"
                     counts[kind] += 1
@@ -133,7 +133,9 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
         for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
     _tell_unreadable(counts["unreadable"], table)
-    return Summary(*(counts[name] for name in Summary._fields[:-1]), table)
+    return Summary(
+        *(counts["scored"], counts["skipped"], counts["unreadable"], counts["alarms"]), table
+    )
 
 
 class _Rate(ProgressColumn):
@@ -144,7 +146,7 @@ class _Rate(ProgressColumn):
 
 
 def _write(model: trained.Trained, job: Job, output: Path, pseudonymise: bool) -> list[dict]:
-    loaded = job.loaded
+    loaded = job.read()
     result = Result(
         loaded.key,
         loaded.sha256,
@@ -152,7 +154,7 @@ def _write(model: trained.Trained, job: Job, output: Path, pseudonymise: bool) -
         loaded.spacing,
         loaded.meta,
         [future.result() for future in job.marks],  # submitted to the same pool, but before
-        job.codes,
+        job.coded(),
         model.config.data.fit,
         {
             "scorer": model.digest,

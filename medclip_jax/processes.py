@@ -70,10 +70,11 @@ def end(code: int) -> None:
 
 def agreed(flags: Sequence[bool] | bool) -> np.ndarray:
     """True where any process says so, in every process alike. All processes must call it."""
-    flags = np.atleast_1d(np.asarray(flags, bool))
+    own = np.atleast_1d(np.asarray(flags, bool))
     if not several():
-        return flags
-    return np.asarray(multihost_utils.process_allgather(flags)).reshape(-1, len(flags)).any(0)
+        return own
+    everyone = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, len(own))
+    return np.logical_or.reduce(everyone, axis=0)
 
 
 def part(n: int) -> Int[np.ndarray, " m"]:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,10 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from medclip_jax import figures, gallery, viewer
+from medclip_jax import captions, figures, gallery, intervals, viewer
+from medclip_jax.captions import text
 from medclip_jax.files import write_bytes
-from medclip_jax.results import MAX_BOXES, SPECK, Files, read
+from medclip_jax.results import Files, read
 
 ROOT = Path(__file__).parent / "assets"
 
@@ -38,16 +38,6 @@ NAMES = {
     "alpha_attained": "level attained",
     "k": "K",
 }
-
-
-class Picture(NamedTuple):
-    """One figure on the page, in one or more pieces that fit on paper."""
-
-    title: str
-    alt: str
-    caption: str
-    pieces: tuple[str, ...]  # data URIs
-    dark: bool  # drawn dark already: never recoloured
 
 
 class Cell(NamedTuple):
@@ -78,15 +68,20 @@ def write(workdir: str | Path) -> Path:
 
 
 def draw(files: Files) -> dict[str, bytes]:
-    """The charts as PNG by name: loss, roc, scores, calibration, risk_coverage."""
+    """The charts as PNG by name: loss, roc, scores, calibration, risk_coverage, deletion."""
     label, score, p_value, uncertainty = (
         files.predictions[name] for name in ("label", "score", "p_value", "uncertainty")
     )
     calibration = files.metrics.get("calibration") or {}
+    grid = np.linspace(0, 1, 101)
+    band = None
+    if np.unique(label).size == 2:
+        band = (grid, *intervals.roc_band(score, label, grid))
+    curves = (files.metrics.get("explanations") or {}).get("deletion")
     alarms = p_value[(label == 0) & np.isfinite(p_value)]
     return {
         "loss": figures.loss(files.steps),
-        "roc": figures.roc(label, score, files.metrics["image"].get("auroc")),
+        "roc": figures.roc(label, score, files.metrics["image"].get("auroc"), band),
         "scores": figures.scores(label, score),
         "calibration": figures.calibration(
             alarms,
@@ -95,6 +90,9 @@ def draw(files: Files) -> dict[str, bytes]:
             calibration.get("alpha_attained"),
         ),
         "risk_coverage": figures.risk_coverage(label, score, uncertainty),
+        "deletion": figures.deletion(curves)
+        if curves
+        else figures.message("No deletion curve was measured in this run."),
     }
 
 
@@ -109,7 +107,7 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
     )
     metrics, predictions = files.metrics, files.predictions
     label = predictions["label"]
-    pictures = dict(_pictures(files, charts, sheets))
+    pictures = dict(captions.pictures(files, charts, sheets))
     sure = metrics.get("intervals") or {}
     script = (ROOT / "report.js").read_text(encoding="utf-8")
     shown = {"colours": viewer.colours(), "images": files.pictures}
@@ -129,6 +127,7 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         shown=viewer.as_script(shown),
         everything=_all_rows(files),
+        explanations=captions.checks(metrics.get("explanations") or {}),
         command=_command(files),
         calibration=metrics.get("calibration") or {},
         calibration_table=_table(metrics.get("calibration") or {}, skip=("message",)),
@@ -138,17 +137,6 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
         pictures=pictures,
         rows=_gallery_rows(files),
     )
-
-
-def text(value: Any) -> str:
-    """A value as the report prints it: four decimals, "undefined" for None."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "undefined"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
-    return str(value)
 
 
 def _table(
@@ -200,63 +188,7 @@ def _command(files: Files) -> str:
 def _gallery_rows(files: Files) -> list[dict[str, Any]]:
     columns = ("id", "label", "score", "p_value", "uncertainty")
     rows = []
-    for number, (i, panel) in enumerate(zip(files.index, files.panels, strict=True), start=1):
+    for number, (i, panel) in enumerate(zip(files.places, files.panels, strict=True), start=1):
         row = {name: files.predictions[name][i].item() for name in columns}
         rows.append({**row, "number": number, "boxes": len(panel.boxes)})
     return rows
-
-
-def _pictures(
-    files: Files, charts: Mapping[str, bytes], sheets: list[bytes]
-) -> Iterator[tuple[str, Picture]]:
-    auroc = text(files.metrics["image"].get("auroc"))
-    attained = text((files.metrics.get("calibration") or {}).get("alpha_attained"))
-    words = {
-        "roc": (
-            "ROC of the image scores",
-            f"ROC curve of the image scores; AUROC {auroc}.",
-            "The dot is the threshold that was set from healthy images alone.",
-        ),
-        "scores": (
-            "Image scores",
-            "Histograms of the image scores of healthy and of abnormal test images, "
-            "with the threshold at 0.5.",
-            "0.5 is the calibrated threshold; scores above it are flagged.",
-        ),
-        "calibration": (
-            "Calibration of the p-values",
-            "Observed against expected false-alarm rate on healthy test images; "
-            f"the level used is {attained}.",
-            "On the diagonal, a level of 10% gives 10% false alarms; the grey band is what "
-            "K supports allow by chance.",
-        ),
-        "risk_coverage": (
-            "Risk against coverage",
-            "Error rate among the most certain images against the share of images decided.",
-            "If the uncertainty is useful, the curve falls towards the left.",
-        ),
-        "loss": (
-            "Training curves",
-            f"The logged parts of the loss over {len(files.steps)} logged steps, one panel each.",
-            "Logarithmic axes where a part spans more than a factor of 50.",
-        ),
-    }
-    for name, (title, alt, caption) in words.items():
-        yield name, Picture(title, alt, caption, (_uri(charts[name]),), False)
-    yield (
-        "gallery",
-        Picture(
-            "Gallery",
-            f"{len(files.panels)} test images, each with its heat map, boxes and mask outline; "
-            "the table below names them.",
-            "Heat maps share one scale: 0.5, the white line, is the pixel threshold; the colours "
-            "are blended with the image. Boxes surround what is above 0.5, "
-            f"at most {MAX_BOXES}, specks below 1/{SPECK} of the image left out.",
-            tuple(map(_uri, sheets)),
-            bool(files.panels),
-        ),
-    )
-
-
-def _uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -25,7 +25,7 @@ class Files(NamedTuple):
     split: dict[str, Any]
     metrics: dict[str, Any]
     predictions: dict[str, np.ndarray]  # id, label, score, p_value, uncertainty: all of length n
-    index: list[int]  # of each panel's image in the predictions
+    places: list[int]  # of each panel's image in the predictions
     panels: list[gallery.Panel]
     pictures: list[dict[str, Any]]  # of every image, see viewer; empty if none was kept
 

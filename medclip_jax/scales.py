@@ -13,6 +13,7 @@ level the patches of the whole followed by those of the tiles, row by row.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float
 from medclip_jax import calibrate, detector, features, processes
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
+from medclip_jax.errors import ConfigError
 from medclip_jax.groups import batches, progress
 from medclip_jax.structs import Features, Record
 
@@ -87,12 +89,12 @@ def loader(tiles: int) -> Callable:
     return load
 
 
-def pack(whole: Features, tiles: Sequence[np.ndarray]) -> Features:
+def pack(whole: Features, tiles: Sequence[Any]) -> Features:
     """One Features of an image and of its tiles; tiles: per level [n, tiles², p, d]."""
-    levels = (
+    levels: list[Any] = [  # of the host
         np.concatenate([v, t.reshape(len(v), -1, v.shape[-1])], 1)
         for v, t in zip(whole.levels, tiles, strict=True)
-    )
+    ]
     return Features(whole.pooled, tuple(levels))
 
 
@@ -131,12 +133,14 @@ def build(
     tokens, shown = (side_by_side(x, tiles, grid**2) for x in (packed, held))
     if name == "memory":
         small = detector.remember(tokens, coreset, shown if k == 1 else None, rows=count)
-    else:
+    elif whole.without is not None:
         rows = [slice(i * count, (i + 1) * count) for i in range(len(held.pooled))]
         each = [
             whole.without(i, jax.tree.map(lambda x, r=r: x[r], shown)) for i, r in enumerate(rows)
         ]
         small = whole._replace(held_out=np.concatenate(each))
+    else:
+        raise ConfigError(f"method {name} holds no support out: train with config.score.tiles=1")
     return widen(whole, small, tiles, grid, bank.clip.size)
 
 
@@ -150,7 +154,7 @@ def side_by_side(packed: Features, tiles: int, patches: int) -> Features:
     """The tiles as images of their own, tiles² per image in order."""
     count = tiles**2
     levels = tuple(x[:, patches:].reshape(-1, patches, x.shape[-1]) for x in packed.levels)
-    many = Features(np.repeat(np.asarray(packed.pooled), count, 0), levels)
+    many = Features(jnp.repeat(jnp.asarray(packed.pooled), count, 0), levels)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), many)
 
 
@@ -189,20 +193,22 @@ def widen(whole: Detector, small: Detector, tiles: int, grid: int, size: int) ->
 
     def fused(read: Callable[[Detector, Features], Array], packed: Features) -> Array:
         """Mean of the scales; read: values [..., p] of tokens that are one scale's."""
-        total = 0.0
+        total: Any = 0.0
         for i in range(1 + count):
             (centre, width), one = unit[min(i, 1)], (whole, small)[min(i, 1)]
             z = (read(one, part(packed, i, patches)) - centre) / width
             total = total + jnp.einsum("...p,fp->...f", z, spread[i])
         return total / 2
 
-    def through(name: str) -> Callable | None:
+    def through(name: str) -> Any:
         if getattr(whole, name) is None:
             return None
         return lambda packed, *more: fused(lambda d, x: getattr(d, name)(x, *more), packed)
 
-    def without(i: int, packed: Features) -> Array:
-        return fused(lambda d, x: d.without(i, x), packed)
+    def left_out(name: str) -> Any:
+        if getattr(whole, name) is None:
+            return None
+        return lambda i, packed: fused(lambda d, x: getattr(d, name)(i, x), packed)
 
     of_tiles = small.held_out.reshape(-1, count, patches)
     seen = [whole.held_out, *np.moveaxis(of_tiles, 1, 0)]
@@ -210,13 +216,14 @@ def widen(whole: Detector, small: Detector, tiles: int, grid: int, size: int) ->
     for i, raw in enumerate(seen):
         centre, width = unit[min(i, 1)]
         values = values + (raw - centre) / width @ np.asarray(spread[i]).T
-    image = None if whole.image is None else lambda b: whole.image(part(b, 0, patches))
+    of_whole = whole.image
+    image = None if of_whole is None else lambda b: of_whole(part(b, 0, patches))
     return whole._replace(
         patches=through("patches"),
         held_out=np.asarray(values / 2, np.float32),
         passes=through("passes"),
         image=image,
-        without=None if whole.without is None else without,
+        without=left_out("without"),
         copies=through("copies"),
         load=loader(tiles),
         choose=None,

@@ -5,7 +5,9 @@ sigmoid. Both of the paper's forms fit: "softmax" (healthy against abnormal prom
 "distance" (equation 9). Imports no sibling but structs.
 """
 
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +65,11 @@ def patch_logit(
     """
     if form == "softmax":
         pair = class_features(text, label)
-        similarity = sum(cosine(v, pair) for v in levels) / len(levels)
+        similarity = level_mean(cosine(v, pair) for v in levels)
         return scale * (similarity[..., 1] - similarity[..., 0])
     if form == "distance":
         healthy = text[np.flatnonzero(np.asarray(label) == 0)]
-        away = sum(1 - cosine(v, healthy).max(-1) for v in levels) / len(levels)
+        away = level_mean(1 - cosine(v, healthy).max(-1) for v in levels)
         return scale * (away - offset)
     raise ValueError(f"form {form!r} is not one of {FORMS}")
 
@@ -104,12 +106,18 @@ def memory_distance(
     return nearest(levels, memory)[0]
 
 
+def level_mean(each: Iterable[Float[Array, "*_"]]) -> Float[Array, "*_"]:
+    """Mean of what every level says, in order of the levels."""
+    values = list(each)
+    return reduce(add, values) / len(values)
+
+
 def nearest(
     levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
 ) -> tuple[Float[Array, "n p"], tuple[Int[Array, "n p"], ...]]:
     """`memory_distance`, and the row of the memory that is nearest in each level."""
     found = [most_alike(v, m) for v, m in zip(levels, memory, strict=True)]
-    return sum(1 - alike for alike, _ in found) / len(found), tuple(row for _, row in found)
+    return level_mean(1 - alike for alike, _ in found), tuple(row for _, row in found)
 
 
 def distance_to(
@@ -119,8 +127,8 @@ def distance_to(
 
     With the nearest rows of a memory: the value and the gradient of `memory_distance`.
     """
-    away = [1 - (unit(v) * unit(near)).sum(-1) for v, near in zip(levels, neighbours, strict=True)]
-    return sum(away) / len(away)
+    pairs = zip(levels, neighbours, strict=True)
+    return level_mean(1 - (unit(v) * unit(near)).sum(-1) for v, near in pairs)
 
 
 def most_alike(

@@ -16,7 +16,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from medclip_jax import __version__, calibrate, features, files, fusion, suppress
+from medclip_jax import (
+    __version__,
+    calibrate,
+    detector,
+    features,
+    files,
+    fusion,
+    language,
+    suppress,
+)
 from medclip_jax.errors import WorkdirError
 from medclip_jax.limits import Limits
 from medclip_jax.structs import Features
@@ -37,6 +46,7 @@ class Stored(NamedTuple):
     mix: fusion.Mix | None
     k: int  # supports
     steps: suppress.Steps | None = None  # outlier suppression of the maps, None: off
+    language: str = ""  # language.digest of the adapter, "" for none
 
 
 def write(
@@ -50,7 +60,10 @@ def write(
     """
     tensors = flatten(jax.tree.map(lambda x: np.asarray(x)[0], theta), "theta")
     if supports and remembers(c):
-        (tokens,) = features.load_images(bank, supports, len(supports))
+        if c.memory.mirror:
+            tokens = detector.mirrored(bank, supports)
+        else:
+            (tokens,) = features.load_images(bank, supports, len(supports))
         tensors |= flatten(tokens._replace(inputs=())._asdict(), "tokens")
     settings = json.loads(c.to_json_best_effort())
     settings["distill"]["teacher"] = ""
@@ -61,6 +74,7 @@ def write(
         "format": FORMAT,
         "medclip-jax": __version__,
         "checkpoint": bank.clip.digest,
+        "language": language.digest(c.model.get("language", "")),
         "supports": [r.sha256 for r in supports],
         "sha256": hashlib.sha256(raw).hexdigest(),
         "limits": {
@@ -108,7 +122,7 @@ def read(workdir: Path) -> Stored:
         named = head["config"], head["checkpoint"], digest, _mix(head["mix"]), head["k"]
         steps = head.get("suppress")  # files of before have none
         steps = None if steps is None else suppress.Steps(**steps)
-        return Stored(tree["theta"], tokens, limits, *named, steps)
+        return Stored(tree["theta"], tokens, limits, *named, steps, head.get("language", ""))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkdirError(
             f"{path} or {TENSORS} beside it is damaged ({error}): "
@@ -136,9 +150,9 @@ def _mix(held: dict[str, Any] | None) -> fusion.Mix | None:
 def flatten(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     """Leaves of dicts and tuples under names such as theta/adapters/[0]/kernel."""
     if isinstance(tree, dict):
-        parts = tree.items()
+        parts = list(tree.items())
     elif isinstance(tree, list | tuple):
-        parts = ((f"[{i}]", x) for i, x in enumerate(tree))
+        parts = [(f"[{i}]", x) for i, x in enumerate(tree)]
     else:
         return {prefix: np.asarray(tree)}
     return {n: x for name, part in parts for n, x in flatten(part, f"{prefix}/{name}").items()}

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax import marks, trained
-from medclip_jax.loading import Job
+from medclip_jax.loading import Job, Loaded
 
 CROWDED = 1 << 28  # bytes of images that wait for a whole batch
 
@@ -65,16 +65,15 @@ def _submit(model: trained.Trained, group: Group, raw: trained.Raw, pool) -> Non
         job, end = group[start][0], start
         while end < len(group) and group[end][0] is job:
             end += 1
-        if job.codes is None:
-            job.codes = np.empty(job.loaded.pixels.shape, np.uint16)
         part = trained.Raw(*(column[start:end] for column in raw))
-        job.marks.append(pool.submit(_mark, model, job, job.scored, part))
+        codes = job.coded()[job.scored : job.scored + end - start]
+        job.marks.append(pool.submit(_mark, model, job.read(), codes, job.scored, part))
         job.scored += end - start
         start = end
 
 
-def _mark(model: trained.Trained, job: Job, first: int, raw: trained.Raw) -> marks.Marks:
-    loaded = job.loaded
+def _mark(
+    model: trained.Trained, loaded: Loaded, codes: np.ndarray, first: int, raw: trained.Raw
+) -> marks.Marks:
     scores = trained.finish(model, raw, [loaded.mm2] * len(raw.score))
-    codes = job.codes[first : first + len(raw.score)]
     return marks.mark(scores, codes, first, loaded.spacing, model.config.data.fit)

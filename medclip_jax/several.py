@@ -6,7 +6,7 @@ context vectors of a prompt are those of the target's prompt of the same class a
 again where the target has fewer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,11 +56,12 @@ def stack(prompts: Sequence[Prompts]) -> Sets:
         return own[places % len(own)]
 
     prompt = lay(lambda i, side, places: again(sides[side][i], places))
+    ids, slots, eos = (
+        np.stack([getattr(p, name)[own] for p, own in zip(prompts, prompt, strict=True)])
+        for name in ("ids", "slots", "eos")
+    )
     return Sets(
-        *(
-            np.stack([getattr(p, name)[own] for p, own in zip(prompts, prompt, strict=True)])
-            for name in ("ids", "slots", "eos")
-        ),
+        *(ids, slots, eos),
         row=lay(lambda i, side, places: again(sides[side][0], places)),
         real=lay(lambda i, side, places: places < len(sides[side][i])),
         label=np.repeat([0, 1], most),
@@ -69,7 +70,7 @@ def stack(prompts: Sequence[Prompts]) -> Sets:
 
 def words(
     context: Float[Array, "_ k d"],
-    text: dict,
+    text: Mapping,
     sets: Sets,
     source: Int[Array, "*n"],
     tower: clip.Tower,
@@ -83,9 +84,9 @@ def words(
     ids, slots = sets.ids[:, :, :length], sets.slots[:, :, :length]
     count, most = sets.row.shape
 
-    def encode(rows, *prompts):
+    def encode(rows, ids, slots, eos):
         own = context[rows if context.shape[0] > 1 else jnp.zeros_like(rows)]
-        return clip.encode_ids(text, own, *prompts, tower, causal)
+        return clip.encode_ids(text, own, ids, slots, eos, tower, causal)
 
     each = [jnp.asarray(x) for x in (sets.row, ids, slots, sets.eos)]
     if source.ndim == 0:
@@ -114,7 +115,7 @@ def class_features(words: Words) -> Float[Array, "*n 2 j"]:
 
 def similarity(levels: tuple[Float[Array, "n p j"], ...], words: Words) -> Float[Array, "n p c"]:
     """Mean over the levels of `cosine`; NEVER for what only fills the shape."""
-    alike = sum(cosine(v, words.text) for v in levels) / len(levels)
+    alike = score.level_mean(cosine(v, words.text) for v in levels)
     return _only(alike, words.real, NEVER)
 
 
@@ -128,7 +129,7 @@ def patch_logit(
     """score.patch_logit of each image with the prompts that are its own."""
     if form == "softmax":
         pair = class_features(words)
-        alike = sum(cosine(v, pair) for v in levels) / len(levels)
+        alike = score.level_mean(cosine(v, pair) for v in levels)
         return scale * (alike[..., 1] - alike[..., 0])
     if form == "distance":
         healthy = np.flatnonzero(words.label == 0)

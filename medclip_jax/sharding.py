@@ -48,7 +48,7 @@ def start(
             f"coordinator={coordinator}, processes={processes}, process={process}: "
             "give all three, or none where TPU, SLURM or Open MPI tells them"
         )
-    if processes is not None and not 0 <= process < processes:
+    if processes is not None and process is not None and not 0 <= process < processes:
         raise ConfigError(f"process={process} of processes={processes}: count from 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -146,9 +146,10 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
         mean=tower.mean,
         std=tower.std,
     )
-    label = (np.arange(4 * len(images)) >= len(images)).astype(np.int32)
-    mask = np.concatenate([np.zeros_like(pixels), masks.astype(np.float32)])
-    return Batch(tokens, mask, label, np.ones(len(label), bool))
+    label: Any = (np.arange(4 * len(images)) >= len(images)).astype(np.int32)
+    mask: Any = np.concatenate([np.zeros_like(pixels), masks.astype(np.float32)])
+    valid: Any = np.ones(len(label), bool)
+    return Batch(tokens, mask, label, valid)
 
 
 def learned(

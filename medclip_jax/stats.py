@@ -183,7 +183,7 @@ def bootstrap_interval(
         other = None if baseline is None else baseline[:, chosen]
         drawn = _draw_values(scores[:, chosen], labels[chosen], statistic, other)
         means[index] = drawn[rng.integers(0, d, d)].mean()
-    se, stretch = _few_draws(float(means.std(ddof=1)), values, level)
+    se, stretch = few_draws(float(means.std(ddof=1)), values, level)
     tails = (1 - level) / 2, (1 + level) / 2
     low, high = mean + stretch * (np.quantile(means, tails) - mean)
     return Interval(mean, se, float(low), float(high))
@@ -259,7 +259,7 @@ def _resample(strata: list[list[np.ndarray]], rng: np.random.Generator) -> Int[n
     return np.concatenate([index for units in chosen for index in units])
 
 
-def _few_draws(se: float, values: Float[np.ndarray, " d"], level: float) -> tuple[float, float]:
+def few_draws(se: float, values: Float[np.ndarray, " d"], level: float) -> tuple[float, float]:
     """Standard error with the draws' full variance, and the factor that widens the percentiles.
 
     Drawing d of d rows shows only (d - 1) / d of the variance s^2 / d of their mean.

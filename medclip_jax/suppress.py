@@ -96,7 +96,7 @@ def pixels(steps: Steps, mm2: float | None) -> int:
     return math.ceil(steps.smallest_mm2 / mm2 - 1e-9)
 
 
-def areas(records: Iterable[Record], size: int, fit: str) -> Iterator[float | None]:
+def areas(records: Iterable[Record], size: int, fit: readers.Mode) -> Iterator[float | None]:
     """Area in mm² of a pixel of the tower frame for each image, None without a spacing.
 
     size: side of the tower frame. fit: "stretch" or "pad". Raises DataError as readers.read.
@@ -107,7 +107,7 @@ def areas(records: Iterable[Record], size: int, fit: str) -> Iterator[float | No
 
 
 def area(
-    spacing: tuple[float, float] | None, height: int, width: int, size: int, fit: str
+    spacing: tuple[float, float] | None, height: int, width: int, size: int, fit: readers.Mode
 ) -> float | None:
     """Area in mm² of a pixel of the tower frame; spacing is that of the image, mm."""
     if spacing is None:

@@ -42,9 +42,9 @@ def logits(
     ]
     scale = model.scale_of(theta, design)
     if softmax:
-        similarity = sum(alike) / len(alike)
+        similarity = score.level_mean(alike)
         return scale * (similarity[..., 1] - similarity[..., 0])
-    away = sum(1 - x.max(-1) for x in alike) / len(alike)
+    away = score.level_mean(1 - x.max(-1) for x in alike)
     return scale * (away - theta["offset"])
 
 

@@ -9,6 +9,7 @@ after another in one uint8 array and `_end` says where each ends, so that nothin
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -27,7 +28,7 @@ FILES = ("thumb", "thumb_mask", "thumb_map", "thumb_cam")
 def pack(
     records: Sequence[Record],
     maps: Float[np.ndarray, "n s s"],
-    fit: str,
+    fit: readers.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
 ) -> dict[str, np.ndarray]:
     """Arrays thumb, thumb_mask, thumb_map, thumb_cam, each with its _end, and frame [n, 2].
@@ -37,16 +38,16 @@ def pack(
     """
     squares = [None] * len(records) if cams is None else explain.to_square(cams, MAP_SIDE)
     with ThreadPoolExecutor() as pool:
-        made = list(pool.map(lambda *one: _one(*one, fit), records, maps, squares))
+        made = list(pool.map(partial(_one, fit=fit), records, maps, squares))
     arrays = {"frame": np.array([frame for frame, _ in made], np.int32).reshape(-1, 2)}
     for i, name in enumerate(FILES):
         arrays |= _joined(name, [parts[i] for _, parts in made])
     return arrays
 
 
-def _one(record: Record, heat, cam, fit: str) -> tuple[tuple[int, int], tuple[bytes, ...]]:
+def _one(record: Record, heat, cam, fit: readers.Mode) -> tuple[tuple[int, int], tuple[bytes, ...]]:
     pixels = readers.read(record.path).pixels[0]
-    frame = pixels.shape
+    frame = (pixels.shape[0], pixels.shape[1])
     image = PIL.Image.fromarray(np.round(255 * pixels).astype(np.uint8))
     mask = b""
     if record.masks:

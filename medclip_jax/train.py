@@ -14,6 +14,7 @@ from rich.console import Console
 
 from medclip_jax import (
     __version__,
+    agreement,
     baselines,
     clip,
     compiled,
@@ -24,6 +25,7 @@ from medclip_jax import (
     files,
     fit,
     fusion,
+    language,
     model,
     others,
     prompts,
@@ -115,11 +117,16 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
             seed=c.seed,
             quiet=quiet,
         )
+        # labels are read from here on
+        support = drawn.support[0] if drawn.support else None
+        held = built, bank, support, drawn.test, scored.limits
+        checks = agreement.of_model(*held, top=c.score.top, count=c.explained, seed=c.seed)
     if not main:
         return None  # all scores are with the main process, which measures and writes
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
-        evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed)
+        counts = result.pop("pixel_counts")
+        evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed, counts)
         scorer.write(workdir, c, bank, theta, drawn.support, scored.limits, mix, quiet)
 
     result = {
@@ -132,6 +139,7 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
         "gradients": c.steps * configuration.gradients(c),
         "backbone": f"{c.clip.checkpoint} ({tower.digest})",
         **result,
+        "explanations": {**(result["explanations"] or {}), **(checks or {})} or None,
         "fusion": mix and mix.shares(),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
         "versions": {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS},
@@ -160,8 +168,10 @@ def assemble(
     """The detector that the config asks for, and how it mixes if it fuses branches."""
 
     def branch(name):
+        name = name.removesuffix(fusion.IMAGE_ONLY)
         shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
-        made = detector.build(name, theta, frozen, shape, bank, supports, groups, c.memory.coreset)
+        like = c.memory.coreset, c.memory.mirror
+        made = detector.build(name, theta, frozen, shape, bank, supports, groups, *like)
         if c.score.tiles == 1:
             return made
         return scales.build(name, made, bank, supports, c.score.tiles, c.memory.coreset)
@@ -204,7 +214,7 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
     shown = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
     built = phrases(c, tower, context, **shown)
     vision, kept = tower.vision_tower, None
-    if tower.vision_tower.inputs:
+    if isinstance(vision, clip.Tower) and vision.inputs:
         kept = refine.frozen(tower.vision, vision.levels, vision.heads, vision.eps)
     design = model.Design(
         built,
@@ -217,7 +227,10 @@ def build(c: ConfigDict, tower: clip.Clip, context: int | None = None) -> tuple[
         c.model.dropout,
         kept,
     )
-    return design, {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    text = dict(tower.text)
+    if named := c.model.get("language", ""):  # absent in older workdirs
+        text["language"] = language.load(named, tower.digest, tower.joint)
+    return design, {"text": text, "logit_scale": jnp.asarray(tower.logit_scale)}
 
 
 def phrases(

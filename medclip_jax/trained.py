@@ -19,6 +19,7 @@ from medclip_jax import (
     evaluate,
     features,
     fusion,
+    language,
     limits,
     score_fields,
     scorer,
@@ -95,6 +96,11 @@ def load(workdir: Path) -> Trained:
             f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
             f"({held.checkpoint}, not {tower.digest}): restore that one"
         )
+    if language.digest(c.model.get("language", "")) != held.language:
+        raise CheckpointError(
+            f"{workdir} was trained with another language adapter than {c.model.language} is now: "
+            "restore that one"
+        )
     mesh = sharding.mesh()
     like = (tower, c.data.fit, c.bank_dtype, mesh, c.data.get("recipe", ""))
     bank = features.open_bank(workdir, *like)
@@ -113,14 +119,15 @@ def _detector(c, held: scorer.Stored, tower: clip.Clip, readings: Readings) -> d
     compare with the supports themselves, one blank row stands for them.
     """
     rows = tower.grid**2
-    level = jnp.zeros((1, rows, tower.width))
-    blank = Features(jnp.zeros((1, tower.joint)), (level,) * len(tower.vision_tower.levels))
+    levels = tuple(jnp.zeros((1, rows, width)) for width in tower.widths)
+    blank = Features(jnp.zeros((1, tower.joint)), levels)
     if tower.vision_tower.inputs:
-        read = jnp.zeros((1, rows + 1, tower.width))
-        blank = blank._replace(inputs=(read,) * len(blank.levels))
+        read = tuple(jnp.zeros((1, rows + 1, width)) for width in tower.widths)
+        blank = blank._replace(inputs=read)
     theta = jax.tree.map(lambda x: jnp.asarray(x)[None], held.theta)
 
     def branch(name: str) -> detector.Detector:
+        name = name.removesuffix(fusion.IMAGE_ONLY)
         if name == "memory":
             tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), held.tokens)
             return detector.remember(tokens, c.memory.coreset)

@@ -15,9 +15,11 @@ import numpy as np
 from medclip_jax.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parent / "assets" / "compact_clip"
+OPENCLIP = "open_clip_model.safetensors", "open_clip_config.json"  # see openclip.py
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")  # first found is read
 SMALL_FILES = (
     "config.json",
+    OPENCLIP[1],
     "preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,6 +28,7 @@ SMALL_FILES = (
     "merges.txt",
 )
 ACTIVATIONS = ("quick_gelu", "gelu")
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 
 class Weights(NamedTuple):
@@ -44,22 +47,16 @@ def read(checkpoint: str) -> Weights:
 
     Raises CheckpointError if the folder, its weights, its config or its tokenizer cannot be used.
     """
-    folder = EMBEDDED if checkpoint == "compact" else Path(checkpoint).expanduser()
-    if not folder.is_dir():
-        folder = _download(checkpoint)
+    folder = locate(checkpoint)
     config = _config(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise CheckpointError(
-            f"{folder}: no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
-            "copy the files of the CLIP it was trained with into this folder"
-        )
+    check_tokenizer(folder)
     path = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
     if path is None:
         raise CheckpointError(
             f"{folder}: no weights; need {' or '.join(WEIGHTS)} "
             "(a pytorch_model.bin must be converted to safetensors first)"
         )
-    flat = _safetensors(path) if path.suffix == ".safetensors" else _msgpack(path)
+    flat = safetensors(path) if path.suffix == ".safetensors" else _msgpack(path)
     vision_layers = config["vision_config"]["num_hidden_layers"]
     text_layers = config["text_config"]["num_hidden_layers"]
     try:
@@ -76,33 +73,63 @@ def read(checkpoint: str) -> Weights:
     return Weights(folder, config, vision, text, scale, mean, std, digest.hexdigest()[:16])
 
 
+def locate(checkpoint: str) -> Path:
+    """The folder of `compact` (embedded), of a folder's name, or of a Hub id, which is fetched."""
+    folder = EMBEDDED if checkpoint == "compact" else Path(checkpoint).expanduser()
+    return folder if folder.is_dir() else _download(checkpoint)
+
+
+def is_hugging(folder: Path) -> bool:
+    """Is there a config of transformers' CLIP?"""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == "clip"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise CheckpointError if the folder has no tokenizer."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(
+            f"{folder}: no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
+            "copy the files of the CLIP it was trained with into this folder"
+        )
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise CheckpointError(
             f"clip.checkpoint {name!r}: no such folder; give a folder, a Hub id or 'compact'"
         )
+
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError:  # no network
+            raise
+        except EntryNotFoundError:
+            return None
+
     try:
-        folder = Path(hf_hub_download(name, "config.json")).parent
-        for small in SMALL_FILES[1:]:
-            try:
-                hf_hub_download(name, small)
-            except EntryNotFoundError:
-                continue  # a CLIP has either tokenizer.json or vocab.json; read() checks
-        for weights in WEIGHTS:
-            try:
-                hf_hub_download(name, weights)
-                return folder
-            except EntryNotFoundError:
-                continue
+        # a CLIP has either tokenizer.json or vocab.json, and one of two configs; readers check
+        small = [path for file in SMALL_FILES if (path := fetch(file))]
+        hugging = any(is_hugging(path.parent) for path in small[:1])
+        for file in WEIGHTS if hugging else OPENCLIP[:1]:
+            if path := fetch(file):
+                return path.parent
     except (OSError, ValueError, HFValidationError) as error:
         raise CheckpointError(
             f"clip.checkpoint {name!r}: no such folder, and the Hub did not give it "
             f"({type(error).__name__}); download it elsewhere and give its folder, or use 'compact'"
         ) from None
-    raise CheckpointError(f"clip.checkpoint {name!r}: the Hub has neither {' nor '.join(WEIGHTS)}")
+    raise CheckpointError(f"clip.checkpoint {name!r}: the Hub has no weights of a CLIP in it")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -132,8 +159,8 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     path = folder / "preprocessor_config.json"
     try:
         said = json.loads(path.read_text()) if path.is_file() else {}
-        mean = tuple(map(float, said.get("image_mean", (0.48145466, 0.4578275, 0.40821073))))
-        std = tuple(map(float, said.get("image_std", (0.26862954, 0.26130258, 0.27577711))))
+        mean = tuple(map(float, said.get("image_mean", MEAN)))
+        std = tuple(map(float, said.get("image_std", STD)))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -141,7 +168,7 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return mean, std
 
 
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
+def safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -10,6 +10,12 @@ from medclip_jax.data import datasets
 from medclip_jax.errors import WorkdirError
 from medclip_jax.structs import Split
 
+# where, how often and by how many is not what
+PLACES = ("cache", "log_every", "validations", "explained", "checkpoint_every") + (
+    "distributed",
+    "cluster",
+)
+
 
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
     """Make the workdir this run's own, or refuse one that holds a run with other settings.
@@ -27,8 +33,8 @@ def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
             f"{path} cannot be read ({error.strerror}): give another workdir"
         ) from None
     if held is not None:
-        for place in ("cache", "log_every", "checkpoint_every", "distributed", "cluster"):
-            held[place] = settings[place]  # where, how often and by how many is not what
+        for place in PLACES:
+            held[place] = settings[place]
         differs = [name for name in settings if settings[name] != held.get(name)]
         if differs:
             name = differs[0]

@@ -84,6 +84,19 @@ def test_the_two_ends_are_what_they_are_called():
         assert on == off and on, name
 
 
+def test_changes_of_the_default_are_what_they_say(tmp_path, monkeypatch, runs):
+    analyse(monkeypatch, tmp_path, "--draws", "1", "--sides", "default")
+    made = {w.parent.name: c for w, c in runs.items()}
+    assert len(made) == 1 + len(ablations.CHANGES)
+    shipped = configuration.resolve(made["default"])
+    for name, assignments in ablations.CHANGES.items():
+        wanted = {a.split("=")[0] for a in assignments}
+        found = differences(made[name.replace(" ", "_").replace(",", "")], shipped)
+        assert found <= wanted, name  # fewer where the default already has it
+    plain = sum(not differences(c, shipped) for c in made.values())
+    assert plain <= 2  # itself, and the branches that it ships with
+
+
 def test_finished_runs_are_not_made_again(tmp_path, monkeypatch, runs):
     more = ["--draws", "2", "--switches", "tiles,dice loss"]
     analyse(monkeypatch, tmp_path, *more)
@@ -121,7 +134,7 @@ def test_the_table_pairs_draws_and_corrects(tmp_path, monkeypatch, runs):
     "more, said",
     [
         (["--switches", "tiles,size"], "no size: choose among all, fusion with memory"),
-        (["--sides", "half"], "no half: choose among full, bare"),
+        (["--sides", "half"], "no half: choose among full, bare, default"),
         (["--k", "1"], "give 2 or more"),
     ],
 )

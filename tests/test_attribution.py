@@ -1,19 +1,22 @@
 """Gradients of the score: the peers' Grad-CAM, finite differences, the class-token trap."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from medclip_jax import attribution, clip, detector, explain, model, score
+from medclip_jax import attribution, clip, clip_resnet, detector, explain, model, score
 from medclip_jax.structs import Features
 
 from .conftest import reference_params
 from .test_detector import design_of, tokens
 
 CAM = reference_params("cam_*.npz")
+RESNET = Path(__file__).parent / "reference" / "clip_resnet"
 
 
 # --- pytorch-grad-cam -----------------------------------------------------------------------------
@@ -147,6 +150,36 @@ def test_levels_on_other_grids_meet_on_the_finest(scene):
     coarse, fine = (explain.unit(np.asarray(x.sum(-1), np.float64)) for x in levels)
     coarse = explain.unit(explain.to_square(np.asarray(levels[0].sum(-1)), 4).reshape(3, 16))
     np.testing.assert_allclose(made, (coarse + fine) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
+def test_cams_of_a_resnet_tower(method):
+    """Stages 2 and 4 of CLIP's ResNet: 8 x 8 cells of 32 channels, 2 x 2 of 128; by hand."""
+    params, tower = clip_resnet.read(load_file(RESNET / "tower.safetensors"))
+    tower = clip_resnet.tapped(tower, (2, 4), "float32", False)
+    pixels = jnp.asarray(np.load(RESNET / "expected.npz")["pixels"])
+    features = jax.jit(clip_resnet.patch_features, static_argnames="tower")(
+        params, pixels, tower=tower
+    )
+    fine, coarse = (np.asarray(x, np.float64) for x in features.levels)
+    rng = np.random.default_rng(0)
+    way = [rng.normal(size=x.shape[-1]) for x in (fine, coarse)]
+
+    def patches(f):
+        low = f.levels[1] @ jnp.asarray(way[1], jnp.float32)
+        up = jnp.repeat(jnp.repeat(low.reshape(-1, 2, 2), 4, 1), 4, 2).reshape(-1, 64)
+        return f.levels[0] @ jnp.asarray(way[0], jnp.float32) + up
+
+    made = attribution.cams(patches, features, 1.0, method)
+    each = []
+    for a, w in ((fine, way[0]), (coarse, way[1])):
+        # every cell counts alike in the mean of all patches
+        g = np.broadcast_to(w / a.shape[1], a.shape)
+        raw = explain.CAMS[method](a, g)[1]
+        each.append(explain.unit(explain.to_square(raw, 8).reshape(2, 64) if raw.shape[1] < 64
+                                 else raw))  # fmt: skip
+    np.testing.assert_allclose(made, np.mean(each, axis=0), atol=2e-3)
+    assert made.shape == (2, 64) and made.std() > 0.05
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])

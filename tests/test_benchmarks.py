@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import learners  # noqa: E402
-from bench import predict_inputs, workload  # noqa: E402
+from bench import metrics as bench_metrics  # noqa: E402
+from bench import predict_inputs, prepare, workload  # noqa: E402
 
 from medclip_jax import inputs  # noqa: E402
 from medclip_jax.data import readers  # noqa: E402
@@ -72,3 +74,24 @@ def test_files_to_predict_are_whole_and_all_different(tmp_path, kind):
     pixels = np.concatenate([readers.read(Path(item.paths[0])).pixels for item in items])
     assert len(pixels) == 3 and len({x.tobytes() for x in pixels}) == 3
     assert all(0.05 < x.std() < 0.5 for x in pixels)
+
+
+def test_a_folder_of_links_is_listed_and_read_whole(tmp_path):
+    found = prepare.worker("folder", prepare.links(tmp_path / "data", 40))
+    assert found["images"] == 40 and found["per_second"] > 0
+    assert found["peak_mb"] >= found["before_mb"] > 0
+
+
+def test_scenes_are_the_same_at_every_reading_and_growth_is_seen():
+    maps, masks = (bench_metrics.Scenes(9, 0, part) for part in (0, 1))
+    first, again = list(maps), list(maps)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert first[0].dtype == np.float16 and len({x.tobytes() for x in first}) == 9
+    held = list(masks)
+    assert [bool(m.any()) for m in held] == [i % 7 > 0 for i in range(9)]
+    inside = np.mean([v[m].mean() for v, m in zip(first, held, strict=True) if m.any()])
+    assert inside > 0.5 > np.mean([v[~m].mean() for v, m in zip(first, held, strict=True)])
+    with bench_metrics.Growth() as memory:
+        block = np.ones(40_000_000)
+        time.sleep(0.2)
+    assert memory.peak > 0.9 * block.nbytes

@@ -85,6 +85,8 @@ def test_mediclip_is_a_preset_over_the_given_fields():
         ("k", -1),
         ("fusion.probes", 0),
         ("fusion.branches", ("learned", "luck")),
+        ("fusion.branches", ("zero_shot_image",)),
+        ("fusion.branches", ("memory", "zero_shot", "zero_shot_image")),
         ("memory.coreset", 0.0),
         ("synthesis.variants", 0),
         ("loss.dice", float("nan")),

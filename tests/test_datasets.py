@@ -6,6 +6,7 @@ import http.server
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -187,6 +188,13 @@ datasets.load("busi", Path(sys.argv[1]), Path(sys.argv[2]))
 def test_no_tensorflow_and_no_chatter(busi, cache):
     done = run(LOAD, busi, cache)
     assert done.stdout == "20\n" and done.stderr == ""
+
+
+def test_preparing_leaves_nothing_in_the_temporary_folder(folder, cache, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    assert len(datasets.load("folder", folder, cache)) == 24
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_killed_preparation_is_not_taken_for_whole(busi, cache):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import calibrate, detector, evaluate, features, limits, model
+from medclip_jax import calibrate, detector, evaluate, features, lesions, limits, model
 from medclip_jax.data import readers
 from medclip_jax.errors import DataError
 from medclip_jax.structs import Predictions
@@ -85,6 +85,21 @@ def test_no_passes_no_uncertainty(scene):
     np.testing.assert_array_equal(got.predictions.uncertainty, 0)
 
 
+def test_a_score_that_is_not_finite_names_its_image(scene):
+    """Of the second batch's images the one with a strange token."""
+    bank, _, test, made = scene
+    (odd,) = features.load_images(bank, test[6:], 1)
+
+    def broken(batch):
+        marked = jnp.isclose(batch.pooled[:, :1], odd.pooled[0, 0])
+        return jnp.where(marked, jnp.nan, made.patches(batch))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "BATCH", 4)
+        with pytest.raises(DataError, match=f"^{test[6].id}: its score or map is not finite"):
+            evaluate.score_images(made._replace(patches=broken), bank, test, **SETTINGS)
+
+
 def test_half_precision_keeps_decisions():
     heat = np.array([[[0.5, np.nextafter(0.5, 0), 0.49999, 0.2, 0.50001]]])
     small = evaluate.half_precision(heat)
@@ -99,7 +114,7 @@ def test_half_precision_keeps_decisions():
 def perfect(test, size=32) -> evaluate.Scored:
     """Predictions that say the truth."""
     label = np.array([r.label for r in test])
-    maps = 0.1 + 0.8 * evaluate.truths(test, size, "stretch").astype(np.float16)
+    maps = 0.1 + 0.8 * lesions.truths(test, size, "stretch").astype(np.float16)
     said = Predictions(
         tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
     )
@@ -113,8 +128,8 @@ def test_the_truth_is_the_union_of_the_mask_files(scene):
     _, _, test, _ = scene
     wanted = np.zeros((30, 40), bool)
     wanted[2:5, 2:5] = wanted[20:25, 20:25] = True
-    np.testing.assert_array_equal(evaluate.truth(test[0]), wanted)
-    both = evaluate.truths(test[:3], 32, "pad")
+    np.testing.assert_array_equal(lesions.truth(test[0]), wanted)
+    both = lesions.truths(test[:3], 32, "pad")
     np.testing.assert_array_equal(both[0], readers.fit_mask(wanted, 32, "pad"))
     assert not both[2].any()
 
@@ -123,7 +138,7 @@ def test_a_mask_of_another_size_is_refused(scene, tmp_path):
     _, _, test, _ = scene
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(DataError, match="small.png is 10 x 10 pixels but its image is 40 x 30"):
-        evaluate.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
+        lesions.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
 
 
 def test_measure_counts_healthy_images_as_empty_masks(scene):
@@ -166,7 +181,7 @@ def test_predictions_come_back_without_pickle(scene, scored, tmp_path):
         np.testing.assert_allclose(image / 255, pixels, atol=0.5 / 255 + 1e-6)
         wanted = readers.to_frame(p.maps[i].astype(np.float32), 30, 40)
         np.testing.assert_allclose(heat, wanted, atol=1e-3)
-    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, evaluate.truth(test[0]))
+    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, lesions.truth(test[0]))
     assert not held["gallery_mask_5"].any()
 
 
@@ -187,7 +202,7 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
     plain = evaluate.measure(perfect(test), test, fit)["pixel"]
     read = readers.read
     monkeypatch.setattr(readers, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
-    assert evaluate.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
+    assert lesions.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
     said = perfect(test)
     wrong = said.predictions.maps.copy()
     wrong[0] = np.roll(wrong[0], 2, axis=1)  # two columns off
@@ -205,4 +220,4 @@ def test_one_image_without_spacing_makes_all_distances_pixels(scene, monkeypatch
         "read",
         lambda path: read(path)._replace(spacing=None if path == last else (0.4, 0.8)),
     )
-    assert evaluate.spacings(test, 32, "stretch") is None
+    assert lesions.spacings(test, 32, "stretch") is None

@@ -80,6 +80,18 @@ def test_all_blind_is_all_equal():
     np.testing.assert_array_equal(made.patch_weight, [0.5, 0.5])
 
 
+@pytest.mark.parametrize("shift", [1.0, -1.0])
+def test_a_branch_of_images_alone_has_no_share_in_the_map(shift):
+    rng = np.random.default_rng(4)
+    found = {"learned": evidence(rng, shift), "zero_shot_image": evidence(rng, shift)}
+    for made in (
+        fusion.weighed(found, np.ones((2, 2))),
+        fusion.mix(found, np.ones((400, 4, 9), bool), 1),
+    ):
+        np.testing.assert_array_equal(made.patch_weight, [1, 0])
+        assert made.patch_gain[1] == 0 and (made.image_weight > 0.4).all()
+
+
 # --- the whole -----------------------------------------------------------------------------------
 
 
@@ -102,6 +114,21 @@ def fused(tmp_path_factory, tiny):
         weights="probes", modality="brain MRI", variants=4, seed=0, image_scores=lambda v: v.max(1)
     )
     return made, settings, fusion.fuse(made, bank, supports, **settings), bank, supports
+
+
+def test_plain_prompts_for_images_leave_the_map_as_it_is(fused):
+    made, settings, _, bank, supports = fused
+    settings = settings | {"weights": "equal"}
+    two = {name: made[name] for name in ("learned", "memory")}
+    three = two | {"zero_shot_image": made["zero_shot"]}
+    without, _ = fusion.fuse(two, bank, supports, **settings)
+    joined, _ = fusion.fuse(three, bank, supports, **settings)
+    batch = tokens(3)
+    np.testing.assert_array_equal(joined.patches(batch), without.patches(batch))
+    np.testing.assert_array_equal(joined.held_out, without.held_out)
+    zero, held = made["zero_shot"], made["zero_shot"].held_out_image
+    z = (zero.image(batch) - held.mean()) / held.std(ddof=1)
+    np.testing.assert_allclose(joined.image(batch) - without.image(batch), z, atol=1e-4)
 
 
 def test_a_branch_runs_once_on_a_batch_and_is_never_remembered_inside_a_gradient():

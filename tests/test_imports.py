@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "loading": {"data.dicom", "data.readers", "inputs", "outputs", "suppress", "trained"},
     "scoring": {"loading", "marks", "trained"},
     "inputs": {"data.readers"},
-    "outputs": {"dicom_objects", "inputs", "marks", "nifti_maps", "overlay"} | {"png"},
+    "outputs": {"data.readers", "dicom_objects", "inputs", "marks", "nifti_maps", "overlay", "png"},
     "marks": {"data.readers", "evaluate", "explain", "trained"},
     "nifti_maps": {"data.nifti"},
     "export": {"clip", "scorer", "trained"},
     "trained": {"calibrate", "clip", "detector", "evaluate", "features", "fusion", "score"}
     | {
         "baselines",
+        "language",
         "learned_parts",
         "limits",
         "score_fields",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
         "suppress",
         "train",
     },
-    "scorer": {"calibrate", "limits", "features", "fusion", "suppress"},
+    "scorer": {"calibrate", "detector", "limits", "features", "fusion", "language"} | {"suppress"},
     "suppress": {"data.readers"},
     "processes": {"preemption"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
@@ -49,7 +50,10 @@ MAY_IMPORT = {
     "groups": set(),
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
     | {"learned_parts", "scorer"},
+    "agreement": {"attribution", "calibrate", "data.readers", "detector", "explain", "features"}
+    | {"limits", "score", "sharding"},
     "train": {
+        "agreement",
         "baselines",
         "clip",
         "compiled",
@@ -60,36 +64,33 @@ MAY_IMPORT = {
         "evaluate",
     }
     | {"data.augment", "data.preprocess", "features", "fit", "fusion", "refine", "scorer"}
-    | {"scales", "score", "score_fields", "suppress"}
+    | {"language", "scales", "score", "score_fields", "suppress"}
     | {"model", "others", "prompts", "several", "sharding", "workdir"},
     "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
     | {"data.variants", "features"},
     "several": {"clip", "score"},
-    "fit": {
-        "checkpoints",
-        "data.episodes",
-        "features",
-        "groups",
-        "learn",
-        "losses",
-        "maml",
-        "model",
-    }
-    | {"preemption"}
-    | {"processes", "sharding", "writer"},
+    "fit": {"checkpoints", "data.episodes", "features", "groups", "learn", "losses", "maml"}
+    | {"language", "model", "preemption"}
+    | {"processes", "sharding", "validation", "writer"},
+    "validation": {"features", "model", "score", "sharding"},
     "workdir": {"data.datasets"},
     "config": {"learned_parts", "score_fields"},
     "learn": {"data.episodes", "features", "maml", "simclr"},
     "simclr": {"losses", "score"},
     "data.episodes": {"data.synthesis"},
-    "attribution": {"clip", "explain", "score"},
+    "attribution": {"clip", "detector", "explain", "score"},
     "thumbnails": {"data.readers", "explain"},
     "baselines": {"data.readers", "detector", "features"},
+    "draws": {"intervals", "stats"},
+    "lesions": {"data.readers"},
     "limits": {"calibrate", "detector"},
     "evaluate": {
+        "agreement",
         "attribution",
         "explain",
         "intervals",
+        "lesions",
+        "pixels",
         "thumbnails",
         "calibrate",
         "data.readers",
@@ -101,7 +102,7 @@ MAY_IMPORT = {
     }
     | {"rejection", "score", "sharding", "suppress"},
     "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"}
-    | {"thinned"},
+    | {"kept", "thinned"},
     "thinned": {"model", "score"},
     "fusion": {"calibrate", "data.probes", "data.readers", "detector", "features", "kept"}
     | {"scales"},
@@ -112,11 +113,13 @@ MAY_IMPORT = {
     | {"data.augment", "data.preprocess", "data.variants"},
     "data.variants": {"data.augment", "data.synthesis"},
     "model": {"clip", "losses", "refine", "score", "several", "simclr"},
-    "clip": {"weights"},
+    "clip": {"clip_resnet", "language", "openclip", "weights"},
+    "openclip": {"clip_resnet", "weights"},
     "prompts": {"ontology"},
     "ontology": {"terminology"},
     "metrics": {"boundary", "pixels", "ranking"},
-    "report": {"figures", "gallery", "results", "viewer"},
+    "captions": {"results"},
+    "report": {"captions", "figures", "gallery", "intervals", "results", "viewer"},
     "results": {"explain", "gallery", "viewer", "writer"},
     "viewer": {"explain"},
     "gallery": {"explain", "figures"},

@@ -43,7 +43,9 @@ def test_pixel_measures_are_those_of_metrics():
     assert all(limits[n][0] <= wanted[n] <= limits[n][1] for n in ("auroc", "dice", "recall"))
 
 
-@pytest.mark.parametrize(("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60)])
+@pytest.mark.parametrize(
+    ("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60), ("table", 60)]
+)
 def test_coverage_by_simulation(case, runs):
     """Within what 93 to 97% would show in so few runs; interval_coverage.py makes more."""
     low, high = coverage.band(runs)
@@ -69,3 +71,23 @@ def test_the_same_seed_gives_the_same_limits():
     score, label = scene(np.random.default_rng(3), 20, 30)
     assert intervals.image(score, label) == intervals.image(score, label)
     assert intervals.image(score, label, seed=1) != intervals.image(score, label)
+
+
+def test_the_roc_band_holds_the_curve_and_its_own_share():
+    """At FPR 0.2 the TPR of N(1, 1) against N(0, 1) is Phi(1 - z(0.8)); test sets of 80 + 80."""
+    from scipy.stats import norm
+    from sklearn.metrics import roc_curve
+
+    rng, label = np.random.default_rng(3), np.repeat([0, 1], 80)
+    truth, held = norm.cdf(1 - norm.ppf(0.8)), 0
+    for run in range(60):
+        scores = rng.normal(label, 1.0)
+        low, high = intervals.roc_band(scores, label, np.array([0.2]), seed=run)
+        held += bool(low[0] <= truth <= high[0])
+    assert 50 <= held <= 60  # of 57 expected, sd 1.7
+    grid = np.linspace(0, 1, 21)
+    low, high = intervals.roc_band(np.round(scores), label, grid)
+    fpr, tpr, _ = roc_curve(label, np.round(scores), drop_intermediate=False)
+    curve = np.interp(grid, fpr, tpr)
+    assert (low <= curve + 1e-9).all() and (curve <= high + 1e-9).all()
+    assert high[-1] == 1.0 and (np.diff(low) >= 0).all() and (high - low)[5] > 0.02

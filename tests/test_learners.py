@@ -45,7 +45,7 @@ def tower(tmp_path_factory) -> clip.Clip:
 def pool(tower) -> features.Pool:
     """Four images; a variant's left or right half is anomalous, its tokens moved by a vector."""
     rng = np.random.default_rng(0)
-    grid, size, width = tower.grid, tower.size, tower.width
+    grid, size, width = tower.grid, tower.size, tower.widths[0]
     levels = len(tower.vision_tower.levels)
     shift = 3 * rng.normal(size=(levels, width))
     clean, anomalous = [], []
@@ -103,7 +103,7 @@ def toy_loss(theta, frozen, batch, key):
 def set_up(tower, optimizer, copies=1, **fields):
     """(settings, frozen, loss, state)"""
     c = settings(**fields)
-    theta = toy_init(jax.random.key(0), tower.width)
+    theta = toy_init(jax.random.key(0), tower.widths[0])
     if c.meta.learn_rate:
         theta = maml.meta_sgd(theta, c.meta.inner_rate)
     theta = jax.tree.map(lambda x: jnp.stack([x] * copies), theta)
@@ -318,9 +318,10 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
     tower, pool, learner, tmp_path, monkeypatch
 ):
     fields = {"learner": learner, "model.dropout": 0.2, "meta.learn_rate": learner == "maml"}
-    c = settings(steps=7, log_every=2, **fields)
-    monkeypatch.setattr(model, "init", lambda key, model, **_: toy_init(key, model.width))
-    monkeypatch.setattr(model, "loss", lambda *given, design, weights: toy_loss(*given))
+    c = settings(steps=7, log_every=2, validations=0, **fields)
+    monkeypatch.setattr(model, "init", lambda key, model, **_: toy_init(key, model.widths[0]))
+    monkeypatch.setattr(model, "loss", lambda *given, design, weights, text=None: toy_loss(*given))
+    monkeypatch.setattr(model, "text_features", lambda theta, frozen, design: theta["context"])
     whole = fitted(c, tmp_path / "whole", tower, pool)
     report = fit.report
 

@@ -78,6 +78,7 @@ def test_a_bad_flag_is_named(tiny, tmp_path, capfd, flag, named):
         (["--config=configs/busi.py:kk=3", "--workdir=W"], "'kk' is unknown: give any of k"),
         (["--config=configs/busi.py:k=many", "--workdir=W"], "k='many' is not a whole number"),
         (["--config=configs/bus.py:k=3", "--workdir=W"], "configs/bus.py.* cannot be read"),
+        (["--config=configs/bus.py", "--workdir=W", "--config.k=3"], "file configs/bus.py cannot"),
         (["--config=LICENSE", "--workdir=W"], "LICENSE|syntax"),
         (["--config=configs/busi.py"], "--config and --workdir are needed"),
         (["--workdir=W"], "--config and --workdir are needed"),
@@ -98,6 +99,17 @@ def test_help_ends_quietly_when_its_reader_leaves():
         process.stdout.close()  # as head does
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_check_ends_quietly_when_its_reader_leaves(tiny):
+    command = [sys.executable, "-m", "medclip_jax.main", "--mode=check", *tiny.flags(tiny.base)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert b"Traceback" not in said and b"error" not in said
 
 
 def test_help_is_quick_and_imports_neither_jax_nor_transformers():

@@ -2,14 +2,16 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import detector, memory, score
+from medclip_jax import detector, features, memory, score
 from medclip_jax.data import views
 
 from .test_detector import rows, tokens
+from .test_features import one_device, write_pictures
 
 
 def cloud(n, d=6, seed=0):
@@ -93,3 +95,25 @@ def test_views_are_gentle():
     np.testing.assert_array_equal(made[:5, :, ::-1], made[5:])
     assert 0 < np.abs(made[:5] - image).mean() < 0.1
     np.testing.assert_allclose(made[4][32, 32], image[32, 32], atol=0.02)
+
+
+def test_a_mirrored_memory_knows_its_supports_either_way(tmp_path, tiny):
+    supports = write_pictures(tmp_path, 3, start=7)
+    bank = features.open_bank(tmp_path, tiny, "stretch", "float32", one_device())
+    features.encode_images(bank, supports)
+    images = detector.pixels(bank, supports, tiny.size)
+    own, turned = (
+        features.encode(bank, np.ascontiguousarray(x)) for x in (images, images[..., ::-1])
+    )
+    made, plain = (
+        detector.build("memory", None, {}, None, bank, supports, [], mirror=m)
+        for m in (True, False)
+    )
+    for seen in (own, turned):
+        np.testing.assert_allclose(made.patches(seen), 0, atol=1e-5)
+    assert np.asarray(plain.patches(turned)).max() > 1e-3
+    assert made.k == 3 and made.held_out.shape == (3, 16)
+    # support 1 is compared with the others and their mirror images, not with its own
+    others = jax.tree.map(lambda a, b: jnp.concatenate([a[::2], b[::2]]), own, turned)
+    wanted = detector.remember(others).patches(rows(jax.tree.map(jnp.asarray, own), [1]))
+    np.testing.assert_allclose(made.held_out[1:2], wanted, atol=1e-5)

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+import medclip_jax
+
 from .test_end_to_end import compile_quickly, log, predictions, tiny  # noqa: F401
 from .test_predict import run as predict
 
@@ -52,9 +54,34 @@ def test_mediclip_preset_on_two_supports(tiny, tmp_path):
     assert tiny.main(tmp_path, *few, arguments="k=2,method=mediclip") == 0
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
-    assert set(rows[0]) == {"step", "loss", "focal", "dice"}  # no alignment in that peer
+    told = {"held_out_accuracy", "held_out_auroc"}
+    assert set(rows[0]) == {"step", "loss", "focal", "dice"} | told  # no alignment in that peer
     held = json.loads((tmp_path / "metrics.json").read_text())
     assert held["method"] == "mediclip" and held["k"] == 2
     settings = json.loads((tmp_path / "config.json").read_text())
     assert settings["prompts"]["phrases"] == "words" and not settings["prompts"]["causal"]
     assert (predictions(tmp_path)["uncertainty"] == 0).all()  # it has no dropout
+
+
+@pytest.mark.parametrize("learner", ["joint", "anil"])
+def test_prompts_without_learnable_context_train_resume_and_predict(tiny, tmp_path, learner):
+    plain = ("--config.prompts.context=0", f"--config.learner={learner}", "--config.steps=4")
+    plain += ("--config.synthesis.variants=50",)  # episodes need two of a kind
+    assert tiny.main(tmp_path / "a", *plain, arguments="k=2") == 0
+    first = predictions(tmp_path / "a")
+    assert tiny.main(tmp_path / "a", *plain, "--mode=evaluate", arguments="k=2") == 0
+    np.testing.assert_array_equal(predictions(tmp_path / "a")["score"], first["score"])
+    assert predict(tmp_path / "a", tmp_path / "out", tiny.data) == 0
+    assert np.isfinite(first["maps"]).all() and len(np.unique(first["score"])) > 6
+
+
+def test_prediction_reads_the_mirrored_memory_and_plain_prompts_as_training_did(tiny, tmp_path):
+    parts = ("--config.memory.mirror=True", "--config.steps=2")
+    parts += ("--config.fusion.branches=('learned','memory','zero_shot_image')",)
+    assert tiny.main(tmp_path / "a", *parts, arguments="k=3") == 0
+    rows = predictions(tmp_path / "a")
+    found = medclip_jax.load(tmp_path / "a").predict([tiny.data / x for x in rows["id"]])
+    np.testing.assert_allclose([r.score for r in found], rows["score"], atol=1e-4)
+    held = json.loads((tmp_path / "a" / "metrics.json").read_text())["fusion"]
+    assert held["map"] == {"learned": 0.5, "memory": 0.5, "zero_shot_image": 0.0}
+    assert held["image"]["zero_shot_image"] == pytest.approx(1 / 3, abs=1e-3)

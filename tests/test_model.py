@@ -164,7 +164,8 @@ def toy(tower, form="softmax", dropout=0.0, key=0):
     theta = model.init(jax.random.key(key), tower, design, 4, shared=False)
     rng = np.random.default_rng(key)
     tokens = tuple(
-        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.width)), jnp.float32) for _ in range(2)
+        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.widths[0])), jnp.float32)
+        for _ in range(2)
     )
     pooled = jnp.asarray(rng.normal(size=(4, tower.joint)), jnp.float32)
     mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 6:20, 10:24].set(1.0)

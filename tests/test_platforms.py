@@ -33,7 +33,7 @@ def train_step(tower, learner):
     inner = learn.inner(c.learner, 1, 0.1, False)
     objective = loss if learner == "joint" else learn.episodic(loss, inner)
     lead = (2, 1) if learner == "joint" else (2, 1, 2)
-    levels = tuple(np.zeros((*lead, tower.grid**2, tower.width), np.float32) for _ in range(2))
+    levels = tuple(np.zeros((*lead, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
     batch = Batch(
         Features(np.zeros((*lead, tower.joint), np.float32), levels),
         np.zeros((*lead, tower.size, tower.size), np.float32),
@@ -69,7 +69,7 @@ def scorer(tower):
         scores = evaluate.from_patches(values, size=tower.size, top=0.05)
         return score.to_pixels(values, tower.size), scores
 
-    levels = tuple(np.zeros((2, tower.grid**2, tower.width), np.float32) for _ in range(2))
+    levels = tuple(np.zeros((2, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
     tokens = Features(np.zeros((2, tower.joint), np.float32), levels)
     return jax.jit(run), (theta, frozen, spec(tokens))
 

@@ -7,7 +7,7 @@ import pytest
 
 from medclip_jax import report
 
-from .test_report import EVIL, make_workdir
+from .made_workdir import EVIL, make_workdir
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")

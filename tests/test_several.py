@@ -45,7 +45,8 @@ def setting(tower, conditions, target=TARGET, form="softmax", shared=False, caus
     theta = model.init(jax.random.key(0), tower, design, 4, shared)
     rng = np.random.default_rng(0)
     tokens = tuple(
-        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.width)), jnp.float32) for _ in range(2)
+        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.widths[0])), jnp.float32)
+        for _ in range(2)
     )
     pooled = jnp.asarray(rng.normal(size=(4, tower.joint)), jnp.float32)
     mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 6:20, 10:24].set(1.0)

@@ -103,7 +103,7 @@ def gauss(
     return image + gain * texture * soft, bodies[0]
 
 
-def random_bits(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "h w"]:
+def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "h w"]:
     """Fair coin tosses, 0.0 or 1.0, 32 to a random word."""
     count = shape[0] * shape[1]
     words = jax.random.bits(key, (-(-count // 32), 1))

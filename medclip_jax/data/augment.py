@@ -94,7 +94,8 @@ def sample(
 def rotate(both: Float[Array, "h w c"], angle: Float[Array, ""]) -> Float[Array, "h w c"]:
     """Turn by an angle (radians, counter-clockwise) about the centre, bilinear."""
     with jax.default_matmul_precision("highest"):  # a TPU would round coordinates to 8 bits
-        return dm_pix.rotate(both, angle, mode="mirror")
+        turned: Any = angle  # dm_pix says float and takes arrays
+        return dm_pix.rotate(both, turned, mode="mirror")
 
 
 def elastic(

@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
     state: str  # stop: cannot be used | look: usable, but know it | ok
     what: str
-    count: int
+    images: int
     detail: str
 
 
@@ -40,6 +40,13 @@ class Seen(NamedTuple):
     contrast: float  # 99th less 1st percentile, of the full scale
     thumbnail: Float[np.ndarray, " p"]
     sha256: str
+
+
+class Screen(Console):
+    """The terminal, or a pipe whose reader may leave: rich would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def run(
@@ -71,7 +78,7 @@ def run(
     groups = same(good)
     rows += sides(records, groups, seed, pool_size, kind, k)
     rows.sort(key=lambda row: list(STYLES).index(row.state))
-    show(rows, f"{name}: {layout.root}", console or Console())
+    show(rows, f"{name}: {layout.root}", console or Screen())
     if stops := sum(row.state == "stop" for row in rows):
         raise DataError(f"{layout.root} cannot be used: mend the {stops} problem(s) of the table.")
     return tuple(rows)
@@ -192,11 +199,11 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("", "what", "images", "detail"):
         table.add_column(column, justify="right" if column == "images" else "left", overflow="fold")
-    told = Counter()
+    told: Counter[tuple[str, str]] = Counter()
     for row in rows:
         told[row.state, row.what] += 1
         if told[row.state, row.what] <= datasets.LISTED or row.state == "ok":
-            cells = (row.state, row.what, str(row.count), row.detail)
+            cells = (row.state, row.what, str(row.images), row.detail)
             table.add_row(*(_plain(cell) for cell in cells), style=STYLES[row.state])
     for (state, what), count in told.items():
         if state != "ok" and count > datasets.LISTED:

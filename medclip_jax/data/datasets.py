@@ -238,7 +238,7 @@ def read_split(path: Path) -> StoredSplit:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         entries = {part: tuple(Entry(**row) for row in held.pop(part)) for part in Split._fields}
-        return StoredSplit(**held, **entries)
+        return StoredSplit(**(held | entries))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): give the split.json of a finished run."
@@ -267,8 +267,10 @@ def check_split(path: Path, drawn: Split) -> None:
 
 
 def _difference(old: Entry | None, new: Record | None) -> str:
-    if old is None or new is None:
-        return f"{(old or new).id} is in {'the file' if new is None else 'the data'} only"
+    if old is None:
+        return f"{new.id} is in the data only" if new else ""
+    if new is None:
+        return f"{old.id} is in the file only"
     if old.id != new.id:
         return f"{old.id} stands in the file where the data have {new.id}"
     if old.sha256 != new.sha256:

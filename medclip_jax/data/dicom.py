@@ -25,8 +25,10 @@ MODALITIES = {  # PS3.3 C.7.3.1.1.1, those with images; anything else becomes "O
     "TG", "US", "XA", "XC",
 }
 # fmt: on
-SORT_TAGS = ("SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "NumberOfFrames")
-SORT_TAGS += ("ImageOrientationPatient", "Rows", "Columns")
+SORT_TAGS = (
+    *("SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "NumberOfFrames"),
+    *("ImageOrientationPatient", "Rows", "Columns"),
+)
 
 
 class _Film(NamedTuple):

@@ -75,7 +75,8 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
     if not getattr(ds, "file_meta", None):
         ds.file_meta = FileMetaDataset()
     if not ds.file_meta.get("TransferSyntaxUID"):
-        ds.file_meta.TransferSyntaxUID = ENCODINGS[ds.original_encoding]
+        implicit, little = ds.original_encoding
+        ds.file_meta.TransferSyntaxUID = ENCODINGS[bool(implicit), bool(little)]
     return ds
 
 

@@ -70,13 +70,14 @@ def sample(
         known = [i for i in range(len(synthesis.KINDS)) if i != IDENTITY or len(own) > 1]
         kind = known[int(kind_at * len(known))]
         sides = deal(rng, own, kinds, kind, k)
-        rows = [choose(*side, n) for side, n in zip(sides, (shots, query), strict=True)]
+        counts = zip(sides, (shots, query), strict=True)
+        rows = [choose(bare, changed, n) for (bare, changed), n in counts]
         if copies:
             rows = [augmented(rng, side, copies) for side in rows]
         drawn.append((*rows, kind, source))
-    support, asked, kind, source = zip(*drawn, strict=True)
-    both = (Rows(*np.moveaxis(np.array(side), 2, 0)) for side in (support, asked))
-    return Tasks(*both, np.array(kind), np.array(source))
+    *sides_drawn, kinds_drawn, sources = (np.array(column) for column in zip(*drawn, strict=True))
+    support, asked = (Rows(*np.moveaxis(side, 2, 0)) for side in sides_drawn)
+    return Tasks(support, asked, kinds_drawn, sources)
 
 
 def deal(rng, own: np.ndarray, kinds: np.ndarray, kind: int, k: int):

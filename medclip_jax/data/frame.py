@@ -77,7 +77,8 @@ def _box(height: int, width: int, size: int, mode: Mode) -> tuple[int, int, int,
 
 
 def _place(pixels: np.ndarray, size: int, mode: Mode, resample: PIL.Image.Resampling) -> np.ndarray:
-    top, left, rows, columns = _box(*pixels.shape, size, mode)
+    height, width = pixels.shape
+    top, left, rows, columns = _box(height, width, size, mode)
     frame = np.zeros((size, size), pixels.dtype)
     frame[top : top + rows, left : left + columns] = _resize(pixels, rows, columns, resample)
     return frame

@@ -145,7 +145,8 @@ def save_map(path: Path, heat: Float[np.ndarray, "f h w"], axis: Axis, like: Vol
 def _volume(path: Path) -> Volume:
     header, data = _stored(path)
     if data.dtype.fields:
-        data = sum(w * data[band].astype(np.float32) for w, band in zip(LUMA, "RGB", strict=True))
+        bands = [w * data[b].astype(np.float32) for w, b in zip(LUMA, "RGB", strict=True)]
+        data = bands[0] + bands[1] + bands[2]
     elif data.dtype.kind not in "iuf":
         raise DataError(f"{path} holds voxels of kind '{data.dtype}': save real numbers.")
     slope, intercept = header.get_slope_inter()

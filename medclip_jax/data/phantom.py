@@ -39,7 +39,7 @@ def generate(
     if modality not in MODALITIES:
         known = ", ".join(MODALITIES)
         raise ConfigError(f"phantom modality {modality!r} is unknown: use one of {known}.")
-    shape = (size, size) if isinstance(size, int) else tuple(size)
+    shape = (size, size) if isinstance(size, int) else size
     if min(shape) < 32:
         raise ConfigError(f"phantom size {shape} is too small: use at least 32 pixels a side.")
     if not isinstance(lesion, np.ndarray):
@@ -76,8 +76,8 @@ def write_folder(
     """
     root = Path(root)
     counts = {"train/good": n_train, "test/good": n_test_good, "test/lesion": n_test_lesion}
-    content = {"modality": modality, "seed": seed, "size": size, **counts, "version": VERSION}
-    content = json.dumps(content, sort_keys=True)
+    drawn = {"modality": modality, "seed": seed, "size": size, **counts, "version": VERSION}
+    content = json.dumps(drawn, sort_keys=True)
     if is_written(root, content):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)

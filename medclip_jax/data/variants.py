@@ -13,7 +13,7 @@ from medclip_jax.structs import Record
 class Synthesis(NamedTuple):
     """How anomalies are made."""
 
-    preset: str  # synthesis.Preset
+    preset: synthesis.Preset
     variants: int  # anomalous variants per image
     seed: int
     partner: str  # CutPaste copies from "self" or from any "support"

@@ -1,0 +1,255 @@
+"""Train the medical language adapter (medclip_jax/language.py) and measure held-out retrieval.
+
+python experiments/pretrain_language_adapter.py --out adapter.safetensors \
+  [--reports reports.csv | --reports FOLDER] [--checkpoint compact] [--steps 1000] [--seed 0]
+
+Without reports, sentences are generated: templates filled with the names and synonyms of the
+ontology. What is said of one finding (present, or absent) or one anatomy (normal, or abnormal) in
+other words belongs together. With reports, a report's findings belong to its impression: a CSV with
+columns findings and impression, or a folder of text files with both sections under their names.
+
+The loss is contrastive, both ways, between two texts of each subject, with --keep times the
+distance (1 - cosine) from the features as CLIP gives them, so that images still fit them. A fifth
+of the concepts (or reports) is held out: retrieval is the share of held-out texts whose nearest
+held-out text of the other wording is their own. The text tower is frozen and runs once.
+"""
+
+import argparse
+import csv
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from medclip_jax import clip, language, ontology, prompts, score
+
+PRESENT = (
+    "signs of {finding}",
+    "{finding} is seen",
+    "findings consistent with {finding}",
+    "evidence of {finding}",
+    "there is {finding}",
+    "{modality} of a {anatomy} with {finding}",
+    "{modality} showing {finding}",
+    "impression: {finding}",
+)
+ABSENT = (
+    "no signs of {finding}",
+    "no {finding} is seen",
+    "no findings to suggest {finding}",
+    "no evidence of {finding}",
+    "{anatomy} without {finding}",
+    "{modality} of a {anatomy} without {finding}",
+    "negative for {finding}",
+    "impression: no {finding}",
+)
+NORMAL = (
+    "normal {anatomy} appearance",
+    "{modality} of a healthy {anatomy}",
+    "{modality} of a normal {anatomy}",
+    "the {anatomy} is unremarkable",
+    "no abnormality of the {anatomy}",
+)
+ABNORMAL = (
+    "abnormal {anatomy} appearance",
+    "{modality} of a diseased {anatomy}",
+    "{modality} of an abnormal {anatomy}",
+    "the {anatomy} is abnormal",
+    "disease of the {anatomy}",
+)
+GENERIC = ("disease", "no finding")  # name everything or nothing
+HELD_OUT = 0.2
+SECTIONS = re.compile(r"^\s*(findings|impression)\s*:", re.IGNORECASE | re.MULTILINE)
+
+Subjects = dict[str, list[list[str]]]  # concept or report -> its subjects -> texts of each
+
+
+def main() -> None:
+    args = arguments()
+    subjects = reports(args.reports) if args.reports else sentences(ontology.load())
+    train, held = split(subjects, args.seed)
+    tower = clip.load(args.checkpoint)
+    of_train, of_held = (features(tower, x) for x in (train, held))
+    fresh = language.init(jax.random.key(args.seed), tower.joint)
+    before = retrieval(fresh, of_held, args.seed)
+    adapter = fit(fresh, of_train, args)
+    after = retrieval(adapter, of_held, args.seed)
+    moved = np.mean([1 - likeness(adapter, x) for x in of_held])
+    notes = {
+        "source": "reports" if args.reports else "ontology templates",
+        "subjects": f"{len(of_train)} trained, {len(of_held)} held out",
+        "retrieval": f"{before:.4f} before, {after:.4f} after",
+    }
+    language.save(args.out, adapter, tower.digest, notes)
+    print(f"{notes['subjects']}; CLIP {tower.digest}")
+    print(
+        f"held-out retrieval {before:.3f} before, {after:.3f} after; chance {1 / len(of_held):.3f}"
+    )
+    print(f"held-out features moved by {moved:.3f} (1 - cosine)")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--reports", type=Path, help="CSV, or folder of text files")
+    parser.add_argument("--checkpoint", default="compact", help="as config.clip.checkpoint")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=128, help="subjects per step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--temperature", type=float, default=0.07)
+    parser.add_argument("--keep", type=float, default=3.0, help="weight of staying near CLIP's own")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+def sentences(table: ontology.Ontology) -> Subjects:
+    """Each concept's subjects, present and absent or normal and abnormal, in all wordings."""
+    found = {}
+    pictures = [c for c in table.concepts if c.kind == "modality"]
+    for concept in table.concepts:
+        if concept.kind == "modality" or concept.name in GENERIC:
+            continue
+        place = concept.site if concept.kind == "finding" else concept.name
+        shown = [p.name for p in pictures if p.site == place] or ["medical image"]
+        words = (concept.name, *concept.synonyms)
+        finding = concept.kind == "finding"
+        sides = (PRESENT, ABSENT) if finding else (NORMAL, ABNORMAL)
+        found[f"{concept.kind} {concept.name}"] = [
+            [
+                template.format(
+                    finding=word,
+                    anatomy=(place or "body part") if finding else word,
+                    modality=shown[0],
+                )
+                for template in side
+                for word in words
+            ]
+            for side in sides
+        ]
+    return found
+
+
+def reports(path: Path) -> Subjects:
+    """Findings and impression of every report that has both."""
+    if path.is_dir():
+        read = {
+            str(p): sections(p.read_text(errors="replace")) for p in sorted(path.rglob("*.txt"))
+        }
+    else:
+        with path.open(newline="") as file:
+            lines = [{k.strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
+        read = {str(i): line for i, line in enumerate(lines)}
+    texts = {
+        n: [" ".join((r.get(x) or "").split()) for x in ("findings", "impression")]
+        for n, r in read.items()
+    }
+    whole = {name: [pair] for name, pair in texts.items() if all(pair)}
+    if len(whole) < 10:
+        raise SystemExit(f"{path}: {len(whole)} reports with findings and impression, need 10")
+    return whole
+
+
+def sections(text: str) -> dict[str, str]:
+    """The text under FINDINGS: and IMPRESSION:, each up to the next heading."""
+    parts = SECTIONS.split(text)
+    headed = zip(parts[1::2], parts[2::2], strict=True)
+    return {
+        name.lower(): re.split(r"^\s*[A-Z][A-Z ]+:", body, flags=re.M)[0] for name, body in headed
+    }
+
+
+def split(subjects: Subjects, seed: int) -> tuple[list[list[str]], list[list[str]]]:
+    """Subjects to train on and those held out; a concept's subjects stay together."""
+    names = sorted(subjects)
+    order = np.random.default_rng(seed).permutation(len(names))
+    held = {names[i] for i in order[: round(HELD_OUT * len(names))]}
+    sides = [n for n in names if n not in held], [n for n in names if n in held]
+    train, out = ([texts for n in side for texts in subjects[n]] for side in sides)
+    return train, out
+
+
+# --- features -----------------------------------------------------------------------------------
+
+
+def features(tower: clip.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
+    """Text features [texts, d] of every subject, of length 1."""
+    texts = [t for subject in subjects for t in subject]
+    positions = len(tower.text["position"])
+    ids = tower.tokenizer(
+        texts, padding="max_length", truncation=True, max_length=positions, return_tensors="np"
+    ).input_ids.astype(np.int32)
+    eos = prompts.end_of_text(ids, tower.eos_id)
+    ids = ids[:, : int(eos.max()) + 1]
+    run = jax.jit(partial(clip.encode_ids, tower=tower.text_tower, causal=True))
+    empty, none = jnp.zeros((batch, 0, tower.text_width)), np.full((batch, ids.shape[1]), -1)
+    made = []
+    for start in range(0, len(texts), batch):
+        rows = np.arange(start, start + batch) % len(texts)  # filled up by going round
+        made.append(run(tower.text, empty, ids[rows], none, eos[rows]))
+    flat = score.unit(jnp.concatenate(made)[: len(texts)])
+    return jnp.split(flat, np.cumsum([len(s) for s in subjects])[:-1])
+
+
+def likeness(adapter, x) -> float:
+    """Mean cosine of features before and after adaptation."""
+    return float((score.unit(language.adapt(adapter, x)) * score.unit(x)).sum(-1).mean())
+
+
+def pairs(subjects: list[jax.Array], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two different texts of every subject, [n, d] each."""
+    chosen = [rng.choice(len(x), 2, replace=False) for x in subjects]
+    return tuple(
+        np.stack([x[c[side]] for x, c in zip(subjects, chosen, strict=True)]) for side in (0, 1)
+    )
+
+
+def retrieval(adapter, subjects: list[jax.Array], seed: int, draws: int = 20) -> float:
+    """Share of texts whose nearest text of the other wording is of the same subject, both ways."""
+    rng, host = np.random.default_rng([seed, 1]), [np.asarray(x) for x in subjects]
+    right = []
+    for _ in range(draws):
+        one, two = (score.unit(language.adapt(adapter, jnp.asarray(x))) for x in pairs(host, rng))
+        alike = np.asarray(one @ two.T)
+        own = np.arange(len(host))
+        right += [(alike.argmax(1) == own).mean(), (alike.argmax(0) == own).mean()]
+    return float(np.mean(right))
+
+
+def loss(adapter, one, two, temperature: float, keep: float):
+    """Contrastive between the rows of `one` and `two`, both ways, plus the distance moved."""
+    new = [score.unit(language.adapt(adapter, x)) for x in (one, two)]
+    logits = new[0] @ new[1].T / temperature
+    own = jnp.arange(len(one))
+    both = [optax.softmax_cross_entropy_with_integer_labels(x, own) for x in (logits, logits.T)]
+    moved = [1 - (a * b).sum(-1) for a, b in zip(new, (one, two), strict=True)]
+    return sum(x.mean() for x in both) / 2 + keep * sum(x.mean() for x in moved) / 2
+
+
+def fit(adapter, subjects: list[jax.Array], args: argparse.Namespace):
+    """Adam on `loss` over batches of subjects, two texts of each drawn anew in every step."""
+    optimizer = optax.adam(args.rate)
+    rng, host = np.random.default_rng([args.seed, 0]), [np.asarray(x) for x in subjects]
+
+    @jax.jit
+    def step(adapter, state, one, two):
+        like = partial(loss, temperature=args.temperature, keep=args.keep)
+        grad = jax.grad(like)(adapter, one, two)
+        update, state = optimizer.update(grad, state)
+        return optax.apply_updates(adapter, update), state
+
+    state = optimizer.init(adapter)
+    for _ in range(args.steps):
+        rows = rng.permutation(len(host))[: args.batch]
+        adapter, state = step(adapter, state, *pairs([host[i] for i in rows], rng))
+    return adapter
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Two-level bootstrap of all metrics of a table: draws of the supports x test images.
+
+As stats.bootstrap_interval, for every metric at once: a round draws images (whole patients where
+they are known) within their class, the same for all draws, and then draws with replacement. Every
+metric comes from counts by level (see `intervals`), so no score is sorted twice.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Num, Shaped
+
+from medclip_jax import intervals
+from medclip_jax.stats import Interval, few_draws
+
+ROUNDS = 1000
+LEVEL = 0.95
+
+
+def image(
+    scores: Sequence[Num[np.ndarray, " n"]],
+    labels: Shaped[np.ndarray, " n"],
+    groups: Shaped[np.ndarray, " n"] | None = None,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Of the means over draws of image metrics; {} unless both classes exist.
+
+    scores: of each draw on the same images, 0.5 is the threshold. Beside those of
+    intervals.measures: sensitivity_at_90 (specificity) and false_alarm_rate.
+    """
+    truth = np.asarray(labels) == 1
+    if truth.all() or not truth.any():
+        return {}
+    weights = intervals.resample(truth, ROUNDS, seed, groups)
+    rows = np.concatenate([np.ones((1, len(truth)), int), weights])  # first as it is
+    each = []
+    for one in scores:
+        counts, start = intervals.image_counts(one, truth)
+        drawn = intervals.sums(rows, counts)
+        values = intervals.measures(drawn, start)
+        values["false_alarm_rate"] = 1 - values["specificity"]
+        values["sensitivity_at_90"] = sensitivity_at(drawn, 0.9)
+        each.append(values)
+    return _over_draws(each, seed)
+
+
+def pixel(
+    counts: Sequence[Float[np.ndarray, "n 3 b"]],
+    labels: Shaped[np.ndarray, " n"],
+    groups: Shaped[np.ndarray, " n"] | None = None,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Of the means over draws of pixel metrics, from intervals.pixel_counts of each draw."""
+    weights = intervals.resample(np.asarray(labels) == 1, ROUNDS, seed, groups)
+    rows = np.concatenate([np.ones((1, len(labels)), int), weights])
+    half = intervals.BINS // 2
+    return _over_draws([intervals.measures(intervals.sums(rows, c), half) for c in counts], seed)
+
+
+def sensitivity_at(counts: Float[np.ndarray, "r 2 b"], specificity: float) -> np.ndarray:
+    """Highest sensitivity of each row among thresholds with at least this specificity."""
+    alarms, hits = (np.pad(counts[:, i, ::-1].cumsum(1), ((0, 0), (1, 0))) for i in (0, 1))
+    allowed = alarms <= (1 - specificity + 1e-12) * alarms[:, -1:]
+    return np.where(allowed, hits, 0).max(1) / hits[:, -1]
+
+
+def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, Interval]:
+    """Values [1 + rounds] of each draw by name -> interval of the mean over draws."""
+    rng = np.random.default_rng([seed, len(each)])
+    chosen = rng.integers(0, len(each), (ROUNDS, len(each)))
+    found = {}
+    for name in each[0]:
+        values = np.stack([one[name] for one in each])
+        if not np.isfinite(values).all():
+            continue  # undefined in some round
+        means = values[chosen.T, 1 + np.arange(ROUNDS)].mean(0)
+        own = values[:, 0]
+        se, stretch = few_draws(float(means.std(ddof=1)), own, LEVEL)
+        tails = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        low, high = own.mean() + stretch * (tails - own.mean())
+        found[name] = Interval(float(own.mean()), se, float(low), float(high))
+    return found
