@@ -10,6 +10,7 @@ Two gradients are meant by "Grad-CAM at level l", and they differ for all levels
 The score is pooled (mean of the top share), never the maximum, whose gradient reaches four patches.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from medclip_jax import clip, explain, score
+from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
 LEAST_TOP = 0.05  # a smaller share of the patches would explain single patches only
@@ -75,6 +77,27 @@ def weigh(
             raw = explain.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
         each.append(explain.unit(raw))
     return np.stack(each).mean(0, dtype=np.float32)
+
+
+def explainer(detector: Detector, top: float) -> Callable[[Features], np.ndarray]:
+    """features -> Grad-CAM per patch [n, p] of what the detector reads, float16.
+
+    One column of 0 for a detector that reads pixels.
+    """
+    choose = detector.choose or (lambda _: ())
+    chosen = detector.chosen or (lambda batch, _: detector.patches(batch))
+    slope = gradient(chosen, top)
+
+    def cams(batch):
+        if detector.load is not None:
+            return np.zeros((len(batch.pooled), 1), np.float16)
+        try:
+            return weigh(batch, slope(batch, choose(batch))).astype(np.float16)
+        except explain.NoGradientError as error:
+            logging.warning("no Grad-CAM: %s", error)
+            return np.zeros(batch.levels[0].shape[:2], np.float16)
+
+    return cams
 
 
 def through(

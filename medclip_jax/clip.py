@@ -57,10 +57,7 @@ class Clip(NamedTuple):
 
 
 def load(
-    checkpoint: str,
-    levels: tuple[int, ...] = (),
-    dtype: str = "float32",
-    inputs: bool = False,
+    checkpoint: str, levels: tuple[int, ...] = (), dtype: str = "float32", inputs: bool = False
 ) -> Clip:
     """Load `compact`, a folder or a Hub id; tap `levels` (blocks from 1; () = 1/2, 3/4 and last).
 
@@ -114,9 +111,8 @@ def _tokenizer(folder):
     try:
         return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on damaged files
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
-        ) from None
+        said = f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
+        raise CheckpointError(said) from None
 
 
 # --- towers -------------------------------------------------------------------------------------
@@ -142,18 +138,22 @@ def _activate(x, name: str):
     return x * jax.nn.sigmoid(1.702 * x) if name == "quick_gelu" else jax.nn.gelu(x, False)
 
 
-def _attention(x, p, heads: int, mask):
+def _attention(x, p, heads: int, mask, at=None):
     """Multi-head self-attention over [n, s, d]; mask [s, s] True where a query may look."""
     n, s, d = x.shape
     q, k, v = jnp.split(_dense(x, p["qkv"]).reshape(n, s, 3 * heads, d // heads), 3, axis=2)
+    if at is not None:  # the queries of one position of each row
+        q = q[jnp.arange(n), at][:, None]
+        mask = None if mask is None else mask[0, 0][at][:, None, None]
     mixed = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return _dense(mixed.reshape(n, s, d), p["out"])
+    return _dense(mixed.reshape(n, -1, d), p["out"])
 
 
-def _block(x, p, tower: Tower, mask=None, shift=None):
-    """One residual block; `shift` is added to what the first norm hands to the attention."""
+def _block(x, p, tower: Tower, mask=None, shift=None, at=None):
+    """One block; `shift` is added to the first norm's output, `at` [n] -> those positions alone."""
     y = _layer_norm(x, p["norm1"], tower.eps)
-    x = x + _attention(y if shift is None else y + shift, p, tower.heads, mask)
+    x = x if at is None else x[jnp.arange(len(x)), at][:, None]
+    x = x + _attention(y if shift is None else y + shift, p, tower.heads, mask, at)
     hidden = _activate(_dense(_layer_norm(x, p["norm2"], tower.eps), p["fc1"]), tower.activation)
     return x + _dense(hidden, p["fc2"])
 
@@ -223,8 +223,7 @@ def patch_features(
         start = level
     rest = jax.tree.map(lambda b: b[start:], vision["blocks"])
     x, _ = jax.lax.scan(lambda y, p: (_block(y, p, tower), None), x, rest)
-    pooled = pool(vision, x, tower)
-    return Features(pooled.astype(jnp.float32), tuple(levels), tuple(inputs))
+    return Features(pool(vision, x, tower).astype(jnp.float32), tuple(levels), tuple(inputs))
 
 
 def project(
@@ -272,10 +271,11 @@ def encode_ids(
     positions = x.shape[1]
     x = x + text["position"][None, :positions]
     mask = jnp.tril(jnp.ones((positions, positions), bool))[None, None] if causal else None
-    for i in range(text["blocks"]["fc1"]["bias"].shape[0]):  # a loop: its gradient beats scan's
-        x = _block(x, jax.tree.map(lambda b, i=i: b[i], text["blocks"]), tower, mask)
-    at_eos = x[jnp.arange(x.shape[0]), eos]
-    made = _layer_norm(at_eos, text["final"], tower.eps) @ text["projection"]
+    blocks, last = text["blocks"], text["blocks"]["fc1"]["bias"].shape[0] - 1
+    for i in range(last):  # a loop: its gradient beats scan's
+        x = _block(x, jax.tree.map(lambda b, i=i: b[i], blocks), tower, mask)
+    x = _block(x, jax.tree.map(lambda b: b[last], blocks), tower, mask, at=eos)
+    made = _layer_norm(x[:, 0], text["final"], tower.eps) @ text["projection"]
     return language.adapt(text["language"], made) if "language" in text else made
 
 

@@ -1,8 +1,7 @@
 """Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
 
 import io
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ from medclip_jax import (
     agreement,
     attribution,
     calibrate,
-    explain,
     features,
     files,
     intervals,
@@ -71,7 +69,7 @@ def score_images(
     maps, image_scores = jax.jit(partial(score.to_pixels, size=size)), scorer(size, top)
     found = calibrated(detector, size, top, alpha, pixel_rate, quiet)
     keys = jax.random.split(jax.random.key(seed), passes)
-    cams = explainer(detector, top)
+    cams = attribution.explainer(detector, top)
 
     local = sharding.mesh(jax.local_devices())
     rows, doubt, why = [], [], []
@@ -153,27 +151,6 @@ def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limit
         each = calibrate.to_unit(np.asarray(read), found.image.value, found.image_width)
         copies = each.std(0)
     return np.stack([unit.std(0), *rejection.of_passes(unit), copies], 1)
-
-
-def explainer(detector: Detector, top: float) -> Callable[[Features], np.ndarray]:
-    """features -> Grad-CAM per patch [n, p] of what the detector reads, float16.
-
-    One column of 0 for a detector that reads pixels.
-    """
-    choose = detector.choose or (lambda _: ())
-    chosen = detector.chosen or (lambda batch, _: detector.patches(batch))
-    gradient = attribution.gradient(chosen, top)
-
-    def cams(batch):
-        if detector.load is not None:
-            return np.zeros((len(batch.pooled), 1), np.float16)
-        try:
-            return attribution.weigh(batch, gradient(batch, choose(batch))).astype(np.float16)
-        except explain.NoGradientError as error:
-            logging.warning("no Grad-CAM: %s", error)
-            return np.zeros(batch.levels[0].shape[:2], np.float16)
-
-    return cams
 
 
 def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:

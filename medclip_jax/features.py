@@ -197,20 +197,22 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
             return pool.clean[s](name)[0]
         return pool.anomalous[s](name)[int(v) if v >= 0 else pool.variants - int(v) - 2]
 
-    def rows(name: str) -> Any:  # of the host, until a step takes it
-        return np.stack([row(s, v, name) for s, v in zip(support, variant, strict=True)])
+    # the copies of theta often meet the same row in one step: each is read once
+    distinct, place = np.unique(np.stack([support, variant], 1), axis=0, return_inverse=True)
 
+    def rows(name: str) -> Any:  # of the host, until a step takes it
+        return np.stack([row(s, v, name) for s, v in distinct])[place.ravel()]
+
+    v = np.asarray(variant)
     taught: Any = None
     if pool.teacher:
-        v = np.asarray(variant)
         at = np.where(v >= -1, v + 1, pool.variants - v - 1)
         taught = np.stack([pool.teacher[s][i] for s, i in zip(support, at, strict=True)])
-    bits = pool.size**2
-    empty = np.zeros(-(-bits // 8), np.uint8)
-    packed = [row(s, v, "mask") if v >= 0 else empty for s, v in zip(support, variant, strict=True)]
-    mask: Any = np.unpackbits(np.stack(packed), axis=1, count=bits)
-    mask = mask.reshape(-1, pool.size, pool.size)
-    label: Any = (np.asarray(variant) >= 0).astype(np.int32)
+    empty = np.zeros(-(-(bits := pool.size**2) // 8), np.uint8)
+    packed = np.stack([row(s, v, "mask") if v >= 0 else empty for s, v in distinct])
+    mask: Any = np.unpackbits(packed, axis=1, count=bits)
+    mask = mask.reshape(-1, pool.size, pool.size)[place.ravel()]
+    label: Any = (v >= 0).astype(np.int32)
     valid: Any = np.ones(len(support), bool)
     return Batch(
         Features(

@@ -158,6 +158,37 @@ def forward(
     return Output(text, levels, logit)
 
 
+class Compared(NamedTuple):
+    """What a batch has in common with the prompts."""
+
+    logit: Float[Array, "n p"]  # anomaly logit per patch
+    alike: Float[Array, "n p c"]  # cosine with every prompt, mean over the levels
+    pooled: Float[Array, "n 2"]  # cosine of the pooled embedding with the mean prompts
+    label: Any  # of the prompts
+
+
+def compare(theta, frozen, batch: Batch, key, design: Design, text) -> Compared:
+    """Rows against the prompts; against those of their own data set where there are several."""
+    scale = scale_of(theta, design)
+    levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
+    pooled = batch.features.pooled
+    if design.sets is not None and batch.source is not None:
+        static = design.sets, batch.source, design.text_tower, design.causal
+        words = several.words(context_of(theta, frozen), text_of(theta, frozen), *static)
+        logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
+        alike = several.similarity(levels, words)
+        return Compared(logit, alike, several.prompt_logits(pooled, words), design.sets.label)
+    text = text_features(theta, frozen, design) if text is None else text
+    label = design.prompts.label
+    alike = score.level_mean(score.cosine(v, text) for v in levels)
+    if design.form == "softmax":  # score.patch_logit from cosines that are there already
+        pair = alike @ score.class_weights(text, label)
+        logit = scale * (pair[..., 1] - pair[..., 0])
+    else:  # not linear in the levels' cosines
+        logit = score.patch_logit(levels, text, label, scale, theta["offset"], design.form)
+    return Compared(logit, alike, score.cosine(pooled, score.class_features(text, label)), label)
+
+
 def contrast(
     theta: Mapping, views: Views, valid: Bool[Array, " n"], design: Design
 ) -> Float[Array, ""]:
@@ -177,52 +208,33 @@ def loss(
     design: Design,
     weights: Mapping[str, float],
     distill: losses.Distill | None = None,
+    text: Float[Array, "c j"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The training loss: (scalar, named parts). A term of weight 0 is not computed.
 
     Nor is SimCLR's where rows carry no views: in adaptation, which has no step to draw them by.
     `distill` says how the teacher's logits count, where the rows carry them. Where training has
-    several data sets, rows are compared with the prompts of their own.
+    several data sets, rows are compared with the prompts of their own. `text`: the text features of
+    this theta, where they are there already; only with one data set.
     """
     scale = scale_of(theta, design)
     batch = batch._replace(mask=batch.mask.astype(jnp.float32))
-    if design.sets is None or batch.source is None:
-        text = text_features(theta, frozen, design)
-        _, levels, logit = forward(theta, text, batch.features, design, key)
-        label, words = design.prompts.label, None
-    else:
-        static = design.sets, batch.source, design.text_tower, design.causal
-        words = several.words(context_of(theta, frozen), text_of(theta, frozen), *static)
-        levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
-        logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
-        label = design.sets.label
+    logit, alike, pooled, label = compare(theta, frozen, batch, key, design, text)
     pixels = score.to_pixels(logit, design.size)
-
-    def align():
-        if words is None:
-            similarity = score.level_mean(score.cosine(v, text) for v in levels)
-        else:
-            similarity = several.similarity(levels, words)
-        share = losses.patch_share(batch.mask, design.grid)
-        return losses.align(similarity, share, jnp.asarray(label), batch.valid, scale)
+    share = losses.patch_share(batch.mask, design.grid)
 
     def prompt():
-        if words is None:
-            alike = score.cosine(batch.features.pooled, score.class_features(text, label))
-        else:
-            alike = several.prompt_logits(batch.features.pooled, words)
-        return losses.prompt(jnp.exp(frozen["logit_scale"]) * alike, batch.label, batch.valid)
+        return losses.prompt(jnp.exp(frozen["logit_scale"]) * pooled, batch.label, batch.valid)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
         "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
-        "align": align,
+        "align": lambda: losses.align(alike, share, jnp.asarray(label), batch.valid, scale),
         "prompt": prompt,
     }
     if (views := batch.views) is not None:
         terms["simclr"] = lambda: contrast(theta, views, batch.valid, design)
     if (teacher := batch.teacher) is not None and (like := distill) is not None:
-        share = losses.patch_share(batch.mask, design.grid)
         terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, like)
     weights = {**weights, "distill": distill.weight if distill else 0.0}
     asked = [name for name in terms if weights.get(name)]

@@ -25,14 +25,28 @@ def unit(x: Float[Array, "*a d"]) -> Float[Array, "*a d"]:
 
 
 def cosine(v: Float[Array, "*a p d"], t: Float[Array, "c d"]) -> Float[Array, "*a p c"]:
-    """Equation (7): cosine similarity of every patch with every text feature, in [-1, 1]."""
-    return unit(v) @ unit(t).T
+    """Equation (7): cosine similarity of every patch with every text feature, in [-1, 1].
+
+    The product is divided by the patches' lengths, not the patches: few numbers, where they have
+    many. A zero vector is similar to nothing (0).
+    """
+    square = jnp.sum(v * v, axis=-1, keepdims=True)
+    return (v @ unit(t).T) * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def class_features(text: Float[Array, "c d"], label: np.ndarray) -> Float[Array, "2 d"]:
     """Mean prompt of the healthy and of the abnormal class; not normalised before the mean."""
     label = np.asarray(label)
     return jnp.stack([text[np.flatnonzero(label == side)].mean(0) for side in (0, 1)])
+
+
+def class_weights(text: Float[Array, "c d"], label: np.ndarray) -> Float[Array, "c 2"]:
+    """What turns cosines with every prompt into those with `class_features`, which are linear."""
+    member = np.stack([np.asarray(label) == side for side in (0, 1)], axis=1)
+    share = jnp.asarray(member / member.sum(0), text.dtype)
+    length = jnp.sqrt(jnp.maximum(jnp.sum(text * text, axis=-1), 1e-24))
+    whole = jnp.sqrt(jnp.maximum(jnp.sum(class_features(text, label) ** 2, axis=-1), 1e-24))
+    return share * length[:, None] / whole[None]
 
 
 def patch_logit(

@@ -122,7 +122,8 @@ def valid(n: int, mesh: Mesh) -> Bool[Array, " m"]:
 def place(local: PyTree, mesh: Mesh) -> PyTree:
     """Join the rows of every process (those that `share` named, on the host) to global arrays.
 
-    Leaves are arrays with rows on axis 0, all of the same length; PRNG keys are allowed.
+    Leaves are arrays with rows on axis 0, all of the same length; PRNG keys are allowed. The result
+    may share their memory: do not change them, nor donate it.
     """
     here = int(_mine(mesh).sum())
 
@@ -131,7 +132,8 @@ def place(local: PyTree, mesh: Mesh) -> PyTree:
             raise ValueError(
                 f"{x.shape[0]} rows do not spread over {here} devices: take those of share()"
             )
-        return _global(x, by_rows(mesh), (x.shape[0] // here * mesh.size, *x.shape[1:]))
+        shape = (x.shape[0] // here * mesh.size, *x.shape[1:])
+        return _global(x, by_rows(mesh), shape, copied=False)
 
     return jax.tree.map(one, local)
 
@@ -185,11 +187,12 @@ def _take(x, rows):
     return np.asarray(jax.device_get(x))[rows]
 
 
-def _global(x, sharding: NamedSharding, shape: tuple[int, ...]):
+def _global(x, sharding: NamedSharding, shape: tuple[int, ...], copied: bool = True):
     """One global array of this shape from what this process holds of it."""
     if _is_key(x):
         data = jax.random.key_data(x)
         whole = _global(data, sharding, (*shape, data.shape[-1]))
         return jax.random.wrap_key_data(whole, impl=jax.random.key_impl(x))
-    copy = np.array(jax.device_get(x))
-    return jax.make_array_from_process_local_data(sharding, copy, shape)
+    held = jax.device_get(x)
+    held = np.array(held) if copied else np.asarray(held)
+    return jax.make_array_from_process_local_data(sharding, held, shape)

@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "learn": {"data.episodes", "features", "maml", "simclr"},
     "simclr": {"losses", "score"},
     "data.episodes": {"data.synthesis"},
-    "attribution": {"clip", "explain", "score"},
+    "attribution": {"clip", "detector", "explain", "score"},
     "thumbnails": {"data.readers", "explain"},
     "baselines": {"data.readers", "detector", "features"},
     "draws": {"intervals", "stats"},

@@ -320,7 +320,8 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
     fields = {"learner": learner, "model.dropout": 0.2, "meta.learn_rate": learner == "maml"}
     c = settings(steps=7, log_every=2, validations=0, **fields)
     monkeypatch.setattr(model, "init", lambda key, model, **_: toy_init(key, model.widths[0]))
-    monkeypatch.setattr(model, "loss", lambda *given, design, weights: toy_loss(*given))
+    monkeypatch.setattr(model, "loss", lambda *given, design, weights, text=None: toy_loss(*given))
+    monkeypatch.setattr(model, "text_features", lambda theta, frozen, design: theta["context"])
     whole = fitted(c, tmp_path / "whole", tower, pool)
     report = fit.report
 

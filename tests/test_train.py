@@ -181,7 +181,8 @@ def fitted(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
 
     mesh = sharding.mesh(jax.devices()[:1])
     groups = fit.folds(4, 2)
-    args = (c, workdir, SimpleNamespace(), None, {}, [pool], groups, mesh, True)
+    design = SimpleNamespace(sets=())  # prompts are the loss's own matter
+    args = (c, workdir, SimpleNamespace(), design, {}, [pool], groups, mesh, True)
     return fit.run(*args)
 
 
