@@ -106,7 +106,7 @@ PROMPTS = {
     "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
 }
 FUSION = {
-    "branches": ("learned", "memory"),  # of method ours, any of BRANCHES; several are fused
+    "branches": ("learned", "memory", "zero_shot_image"),  # of method ours, any of BRANCHES
     "weights": "equal",  # of standardised branches: equal | probes, what each sees of them
     "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
 }
