@@ -13,11 +13,15 @@ draws with its interval, paired t, Wilcoxon, and Holm's correction over the vari
 
 import argparse
 import csv
+import json
+import time
 from copy import copy
+from itertools import product
 from pathlib import Path
 
 import compare
 import numpy as np
+import trials
 
 from medclip_jax import files, stats
 
@@ -34,6 +38,9 @@ VARIANTS = {  # name -> fields that differ
     "maml-adapt-0": {"learner": "maml", "meta.adapt_steps": 0},
     "maml-adapt-5": {"learner": "maml", "meta.adapt_steps": 5},
     "maml-inner-3": {"learner": "maml", "meta.inner_steps": 3, "meta.adapt_steps": 3},
+    "maml-lr-4": {"learner": "maml", "optimizer.learning_rate": 4e-3},
+    "joint-lr-4": {"learner": "joint", "optimizer.learning_rate": 4e-3},
+    "maml-tasks-1": {"learner": "maml", "meta.tasks": 1},
     "maml-tasks-8": {"learner": "maml", "meta.tasks": 8},
     "maml-query-16": {"learner": "maml", "meta.query": 16},
     "maml-ultrasound": {"learner": "maml", "meta.data": ("phantom-ultrasound",)},
@@ -42,19 +49,18 @@ VARIANTS = {  # name -> fields that differ
         "meta.data": ("phantom-ultrasound", "phantom-mri", "phantom-xray"),
     },
 }
-MEASURES = (("image", "auroc"), ("pixel", "auroc"), ("pixel", "aupro"), ("pixel", "dice"))
+MEASURES = (("image", "auroc"), ("pixel", "auroc"), ("pixel", "aupro"))
 
 
 def main() -> None:
     args = arguments()
-    rows = []
-    for k in args.k:
-        for seed in range(args.draws):
-            for name in args.variants:
-                result = finished(args, k, name, seed)
-                cells = [(result[group] or {}).get(measure) for group, measure in MEASURES]
-                rows.append([k, name, seed, result["gradients"], *cells])
-                print(*rows[-1], flush=True)
+    ground, rows = trials.Ground(), []
+    for seed in range(args.draws):  # whole draws first: what is stopped early can be compared
+        for k, name in product(args.k, args.variants):
+            result = finished(ground, args, k, name, seed)
+            cells = [(result[group] or {}).get(measure) for group, measure in MEASURES]
+            rows.append([k, name, seed, result["gradients"], *cells])
+            print(*rows[-1], f"{result['seconds']:.1f} s", flush=True)
     equal_gradients(rows)
     write(args.out, rows)
 
@@ -76,12 +82,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def finished(args: argparse.Namespace, k: int, name: str, seed: int) -> dict:
-    """metrics.json of one run of a variant, which is made if it is not there."""
-    one = copy(args)
-    one.out = args.out / name
-    one.set = [f"{field}={value}" for field, value in VARIANTS[name].items()] + args.set
-    return compare.finished(one, k, "ours", seed)
+def finished(ground: trials.Ground, args: argparse.Namespace, k: int, name: str, seed: int) -> dict:
+    """The result of one run of a variant, which is made if its file is not there."""
+    path = args.out / name / f"k{k}-{seed}.json"
+    if not path.is_file():
+        one = copy(args)
+        one.set = args.set + [f"{field}={value}" for field, value in VARIANTS[name].items()]
+        begin = time.perf_counter()
+        result = trials.run(ground, compare.settings(one, k, "ours", seed), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, result | {"seconds": time.perf_counter() - begin})
+    return json.loads(path.read_text())
 
 
 def equal_gradients(rows: list[list]) -> None:

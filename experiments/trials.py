@@ -1,0 +1,179 @@
+"""Runs of the learned branch alone that differ in their learner, many in one process.
+
+What a single run makes anew is made once here: the data set's list, the tokens and masks of its
+images, and the compiled programs of every variant and K. One theta is trained, on all supports;
+the held-out copies, which only calibrate, are left out, and so is the memory, which would dilute
+what the learners differ in. Training, adaptation and scores are the package's own.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from medclip_jax import (
+    clip,
+    evaluate,
+    features,
+    fit,
+    learn,
+    lesions,
+    metrics,
+    model,
+    others,
+    several,
+    sharding,
+    train,
+)
+from medclip_jax import config as configuration
+from medclip_jax.data import augment, datasets
+from medclip_jax.data.variants import Synthesis
+from medclip_jax.ranking import PixelRanks
+from medclip_jax.score import to_pixels
+from medclip_jax.structs import Features, Record
+
+BATCH = 64  # images per scoring call
+
+
+class Program(NamedTuple):
+    """What is compiled of a variant at one K; it serves every draw."""
+
+    design: model.Design
+    frozen: dict
+    optimizer: optax.GradientTransformation
+    step: Any
+    adapt: Any
+    patches: Any  # (theta, text, features) -> [n, p]
+    text: Any  # theta -> [c, j]
+    pixels: Any  # [n, p] -> [n, s, s]
+    image_scores: Any  # [n, p] -> [n]
+
+
+class Ground:
+    """A data set with what has been read and compiled of it."""
+
+    def __init__(self):
+        self.tower: clip.Clip | None = None
+        self.records: tuple[Record, ...] = ()
+        self.tokens: dict[str, Features] = {}
+        self.masks: dict[str, np.ndarray] = {}
+        self.programs: dict[Any, Program] = {}
+
+    def load(self, c: ConfigDict) -> None:
+        """List the data and load the tower, unless that has been done."""
+        if self.tower is None:
+            self.tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
+            root = Path(c.data.root) if c.data.root else None
+            self.records = datasets.load(c.data.name, root, Path(c.cache), c.k)
+
+    def read(self, bank: features.Bank, test: tuple[Record, ...]) -> None:
+        """Tokens and masks of test images that are not held yet."""
+        new = [r for r in test if r.id not in self.tokens]
+        features.encode_images(bank, new)
+        for r, row in zip(new, features.load_images(bank, new, 1), strict=True):
+            self.tokens[r.id] = row
+        marked = [r for r in new if r.masks]
+        if marked:
+            truth = lesions.truths(marked, self.tower.size, bank.fit)
+            self.masks |= {r.id: mask for r, mask in zip(marked, truth, strict=True)}
+
+
+def run(ground: Ground, config: ConfigDict, name: str) -> dict[str, Any]:
+    """Train and adapt one theta as `config` says and score the test set with it.
+
+    `name`: of the variant; configs of one name and K may differ in their seed alone.
+    Returns {"gradients", "image": {...}, "pixel": {...} or None} with AUROC and AUPRO.
+    """
+    c = configuration.resolve(config)
+    ground.load(c)
+    drawn = datasets.split(ground.records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
+    beside, mesh = others.read(c), sharding.mesh()
+    bank = features.open_bank(Path(c.cache), ground.tower, c.data.fit, c.bank_dtype, mesh)
+    made = Synthesis(
+        *(c.synthesis.preset, c.synthesis.variants, 0, "self"),
+        *augment.chosen(c.augment, c.data.modality),
+    )
+    pools = [features.open_pool(bank, drawn.support, made)]
+    pools += others.open_pools(beside, c, drawn, bank, made)
+    ground.read(bank, drawn.test)
+    if (name, c.k) not in ground.programs:
+        ground.programs[name, c.k] = program(c, ground.tower, beside)
+    built = ground.programs[name, c.k]
+    theta = trained(c, ground.tower, built, pools, mesh)
+    return {"gradients": c.steps * configuration.gradients(c)} | measured(
+        ground, built, theta, drawn.test
+    )
+
+
+def program(c: ConfigDict, tower: clip.Clip, beside: tuple) -> Program:
+    """The parts of fit.run and detector.learned, to be compiled at their first call."""
+    design, frozen = train.build(c, tower)
+    if beside:
+        own = [train.phrases(c, tower, c.prompts.context, **other.words) for other in beside]
+        design = design._replace(sets=several.stack([design.prompts, *own]))
+    loss = partial(model.loss, design=design, weights=c.loss.to_dict())
+    inner = learn.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
+    optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
+    last = inner._replace(steps=c.meta.adapt_steps)
+    objective = loss if c.learner == "joint" else learn.episodic(loss, inner)
+    return Program(
+        *(design, frozen, optimizer),
+        learn.make_step(objective, optimizer),
+        jax.jit(
+            lambda theta, frozen, rows: learn.adapt(theta, frozen, rows, loss=loss, inner=last)
+        ),
+        jax.jit(lambda theta, text, batch: model.forward(theta, text, batch, design).logit),
+        jax.jit(lambda theta: model.text_features(theta, frozen, design)),
+        jax.jit(partial(to_pixels, size=tower.size)),
+        evaluate.scorer(tower.size, c.score.top),
+    )
+
+
+def trained(c: ConfigDict, tower: clip.Clip, built: Program, pools: list, mesh) -> Any:
+    """Theta after training and, of learners other than joint, adaptation; no copies axis."""
+    state = fit.start(c, tower, built.design, built.optimizer, 1)
+    read = fit.reader(c, pools, [], mesh)
+    for i in range(c.steps):
+        state, parts = built.step(state, built.frozen, read(i))
+    fit.finite(c.steps, jax.device_get(parts))
+    theta = state.theta
+    if c.learner != "joint":
+        rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, []))
+        theta, _ = built.adapt(theta, built.frozen, rows)
+    return jax.tree.map(lambda x: x[0], theta)
+
+
+def measured(ground: Ground, built: Program, theta: Any, test: tuple[Record, ...]) -> dict:
+    """Image AUROC, and pixel AUROC and AUPRO (2^20 bins) where there are masks."""
+    text = built.text(theta)
+    values = []
+    for start in range(0, len(test), BATCH):
+        group = test[start : start + BATCH]
+        rows = [ground.tokens[group[i % len(group)].id] for i in range(BATCH)]
+        batch = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x), jnp.float32), *rows)
+        values.append(built.patches(theta, text, batch)[: len(group)])
+    values = np.concatenate(values)
+    label = np.array([r.label for r in test])
+    found = metrics.image_level(np.asarray(built.image_scores(values), np.float64), label)
+    return {
+        "image": {"auroc": found["auroc"]},
+        "pixel": pixel_level(ground, built, values, test) if ground.masks else None,
+    }
+
+
+def pixel_level(ground: Ground, built: Program, values: np.ndarray, test) -> dict[str, float]:
+    """Pooled over all images that are healthy or have a mask; in the tower frame."""
+    ranks = PixelRanks(float(values.min()) - 1e-3, float(values.max()) + 1e-3)
+    empty = np.zeros((ground.tower.size,) * 2, bool)
+    for start in range(0, len(test), BATCH):
+        group = test[start : start + BATCH]
+        heat = np.asarray(built.pixels(values[start : start + BATCH]))
+        for record, one in zip(group, heat, strict=True):
+            if record.id in ground.masks or record.label == 0:
+                ranks.add(one, ground.masks.get(record.id, empty))
+    return {"auroc": ranks.auroc(), "aupro": ranks.aupro()}
