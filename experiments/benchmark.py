@@ -25,6 +25,9 @@ COMMANDS = {  # subcommand -> module of bench
     "adapt": "adapt",
     "predict": "predict",
     "prepare": "prepare",
+    "peak": "peak",
+    "encoder": "encoder",
+    "profile": "stages",
     "metrics": "metrics",
 }
 
