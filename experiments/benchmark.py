@@ -1,6 +1,6 @@
-"""Measure this machine: time, memory, scaling, PyTorch, a new site, prediction, reading, metrics.
+"""Measure this machine: stages of a job, encoder, training, PyTorch, scaling, prediction, reading.
 
-python experiments/benchmark.py maml|scaling|torch|adapt|predict|prepare|metrics \
+python experiments/benchmark.py profile|quick|peak|encoder|maml|scaling|torch|adapt|predict|prepare|metrics \
   [--json FILE] [--help]
 
 Run it from a checkout in which medclip_jax is installed. Times are the best of a few repetitions,
@@ -28,6 +28,7 @@ COMMANDS = {  # subcommand -> module of bench
     "peak": "peak",
     "encoder": "encoder",
     "profile": "stages",
+    "quick": "quick",
     "metrics": "metrics",
 }
 

@@ -51,7 +51,9 @@ def main() -> int:
         return 2
     for name in old:
         mark = " SLOWER" if name in found else ""
-        print(f"{name:20} {old[name]:10.4f} s {new[name]:10.4f} s {new[name] / old[name]:6.2f}{mark}")
+        print(
+            f"{name:20} {old[name]:10.4f} s {new[name]:10.4f} s {new[name] / old[name]:6.2f}{mark}"
+        )
     return 1 if found else 0
 
 
