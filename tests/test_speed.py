@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare_speed  # noqa: E402
-from bench import encoder, peak, quick, stages, stages_worker, towers  # noqa: E402
+from bench import busi, encoder, peak, quick, stages, stages_worker, towers  # noqa: E402
 
 from medclip_jax import clip  # noqa: E402
 
@@ -97,6 +97,25 @@ def test_ratios_are_to_pytorch_in_float32():
     found = encoder.row(8, seconds, towers.SIZES["tiny"], 1e9)
     assert found["images_per_second"] == {"ours float32": 8, "torch float32": 4}
     assert found["ratio"] == {"ours float32": 2, "torch float32": 1}
+
+
+def test_a_busi_run_is_put_together_from_its_parts():
+    seconds = {"encode": 8.0, "step": 0.5, "rows": 0.25, "score": 2.0, "judge": 0.125}
+    # 748 + 16 + 16 * 50 images at one a second, 400 steps, 200 validations, 93.5 batches
+    assert busi.ours(seconds, 16, 50, 400, 200) == 1564 + 300 + 25 + 187
+    peer = busi.theirs(400, 200, 3.29, 2.42)
+    assert peer["shipped"] == pytest.approx(46_812) and peer["once"] == pytest.approx(1543.48)
+
+
+def test_every_part_of_a_busi_run_is_measured():
+    words = ["--tower", "tiny", "--k", "8", "--epochs", "2", "--variants", "3", "--times", "1"]
+    found = busi.run(given(busi, *words))
+    assert set(found["parts"]["1"]) == {"encode", "step", "rows", "score"}
+    assert set(found["parts"]["5"]) == {"encode", "step", "rows", "score", "judge"}
+    for row in found["rows"]:
+        parts = found["parts"][str(row["copies"])]
+        assert row["seconds"] == busi.ours(parts, 8, 3, 2, 2)
+        assert row["ratio"]["once"] == pytest.approx(found["peer"]["once"] / row["seconds"])
 
 
 class Hands:
