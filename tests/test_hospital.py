@@ -1,14 +1,17 @@
-"""The simulated day: nothing is lost or invented, and known queues come out as they must."""
+"""Past one machine: the simulated day of a hospital network, and what a platform does."""
 
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
+import fleet  # noqa: E402
 import hospital  # noqa: E402
+from bench import towers  # noqa: E402
 
 
 def steady(seconds: int, images: int, workers: int):
@@ -82,3 +85,36 @@ def test_the_table_is_printed(monkeypatch, capsys):
     hospital.main()
     head, rule, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 and {x.count("|") for x in (head, rule, *rows)} == {11}
+
+
+@pytest.mark.parametrize("name", ["tiny", "ViT-B/16"])
+def test_operations_and_bytes_of_an_image(name):
+    size = towers.SIZES[name]
+    work = fleet.count(size, k=2)
+    patches = (size.pixels // size.patch) ** 2
+    # XLA counts norms, softmax and activation too: at most a tenth more than the products
+    assert 1 < work.encode / towers.flops(size) < (1.1 if name != "tiny" else 1.5)
+    products = 3 * 2 * patches * size.width * 2 * patches
+    assert 1 < work.memory / products < (1.1 if name != "tiny" else 1.5)
+    assert work.kept == 2 * (3 * patches * size.width + size.joint)
+
+
+def test_shapes_are_those_of_the_parameters():
+    size = towers.SIZES["tiny"]._replace(width=48, layers=3, patch=4)
+    made = jax.tree.map(lambda x: x.shape, towers.parameters(size))
+    assert made == jax.tree.map(lambda x: x.shape, fleet.shapes(size, "float32"))
+
+
+def test_the_slower_of_arithmetic_and_memory_counts():
+    work = fleet.Work(encode=8.0, prompts=1.0, memory=1.0, moved=2.0, kept=1.0)
+    assert fleet.per_second(work, fleet.Platform("", 100.0, 1e9, 1.0)) == 10
+    assert fleet.per_second(work, fleet.Platform("", 100.0, 4.0, 1.0)) == 2
+
+
+def test_more_supports_cost_more_and_the_table_has_every_platform(monkeypatch, capsys):
+    size = towers.SIZES["tiny"]
+    assert fleet.count(size, 4).memory > fleet.count(size, 2).memory > fleet.count(size, 0).memory
+    monkeypatch.setattr(sys, "argv", ["fleet.py", "--tower", "tiny", "--k", "2"])
+    fleet.main()
+    said = capsys.readouterr().out
+    assert all(f"| {name} |" in said for name in ("cpu", "v5e", "h100"))
