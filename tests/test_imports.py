@@ -113,7 +113,7 @@ MAY_IMPORT = {
     | {"data.augment", "data.preprocess", "data.variants"},
     "data.variants": {"data.augment", "data.synthesis"},
     "model": {"clip", "losses", "refine", "score", "several", "simclr"},
-    "clip": {"clip_resnet", "language", "openclip", "weights"},
+    "clip": {"clip_resnet", "language", "openclip", "products", "weights"},
     "openclip": {"clip_resnet", "weights"},
     "prompts": {"ontology"},
     "ontology": {"terminology"},
