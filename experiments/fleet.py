@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--tower", default="ViT-B/16", choices=towers.SIZES)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--share", type=float, default=0.4, help="of an accelerator's peak")
-    parser.add_argument("--cpu-flops", type=float, default=150e9, help="of one core, measured")
-    parser.add_argument("--read", type=float, default=193.0, help="images/s that a core reads")
+    parser.add_argument("--cpu-flops", type=float, default=157e9, help="of one core, measured")
+    parser.add_argument("--read", type=float, default=137.0, help="images/s that a core reads")
     parser.add_argument("--price", nargs="+", default=["cpu=0.05", "v5e=1.2", "h100=10"])
     args = parser.parse_args()
     price = {name: float(value) for name, _, value in (p.partition("=") for p in args.price)}
