@@ -1,12 +1,14 @@
 """Matrix products of a tower, in its number format, with float32 sums."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def product(equation: str, a: Float[Array, "*_"], b: Float[Array, "*_"]) -> Float[Array, "*_"]:
-    """einsum of two arrays in the format of `a`, summed and handed over as float32, then rounded.
+def product(equation: str, a: Any, b: Any) -> Float[Array, "*_"]:
+    """einsum of two arrays, NumPy's or JAX's, in the format of `a`, summed as float32, then rounded.
 
     Asked for a bfloat16 result, XLA on a CPU widens both factors to float32 and gains nothing;
     asked for a float32 one, it multiplies in bfloat16, at about twice the rate.
