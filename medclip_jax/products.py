@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def product(equation: str, a: Any, b: Any) -> Float[Array, "*_"]:
-    """einsum of two arrays (NumPy's or JAX's) in the format of `a`, summed in float32, then rounded.
+    """einsum of two arrays (of NumPy or JAX) in the format of `a`, summed in float32, then rounded.
 
     Asked for a bfloat16 result, XLA on a CPU widens both factors to float32 and gains nothing;
     asked for a float32 one, it multiplies in bfloat16, at about twice the rate.
