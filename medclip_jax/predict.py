@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -105,11 +105,10 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    pools = [ThreadPoolExecutor(n * (os.cpu_count() or 1)) for n in (1, 2)]
     most = 4 * trained.batch_size(model)  # so that the encoder does not wait for writers
     objects = dicom_pool.builder(sum(item.kind == "dicom" for item in chosen))
-    try:
-        with objects as build, outputs.tables(table) as tell, preemption.notice() as asked, bar:
+    with objects as build, _threads() as pools:  # threads end first: they wait for objects
+        with outputs.tables(table) as tell, preemption.notice() as asked, bar:
             shown = bar.add_task("predict", total=len(chosen))
             reading = loading.ahead(pools[0], chosen, model, output, stamp, asked)
             writing: collections.deque[tuple[Job, Future | None]] = collections.deque()
@@ -138,13 +137,21 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
             if asked.is_set():
                 at = sum(counts[kind] for kind in ("scored", "skipped", "unreadable"))
                 raise preemption.Preempted(f"stopped by SIGTERM after {at} of {len(chosen)} items")
-    finally:
-        for pool in pools:
-            pool.shutdown(wait=True, cancel_futures=True)
     _tell_unreadable(counts["unreadable"], table)
     return Summary(
         *(counts["scored"], counts["skipped"], counts["unreadable"], counts["alarms"]), table
     )
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[list[ThreadPoolExecutor]]:
+    """Readers and writers."""
+    pools = [ThreadPoolExecutor(n * (os.cpu_count() or 1)) for n in (1, 2)]
+    try:
+        yield pools
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Rate(ProgressColumn):

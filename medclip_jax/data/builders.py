@@ -230,7 +230,7 @@ def make_folder(place: Path) -> None:
 
 def _sweep(place: Path) -> None:
     """Delete what preparations of this data that were killed a day ago or more left."""
-    for path in place.glob("*/*incomplete*"):
+    for path in place.glob("*/incomplete.*"):
         with contextlib.suppress(OSError):  # another process was faster
             if path.is_dir() and path.stat().st_mtime < time.time() - STALE:
                 shutil.rmtree(path, ignore_errors=True)
