@@ -38,6 +38,7 @@ class Scorer:
         self.workdir = Path(workdir).expanduser()
         self.adapted = False  # to another site than the workdir's
         self._trained = trained.load(self.workdir)
+        self._start: site.Start | None = None  # what `adapt` starts from, compiled once
 
     def predict(self, images: Iterable) -> list[Prediction]:
         """Score images: paths of one-frame files, or arrays [h, w] of finite values in [0, 1].
@@ -71,11 +72,14 @@ class Scorer:
 
         The workdir must have meta-learned (config.learner not joint). Nothing is written. The new
         scorer is the adapted prompts alone, without a memory, and has no uncertainty (0); its
-        thresholds are of the new site.
+        thresholds are of the new site. The first call loads and compiles; later ones, with as many
+        images, are quick.
         Raises ConfigError for fewer images or a workdir that learned jointly, DataError for a file
         that cannot be read.
         """
-        ready = site.adapt(self.workdir, [Path(i) for i in images])
+        if self._start is None:
+            self._start = site.load(self.workdir)
+        ready = site.adapt(self._start, [Path(i) for i in images])
         again = copy(self)
         again.adapted = True
         k = len(ready.limits.healthy)

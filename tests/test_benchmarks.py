@@ -47,7 +47,7 @@ def test_variants_with_other_numbers_of_gradients_are_refused():
         learners.equal_gradients(rows(0.0, 800))
 
 
-def test_runs_take_turns_after_one_that_does_not_count():
+def test_runs_take_turns_and_the_second_of_each_turn_counts():
     order = []
 
     def run(name):
@@ -55,7 +55,8 @@ def test_runs_take_turns_after_one_that_does_not_count():
         return float(len(order))
 
     taken = workload.in_turn({"a": lambda: run("a"), "b": lambda: run("b")}, 2)
-    assert order == ["a", "b"] * 3 and taken == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert order == ["a", "b"] + ["a", "a", "b", "b"] * 2
+    assert taken == {"a": [4.0, 8.0], "b": [6.0, 10.0]}
 
 
 def test_the_workload_is_the_one_that_is_named():

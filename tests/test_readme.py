@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import medclip_jax
+from medclip_jax import site
 from medclip_jax.errors import ConfigError
 
 from .test_end_to_end import ROOT, finished, world
@@ -41,7 +42,7 @@ def test_python_blocks_run(block, desk, monkeypatch, capsys):
     assert "True" in (said := capsys.readouterr().out) or "False" in said
 
 
-def test_an_adapted_scorer_is_of_the_new_site(desk):
+def test_an_adapted_scorer_is_of_the_new_site(desk, monkeypatch):
     scorer = medclip_jax.load(desk / "runs" / "maml")
     healthy = [desk / "a.png", desk / "b.png"]
     before = scorer.predict([desk / "scan.png"])[0]
@@ -50,9 +51,13 @@ def test_an_adapted_scorer_is_of_the_new_site(desk):
     assert after.score != before.score and after.uncertainty == 0
     assert after.p_value in (pytest.approx(1 / 3), pytest.approx(2 / 3), 1)  # of two images
     assert scorer.predict([desk / "scan.png"])[0].score == before.score
+    monkeypatch.setattr(site, "load", None)  # loaded and compiled once
+    (again,) = adapted.adapt(healthy).predict([desk / "scan.png"])
+    assert again.score == after.score  # from the meta-trained theta, not from the adapted one
     with pytest.raises(ConfigError, match="in memory alone"):
         adapted.predict_files("scan.png", output=desk / "out")
     with pytest.raises(ConfigError, match="give 2 or more"):
         scorer.adapt(healthy[:1])
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="learned jointly"):
         medclip_jax.load(desk / "runs" / "mine").adapt(healthy)

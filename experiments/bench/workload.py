@@ -207,10 +207,20 @@ class Runner:
 
 
 def in_turn(runs: dict[str, Callable[[], float]], times: int) -> dict[str, list[float]]:
-    """Seconds of each, one after the other, `times` rounds after one that is not counted."""
+    """Seconds of each, one after the other, `times` rounds after one that is not counted.
+
+    In its turn each runs twice and the second counts, as in training, where step follows step: a
+    system that takes idle memory back (a virtual machine's host does) makes the first after a pause
+    pay for getting it again.
+    """
     for run in runs.values():
         run()
-    rounds = [{name: run() for name, run in runs.items()} for _ in range(times)]
+    rounds = []
+    for _ in range(times):
+        rounds.append({})
+        for name, run in runs.items():
+            run()
+            rounds[-1][name] = run()
     return {name: [r[name] for r in rounds] for name in runs}
 
 
