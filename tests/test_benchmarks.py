@@ -96,3 +96,13 @@ def test_scenes_are_the_same_at_every_reading_and_growth_is_seen():
         block = np.ones(40_000_000)
         time.sleep(0.2)
     assert memory.peak > 0.9 * block.nbytes
+
+
+def test_operations_count_every_inner_step():
+    """XLA counts a loop's body once; two steps make no loop and are counted whole."""
+    work = workload.build("tiny", 2, 2)
+    compiled = {n: workload.step(work, "maml", n)[0] for n in (1, 2, 4)}
+    one, two, four = (workload.operations(work, "maml", n, c) for n, c in compiled.items())
+    assert one < two == workload.flops(compiled[2])
+    plain = one + 3 * (two - one)
+    assert workload.flops(compiled[4]) < plain < four < 1.5 * plain  # the loop recomputes

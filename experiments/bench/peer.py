@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> dict:
             worker.wait(60)
     best = {name: min(values) for name, values in seconds.items()}
     peak = workload.matmul_peak()
-    share = workload.flops(compiled) / best["jax"] / peak
+    operations = workload.operations(work, "maml", args.inner_steps, compiled)
+    share = operations / best["jax"] / peak
     ratio = best["torch"] / best["jax"]
     print(f"jax   {args.tasks / best['jax']:.3f} episodes/s ({best['jax']:.2f} s per step)")
     print(f"torch {args.tasks / best['torch']:.3f} episodes/s ({best['torch']:.2f} s per step)")

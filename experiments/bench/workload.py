@@ -186,8 +186,19 @@ def temporary_memory(compiled) -> int:
 
 
 def flops(compiled) -> float:
-    """What XLA counts of one call."""
+    """What XLA counts of one call; the body of a loop counts once, however often it runs."""
     return float(compiled.cost_analysis()["flops"])
+
+
+def operations(work: Work, learner: str, inner_steps: int, compiled) -> float:
+    """Floating point operations of one call of `compiled`, which is `step` of the same arguments.
+
+    The inner steps after the first are a loop: each costs what two steps cost more than one.
+    """
+    if inner_steps < 2:
+        return flops(compiled)
+    one = flops(step(work, learner, 1)[0])
+    return one + (inner_steps - 1) * (flops(compiled) - one)
 
 
 class Runner:
