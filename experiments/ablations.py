@@ -5,9 +5,9 @@ python experiments/ablations.py --config configs/busi.py configs/brain_mri.py --
 
 `full` has every part on, and each switch takes one away; `bare` has every part off, and each switch
 adds one; `default` is the config as it ships, and each of CHANGES alters one part of it. Draw i is
-seed i for all, so that all see the same supports. Each run has its own workdir below --out and is
-skipped if it is finished, so a killed analysis goes on; all share the bank of tokens, which is
-filled once for the images and once for their variants and tiles.
+seed i for all, so that all see the same supports; whole draws come first, so that what is stopped
+early can be compared. Runs share what they have in common (switched.py). Each has its own file
+below --out and is skipped if that is there, so a killed analysis goes on.
 
 Writes table.csv (a line per run) and table.md: per data set, K, side and switch the mean image and
 pixel AUROC, the 95% t interval of the first over draws, and its paired difference to the side's
@@ -17,11 +17,15 @@ the data set and K. An interval over draws says nothing about other test images.
 
 import argparse
 import csv
+import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import compare
 import numpy as np
+import switched
 
 from medclip_jax import files, stats
 
@@ -34,8 +38,9 @@ class Switch(NamedTuple):
 
 
 SWITCHES = {
-    "fusion with memory": Switch(
-        ("fusion.branches=('learned','memory')",), ("fusion.branches=('learned',)",)
+    "fusion": Switch(
+        ("fusion.branches=('learned','memory','zero_shot_image')",),
+        ("fusion.branches=('learned',)",),
     ),
     "prompt templates": Switch(("prompts.phrases=templates",), ("prompts.phrases=words",)),
     "synthesis of the paper": Switch(("synthesis.preset=medclip",), ("synthesis.preset=mediclip",)),
@@ -61,6 +66,8 @@ SWITCHES = {
 }
 # Changes of a part that only the full side has.
 WITHIN = {
+    "no plain prompts": ("fusion.branches=('learned','memory')",),
+    "no memory": ("fusion.branches=('learned','zero_shot_image')",),
     "coreset of a tenth": ("memory.coreset=0.1",),
     "weights from probes": ("fusion.weights=probes",),
 }
@@ -69,7 +76,7 @@ VIEWS = ("augment.flip=0.5", "augment.rotate=10.0", "augment.intensity=0.2")
 CHANGES = {
     "prompts alone": ("fusion.branches=('learned',)",),
     "prompts and memory": ("fusion.branches=('learned','memory')",),
-    "plain prompts in the image score": ("fusion.branches=('learned','memory','zero_shot_image')",),
+    "prompts and plain prompts": ("fusion.branches=('learned','zero_shot_image')",),
     "mirrored memory": ("memory.mirror=True",),
     "language adapter": ("model.language=embedded",),
     "language adapter, tuned": ("model.language=embedded", "model.language_tuned=True"),
@@ -88,21 +95,31 @@ CHANGES = {
 }
 SIDES = ("full", "bare", "default")
 COLUMNS = ("data", "k", "side", "switch", "seed")
+MEASURES = (("image", "auroc"), ("image", "auprc"), ("pixel", "auroc"), ("pixel", "aupro"))
 
 
 def main() -> None:
     args = arguments()
     rows = []
     for config in args.config:
-        for k in args.k:
+        ground = switched.Ground()
+        for k, seed, side, name, assignments in asked(args):
+            one = argparse.Namespace(config=config, set=[*args.set, *assignments])
+            path = args.out / config.stem / side / name.replace(" ", "_").replace(",", "")
+            result = finished(ground, one, k, seed, path / f"k{k}-{seed}.json")
+            cells = [(result[group] or {}).get(n) for group, n in MEASURES]
+            rows.append([config.stem, k, side, name, seed, *cells])
+            print(*rows[-1], f"{result['seconds']:.1f} s", flush=True)
+            table(args.out, rows)
+
+
+def asked(args: argparse.Namespace) -> Iterator[tuple[int, int, str, str, list[str]]]:
+    """(k, seed, side, switch, assignments) of every run, whole draws first."""
+    for k in args.k:
+        for seed in range(args.draws):
             for side in args.sides.split(","):
                 for name, assignments in variants(side, chosen(args.switches)):
-                    for seed in range(args.draws):
-                        result = run(args, config, k, side, name, assignments, seed)
-                        cells = [(result[group] or {}).get(n) for group, n in compare.COLUMNS]
-                        rows.append([config.stem, k, side, name, seed, *cells])
-                        print(*rows[-1], flush=True)
-                table(args.out, rows)
+                    yield k, seed, side, name, assignments
 
 
 def arguments() -> argparse.Namespace:
@@ -153,24 +170,25 @@ def variants(side: str, names: list[str]) -> list[tuple[str, list[str]]]:
     return made
 
 
-def run(
-    args: argparse.Namespace,
-    config: Path,
-    k: int,
-    side: str,
-    name: str,
-    assignments: list[str],
-    seed: int,
+def finished(
+    ground: switched.Ground, args: argparse.Namespace, k: int, seed: int, path: Path
 ) -> dict:
-    """metrics.json of one run; what --set says holds for all variants, the variant's own last."""
-    folder = args.out / config.stem / side / name.replace(" ", "_").replace(",", "")
-    one = argparse.Namespace(config=config, out=folder, set=[*args.set, *assignments])
-    return compare.finished(one, k, "ours", seed)
+    """The result of one run, which is made if its file is not there.
+
+    What --set says holds for all variants; the variant's own assignments come last.
+    """
+    if not path.is_file():
+        begin = time.perf_counter()
+        result = switched.run(ground, compare.settings(args, k, "ours", seed))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, result | {"seconds": time.perf_counter() - begin})
+    return json.loads(path.read_text())
 
 
 def table(out: Path, rows: list[list]) -> None:
-    """table.csv and table.md of the runs so far."""
-    names = [f"{group} {name}" for group, name in compare.COLUMNS]
+    """table.csv and table.md of the runs so far; tests pair the draws that a variant has."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"{group} {name}" for group, name in MEASURES]
     with (out / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([[*COLUMNS, *names], *rows])
     header = ("data", "K", "side", "switch", "draws", "image AUROC", "95%", "pixel AUROC")
@@ -188,7 +206,8 @@ def block(rows: list[list]) -> list[list[str]]:
     groups = dict.fromkeys((r[2], r[3]) for r in rows)
     scores = {g: np.array([r[5] for r in rows if (r[2], r[3]) == g], float) for g in groups}
     for side, name in groups:
-        base, own = scores[side, side], scores[side, name]
+        own = scores[side, name]
+        base = scores[side, side][: len(own)]
         if name != side and len(own) > 1:
             tests[side, name] = stats.paired_t(own, base), stats.wilcoxon(own, base)
     # equal differences in all draws have no t test

@@ -1,7 +1,7 @@
-"""Measure this machine: time, memory, scaling, PyTorch, a new site, prediction, reading, metrics.
+"""Measure this machine: stages of a job, encoder, training, PyTorch, scaling, prediction, reading.
 
-python experiments/benchmark.py maml|scaling|torch|adapt|predict|prepare|metrics \
-  [--json FILE] [--help]
+python experiments/benchmark.py profile|quick|peak|encoder|busi|maml|scaling|torch|adapt|predict| \
+  prepare|metrics [--json FILE] [--help]
 
 Run it from a checkout in which medclip_jax is installed. Times are the best of a few repetitions,
 taken in turn, so that what else the machine does falls on all sides alike: read the ratios. On
@@ -25,6 +25,11 @@ COMMANDS = {  # subcommand -> module of bench
     "adapt": "adapt",
     "predict": "predict",
     "prepare": "prepare",
+    "peak": "peak",
+    "encoder": "encoder",
+    "profile": "stages",
+    "quick": "quick",
+    "busi": "busi",
     "metrics": "metrics",
 }
 

@@ -112,12 +112,10 @@ def arguments() -> argparse.Namespace:
 def sentences(table: ontology.Ontology) -> Subjects:
     """Each concept's subjects, present and absent or normal and abnormal, in all wordings."""
     found = {}
-    pictures = [c for c in table.concepts if c.kind == "modality"]
     for concept in table.concepts:
         if concept.kind == "modality" or concept.name in GENERIC:
             continue
         place = concept.site if concept.kind == "finding" else concept.name
-        shown = [p.name for p in pictures if p.site == place] or ["medical image"]
         words = (concept.name, *concept.synonyms)
         finding = concept.kind == "finding"
         sides = (PRESENT, ABSENT) if finding else (NORMAL, ABNORMAL)
@@ -126,7 +124,7 @@ def sentences(table: ontology.Ontology) -> Subjects:
                 template.format(
                     finding=word,
                     anatomy=(place or "body part") if finding else word,
-                    modality=shown[0],
+                    modality=picture(table, place),
                 )
                 for template in side
                 for word in words
@@ -134,6 +132,17 @@ def sentences(table: ontology.Ontology) -> Subjects:
             for side in sides
         ]
     return found
+
+
+def picture(table: ontology.Ontology, place: str) -> str:
+    """The modality that shows this anatomy, or else the nearest anatomy that contains it."""
+    shown: dict[str, str] = {}
+    for concept in table.concepts:
+        if concept.kind == "modality" and concept.site:
+            shown.setdefault(concept.site, concept.name)
+    while place and place not in shown:
+        place = ontology.find(table, place, "anatomy").parent
+    return shown.get(place, "medical image")
 
 
 def reports(path: Path) -> Subjects:

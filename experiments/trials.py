@@ -6,6 +6,7 @@ the held-out copies, which only calibrate, are left out, and so is the memory, w
 what the learners differ in. Training, adaptation and scores are the package's own.
 """
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from medclip_jax import (
 from medclip_jax import config as configuration
 from medclip_jax.data import augment, datasets
 from medclip_jax.data.variants import Synthesis
+from medclip_jax.groups import ahead
 from medclip_jax.ranking import PixelRanks
 from medclip_jax.score import to_pixels
 from medclip_jax.structs import Features, Record
@@ -104,7 +106,7 @@ def run(ground: Ground, config: ConfigDict, name: str) -> dict[str, Any]:
     if (name, c.k) not in ground.programs:
         ground.programs[name, c.k] = program(c, ground.tower, beside)
     built = ground.programs[name, c.k]
-    theta = trained(c, ground.tower, built, pools, mesh)
+    theta = jax.tree.map(lambda x: x[0], trained(c, ground.tower, built, pools, mesh))
     return {"gradients": c.steps * configuration.gradients(c)} | measured(
         ground, built, theta, drawn.test
     )
@@ -120,10 +122,13 @@ def program(c: ConfigDict, tower: clip.Clip, beside: tuple) -> Program:
     inner = learn.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
     optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
     last = inner._replace(steps=c.meta.adapt_steps)
-    objective = loss if c.learner == "joint" else learn.episodic(loss, inner)
+    joint = c.learner == "joint"
+    objective = loss if joint else learn.episodic(loss, inner)
+    # as in fit.run: text features of all copies at once, where they do not depend on the rows
+    words = partial(model.text_features, design=design) if joint and design.sets is None else None
     return Program(
         *(design, frozen, optimizer),
-        learn.make_step(objective, optimizer),
+        learn.make_step(objective, optimizer, words=words),
         jax.jit(
             lambda theta, frozen, rows: learn.adapt(theta, frozen, rows, loss=loss, inner=last)
         ),
@@ -134,18 +139,22 @@ def program(c: ConfigDict, tower: clip.Clip, beside: tuple) -> Program:
     )
 
 
-def trained(c: ConfigDict, tower: clip.Clip, built: Program, pools: list, mesh) -> Any:
-    """Theta after training and, of learners other than joint, adaptation; no copies axis."""
-    state = fit.start(c, tower, built.design, built.optimizer, 1)
-    read = fit.reader(c, pools, [], mesh)
-    for i in range(c.steps):
-        state, parts = built.step(state, built.frozen, read(i))
+def trained(c: ConfigDict, tower: clip.Clip, built: Program, pools: list, mesh, groups=()) -> Any:
+    """Theta after training and, of learners other than joint, adaptation; [1 + folds, ...].
+
+    groups: the folds that are held out, a copy each; none by default.
+    """
+    state = fit.start(c, tower, built.design, built.optimizer, 1 + len(groups))
+    read = fit.reader(c, pools, groups, mesh)
+    with contextlib.closing(ahead(read, range(c.steps))) as batches:
+        for batch in batches:
+            state, parts = built.step(state, built.frozen, batch)
     fit.finite(c.steps, jax.device_get(parts))
     theta = state.theta
     if c.learner != "joint":
-        rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, []))
+        rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, groups))
         theta, _ = built.adapt(theta, built.frozen, rows)
-    return jax.tree.map(lambda x: x[0], theta)
+    return theta
 
 
 def measured(ground: Ground, built: Program, theta: Any, test: tuple[Record, ...]) -> dict:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from medclip_jax import clip_resnet, language, openclip, weights
 from medclip_jax.errors import CheckpointError, ConfigError
+from medclip_jax.products import attend, product
 from medclip_jax.structs import Features, Prompts
 
 
@@ -130,7 +131,7 @@ def _row(v, like):
 
 
 def _dense(x, p):
-    y = x @ p["kernel"].astype(x.dtype)
+    y = product("...a,ab->...b", x, p["kernel"])
     return y + _row(p["bias"].astype(x.dtype), y)
 
 
@@ -145,8 +146,7 @@ def _attention(x, p, heads: int, mask, at=None):
     if at is not None:  # the queries of one position of each row
         q = q[jnp.arange(n), at][:, None]
         mask = None if mask is None else mask[0, 0][at][:, None, None]
-    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return _dense(mixed.reshape(n, -1, d), p["out"])
+    return _dense(attend(q, k, v, mask).reshape(n, -1, d), p["out"])
 
 
 def _block(x, p, tower: Tower, mask=None, shift=None, at=None):
@@ -172,8 +172,7 @@ def embed(
     s = tower.patch
     patches = pixels.reshape(n, h // s, s, w // s, s, 3).transpose(0, 1, 3, 2, 4, 5)
     dtype = jnp.dtype(tower.dtype)
-    x = patches.reshape(n, (h // s) * (w // s), s * s * 3).astype(dtype)
-    x = x @ vision["patch"].astype(dtype)
+    x = product("npi,id->npd", patches.reshape(n, -1, s * s * 3).astype(dtype), vision["patch"])
     first = jnp.broadcast_to(vision["class"].astype(dtype), (n, 1, x.shape[-1]))
     x = jnp.concatenate([first, x], axis=1) + vision["position"].astype(dtype)[None]
     return _layer_norm(x, vision["pre"], tower.eps)

@@ -6,6 +6,8 @@ names of people beside the patient, institutions, comments and private data are 
 """
 
 import io
+import logging
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -73,6 +75,13 @@ def build(
         except Exception as error:  # highdicom raises many types on broken headers
             notes.append(f"no {name}: the source's header forbids it ({type(error).__name__})")
     return Made(made, notes)
+
+
+def quieten() -> None:
+    """Silence libraries that quote header values, which may name a patient, in their warnings."""
+    for name in ("pydicom", "highdicom", "nibabel", "PIL"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=rf"{name}(\..*)?")
 
 
 def source(path: Path, pseudonymise: bool) -> Dataset:

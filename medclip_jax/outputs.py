@@ -46,9 +46,16 @@ class Result(NamedTuple):
     model: dict[str, Any]
 
 
-def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[dict[str, Any]]:
+def write(
+    output: Path,
+    item: Item,
+    result: Result,
+    pseudonymise: bool,
+    build: Callable[..., dicom_objects.Made] = dicom_objects.build,
+) -> list[dict[str, Any]]:
     """Write all files of one item; returns its rows of the table, one per frame.
 
+    build: as dicom_objects.build, wherever it runs.
     Raises WorkdirError if the disk refuses them.
     """
     height, width = result.pixels.shape[1:]
@@ -60,7 +67,7 @@ def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[
     top = int(np.argmax(score))
     heat = _heat(result, top)
     picture = overlay.draw(result.pixels[top], heat, frames[top]["boxes"])
-    left, notes = _write_files(output, item, result, picture, top, pseudonymise)
+    left, notes = _write_files(output, item, result, picture, top, pseudonymise, build)
     page = {
         "source": item.output if pseudonymise else item.source,
         "files_read": len(item.paths),
@@ -86,7 +93,13 @@ def write(output: Path, item: Item, result: Result, pseudonymise: bool) -> list[
 
 
 def _write_files(
-    output: Path, item: Item, result: Result, picture: np.ndarray, top: int, pseudonymise: bool
+    output: Path,
+    item: Item,
+    result: Result,
+    picture: np.ndarray,
+    top: int,
+    pseudonymise: bool,
+    build: Callable[..., dicom_objects.Made],
 ) -> tuple[dict[str, str], list[str]]:
     """Names of what was written for an item beside its JSON, and why something is missing.
 
@@ -103,7 +116,7 @@ def _write_files(
         made["map.npz"] = _compressed(result.marks)
     if item.kind == "dicom":
         marked = result.codes >= marks.HALF
-        objects = dicom_objects.build(item.paths, result.key, marked, picture, top, pseudonymise)
+        objects = build(item.paths, result.key, marked, picture, top, pseudonymise)
         made |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
         notes = objects.notes
     for name, raw in made.items():

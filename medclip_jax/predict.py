@@ -10,8 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from medclip_jax import inputs, loading, outputs, preemption, scoring, trained
+from medclip_jax import (
+    dicom_objects,
+    dicom_pool,
+    inputs,
+    loading,
+    outputs,
+    preemption,
+    scoring,
+    trained,
+)
 from medclip_jax.errors import DataError
 from medclip_jax.loading import Job
 from medclip_jax.outputs import Result
@@ -64,7 +72,7 @@ def run(
     Raises DataError if nothing was found or nothing could be read, ConfigError for a bad `part`,
     WorkdirError if there is no scorer or the output cannot be written, Preempted on SIGTERM.
     """
-    quieten()
+    dicom_objects.quieten()
     items = inputs.find(named, pseudonymise)
     if not items:
         raise DataError(
@@ -97,9 +105,9 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    pools = [ThreadPoolExecutor(n * (os.cpu_count() or 1)) for n in (1, 2)]
     most = 4 * trained.batch_size(model)  # so that the encoder does not wait for writers
-    try:
+    objects = dicom_pool.builder(sum(item.kind == "dicom" for item in chosen))
+    with objects as build, _threads() as pools:  # threads end first: they wait for objects
         with outputs.tables(table) as tell, preemption.notice() as asked, bar:
             shown = bar.add_task("predict", total=len(chosen))
             reading = loading.ahead(pools[0], chosen, model, output, stamp, asked)
@@ -122,20 +130,28 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
                 for job in scoring.run(model, reading, pools[1]):
                     future = None
                     if not job.error and job.rows is None:
-                        future = pools[1].submit(_write, model, job, output, pseudonymise)
+                        future = pools[1].submit(_write, model, job, output, pseudonymise, build)
                     writing.append((job, future))
                     settle(most)
                 settle(0)
             if asked.is_set():
                 at = sum(counts[kind] for kind in ("scored", "skipped", "unreadable"))
                 raise preemption.Preempted(f"stopped by SIGTERM after {at} of {len(chosen)} items")
-    finally:
-        for pool in pools:
-            pool.shutdown(wait=True, cancel_futures=True)
     _tell_unreadable(counts["unreadable"], table)
     return Summary(
         *(counts["scored"], counts["skipped"], counts["unreadable"], counts["alarms"]), table
     )
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[list[ThreadPoolExecutor]]:
+    """Readers and writers."""
+    pools = [ThreadPoolExecutor(n * (os.cpu_count() or 1)) for n in (1, 2)]
+    try:
+        yield pools
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Rate(ProgressColumn):
@@ -145,7 +161,9 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
-def _write(model: trained.Trained, job: Job, output: Path, pseudonymise: bool) -> list[dict]:
+def _write(
+    model: trained.Trained, job: Job, output: Path, pseudonymise: bool, build: dicom_pool.Build
+) -> list[dict]:
     loaded = job.read()
     result = Result(
         loaded.key,
@@ -164,7 +182,7 @@ def _write(model: trained.Trained, job: Job, output: Path, pseudonymise: bool) -
             "alpha_attained": model.limits.image.alpha_attained,
         },
     )
-    return outputs.write(output, job.item, result, pseudonymise)
+    return outputs.write(output, job.item, result, pseudonymise, build)
 
 
 def _tell_unreadable(count: int, table: Path) -> None:
@@ -175,10 +193,3 @@ def _tell_unreadable(count: int, table: Path) -> None:
     logging.warning("%d item(s) could not be read (all in %s):", count, path)
     for row in lines:
         logging.warning("  %s: %s", row["source"], row["reason"])
-
-
-def quieten() -> None:
-    """Silence libraries that quote header values, which may name a patient, in their warnings."""
-    for name in ("pydicom", "highdicom", "nibabel", "PIL"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-        warnings.filterwarnings("ignore", module=rf"{name}(\..*)?")

@@ -3,6 +3,7 @@
 import logging
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -163,19 +164,15 @@ def unmeasured(workdir: Path, c: ConfigDict, *trained) -> None:
 
 
 def assemble(
-    c: ConfigDict, theta, frozen, design, bank, supports, groups
+    c: ConfigDict, theta, frozen, design, bank, supports, groups, branch=None
 ) -> tuple[detector.Detector, fusion.Mix | None]:
-    """The detector that the config asks for, and how it mixes if it fuses branches."""
+    """The detector that the config asks for, and how it mixes if it fuses branches.
 
-    def branch(name):
-        name = name.removesuffix(fusion.IMAGE_ONLY)
-        shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
-        like = c.memory.coreset, c.memory.mirror
-        made = detector.build(name, theta, frozen, shape, bank, supports, groups, *like)
-        if c.score.tiles == 1:
-            return made
-        return scales.build(name, made, bank, supports, c.score.tiles, c.memory.coreset)
-
+    branch: makes the detector of a branch from its name; `branch_of` by default.
+    """
+    if branch is None:
+        given = dict(frozen=frozen, design=design, bank=bank, supports=supports, groups=groups)
+        branch = partial(branch_of, c=c, theta=theta, **given)
     if c.method in baselines.METHODS:
         return baselines.build(c.method, bank, supports), None
     if c.method not in ("ours", "joint"):
@@ -194,6 +191,19 @@ def assemble(
         image_scores=evaluate.scorer(bank.clip.size, c.score.top),
         tiles=c.score.tiles,
     )
+
+
+def branch_of(
+    name: str, c: ConfigDict, theta, frozen, design, bank, supports, groups
+) -> detector.Detector:
+    """The detector of one branch, or of a method that has but one."""
+    name = name.removesuffix(fusion.IMAGE_ONLY)
+    shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
+    like = c.memory.coreset, c.memory.mirror
+    made = detector.build(name, theta, frozen, shape, bank, supports, groups, *like)
+    if c.score.tiles == 1:
+        return made
+    return scales.build(name, made, bank, supports, c.score.tiles, c.memory.coreset)
 
 
 def quieter(c: ConfigDict, built, bank, supports) -> suppress.Learned | None:

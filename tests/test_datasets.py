@@ -204,6 +204,16 @@ def test_killed_preparation_is_not_taken_for_whole(busi, cache):
     assert len(records) == 20 and all(len(r.sha256) == 64 for r in records)
 
 
+def test_what_killed_preparations_left_is_swept_when_it_is_a_day_old(busi, cache):
+    assert run(DIE, busi, cache, check=False).returncode == 9
+    (left,) = cache.rglob("incomplete.*")
+    young = left.with_name("incomplete.YOUNG0_1.1.0")
+    young.mkdir()  # may be another process's, at work now
+    os.utime(left, (0, 0))
+    assert len(datasets.load("busi", busi, cache)) == 20
+    assert not left.exists() and young.is_dir()
+
+
 def test_the_slower_of_two_preparations_takes_the_quicker_one(busi, cache, monkeypatch):
     from medclip_jax.data import builders
 

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "main": {"config", "data.check", "export", "lock", "predict", "preemption", "processes"}
     | {"report", "sharding", "train"},
     "api": {"data.readers", "explain", "predict", "site", "suppress", "trained"},
-    "predict": {"inputs", "loading", "outputs", "preemption", "scoring", "trained"},
+    "predict": {"dicom_objects", "dicom_pool", "inputs", "loading", "outputs", "preemption"}
+    | {"scoring", "trained"},
+    "dicom_pool": {"dicom_objects"},
     "loading": {"data.dicom", "data.readers", "inputs", "outputs", "suppress", "trained"},
     "scoring": {"loading", "marks", "trained"},
     "inputs": {"data.readers"},
@@ -113,7 +115,7 @@ MAY_IMPORT = {
     | {"data.augment", "data.preprocess", "data.variants"},
     "data.variants": {"data.augment", "data.synthesis"},
     "model": {"clip", "losses", "refine", "score", "several", "simclr"},
-    "clip": {"clip_resnet", "language", "openclip", "weights"},
+    "clip": {"clip_resnet", "language", "openclip", "products", "weights"},
     "openclip": {"clip_resnet", "weights"},
     "prompts": {"ontology"},
     "ontology": {"terminology"},
@@ -149,6 +151,7 @@ ONLY_IN = {
     "tensorflow_datasets": {"data.builders"},
     "pydicom": {"data.dicom", "data.dicom_files", "data.dicom_grey", "dicom_objects", "inputs"},
     "nibabel": {"data.nifti", "nifti_maps"},
+    "joblib": {"dicom_pool"},
     "torch": set(),
     "tensorflow": set(),
 }

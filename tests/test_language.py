@@ -149,7 +149,9 @@ def test_generated_sentences_say_one_thing_in_many_words(script):
     subjects = script.sentences(ontology.load())
     present, absent = subjects["finding pneumonia"]
     assert "signs of lung infection" in present and "no signs of pneumonia" in absent
-    assert "medical image of a lung with pneumonia" in present
+    assert "chest X-ray of a lung with pneumonia" in present  # of the thorax, which contains it
+    assert "mammography of a normal breast" in subjects["anatomy breast"][0]  # its own first
+    assert "medical image of a normal bone" in subjects["anatomy bone"][0]  # nothing shows it
     assert not set(present) & set(absent)
     assert "the brain is unremarkable" in subjects["anatomy brain"][0]
     assert not {"finding disease", "finding no finding"} & set(subjects)

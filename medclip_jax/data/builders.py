@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from medclip_jax.errors import DataError, WorkdirError
 from medclip_jax.structs import Record
 
 BATCH = 1024  # rows read at a time
+STALE = 86400  # seconds
 BUSI_URL = "https://scholar.cu.edu.eg/Dataset_BUSI.zip"
 
 
@@ -194,6 +196,7 @@ def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...
     place = _place(layout, cache)
     if not prepared(name, layout, cache):
         make_folder(place)
+        _sweep(place)
         with _quiet():
             try:
                 BUILDERS[name](layout=layout, data_dir=str(place)).download_and_prepare()
@@ -223,6 +226,14 @@ def make_folder(place: Path) -> None:
         raise WorkdirError(
             f"{place} cannot be written ({error.strerror}): give another cache folder."
         ) from error
+
+
+def _sweep(place: Path) -> None:
+    """Delete what preparations of this data that were killed a day ago or more left."""
+    for path in place.glob("*/incomplete.*"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if path.is_dir() and path.stat().st_mtime < time.time() - STALE:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _place(layout: layouts.Layout, cache: Path) -> Path:

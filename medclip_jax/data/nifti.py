@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import nibabel
 import numpy as np
+from isal import igzip, igzip_lib
 from jaxtyping import Float, Num
 from nibabel import orientations
 
@@ -118,8 +119,8 @@ def slices(voxels: Float[np.ndarray, "x y z *t"], axis: Axis) -> Float[np.ndarra
 
 
 def stack(frames: Num[np.ndarray, "f h w"], axis: Axis) -> Num[np.ndarray, "x y z"]:
-    """Inverse of `slices` for one time point: a map of every slice becomes a canonical volume."""
-    return np.ascontiguousarray(np.moveaxis(frames[:, ::-1, ::-1], (0, 1, 2), AXES[axis]))
+    """Inverse of `slices` for one time point, a view: maps of all slices become a volume."""
+    return np.moveaxis(frames[:, ::-1, ::-1], (0, 1, 2), AXES[axis])
 
 
 def save_map(path: Path, heat: Float[np.ndarray, "f h w"], axis: Axis, like: Volume) -> None:
@@ -232,7 +233,7 @@ def _promised(path: Path, header: nibabel.Nifti1Header) -> int:
 def _unpack(path: Path, raw: bytes, wanted: int, to_the_end: bool = False) -> bytes:
     """The first `wanted` bytes of a gzip stream; the rest is read (for its checksum), not kept."""
     try:
-        with gzip.GzipFile(fileobj=BytesIO(raw)) as stream:
+        with igzip.IGzipFile(fileobj=BytesIO(raw)) as stream:  # reads in a third of the time
             head = stream.read(wanted)
             total = len(head)
             while to_the_end and (more := len(stream.read(1 << 20))):
@@ -245,5 +246,5 @@ def _unpack(path: Path, raw: bytes, wanted: int, to_the_end: bool = False) -> by
             return head
     except gzip.BadGzipFile as error:
         raise DataError(f"{path} is not gzip or is damaged ({error}): copy it again.") from error
-    except (EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, igzip_lib.error) as error:  # type: ignore[misc] # its stub errs
         raise DataError(f"{path} is a damaged or truncated gzip: copy it again.") from error
