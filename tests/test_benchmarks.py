@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +48,18 @@ def test_variants_with_other_numbers_of_gradients_are_refused():
         learners.equal_gradients(rows(0.0, 800))
 
 
-def test_runs_take_turns_and_the_second_of_each_turn_counts():
+def test_runs_take_turns_and_where_asked_the_second_of_each_turn_counts():
     order = []
 
     def run(name):
         order.append(name)
         return float(len(order))
 
-    taken = workload.in_turn({"a": lambda: run("a"), "b": lambda: run("b")}, 2)
+    runs = {name: partial(run, name) for name in "ab"}
+    plain = workload.in_turn(runs, 2)
+    assert order == ["a", "b"] * 3 and plain == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    order.clear()
+    taken = workload.in_turn(runs, 2, again=True)
     assert order == ["a", "b"] + ["a", "a", "b", "b"] * 2
     assert taken == {"a": [4.0, 8.0], "b": [6.0, 10.0]}
 

@@ -33,7 +33,7 @@ def measured(tower: str, k: int, args: argparse.Namespace) -> list[dict]:
             compiled, state = workload.step(work, LEARNERS[label], count)
             steps[label, count] = compiled
             runs[label, count] = workload.Runner(work, compiled, state)
-    seconds = workload.in_turn(runs, args.times)
+    seconds = workload.in_turn(runs, args.times, again=True)
     peak = workload.matmul_peak()
     rows = []
     for (label, count), compiled in steps.items():

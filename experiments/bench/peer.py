@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict:
                 "jax": workload.Runner(work, compiled, state),
                 "torch": lambda: ask(worker, "step")["seconds"],
             }
-            seconds = workload.in_turn(runs, args.times)
+            seconds = workload.in_turn(runs, args.times, again=True)
         finally:
             worker.stdin.close()
             worker.wait(60)
