@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +48,18 @@ def test_variants_with_other_numbers_of_gradients_are_refused():
         learners.equal_gradients(rows(0.0, 800))
 
 
-def test_runs_take_turns_and_the_second_of_each_turn_counts():
+def test_runs_take_turns_and_where_asked_the_second_of_each_turn_counts():
     order = []
 
     def run(name):
         order.append(name)
         return float(len(order))
 
-    taken = workload.in_turn({"a": lambda: run("a"), "b": lambda: run("b")}, 2)
+    runs = {name: partial(run, name) for name in "ab"}
+    plain = workload.in_turn(runs, 2)
+    assert order == ["a", "b"] * 3 and plain == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    order.clear()
+    taken = workload.in_turn(runs, 2, again=True)
     assert order == ["a", "b"] + ["a", "a", "b", "b"] * 2
     assert taken == {"a": [4.0, 8.0], "b": [6.0, 10.0]}
 
@@ -96,3 +101,13 @@ def test_scenes_are_the_same_at_every_reading_and_growth_is_seen():
         block = np.ones(40_000_000)
         time.sleep(0.2)
     assert memory.peak > 0.9 * block.nbytes
+
+
+def test_operations_count_every_inner_step():
+    """XLA counts a loop's body once; two steps make no loop and are counted whole."""
+    work = workload.build("tiny", 2, 2)
+    compiled = {n: workload.step(work, "maml", n)[0] for n in (1, 2, 4)}
+    one, two, four = (workload.operations(work, "maml", n, c) for n, c in compiled.items())
+    assert one < two == workload.flops(compiled[2])
+    plain = one + 3 * (two - one)
+    assert workload.flops(compiled[4]) < plain < four < 1.5 * plain  # the loop recomputes

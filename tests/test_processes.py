@@ -32,7 +32,7 @@ def flags(base: Path, workdir: str, *more: str) -> list[str]:
     return [
         f"--config={ROOT}/configs/folder.py:k=4,root={base}/data",
         f"--workdir={base / workdir}",
-        f"--config.cache={base / 'cache'}-{'one' if workdir == 'one' else 'two'}",
+        f"--config.cache={base / 'cache'}-{'one' if workdir.startswith('one') else 'two'}",
         f"--config.clip.checkpoint={base / 'clip'}",
         *("--config.synthesis.variants=16", "--config.calibration.folds=2"),
         *("--config.score.passes=2", "--config.steps=4", "--config.log_every=2"),
@@ -78,11 +78,17 @@ def ended(running: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int
     return [(p.returncode, text) for p, text in zip(running, said, strict=True)]
 
 
-def test_two_processes_equal_one(base):
-    """Files, metrics and predictions; by rounding, since two devices sum in another order."""
-    codes = ended([*start(base, "two"), *start(base, "one", count=1)])
+@pytest.mark.parametrize("learner", ["joint", "maml"])
+def test_two_processes_equal_one(base, learner):
+    """Files, metrics and predictions; by rounding, since two devices sum in another order.
+
+    Three tasks do not spread evenly over two processes.
+    """
+    more = (f"--config.learner={learner}", "--config.meta.tasks=3")
+    names = f"one-{learner}", f"two-{learner}"
+    codes = ended([*start(base, names[1], *more), *start(base, names[0], *more, count=1)])
     assert all(code == 0 for code, _ in codes), codes
-    one, two = base / "one", base / "two"
+    one, two = (base / name for name in names)
 
     def listed(folder):
         return {str(p.relative_to(folder)) for p in folder.rglob("*") if "checkp" not in str(p)}

@@ -186,8 +186,19 @@ def temporary_memory(compiled) -> int:
 
 
 def flops(compiled) -> float:
-    """What XLA counts of one call."""
+    """What XLA counts of one call; the body of a loop counts once, however often it runs."""
     return float(compiled.cost_analysis()["flops"])
+
+
+def operations(work: Work, learner: str, inner_steps: int, compiled) -> float:
+    """Floating point operations of one call of `compiled`, which is `step` of the same arguments.
+
+    The inner steps after the first are a loop: each costs what two steps cost more than one.
+    """
+    if inner_steps < 2:
+        return flops(compiled)
+    one = flops(step(work, learner, 1)[0])
+    return one + (inner_steps - 1) * (flops(compiled) - one)
 
 
 class Runner:
@@ -206,12 +217,14 @@ class Runner:
         return time.perf_counter() - begin
 
 
-def in_turn(runs: dict[str, Callable[[], float]], times: int) -> dict[str, list[float]]:
+def in_turn(
+    runs: dict[str, Callable[[], float]], times: int, again: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each, one after the other, `times` rounds after one that is not counted.
 
-    In its turn each runs twice and the second counts, as in training, where step follows step: a
-    system that takes idle memory back (a virtual machine's host does) makes the first after a pause
-    pay for getting it again.
+    `again`: in its turn each runs twice and the second counts, as in training, where step follows
+    step. A system that takes idle memory back (a virtual machine's host does) makes the first after
+    a pause pay for getting it again.
     """
     for run in runs.values():
         run()
@@ -219,7 +232,8 @@ def in_turn(runs: dict[str, Callable[[], float]], times: int) -> dict[str, list[
     for _ in range(times):
         rounds.append({})
         for name, run in runs.items():
-            run()
+            if again:
+                run()
             rounds[-1][name] = run()
     return {name: [r[name] for r in rounds] for name in runs}
 
