@@ -25,7 +25,6 @@ from medclip_jax import (
     processes,
     rejection,
     score,
-    sharding,
     suppress,
     thumbnails,
 )
@@ -71,15 +70,13 @@ def score_images(
     keys = jax.random.split(jax.random.key(seed), passes)
     cams = attribution.explainer(detector, top)
 
-    local = sharding.mesh(jax.local_devices())
     rows, doubt, why = [], [], []
     mine = [test[i] for i in processes.part(len(test))]
     out = np.empty((len(mine), size, size), np.float16)
     groups = (detector.load or features.load_images)(bank, mine, BATCH)
     groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
-        real = len(batch.pooled)
-        batch, _ = sharding.put(batch, local)
+        batch, real = agreement.filled(batch, BATCH)  # one shape, whatever is left for the last
         values = detector.patches(batch)
         raw = image_scores(values) if detector.image is None else detector.image(batch)
         rows.append(np.asarray(raw, np.float64)[:real])
