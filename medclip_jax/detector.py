@@ -239,7 +239,9 @@ def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features | None) 
     logits: 0 is where both classes are equally likely. `tokens` None: no support (K = 0).
     """
     empty = jnp.zeros((len(design.prompts.ids), 0, tower.text_width))
-    text = clip.encode_text(frozen["text"], empty, design.prompts, design.text_tower, design.causal)
+    words = design.prompts, design.text_tower, design.causal
+    read = jax.jit(lambda weights: clip.encode_text(weights, empty, *words))
+    text = read(frozen["text"])
     scale, zero = jnp.exp(frozen["logit_scale"]), jnp.asarray(0.0)
     label = design.prompts.label
 

@@ -1,6 +1,5 @@
 """Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
 
-import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -258,7 +257,6 @@ def write_predictions(
     of = lesions.patients(test)
     gallery |= {} if of is None else {"patient": of}
     gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
-    whole = io.BytesIO()
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
-    np.savez(whole, **(arrays | gallery))
-    files.write_bytes(workdir / "predictions.npz", whole.getvalue())
+    with files.writing(workdir / "predictions.npz") as whole:
+        np.savez(whole, **(arrays | gallery))

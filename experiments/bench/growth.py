@@ -83,7 +83,7 @@ def images(args: argparse.Namespace) -> list[dict]:
         out = Path(folder) / "growth.json"
         given = [out, args.clip, args.side, *args.images]
         command = [sys.executable, "-m", "bench.growth_images", *map(str, given)]
-        subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
+        subprocess.run(command, env=environment, check=True)
         return json.loads(out.read_text())
 
 
