@@ -36,6 +36,7 @@ from medclip_jax.pixels import MetricError
 from medclip_jax.structs import Features, Predictions, Record
 
 BATCH = 32  # images per scoring call
+TOLERANCE = 2  # of boundary F1, in the unit of the distances
 GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
 
 
@@ -217,8 +218,9 @@ def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
     measured, maps = [test[i] for i in known], lesions.Halves(p.maps, known)
     masks = lesions.truths(measured, p.maps.shape[-1], fit)
     mm = lesions.spacings(measured, p.maps.shape[-1], fit)
-    pixel: dict[str, Any] = dict(metrics.pixel_level(maps, masks, spacing=mm))
-    pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
+    pixel: dict[str, Any] = dict(metrics.pixel_level(maps, masks, spacing=mm, tolerance=TOLERANCE))
+    # px: of the tower frame; one image without spacing makes all distances so
+    pixel |= {"distance_unit": "mm" if mm else "px", "boundary_tolerance": TOLERANCE}
     why = None if scored.cams is None else scored.cams[known]
     counts = np.zeros((len(test), 3, intervals.BINS), np.float32)
     counts[known] = intervals.pixel_counts(maps, masks)
