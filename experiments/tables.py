@@ -168,7 +168,8 @@ def published(column: Column, dataset: str, k: int, source: str) -> float | None
 
 def markdown(cells: Cells, found: Found, draws_asked: int) -> str:
     """The paper's tables by K, then everything of each data set and K."""
-    lines = ["# Results", "", notes(draws_asked), ""]
+    learners = {r.get("learner", "joint") for cell in cells.values() for r in cell.get("ours", [])}
+    lines = ["# Results", "", notes(draws_asked, learners), ""]
     for title, dataset, column in PAPER:
         mine = {k: methods for (name, k), methods in found.items() if name == dataset}
         if any(x[column].mean is not None for methods in mine.values() for x in methods.values()):
@@ -178,8 +179,14 @@ def markdown(cells: Cells, found: Found, draws_asked: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def notes(draws_asked: int) -> str:
+def notes(draws_asked: int, learners: set[str]) -> str:
+    """What the tables keep to. learners: of the runs of ours."""
     least = stats.wilcoxon(np.arange(1.0, draws_asked + 1), np.zeros(draws_asked)).least_p
+    if learners <= {"joint"}:
+        episodes = "Joint training without episodes is `ours` itself, whose learner is joint."
+    else:
+        names = ", ".join(sorted(learners))
+        episodes = f"`ours` learned by {names}; `joint` is the same without episodes."
     return (
         "Mean ± sd over support draws; draw i is seed i, the same for every method. Where all 32 "
         "healthy images of a pool are the supports (K = 32, peer split), draws differ in the seed "
@@ -189,7 +196,7 @@ def notes(draws_asked: int) -> str:
         "only. p: Wilcoxon over draws against ours and the paired t test, Holm-corrected within "
         f"the table; with {draws_asked} draws Wilcoxon's p cannot be below {least:.4g} even before "
         "that. DeLong: draws in which the AUROCs differ at p < 0.05 after Holm's correction. "
-        "Joint training without episodes is `ours` itself, whose learner is joint."
+        f"{episodes}"
     )
 
 

@@ -179,6 +179,10 @@ def test_cams_of_a_resnet_tower(method):
         each.append(explain.unit(explain.to_square(raw, 8).reshape(2, 64) if raw.shape[1] < 64
                                  else raw))  # fmt: skip
     np.testing.assert_allclose(made, np.mean(each, axis=0), atol=2e-3)
+    for level, (a, w) in enumerate(zip((fine, coarse), way, strict=True)):
+        alone = attribution.cams(patches, features, 1.0, method, level)
+        g = np.broadcast_to(w / a.shape[1], a.shape)
+        np.testing.assert_allclose(alone, explain.unit(explain.CAMS[method](a, g)[1]), atol=2e-3)
     assert made.shape == (2, 64) and made.std() > 0.05
 
 
@@ -193,6 +197,23 @@ def test_cams_of_a_memory_find_what_it_has_not_seen(method):
     features = Features(held.pooled[:1], tuple(map(jnp.asarray, strange)))
     cam = attribution.cams(made.patches, features, 0.05, method)
     assert cam.shape == (1, 16) and np.isfinite(cam).all() and 0 <= cam.min() <= cam.max() <= 1
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
+def test_cams_of_one_level_of_a_vit(scene, method):
+    """Each tapped block for itself; a score that does not read a block is said to explain none."""
+    _, patches, features = scene
+    each = [attribution.cams(patches, features, 0.25, method, level) for level in (0, 1)]
+    both = attribution.cams(patches, features, 0.25, method)
+    np.testing.assert_allclose(both, np.mean(each, axis=0), atol=1e-6)
+    assert np.abs(each[0] - each[1]).max() > 0.1
+
+    def last(f):
+        return patches(f._replace(levels=(jax.lax.stop_gradient(f.levels[0]), f.levels[1])))
+
+    assert attribution.cams(last, features, 0.25, method, 1).max() > 0.9
+    with pytest.raises(explain.NoGradientError, match="tapped level 0 is exactly 0"):
+        attribution.cams(last, features, 0.25, method, 0)
 
 
 def test_randomised_weights_change_the_explanation(tiny, scene):

@@ -79,6 +79,10 @@ def test_markdown_names_methods_means_and_published_numbers(cell):
     assert f"| ours | {shown} |" in text and f"| ours | 4 | {shown} |" in text
     assert "| the paper, Table 1 | 0.864 | 0.870 |" in text and "oracle f1" in text
     assert "- the paper, Table 1: image auroc 0.864" in text
+    assert "`ours` itself, whose learner is joint" in text
+    learned = {"ours": [{**r, "learner": "maml"} for r in cell["ours"]]}
+    said = tables.markdown({("busi", 4): learned}, tables.measured({("busi", 4): learned}), 4)
+    assert "`ours` learned by maml; `joint` is the same without episodes" in said
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(blocks) == 6
     assert all(len({line.count("|") for line in block}) == 1 for block in blocks)
