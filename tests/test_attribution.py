@@ -16,7 +16,8 @@ from .conftest import reference_params
 from .test_detector import design_of, tokens
 
 CAM = reference_params("cam_*.npz")
-RESNET = Path(__file__).parent / "reference" / "clip_resnet"
+HERE = Path(__file__).parent / "reference"
+RESNET = HERE / "clip_resnet"
 
 
 # --- pytorch-grad-cam -----------------------------------------------------------------------------
@@ -49,6 +50,20 @@ def test_grad_cam_meets_pytorch_grad_cam(path, peer):
             if f"{stem}_final" in ref:
                 final = explain.unit(explain.to_square(small, 224))
                 np.testing.assert_allclose(final, ref[f"{stem}_final"], atol=1e-4)
+
+
+@pytest.mark.parametrize("stem, cam", [("gradcam", "grad_cam"), ("gradcampp", "grad_cam_pp")])
+def test_cams_of_given_gradients_meet_pytorch_grad_cam(stem, cam):
+    """The formulas alone, on two images of cam_0 that every checkout holds."""
+    ref = np.load(HERE / "cam_formula_0.npz")
+    a, g = (ref[n].reshape(2, 64, 196).swapaxes(1, 2) for n in ("activations", "gradients_text1"))
+    weights, raw = explain.CAMS[cam](a, g)
+    close(weights, ref[f"{stem}_text1_weights"], 1e-5)
+    close(raw, ref[f"{stem}_text1_raw"].reshape(2, 196), 1e-5)
+    small = explain.unit(raw)
+    np.testing.assert_allclose(small, ref[f"{stem}_text1_norm14"].reshape(2, 196), atol=1e-4)
+    final = explain.unit(explain.to_square(small[:1], 224))
+    np.testing.assert_allclose(final, ref[f"{stem}_text1_final"], atol=1e-4)
 
 
 def close(got, wanted, relative):
