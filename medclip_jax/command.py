@@ -35,7 +35,13 @@ def again(held: Mapping[str, Any]) -> str:
         return ""
     words = [f"--config.{field}={value}" for field, value in (first | rest).items()]
     words = [f"{file}:{arguments}", "--workdir", "DIR", *words]
-    return " ".join(["python -m medclip_jax.main --config", *map(shlex.quote, words)])
+    return " ".join(["python -m medclip_jax.main --config", *map(_quoted, words)])
+
+
+def _quoted(word: str) -> str:
+    """As a shell reads it; in double quotes where single ones are inside, as tuples have them."""
+    plain = "'" in word and not set('"$`\\!') & set(word)
+    return f'"{word}"' if plain else shlex.quote(word)
 
 
 def _differences(held: Mapping[str, Any], plain: config.ConfigDict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 
 import pytest
 
@@ -43,6 +44,15 @@ def test_the_command_names_only_what_differs():
     wanted = "python -m medclip_jax.main --config busi:k=4,seed=0,method=ours --workdir DIR "
     assert command.again({**held, "cache": "/x"}) == wanted + "--config.epochs=20"
     assert command.again({**held, "later": 1, "epochs": 200, "steps": 200}) == wanted.strip()
+
+
+def test_tuples_stand_in_double_quotes_and_nothing_is_expanded():
+    c = config.base("k=4", name="folder")
+    c.fusion.branches, c.data.anatomy = ("learned",), "a $HOME's `x`"
+    said = command.again(json.loads(config.resolve(c).to_json_best_effort()))
+    assert said.endswith("\"--config.fusion.branches=('learned',)\"")
+    echoed = subprocess.run(["bash", "-c", f"printf '%s\n' {said}"], capture_output=True, text=True)
+    assert "--config.data.anatomy=a $HOME's `x`" in echoed.stdout.splitlines()
 
 
 @pytest.mark.parametrize("held", [{}, {"data": 3}, {"data": {"name": "busi"}, "k": -1}])
