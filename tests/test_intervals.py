@@ -44,7 +44,7 @@ def test_pixel_measures_are_those_of_metrics():
 
 
 @pytest.mark.parametrize(
-    ("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60), ("table", 60)]
+    ("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60), ("table", 60), ("varying", 60)]
 )
 def test_coverage_by_simulation(case, runs):
     """Within what 93 to 97% would show in so few runs; interval_coverage.py makes more."""

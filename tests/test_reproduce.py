@@ -12,6 +12,7 @@ import reproduce  # noqa: E402
 import tables  # noqa: E402
 
 from medclip_jax import intervals, metrics, stats  # noqa: E402
+from medclip_jax.errors import DataError  # noqa: E402
 
 
 def run(folder, method, seed, shift, n=60):
@@ -62,10 +63,24 @@ def test_numbers_are_means_with_two_level_limits(cell):
     assert auroc.low == pytest.approx(wanted.low, abs=0.4 * wanted.se)
 
 
-def test_intervals_need_the_same_test_images(cell):
-    turned = {**cell["ours"][1], "id": cell["ours"][1]["id"][::-1]}
-    assert tables.intervals([cell["ours"][0], turned]) == {}
-    assert tables.brief(tables.numbers([cell["ours"][0], turned])["image", "auroc"]).count("(") == 0
+def test_draws_with_test_images_of_their_own_have_intervals(cell, tmp_path):
+    """As where the pool of healthy images is drawn anew: each draw leaves out others."""
+    turned = []
+    for number, run in enumerate(cell["ours"]):
+        kept = np.setdiff1d(np.arange(60), np.arange(4 * number, 4 * number + 8))
+        kept = np.random.default_rng(number).permutation(kept)
+        with np.load(run["arrays"]) as held:
+            np.savez(tmp_path / f"{number}.npz", pixel_counts=held["pixel_counts"][kept])
+        cut = {name: run[name][kept] for name in ("id", "label", "score")}
+        turned.append({**run, **cut, "arrays": tmp_path / f"{number}.npz"})
+    got, whole = tables.intervals(turned), tables.intervals(cell["ours"])
+    assert set(got) == set(whole) and ("pixel", "aupro") in got
+    for name in (("image", "auroc"), ("pixel", "dice")):
+        assert got[name][0] < got[name][1] and got[name] != whole[name]
+        assert got[name] == pytest.approx(whole[name], abs=0.05)
+    other = {**cell["ours"][1], "label": 1 - cell["ours"][1]["label"]}
+    with pytest.raises(DataError, match="differs between draws"):
+        tables.intervals([cell["ours"][0], other])
 
 
 def test_markdown_names_methods_means_and_published_numbers(cell):
