@@ -234,7 +234,7 @@ def whole(dataset: str, k: int, cell: Cell, found: Methods) -> list[str]:
     for method, runs in cell.items():
         told = [brief(number) for number in found[method].values()]
         p = against.get(method)
-        t = "–" if p is None or p.t is None else f"{p.t:.3f}"
+        t = "–" if p is None or p.t is None else f"{p.t:.3f}" if p.t >= 5e-4 else "< 0.001"
         tested = [f"{p.wilcoxon:.3f}", t, f"{p.delong} of {p.draws}"] if p else [""] * 3
         lines.append(f"| {method} | {len(runs)} | {' | '.join([*told, *tested])} |")
     context = []

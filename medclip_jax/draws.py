@@ -5,7 +5,9 @@ they are known) within their class, the same for all draws, and then draws with 
 metric comes from counts by level (see `intervals`), so no score is sorted twice.
 
 Where the pool of healthy images is drawn anew, each draw is tested on images of its own, most of
-them shared. Then the images of all draws together are resampled, and each draw counts its own.
+them shared. Then the images of all draws together are resampled, and each draw counts its own. What
+these add counts at both levels, so that such intervals hold the truth more often than they say
+(experiments/interval_coverage.py, case varying).
 """
 
 from collections.abc import Sequence

@@ -95,6 +95,10 @@ def test_markdown_names_methods_means_and_published_numbers(cell):
     assert "| the paper, Table 1 | 0.864 | 0.870 |" in text and "oracle f1" in text
     assert "- the paper, Table 1: image auroc 0.864" in text
     assert "`ours` itself, whose learner is joint" in text
+    least = tables.Tests(0.125, 0.125, 1e-9, 4, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "tests", lambda cell: {"memory": least})
+        assert "| 0.125 | < 0.001 | 4 of 4 |" in tables.markdown(cells, found, 4)
     learned = {"ours": [{**r, "learner": "maml"} for r in cell["ours"]]}
     said = tables.markdown({("busi", 4): learned}, tables.measured({("busi", 4): learned}), 4)
     assert "`ours` learned by maml; `joint` is the same without episodes" in said
