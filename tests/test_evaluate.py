@@ -141,6 +141,20 @@ def test_a_mask_of_another_size_is_refused(scene, tmp_path):
         lesions.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
 
 
+def test_means_over_images_have_intervals(scene):
+    """One of two lesions is found six rows off: the mean distance lies within its interval."""
+    _, _, test, _ = scene
+    said = perfect(test)
+    wrong = said.predictions.maps.copy()
+    first = [i for i, r in enumerate(test) if r.label][0]
+    wrong[first] = np.roll(wrong[first], 6, axis=0)
+    said = said._replace(predictions=said.predictions._replace(maps=wrong))
+    got = evaluate.measure(said, test, "stretch")
+    for name in ("hausdorff", "hausdorff95", "boundary_f1"):
+        low, high = got["intervals"]["pixel"][name]
+        assert low <= got["pixel"][name] <= high and low < high, name
+
+
 def test_measure_counts_healthy_images_as_empty_masks(scene):
     _, _, test, _ = scene
     got = evaluate.measure(perfect(test), test, "stretch")
