@@ -14,11 +14,8 @@ from ml_collections import ConfigDict
 
 from medclip_jax import learned_parts, score_fields
 from medclip_jax.errors import ConfigError
+from medclip_jax.methods import BRANCHES, FIXED, LEARNERS, METHODS, PRESETS
 
-METHODS = ("ours", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
-FIXED = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing learns
-BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image")
-LEARNERS = ("joint", "maml", "fomaml", "anil")
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
 CHOICES = {
@@ -67,27 +64,6 @@ SHARES = {  # (smallest, largest, what to give)
     "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
     "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
     **score_fields.SHARES,
-}
-
-# MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
-MEDICLIP = {
-    "prompts": {
-        "phrases": "words",
-        "context": 8,
-        "position": "end",
-        "shared": False,
-        "causal": False,
-        "init": "random",
-    },
-    "synthesis": {"preset": "mediclip", "partner": "support"},
-    "model": {"form": "softmax", "learn_scale": False, "dropout": 0.0, "refine": False}
-    | {"language": "", "language_tuned": False},
-    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
-    "score": {"top": 0.0, "tiles": 1},
-    "distill": {"teacher": ""},
-    "augment": dict.fromkeys(("flip", "flip_vertical", "rotate", "elastic", "intensity"), 0.0),
-    "fusion": {"branches": ("learned",)},
-    "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
 }
 
 # What CheXpert's labels that say neither yes nor no mean (data/chexpert.py).
@@ -229,12 +205,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c = config.copy_and_resolve_references()
     if c.k == 0 and c.method == "ours":
         c.method = "zero_shot"  # all that is left of the branches
-    if c.method == "mediclip":
-        c.update(MEDICLIP)
-        c.score.suppress.update(score_fields.SUPPRESS)
-        c.learner = "joint"
-    if c.method == "joint":  # ours without episodes, whatever the learner of ours
-        c.learner = "joint"
+    c.update(PRESETS.get(c.method, {}))
     check(c)
     c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))

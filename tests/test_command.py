@@ -21,6 +21,7 @@ def resolved(flags: list[str]) -> dict:
         ("phantom:k=4,seed=3", ("epochs=20", "data.name=phantom-mri")),
         ("phantom:k=4", ("steps=7", "batch=3", "validations=0")),
         ("brain_mri:k=8,method=mediclip", ("calibration.alpha=0.05",)),
+        ("busi:k=4,method=paper", ("meta.inner_steps=2",)),
         ("chest_xray:k=0", ()),  # becomes zero_shot
         ("busi:k=8,method=joint", ("learner=maml", "fusion.branches=('learned',)")),
         ("folder:k=8,root=/data/my own", ("data.modality=brain MRI", "data.conditions=('a b',)")),

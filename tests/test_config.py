@@ -1,8 +1,9 @@
 """The fields, their arguments, and what is derived from them."""
 
 import pytest
+from ml_collections import ConfigDict
 
-from medclip_jax import config
+from medclip_jax import config, methods
 from medclip_jax.errors import ConfigError
 
 
@@ -72,11 +73,16 @@ def test_without_supports_ours_is_zero_shot():
             config.resolve(config.base(f"k=0,method={method}"))
 
 
-def test_mediclip_is_a_preset_over_the_given_fields():
-    c = config.resolve(config.base("method=mediclip,k=4"))
-    for group, fields in config.MEDICLIP.items():
-        assert {name: c[group][name] for name in fields} == fields
-    assert c.k == 4 and c.synthesis.variants == config.base().synthesis.variants
+@pytest.mark.parametrize("method", ["mediclip", "paper"])
+def test_a_preset_fixes_its_fields_and_no_other(method):
+    given = config.base(f"method={method},k=4")
+    given.learner, given.epochs = "anil", 7
+    done = dict(config.flat(config.resolve(given)))
+    fixed = dict(config.flat(ConfigDict(methods.PRESETS[method])))
+    assert {name: done[name] for name in fixed} == fixed
+    derived = {"steps", "batch", "meta.shots", "meta.query", "cache"}
+    free = {n: v for n, v in config.flat(given) if n not in fixed and n not in derived}
+    assert {name: done[name] for name in free} == free
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def refused(capfd, tiny, tmp_path, *more: str, arguments: str = "k=4") -> str:
         ("--config.seed=-1", "config.seed is -1: give 0 or more"),
         ("--config.k=-1", "config.k is -1: give 0 or more"),
         ("--config.k=9", "pool holds 8 healthy images|only 8 healthy images"),
-        ("--config.method=ous", "give one of ours, mediclip, memory, zero_shot"),
+        ("--config.method=ous", "give one of ours, paper, mediclip, memory, zero_shot"),
         ("--config.data.name=bussi", "'bussi': give one of busi, folder"),
         ("--config.clip.levels=99", "need rising block numbers between 1 and 4"),
         ("--mode=trian", "one of <train|evaluate|predict|export|check|report>"),

@@ -78,6 +78,19 @@ def test_joint_is_ours_without_episodes_and_predicts(tiny, tmp_path):
     np.testing.assert_allclose([r.score for r in found], rows["score"], atol=1e-4)
 
 
+def test_the_papers_preset_meta_learns_and_predicts(tiny, tmp_path):
+    few = ("--config.steps=2", "--config.log_every=1", "--config.synthesis.variants=50")
+    assert tiny.main(tmp_path / "run", *few, arguments="k=2,method=paper") == 0
+    terms = {"focal", "dice", "align", "prompt", "simclr"}
+    assert terms <= set(log(tmp_path / "run")[0])
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["learner"] == "maml" and settings["model"]["form"] == "distance"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["method"] == "paper"
+    rows = predictions(tmp_path / "run")
+    assert np.isfinite(rows["maps"]).all() and (rows["uncertainty"] > 0).any()
+    assert predict(tmp_path / "run", tmp_path / "out", tiny.data) == 0
+
+
 @pytest.mark.parametrize("learner", ["joint", "anil"])
 def test_prompts_without_learnable_context_train_resume_and_predict(tiny, tmp_path, learner):
     plain = ("--config.prompts.context=0", f"--config.learner={learner}", "--config.steps=4")
