@@ -55,7 +55,7 @@ def test_grad_cam_meets_pytorch_grad_cam(path, peer):
 @pytest.mark.parametrize("stem, cam", [("gradcam", "grad_cam"), ("gradcampp", "grad_cam_pp")])
 def test_cams_of_given_gradients_meet_pytorch_grad_cam(stem, cam):
     """The formulas alone, on two images of cam_0 that every checkout holds."""
-    ref = np.load(HERE / "cam_formula_0.npz")
+    ref = np.load(HERE / "gradcam_0.npz")
     a, g = (ref[n].reshape(2, 64, 196).swapaxes(1, 2) for n in ("activations", "gradients_text1"))
     weights, raw = explain.CAMS[cam](a, g)
     close(weights, ref[f"{stem}_text1_weights"], 1e-5)
