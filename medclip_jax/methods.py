@@ -41,7 +41,7 @@ PAPER: dict[str, Any] = {
     "fusion": {"branches": ("learned",)},
     "learner": "maml",
 }
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "mediclip": MEDICLIP | {"score": MEDICLIP["score"] | {"suppress": score_fields.SUPPRESS}},
     "paper": PAPER,
     "joint": {"learner": "joint"},  # ours without episodes, whatever the learner of ours
