@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import tables
 from compare import settings
@@ -106,9 +105,6 @@ def finished(args, *job) -> None:
         return
     workdir = folder(args, *job)
     c = fields(args, *job)
-    cache = configuration.cache_folder(c.cache)
-    jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     print(*job[1:], job[0].stem, file=sys.stderr, flush=True)
     train.run(c, workdir)
     held = results.read(workdir)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from medclip_jax import attribution, calibrate, explain, features, score, sharding
+from medclip_jax import attribution, calibrate, explain, features, kept, score, sharding
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
 from medclip_jax.limits import Limits
@@ -76,8 +76,9 @@ def of_model(
     chosen = [abnormal[i] for i in sorted(rng.permutation(len(abnormal))[:count])]
     (tokens,) = features.load_images(bank, chosen, len(chosen))
     (healthy,) = features.load_images(bank, [support], 1)
+    slope = attribution.slopes(detector, top)
     try:
-        own = located(detector, tokens, top)
+        own = located(detector, tokens, slope)
     except explain.NoGradientError:
         return None  # evaluate.cams has said so
     agreed = explain.agreement(own["map"], own["grad_cam"])
@@ -86,14 +87,14 @@ def of_model(
         "images": [r.id for r in chosen],
         "spearman": mean(agreed),
         "deletion": deletion(detector, tokens, healthy, orders, limits, top),
-        "randomised": randomised(detector, bank, chosen, own, top, seed),
+        "randomised": randomised(detector, bank, chosen, own, slope, seed),
     }
 
 
-def located(detector: Detector, tokens: Features, top: float) -> dict[str, np.ndarray]:
-    """Map and Grad-CAM of each image, [n, p]."""
+def located(detector: Detector, tokens: Features, slope: Callable) -> dict[str, np.ndarray]:
+    """Map and Grad-CAM of each image, [n, p]; slope: attribution.slopes of the detector."""
     batch, n = filled(tokens)
-    cams = attribution.cams(detector.patches, batch, top)[:n]
+    cams = attribution.weigh(batch, slope(batch))[:n]
     return {"map": np.asarray(detector.patches(batch), np.float64)[:n], "grad_cam": cams}
 
 
@@ -169,20 +170,29 @@ def randomised(
     bank: features.Bank,
     records: Sequence[Record],
     own: dict[str, np.ndarray],
-    top: float,
+    slope: Callable,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Mean rank correlation of each explanation with itself after blocks are drawn anew."""
+    """Mean rank correlation of each explanation with itself after blocks are drawn anew.
+
+    Tokens of the drawn towers are kept in the bank, by seed. slope: as of `located`.
+    """
     images = np.stack([x for _, x in readers.read_all(records, bank.clip.size, bank.fit)])
-    vision = jax.tree.map(jnp.asarray, jax.device_get(bank.vision))
-    depth = attribution.depth(vision)
-    told = {}
+    depth, told = attribution.depth(bank.vision), {}
     for name, blocks in (("last_block", [depth]), ("all_blocks", range(1, depth + 1))):
-        drawn = attribution.randomised(vision, jax.random.key(seed), list(blocks))
-        other = bank._replace(vision=sharding.replicate(drawn, bank.mesh))
-        tokens = features.encode(other, images)
-        told[name] = compared(own, partial(located, detector, tokens, top))
+        how = partial(encode_drawn, bank, list(blocks), seed)
+        (tokens,) = kept.encode(bank, images[None], how, f"{name} drawn by seed {seed}")
+        told[name] = compared(own, partial(located, detector, tokens, slope))
     return told
+
+
+def encode_drawn(
+    bank: features.Bank, blocks: Sequence[int], seed: int, images: Float[np.ndarray, "n s s"]
+) -> Features:
+    """Tokens of the tower whose `blocks` are drawn anew."""
+    vision = jax.tree.map(jnp.asarray, jax.device_get(bank.vision))
+    drawn = attribution.randomised(vision, jax.random.key(seed), blocks)
+    return features.encode(bank._replace(vision=sharding.replicate(drawn, bank.mesh)), images)
 
 
 def compared(own: dict, again: Callable[[], dict]) -> dict[str, float]:

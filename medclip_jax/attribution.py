@@ -87,20 +87,30 @@ def weigh(
     return np.stack(each).mean(0, dtype=np.float32)
 
 
+def slopes(detector: Detector, top: float) -> Callable[[Features], Levels]:
+    """`direct` of a detector for many batches.
+
+    Compiled once. What the detector learned or remembers is an argument (its choice), not a
+    constant of the program, so that other runs of the same shapes find it compiled.
+    """
+    choose = detector.choose or (lambda _: ())
+    chosen = detector.chosen or (lambda batch, _: detector.patches(batch))
+    slope = gradient(chosen, top)
+    return lambda batch: slope(batch, choose(batch))
+
+
 def explainer(detector: Detector, top: float) -> Callable[[Features], np.ndarray]:
     """features -> Grad-CAM per patch [n, p] of what the detector reads, float16.
 
     One column of 0 for a detector that reads pixels.
     """
-    choose = detector.choose or (lambda _: ())
-    chosen = detector.chosen or (lambda batch, _: detector.patches(batch))
-    slope = gradient(chosen, top)
+    slope = slopes(detector, top)
 
     def cams(batch):
         if detector.load is not None:
             return np.zeros((len(batch.pooled), 1), np.float16)
         try:
-            return weigh(batch, slope(batch, choose(batch))).astype(np.float16)
+            return weigh(batch, slope(batch)).astype(np.float16)
         except explain.NoGradientError as error:
             logging.warning("no Grad-CAM: %s", error)
             return np.zeros(batch.levels[0].shape[:2], np.float16)

@@ -16,5 +16,6 @@ def keep(cache: Path) -> None:
     if told.jax_compilation_cache_dir or not told.jax_enable_compilation_cache:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # small ones too: a job has some two hundred, and each is read faster than it is compiled
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

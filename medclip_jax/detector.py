@@ -83,7 +83,8 @@ def healthy_tokens(
     (tokens,) = features.load_images(bank, supports, len(supports))
     tokens = healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
     if len(supports) == 1:
-        made = features.encode(bank, healthy_images(bank, supports))
+        images = healthy_images(bank, supports)[None]
+        (made,) = kept.encode(bank, images, partial(features.encode, bank), "views")
         healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)
     return tokens, healthy
 
@@ -121,7 +122,8 @@ def learned(
 
     Without folds copy 0 scores `healthy` (the supports themselves if that is None).
     """
-    texts = jax.jit(jax.vmap(lambda t: model.text_features(t, frozen, design)))(theta)
+    read = jax.jit(jax.vmap(partial(model.text_features, design=design), (0, None)))
+    texts = read(theta, frozen)
     pick = [jax.tree.map(lambda x, i=i: x[i], (theta, texts)) for i in range(1 + len(groups))]
 
     @jax.jit
@@ -181,15 +183,15 @@ def remember(
     def chosen(batch, choice):
         return score.distance_to(tuple(map(score.neighbourhood, batch.levels)), choice)
 
-    @partial(jax.jit, static_argnums=0)
-    def choose(left_out, pooled):
-        others = (jnp.delete(m, left_out, axis=0) if left_out < k else m for m in pooled)
-        return tuple(memory.keep(m.reshape(-1, m.shape[-1]), coreset) for m in others)
+    @jax.jit
+    def choose(supports, pooled):
+        return tuple(memory.keep(m[supports].reshape(-1, m.shape[-1]), coreset) for m in pooled)
 
     def without(i, batch):
-        return patches(batch, choose(i if k > 1 else k, pooled))
+        others = np.delete(np.arange(k), i) if k > 1 else np.arange(k)
+        return patches(batch, choose(others, pooled))
 
-    everything = choose(k, pooled)
+    everything = choose(np.arange(k), pooled)
     if k > 1 or healthy is None:
         own = [slice(i * rows, i * rows + asked) for i in range(k)]
         each = (jax.tree.map(lambda x, r=r: x[r], tokens) for r in own)
@@ -237,7 +239,9 @@ def zero_shot(theta, frozen, design, tower: clip.Clip, tokens: Features | None) 
     logits: 0 is where both classes are equally likely. `tokens` None: no support (K = 0).
     """
     empty = jnp.zeros((len(design.prompts.ids), 0, tower.text_width))
-    text = clip.encode_text(frozen["text"], empty, design.prompts, design.text_tower, design.causal)
+    words = design.prompts, design.text_tower, design.causal
+    read = jax.jit(lambda weights: clip.encode_text(weights, empty, *words))
+    text = read(frozen["text"])
     scale, zero = jnp.exp(frozen["logit_scale"]), jnp.asarray(0.0)
     label = design.prompts.label
 

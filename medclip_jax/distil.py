@@ -8,6 +8,7 @@ test image: a teacher whose supports are among them is refused.
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def load(c, tower: clip.Clip, test: Sequence[Record], build: Callable) -> Teache
             )
     design, frozen = build(theirs, other)
     theta = jax.tree.map(jnp.asarray, held.theta)
-    text = jax.jit(lambda t: model.text_features(t, frozen, design))(theta)
+    text = jax.jit(partial(model.text_features, design=design))(theta, frozen)
 
     @jax.jit
     def logits(images):

@@ -1,6 +1,5 @@
 """Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
 
-import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from medclip_jax import (
     processes,
     rejection,
     score,
-    sharding,
     suppress,
     thumbnails,
 )
@@ -72,15 +70,13 @@ def score_images(
     keys = jax.random.split(jax.random.key(seed), passes)
     cams = attribution.explainer(detector, top)
 
-    local = sharding.mesh(jax.local_devices())
     rows, doubt, why = [], [], []
     mine = [test[i] for i in processes.part(len(test))]
     out = np.empty((len(mine), size, size), np.float16)
     groups = (detector.load or features.load_images)(bank, mine, BATCH)
     groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
-        real = len(batch.pooled)
-        batch, _ = sharding.put(batch, local)
+        batch, real = agreement.filled(batch, BATCH)  # one shape, whatever is left for the last
         values = detector.patches(batch)
         raw = image_scores(values) if detector.image is None else detector.image(batch)
         rows.append(np.asarray(raw, np.float64)[:real])
@@ -268,7 +264,6 @@ def write_predictions(
     of = lesions.patients(test)
     gallery |= {} if of is None else {"patient": of}
     gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
-    whole = io.BytesIO()
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
-    np.savez(whole, **(arrays | gallery))
-    files.write_bytes(workdir / "predictions.npz", whole.getvalue())
+    with files.writing(workdir / "predictions.npz") as whole:
+        np.savez(whole, **(arrays | gallery))

@@ -3,9 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,7 +24,14 @@ def write_json(path: str | os.PathLike[str], obj: Any, durable: bool = True) -> 
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, durable: bool = True) -> None:
-    """Write a file in one piece, through a temporary file in the same folder.
+    """Write a file in one piece; the rest as of `writing`."""
+    with writing(path, durable) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write into that appears in one piece; a temporary one beside it until then.
 
     durable: wait for the disk, so that the file outlives a power cut. Without, it outlives any kill
     of the process, but after a power cut it may be missing or cut short.
@@ -35,7 +43,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, durable: bool = True)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())

@@ -218,6 +218,7 @@ def combine(
 
     parts = tuple(b._replace(patches=detector.once(b.patches)) for b in branches.values())
     random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
+    mixed = jnp.asarray([made.patch_centre, made.patch_gain], jnp.float32)
     patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
     scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
     return Detector(
@@ -231,8 +232,8 @@ def combine(
         load=parts[0].load,
         copies=copies if several else None,
         image_copies=image_copies if several else None,
-        choose=lambda batch: tuple(b.choose and b.choose(batch) for b in parts),
-        chosen=partial(chosen, parts, made),
+        choose=lambda batch: (tuple(b.choose and b.choose(batch) for b in parts), mixed),
+        chosen=partial(chosen, parts, tuple((made.patch_gain != 0).tolist())),
     )
 
 
@@ -240,10 +241,15 @@ def total(values, centre, gain):
     return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
 
 
-def chosen(parts: Sequence[Detector], made: Mix, batch: Features, choices: Sequence):
-    """Detector.chosen of fused branches: the fused values with each branch's choice held."""
-    values = [
-        b.patches(batch) if b.chosen is None else b.chosen(batch, choice)
-        for b, choice in zip(parts, choices, strict=True)
-    ]
-    return total(values, made.patch_centre, made.patch_gain)
+def chosen(parts: Sequence[Detector], used: Sequence[bool], batch: Features, choice: tuple):
+    """Detector.chosen of fused branches: the fused values with each branch's choice held.
+
+    used: which branches have a share in the map. choice: theirs, and centres and gains [2, b].
+    """
+    choices, (centre, gain) = choice
+    values = 0.0
+    for i, (branch, own) in enumerate(zip(parts, choices, strict=True)):
+        if used[i]:
+            one = branch.patches(batch) if branch.chosen is None else branch.chosen(batch, own)
+            values = values + gain[i] * (one - centre[i])
+    return values

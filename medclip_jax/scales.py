@@ -12,7 +12,7 @@ level the patches of the whole followed by those of the tiles, row by row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax import calibrate, detector, features, processes
+from medclip_jax import calibrate, detector, features, kept, processes
 from medclip_jax.data import readers
 from medclip_jax.detector import Detector
 from medclip_jax.errors import ConfigError
@@ -129,7 +129,8 @@ def build(
     held = packed
     if k == 1:
         images = detector.healthy_images(bank, supports, side(bank.clip.size, tiles))
-        held = encode(bank, images, tiles)
+        how = partial(encode, bank, tiles=tiles)
+        (held,) = kept.encode(bank, images[None], how, f"{tiles} tiles")
     tokens, shown = (side_by_side(x, tiles, grid**2) for x in (packed, held))
     if name == "memory":
         small = detector.remember(tokens, coreset, shown if k == 1 else None, rows=count)

@@ -50,7 +50,7 @@ def judge(
     tokens, role = sharding.replicate(rows(pool, groups), mesh)
 
     @jax.jit
-    def measured(theta, frozen):
+    def measured(theta, frozen, tokens, role):
         def one(copy):
             theta, batch = copy
             text = model.text_features(theta, frozen, design)
@@ -59,7 +59,8 @@ def judge(
         held_out = jax.tree.map(lambda x: x[1:], theta)
         return numbers(jax.lax.map(one, (held_out, tokens)), role)
 
-    return measured
+    # arguments, not constants: the program holds no image, so that every draw shares it
+    return lambda theta, frozen: measured(theta, frozen, tokens, role)
 
 
 def rows(pool: features.Pool, groups: Sequence[np.ndarray]):

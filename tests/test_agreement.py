@@ -105,7 +105,7 @@ def test_where_there_is_nothing_to_check(scene):
     healthy = [r for r in test if not r.label]
     held = bank, supports[0], healthy, limits_of()
     assert agreement.of_model(made, *held, count=4, **asked) is None
-    flat = made._replace(patches=lambda b: jnp.zeros((len(b.pooled), 16)))
+    flat = made._replace(patches=lambda b: jnp.zeros((len(b.pooled), 16)), choose=None, chosen=None)
     held = bank, supports[0], test, limits_of()
     assert agreement.of_model(flat, *held, count=4, **asked) is None
 

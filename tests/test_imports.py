@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "distil": {"clip", "data.preprocess", "data.readers", "data.variants", "features", "model"}
     | {"learned_parts", "scorer"},
     "agreement": {"attribution", "calibrate", "data.readers", "detector", "explain", "features"}
-    | {"limits", "score", "sharding"},
+    | {"kept", "limits", "score", "sharding"},
     "train": {
         "agreement",
         "baselines",
@@ -110,7 +110,8 @@ MAY_IMPORT = {
     "fusion": {"calibrate", "data.probes", "data.readers", "detector", "features", "kept"}
     | {"scales"},
     "kept": {"features", "processes"},
-    "scales": {"calibrate", "data.readers", "detector", "features", "groups", "processes"},
+    "scales": {"calibrate", "data.readers", "detector", "features", "groups", "kept"}
+    | {"processes"},
     "memory": {"score"},
     "features": {"clip", "data.readers", "data.synthesis", "groups", "processes", "sharding"}
     | {"data.augment", "data.preprocess", "data.variants"},

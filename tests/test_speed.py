@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare_speed  # noqa: E402
-from bench import busi, encoder, peak, quick, stages, stages_worker, towers  # noqa: E402
+from bench import busi, encoder, growth, peak, quick, stages, stages_worker, towers  # noqa: E402
 
 from medclip_jax import clip  # noqa: E402
 
@@ -118,6 +118,38 @@ def test_every_part_of_a_busi_run_is_measured():
         assert row["ratio"]["once"] == pytest.approx(found["peer"]["once"] / row["seconds"])
 
 
+def test_an_exponent_is_a_slope_of_logarithms():
+    assert growth.exponent([1, 10, 100], [2, 20, 200]) == pytest.approx(1)
+    assert growth.exponent([2, 4, 8], [3, 12, 48]) == pytest.approx(2)
+    assert growth.exponent([1, 10], [5, 5]) == pytest.approx(0)
+
+
+def test_growth_is_told_for_every_axis_and_by_image(tmp_path, monkeypatch, capsys):
+    from .test_clip import tiny_checkpoint
+
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    tower, *_ = tiny_checkpoint(tmp_path / "clip")
+    words = ["--clip", str(tower), "--side", "64", "--images", "4", "8", "--tower", "tiny"]
+    words += ["--pixels", "32", "64", "--prompts", "21", "42", "--tasks", "1", "2", "--times", "1"]
+    found = growth.run(given(growth, *words))
+    told = {(r["what"], r["axis"]) for r in found["rows"]}
+    stages = ("encode", "score", "metrics", "predictions.npz", "report")
+    assert told == {
+        *((stage, "images") for stage in stages),
+        ("encode 16 images", "pixels of a side"),
+        ("training step", "prompts"),
+        ("exact meta-step", "tasks"),
+    }
+    assert all(len(r["seconds"]) == len(r["megabytes"]) == 2 for r in found["rows"])
+    assert all(min(r["seconds"]) > 0 and np.isfinite(r["exponent"]) for r in found["rows"])
+    more = found["bytes_per_image"]
+    # pooled and three levels of 16 patches in float32; maps are float16 of the frame
+    assert more["bank"] > 4 * (16 + 3 * 16 * 32) and more["predictions.npz"] > 2 * 32 * 32
+    assert capsys.readouterr().out.count("\n|") >= 9
+
+
 class Hands:
     """A clock that is moved by hand."""
 
@@ -168,17 +200,19 @@ def test_the_turns_of_a_generator_are_timed_and_what_stands_between_is_not():
     assert seen == [0, 1, 2] and clock.seconds == {"read": 3}
 
 
-def test_every_stage_of_a_job_is_told_cold_and_warm(tiny_job, monkeypatch):
+def test_every_stage_of_a_job_is_told_cold_again_and_warm(tiny_job, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it compiles more than it computes
     found = stages.run(given(stages, *tiny_job))
-    for job in found.values():
+    assert list(found) == ["cold", "again", "warm"]
+    for name, job in found.items():
         assert set(job["stages"]) == set(stages.NAMES)
         assert sum(job["stages"].values()) == pytest.approx(job["seconds"])
         assert all(x >= 0 for x in job["stages"].values())
-        assert 0 < job["first_step"] < job["seconds"]
+        assert job["first_step"] is None if name == "again" else 0 < job["first_step"]
+        assert (job["first_step"] or 0) < job["seconds"]
     assert found["cold"]["stages"]["synthesise"] > 0
     assert found["warm"]["stages"]["synthesise"] == 0  # the bank is full
-    assert found["warm"]["stages"]["encode"] == 0
+    assert found["warm"]["stages"]["encode"] == found["again"]["stages"]["encode"] == 0
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ class Size(NamedTuple):
 SIZES = {
     "ViT-B/16": Size(768, 12, 12, 16, 224, 512),
     "ViT-L/14": Size(1024, 24, 16, 14, 224, 768),
+    "compact": Size(192, 8, 3, 16, 224, 192),  # the embedded CLIP
     "tiny": Size(32, 4, 2, 8, 32, 16),  # for the tests
 }
 EPS = 1e-5

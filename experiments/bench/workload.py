@@ -34,6 +34,7 @@ class Size(NamedTuple):
 SIZES = {
     "ViT-B/16": Size(512, 12, 8, 14, 768, 224),
     "ViT-L/14": Size(768, 12, 12, 16, 1024, 224),
+    "compact": Size(128, 4, 2, 14, 192, 224),  # the embedded CLIP
     "tiny": Size(32, 2, 2, 4, 24, 32),  # for the tests
 }
 WEIGHTS = {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0}
