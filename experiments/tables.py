@@ -76,20 +76,21 @@ def numbers(runs: Sequence[Run]) -> dict[Column, Number]:
 
 
 def intervals(runs: Sequence[Run]) -> dict[Column, tuple[float, float]]:
-    """Two-level 95% limits by column; {} if the draws have not the same test images."""
-    label, patient = runs[0]["label"], runs[0].get("patient")
-    if any(r["id"].tolist() != runs[0]["id"].tolist() for r in runs):
-        return {}
-    of_image = draws.image([r["score"] for r in runs], label, patient)
+    """Two-level 95% limits by column; draws may be tested on different images."""
+    told = ["label", "patient"] if all("patient" in r for r in runs) else ["label"]
+    columns = ([r[name] for r in runs] for name in told)
+    places, (label, *patients) = draws.together([r["id"] for r in runs], *columns)
+    patient = patients[0] if patients else None
+    of_image = draws.image([r["score"] for r in runs], label, patient, places=places)
     found = {("image", name): x for name, x in of_image.items()}
     if "false_alarm_rate" in of_image:
         found["calibration", "false_alarm_rate"] = of_image["false_alarm_rate"]
     counts = [pixel_counts(r) for r in runs]
     if all(c is not None for c in counts):
-        known = counts[0].any((1, 2))
-        counts = [c[known] for c in counts]
-        among = None if patient is None else patient[known]
-        of_pixel = draws.pixel(counts, label[known], among)
+        known = [c.any((1, 2)) for c in counts]
+        counts = [c[sure] for c, sure in zip(counts, known, strict=True)]
+        at = [place[sure] for place, sure in zip(places, known, strict=True)]
+        of_pixel = draws.pixel(counts, label, patient, places=at)
         found |= {("pixel", name): x for name, x in of_pixel.items()}
     # few draws reach beyond what a rate can be
     return {name: (max(x.low, 0.0), min(x.high, 1.0)) for name, x in found.items()}
@@ -168,7 +169,8 @@ def published(column: Column, dataset: str, k: int, source: str) -> float | None
 
 def markdown(cells: Cells, found: Found, draws_asked: int) -> str:
     """The paper's tables by K, then everything of each data set and K."""
-    lines = ["# Results", "", notes(draws_asked), ""]
+    learners = {r.get("learner", "joint") for cell in cells.values() for r in cell.get("ours", [])}
+    lines = ["# Results", "", notes(draws_asked, learners), ""]
     for title, dataset, column in PAPER:
         mine = {k: methods for (name, k), methods in found.items() if name == dataset}
         if any(x[column].mean is not None for methods in mine.values() for x in methods.values()):
@@ -178,18 +180,25 @@ def markdown(cells: Cells, found: Found, draws_asked: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def notes(draws_asked: int) -> str:
+def notes(draws_asked: int, learners: set[str]) -> str:
+    """What the tables keep to. learners: of the runs of ours."""
     least = stats.wilcoxon(np.arange(1.0, draws_asked + 1), np.zeros(draws_asked)).least_p
+    if learners <= {"joint"}:
+        episodes = "Joint training without episodes is `ours` itself, whose learner is joint."
+    else:
+        names = ", ".join(sorted(learners))
+        episodes = f"`ours` learned by {names}; `joint` is the same without episodes."
     return (
-        "Mean ± sd over support draws; draw i is seed i, the same for every method. Where all 32 "
-        "healthy images of a pool are the supports (K = 32, peer split), draws differ in the seed "
-        "of training alone. In brackets the 95% interval of a two-level bootstrap over draws and "
-        "test images (patients where they are known). Last step of a fixed budget; no test label "
-        "is read before scoring, except for the columns named oracle, which are for comparison "
-        "only. p: Wilcoxon over draws against ours and the paired t test, Holm-corrected within "
+        "Mean ± sd over support draws; draw i is seed i, the same for every method. A data set "
+        "without a test part (BUSI, brain MRI) gives each draw a pool of its own, so its healthy "
+        "test images differ, at K = 32 too. In brackets the 95% interval of a two-level bootstrap"
+        " over draws and test images (patients where they are known). Last step of a fixed "
+        "budget; no test label is read before scoring, except for the columns named oracle, which"
+        " are for comparison only. p: Wilcoxon over draws against ours and the paired t test, "
+        "Holm-corrected within "
         f"the table; with {draws_asked} draws Wilcoxon's p cannot be below {least:.4g} even before "
         "that. DeLong: draws in which the AUROCs differ at p < 0.05 after Holm's correction. "
-        "Joint training without episodes is `ours` itself, whose learner is joint."
+        f"{episodes}"
     )
 
 
@@ -225,7 +234,7 @@ def whole(dataset: str, k: int, cell: Cell, found: Methods) -> list[str]:
     for method, runs in cell.items():
         told = [brief(number) for number in found[method].values()]
         p = against.get(method)
-        t = "–" if p is None or p.t is None else f"{p.t:.3f}"
+        t = "–" if p is None or p.t is None else f"{p.t:.3f}" if p.t >= 5e-4 else "< 0.001"
         tested = [f"{p.wilcoxon:.3f}", t, f"{p.delong} of {p.draws}"] if p else [""] * 3
         lines.append(f"| {method} | {len(runs)} | {' | '.join([*told, *tested])} |")
     context = []

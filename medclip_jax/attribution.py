@@ -52,23 +52,31 @@ def gradient(chosen: Callable[[Features, Any], Array], top: float) -> Callable:
 
 
 def cams(
-    patches: Patches, features: Features, top: float, method: str = "grad_cam"
+    patches: Patches,
+    features: Features,
+    top: float,
+    method: str = "grad_cam",
+    level: int | None = None,
 ) -> Float[np.ndarray, "n p"]:
     """Direct Grad-CAM per patch, in [0, 1]: mean over the levels of each level's ReLU map.
 
-    Levels on coarser grids (ResNet) are brought to the finest. Raises NoGradientError if no level
-    has a gradient in any image.
+    level: one tapped level alone, from 0, on its own grid. Without it, levels on coarser grids
+    (ResNet) are brought to the finest. Raises NoGradientError if no image has a gradient there.
     """
-    return weigh(features, direct(patches, features, top), method)
+    gradients = direct(patches, features, top)
+    if level is None:
+        return weigh(features, gradients, method)
+    alone = features._replace(levels=(features.levels[level],))
+    return weigh(alone, (gradients[level],), method, f"tapped level {level}")
 
 
 def weigh(
-    features: Features, gradients: Levels, method: str = "grad_cam"
+    features: Features, gradients: Levels, method: str = "grad_cam", named: str = "all levels"
 ) -> Float[np.ndarray, "n p"]:
-    """`cams` from the gradients."""
+    """`cams` from the gradients; `named` says in errors where they were taken."""
     held = [np.asarray(x, np.float32) for x in features.levels]
     slopes = [np.asarray(x) for x in gradients]
-    explain.check_gradient(np.concatenate([g.ravel() for g in slopes])[None, None], "all levels")
+    explain.check_gradient(np.concatenate([g.ravel() for g in slopes])[None, None], named)
     finest = max(x.shape[1] for x in held)
     each = []
     for a, g in zip(held, slopes, strict=True):

@@ -34,6 +34,7 @@ from medclip_jax.pixels import MetricError
 from medclip_jax.structs import Features, Predictions, Record
 
 BATCH = 32  # images per scoring call
+TOLERANCE = 2  # of boundary F1, in the unit of the distances
 GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
 
 
@@ -178,13 +179,14 @@ def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[s
     """
     p = scored.predictions
     image = metrics.image_level(p.score, p.label)
-    pixel, counts, points = of_pixels(scored, test, fit)
+    pixel, each, counts, points = of_pixels(scored, test, fit)
     of = lesions.patients(test)
     sure = {"image": intervals.image(p.score, p.label, groups=of), "pixel": {}}
     if counts is not None:
         known = counts.any((1, 2))
         among = None if of is None else of[known]
         sure["pixel"] = intervals.of_counts(counts[known], p.label[known], groups=among)
+        sure["pixel"] |= intervals.of_means(each, p.label[known], groups=among)
     kept = dict(scored.calibration)
     k, alpha = kept.pop("k"), kept.pop("alpha")
     summary: dict[str, Any] = {}
@@ -201,7 +203,8 @@ def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[s
 
 
 def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
-    """Pixel metrics, intervals.pixel_counts and the pointing game; None for all without masks.
+    """Pixel metrics, those of each image that has masks (metrics.pixel_level_each),
+    intervals.pixel_counts and the pointing game; None for all without masks.
 
     Healthy images count as empty masks; an abnormal image whose mask is unknown is left out, and
     its counts are 0.
@@ -209,16 +212,20 @@ def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
     p = scored.predictions
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     if not any(test[i].label for i in known):
-        return None, None, None
+        return None, None, None, None
     measured, maps = [test[i] for i in known], lesions.Halves(p.maps, known)
     masks = lesions.truths(measured, p.maps.shape[-1], fit)
     mm = lesions.spacings(measured, p.maps.shape[-1], fit)
-    pixel: dict[str, Any] = dict(metrics.pixel_level(maps, masks, spacing=mm))
-    pixel |= {"distance_unit": "mm"} if mm else {}  # pixels of the tower frame otherwise
+    found, each = metrics.pixel_level_each(maps, masks, spacing=mm, tolerance=TOLERANCE)
+    # px: of the tower frame; one image without spacing makes all distances so
+    pixel: dict[str, Any] = found | {
+        "distance_unit": "mm" if mm else "px",
+        "boundary_tolerance": TOLERANCE,
+    }
     why = None if scored.cams is None else scored.cams[known]
     counts = np.zeros((len(test), 3, intervals.BINS), np.float32)
     counts[known] = intervals.pixel_counts(maps, masks)
-    return pixel, counts, agreement.pointing(maps, why, masks)
+    return pixel, each, counts, agreement.pointing(maps, why, masks)
 
 
 def write_predictions(

@@ -20,6 +20,7 @@ from medclip_jax.data import probes, readers
 from medclip_jax.detector import Detector
 from medclip_jax.structs import Features
 
+METHODS = ("ours", "joint")  # fuse branches; joint is ours that never learns from episodes
 IMAGE_ONLY = "_image"  # ends the name of a branch that speaks for the image score alone
 FINEST = 4.0  # standard deviations: no branch is trusted as if it separated better than this
 

@@ -7,7 +7,7 @@ Rates of images (sensitivity, specificity and their complements) get Wilson's in
 which stays honest at 0 and 1. They say nothing about other draws of the supports.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -80,6 +80,23 @@ def of_counts(
     """
     weights = resample(np.asarray(labels) == 1, ROUNDS, seed, groups)
     return _limits(measures(sums(weights, counts), BINS // 2))
+
+
+def of_means(
+    values: Mapping[str, Float[np.ndarray, " n"]],
+    labels: Shaped[np.ndarray, " n"],
+    seed: int = 0,
+    groups: Shaped[np.ndarray, " n"] | None = None,
+) -> Limits:
+    """Limits of means over images; an image with NaN does not count in that mean."""
+    weights = resample(np.asarray(labels) == 1, ROUNDS, seed, groups)
+    found = {}
+    for name, each in values.items():
+        known = np.isfinite(each)
+        drawn = weights[:, known]
+        with np.errstate(invalid="ignore"):
+            found[name] = drawn @ each[known] / drawn.sum(1)
+    return _limits(found)
 
 
 def pixel_counts(

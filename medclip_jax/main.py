@@ -235,6 +235,8 @@ def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
         if result is None:
             return  # of several processes only the main one reports
         logging.info("%s", summary(result))
+        if not result["calibration"]["attainable"]:
+            logging.warning("%s", result["calibration"]["message"])
     with Console(stderr=True).status("report"):
         page = report.write(workdir)
     logging.info("report: %s", page)

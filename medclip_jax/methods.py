@@ -1,5 +1,7 @@
 """What `config.method` may be, and the fields that a method fixes."""
 
+from typing import Any
+
 from medclip_jax import score_fields
 
 METHODS = ("ours", "paper", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
@@ -8,7 +10,7 @@ BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image")
 LEARNERS = ("joint", "maml", "fomaml", "anil")
 
 # MediCLIP as released (PEERS 5): its prompts, synthesis, losses and scoring on our tokens.
-MEDICLIP = {
+MEDICLIP: dict[str, Any] = {
     "prompts": {
         "phrases": "words",
         "context": 8,
@@ -30,7 +32,7 @@ MEDICLIP = {
 }
 # The paper to the letter where it is definite: MAML (11) over template prompts (3, 4) whose patches
 # are refined (6), scored by distance to what is healthy (9) and by nothing else.
-PAPER = {
+PAPER: dict[str, Any] = {
     "prompts": {"phrases": "templates", "context": 8, "shared": False, "causal": True},
     "synthesis": {"preset": "medclip", "partner": "self"},
     "model": {"form": "distance", "learn_scale": True, "dropout": 0.1, "refine": True},
@@ -39,7 +41,7 @@ PAPER = {
     "fusion": {"branches": ("learned",)},
     "learner": "maml",
 }
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "mediclip": MEDICLIP | {"score": MEDICLIP["score"] | {"suppress": score_fields.SUPPRESS}},
     "paper": PAPER,
     "joint": {"learner": "joint"},  # ours without episodes, whatever the learner of ours

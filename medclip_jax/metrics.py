@@ -114,6 +114,20 @@ def pixel_level(
     Generators can be read only once: for them the range is [0, 1] unless `value_range` is given.
     Raises MetricError, with the index of the image, for what cannot be measured.
     """
+    return pixel_level_each(maps, masks, threshold, spacing, tolerance, value_range)[0]
+
+
+def pixel_level_each(
+    maps: Iterable[np.ndarray],
+    masks: Iterable[np.ndarray],
+    threshold: float = 0.5,
+    spacing: Spacing = None,
+    tolerance: float = 2,
+    value_range: tuple[float, float] | None = None,
+) -> tuple[dict[str, float], dict[str, Float[np.ndarray, " n"]]]:
+    """`pixel_level`, and what it takes means of: each image's hausdorff, hausdorff95 and
+    boundary_f1, NaN for an image that does not count in that mean.
+    """
     low, high = value_range or bounds(maps)
     ranks = PixelRanks(low, high)
     rows = []
@@ -128,7 +142,9 @@ def pixel_level(
     tp, tn, fp, fn = (int(each[name].sum()) for name in PER_IMAGE[:4])
     marked = each["tp"] + each["fp"] + each["fn"] > 0
     finite = np.isfinite(each["hausdorff"])
-    return {
+    counted = {"hausdorff": finite, "hausdorff95": finite, "boundary_f1": marked}
+    of_images = {name: np.where(used, each[name], NAN) for name, used in counted.items()}
+    found = {
         "auroc": ranks.auroc(),
         "auprc": ranks.average_precision(),
         **_rates(tp, tn, fp, fn),
@@ -137,11 +153,10 @@ def pixel_level(
         "tn": tn,
         "fp": fp,
         "fn": fn,
-        "hausdorff": _mean(each["hausdorff"][finite]),
-        "hausdorff95": _mean(each["hausdorff95"][finite]),
-        "boundary_f1": _mean(each["boundary_f1"][marked]),
+        **{name: _mean(each[name][used]) for name, used in counted.items()},
         "aupro": ranks.aupro(0.3),
     }
+    return found, of_images
 
 
 def per_image(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from medclip_jax import captions, figures, gallery, intervals, viewer
+from medclip_jax import captions, command, figures, gallery, intervals, viewer
 from medclip_jax.captions import text
 from medclip_jax.files import write_bytes
 from medclip_jax.results import Files, read
@@ -33,10 +33,17 @@ NAMES = {
     "hausdorff": "Hausdorff distance",
     "hausdorff95": "Hausdorff distance, 95th percentile",
     "boundary_f1": "boundary F1",
-    "aupro": "AUPRO",
+    "aupro": "AUPRO, false-positive rate up to 0.3",
+    "boundary_tolerance": "tolerance of boundary F1",
+    "distance_unit": "unit of distances and tolerance",
     "alpha_requested": "level asked for (α)",
     "alpha_attained": "level attained",
     "k": "K",
+    "n_healthy_test": "healthy test images",
+    "least_attainable": "least level attainable with K images",
+    "false_alarm_rate": "observed false-alarm rate",
+    "expected_low": "expected of such a draw (95%), from",
+    "expected_high": "expected of such a draw (95%), to",
 }
 
 
@@ -128,7 +135,7 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
         shown=viewer.as_script(shown),
         everything=_all_rows(files),
         explanations=captions.checks(metrics.get("explanations") or {}),
-        command=_command(files),
+        command=command.again(files.config),
         calibration=metrics.get("calibration") or {},
         calibration_table=_table(metrics.get("calibration") or {}, skip=("message",)),
         timing_table=_table(metrics.get("timing") or {}, names={}),
@@ -176,13 +183,6 @@ def _all_rows(files: Files) -> list[dict[str, Any]]:
         kept = files.pictures[i] if files.pictures else None
         rows.append({**row, "boxes": len(kept["boxes"]) if kept else None})
     return rows
-
-
-def _command(files: Files) -> str:
-    """A command that makes this run again; FILE is the config file of the data set."""
-    m = files.metrics
-    arguments = f"k={m['k']},seed={m['seed']},method={m['method']}"
-    return f"python -m medclip_jax.main --config FILE:{arguments} --workdir DIR"
 
 
 def _gallery_rows(files: Files) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def read(workdir: Path) -> Stored:
 
 def remembers(c) -> bool:
     """Whether scoring compares with the supports' own tokens."""
-    return c.method == "memory" or (c.method == "ours" and "memory" in c.fusion.branches)
+    return c.method == "memory" or (c.method in fusion.METHODS and "memory" in c.fusion.branches)
 
 
 def _finite(steps: suppress.Steps) -> dict[str, float]:

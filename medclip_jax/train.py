@@ -175,7 +175,7 @@ def assemble(
         branch = partial(branch_of, c=c, theta=theta, **given)
     if c.method in baselines.METHODS:
         return baselines.build(c.method, bank, supports), None
-    if c.method not in ("ours", "joint"):
+    if c.method not in fusion.METHODS:
         return branch(c.method), None
     branches = {name: branch(name) for name in c.fusion.branches}
     if len(branches) == 1:

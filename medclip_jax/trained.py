@@ -138,7 +138,7 @@ def _detector(c, held: scorer.Stored, tower: clip.Clip, readings: Readings) -> d
         return detector.learned(theta, frozen, design, blank, [])
 
     if held.mix is None:
-        return branch(c.method if c.method != "ours" else c.fusion.branches[0])
+        return branch(c.fusion.branches[0] if c.method in fusion.METHODS else c.method)
     nothing = fusion.Evidence(
         np.zeros((1, rows)), np.zeros(1), np.zeros((1, 1, rows)), np.zeros((1, 1))
     )

@@ -16,7 +16,8 @@ from .conftest import reference_params
 from .test_detector import design_of, tokens
 
 CAM = reference_params("cam_*.npz")
-RESNET = Path(__file__).parent / "reference" / "clip_resnet"
+HERE = Path(__file__).parent / "reference"
+RESNET = HERE / "clip_resnet"
 
 
 # --- pytorch-grad-cam -----------------------------------------------------------------------------
@@ -49,6 +50,20 @@ def test_grad_cam_meets_pytorch_grad_cam(path, peer):
             if f"{stem}_final" in ref:
                 final = explain.unit(explain.to_square(small, 224))
                 np.testing.assert_allclose(final, ref[f"{stem}_final"], atol=1e-4)
+
+
+@pytest.mark.parametrize("stem, cam", [("gradcam", "grad_cam"), ("gradcampp", "grad_cam_pp")])
+def test_cams_of_given_gradients_meet_pytorch_grad_cam(stem, cam):
+    """The formulas alone, on two images of cam_0 that every checkout holds."""
+    ref = np.load(HERE / "gradcam_0.npz")
+    a, g = (ref[n].reshape(2, 64, 196).swapaxes(1, 2) for n in ("activations", "gradients_text1"))
+    weights, raw = explain.CAMS[cam](a, g)
+    close(weights, ref[f"{stem}_text1_weights"], 1e-5)
+    close(raw, ref[f"{stem}_text1_raw"].reshape(2, 196), 1e-5)
+    small = explain.unit(raw)
+    np.testing.assert_allclose(small, ref[f"{stem}_text1_norm14"].reshape(2, 196), atol=1e-4)
+    final = explain.unit(explain.to_square(small[:1], 224))
+    np.testing.assert_allclose(final, ref[f"{stem}_text1_final"], atol=1e-4)
 
 
 def close(got, wanted, relative):
@@ -179,6 +194,10 @@ def test_cams_of_a_resnet_tower(method):
         each.append(explain.unit(explain.to_square(raw, 8).reshape(2, 64) if raw.shape[1] < 64
                                  else raw))  # fmt: skip
     np.testing.assert_allclose(made, np.mean(each, axis=0), atol=2e-3)
+    for level, (a, w) in enumerate(zip((fine, coarse), way, strict=True)):
+        alone = attribution.cams(patches, features, 1.0, method, level)
+        g = np.broadcast_to(w / a.shape[1], a.shape)
+        np.testing.assert_allclose(alone, explain.unit(explain.CAMS[method](a, g)[1]), atol=2e-3)
     assert made.shape == (2, 64) and made.std() > 0.05
 
 
@@ -193,6 +212,23 @@ def test_cams_of_a_memory_find_what_it_has_not_seen(method):
     features = Features(held.pooled[:1], tuple(map(jnp.asarray, strange)))
     cam = attribution.cams(made.patches, features, 0.05, method)
     assert cam.shape == (1, 16) and np.isfinite(cam).all() and 0 <= cam.min() <= cam.max() <= 1
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
+def test_cams_of_one_level_of_a_vit(scene, method):
+    """Each tapped block for itself; a score that does not read a block is said to explain none."""
+    _, patches, features = scene
+    each = [attribution.cams(patches, features, 0.25, method, level) for level in (0, 1)]
+    both = attribution.cams(patches, features, 0.25, method)
+    np.testing.assert_allclose(both, np.mean(each, axis=0), atol=1e-6)
+    assert np.abs(each[0] - each[1]).max() > 0.1
+
+    def last(f):
+        return patches(f._replace(levels=(jax.lax.stop_gradient(f.levels[0]), f.levels[1])))
+
+    assert attribution.cams(last, features, 0.25, method, 1).max() > 0.9
+    with pytest.raises(explain.NoGradientError, match="tapped level 0 is exactly 0"):
+        attribution.cams(last, features, 0.25, method, 0)
 
 
 def test_randomised_weights_change_the_explanation(tiny, scene):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import draws, intervals, metrics, stats
+from medclip_jax.errors import DataError
 
 
 @pytest.fixture
@@ -39,6 +40,41 @@ def test_auroc_interval_is_that_of_the_general_bootstrap(runs):
     assert got.se == pytest.approx(wanted.se, rel=0.1)
     assert got.low == pytest.approx(wanted.low, abs=0.4 * wanted.se)
     assert got.high == pytest.approx(wanted.high, abs=0.4 * wanted.se)
+
+
+def test_draws_tested_on_other_images(runs):
+    """Values are those of each draw's own images; all images on all draws is the plain case."""
+    scores, label = runs
+    rng = np.random.default_rng(5)
+    places = [np.sort(rng.permutation(120)[:90]) for _ in scores]
+    own = [s[at] for s, at in zip(scores, places, strict=True)]
+    found = draws.image(own, label, places=places)
+    each = [metrics.image_level(s, label[at]) for s, at in zip(own, places, strict=True)]
+    for name in ("auroc", "recall", "specificity"):
+        assert found[name].value == pytest.approx(np.mean([m[name] for m in each])), name
+        assert found[name].low < found[name].value < found[name].high
+    assert found["auroc"].se > draws.image(scores, label)["auroc"].se  # fewer images each
+    whole = [np.arange(120)] * 5
+    assert draws.image(scores, label, places=whole) == draws.image(scores, label)
+    masks = np.zeros((120, 8, 8), bool)
+    masks[label == 1, 2:5, 2:5] = True
+    noise = rng.normal(0.4, 0.1, masks.shape)
+    counts = intervals.pixel_counts(np.clip(noise + 0.1 * masks, 0, 0.99), masks)
+    same = draws.pixel([counts] * 5, label, places=whole)
+    assert same == draws.pixel([counts] * 5, label)
+    part = draws.pixel([counts[at] for at in places], label, places=places)["dice"]
+    assert part.low < part.value < part.high and part.value != same["dice"].value
+
+
+def test_images_of_all_draws_together():
+    ids = [np.array(["b", "a"]), np.array(["a", "c"])]
+    places, (label, patient) = draws.together(
+        ids, [np.array([0, 1]), np.array([1, 0])], [np.array(["x", "y"]), np.array(["y", "z"])]
+    )
+    assert [p.tolist() for p in places] == [[0, 1], [1, 2]]
+    assert label.tolist() == [0, 1, 0] and patient.tolist() == ["x", "y", "z"]
+    with pytest.raises(DataError, match="a differs between draws"):
+        draws.together(ids, [np.array([0, 1]), np.array([0, 0])])
 
 
 def test_patients_are_drawn_whole(runs):

@@ -174,12 +174,18 @@ def test_metrics_json_has_the_keys_of_the_contract(whole):
         "uncertainty explanations fusion timing versions".split()
     )
     assert set(held["image"]) == {*IMAGE.split(), "threshold"}
-    assert set(held["pixel"]) == set(PIXEL.split())
+    assert set(held["pixel"]) == {*PIXEL.split(), "distance_unit", "boundary_tolerance"}
     assert (held["dataset"], held["k"], held["seed"]) == ("folder", 4, 0)
     assert (held["split"], held["method"]) == ("peer", "ours")
     assert set(held["timing"]) == {"load", "encode", "train", "score", "metrics"}
     assert held["calibration"]["k"] == 4 and held["calibration"]["n_healthy_test"] == 6
     assert held["versions"]["medclip-jax"] and held["versions"]["jax"]
+
+
+def test_a_level_that_cannot_be_held_is_said_on_the_terminal(tmp_path_factory):
+    said = finished(tmp_path_factory.getbasetemp()).stderr.splitlines()
+    sentence = "with 4 healthy images the least attainable false-alarm rate is 20%, asked for 10%"
+    assert said.count(sentence) == 1
 
 
 def test_predictions_give_the_metrics_again(tiny, whole):
@@ -202,6 +208,7 @@ def test_predictions_give_the_metrics_again(tiny, whole):
     image = metrics.image_level(held["score"], held["label"])
     pixel = metrics.pixel_level(held["maps"].astype(np.float32), np.stack(masks))
     assert files.plain(image) == pytest.approx(written["image"], abs=1e-12)
+    pixel |= {"distance_unit": "px", "boundary_tolerance": 2}
     assert files.plain(pixel) == pytest.approx(written["pixel"], abs=1e-12)
 
 

@@ -141,6 +141,20 @@ def test_a_mask_of_another_size_is_refused(scene, tmp_path):
         lesions.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
 
 
+def test_means_over_images_have_intervals(scene):
+    """One of two lesions is found six rows off: the mean distance lies within its interval."""
+    _, _, test, _ = scene
+    said = perfect(test)
+    wrong = said.predictions.maps.copy()
+    first = [i for i, r in enumerate(test) if r.label][0]
+    wrong[first] = np.roll(wrong[first], 6, axis=0)
+    said = said._replace(predictions=said.predictions._replace(maps=wrong))
+    got = evaluate.measure(said, test, "stretch")
+    for name in ("hausdorff", "hausdorff95", "boundary_f1"):
+        low, high = got["intervals"]["pixel"][name]
+        assert low <= got["pixel"][name] <= high and low < high, name
+
+
 def test_measure_counts_healthy_images_as_empty_masks(scene):
     _, _, test, _ = scene
     got = evaluate.measure(perfect(test), test, "stretch")
@@ -208,7 +222,8 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
     wrong[0] = np.roll(wrong[0], 2, axis=1)  # two columns off
     said = said._replace(predictions=said.predictions._replace(maps=wrong))
     got = evaluate.measure(said, test, "stretch")["pixel"]
-    assert got["distance_unit"] == "mm" and "distance_unit" not in plain
+    assert (got["distance_unit"], plain["distance_unit"]) == ("mm", "px")
+    assert got["boundary_tolerance"] == plain["boundary_tolerance"] == 2
     assert got["hausdorff"] == pytest.approx(2 * 1.0 / 2)  # mean with the second, exact image
 
 

@@ -43,8 +43,37 @@ def test_pixel_measures_are_those_of_metrics():
     assert all(limits[n][0] <= wanted[n] <= limits[n][1] for n in ("auroc", "dice", "recall"))
 
 
+def test_means_over_images_are_of_the_images_that_count():
+    """Neither mask nor prediction, one of them, and both."""
+    maps, masks = np.zeros((5, 12, 12), np.float32), np.zeros((5, 12, 12), bool)
+    maps[1:4, 2:5, 2:5], masks[2:, 2:6, 3:8] = 0.9, True
+    pooled, each = metrics.pixel_level_each(maps, masks)
+    assert pooled == metrics.pixel_level(maps, masks)
+    single = metrics.per_image(maps, masks)
+    for name, used in (
+        ("hausdorff", [2, 3]),
+        ("hausdorff95", [2, 3]),
+        ("boundary_f1", [1, 2, 3, 4]),
+    ):
+        assert np.flatnonzero(np.isfinite(each[name])).tolist() == used
+        np.testing.assert_array_equal(each[name][used], single[name][used])
+        assert pooled[name] == pytest.approx(np.nanmean(each[name]))
+
+
+def test_means_over_images_leave_out_what_does_not_count():
+    """Every second image has no distance; the standard error is that of the others' mean."""
+    rng, label = np.random.default_rng(4), np.repeat([0, 1], 100)
+    values = np.where(np.arange(200) % 2, rng.normal(10, 3, 200), np.nan)
+    limits = intervals.of_means({"hausdorff": values, "none": np.full(200, np.nan)}, label)
+    assert set(limits) == {"hausdorff"}
+    low, high = limits["hausdorff"]
+    known = values[np.isfinite(values)]
+    wide = 2 * 1.96 * known.std() / 10
+    assert low < known.mean() < high and high - low == pytest.approx(wide, rel=0.15)
+
+
 @pytest.mark.parametrize(
-    ("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60), ("table", 60)]
+    ("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60), ("table", 60), ("varying", 60)]
 )
 def test_coverage_by_simulation(case, runs):
     """Within what 93 to 97% would show in so few runs; interval_coverage.py makes more."""

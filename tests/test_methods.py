@@ -63,6 +63,21 @@ def test_mediclip_preset_on_two_supports(tiny, tmp_path):
     assert (predictions(tmp_path)["uncertainty"] == 0).all()  # it has no dropout
 
 
+def test_joint_is_ours_without_episodes_and_predicts(tiny, tmp_path):
+    """Whatever the learner of ours is; its memory is kept for other images as that of ours is."""
+    few = ("--config.steps=2",)
+    maml = "--config.learner=maml"
+    assert tiny.main(tmp_path / "joint", *few, maml, arguments="k=3,method=joint") == 0
+    assert tiny.main(tmp_path / "ours", *few, arguments="k=3") == 0
+    rows = predictions(tmp_path / "joint")
+    for name in ("score", "maps", "p_value"):
+        np.testing.assert_array_equal(rows[name], predictions(tmp_path / "ours")[name])
+    held = json.loads((tmp_path / "joint" / "metrics.json").read_text())
+    assert (held["method"], held["learner"]) == ("joint", "joint")
+    found = medclip_jax.load(tmp_path / "joint").predict([tiny.data / x for x in rows["id"]])
+    np.testing.assert_allclose([r.score for r in found], rows["score"], atol=1e-4)
+
+
 def test_the_papers_preset_meta_learns_and_predicts(tiny, tmp_path):
     few = ("--config.steps=2", "--config.log_every=1", "--config.synthesis.variants=50")
     assert tiny.main(tmp_path / "run", *few, arguments="k=2,method=paper") == 0

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import report
+from medclip_jax import config, report
+from medclip_jax.data.presets import PRESETS
 from medclip_jax.errors import WorkdirError
 from medclip_jax.report import text
 
@@ -131,6 +132,23 @@ def test_page_names_run_supports_versions_and_limits(html):
         "clip.levels [3, 6]",
     ):
         assert phrase.lower() in words.lower()
+
+
+def test_units_and_the_command_that_makes_the_run_again(tmp_path):
+    folder = make_workdir(tmp_path / "run")
+    assert "settings are of another version" in Page(report.write(folder).read_text()).text
+    held = json.loads((folder / "metrics.json").read_text())
+    edit(folder, pixel={**held["pixel"], "distance_unit": "px", "boundary_tolerance": 2})
+    c = config.resolve(config.base("k=4", name="busi", **PRESETS["busi"]))
+    c.calibration.alpha = 0.05
+    (folder / "config.json").write_text(c.to_json_best_effort())
+    words = Page(report.write(folder).read_text()).text
+    assert "unit of distances and tolerance px" in words
+    assert "tolerance of boundary F1 2" in words and "px are pixels of the square" in words
+    assert (
+        "python -m medclip_jax.main --config busi:k=4,seed=0,method=ours --workdir DIR "
+        "--config.calibration.alpha=0.05" in words
+    )
 
 
 def test_rebuilding_gives_the_same_bytes(workdir, html):

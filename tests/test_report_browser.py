@@ -142,6 +142,28 @@ def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, scores):
     assert not by(browser, "viewer").is_displayed()
 
 
+def test_the_viewer_obeys_the_keyboard(browser):
+    """Arrows step through the rows in sight, Escape closes and gives the focus back."""
+    from selenium.webdriver.common.keys import Keys
+
+    at = order(browser)
+    button = browser.find_element("css selector", f"tr[data-i='{at[3]}'] td.id button")
+    button.send_keys("\n")
+    for key, place in ((Keys.ARROW_RIGHT, 4), (Keys.ARROW_LEFT, 3), (Keys.ARROW_LEFT, 2)):
+        browser.switch_to.active_element.send_keys(key)
+        shown(browser, at[place])
+    before = by(browser, "opacity-value").text
+    by(browser, "opacity").send_keys(Keys.ARROW_LEFT)  # moves the slider, not the row
+    assert by(browser, "opacity-value").text != before
+    assert by(browser, "viewer").get_attribute("data-shown") == str(at[2])
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not by(browser, "viewer").is_displayed()
+    assert browser.switch_to.active_element == button
+    by(browser, "threshold").send_keys(Keys.ARROW_RIGHT)
+    assert by(browser, "threshold-value").text == "0.501"
+    browser.execute_script(CONTROL, by(browser, "threshold"), "0.5")
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_is_no_wider_than_the_window(browser, width):
     browser.execute_cdp_cmd(

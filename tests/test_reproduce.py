@@ -12,6 +12,7 @@ import reproduce  # noqa: E402
 import tables  # noqa: E402
 
 from medclip_jax import intervals, metrics, stats  # noqa: E402
+from medclip_jax.errors import DataError  # noqa: E402
 
 
 def run(folder, method, seed, shift, n=60):
@@ -62,10 +63,24 @@ def test_numbers_are_means_with_two_level_limits(cell):
     assert auroc.low == pytest.approx(wanted.low, abs=0.4 * wanted.se)
 
 
-def test_intervals_need_the_same_test_images(cell):
-    turned = {**cell["ours"][1], "id": cell["ours"][1]["id"][::-1]}
-    assert tables.intervals([cell["ours"][0], turned]) == {}
-    assert tables.brief(tables.numbers([cell["ours"][0], turned])["image", "auroc"]).count("(") == 0
+def test_draws_with_test_images_of_their_own_have_intervals(cell, tmp_path):
+    """As where the pool of healthy images is drawn anew: each draw leaves out others."""
+    turned = []
+    for number, run in enumerate(cell["ours"]):
+        kept = np.setdiff1d(np.arange(60), np.arange(4 * number, 4 * number + 8))
+        kept = np.random.default_rng(number).permutation(kept)
+        with np.load(run["arrays"]) as held:
+            np.savez(tmp_path / f"{number}.npz", pixel_counts=held["pixel_counts"][kept])
+        cut = {name: run[name][kept] for name in ("id", "label", "score")}
+        turned.append({**run, **cut, "arrays": tmp_path / f"{number}.npz"})
+    got, whole = tables.intervals(turned), tables.intervals(cell["ours"])
+    assert set(got) == set(whole) and ("pixel", "aupro") in got
+    for name in (("image", "auroc"), ("pixel", "dice")):
+        assert got[name][0] < got[name][1] and got[name] != whole[name]
+        assert got[name] == pytest.approx(whole[name], abs=0.05)
+    other = {**cell["ours"][1], "label": 1 - cell["ours"][1]["label"]}
+    with pytest.raises(DataError, match="differs between draws"):
+        tables.intervals([cell["ours"][0], other])
 
 
 def test_markdown_names_methods_means_and_published_numbers(cell):
@@ -79,6 +94,14 @@ def test_markdown_names_methods_means_and_published_numbers(cell):
     assert f"| ours | {shown} |" in text and f"| ours | 4 | {shown} |" in text
     assert "| the paper, Table 1 | 0.864 | 0.870 |" in text and "oracle f1" in text
     assert "- the paper, Table 1: image auroc 0.864" in text
+    assert "`ours` itself, whose learner is joint" in text
+    least = tables.Tests(0.125, 0.125, 1e-9, 4, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "tests", lambda cell: {"memory": least})
+        assert "| 0.125 | < 0.001 | 4 of 4 |" in tables.markdown(cells, found, 4)
+    learned = {"ours": [{**r, "learner": "maml"} for r in cell["ours"]]}
+    said = tables.markdown({("busi", 4): learned}, tables.measured({("busi", 4): learned}), 4)
+    assert "`ours` learned by maml; `joint` is the same without episodes" in said
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(blocks) == 6
     assert all(len({line.count("|") for line in block}) == 1 for block in blocks)

@@ -100,9 +100,12 @@
     const inside = (x, y) => x >= 0 && y >= 0 && x < w && y < h && data.data[4 * (y * w + x)] > 127;
     const out = context.createImageData(w, h);
     for (let y = 0; y < h; y++) for (let x = 0; x < w; x++) {
-      const edge = inside(x, y) &&
-        !(inside(x - 1, y) && inside(x + 1, y) && inside(x, y - 1) && inside(x, y + 1));
-      if (edge) out.data.set([86, 180, 233, 255], 4 * (y * w + x));
+      const around = (r) => [[-r, 0], [r, 0], [0, -r], [0, r]];
+      const here = inside(x, y);
+      const meets = (r) => around(r).some(([dx, dy]) => inside(x + dx, y + dy) !== here);
+      // two pixels of blue within the mask, a black one around it: seen on light and dark alike
+      if (here && (meets(1) || meets(2))) out.data.set([86, 180, 233, 255], 4 * (y * w + x));
+      if (!here && meets(1)) out.data.set([0, 0, 0, 255], 4 * (y * w + x));
     }
     context.putImageData(out, 0, 0);
     return canvas;
