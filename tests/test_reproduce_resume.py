@@ -36,7 +36,6 @@ def command(tmp_path, monkeypatch):
         return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
 
     monkeypatch.setattr(reproduce.train, "run", run)
-    monkeypatch.setattr(reproduce.jax.config, "update", lambda *_: None)
     command.stop_at, command.made = None, made
     return command
 
