@@ -80,6 +80,7 @@ def test_joint_is_ours_without_episodes_and_predicts(tiny, tmp_path):
 
 def test_the_papers_preset_meta_learns_and_predicts(tiny, tmp_path):
     few = ("--config.steps=2", "--config.log_every=1", "--config.synthesis.variants=50")
+    few += ("--config.explained=0", "--config.validations=0")
     assert tiny.main(tmp_path / "run", *few, arguments="k=2,method=paper") == 0
     terms = {"focal", "dice", "align", "prompt", "simclr"}
     assert terms <= set(log(tmp_path / "run")[0])

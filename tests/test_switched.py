@@ -31,8 +31,7 @@ def settings(world, seed=0, **fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"learner": "maml", "meta.tasks": 1, "score.top": 0.0, "synthesis.variants": 40},
+        {"learner": "anil", "meta.tasks": 1, "score.top": 0.0, "synthesis.variants": 40},
         {"score.tiles": 2, "score.suppress.sigma": 1.0, "data.recipe": "clahe"},
     ],
 )
