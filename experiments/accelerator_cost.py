@@ -115,6 +115,14 @@ def memory_map(k: int) -> float:
     return levels * each
 
 
+def taken(method: str, k: int) -> int:
+    """Gradients of one copy of theta in a run."""
+    c = config.base(f"k={k}")
+    c.update({"learner": method} if method in config.LEARNERS else {"method": method})
+    c = config.resolve(c)
+    return c.steps * config.gradients(c)
+
+
 def parts(methods: list[str], ks: list[int], draws: int) -> list[Part]:
     """Everything that the accelerator does for the table."""
     c = config.base("k=16")
@@ -131,9 +139,8 @@ def parts(methods: list[str], ks: list[int], draws: int) -> list[Part]:
     each = len(TEST) * draws * (1 + folds)
     for k in ks:
         rows = min(8, k)
-        steps = c.epochs * -(-k // rows)
         for name, group in TRAINED.items():
-            times = sum(m in group for m in methods) * each * steps
+            times = sum(taken(m, k) for m in methods if m in group) * each
             if times:
                 one = training_step(rows, name != "mediclip")
                 found.append(Part(f"gradient of {name}, {rows} rows, K = {k}", times, one))

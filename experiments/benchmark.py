@@ -1,7 +1,7 @@
 """Measure this machine: stages of a job, encoder, training, PyTorch, scaling, prediction, reading.
 
 python experiments/benchmark.py profile|quick|peak|encoder|busi|maml|scaling|torch|adapt|predict| \
-  prepare|metrics|latency|growth [--json FILE] [--help]
+  prepare|metrics|latency|growth|levers [--json FILE] [--help]
 
 Run it from a checkout in which medclip_jax is installed. Times are the best of a few repetitions,
 taken in turn, so that what else the machine does falls on all sides alike: read the ratios. On
@@ -33,6 +33,7 @@ COMMANDS = {  # subcommand -> module of bench
     "metrics": "metrics",
     "growth": "growth",
     "latency": "latency",
+    "levers": "levers",
 }
 
 

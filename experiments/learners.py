@@ -26,6 +26,7 @@ import trials
 from medclip_jax import files, stats
 
 BASE = "joint"
+EPOCHS = 200  # unless --set says otherwise; learners take as many gradients as these need
 VARIANTS = {  # name -> fields that differ
     "joint": {"learner": "joint"},
     "maml": {"learner": "maml"},
@@ -87,7 +88,8 @@ def finished(ground: trials.Ground, args: argparse.Namespace, k: int, name: str,
     path = args.out / name / f"k{k}-{seed}.json"
     if not path.is_file():
         one = copy(args)
-        one.set = args.set + [f"{field}={value}" for field, value in VARIANTS[name].items()]
+        own = [f"{field}={value}" for field, value in VARIANTS[name].items()]
+        one.set = [f"epochs={EPOCHS}", *args.set, *own]
         begin = time.perf_counter()
         result = trials.run(ground, compare.settings(one, k, "ours", seed), name)
         path.parent.mkdir(parents=True, exist_ok=True)

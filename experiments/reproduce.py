@@ -106,7 +106,7 @@ def finished(args, *job) -> None:
     workdir = folder(args, *job)
     c = fields(args, *job)
     print(*job[1:], job[0].stem, file=sys.stderr, flush=True)
-    train.run(c, workdir)
+    train.run(c, workdir, pictures=False)
     held = results.read(workdir)
     with np.load(workdir / "predictions.npz", allow_pickle=False) as file:
         beside = {n: file[n] for n in ("pixel_counts", "patient") if n in file.files}

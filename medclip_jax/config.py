@@ -16,6 +16,7 @@ from medclip_jax import learned_parts, score_fields
 from medclip_jax.errors import ConfigError
 from medclip_jax.methods import BRANCHES, FIXED, LEARNERS, METHODS, PRESETS
 
+STEPS = 100  # of training where neither steps nor epochs are given; docs/parts.md says why
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
 CHOICES = {
@@ -39,13 +40,13 @@ CHOICES = {
 LEAST = {
     "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
     "calibration.folds": 2,  # what calibrates is held out from training
-    **dict.fromkeys(("epochs", "log_every", "checkpoint_every", "score.passes", "data.pool"), 1),
+    **dict.fromkeys(("log_every", "checkpoint_every", "score.passes", "data.pool"), 1),
     **dict.fromkeys(("synthesis.variants", "fusion.probes", "augment.copies", "meta.tasks"), 1),
     **{f"meta.{x}": 0 for x in ("images", "shots", "query", "inner_steps", "adapt_steps")},
     **learned_parts.LEAST,
     **{"cluster.processes": 0, "cluster.process": -1, "cluster.timeout": 1, "cluster.heartbeat": 1},
     **dict.fromkeys(("seed", "batch", "steps", "prompts.context", "prompts.synonyms"), 0),
-    **{"validations": 0, "explained": 0},
+    **{"epochs": 0, "validations": 0, "explained": 0},
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
     **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt", "simclr")},
     **score_fields.LEAST,
@@ -181,9 +182,9 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
     c.learner = "joint"  # LEARNERS, see learn.py
     c.meta = META
-    c.epochs = 200  # passes over the supports, as peers count
+    c.epochs = 0  # passes over the supports, as peers count; 0: STEPS steps whatever k
     c.batch = 0  # images per step; 0 = min(8, k)
-    c.steps = 0  # optimisation steps; 0 = epochs * ceil(k / batch) gradients, see `gradients`
+    c.steps = 0  # optimisation steps; 0: from epochs, see `training_steps`
     c.score = score_fields.SCORE
     c.memory = {"coreset": 1.0, "mirror": False}  # share that is kept; supports mirrored as well
     c.fusion = FUSION
@@ -210,7 +211,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     c.meta.query = c.meta.query or c.meta.shots
-    c.steps = c.steps or max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
+    c.steps = c.steps or training_steps(c)
     if c.method in FIXED:
         c.steps = 0
     learned_parts.check(c)
@@ -242,6 +243,13 @@ def check(c: ConfigDict) -> None:
         raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
     if not c.meta.inner_rate > 0:
         raise ConfigError(f"config.meta.inner_rate is {c.meta.inner_rate}: give more than 0")
+
+
+def training_steps(c: ConfigDict) -> int:
+    """STEPS, or as many as `epochs` need: epochs * ceil(k / batch) gradients, see `gradients`."""
+    if not c.epochs:
+        return STEPS
+    return max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
 
 
 def gradients(c: ConfigDict) -> int:

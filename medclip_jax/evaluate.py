@@ -235,13 +235,15 @@ def write_predictions(
     fit: readers.Mode,
     seed: int,
     counts: Float[np.ndarray, "n 3 b"] | None = None,
+    pictures: bool = True,
 ) -> None:
     """predictions.npz: one row per image, maps in the tower frame, and a gallery in image frames.
 
     Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
     gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
-    Of every image, for the report: the arrays of `thumbnails.pack`. For tables: `pixel_counts`
-    (intervals.pixel_counts, where masks are known) and `patient`, where some has several images.
+    If `pictures`, of every image, for the report: the arrays of `thumbnails.pack`. For tables:
+    `pixel_counts` (intervals.pixel_counts, where masks are known) and `patient`, where some has
+    several images.
     """
     p = scored.predictions
     rng = np.random.default_rng(seed)
@@ -263,7 +265,8 @@ def write_predictions(
     gallery |= {} if counts is None else {"pixel_counts": counts}
     of = lesions.patients(test)
     gallery |= {} if of is None else {"patient": of}
-    gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
+    if pictures:
+        gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
     with files.writing(workdir / "predictions.npz") as whole:
         np.savez(whole, **(arrays | gallery))

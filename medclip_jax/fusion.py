@@ -3,6 +3,11 @@
 Each branch's values are standardised on the held-out supports. Standardised values count equally,
 or are weighed by what a branch sees of anomalies that training never showed (data/probes). Only
 healthy images and probes painted on them are read, never a test image or label.
+
+Maps are sums of standardised values, image scores sums of their asinh: it is the value itself near
+the healthy and its logarithm far from them, so that a branch whose healthy values happen to lie
+close together, and whose others therefore lie tens of their standard deviations away, does not
+drown the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,14 +40,17 @@ class Evidence(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """fused = sum over branches of gain * (value - centre), for patches and for images."""
+    """Patches: sum over branches of gain * (value - centre); images: of weight * asinh of that.
+
+    A patch's gain is its weight over the spread of the healthy, an image's is one over it.
+    """
 
     names: tuple[str, ...]
     patch_centre: Float[np.ndarray, " b"]
     patch_gain: Float[np.ndarray, " b"]
     image_centre: Float[np.ndarray, " b"]
     image_gain: Float[np.ndarray, " b"]
-    patch_weight: Float[np.ndarray, " b"]  # shares, sum 1: for the record
+    patch_weight: Float[np.ndarray, " b"]  # shares, sum 1
     image_weight: Float[np.ndarray, " b"]
 
     def shares(self) -> dict[str, dict[str, float]]:
@@ -142,9 +150,9 @@ def weighed(found: dict[str, Evidence], weights: Float[np.ndarray, "b 2"]) -> Mi
     w = weights.T * able
     # all blind: nothing speaks for one branch more than for another
     w = np.where(w.sum(1, keepdims=True) > 0, w, able)
-    gain = w / spread
     share = w / w.sum(1, keepdims=True)
-    return Mix(tuple(found), centre[0], gain[0], centre[1], gain[1], share[0], share[1])
+    gains = w[0] / spread[0], 1 / spread[1]
+    return Mix(tuple(found), centre[0], gains[0], centre[1], gains[1], share[0], share[1])
 
 
 def weight(healthy: np.ndarray, altered: Sequence[np.ndarray]) -> float:
@@ -181,46 +189,38 @@ def combine(
     """One detector whose values are the weighted, standardised sum of its branches'."""
 
     def patches(batch):
-        values = (
-            b.patches(batch) if g else 0.0 for b, g in zip(parts, made.patch_gain, strict=True)
-        )
-        return total(values, made.patch_centre, made.patch_gain)
+        return sum(of_patches(i, parts[i].patches(batch)) for i in shown)
 
     def image(batch):
-        values = (
-            one_image(b, batch) if g else 0.0 for b, g in zip(parts, made.image_gain, strict=True)
-        )
-        return total(values, made.image_centre, made.image_gain)
+        return sum(of_image(i, one_image(parts[i], batch)) for i in heard)
 
     def one_image(branch, batch):
         return image_scores(branch.patches(batch)) if branch.image is None else branch.image(batch)
 
+    def read(i, values):
+        return of_image(i, image_scores(values))
+
     def passes(batch, keys):
-        return shifted("passes", (batch, keys), patches(batch), made.patch_gain, lambda v: v)
+        return shifted("passes", (batch, keys), patches(batch), of_patches)
 
     def image_passes(batch, keys):
-        return shifted("passes", (batch, keys), image(batch), made.image_gain, image_scores)
+        return shifted("passes", (batch, keys), image(batch), read)
 
     def copies(batch):
-        return shifted("copies", (batch,), patches(batch), made.patch_gain, lambda v: v)
+        return shifted("copies", (batch,), patches(batch), of_patches)
 
     def image_copies(batch):
-        return shifted("copies", (batch,), image(batch), made.image_gain, image_scores)
+        return shifted("copies", (batch,), image(batch), read)
 
-    def shifted(name, given, fused, gain, read):
-        """The fused values with each branch that has `name` (passes, copies) replaced by them."""
-        out = fused[None]
-        for branch, g in zip(parts, gain, strict=True):
-            if getattr(branch, name) is not None:
-                each = jax.vmap(read)(getattr(branch, name)(*given))
-                out = out + g * (each - read(branch.patches(given[0]))[None])
-        return out
-
+    of_patches, of_image = partial(patch_part, made), partial(image_part, made)
+    shown, heard = (np.flatnonzero(w).tolist() for w in (made.patch_gain, made.image_weight))
     parts = tuple(b._replace(patches=detector.once(b.patches)) for b in branches.values())
+    shifted = partial(replaced, parts)
     random, several = (any(getattr(b, n) is not None for b in parts) for n in ("passes", "copies"))
     mixed = jnp.asarray([made.patch_centre, made.patch_gain], jnp.float32)
-    patch = total([e.patch for e in found.values()], made.patch_centre, made.patch_gain)
-    scores = total([e.image for e in found.values()], made.image_centre, made.image_gain)
+    said = list(found.values())
+    patch = sum(of_patches(i, said[i].patch) for i in shown)
+    scores = sum(of_image(i, said[i].image) for i in heard)
     return Detector(
         patches,
         np.asarray(patch, np.float32),
@@ -237,8 +237,28 @@ def combine(
     )
 
 
-def total(values, centre, gain):
-    return sum(g * (v - c) for v, c, g in zip(values, centre, gain, strict=True) if g)
+def patch_part(made: Mix, i: int, values):
+    """What branch i adds to the fused map."""
+    return made.patch_gain[i] * (values - made.patch_centre[i])
+
+
+def image_part(made: Mix, i: int, values):
+    """What branch i adds to the fused image score."""
+    standard = made.image_gain[i] * (values - made.image_centre[i])
+    return made.image_weight[i] * jnp.arcsinh(standard)
+
+
+def replaced(parts: Sequence[Detector], name: str, given: tuple, fused, part: Callable):
+    """Fused values [t, ...] with each branch that has `name` (passes, copies) replaced by them.
+
+    part: what a branch adds, of its number and patch values.
+    """
+    out = fused[None]
+    for i, branch in enumerate(parts):
+        if getattr(branch, name) is not None:
+            each = jax.vmap(partial(part, i))(getattr(branch, name)(*given))
+            out = out + each - part(i, branch.patches(given[0]))[None]
+    return out
 
 
 def chosen(parts: Sequence[Detector], used: Sequence[bool], batch: Features, choice: tuple):

@@ -29,6 +29,7 @@ MEDICLIP: dict[str, Any] = {
     "fusion": {"branches": ("learned",)},
     "optimizer": {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999},
     "learner": "joint",
+    "epochs": 200,
 }
 # The paper to the letter where it is definite: MAML (11) over template prompts (3, 4) whose patches
 # are refined (6), scored by distance to what is healthy (9) and by nothing else.
@@ -40,6 +41,7 @@ PAPER: dict[str, Any] = {
     "augment": {"flip": 0.5, "rotate": 10.0, "intensity": 0.2},
     "fusion": {"branches": ("learned",)},
     "learner": "maml",
+    "epochs": 200,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "mediclip": MEDICLIP | {"score": MEDICLIP["score"] | {"suppress": score_fields.SUPPRESS}},

@@ -30,7 +30,7 @@ from medclip_jax.errors import WorkdirError
 from medclip_jax.limits import Limits
 from medclip_jax.structs import Features
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, SETTINGS = "scorer.safetensors", "scorer.json"
 
 

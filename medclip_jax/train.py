@@ -47,12 +47,16 @@ from medclip_jax.workdir import claim, keep_split
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
-def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any] | None:
+def run(
+    config: ConfigDict, workdir: Path, train: bool = True, pictures: bool = True
+) -> dict[str, Any] | None:
     """Train (or resume), score the test set, write everything but the report; returns metrics.json.
 
     Of several processes only the main one writes; the others return None, and so do all where
     there is no test set.
-    With `train` False a finished training is required. Raises a UserError for what a user can mend.
+    With `train` False a finished training is required; with `pictures` False the small copies of
+    test images that only the report shows are left out.
+    Raises a UserError for what a user can mend.
     """
     timing: dict[str, float] = {}
     c = configuration.resolve(config)
@@ -127,7 +131,9 @@ def run(config: ConfigDict, workdir: Path, train: bool = True) -> dict[str, Any]
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored, drawn.test, c.data.fit)
         counts = result.pop("pixel_counts")
-        evaluate.write_predictions(workdir, scored, drawn.test, c.data.fit, c.seed, counts)
+        evaluate.write_predictions(
+            workdir, scored, drawn.test, c.data.fit, c.seed, counts, pictures
+        )
         scorer.write(workdir, c, bank, theta, drawn.support, scored.limits, mix, quiet)
 
     result = {

@@ -53,6 +53,20 @@ def test_batch_and_steps_follow_from_k(k, batch, steps, expected):
     assert (c.batch, c.steps) == (batch, steps)  # the given one is left alone
 
 
+@pytest.mark.parametrize("k", [1, 4, 32])
+@pytest.mark.parametrize("learner", config.LEARNERS)
+def test_without_epochs_training_is_as_long_whatever_k(k, learner):
+    c = config.base(f"k={k}")
+    c.learner = learner
+    assert config.resolve(c).steps == config.STEPS == 100
+
+
+def test_peers_presets_keep_their_epochs():
+    for method in ("mediclip", "paper"):
+        done = config.resolve(config.base(f"k=16,method={method}"))
+        assert done.steps == 400 // config.gradients(done)
+
+
 @pytest.mark.parametrize("method", config.FIXED)
 def test_what_learns_nothing_takes_no_steps(method):
     assert config.resolve(config.base(f"method={method}")).steps == 0
@@ -99,7 +113,7 @@ def test_a_preset_fixes_its_fields_and_no_other(method):
         ("seed", -1),
         ("batch", -1),
         ("steps", -5),
-        ("epochs", 0),
+        ("epochs", -1),
         ("log_every", 0),
         ("checkpoint_every", 0),
         ("method", "ous"),

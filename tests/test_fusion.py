@@ -56,10 +56,12 @@ def test_gains_standardise_and_weigh():
     made = fusion.mix(found, inside, 1)
     np.testing.assert_allclose(made.patch_weight, [2 / 3, 1 / 3, 0], atol=0.03)
     np.testing.assert_allclose(made.image_weight, [2 / 3, 1 / 3, 0], atol=0.06)
-    spread = found["a"].image.std(ddof=1)
-    assert made.image_gain[0] == pytest.approx(
-        fusion.image_weight(found["a"].image, [found["a"].probe_image]) / spread
-    )
+    raw = [fusion.image_weight(e.image, [e.probe_image]) for e in found.values()]
+    np.testing.assert_allclose(made.image_weight, np.array(raw) / sum(raw))
+    spread = found["a"].image.std(ddof=1), found["a"].patch.std(ddof=1)
+    assert made.image_gain[0] == pytest.approx(1 / spread[0])
+    of_map = fusion.weight(found["a"].patch.ravel(), [found["a"].probe_patch])
+    assert made.patch_gain[0] == pytest.approx(of_map / spread[1])
     assert made.patch_centre[1] == found["b"].patch.mean()
 
 
@@ -127,8 +129,8 @@ def test_plain_prompts_for_images_leave_the_map_as_it_is(fused):
     np.testing.assert_array_equal(joined.patches(batch), without.patches(batch))
     np.testing.assert_array_equal(joined.held_out, without.held_out)
     zero, held = made["zero_shot"], made["zero_shot"].held_out_image
-    z = (zero.image(batch) - held.mean()) / held.std(ddof=1)
-    np.testing.assert_allclose(joined.image(batch) - without.image(batch), z, atol=1e-4)
+    z = np.arcsinh((zero.image(batch) - held.mean()) / held.std(ddof=1))
+    np.testing.assert_allclose(3 * joined.image(batch) - 2 * without.image(batch), z, atol=1e-4)
 
 
 def test_a_branch_runs_once_on_a_batch_and_is_never_remembered_inside_a_gradient():
@@ -163,7 +165,13 @@ def test_fused_values_are_the_sum_of_the_branches(fused):
     )
     np.testing.assert_allclose(whole.held_out, held, rtol=1e-5, atol=1e-5)
     assert whole.held_out.shape == (4, 16) and whole.held_out_image.shape == (4,)
-    assert abs(whole.held_out_image.mean()) < 1e-4  # centred on the held-out supports
+    peaks = [made[n].held_out.max(1) for n in mix.names]
+    peaks[2] = made["zero_shot"].held_out_image
+    wanted = sum(
+        w * np.arcsinh((v - v.mean()) / v.std(ddof=1))
+        for w, v in zip(mix.image_weight, peaks, strict=True)
+    )
+    np.testing.assert_allclose(whole.held_out_image, wanted, atol=1e-4)
     shares = mix.shares()
     assert sum(shares["map"].values()) == pytest.approx(1, abs=1e-3)
 
@@ -174,10 +182,35 @@ def test_a_fused_pass_differs_by_the_random_branch_alone(fused):
     drawn = made["learned"].passes(new, keys)
     moved = mix.patch_gain[0] * (drawn - made["learned"].patches(new)[None])
     np.testing.assert_allclose(whole.passes(new, keys), whole.patches(new)[None] + moved, atol=2e-4)
-    scores = mix.image_gain[0] * (drawn.max(2) - made["learned"].patches(new).max(1)[None])
+    scores = moved_scores(mix, drawn, made["learned"].patches(new))
     np.testing.assert_allclose(
         whole.image_passes(new, keys), whole.image(new)[None] + scores, atol=2e-4
     )
+
+
+def moved_scores(mix, drawn, plain):
+    """What other values [t, n, p] of the learned branch add to the fused image score."""
+    at = mix.names.index("learned")
+
+    def said(v):
+        return np.arcsinh(mix.image_gain[at] * (np.asarray(v) - mix.image_centre[at]))
+
+    return mix.image_weight[at] * (said(drawn.max(2)) - said(plain.max(1))[None])
+
+
+def test_a_branch_far_from_its_healthy_values_does_not_drown_the_rest():
+    """Two branches that agree beat a third that is forty of its narrow deviations away."""
+    rng = np.random.default_rng(6)
+    found = {name: evidence(rng, 0.0) for name in ("a", "b", "narrow")}
+    made = fusion.weighed(found, np.ones((3, 2)))
+
+    def score(*deviations):
+        values = made.image_centre + np.array(deviations) / made.image_gain
+        return sum(float(fusion.image_part(made, i, v)) for i, v in enumerate(values))
+
+    assert score(0, 0, 0) == 0
+    assert score(5, 5, 0) > score(0, 0, 40)  # a plain sum says 10 against 40
+    assert score(0.1, 0, 0) == pytest.approx(0.1 / 3, rel=0.01)  # near the healthy: the sum itself
 
 
 def test_fusing_again_gives_the_same(fused):
@@ -265,6 +298,6 @@ def test_equal_weights_are_the_mean_of_standardised_values(fused):
     wanted = sum((new[n] - held[n].mean()) / held[n].std(ddof=1) for n in held)
     np.testing.assert_allclose(both.patches(None), wanted, rtol=1e-5)
     peaks = {n: held[n].max(1) for n in held}
-    image = sum((new[n].max(1) - peaks[n].mean()) / peaks[n].std(ddof=1) for n in held)
-    np.testing.assert_allclose(both.image(None), image, rtol=1e-5)
+    image = [(new[n].max(1) - peaks[n].mean()) / peaks[n].std(ddof=1) for n in held]
+    np.testing.assert_allclose(both.image(None), np.arcsinh(image).mean(0), rtol=1e-5)
     np.testing.assert_array_equal(made.image_weight, [0.5, 0.5])

@@ -13,7 +13,7 @@ from medclip_jax.structs import Batch
 
 from .test_detector import design_of, tokens
 from .test_evaluate import SETTINGS, perfect, scene, scored  # noqa: F401
-from .test_fusion import fused  # noqa: F401
+from .test_fusion import fused, moved_scores  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
@@ -140,7 +140,7 @@ def test_a_fused_ensemble_differs_by_the_learned_branch_alone(fused):  # noqa: F
     at = mix.names.index("learned")
     wanted = whole.patches(new)[None] + mix.patch_gain[at] * (drawn - plain[None])
     np.testing.assert_allclose(whole.copies(new), wanted, atol=2e-4)
-    scores = mix.image_gain[at] * (drawn.max(2) - plain.max(1)[None])
+    scores = moved_scores(mix, drawn, plain)
     np.testing.assert_allclose(whole.image_copies(new), whole.image(new)[None] + scores, atol=2e-4)
 
 
