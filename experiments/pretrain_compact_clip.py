@@ -33,6 +33,19 @@ def arguments() -> argparse.Namespace:
         "--init", type=Path, help="CLIP folder whose image tower is the starting point"
     )
     parser.add_argument("--hours", type=float, default=1.5)
+    parser.add_argument(
+        "--steps", type=int, help="a budget of steps in place of hours: exactly repeatable"
+    )
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="PART=X",
+        help="weight of a part of the loss, as alike=0",
+    )
+    parser.add_argument(
+        "--width", type=int, default=192, help="of the image tower, a multiple of 64"
+    )
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -88,11 +101,11 @@ def make_tokens(data: Path, run: Path) -> None:
     print(f"{size} entries")
 
 
-def starting_point(init: Path | None, vocabulary: int, seed: int):
+def starting_point(init: Path | None, vocabulary: int, seed: int, width: int = 192):
     """Random parameters, the image tower replaced by that of `init` if given."""
     from pretrain import export, tower
 
-    size = tower.Size(vocabulary=vocabulary)
+    size = tower.Size(width=width, heads=width // 64, vocabulary=vocabulary)
     clip = tower.init(size, seed)
     if init is not None:
         theirs, _ = export.read_folder(init)
@@ -104,6 +117,19 @@ def starting_point(init: Path | None, vocabulary: int, seed: int):
             )
         clip |= taken
     return clip, size
+
+
+def weights_of(given: list[str]):
+    """objective.Weights with `PART=X` replaced. Ends with a sentence if a part is unknown."""
+    from pretrain import objective
+
+    weights = objective.Weights()
+    for one in given:
+        name, _, value = one.partition("=")
+        if name not in weights._fields:
+            raise SystemExit(f"--weight {one}: give one of {', '.join(weights._fields)}")
+        weights = weights._replace(**{name: float(value)})
+    return weights
 
 
 def load_material(run: Path, rows: list[views.Row], shards: int):
@@ -155,11 +181,17 @@ def main() -> None:
         from pretrain import loop
 
         material = load_material(args.run, rows, args.shards)
-        clip, size = starting_point(args.init, len(material.tokenizer), args.seed)
+        clip, size = starting_point(args.init, len(material.tokenizer), args.seed, args.width)
         plan = loop.Plan(
-            hours=args.hours, rate=args.rate, seed=args.seed, findings=not args.no_findings
+            hours=args.hours,
+            steps=args.steps,
+            rate=args.rate,
+            seed=args.seed,
+            findings=not args.no_findings,
+            weights=weights_of(args.weight),
         )
         told = plan._asdict() | {
+            "weights": plan.weights._asdict(),
             "shards": len(material.shards),
             "init": args.init and args.init.name,
         }

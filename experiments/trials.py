@@ -122,13 +122,10 @@ def program(c: ConfigDict, tower: clip.Clip, beside: tuple) -> Program:
     inner = learn.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
     optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
     last = inner._replace(steps=c.meta.adapt_steps)
-    joint = c.learner == "joint"
-    objective = loss if joint else learn.episodic(loss, inner)
-    # as in fit.run: text features of all copies at once, where they do not depend on the rows
-    words = partial(model.text_features, design=design) if joint and design.sets is None else None
+    objective = loss if c.learner == "joint" else learn.episodic(loss, inner)
     return Program(
         *(design, frozen, optimizer),
-        learn.make_step(objective, optimizer, words=words),
+        learn.make_step(objective, optimizer),
         jax.jit(
             lambda theta, frozen, rows: learn.adapt(theta, frozen, rows, loss=loss, inner=last)
         ),

@@ -59,10 +59,8 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
         loss = partial(loss, distill=losses.Distill(**given))
     joint = c.learner == "joint"
     copied = sharding.replicated(mesh)
-    # prompts of several data sets depend on the rows
-    words = partial(model.text_features, design=design) if joint and design.sets is None else None
     learnt = loss if joint else learn.episodic(loss, inner)
-    step = learn.make_step(learnt, optimizer, copied, words)
+    step = learn.make_step(learnt, optimizer, copied)
     frozen = sharding.replicate(frozen, mesh)
     read = reader(c, pools, groups, mesh)
     adapted = _as_it_is if joint else adaptation(c, pools, groups, mesh, loss, inner)

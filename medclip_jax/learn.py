@@ -71,52 +71,36 @@ def episodic(loss: Callable, inner: maml.Inner) -> Callable:
 
 
 def make_step(
-    loss: Callable,
-    optimizer: optax.GradientTransformation,
-    placed: Any = None,
-    words: Callable | None = None,
+    loss: Callable, optimizer: optax.GradientTransformation, placed: Any = None
 ) -> Callable:
     """jit((state, frozen, batch) -> (state, parts)); every copy of theta takes its own step.
 
     `loss(theta, frozen, batch, key) -> (scalar, parts)`. Leaves of batch are [row or task, copy,
     ...], spread over the devices on axis 0; the state is the same on all and donated. `placed`: the
-    sharding of what comes out; None leaves it to the compiler. `words(theta, frozen)`: what depends
-    on theta alone and is costly, the text features; it is made for all copies at once, since they
-    share the tower, and `loss` then takes it as `text`.
+    sharding of what comes out; None leaves it to the compiler.
     """
 
     def step(state: TrainState, frozen, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         copies = jax.tree.leaves(state.theta)[0].shape[0]
 
-        theta, given, pull = state.theta, {}, None
-        if words is not None:
-            text, pull = jax.vjp(lambda t: jax.vmap(words, (0, None))(t, frozen), theta)
-            given = {"text": text}
-
         def one(copy):
-            theta, given, number, key = copy
+            theta, number, key = copy
             own = jax.tree.map(
                 partial(jax.lax.dynamic_index_in_dim, index=number, axis=1, keepdims=False), batch
             )
+            return jax.grad(loss, has_aux=True)(theta, frozen, own, key)
 
-            def total(both):
-                return loss(both[0], frozen, own, key, **both[1])
-
-            (_, parts), grad = jax.value_and_grad(total, has_aux=True)((theta, given))
-            return grad, parts
-
-        # one after the other: batching the copies by vmap is a third slower on a CPU
-        each = (theta, given, jnp.arange(copies), jax.random.split(key, copies))
-        (grad, through), parts = jax.lax.map(one, each)
-        if pull is not None:
-            grad = jax.tree.map(jnp.add, grad, *pull(through["text"]))
+        # one after the other: batching the copies by vmap, or their text features alone, is slower
+        # on a CPU, whose caches then hold no layer's activations
+        each = (state.theta, jnp.arange(copies), jax.random.split(key, copies))
+        grad, parts = jax.lax.map(one, each)
 
         def move(theta, opt, grad):
             update, opt = optimizer.update(grad, opt, theta)
             return optax.apply_updates(theta, update), opt
 
-        theta, opt = jax.vmap(move)(theta, state.opt, grad)
+        theta, opt = jax.vmap(move)(state.theta, state.opt, grad)
         first = jax.tree.map(lambda x: x[0], parts)
         return TrainState(state.step + 1, theta, opt, state.key), first
 

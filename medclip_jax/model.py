@@ -167,7 +167,7 @@ class Compared(NamedTuple):
     label: Any  # of the prompts
 
 
-def compare(theta, frozen, batch: Batch, key, design: Design, text) -> Compared:
+def compare(theta, frozen, batch: Batch, key, design: Design) -> Compared:
     """Rows against the prompts; against those of their own data set where there are several."""
     scale = scale_of(theta, design)
     levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
@@ -178,7 +178,7 @@ def compare(theta, frozen, batch: Batch, key, design: Design, text) -> Compared:
         logit = several.patch_logit(levels, words, scale, theta["offset"], design.form)
         alike = several.similarity(levels, words)
         return Compared(logit, alike, several.prompt_logits(pooled, words), design.sets.label)
-    text = text_features(theta, frozen, design) if text is None else text
+    text = text_features(theta, frozen, design)
     label = design.prompts.label
     alike = score.level_mean(score.cosine(v, text) for v in levels)
     if design.form == "softmax":  # score.patch_logit from cosines that are there already
@@ -208,18 +208,16 @@ def loss(
     design: Design,
     weights: Mapping[str, float],
     distill: losses.Distill | None = None,
-    text: Float[Array, "c j"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The training loss: (scalar, named parts). A term of weight 0 is not computed.
 
     Nor is SimCLR's where rows carry no views: in adaptation, which has no step to draw them by.
     `distill` says how the teacher's logits count, where the rows carry them. Where training has
-    several data sets, rows are compared with the prompts of their own. `text`: the text features of
-    this theta, where they are there already; only with one data set.
+    several data sets, rows are compared with the prompts of their own.
     """
     scale = scale_of(theta, design)
     batch = batch._replace(mask=batch.mask.astype(jnp.float32))
-    logit, alike, pooled, label = compare(theta, frozen, batch, key, design, text)
+    logit, alike, pooled, label = compare(theta, frozen, batch, key, design)
     pixels = score.to_pixels(logit, design.size)
     share = losses.patch_share(batch.mask, design.grid)
 

@@ -132,11 +132,10 @@ class Trainer:
     def __init__(self, work: workload.Work, batch, copies: int):
         optimizer = optax.adam(1e-3)
         loss = partial(model.loss, design=work.design, weights=config.base().loss.to_dict())
-        words = partial(model.text_features, design=work.design)
         theta = copied(work.theta, copies)
         key = jax.random.key_data(jax.random.key(0))
         self.state = TrainState(np.asarray(0), theta, jax.vmap(optimizer.init)(theta), key)
-        self.step = learn.make_step(loss, optimizer, None, words)
+        self.step = learn.make_step(loss, optimizer)
         self.given = work.frozen, jax.device_put(batch)
 
     def __call__(self) -> float:

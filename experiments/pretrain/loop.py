@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     seed: int = 0
     findings: bool = True
     save_minutes: float = 4.0
+    weights: objective.Weights = objective.Weights()
 
 
 class Material(NamedTuple):
@@ -143,9 +144,9 @@ def _line(number: int, used: float, speed: float, parts: dict[str, float]) -> st
 
 
 @functools.cache
-def compiled_step(size: tower.Size):
+def compiled_step(size: tower.Size, weights: objective.Weights):
     """`objective.step` for one size, compiled once per process; its state is donated."""
-    fixed = {"size": size, "weights": objective.Weights(), "optimiser": objective.make_optimiser()}
+    fixed = {"size": size, "weights": weights, "optimiser": objective.make_optimiser()}
     return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
 
 
@@ -165,7 +166,7 @@ def run(material: Material, size: tower.Size, plan: Plan, state: State, path: Pa
     mesh = jax.make_mesh((jax.device_count(),), ("n",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("n"))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    step = compiled_step(size)
+    step = compiled_step(size, plan.weights)
     saved = elapsed
     while True:
         fraction = number / plan.steps if plan.steps else elapsed / (plan.hours * 3600)
