@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +15,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare_speed  # noqa: E402
-from bench import busi, encoder, growth, peak, quick, stages, stages_worker, towers  # noqa: E402
+from bench import (  # noqa: E402
+    busi,
+    encoder,
+    growth,
+    levers,
+    peak,
+    quick,
+    stages,
+    stages_worker,
+    towers,
+)
 
 from medclip_jax import clip  # noqa: E402
 
@@ -90,6 +102,29 @@ def test_the_encoder_is_measured_without_pytorch_too():
     for row in found["rows"]:
         assert set(row["images_per_second"]) == {"ours float32"} and not row["ratio"]
     assert found["largest_difference"] is None
+
+
+def test_levers_compute_what_the_shipped_tower_does():
+    words = ["--tower", "tiny", "--batch", "4", "--times", "1"]
+    rows = levers.run(given(levers, *words, "--dtype", "float32", "bfloat16"))["rows"]
+    moved = {(r["dtype"], r["lever"]): r["moved"] for r in rows}
+    assert {lever for _, lever in moved} == {"shipped", *levers.LEVERS}
+    for lever in ("loop", "apart", "in place"):
+        assert moved["float32", lever] < 1e-5 and moved["bfloat16", lever] < 0.05
+    assert 0 < moved["float32", "int8"] < 0.1
+
+
+def test_int8_products_are_those_of_the_rounded_factors():
+    rng = np.random.default_rng(0)
+    x, p = rng.normal(size=(2, 3, 64)), {"kernel": rng.normal(size=(64, 5)), "bias": np.arange(5.0)}
+    row, column = (
+        np.abs(v).max(axis, keepdims=True) / 127 for v, axis in ((x, -1), (p["kernel"], 0))
+    )
+    wanted = (np.round(x / row) * row) @ (np.round(p["kernel"] / column) * column) + p["bias"]
+    found = levers.quantised(
+        *(jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), g) for g in (x, p))
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_ratios_are_to_pytorch_in_float32():

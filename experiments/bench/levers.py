@@ -22,9 +22,9 @@ import numpy as np
 
 from bench import encoder, towers, workload
 from medclip_jax import clip
-from medclip_jax.products import attend
+from medclip_jax.products import attend, product
 
-LEVERS = ("loop", "apart", "int8", "two calls", "processes")
+LEVERS = ("loop", "apart", "in place", "int8", "two calls", "processes")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,7 @@ def lever(name, weights, images, tower, shipped, pair) -> tuple[Callable[[], flo
     change: dict[str, Any] = {
         "loop": {},
         "apart": {"apart": True},
+        "in place": {"attention": in_place},
         "int8": {"dense": quantised},
     }[name]
     encode = jax.jit(partial(looped, tower=tower, **change))
@@ -91,20 +92,27 @@ def table(dtype: str, batch: int, seconds: dict[str, list[float]], moved: dict) 
 # --- the levers -----------------------------------------------------------------------------
 
 
-def looped(weights, grey, *, tower: clip.Tower, apart: bool = False, dense: Callable | None = None):
+def looped(weights, grey, *, tower: clip.Tower, **change):
     """Pooled embeddings [n, j] with the blocks written out, by `block` where something changes."""
     x = clip.embed(weights, clip.normalise(grey, towers.MEAN, towers.STD), tower)
     for number in range(1, len(weights["blocks"]["fc1"]["bias"]) + 1):
-        if dense is None and not apart:
-            x = clip.run_block(weights, x, number, tower)
-        else:
+        if change:
             p = jax.tree.map(lambda b, i=number - 1: b[i], weights["blocks"])
-            x = block(x, p, tower, dense or clip._dense, apart)
+            x = block(x, p, tower, **change)
+        else:
+            x = clip.run_block(weights, x, number, tower)
     return clip.pool(weights, x, tower).astype(jnp.float32)
 
 
-def block(x, p, tower: clip.Tower, dense: Callable, apart: bool):
-    """clip.run_block with another dense product, or with three in place of one."""
+def block(
+    x,
+    p,
+    tower: clip.Tower,
+    dense: Callable = clip._dense,
+    attention: Callable = attend,
+    apart: bool = False,
+):
+    """clip.run_block with another dense product or attention, or three products in place of one."""
     n, s, d = x.shape
     y = clip._layer_norm(x, p["norm1"], tower.eps)
     parts = jax.tree.map(lambda w: jnp.split(w, 3, axis=-1), p["qkv"])
@@ -113,9 +121,16 @@ def block(x, p, tower: clip.Tower, dense: Callable, apart: bool):
     else:
         three = jnp.split(dense(y, p["qkv"]), 3, axis=-1)
     q, k, v = (z.reshape(n, s, tower.heads, d // tower.heads) for z in three)
-    x = x + dense(attend(q, k, v, None).reshape(n, s, d), p["out"])
+    x = x + dense(attention(q, k, v, None).reshape(n, s, d), p["out"])
     hidden = dense(clip._layer_norm(x, p["norm2"], tower.eps), p["fc1"])
     return x + dense(clip._activate(hidden, tower.activation), p["fc2"])
+
+
+def in_place(q, k, v, _):
+    """products.attend without moving the heads."""
+    weight = jnp.einsum("nthd,nshd->nhts", q, k, preferred_element_type=jnp.float32)
+    weight = jax.nn.softmax(weight * q.shape[-1] ** -0.5).astype(q.dtype)
+    return product("nhts,nshd->nthd", weight, v)
 
 
 def quantised(x, p):
