@@ -1,7 +1,7 @@
 """What each branch of the fused detector sees, on held-out supports, on probes and on test images.
 
 python experiments/branches.py --config configs/busi.py configs/brain_mri.py --k 16 --draws 5 \
-  --out runs/branches [--look probes] [--set data.root=DIR ...]
+  --out runs/branches [--look probes] [--sum asinh] [--set data.root=DIR ...]
 
 A run of each draw is trained once (method ours; seed i is draw i) and its tokens are read from the
 bank. Then every branch gives one value per image: of the supports (each held out), of probes
@@ -10,6 +10,8 @@ are kept, one file per draw, and fusions of them are compared without running an
 
 --look probes (default) prints what supports and probes say and never opens a test label: choices
 are made there. --look test prints the test image AUROC of every fusion, to be reported in full.
+--sum says what of the standardised values is summed: their asinh, as the package does, or
+themselves (plain).
 """
 
 import argparse
@@ -44,6 +46,7 @@ from medclip_jax.data import datasets, probes
 WINDOW = 2  # patches: how far the aligned memory looks around a patch's own place
 VARIANTS = 12  # probes per support
 
+SUMS: dict[str, Callable] = {"asinh": np.arcsinh, "plain": lambda values: values}
 # fusion -> the branches whose standardised values are summed
 FUSIONS = {
     "learned": ("learned",),
@@ -67,7 +70,7 @@ def main() -> None:
         for k in args.k:
             held = [draw(args, config, k, seed) for seed in range(args.draws)]
             print(f"\n{config.stem}, K = {k}, {len(held)} draws")
-            (of_probes if args.look == "probes" else of_test)(held)
+            (of_probes if args.look == "probes" else of_test)(held, SUMS[args.sum])
 
 
 def arguments() -> argparse.Namespace:
@@ -77,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--look", choices=("probes", "test"), default="probes")
+    parser.add_argument("--sum", choices=SUMS, default="asinh")
     parser.add_argument("--set", action="append", default=[], help="field=value, as --config.field")
     return parser.parse_args()
 
@@ -88,7 +92,7 @@ def draw(args, config: Path, k: int, seed: int) -> dict[str, np.ndarray]:
         workdir = args.out / "runs" / f"{config.stem}-k{k}-{seed}"
         c = settings(args, config, k, seed)
         if not (workdir / "metrics.json").is_file():
-            train.run(c, workdir)
+            train.run(c, workdir, pictures=False)
             (workdir / "predictions.npz").unlink()
         np.savez(path, **values(configuration.resolve(c), workdir))
     with np.load(path) as found:
@@ -204,34 +208,43 @@ def pooled(tokens, grid: int) -> detector.Detector:
 # --- fusions of what was kept ------------------------------------------------------------------
 
 
-def fused(held: dict[str, np.ndarray], names: tuple[str, ...], part: str) -> np.ndarray:
-    """Sum of the branches' values of a part, each standardised on the held-out supports."""
-    total = 0.0
+def parts(
+    held: dict[str, np.ndarray], names: tuple[str, ...], part: str, form: Callable
+) -> list[np.ndarray]:
+    """`form` of each branch's values of a part, standardised on the held-out supports."""
+    found = []
     for name in names:
         own = held[f"{name}/held"]
-        total = total + (held[f"{name}/{part}"] - own.mean()) / calibrate.spread(own)
-    return total
+        found.append(form((held[f"{name}/{part}"] - own.mean()) / calibrate.spread(own)))
+    return found
 
 
-def of_probes(held: list[dict[str, np.ndarray]]) -> None:
-    """How far probes move an image in units of the healthy spread, and their AUROC."""
+def of_probes(held: list[dict[str, np.ndarray]], form: Callable) -> None:
+    """How far probes move an image in units of the healthy spread, and their AUROC.
+
+    Last: the largest share that one branch has in the sum of the branches' variances.
+    """
 
     def line(names):
-        shift, area = [], []
+        shift, area, largest = [], [], []
         for one in held:
-            own, altered = fused(one, names, "held"), fused(one, names, "probe")
-            shift.append((altered - own[:, None]).mean() / own.std(ddof=1))
-            area.append(fusion.auroc(own, altered.ravel()))
-        return np.array(shift), np.array(area)
+            healthy, altered = (parts(one, names, part, form) for part in ("held", "probe"))
+            own, other = sum(healthy), sum(altered)
+            shift.append((other - own[:, None]).mean() / own.std(ddof=1))
+            area.append(fusion.auroc(own, other.ravel()))
+            spread = np.array([values.var() for values in altered])
+            largest.append(spread.max() / spread.sum())
+        return np.array(shift), np.array(area), np.array(largest)
 
-    show(line, ("shift, healthy sd", "AUROC of probes"))
+    show(line, ("shift, healthy sd", "AUROC of probes", "largest share of variance"))
 
 
-def of_test(held: list[dict[str, np.ndarray]]) -> None:
+def of_test(held: list[dict[str, np.ndarray]], form: Callable) -> None:
     """Image AUROC of the test images."""
 
     def line(names):
-        return (np.array([roc_auc_score(one["label"], fused(one, names, "test")) for one in held]),)
+        scores = [(one["label"], sum(parts(one, names, "test", form))) for one in held]
+        return (np.array([roc_auc_score(*pair) for pair in scores]),)
 
     show(line, ("test AUROC",))
 

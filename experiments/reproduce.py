@@ -8,7 +8,8 @@ Draw i is seed i for every method. A finished run is never made again, so a kill
 several processes share the work with --part 1/2 and --part 2/2 (same --runs folder), and whichever
 comes last writes tables of all that is finished. Tokens are kept in one bank, compiled programs in
 its folder. Writes below --out: runs.csv (a line per run), summary.csv (a line per data set, K,
-method and metric, with intervals, tests and published context), tables.md, figures/.
+method and metric, with intervals, tests and published context), tables.md, figures/ (images of
+each K, training, and over draws ROC, scores, calibration, risk against coverage).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import curves
 import numpy as np
 import tables
 from compare import settings
@@ -30,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = [ROOT / "configs" / f"{name}.py" for name in ("busi", "brain_mri", "chest_xray")]
 LEARNERS = ("maml", "fomaml", "anil")  # as methods: ours with this learner
 METHODS = ("ours", "fomaml", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level")
+COLUMNS = ("id", "label", "score", "p_value", "uncertainty")  # of each run, for tables and curves
 SHOWN = 2  # images of Figures 2 to 4
 
 
@@ -125,7 +128,7 @@ def read(args, *job) -> dict:
     result = json.loads((folder(args, *job) / "metrics.json").read_text())
     result["arrays"] = folder(args, *job) / "scores.npz"
     with np.load(result["arrays"], allow_pickle=False) as held:
-        names = {"id", "label", "score", "patient"} & set(held.files)
+        names = {*COLUMNS, "patient"} & set(held.files)
         result |= {name: held[name] for name in names}
     score, label = result["score"], result["label"]
     result["image"]["sensitivity_at_90"] = metrics.sensitivity_at(score, label, 0.9)
@@ -143,6 +146,9 @@ def write(args, rows: dict) -> None:
     found = tables.measured(cells)
     files.write_bytes(args.out / "summary.csv", tables.summary(cells, found).encode())
     files.write_bytes(args.out / "tables.md", tables.markdown(cells, found, args.draws).encode())
+    for (name, k), methods in cells.items():
+        for file, chart in curves.drawn(name, methods, k).items():
+            files.write_bytes(args.out / "figures" / file, chart)
     draw(args)
 
 

@@ -58,7 +58,7 @@ def loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
         if i + columns >= len(names):  # nothing below: this panel carries the step axis
             grid[i].set_xlabel("step", fontsize=9)
             grid[i].tick_params(labelbottom=True)
-    return _png(figure)
+    return png(figure)
 
 
 def roc(
@@ -76,7 +76,7 @@ def roc(
     if np.unique(label).size < 2:
         return message("The ROC is undefined: the test images are all of one class.")
     fpr, tpr, _ = roc_curve(label, score, drop_intermediate=False)
-    figure, axes = _chart("false-positive rate (1 − specificity)", "true-positive rate (recall)")
+    figure, axes = chart("false-positive rate (1 − specificity)", "true-positive rate (recall)")
     name = "ROC" if auroc is None else f"ROC, AUROC {auroc:.3f}"
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="chance")
     if band is not None:
@@ -88,12 +88,12 @@ def roc(
     axes.plot(*point, "o", color=ABNORMAL, ms=8, ls="none", clip_on=False, label="threshold (0.5)")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def scores(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> bytes:
     """Histograms of the image scores, healthy and abnormal, each in per cent of its class."""
-    figure, axes = _chart("image score", "images of the class (%)")
+    figure, axes = chart("image score", "images of the class (%)")
     bins = np.linspace(0, 1, 41)
     kinds = ((0, "healthy", HEALTHY, "////", 0.0), (1, "abnormal", ABNORMAL, None, 0.35))
     for kind, name, colour, hatch, fill in kinds:
@@ -106,7 +106,7 @@ def scores(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> byte
     axes.axvline(0.5, color=NEUTRAL, lw=1.5, ls="--", label="threshold (0.5)")
     axes.set_xlim(0, 1)
     _legend_above(figure, 3)
-    return _png(figure)
+    return png(figure)
 
 
 def calibration(
@@ -122,7 +122,7 @@ def calibration(
     n = p_value.size
     if n == 0:
         return message("Calibration is undefined: no p-value of a healthy test image.")
-    figure, axes = _chart("level: expected false-alarm rate", "observed on healthy test images")
+    figure, axes = chart("level: expected false-alarm rate", "observed on healthy test images")
     if k:
         from scipy.stats import betabinom
 
@@ -141,7 +141,7 @@ def calibration(
         axes.axvline(attained, color=ABNORMAL, lw=1.5, ls="--", label=name)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     _legend_above(figure, 2)
-    return _png(figure)
+    return png(figure)
 
 
 def risk_coverage(
@@ -161,7 +161,7 @@ def risk_coverage(
     wrong = ((score > 0.5) != (label == 1))[order]
     ends = np.flatnonzero(np.append(np.diff(uncertainty[order]) != 0, True)) + 1
     risk = np.cumsum(wrong)[ends - 1] / ends
-    figure, axes = _chart("coverage: share of images decided", "error rate among them")
+    figure, axes = chart("coverage: share of images decided", "error rate among them")
     axes.axhline(wrong.mean(), color=NEUTRAL, lw=1, ls=":", label=f"all images: {wrong.mean():.3f}")
     marker = "o" if ends.size < 30 else None
     axes.plot(
@@ -169,12 +169,12 @@ def risk_coverage(
     )
     axes.set(xlim=(0, 1.01), ylim=(0, max(0.05, 1.35 * float(risk.max()))))
     axes.legend(loc="upper right", fontsize=9, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def deletion(curves: Mapping[str, Sequence[float]]) -> bytes:
     """The map's score while patches are replaced by healthy ones, by whose order comes first."""
-    figure, axes = _chart("share of the patches replaced by healthy ones", "score of the map")
+    figure, axes = chart("share of the patches replaced by healthy ones", "score of the map")
     kinds = (("map", HEALTHY, "-", "o"), ("grad_cam", ABNORMAL, "--", "s"))
     for name, colour, line, marker in (*kinds, ("random", NEUTRAL, ":", "^")):
         mean = float(np.mean(curves[name]))
@@ -184,10 +184,10 @@ def deletion(curves: Mapping[str, Sequence[float]]) -> bytes:
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     _legend_above(figure, 1)
-    return _png(figure)
+    return png(figure)
 
 
-def _chart(x: str, y: str) -> tuple["Figure", "Axes"]:
+def chart(x: str, y: str) -> tuple["Figure", "Axes"]:
     figure = _figure(4.6, 3.9)
     axes = figure.subplots()
     axes.set_xlabel(x, fontsize=10)
@@ -219,7 +219,7 @@ def message(text: str) -> bytes:
     """A chart-sized figure that says why there is no chart."""
     figure = _figure(4.6, 3.9)
     figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=11, wrap=True)
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -228,7 +228,7 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
