@@ -22,6 +22,9 @@ SIZES = {
     "ViT-B/16": Size(768, 12, 12, 16, 224, 512),
     "ViT-L/14": Size(1024, 24, 16, 14, 224, 768),
     "compact": Size(192, 8, 3, 16, 224, 192),  # the embedded CLIP
+    "compact/8": Size(192, 8, 3, 8, 224, 192),  # it with smaller patches,
+    "compact/320": Size(192, 8, 3, 16, 320, 192),  # a larger frame,
+    "compact-384": Size(384, 8, 6, 16, 224, 192),  # or twice the width
     "tiny": Size(32, 4, 2, 8, 32, 16),  # for the tests
 }
 EPS = 1e-5
