@@ -255,8 +255,9 @@ def training_steps(c: ConfigDict) -> int:
 def gradients(c: ConfigDict) -> int:
     """Gradients of the loss (forward and backward over one set of rows) in one optimisation step.
 
-    Learners are compared, and `steps` is derived, at an equal number of them. The Hessian-vector
-    products of exact second order are not counted: they are the price of exactness.
+    Where `epochs` are given, steps are derived so that all learners take as many of them, and so
+    they are compared. The Hessian-vector products of exact second order are not counted: they are
+    the price of exactness.
     """
     return 1 if c.learner == "joint" else c.meta.tasks * (c.meta.inner_steps + 1)
 
