@@ -3,6 +3,7 @@
 Killed while training: test_end_to_end.
 """
 
+import json
 import os
 import sys
 import time
@@ -24,15 +25,22 @@ def test_kills_lose_nothing(tmp_path, tmp_path_factory):
 
 
 def test_a_lost_or_changed_file_is_a_loss(tmp_path):
+    def write(folder: str, file: str, score: float, deflated: int) -> None:
+        told = {"score": score, "bytes": {"map": deflated, "overlay": 7}}
+        (tmp_path / folder / file).write_text(json.dumps(told))
+
     for name in ("whole", "job"):
         (tmp_path / name).mkdir()
-        for file in ("results.csv", "a.json", ".a.json.7.tmp"):
+        for file in ("results.csv", ".a.json.7.tmp"):
             (tmp_path / name / file).write_text(file)
+        write(name, "a.json", 0.5, 7)
     job = faults.Job((), tmp_path / "job", tmp_path)
     (tmp_path / "job" / ".b.json.8.tmp").touch()
     assert faults.losses(job, tmp_path / "whole") == []
-    (tmp_path / "job" / "a.json").write_text("other")
-    (tmp_path / "job" / "b.json").touch()
+    write("job", "a.json", 0.5, 8)  # the same pixels may deflate to a byte more
+    assert faults.losses(job, tmp_path / "whole") == []
+    write("job", "a.json", 0.6, 7)
+    write("job", "b.json", 0.5, 7)
     assert faults.losses(job, tmp_path / "whole") == ["a.json", "b.json"]
 
 

@@ -1,6 +1,5 @@
 """SIGTERM and SIGINT while predicting: the same command ends as if nothing had happened."""
 
-import json
 import os
 import re
 import signal
@@ -14,6 +13,10 @@ import pytest
 from PIL import Image
 
 from .test_end_to_end import ROOT, finished
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import faults  # noqa: E402
 
 IMAGES = 300
 # where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
@@ -52,18 +55,8 @@ def start(tmp_path, tmp_path_factory):
 
 
 def kept(folder) -> dict[str, bytes]:
-    """What the files say; isal once deflated the same pixels to one byte more."""
-    return {p.name: said(p) for p in folder.iterdir()}
-
-
-def said(path) -> bytes:
-    if path.suffix == ".png":
-        return np.asarray(Image.open(path)).tobytes()
-    if path.suffix == ".json":
-        told = json.loads(path.read_text())
-        assert told.pop("bytes").keys() == {"map", "overlay"}
-        return json.dumps(told).encode()
-    return path.read_bytes()
+    """What the files say."""
+    return {p.name: faults.said(p) for p in folder.iterdir()}
 
 
 def stopped(process: subprocess.Popen, folder: Path, with_: int, least: int) -> tuple[str, int]:
