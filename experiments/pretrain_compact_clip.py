@@ -151,6 +151,7 @@ def judge_folders(data: Path, run: Path, folders: list[Path]) -> None:
     """Each folder, and the first one's shape at random weights; results.json and results.md."""
     from pretrain import export, judge, tower
 
+    run.mkdir(parents=True, exist_ok=True)
     tests = [judge.read_set(name, data) for name in EVALUATION]
     named = {}
     for folder in folders:
