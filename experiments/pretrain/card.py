@@ -55,7 +55,8 @@ random as pool of which K are used; zero-shot = 4 + 4 phrases):
 {results}
 
 **Limits.** It has seen captions of brain tumours, pneumonia and breast masses from other sets:
-say so wherever its zero-shot numbers stand. 7,552 images and three modalities: outside brain MRI,
+say so wherever its zero-shot numbers stand (without findings in the captions they fall to chance,
+docs/embedded_clip.md of the project). 7,552 images and three modalities: outside brain MRI,
 chest films and breast ultrasound it knows no more than its teachers' general shape. The chest
 films it saw of healthy children and the NIH films of adults differ in source, so part of what
 "pneumonia" means to it may be the source. Text beyond {length} tokens was never trained.
