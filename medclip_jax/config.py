@@ -16,7 +16,8 @@ from medclip_jax import learned_parts, score_fields
 from medclip_jax.errors import ConfigError
 from medclip_jax.methods import BRANCHES, FIXED, LEARNERS, METHODS, PRESETS
 
-STEPS = 100  # of training where neither steps nor epochs are given; docs/parts.md says why
+STEPS = 100  # of joint training where neither steps nor epochs are given; docs/parts.md says why
+EPOCHS = 200  # of the other learners there, as peers count
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
 CHOICES = {
@@ -182,7 +183,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
     c.learner = "joint"  # LEARNERS, see learn.py
     c.meta = META
-    c.epochs = 0  # passes over the supports, as peers count; 0: STEPS steps whatever k
+    c.epochs = 0  # passes over the supports; 0: STEPS steps of joint, EPOCHS of other learners
     c.batch = 0  # images per step; 0 = min(8, k)
     c.steps = 0  # optimisation steps; 0: from epochs, see `training_steps`
     c.score = score_fields.SCORE
@@ -247,9 +248,9 @@ def check(c: ConfigDict) -> None:
 
 def training_steps(c: ConfigDict) -> int:
     """STEPS, or as many as `epochs` need: epochs * ceil(k / batch) gradients, see `gradients`."""
-    if not c.epochs:
+    if not c.epochs and c.learner == "joint":
         return STEPS
-    return max(1, c.epochs * -(-c.k // c.batch) // gradients(c))
+    return max(1, (c.epochs or EPOCHS) * -(-c.k // c.batch) // gradients(c))
 
 
 def gradients(c: ConfigDict) -> int:
