@@ -19,7 +19,7 @@ def command(tmp_path, monkeypatch):
     """command(folder, *flags) runs the script on made-up runs; made: their names in order."""
     made = []
 
-    def run(c, workdir):
+    def run(c, workdir, pictures):
         made.append(workdir.name)
         if command.stop_at == len(made):
             (workdir / "checkpoints").mkdir(parents=True)
