@@ -206,7 +206,7 @@ def of_pixels(ground: Ground, at: Place, values: np.ndarray, quiet) -> dict[str,
     if not marked:
         return None
     if not set(ground.masks) >= {r.id for r in marked}:
-        truth = lesions.truths(marked, size, at.bank.fit)
+        truth = lesions.Truths(marked, size, at.bank.fit)
         ground.masks |= {r.id: mask for r, mask in zip(marked, truth, strict=True)}
     maps = jax.jit(lambda v: to_pixels(v, size))
     margin = 1e-3 + float(np.ptp(values)) * 1e-3  # up-sampled values stay within the patches'

@@ -81,7 +81,7 @@ class Ground:
             self.tokens[r.id] = row
         marked = [r for r in new if r.masks]
         if marked:
-            truth = lesions.truths(marked, self.tower.size, bank.fit)
+            truth = lesions.Truths(marked, self.tower.size, bank.fit)
             self.masks |= {r.id: mask for r, mask in zip(marked, truth, strict=True)}
 
 

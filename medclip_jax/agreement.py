@@ -35,7 +35,7 @@ LOCATED = ("map", "grad_cam")
 def pointing(
     maps: Iterable[Float[np.ndarray, "h w"]],
     cams: Float[np.ndarray, "n p"] | None,
-    masks: Bool[np.ndarray, "n h w"],
+    masks: Iterable[Bool[np.ndarray, "h w"]],
 ) -> dict[str, dict[str, float | int]] | None:
     """Of map and Grad-CAM (patches): hit, chance, n; None if no image has a lesion mask."""
     held: dict[str, list[tuple[float, float]]] = {name: [] for name in LOCATED}

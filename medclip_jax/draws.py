@@ -5,9 +5,9 @@ they are known) within their class, the same for all draws, and then draws with 
 metric comes from counts by level (see `intervals`), so no score is sorted twice.
 
 Where the pool of healthy images is drawn anew, each draw is tested on images of its own, most of
-them shared. Then the images of all draws together are resampled, and each draw counts its own. What
-these add counts at both levels, so that such intervals hold the truth more often than they say
-(experiments/interval_coverage.py, case varying).
+them shared. Then the images of all draws together are resampled, and each draw counts its own.
+What images add to one draw alone shows between the draws already: only what they move in all draws
+together counts beside that (see `standard_error`).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Num, Shaped
 
 from medclip_jax import intervals
 from medclip_jax.errors import DataError
-from medclip_jax.stats import Interval, few_draws
+from medclip_jax.stats import Interval, widening
 
 Places = Sequence[Int[np.ndarray, " _"]]
 ROUNDS = 1000
@@ -41,15 +41,11 @@ def image(
     if truth.all() or not truth.any():
         return {}
     weights = intervals.resample(truth, ROUNDS, seed, groups)
-    rows = np.concatenate([np.ones((1, len(truth)), int), weights])  # first as it is
+    rows = np.concatenate([np.ones((1, len(truth)), weights.dtype), weights])  # first as it is
     each = []
     for one, at in zip(scores, _all_on_all(places, len(scores)), strict=True):
-        counts, start = intervals.image_counts(one, truth[at])
-        drawn = intervals.sums(rows[:, at], counts)
-        values = intervals.measures(drawn, start)
-        values["false_alarm_rate"] = 1 - values["specificity"]
-        values["sensitivity_at_90"] = sensitivity_at(drawn, 0.9)
-        each.append(values)
+        values = intervals.of_images(rows[:, at], one, truth[at], more=at_90)
+        each.append(values | {"false_alarm_rate": 1 - values["specificity"]})
     return _over_draws(each, seed)
 
 
@@ -65,7 +61,7 @@ def pixel(
     The rest as in `image`.
     """
     weights = intervals.resample(np.asarray(labels) == 1, ROUNDS, seed, groups)
-    rows = np.concatenate([np.ones((1, len(labels)), int), weights])
+    rows = np.concatenate([np.ones((1, len(labels)), weights.dtype), weights])
     half = intervals.BINS // 2
     own = zip(counts, _all_on_all(places, len(counts)), strict=True)
     each = [intervals.measures(intervals.sums(rows[:, at], c), half) for c, at in own]
@@ -99,6 +95,10 @@ def _all_on_all(places: Places | None, draws: int) -> Sequence:
     return [slice(None)] * draws if places is None else places
 
 
+def at_90(counts: Float[np.ndarray, "r 2 b"]) -> dict[str, np.ndarray]:
+    return {"sensitivity_at_90": sensitivity_at(counts, 0.9)}
+
+
 def sensitivity_at(counts: Float[np.ndarray, "r 2 b"], specificity: float) -> np.ndarray:
     """Highest sensitivity of each row among thresholds with at least this specificity."""
     alarms, hits = (np.pad(counts[:, i, ::-1].cumsum(1), ((0, 0), (1, 0))) for i in (0, 1))
@@ -117,8 +117,24 @@ def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, I
             continue  # undefined in some round
         means = values[chosen.T, 1 + np.arange(ROUNDS)].mean(0)
         own = values[:, 0]
-        se, stretch = few_draws(float(means.std(ddof=1)), own, LEVEL)
+        se, drawn = standard_error(values), float(means.std(ddof=1))
+        stretch = widening(se, own, LEVEL) * se / drawn if drawn else 1.0
         tails = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
         low, high = own.mean() + stretch * (tails - own.mean())
         found[name] = Interval(float(own.mean()), se, float(low), float(high))
     return found
+
+
+def standard_error(values: Float[np.ndarray, "d r"]) -> float:
+    """Of the mean over draws; values: of each draw as it is, then with its images resampled.
+
+    Two crossed random effects (Brennan, Generalizability Theory, 2001): the variance between draws
+    over d, which holds what draws and their own images add, and the covariance that shared images
+    give two draws. One draw: that of its images.
+    """
+    d, rounds = len(values), values[:, 1:]
+    if d == 1:
+        return float(rounds.std(ddof=1))
+    covariance = np.cov(rounds)
+    shared = (covariance.sum() - np.trace(covariance)) / (d * (d - 1))
+    return float(values[:, 0].var(ddof=1) / d + max(shared, 0.0)) ** 0.5

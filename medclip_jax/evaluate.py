@@ -16,7 +16,6 @@ from medclip_jax import (
     attribution,
     calibrate,
     features,
-    files,
     intervals,
     lesions,
     limits,
@@ -24,6 +23,7 @@ from medclip_jax import (
     processes,
     rejection,
     score,
+    spool,
     suppress,
     thumbnails,
 )
@@ -57,12 +57,14 @@ def score_images(
     passes: int,
     seed: int,
     quiet: suppress.Learned | None = None,
+    folder: Path | None = None,
 ) -> Scored:
     """Scores of the test set, calibrated on the held-out supports alone. Labels are not read.
 
     top: share of the largest patches whose mean is the image score (0: the map's maximum).
     alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
     quiet: outlier suppression of the maps, learned on these supports.
+    folder: on whose disk the maps lie until they are written; None for the temporary folder.
     """
     size = bank.clip.size
     maps, image_scores = jax.jit(partial(score.to_pixels, size=size)), scorer(size, top)
@@ -72,7 +74,7 @@ def score_images(
 
     rows, doubt, why = [], [], []
     mine = [test[i] for i in processes.part(len(test))]
-    out = np.empty((len(mine), size, size), np.float16)
+    out = spool.Rows(len(mine), (size, size), np.float16, folder)
     groups = (detector.load or features.load_images)(bank, mine, BATCH)
     groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
@@ -86,18 +88,18 @@ def score_images(
             shown = mine[i * BATCH : i * BATCH + real]
             heat = suppress.treat(heat, quiet.steps, list(suppress.areas(shown, size, bank.fit)))
         heat = calibrate.to_unit(heat, found.pixel.value, found.pixel_width)
-        out[i * BATCH : i * BATCH + len(heat)] = half_precision(heat)
+        out.put(i * BATCH, half_precision(heat))
         doubt.append(doubts(detector, batch, keys, image_scores, found)[:real])
         why.append(cams(batch)[:real])
-    held = (np.concatenate(rows), np.concatenate(doubt), out, np.concatenate(why))
-    raw, doubt, out, why = processes.gather(held, len(test))
+    held = (np.concatenate(rows), np.concatenate(doubt), np.concatenate(why))
+    raw, doubt, why = processes.gather(held, len(test))
     predictions = Predictions(
         tuple(r.id for r in test),
         np.array([r.label for r in test]),
         calibrate.to_unit(raw, found.image.value, found.image_width),
         calibrate.p_values(raw, found.healthy) if detector.k > 1 else np.full(len(raw), np.nan),
         doubt[:, 0],
-        out,
+        processes.gather_rows(out, len(test), BATCH, folder),
     )
     explained = why if why.any() else None
     told = rejection.named(doubt[:, 1:]) if detector.passes is not None and passes else None
@@ -172,20 +174,24 @@ def from_patches(values, size: int, top: float):
     return score.to_pixels(values, size).max((1, 2))
 
 
-def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[str, Any]:
+def measure(
+    scored: Scored, test: Sequence[Record], fit: readers.Mode, folder: Path | None = None
+) -> dict[str, Any]:
     """Labels and masks are read here, after scoring: image, pixel and calibration metrics.
 
-    `pixel_counts` are arrays, for write_predictions; all else is for metrics.json.
+    `pixel_counts` are rows on the disk of `folder`, for write_predictions; all else is for
+    metrics.json.
     """
     p = scored.predictions
     image = metrics.image_level(p.score, p.label)
-    pixel, each, counts, points = of_pixels(scored, test, fit)
+    pixel, each, counts, points = of_pixels(scored, test, fit, folder)
     of = lesions.patients(test)
     sure = {"image": intervals.image(p.score, p.label, groups=of), "pixel": {}}
     if counts is not None:
-        known = counts.any((1, 2))
+        known = [i for i in range(len(test)) if counts[i].any()]
         among = None if of is None else of[known]
-        sure["pixel"] = intervals.of_counts(counts[known], p.label[known], groups=among)
+        held = lesions.Chosen(counts, known)
+        sure["pixel"] = intervals.of_counts(held, p.label[known], groups=among)
         sure["pixel"] |= intervals.of_means(each, p.label[known], groups=among)
     kept = dict(scored.calibration)
     k, alpha = kept.pop("k"), kept.pop("alpha")
@@ -202,7 +208,9 @@ def measure(scored: Scored, test: Sequence[Record], fit: readers.Mode) -> dict[s
     return found | doubt | told
 
 
-def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
+def of_pixels(
+    scored: Scored, test: Sequence[Record], fit: readers.Mode, folder: Path | None = None
+):
     """Pixel metrics, those of each image that has masks (metrics.pixel_level_each),
     intervals.pixel_counts and the pointing game; None for all without masks.
 
@@ -213,8 +221,8 @@ def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     if not any(test[i].label for i in known):
         return None, None, None, None
-    measured, maps = [test[i] for i in known], lesions.Halves(p.maps, known)
-    masks = lesions.truths(measured, p.maps.shape[-1], fit)
+    measured, maps = [test[i] for i in known], lesions.Chosen(p.maps, known)
+    masks = lesions.Truths(measured, p.maps.shape[-1], fit)
     mm = lesions.spacings(measured, p.maps.shape[-1], fit)
     found, each = metrics.pixel_level_each(maps, masks, spacing=mm, tolerance=TOLERANCE)
     # px: of the tower frame; one image without spacing makes all distances so
@@ -223,8 +231,9 @@ def of_pixels(scored: Scored, test: Sequence[Record], fit: readers.Mode):
         "boundary_tolerance": TOLERANCE,
     }
     why = None if scored.cams is None else scored.cams[known]
-    counts = np.zeros((len(test), 3, intervals.BINS), np.float32)
-    counts[known] = intervals.pixel_counts(maps, masks)
+    counts = spool.Rows(len(test), (3, intervals.BINS), np.float32, folder)
+    for i, held in zip(known, intervals.each_counts(maps, masks), strict=True):
+        counts.put(i, held[None])
     return pixel, each, counts, agreement.pointing(maps, why, masks)
 
 
@@ -234,14 +243,15 @@ def write_predictions(
     test: Sequence[Record],
     fit: readers.Mode,
     seed: int,
-    counts: Float[np.ndarray, "n 3 b"] | None = None,
+    counts: spool.Rows | None = None,
     pictures: bool = True,
 ) -> None:
     """predictions.npz: one row per image, maps in the tower frame, and a gallery in image frames.
 
     Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
     gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
-    If `pictures`, of every image, for the report: the arrays of `thumbnails.pack`. For tables:
+    If `pictures`, for the report: the arrays of `thumbnails.pack`, of every image or of
+    thumbnails.MOST drawn by seed. For tables:
     `pixel_counts` (intervals.pixel_counts, where masks are known) and `patient`, where some has
     several images.
     """
@@ -252,7 +262,7 @@ def write_predictions(
         for label, count in zip((1, 0), GALLERY, strict=True)
         for i in sorted(rng.permutation(np.flatnonzero(p.label == label))[:count])
     ]
-    gallery: dict[str, np.ndarray] = {"gallery_index": np.array(shown)}
+    gallery: dict[str, Any] = {"gallery_index": np.array(shown)}
     for place, i in enumerate(shown):
         pixels = readers.read(test[i].path).pixels[0]
         height, width = pixels.shape
@@ -266,7 +276,6 @@ def write_predictions(
     of = lesions.patients(test)
     gallery |= {} if of is None else {"patient": of}
     if pictures:
-        gallery |= thumbnails.pack(test, p.maps, fit, scored.cams)
+        gallery |= thumbnails.pack(test, p.maps, fit, scored.cams, seed)
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
-    with files.writing(workdir / "predictions.npz") as whole:
-        np.savez(whole, **(arrays | gallery))
+    spool.write_npz(workdir / "predictions.npz", arrays | gallery)

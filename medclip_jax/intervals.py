@@ -7,15 +7,17 @@ Rates of images (sensitivity, specificity and their complements) get Wilson's in
 which stays honest at 0 and 1. They say nothing about other draws of the supports.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num, Shaped
+from jaxtyping import Bool, Float, Integer, Num, Shaped
 from scipy import stats as st
 
 Limits = dict[str, list[float]]
 BINS = 512  # of a pixel histogram over [0, 1]; 0.5 is an edge
 ROUNDS = 1000
+BLOCK, PART = 50, 500  # rounds and images at a time, so that memory does not grow with both
 TAILS = (0.025, 0.975)
 
 
@@ -33,9 +35,8 @@ def image(
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
         return {}
-    counts, start = image_counts(scores, truth, threshold)
     weights = resample(truth, ROUNDS, seed, groups)
-    found = _limits(measures(sums(weights, counts), start))
+    found = _limits(of_images(weights, scores, truth, threshold))
     if groups is not None:
         low, high = found["specificity"]
         found |= {"tpr": found["recall"], "fpr": [1 - high, 1 - low]}
@@ -48,19 +49,35 @@ def image(
     return {**{n: found[n] for n in found if n not in ("iou", "dice")}, "fpr": [1 - high, 1 - low]}
 
 
-def image_counts(
-    scores: Num[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], threshold: float = 0.5
-) -> tuple[Float[np.ndarray, "n 2 b"], int]:
-    """Healthy and abnormal images by score, and the first level that is called abnormal."""
+def of_images(
+    weights: Integer[np.ndarray, "r n"],
+    scores: Num[np.ndarray, " n"],
+    truth: Bool[np.ndarray, " n"],
+    threshold: float = 0.5,
+    more: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None,
+) -> dict[str, Float[np.ndarray, " r"]]:
+    """`measures` of each row of weights, BLOCK rows at a time; more: adds others from the counts.
+
+    Counts [r, 2, b] are healthy and abnormal images by score.
+    """
     levels, place = np.unique(scores, return_inverse=True)
-    counts = np.zeros((len(scores), 2, len(levels)))
-    counts[np.arange(len(scores)), truth.astype(int), place] = 1
-    return counts, int(np.searchsorted(levels, threshold, side="left"))
+    start = int(np.searchsorted(levels, threshold, side="left"))
+    found: dict[str, list[np.ndarray]] = {}
+    for first in range(0, len(weights), BLOCK):
+        rows = weights[first : first + BLOCK].astype(float)
+        counts = np.zeros((len(rows), 2, len(levels)))
+        for side in (0, 1):
+            of = truth == bool(side)
+            np.add.at(counts[:, side].T, place[of], rows[:, of].T)
+        values = measures(counts, start) | (more(counts) if more else {})
+        for name, x in values.items():
+            found.setdefault(name, []).append(x)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def pixel(
     maps: Iterable[Float[np.ndarray, "h w"]],
-    masks: Bool[np.ndarray, "n h w"],
+    masks: Iterable[Bool[np.ndarray, "h w"]],
     labels: Shaped[np.ndarray, " n"],
     seed: int = 0,
 ) -> Limits:
@@ -69,12 +86,12 @@ def pixel(
 
 
 def of_counts(
-    counts: Float[np.ndarray, "n 3 b"],
+    counts: Sequence | np.ndarray,
     labels: Shaped[np.ndarray, " n"],
     seed: int = 0,
     groups: Shaped[np.ndarray, " n"] | None = None,
 ) -> Limits:
-    """The same from `pixel_counts`.
+    """The same from `pixel_counts` [n, 3, b], or rows of it that are read when needed.
 
     AUROC, AUPRC and AUPRO come from 512 bins: their limits are off by no more than a bin's share.
     """
@@ -93,18 +110,26 @@ def of_means(
     found = {}
     for name, each in values.items():
         known = np.isfinite(each)
-        drawn = weights[:, known]
+        both = np.stack([np.where(known, each, 0.0), known])[..., None]  # sum and count
+        total, count = sums(weights, both.swapaxes(0, 1))[..., 0].T
         with np.errstate(invalid="ignore"):
-            found[name] = drawn @ each[known] / drawn.sum(1)
+            found[name] = total / count
     return _limits(found)
 
 
 def pixel_counts(
-    maps: Iterable[Float[np.ndarray, "h w"]], masks: Bool[np.ndarray, "n h w"]
+    maps: Iterable[Float[np.ndarray, "h w"]], masks: Iterable[Bool[np.ndarray, "h w"]]
 ) -> Float[np.ndarray, "n 3 b"]:
     """`histograms` of every image, float32."""
+    return np.stack([*each_counts(maps, masks)])
+
+
+def each_counts(
+    maps: Iterable[Float[np.ndarray, "h w"]], masks: Iterable[Bool[np.ndarray, "h w"]]
+) -> Iterator[Float[np.ndarray, "3 b"]]:
+    """`pixel_counts` of one image after the other."""
     made = (histograms(m, truth) for m, truth in zip(maps, masks, strict=True))
-    return np.stack([x.astype(np.float32) for x in made])
+    return (x.astype(np.float32) for x in made)
 
 
 def roc_band(
@@ -150,7 +175,7 @@ def resample(
     rounds: int,
     seed: int,
     groups: Shaped[np.ndarray, " n"] | None = None,
-) -> Int[np.ndarray, "r n"]:
+) -> Integer[np.ndarray, "r n"]:
     """How often each image is drawn in each round; class sizes are kept.
 
     groups: whole patients are drawn, within those with and those without an abnormal image.
@@ -161,13 +186,14 @@ def resample(
         _, owner = np.unique(groups, return_inverse=True)
     ill = np.zeros(owner.max() + 1, bool)
     np.logical_or.at(ill, owner, truth)
-    weights = np.zeros((rounds, len(ill)), np.int64)
+    weights = np.zeros((rounds, len(ill)), np.uint16)
     for side in (False, True):
         chosen = np.flatnonzero(ill == side)
         if len(chosen):
             share = np.full(len(chosen), 1 / len(chosen))
-            weights[:, chosen] = rng.multinomial(len(chosen), share, rounds)
-    return weights[:, owner]
+            for row in weights:
+                row[chosen] = rng.multinomial(len(chosen), share)
+    return weights if groups is None else weights[:, owner]
 
 
 def measures(counts: Float[np.ndarray, "r c b"], start: int) -> dict[str, np.ndarray]:
@@ -215,10 +241,14 @@ def aupro(
     return (used * (y[:, :-1] + end) / 2).sum(1) / limit
 
 
-def sums(weights: Int[np.ndarray, "r n"], counts: Float[np.ndarray, "n c b"]) -> np.ndarray:
-    """Counts of each round's images, [r, c, b]."""
-    flat = weights.astype(float) @ counts.reshape(len(counts), -1)
-    return flat.reshape(len(weights), *counts.shape[1:])
+def sums(weights: Integer[np.ndarray, "r n"], counts: Sequence | np.ndarray) -> np.ndarray:
+    """Counts of each round's images, [r, c, b]; PART images at a time."""
+    shape = counts[0].shape
+    total = np.zeros((len(weights), math.prod(shape)))
+    for first in range(0, len(counts), PART):
+        part = [counts[i].ravel() for i in range(first, min(first + PART, len(counts)))]
+        total += weights[:, first : first + PART].astype(float) @ np.stack(part).astype(float)
+    return total.reshape(len(weights), *shape)
 
 
 def _limits(values: dict[str, np.ndarray]) -> Limits:

@@ -1,7 +1,9 @@
 """What is known of test images: masks, millimetres, patients. Read after scoring only."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -10,18 +12,35 @@ from medclip_jax.data import readers
 from medclip_jax.structs import Record
 
 
-def truths(test: Sequence[Record], size: int, fit: readers.Mode) -> Bool[np.ndarray, "n s s"]:
-    """Lesion masks in the tower frame; all False for an image without mask."""
+class Truths:
+    """Lesion masks in the tower frame, bool [s, s] each; all False for an image without mask.
 
-    def fill(i):
-        if test[i].masks:
-            made[i] = readers.fit_mask(truth(test[i]), size, fit)
+    Read once and held compressed, about 300 bytes each; iterating unpacks one at a time.
+    Raises DataError for a mask that cannot be read or is of another size than its image.
+    """
 
-    made = np.zeros((len(test), size, size), bool)
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(len(test))):
-            pass  # an error is raised here
-    return made
+    def __init__(self, test: Sequence[Record], size: int, fit: readers.Mode):
+        self.size = size
+
+        def packed(record: Record) -> bytes:
+            if not record.masks:
+                return b""
+            return zlib.compress(np.packbits(readers.fit_mask(truth(record), size, fit)).data, 1)
+
+        with ThreadPoolExecutor() as pool:
+            self.held = list(pool.map(packed, test))
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __iter__(self) -> Iterator[Bool[np.ndarray, "s s"]]:
+        shape = self.size, self.size
+        for raw in self.held:
+            if not raw:
+                yield np.zeros(shape, bool)
+                continue
+            bits = np.frombuffer(zlib.decompress(raw), np.uint8)
+            yield np.unpackbits(bits, count=self.size**2).astype(bool).reshape(shape)
 
 
 def spacings(
@@ -62,11 +81,14 @@ def patients(test: Sequence[Record]) -> np.ndarray | None:
     return None if len(set(named)) == len(named) else number
 
 
-class Halves:
-    """Some of the stored maps as float32, one at a time: a copy of all would double the memory."""
+class Chosen(Sequence):
+    """Some of the stored rows as float32, one at a time: a copy of all would take the memory."""
 
-    def __init__(self, maps: Float[np.ndarray, "n h w"], rows: Sequence[int]):
-        self.maps, self.rows = maps, rows
+    def __init__(self, held: Any, rows: Sequence[int]):
+        self.held, self.rows = held, rows
 
-    def __iter__(self):
-        return (self.maps[i].astype(np.float32) for i in self.rows)
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.held[self.rows[place]].astype(np.float32)

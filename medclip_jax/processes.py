@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int, PyTree
 
+from medclip_jax import spool
 from medclip_jax.errors import ProcessError, UserError, WorkdirError
 from medclip_jax.preemption import Preempted
 
@@ -99,6 +100,20 @@ def gather(tree: PyTree, n: int) -> PyTree:
         return np.ascontiguousarray(rows).view(x.dtype).reshape(n, *x.shape[1:])
 
     return jax.tree.map(one, tree)
+
+
+def gather_rows(own: spool.Rows, n: int, batch: int, folder: Path | None) -> spool.Rows:
+    """`gather` of rows on disk, `batch` of each process at a time."""
+    if not several():
+        return own
+    whole = spool.Rows(n, own.shape[1:], own.dtype, folder)
+    for start in range(0, len(own), batch):
+        rows = np.stack([own[i] for i in range(start, min(start + batch, len(own)))])
+        everyone = gather(rows, len(rows) * jax.process_count())
+        for process, part in enumerate(np.split(everyone, jax.process_count())):
+            first = process * len(own) + start
+            whole.put(first, part[: max(0, n - first)])
+    return whole
 
 
 def seen(paths: Sequence[Path]) -> None:

@@ -134,6 +134,7 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         shown=viewer.as_script(shown),
         everything=_all_rows(files),
+        pictured=sum(x is not None for x in files.pictures),
         explanations=captions.checks(metrics.get("explanations") or {}),
         command=command.again(files.config),
         calibration=metrics.get("calibration") or {},

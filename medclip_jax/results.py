@@ -27,7 +27,7 @@ class Files(NamedTuple):
     predictions: dict[str, np.ndarray]  # id, label, score, p_value, uncertainty: all of length n
     places: list[int]  # of each panel's image in the predictions
     panels: list[gallery.Panel]
-    pictures: list[dict[str, Any]]  # of every image, see viewer; empty if none was kept
+    pictures: list[dict[str, Any] | None]  # see viewer; empty if none was kept
 
 
 def read(workdir: Path) -> Files:
@@ -91,7 +91,7 @@ def _predictions(path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def _pictures(path: Path, n: int) -> list[dict[str, Any]]:
+def _pictures(path: Path, n: int) -> list[dict[str, Any] | None]:
     with np.load(path, allow_pickle=False) as file:
         held = {name: file[name] for name in file.files if name.startswith(("thumb", "frame"))}
     return viewer.pictures(held, n)

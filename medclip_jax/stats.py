@@ -269,6 +269,15 @@ def few_draws(se: float, values: Float[np.ndarray, " d"], level: float) -> tuple
         return se, 1.0
     of_draws = float(values.var(ddof=1)) / d
     full = (se**2 + of_draws / d) ** 0.5
-    df = (d - 1) * (full**2 / of_draws) ** 2 if of_draws else np.inf
-    factor = float(st.t.ppf((1 + level) / 2, df) / st.norm.ppf((1 + level) / 2))
-    return full, factor * full / se
+    return full, widening(full, values, level) * full / se
+
+
+def widening(se: float, values: Float[np.ndarray, " d"], level: float) -> float:
+    """Student's t over the normal quantile, with Satterthwaite's degrees of freedom.
+
+    se: of the mean of `values`, of which the draws are the part that few draws estimate.
+    """
+    d = len(values)
+    of_draws = float(values.var(ddof=1)) / d if d > 1 else 0.0
+    df = (d - 1) * (se**2 / of_draws) ** 2 if of_draws else np.inf
+    return float(st.t.ppf((1 + level) / 2, df) / st.norm.ppf((1 + level) / 2))

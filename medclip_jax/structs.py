@@ -103,4 +103,5 @@ class Predictions(NamedTuple):
     score: Float[np.ndarray, " n"]  # [0, 1], 0.5 is the calibrated threshold
     p_value: Float[np.ndarray, " n"]
     uncertainty: Float[np.ndarray, " n"]  # sd of the score over MC-dropout passes
-    maps: Float[np.ndarray, "n h w"]  # tower frame, [0, 1], 0.5 is the calibrated pixel threshold
+    # tower frame, [0, 1], 0.5 is the calibrated pixel threshold; on disk: a spool.Rows, or an array
+    maps: Float[np.ndarray, "n h w"] | Any

@@ -9,7 +9,7 @@ after another in one uint8 array and `_end` says where each ends, so that nothin
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,24 +22,35 @@ from medclip_jax.structs import Record
 SIDE = 256  # pixels of the longer side
 MAP_SIDE = 128  # of maps, which are smooth
 QUALITY = 80  # of JPEG
+MOST = 1000  # images in a report, which opens in seconds then and stays below 40 MB
 FILES = ("thumb", "thumb_mask", "thumb_map", "thumb_cam")
 
 
 def pack(
     records: Sequence[Record],
-    maps: Float[np.ndarray, "n s s"],
+    maps: Float[np.ndarray, "n s s"] | Any,
     fit: readers.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Arrays thumb, thumb_mask, thumb_map, thumb_cam, each with its _end, and frame [n, 2].
 
     maps: tower frame, [0, 1]. cams: per patch, [0, 1]. `frame` is the size (rows, columns) of the
     original. There is no mask file where no lesion is known, no cam file without `cams`.
+    Of more than MOST images so many are kept, drawn by seed: `thumb_index` says which.
     """
-    squares = [None] * len(records) if cams is None else explain.to_square(cams, MAP_SIDE)
+    kept = np.arange(len(records))
+    if len(records) > MOST:
+        kept = np.sort(np.random.default_rng(seed).permutation(len(records))[:MOST])
+
+    def one(i: int):
+        cam = None if cams is None else explain.to_square(cams[i : i + 1], MAP_SIDE)[0]
+        return _one(records[i], maps[i], cam, fit)
+
     with ThreadPoolExecutor() as pool:
-        made = list(pool.map(partial(_one, fit=fit), records, maps, squares))
-    arrays = {"frame": np.array([frame for frame, _ in made], np.int32).reshape(-1, 2)}
+        made = list(pool.map(one, kept.tolist()))
+    frames = np.array([frame for frame, _ in made], np.int32).reshape(-1, 2)
+    arrays: dict[str, np.ndarray] = {"frame": frames, "thumb_index": kept}
     for i, name in enumerate(FILES):
         arrays |= _joined(name, [parts[i] for _, parts in made])
     return arrays

@@ -121,6 +121,7 @@ def run(
             passes=c.score.passes,
             seed=c.seed,
             quiet=quiet,
+            folder=workdir,
         )
         # labels are read from here on
         support = drawn.support[0] if drawn.support else None
@@ -129,7 +130,7 @@ def run(
     if not main:
         return None  # all scores are with the main process, which measures and writes
     with stage(timing, "metrics", shown=True):
-        result = evaluate.measure(scored, drawn.test, c.data.fit)
+        result = evaluate.measure(scored, drawn.test, c.data.fit, workdir)
         counts = result.pop("pixel_counts")
         evaluate.write_predictions(
             workdir, scored, drawn.test, c.data.fit, c.seed, counts, pictures

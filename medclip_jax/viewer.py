@@ -20,24 +20,28 @@ SPECK = 2000  # a box holds at least one pixel in this many of its map
 MARKED = 127.5  # bytes above are what the pixel threshold marks
 
 
-def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[dict[str, Any]]:
+def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[dict[str, Any] | None]:
     """Of each of n images: data URIs of image, mask, map, cam ("" where absent), boxes, frame.
 
-    Boxes are [row0, col0, row1, col1, score] in the original frame, score in [0, 1]. Empty if the
-    workdir was written without small copies. Raises ValueError for arrays that do not fit.
+    Boxes are [row0, col0, row1, col1, score] in the original frame, score in [0, 1]. None for an
+    image whose small copies were not kept; empty if the workdir was written without any. Raises
+    ValueError for arrays that do not fit.
     """
     if "frame" not in arrays:
         return []
     frames = arrays["frame"]
     files = {name: unpack(arrays, held) for name, held in FILES.items()}
-    if frames.shape != (n, 2) or any(len(held) != n for held in files.values()):
+    index = arrays["thumb_index"] if "thumb_index" in arrays else np.arange(n)
+    right = index.ndim == 1 and ((index >= 0) & (index < n)).all()
+    if frames.shape != (len(index), 2) or any(len(x) != len(index) for x in files.values()):
+        right = False
+    if not right:
         raise ValueError("its small copies are not one per image")
-    rows = []
-    for i, (height, width) in enumerate(frames.tolist()):
-        row = {name: _uri(files[name][i], KINDS[name]) for name in FILES}
-        rows.append(
-            {**row, "boxes": _boxes(files["map"][i], height, width), "frame": [height, width]}
-        )
+    rows: list[dict[str, Any] | None] = [None] * n
+    for place, (i, (height, width)) in enumerate(zip(index, frames.tolist(), strict=True)):
+        row = {name: _uri(files[name][place], KINDS[name]) for name in FILES}
+        found = _boxes(files["map"][place], height, width)
+        rows[i] = {**row, "boxes": found, "frame": [height, width]}
     return rows
 
 

@@ -79,5 +79,5 @@ def test_scores_depend_neither_on_order_nor_on_batches(scene, monkeypatch, metho
     monkeypatch.setattr(evaluate, "BATCH", 2)
     turned = evaluate.score_images(made, bank, test[::-1], **settings).predictions
     np.testing.assert_allclose(turned.score[::-1], whole.score, rtol=1e-5)  # sums of float32
-    np.testing.assert_allclose(turned.maps[::-1], whole.maps, atol=1e-3)
+    np.testing.assert_allclose(np.array(turned.maps)[::-1], whole.maps, atol=1e-3)
     assert (whole.uncertainty == 0).all() and whole.maps.shape == (5, 32, 32)

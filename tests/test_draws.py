@@ -30,16 +30,31 @@ def test_values_are_means_of_the_draws_metrics(runs):
     assert draws.image(scores, np.ones(120)) == {}
 
 
-def test_auroc_interval_is_that_of_the_general_bootstrap(runs):
+def test_auroc_interval_has_the_error_of_crossed_effects(runs):
+    """Variance between draws, and DeLong's covariance of two draws on the same images."""
     scores, label = runs
     got = draws.image(scores, label)["auroc"]
-    rng = np.random.default_rng(1)
-    wanted = stats.bootstrap_interval(np.stack(scores), label, rng, rounds=4000)
-    assert got.value == pytest.approx(wanted.value)
-    # standard errors of 1000 rounds: 2.2% of se, limits about 0.1 se
-    assert got.se == pytest.approx(wanted.se, rel=0.1)
-    assert got.low == pytest.approx(wanted.low, abs=0.4 * wanted.se)
-    assert got.high == pytest.approx(wanted.high, abs=0.4 * wanted.se)
+    values, covariance = stats._delong_covariance(np.stack(scores), label)
+    shared = (covariance.sum() - np.trace(covariance)) / 20
+    wanted = (values.var(ddof=1) / 5 + shared) ** 0.5
+    assert got.value == pytest.approx(values.mean())
+    assert got.se == pytest.approx(wanted, rel=0.06)  # of 1000 rounds
+    general = stats.bootstrap_interval(np.stack(scores), label, np.random.default_rng(1))
+    assert got.se < 1.05 * general.se  # which counts a draw's own images twice
+    assert got.low < got.value - 1.7 * wanted and got.high > got.value + 1.7 * wanted
+
+
+def test_standard_error_of_known_effects():
+    """Draws with sd 1, resampled images with sd 2 in all draws together and 3 in each alone."""
+    rng = np.random.default_rng(0)
+    together, alone = 2 * rng.normal(size=(1, 20000)), 3 * rng.normal(size=(4, 20000))
+    own = np.array([[-1.0], [1.0], [1.0], [-1.0]])
+    values = np.concatenate([own, together + alone], axis=1)
+    assert draws.standard_error(values) == pytest.approx((4 / 3 / 4 + 4) ** 0.5, rel=0.03)
+    assert draws.standard_error(np.concatenate([own, alone], axis=1)) == pytest.approx(
+        (1 / 3) ** 0.5, rel=0.1
+    )
+    assert draws.standard_error(values[:1]) == pytest.approx(13**0.5, rel=0.03)
 
 
 def test_draws_tested_on_other_images(runs):

@@ -66,8 +66,8 @@ def test_scores_depend_neither_on_order_nor_on_batches(scene, scored, monkeypatc
     assert turned.calibration == scored.calibration  # from supports alone
     assert turned.predictions.id == scored.predictions.id[::-1]
     for name in ("score", "p_value", "uncertainty", "maps"):
-        a, b = getattr(turned.predictions, name)[::-1], getattr(scored.predictions, name)
-        np.testing.assert_allclose(a, b, atol=1e-3 if name == "maps" else 1e-5)
+        a, b = (np.array(getattr(x.predictions, name)) for x in (turned, scored))
+        np.testing.assert_allclose(a[::-1], b, atol=1e-3 if name == "maps" else 1e-5)
     assert scored.predictions.uncertainty.min() > 0
 
 
@@ -114,7 +114,7 @@ def test_half_precision_keeps_decisions():
 def perfect(test, size=32) -> evaluate.Scored:
     """Predictions that say the truth."""
     label = np.array([r.label for r in test])
-    maps = 0.1 + 0.8 * lesions.truths(test, size, "stretch").astype(np.float16)
+    maps = 0.1 + 0.8 * np.stack([*lesions.Truths(test, size, "stretch")]).astype(np.float16)
     said = Predictions(
         tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
     )
@@ -129,7 +129,7 @@ def test_the_truth_is_the_union_of_the_mask_files(scene):
     wanted = np.zeros((30, 40), bool)
     wanted[2:5, 2:5] = wanted[20:25, 20:25] = True
     np.testing.assert_array_equal(lesions.truth(test[0]), wanted)
-    both = lesions.truths(test[:3], 32, "pad")
+    both = list(lesions.Truths(test[:3], 32, "pad"))
     np.testing.assert_array_equal(both[0], readers.fit_mask(wanted, 32, "pad"))
     assert not both[2].any()
 
@@ -145,7 +145,7 @@ def test_means_over_images_have_intervals(scene):
     """One of two lesions is found six rows off: the mean distance lies within its interval."""
     _, _, test, _ = scene
     said = perfect(test)
-    wrong = said.predictions.maps.copy()
+    wrong = np.array(said.predictions.maps)
     first = [i for i, r in enumerate(test) if r.label][0]
     wrong[first] = np.roll(wrong[first], 6, axis=0)
     said = said._replace(predictions=said.predictions._replace(maps=wrong))
@@ -218,7 +218,7 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
     monkeypatch.setattr(readers, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
     assert lesions.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
     said = perfect(test)
-    wrong = said.predictions.maps.copy()
+    wrong = np.array(said.predictions.maps)
     wrong[0] = np.roll(wrong[0], 2, axis=1)  # two columns off
     said = said._replace(predictions=said.predictions._replace(maps=wrong))
     got = evaluate.measure(said, test, "stretch")["pixel"]

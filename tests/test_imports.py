@@ -45,7 +45,8 @@ MAY_IMPORT = {
     },
     "scorer": {"calibrate", "detector", "limits", "features", "fusion", "language"} | {"suppress"},
     "suppress": {"data.readers"},
-    "processes": {"preemption"},
+    "processes": {"preemption", "spool"},
+    "spool": {"files"},
     "site": {"checkpoints", "clip", "data.episodes", "data.readers", "data.synthesis", "detector"}
     | {"data.preprocess", "evaluate", "fit", "learn", "limits", "maml", "model", "score", "train"}
     | {"learned_parts", "score_fields"},
@@ -103,7 +104,7 @@ MAY_IMPORT = {
         "metrics",
         "processes",
     }
-    | {"rejection", "score", "sharding", "suppress"},
+    | {"rejection", "score", "sharding", "spool", "suppress"},
     "detector": {"clip", "data.readers", "data.views", "features", "memory", "model", "score"}
     | {"kept", "thinned"},
     "thinned": {"model", "score"},

@@ -65,3 +65,21 @@ def test_a_spoilt_index_is_refused():
     with pytest.raises(ValueError, match="thumb_end"):
         viewer.unpack(arrays, "thumb")
     assert viewer.unpack({"thumb": np.zeros(0, np.uint8), "thumb_end": np.array([])}, "thumb") == []
+
+
+def test_of_many_images_some_are_kept(tmp_path, monkeypatch):
+    """Those that seed draws; the report says of the others that no picture was kept."""
+    monkeypatch.setattr(thumbnails, "MOST", 4)
+    records = write_pictures(tmp_path, 9, start=50)
+    maps = np.zeros((9, 32, 32), np.float32)
+    arrays = thumbnails.pack(records, maps, "stretch", seed=3)
+    index = arrays["thumb_index"].tolist()
+    assert len(index) == 4 and index == sorted(set(index)) and arrays["frame"].shape == (4, 2)
+    assert index != thumbnails.pack(records, maps, "stretch", seed=4)["thumb_index"].tolist()
+    rows = viewer.pictures(arrays, 9)
+    assert [i for i, row in enumerate(rows) if row] == index
+    whole = viewer.pictures(thumbnails.pack(records[:4], maps[:4], "stretch"), 4)
+    first = viewer.pictures(thumbnails.pack([records[i] for i in index], maps[:4], "stretch"), 4)
+    assert all(whole) and [rows[i] for i in index] == first
+    with pytest.raises(ValueError, match="one per image"):
+        viewer.pictures(arrays, max(index))
