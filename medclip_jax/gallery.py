@@ -6,7 +6,7 @@ table says which image is which, so no name from a file is drawn.
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -23,6 +23,7 @@ BOX, OUTLINE = "#E69F00", "#56B4E9"  # orange and sky blue of Okabe and Ito
 COLUMNS = ("image", "heat map", "boxes", "mask outline")
 ROWS = 4  # on one page
 SIDE = 512  # pixels an image is drawn with at most
+FAST: Any = {"compress_level": 1}  # a third of the time for 2% more bytes
 
 
 class Panel(NamedTuple):
@@ -52,7 +53,7 @@ def stack(pages: Sequence[bytes]) -> bytes:
         sheet.paste(image, (0, top))
         top += image.height
     file = io.BytesIO()
-    sheet.save(file, format="PNG")
+    sheet.save(file, format="PNG", **FAST)
     return file.getvalue()
 
 
@@ -98,7 +99,7 @@ def _page(panels: Sequence[Panel]) -> bytes:
     bar.ax.axhline(0.5, color="white", lw=2)
     bar.ax.tick_params(colors=INK, labelsize=9)
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    figure.savefig(file, format="png", metadata={"Software": None}, pil_kwargs=FAST)
     return file.getvalue()
 
 

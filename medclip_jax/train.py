@@ -29,6 +29,7 @@ from medclip_jax import (
     language,
     model,
     others,
+    processes,
     prompts,
     refine,
     scales,
@@ -42,7 +43,7 @@ from medclip_jax import config as configuration
 from medclip_jax.data import augment, datasets, preprocess
 from medclip_jax.score import to_pixels
 from medclip_jax.structs import Prompts
-from medclip_jax.workdir import claim, keep_split
+from medclip_jax.workdir import claim, finished, keep_split, seal
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
@@ -54,7 +55,8 @@ def run(
 
     Of several processes only the main one writes; the others return None, and so do all where
     there is no test set.
-    With `train` False a finished training is required; with `pictures` False the small copies of
+    A finished run is not made again. With `train` False a finished training is required, and the
+    test set is scored anew; with `pictures` False the small copies of
     test images that only the report shows are left out.
     Raises a UserError for what a user can mend.
     """
@@ -80,6 +82,11 @@ def run(
         design = design._replace(sets=several.stack([design.prompts, *own]))
     claim(workdir, c, main)  # only now: settings that cannot be used leave no claim
     keep_split(workdir, drawn, c, main)
+    versions = {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS}
+    key = features.digest(tower.digest, c.explained, pictures, versions)
+    made = finished(workdir, key) if train else None
+    if not processes.agreed(made is None).any():
+        return made if main else None
 
     with stage(timing, "encode"):
         bank = features.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh, recipe)
@@ -150,7 +157,8 @@ def run(
         "explanations": {**(result["explanations"] or {}), **(checks or {})} or None,
         "fusion": mix and mix.shares(),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
-        "versions": {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS},
+        "versions": versions,
+        "finished": seal(workdir, key),
     }
     files.write_json(workdir / "metrics.json", result)
     return result

@@ -1,7 +1,10 @@
-"""The folder of a run: whose it is, and the split it was started with."""
+"""The folder of a run: whose it is, the split it was started with, and whether it is finished."""
 
+import hashlib
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,6 +18,7 @@ PLACES = ("cache", "log_every", "validations", "explained", "checkpoint_every") 
     "distributed",
     "cluster",
 )
+LEFT = ("predictions.npz", "scorer.json", "scorer.safetensors")  # by a finished run, before metrics
 
 
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
@@ -53,3 +57,25 @@ def keep_split(workdir: Path, drawn: Split, c: ConfigDict, main: bool = True) ->
         datasets.check_split(path, drawn)
     elif main:
         datasets.write_split(drawn, path, name=c.data.name, seed=c.seed, kind=c.data.split)
+
+
+def seal(workdir: Path, key: str) -> dict[str, Any]:
+    """What metrics.json says of a finished run: what it was made from, and the files it left."""
+    return {"key": key, "files": {name: _sha256(workdir / name) for name in LEFT}}
+
+
+def finished(workdir: Path, key: str) -> dict[str, Any] | None:
+    """metrics.json of a run that was finished with this key and whose files are whole, or None."""
+    try:
+        held = json.loads((workdir / "metrics.json").read_bytes())
+        if held["finished"] != seal(workdir, key):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not finished, spoilt, or of an older version: it is made
+    logging.info("%s is finished: nothing is made again (--mode evaluate scores anew)", workdir)
+    return held
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

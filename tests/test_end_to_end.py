@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,26 @@ def test_evaluate_scores_a_finished_run_again(tiny, whole):
     for name in ("score", "p_value", "uncertainty", "maps"):
         np.testing.assert_allclose(after[name], before[name], atol=2e-3)
     assert (whole / "metrics.jsonl").read_bytes() == trained
+
+
+def test_a_finished_run_is_not_made_again(tiny, whole, tmp_path, monkeypatch):
+    """Unless a file of it is spoilt, or something that its result depends on has changed."""
+    copy, scored = shutil.copytree(whole, tmp_path / "copy"), []
+    real = train.evaluate.score_images
+    monkeypatch.setattr(
+        train.evaluate, "score_images", lambda *a, **k: scored.append(1) or real(*a, **k)
+    )
+    before = (copy / "metrics.json").read_bytes()
+    (copy / "report.html").unlink()
+    assert tiny.main(copy) == 0 and not scored
+    assert (copy / "metrics.json").read_bytes() == before and (copy / "report.html").is_file()
+    with (copy / "predictions.npz").open("r+b") as file:
+        file.truncate(1000)
+    assert tiny.main(copy) == 0 and len(scored) == 1
+    assert tiny.main(copy, "--config.explained=1") == 0 and len(scored) == 2
+    monkeypatch.setattr(train, "__version__", "0.0.1")
+    assert tiny.main(copy, "--config.explained=1") == 0 and len(scored) == 3
+    assert tiny.main(copy, "--config.explained=1", "--mode=evaluate") == 0 and len(scored) == 4
 
 
 def test_report_needs_no_model(tiny, whole, monkeypatch):

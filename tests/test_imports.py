@@ -68,7 +68,7 @@ MAY_IMPORT = {
     }
     | {"data.augment", "data.preprocess", "features", "fit", "fusion", "refine", "scorer"}
     | {"language", "scales", "score", "score_fields", "suppress"}
-    | {"model", "others", "prompts", "several", "sharding", "workdir"},
+    | {"model", "others", "processes", "prompts", "several", "sharding", "workdir"},
     "others": {"data.augment", "data.datasets", "data.preprocess", "data.presets"}
     | {"data.variants", "features"},
     "several": {"clip", "score"},
