@@ -158,6 +158,11 @@ def _block(x, p, tower: Tower, mask=None, shift=None, at=None):
     return x + _dense(hidden, p["fc2"])
 
 
+# its gradient makes attention and activation again: less to keep is faster
+_policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_lean_block = jax.checkpoint(_block, static_argnums=2, policy=_policy)
+
+
 def normalise(grey: Float[Array, "n h w"], mean, std) -> Float[Array, "n h w 3"]:
     """Grey images in [0, 1] -> what the tower was trained on."""
     mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in (mean, std))
@@ -246,10 +251,8 @@ def encode_text(
     `context` [c, k, d] fills the slots of `prompts` (equation 4). `causal=False` is MediCLIP's
     unmasked tower, which also sees the padding (PEERS 4, trap 8): keep all 77 positions then.
     """
-    ids, slots = jnp.asarray(prompts.ids), jnp.asarray(prompts.slots)
-    if causal:
-        length = int(np.max(prompts.eos)) + 1
-        ids, slots = ids[:, :length], slots[:, :length]
+    end = int(np.max(prompts.eos)) + 1 if causal else None
+    ids, slots = (jnp.asarray(x)[:, :end] for x in (prompts.ids, prompts.slots))
     return encode_ids(text, context, ids, slots, jnp.asarray(prompts.eos), tower, causal)
 
 
@@ -272,7 +275,7 @@ def encode_ids(
     mask = jnp.tril(jnp.ones((positions, positions), bool))[None, None] if causal else None
     blocks, last = text["blocks"], text["blocks"]["fc1"]["bias"].shape[0] - 1
     for i in range(last):  # a loop: its gradient beats scan's
-        x = _block(x, jax.tree.map(lambda b, i=i: b[i], blocks), tower, mask)
+        x = _lean_block(x, jax.tree.map(lambda b, i=i: b[i], blocks), tower, mask)
     x = _block(x, jax.tree.map(lambda b: b[last], blocks), tower, mask, at=eos)
     made = _layer_norm(x[:, 0], text["final"], tower.eps) @ text["projection"]
     return language.adapt(text["language"], made) if "language" in text else made
@@ -285,13 +288,9 @@ def _embed(
     slots: Int[Array, "c t"],
 ) -> Float[Array, "c t d"]:
     """Token embeddings with context vectors where a slot says so."""
-    tokens = table[ids]
-    if context.shape[1] == 0:
-        return tokens
-    # a product, exact since all but one term are 0: the gradient of an index is slow on a CPU
-    where = jax.nn.one_hot(slots, context.shape[1], dtype=context.dtype)
+    where = jax.nn.one_hot(slots, context.shape[1], dtype=context.dtype)  # no slot: zeros
     filled = jnp.einsum("ctk,ckd->ctd", where, context, precision=jax.lax.Precision.HIGHEST)
-    return jnp.where((slots >= 0)[..., None], filled, tokens)
+    return jnp.where((slots >= 0)[..., None], filled, table[ids])
 
 
 @partial(jax.jit, static_argnames=("tower", "mean", "std"))
