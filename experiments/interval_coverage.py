@@ -9,7 +9,7 @@ python experiments/interval_coverage.py [--runs 2000] [--only image,pixel,draws,
     draws   stats.bootstrap_interval: mean AUROC over 5 support draws on the same 60 + 60 images
     table   draws.image, as reproduce.py uses it: AUROC, recall and false alarms of the same
     varying the same where each draw is tested on 40 of 60 healthy images, as where pools are drawn
-            anew: above 95% by construction (medclip_jax/draws.py)
+            anew
 
 Scores are normal, so every truth is a closed form. Prints a Markdown table: the share of intervals
 that hold the truth, and the standard error of that share.
