@@ -146,3 +146,16 @@ def make_workdir(folder, *, n=60, label=None, shown=5):
 def edit(folder, **changes):
     path = folder / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def keep_pictures(folder, rows):
+    """Leave the small copies of some images alone, as of a test set that has too many."""
+    from medclip_jax import thumbnails, viewer
+
+    path = folder / "predictions.npz"
+    with np.load(path) as held:
+        arrays = {name: held[name] for name in held.files}
+    for name in thumbnails.FILES:
+        files = viewer.unpack(arrays, name)
+        arrays |= thumbnails._joined(name, [files[i] for i in rows])
+    np.savez(path, **{**arrays, "frame": arrays["frame"][rows], "thumb_index": np.array(rows)})

@@ -18,7 +18,7 @@ from medclip_jax.data.presets import PRESETS
 from medclip_jax.errors import WorkdirError
 from medclip_jax.report import text
 
-from .made_workdir import EVIL, edit, make_workdir
+from .made_workdir import EVIL, edit, keep_pictures, make_workdir
 
 NAMES = ("loss", "roc", "scores", "calibration", "risk_coverage", "deletion", "gallery")
 
@@ -213,6 +213,16 @@ def test_one_class_is_said_not_hidden(tmp_path, only):
     assert "image AUROC is undefined, as all test images are of one class" in Page(html).text
     assert "AUROC undefined" in Page(html).text
     assert all((folder / "figures" / f"{name}.png").exists() for name in NAMES)
+
+
+def test_images_without_a_picture_still_have_their_row(tmp_path):
+    folder = make_workdir(tmp_path, n=10, shown=1)
+    keep_pictures(folder, [2, 7])
+    html = report.write(folder).read_text()
+    assert "holds those of 2 images, drawn by seed" in Page(html).text
+    shown = json.loads(re.search(r'id="shown">(.*?)</script>', html)[1])["images"]
+    assert [i for i, row in enumerate(shown) if row] == [2, 7]
+    assert html.count('<td data-v="-1">–</td>') == 8 and "test/0009.png" in html
 
 
 def test_fewer_predictions_than_the_split_is_said(tmp_path):

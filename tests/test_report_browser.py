@@ -7,7 +7,7 @@ import pytest
 
 from medclip_jax import report
 
-from .made_workdir import EVIL, make_workdir
+from .made_workdir import EVIL, keep_pictures, make_workdir
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -140,6 +140,18 @@ def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, scores):
     shown(browser, following)
     by(browser, "close").click()
     assert not by(browser, "viewer").is_displayed()
+
+
+def test_without_a_picture_the_viewer_says_so(browser, workdir, tmp_path):
+    folder = shutil.copytree(workdir, tmp_path / "some")
+    keep_pictures(folder, [3, 12])
+    browser.get(report.write(folder).as_uri())
+    for i, kept in ((13, False), (12, True)):
+        browser.find_element("css selector", f"tr[data-i='{i}'] td.id button").send_keys("\n")
+        assert by(browser, "viewer-none").is_displayed() != kept
+        assert by(browser, "views").is_displayed() == kept
+        by(browser, "close").click()
+    browser.get((workdir / "report.html").as_uri())
 
 
 def test_the_viewer_obeys_the_keyboard(browser):
