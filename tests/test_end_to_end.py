@@ -172,7 +172,7 @@ def test_metrics_json_has_the_keys_of_the_contract(whole):
     held = json.loads((whole / "metrics.json").read_text())
     assert list(held) == (
         "dataset k seed split method learner gradients backbone image pixel calibration intervals "
-        "uncertainty explanations fusion timing versions".split()
+        "uncertainty explanations fusion timing versions finished".split()
     )
     assert set(held["image"]) == {*IMAGE.split(), "threshold"}
     assert set(held["pixel"]) == {*PIXEL.split(), "distance_unit", "boundary_tolerance"}
