@@ -43,7 +43,7 @@ from medclip_jax import config as configuration
 from medclip_jax.data import augment, datasets, preprocess
 from medclip_jax.score import to_pixels
 from medclip_jax.structs import Prompts
-from medclip_jax.workdir import claim, finished, keep_split, seal
+from medclip_jax.workdir import claim, finished, keep_split, known_of, seal
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
@@ -83,7 +83,9 @@ def run(
     claim(workdir, c, main)  # only now: settings that cannot be used leave no claim
     keep_split(workdir, drawn, c, main)
     versions = {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS}
-    key = features.digest(tower.digest, c.explained, pictures, versions)
+    words = language.digest(c.model.get("language", "")), design.prompts.text
+    made_from = tower.digest, words, known_of(drawn.test), c.explained, pictures, versions
+    key = features.digest(*made_from)
     made = finished(workdir, key) if train else None
     if not processes.agreed(made is None).any():
         return made if main else None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from medclip_jax import files
 from medclip_jax.data import datasets
 from medclip_jax.errors import WorkdirError
-from medclip_jax.structs import Split
+from medclip_jax.structs import Record, Split
 
 # where, how often and by how many is not what
 PLACES = ("cache", "log_every", "validations", "explained", "checkpoint_every") + (
@@ -57,6 +58,14 @@ def keep_split(workdir: Path, drawn: Split, c: ConfigDict, main: bool = True) ->
         datasets.check_split(path, drawn)
     elif main:
         datasets.write_split(drawn, path, name=c.data.name, seed=c.seed, kind=c.data.split)
+
+
+def known_of(test: Sequence[Record]) -> list[list[Any]]:
+    """All that a result reads of test images, for its key: a mended mask or label is another."""
+    return [
+        [r.id, r.sha256, int(r.label), r.patient, [_sha256(Path(mask)) for mask in r.masks]]
+        for r in test
+    ]
 
 
 def seal(workdir: Path, key: str) -> dict[str, Any]:

@@ -327,6 +327,13 @@ def test_a_finished_run_is_not_made_again(tiny, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "__version__", "0.0.1")
     assert tiny.main(copy, "--config.explained=1") == 0 and len(scored) == 3
     assert tiny.main(copy, "--config.explained=1", "--mode=evaluate") == 0 and len(scored) == 4
+    mask = next((tiny.data / "ground_truth").rglob("*.png"))
+    held = mask.read_bytes()
+    mask.write_bytes(held + b"\0")  # another file, though the same picture
+    try:
+        assert tiny.main(copy, "--config.explained=1") == 0 and len(scored) == 5
+    finally:
+        mask.write_bytes(held)
 
 
 def test_report_needs_no_model(tiny, whole, monkeypatch):
