@@ -6,7 +6,7 @@ DIR is the folder of yes and no, or one or two levels above it.
 """
 
 from medclip_jax import config
-from medclip_jax.data.presets import PRESETS
+from medclip_jax.data.catalog import PRESETS
 
 
 def get_config(arg: str = ""):

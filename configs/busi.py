@@ -4,7 +4,7 @@ python -m medclip_jax.main --config configs/busi.py:k=16,seed=0 --workdir runs/b
 """
 
 from medclip_jax import config
-from medclip_jax.data.presets import PRESETS
+from medclip_jax.data.catalog import PRESETS
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ masks. --config.data.uncertain and --config.data.blank say what labels -1 and bl
 """
 
 from medclip_jax import config
-from medclip_jax.data.presets import PRESETS
+from medclip_jax.data.catalog import PRESETS
 
 
 def get_config(arg: str = ""):

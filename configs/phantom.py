@@ -6,7 +6,7 @@ Other simulated sets: --config.data.name=phantom-mri or phantom-xray.
 """
 
 from medclip_jax import config
-from medclip_jax.data.presets import PRESETS
+from medclip_jax.data.catalog import PRESETS
 
 
 def get_config(arg: str = ""):

@@ -27,7 +27,8 @@ import compare
 import numpy as np
 import switched
 
-from medclip_jax import files, stats
+from medclip_jax import files
+from medclip_jax.evaluation import significance
 
 
 class Switch(NamedTuple):
@@ -209,10 +210,10 @@ def block(rows: list[list]) -> list[list[str]]:
         own = scores[side, name]
         base = scores[side, side][: len(own)]
         if name != side and len(own) > 1:
-            tests[side, name] = stats.paired_t(own, base), stats.wilcoxon(own, base)
+            tests[side, name] = significance.paired_t(own, base), significance.wilcoxon(own, base)
     # equal differences in all draws have no t test
     p = {g: t.p for g, (t, _) in tests.items() if not np.isnan(t.p)}
-    corrected = dict(zip(p, stats.holm(np.array(list(p.values()))), strict=True))
+    corrected = dict(zip(p, significance.holm(np.array(list(p.values()))), strict=True))
     for side, name in groups:
         own = scores[side, name]
         low, high = compare.interval(own)

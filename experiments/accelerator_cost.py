@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 from bench import workload
 
-from medclip_jax import clip, config, model, score
+from medclip_jax import config
+from medclip_jax.clip import vit
+from medclip_jax.models import model, similarity
 
-TOWER = clip.Tower(16, 1e-5, "quick_gelu", 14, (12, 18, 24), "bfloat16")
+TOWER = vit.Tower(16, 1e-5, "quick_gelu", 14, (12, 18, 24), "bfloat16")
 WIDTH, DEPTH, JOINT, SIZE = 1024, 24, 768, 224
 PATCHES = (SIZE // 14) ** 2
 TEST = {"busi": 748, "brain_mri": 220, "chest_xray": 624}  # images, peer split
@@ -78,9 +80,9 @@ def vision() -> dict:
 def encoder() -> float:
     """Of one image. Blocks are counted one by one: XLA would count the body of a scan once."""
     held, x = vision(), array(1, PATCHES + 1, WIDTH, dtype="bfloat16")
-    first = flops(partial(clip.embed, tower=TOWER), held, array(1, SIZE, SIZE, 3))
-    block = flops(lambda p, y: clip.run_block(p, y, 1, TOWER), held, x)
-    return first + DEPTH * block + flops(partial(clip.pool, tower=TOWER), held, x)
+    first = flops(partial(vit.embed, tower=TOWER), held, array(1, SIZE, SIZE, 3))
+    block = flops(lambda p, y: vit.run_block(p, y, 1, TOWER), held, x)
+    return first + DEPTH * block + flops(partial(vit.pool, tower=TOWER), held, x)
 
 
 def training_step(rows: int, causal: bool = True) -> float:
@@ -111,7 +113,7 @@ def prompt_map() -> float:
 def memory_map(k: int) -> float:
     """Distance of one image's patches to those of k supports, all levels in one product."""
     levels = len(TOWER.levels)
-    each = flops(score.cosine, array(1, PATCHES, WIDTH), array(k * PATCHES, WIDTH))
+    each = flops(similarity.cosine, array(1, PATCHES, WIDTH), array(k * PATCHES, WIDTH))
     return levels * each
 
 

@@ -26,22 +26,25 @@ import numpy as np
 import optax
 from sklearn.metrics import roc_auc_score
 
-from medclip_jax import (
-    calibrate,
-    checkpoints,
-    clip,
+from medclip_jax import build, train
+from medclip_jax import config as config_module
+from medclip_jax.clip import vit
+from medclip_jax.data import datasets, splits
+from medclip_jax.detectors import (
+    calibration,
     detector,
-    evaluate,
-    features,
-    fit,
-    fusion,
-    kept,
-    score,
-    sharding,
-    train,
+    ensemble,
+    memory_bank,
+    prompt_detector,
+    zero_shot,
 )
-from medclip_jax import config as configuration
-from medclip_jax.data import datasets, probes
+from medclip_jax.distributed import sharding
+from medclip_jax.evaluation import evaluate
+from medclip_jax.features import cache as features_cache
+from medclip_jax.features import encoder, support_images
+from medclip_jax.models import similarity
+from medclip_jax.synthesis import probes
+from medclip_jax.training import checkpoints, loop
 
 WINDOW = 2  # patches: how far the aligned memory looks around a patch's own place
 VARIANTS = 12  # probes per support
@@ -94,7 +97,7 @@ def draw(args, config: Path, k: int, seed: int) -> dict[str, np.ndarray]:
         if not (workdir / "metrics.json").is_file():
             train.run(c, workdir, pictures=False)
             (workdir / "predictions.npz").unlink()
-        np.savez(path, **values(configuration.resolve(c), workdir))
+        np.savez(path, **values(config_module.resolve(c), workdir))
     with np.load(path) as found:
         return dict(found)
 
@@ -105,25 +108,25 @@ def settings(args, config: Path, k: int, seed: int):
 
 def values(c, workdir: Path) -> dict[str, np.ndarray]:
     """What `draw` keeps, from a trained workdir."""
-    tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine)
+    tower = vit.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine)
     root, cache = Path(c.data.root) if c.data.root else None, Path(c.cache)
     records = datasets.load(c.data.name, root, cache, c.k, (c.data.uncertain, c.data.blank))
-    split = datasets.split(records, c.k, c.seed, c.data.pool, c.data.split, cache)
+    split = splits.split(records, c.k, c.seed, c.data.pool, c.data.split, cache)
     mesh = sharding.mesh()
-    bank = features.open_bank(cache, tower, c.data.fit, c.bank_dtype, mesh, c.data.recipe)
-    design, frozen = train.build(c, tower)
-    groups = fit.folds(c.k, c.calibration.folds)
+    bank = features_cache.open_bank(cache, tower, c.data.fit, c.bank_dtype, mesh, c.data.recipe)
+    design, frozen = build.build(c, tower)
+    groups = loop.folds(c.k, c.calibration.folds)
     theta = trained(c, workdir, tower, design, 1 + len(groups))
 
-    images = detector.healthy_images(bank, split.support)
+    images = support_images.healthy_images(bank, split.support)
     painted = probes.paint(images, probes.kinds_of(c.data.modality), VARIANTS, c.seed)
-    tokens = kept.encode(bank, painted.images, partial(features.encode, bank), "branches")
+    tokens = features_cache.encode(bank, painted.images, partial(encoder.encode, bank), "branches")
     shown = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in tokens]
     read = evaluate.scorer(tower.size, c.score.top)
     made = branches(c, theta, frozen, design, bank, split.support, images, groups)
-    found = {name: fusion.evidence(b, shown, read) for name, b in made.items()}
+    found = {name: ensemble.evidence(b, shown, read) for name, b in made.items()}
     test = {name: [] for name in made}
-    for batch in features.load_images(bank, split.test, 32):
+    for batch in features_cache.load_images(bank, split.test, 32):
         batch = jax.tree.map(jnp.asarray, batch)
         for name, b in made.items():
             of = b.image(batch) if b.image is not None else read(b.patches(batch))
@@ -140,26 +143,26 @@ def trained(c, workdir: Path, tower, design, copies: int):
     optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
     manager = checkpoints.open(workdir)
     with checkpoints.finishing(manager):
-        state = checkpoints.restore(manager, fit.start(c, tower, design, optimizer, copies))
+        state = checkpoints.restore(manager, loop.start(c, tower, design, optimizer, copies))
     return jax.device_get(state.theta)
 
 
 def branches(c, theta, frozen, design, bank, supports, images, groups):
     """Every detector that is looked at."""
-    tokens, _ = detector.healthy_tokens(bank, supports)
-    other = features.encode(bank, images[:, :, ::-1])
+    tokens, _ = support_images.healthy_tokens(bank, supports)
+    other = encoder.encode(bank, images[:, :, ::-1])
     both = jax.tree.map(
         lambda a, b: jnp.stack([a, jnp.asarray(b, jnp.float32)], 1).reshape(-1, *a.shape[1:]),
         *(tokens, other),
     )
-    mirrored = detector.remember(both, rows=2)
-    plain, _ = train.build(c, bank.clip, context=0)
+    mirrored = memory_bank.remember(both, rows=2)
+    plain, _ = build.build(c, bank.clip, context=0)
     return {
-        "learned": detector.learned(theta, frozen, design, tokens, groups),
-        "memory": detector.remember(tokens),
+        "learned": prompt_detector.learned(theta, frozen, design, tokens, groups),
+        "memory": memory_bank.remember(tokens),
         "mirrored": mirrored._replace(held_out=mirrored.held_out[::2], k=len(supports)),
         "aligned": aligned(tokens, bank.clip.grid),
-        "zero_shot": detector.zero_shot(theta, frozen, plain, bank.clip, tokens),
+        "zero_shot": zero_shot.zero_shot(theta, frozen, plain, bank.clip, tokens),
         "pooled": pooled(tokens, bank.clip.grid),
     }
 
@@ -168,14 +171,16 @@ def aligned(tokens, grid: int) -> detector.Detector:
     """A memory that compares a patch with those of about the same place (aligned anatomy)."""
     at = np.stack(np.divmod(np.arange(grid**2), grid), 1)
     near = jnp.asarray(np.abs(at[:, None] - at[None]).max(-1) <= WINDOW)
-    memory = tuple(score.neighbourhood(x) for x in tokens.levels)
+    memory = tuple(memory_bank.neighbourhood(x) for x in tokens.levels)
     k = len(memory[0])
 
     @jax.jit
     def patches(batch, use):
         total = 0.0
         for x, m in zip(batch.levels, memory, strict=True):
-            alike = jnp.einsum("npd,kqd->nkpq", *map(score.unit, (score.neighbourhood(x), m)))
+            alike = jnp.einsum(
+                "npd,kqd->nkpq", *map(similarity.unit, (memory_bank.neighbourhood(x), m))
+            )
             alike = jnp.where(near[None, None] & use[None, :, None, None], alike, -1.0)
             total += 1 - alike.max((1, 3))
         return total / len(memory)
@@ -190,11 +195,11 @@ def aligned(tokens, grid: int) -> detector.Detector:
 
 def pooled(tokens, grid: int) -> detector.Detector:
     """Cosine distance of the pooled embedding to the nearest support's; the same in every patch."""
-    memory = score.unit(tokens.pooled)
+    memory = similarity.unit(tokens.pooled)
     k = len(memory)
 
     def patches(batch, use):
-        alike = jnp.where(use[None], score.unit(batch.pooled) @ memory.T, -1.0)
+        alike = jnp.where(use[None], similarity.unit(batch.pooled) @ memory.T, -1.0)
         return jnp.broadcast_to(1 - alike.max(-1, keepdims=True), (len(alike), grid**2))
 
     def without(i, batch):
@@ -215,7 +220,7 @@ def parts(
     found = []
     for name in names:
         own = held[f"{name}/held"]
-        found.append(form((held[f"{name}/{part}"] - own.mean()) / calibrate.spread(own)))
+        found.append(form((held[f"{name}/{part}"] - own.mean()) / calibration.spread(own)))
     return found
 
 
@@ -231,7 +236,7 @@ def of_probes(held: list[dict[str, np.ndarray]], form: Callable) -> None:
             healthy, altered = (parts(one, names, part, form) for part in ("held", "probe"))
             own, other = sum(healthy), sum(altered)
             shift.append((other - own[:, None]).mean() / own.std(ddof=1))
-            area.append(fusion.auroc(own, other.ravel()))
+            area.append(ensemble.auroc(own, other.ravel()))
             spread = np.array([values.var() for values in altered])
             largest.append(spread.max() / spread.sum())
         return np.array(shift), np.array(area), np.array(largest)

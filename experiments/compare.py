@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from medclip_jax import config as configuration
-from medclip_jax import files, train
+from medclip_jax import config, files, train
 
 COLUMNS = (
     ("image", "auroc"),
@@ -48,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="config file of the data set")
     parser.add_argument("--k", type=int, nargs="+", default=[16])
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--methods", default=",".join(configuration.METHODS))
+    parser.add_argument("--methods", default=",".join(config.METHODS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], help="field=value, as --config.field")
     return parser.parse_args()

@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from medclip_jax import weights
+from medclip_jax.clip import hf_weights
 
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
@@ -44,12 +44,12 @@ def convert(archive: Path, tokenizer: Path, out: Path) -> None:
         for name, value in held.items()
         if name not in NOT_WEIGHTS and not name.endswith("num_batches_tracked")
     }
-    weights.check_tokenizer(tokenizer)
+    hf_weights.check_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / weights.OPENCLIP[0])
+    save_file(tensors, out / hf_weights.OPENCLIP[0])
     config = {"model_cfg": {"quick_gelu": quick}, "preprocess_cfg": {}}
-    (out / weights.OPENCLIP[1]).write_text(json.dumps(config))
-    for name in weights.SMALL_FILES:
+    (out / hf_weights.OPENCLIP[1]).write_text(json.dumps(config))
+    for name in hf_weights.SMALL_FILES:
         if name.endswith("config.json") and name != "tokenizer_config.json":
             continue
         if (tokenizer / name).is_file():

@@ -10,7 +10,7 @@ import compare
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from medclip_jax import figures
+from medclip_jax.report import figures
 
 GRID = np.linspace(0, 1, 101)
 COVERAGE = np.linspace(0.1, 1, 91)

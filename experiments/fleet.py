@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from accelerator_cost import array, flops
 from bench import towers
 
-from medclip_jax import clip, score
+from medclip_jax.clip import vit
+from medclip_jax.models import similarity
 
 BATCH, LEVELS, PROMPTS = 32, 3, 21
 
@@ -76,13 +77,13 @@ def count(size: towers.Size, k: int, dtype: str = "bfloat16") -> Work:
     tower, held = towers.tower(size, dtype), shapes(size, dtype)
     patches, d = (size.pixels // size.patch) ** 2, size.width
     x = array(1, patches + 1, d, dtype=dtype)
-    encode = flops(partial(clip.embed, tower=tower), held, array(1, size.pixels, size.pixels, 3))
-    encode += size.layers * flops(lambda p, y: clip.run_block(p, y, 1, tower), held, x)
-    encode += flops(partial(clip.pool, tower=tower), held, x)
+    encode = flops(partial(vit.embed, tower=tower), held, array(1, size.pixels, size.pixels, 3))
+    encode += size.layers * flops(lambda p, y: vit.run_block(p, y, 1, tower), held, x)
+    encode += flops(partial(vit.pool, tower=tower), held, x)
     rows = array(1, patches, d)
     adapt = flops(jnp.matmul, rows, array(d, size.joint))
-    alike = flops(score.cosine, array(1, patches, size.joint), array(PROMPTS, size.joint))
-    memory = flops(score.cosine, rows, array(k * patches, d)) if k else 0.0
+    alike = flops(similarity.cosine, array(1, patches, size.joint), array(PROMPTS, size.joint))
+    memory = flops(similarity.cosine, rows, array(k * patches, d)) if k else 0.0
     each = jnp.dtype(dtype).itemsize
     weights = sum(x.size for x in jax.tree.leaves(held)) * each
     kept = (LEVELS * patches * d + size.joint) * each

@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import binom, norm
 
-from medclip_jax import draws as of_draws
-from medclip_jax import intervals, stats
+from medclip_jax.evaluation import bootstrap, draw_bootstrap, significance
 
 WANTED = (0.93, 0.97)  # of a nominal 95%
 
@@ -34,7 +33,7 @@ def image(rng: np.random.Generator, run: int) -> dict[str, bool]:
     truth = {name: norm.cdf(0.5) for name in ("recall", "specificity", "accuracy")}
     truth["auroc"] = norm.cdf(2**-0.5)
     label = np.repeat([0, 1], 80)
-    limits = intervals.image(rng.normal(label, 1.0), label, seed=run)
+    limits = bootstrap.image(rng.normal(label, 1.0), label, seed=run)
     return holds(limits, truth)
 
 
@@ -53,7 +52,7 @@ def pixel(rng: np.random.Generator, run: int, n: int = 60, side: int = 12) -> di
         "recall": hit,
         "dice": 2 * tp / (2 * tp + fp + fn),
     }
-    return holds(intervals.pixel(maps, masks, label, seed=run), truth)
+    return holds(bootstrap.pixel(maps, masks, label, seed=run), truth)
 
 
 def draws(rng: np.random.Generator, run: int, rounds: int = 400) -> dict[str, bool]:
@@ -63,7 +62,9 @@ def draws(rng: np.random.Generator, run: int, rounds: int = 400) -> dict[str, bo
     is the mean of Phi(separation / sqrt(2)) over separations, Phi(1 / sqrt(2 + 0.04)).
     """
     scores, label = five_draws(rng)
-    found = stats.bootstrap_interval(scores, label, np.random.default_rng(run), rounds=rounds)
+    found = significance.bootstrap_interval(
+        scores, label, np.random.default_rng(run), rounds=rounds
+    )
     return holds({"mean auroc": [found.low, found.high]}, {"mean auroc": norm.cdf(2.04**-0.5)})
 
 
@@ -76,7 +77,7 @@ def table(rng: np.random.Generator, run: int, tested: int = 60) -> dict[str, boo
     ill = np.flatnonzero(label)
     places = [np.concatenate([rng.permutation(60)[:tested], ill]) for _ in scores]
     own = [one[at] for one, at in zip(scores, places, strict=True)]
-    found = of_draws.image(own, label, seed=run, places=places)
+    found = draw_bootstrap.image(own, label, seed=run, places=places)
     truth = {
         "auroc": norm.cdf(2.04**-0.5),
         "recall": norm.cdf(0.5 / 1.04**0.5),

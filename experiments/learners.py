@@ -23,7 +23,8 @@ import compare
 import numpy as np
 import trials
 
-from medclip_jax import files, stats
+from medclip_jax import files
+from medclip_jax.evaluation import significance
 
 BASE = "joint"
 EPOCHS = 200  # unless --set says otherwise; learners take as many gradients as these need
@@ -117,7 +118,7 @@ def tests(rows: list[list]) -> list[dict]:
             against = [against_base(k, n, values) for n in names if n != BASE]
             defined = [row for row in against if np.isfinite(row["p"])]
             for row, p in zip(
-                defined, stats.holm(np.array([r["p"] for r in defined])), strict=True
+                defined, significance.holm(np.array([r["p"] for r in defined])), strict=True
             ):
                 row["p_holm"] = float(p)
             found += [row | {"measure": f"{group} {measure}"} for row in against]
@@ -125,8 +126,8 @@ def tests(rows: list[list]) -> list[dict]:
 
 
 def against_base(k: int, name: str, values: dict[str, np.ndarray]) -> dict:
-    t = stats.paired_t(values[name], values[BASE])
-    rank = stats.wilcoxon(values[name], values[BASE])
+    t = significance.paired_t(values[name], values[BASE])
+    rank = significance.wilcoxon(values[name], values[BASE])
     said = {"k": k, "variant": name, "draws": len(values[name]), "difference": t.mean}
     return said | {"low": t.low, "high": t.high, "p": t.p, "p_wilcoxon": rank.p}
 

@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from medclip_jax import files
-from medclip_jax.data import augment, preprocess
+from medclip_jax.data import augmentation, preprocessing
 from medclip_jax.errors import ConfigError
 
 SWITCHES = {
@@ -53,7 +53,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="config file of the data set")
-    parser.add_argument("--recipe", choices=preprocess.RECIPES, required=True)
+    parser.add_argument("--recipe", choices=preprocessing.RECIPES, required=True)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--methods", default="ours,memory")
@@ -67,14 +67,14 @@ def conditions(args: argparse.Namespace, method: str) -> dict[str, list[str]]:
     """Name -> the fields that differ from nothing switched on."""
     found: dict[str, list[str]] = {"none": []}
     if args.only != "augment":
-        found |= {step: [f"data.recipe={step}"] for step in preprocess.STEPS}
+        found |= {step: [f"data.recipe={step}"] for step in preprocessing.STEPS}
         found[f"recipe {args.recipe}"] = [f"data.recipe={args.recipe}"]
     if args.only == "recipe" or method != "ours":
         return found
     modality = compare.settings(args, args.k, method, 0).data.modality
     for name, strength in SWITCHES.items():
         try:
-            augment.permitted(augment.Strengths(**{name: strength}), modality)
+            augmentation.permitted(augmentation.Strengths(**{name: strength}), modality)
         except ConfigError as reason:
             print(reason, file=sys.stderr)
             continue
@@ -108,12 +108,12 @@ def speed(count: int = 256, side: int = 224) -> None:
     images = np.random.default_rng(0).random((count, side, side), np.float32)
     print(f"{count} images of {side} x {side}, {os.cpu_count()} cores")
     print("| steps | loop | batch |\n|---|---|---|")
-    for name in (*preprocess.STEPS, *preprocess.RECIPES):
+    for name in (*preprocessing.STEPS, *preprocessing.RECIPES):
 
         def loop(name=name):
-            return [preprocess.apply(image, name) for image in images]
+            return [preprocessing.apply(image, name) for image in images]
 
-        ways = loop, lambda name=name: preprocess.batch(images, name)
+        ways = loop, lambda name=name: preprocessing.batch(images, name)
         print(f"| {name} | " + " | ".join(f"{count / fastest(way):.0f}" for way in ways) + " |")
 
 

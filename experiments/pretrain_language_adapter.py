@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medclip_jax import clip, language, ontology, prompts, score
+from medclip_jax.clip import text_adapter, vit
+from medclip_jax.models import similarity
+from medclip_jax.prompts import ontology, tokenize
 
 PRESENT = (
     "signs of {finding}",
@@ -72,9 +74,9 @@ def main() -> None:
     args = arguments()
     subjects = reports(args.reports) if args.reports else sentences(ontology.load())
     train, held = split(subjects, args.seed)
-    tower = clip.load(args.checkpoint)
+    tower = vit.load(args.checkpoint)
     of_train, of_held = (features(tower, x) for x in (train, held))
-    fresh = language.init(jax.random.key(args.seed), tower.joint)
+    fresh = text_adapter.init(jax.random.key(args.seed), tower.joint)
     before = retrieval(fresh, of_held, args.seed)
     adapter = fit(fresh, of_train, args)
     after = retrieval(adapter, of_held, args.seed)
@@ -84,7 +86,7 @@ def main() -> None:
         "subjects": f"{len(of_train)} trained, {len(of_held)} held out",
         "retrieval": f"{before:.4f} before, {after:.4f} after",
     }
-    language.save(args.out, adapter, tower.digest, notes)
+    text_adapter.save(args.out, adapter, tower.digest, notes)
     print(f"{notes['subjects']}; CLIP {tower.digest}")
     print(
         f"held-out retrieval {before:.3f} before, {after:.3f} after; chance {1 / len(of_held):.3f}"
@@ -187,28 +189,30 @@ def split(subjects: Subjects, seed: int) -> tuple[list[list[str]], list[list[str
 # --- features -----------------------------------------------------------------------------------
 
 
-def features(tower: clip.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
+def features(tower: vit.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
     """Text features [texts, d] of every subject, of length 1."""
     texts = [t for subject in subjects for t in subject]
     positions = len(tower.text["position"])
     ids = tower.tokenizer(
         texts, padding="max_length", truncation=True, max_length=positions, return_tensors="np"
     ).input_ids.astype(np.int32)
-    eos = prompts.end_of_text(ids, tower.eos_id)
+    eos = tokenize.end_of_text(ids, tower.eos_id)
     ids = ids[:, : int(eos.max()) + 1]
-    run = jax.jit(partial(clip.encode_ids, tower=tower.text_tower, causal=True))
+    run = jax.jit(partial(vit.encode_ids, tower=tower.text_tower, causal=True))
     empty, none = jnp.zeros((batch, 0, tower.text_width)), np.full((batch, ids.shape[1]), -1)
     made = []
     for start in range(0, len(texts), batch):
         rows = np.arange(start, start + batch) % len(texts)  # filled up by going round
         made.append(run(tower.text, empty, ids[rows], none, eos[rows]))
-    flat = score.unit(jnp.concatenate(made)[: len(texts)])
+    flat = similarity.unit(jnp.concatenate(made)[: len(texts)])
     return jnp.split(flat, np.cumsum([len(s) for s in subjects])[:-1])
 
 
 def likeness(adapter, x) -> float:
     """Mean cosine of features before and after adaptation."""
-    return float((score.unit(language.adapt(adapter, x)) * score.unit(x)).sum(-1).mean())
+    return float(
+        (similarity.unit(text_adapter.adapt(adapter, x)) * similarity.unit(x)).sum(-1).mean()
+    )
 
 
 def pairs(subjects: list[jax.Array], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +228,9 @@ def retrieval(adapter, subjects: list[jax.Array], seed: int, draws: int = 20) ->
     rng, host = np.random.default_rng([seed, 1]), [np.asarray(x) for x in subjects]
     right = []
     for _ in range(draws):
-        one, two = (score.unit(language.adapt(adapter, jnp.asarray(x))) for x in pairs(host, rng))
+        one, two = (
+            similarity.unit(text_adapter.adapt(adapter, jnp.asarray(x))) for x in pairs(host, rng)
+        )
         alike = np.asarray(one @ two.T)
         own = np.arange(len(host))
         right += [(alike.argmax(1) == own).mean(), (alike.argmax(0) == own).mean()]
@@ -233,7 +239,7 @@ def retrieval(adapter, subjects: list[jax.Array], seed: int, draws: int = 20) ->
 
 def loss(adapter, one, two, temperature: float, keep: float):
     """Contrastive between the rows of `one` and `two`, both ways, plus the distance moved."""
-    new = [score.unit(language.adapt(adapter, x)) for x in (one, two)]
+    new = [similarity.unit(text_adapter.adapt(adapter, x)) for x in (one, two)]
     logits = new[0] @ new[1].T / temperature
     own = jnp.arange(len(one))
     both = [optax.softmax_cross_entropy_with_integer_labels(x, own) for x in (logits, logits.T)]

@@ -18,7 +18,8 @@ from pathlib import Path
 import compare
 import numpy as np
 
-from medclip_jax import files, stats
+from medclip_jax import files
+from medclip_jax.evaluation import significance
 
 BASE = "templates, 8 per prompt, end, random"
 FACTORS = {
@@ -106,7 +107,7 @@ def table(out: Path, rows: list[list]) -> None:
         if factor == "base" or len(scores) < 2:
             cells += ["", ""]
         else:
-            test = stats.paired_t(scores, base)
+            test = significance.paired_t(scores, base)
             cells += [f"{test.mean:+.3f}", f"{test.low:+.3f} to {test.high:+.3f}"]
         head = [data, str(k), factor, variant, str(len(scores))]
         lines.append(f"| {' | '.join(head + cells)} |")

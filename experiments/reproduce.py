@@ -25,8 +25,9 @@ import tables
 from compare import settings
 from published import K
 
-from medclip_jax import config as configuration
-from medclip_jax import figures, files, gallery, metrics, results, train
+from medclip_jax import config, files, train
+from medclip_jax.evaluation import metrics
+from medclip_jax.report import figures, gallery, load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [ROOT / "configs" / f"{name}.py" for name in ("busi", "brain_mri", "chest_xray")]
@@ -69,7 +70,7 @@ def arguments() -> argparse.Namespace:
         if not flag.startswith("--config.") or "=" not in flag:
             parser.error(f"unrecognized argument {flag}; fields are given as --config.field=value")
         args.set.append(flag.removeprefix("--config."))
-    known = {*configuration.METHODS, *LEARNERS}
+    known = {*config.METHODS, *LEARNERS}
     if unknown := set(args.methods) - known:
         parser.error(f"--methods {', '.join(sorted(unknown))}: give any of {', '.join(known)}")
     return args
@@ -110,7 +111,7 @@ def finished(args, *job) -> None:
     c = fields(args, *job)
     print(*job[1:], job[0].stem, file=sys.stderr, flush=True)
     train.run(c, workdir, pictures=False)
-    held = results.read(workdir)
+    held = load.read(workdir)
     with np.load(workdir / "predictions.npz", allow_pickle=False) as file:
         beside = {n: file[n] for n in ("pixel_counts", "patient") if n in file.files}
     if job[3] == 0 and job[2] == "ours":  # for the figures
@@ -157,7 +158,7 @@ def write(args, rows: dict) -> None:
 
 def draw(args) -> None:
     """Maps and boxes by K (the paper's Figures 2 to 4), loss and validation by K (5 to 7)."""
-    from medclip_jax.writer import read_steps
+    from medclip_jax.training.metrics_log import read_steps
 
     for file in args.config:
         at = [(k, folder(args, file, k, "ours", 0)) for k in args.k]

@@ -18,27 +18,20 @@ import numpy as np
 import trials
 from ml_collections import ConfigDict
 
-from medclip_jax import (
-    clip,
-    compiled,
-    detector,
-    evaluate,
-    features,
-    fit,
-    fusion,
-    lesions,
-    metrics,
-    scales,
-    sharding,
-    suppress,
-    train,
-)
-from medclip_jax import config as configuration
-from medclip_jax.data import augment, datasets, preprocess
-from medclip_jax.data.variants import Synthesis
-from medclip_jax.ranking import PixelRanks
-from medclip_jax.score import to_pixels
-from medclip_jax.structs import Features, Record
+from medclip_jax import build
+from medclip_jax import config as config_module
+from medclip_jax.clip import vit
+from medclip_jax.clip.outputs import Features
+from medclip_jax.data import augmentation, datasets, preprocessing, splits
+from medclip_jax.data.records import Record
+from medclip_jax.data.synthetic_variants import Synthesis
+from medclip_jax.detectors import detector, ensemble, map_filter, tiling
+from medclip_jax.distributed import runtime, sharding
+from medclip_jax.evaluation import evaluate, ground_truth, metrics
+from medclip_jax.evaluation.ranking import PixelRanks
+from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.models.anomaly_map import to_pixels
+from medclip_jax.training import loop
 
 BATCH = 32  # images per scoring call
 # fields that training does not read
@@ -51,8 +44,8 @@ FOR_PLAIN = ("prompts.", "model.language", "score.tiles", "data.modality", "data
 class Place(NamedTuple):
     """Where a run takes place."""
 
-    tower: clip.Clip
-    bank: features.Bank
+    tower: vit.Clip
+    bank: cache.Bank
     supports: Sequence[Record]
     test: Sequence[Record]
 
@@ -61,7 +54,7 @@ class Ground:
     """One data set, with what its runs have in common."""
 
     def __init__(self):
-        self.towers: dict[Any, clip.Clip] = {}
+        self.towers: dict[Any, vit.Clip] = {}
         self.records: tuple[Record, ...] = ()
         self.tokens: dict[Any, list[Features]] = {}  # batches of the test set
         self.masks: dict[str, np.ndarray] = {}
@@ -73,10 +66,10 @@ class Ground:
 
     def place(self, c: ConfigDict) -> Place:
         """Tower, bank and split of a run; another draw forgets what the last one trained."""
-        compiled.keep(Path(c.cache))
+        runtime.keep(Path(c.cache))
         named = c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine
         if named not in self.towers:
-            self.towers[named] = clip.load(*named)
+            self.towers[named] = vit.load(*named)
         root = Path(c.data.root) if c.data.root else None
         if not self.records:
             policy = c.data.uncertain, c.data.blank
@@ -84,25 +77,25 @@ class Ground:
         if self.draw != (c.k, c.seed):
             self.draw, self.thetas, self.branches = (c.k, c.seed), {}, {}
         where = c.data.pool, c.data.split, Path(c.cache)
-        drawn = datasets.split(self.records, c.k, c.seed, *where)
-        like = c.data.fit, c.bank_dtype, sharding.mesh(), preprocess.steps(c.data.recipe)
-        bank = features.open_bank(Path(c.cache), self.towers[named], *like)
+        drawn = splits.split(self.records, c.k, c.seed, *where)
+        like = c.data.fit, c.bank_dtype, sharding.mesh(), preprocessing.steps(c.data.recipe)
+        bank = cache.open_bank(Path(c.cache), self.towers[named], *like)
         return Place(self.towers[named], bank, drawn.support, drawn.test)
 
     def batches(self, at: Place, tiles: int) -> list[Features]:
         """Tokens of the test images on the device, BATCH at a time, read once."""
         key = at.bank.folder, tiles, tuple(r.id for r in at.test)
         if key not in self.tokens:
-            features.encode_images(at.bank, at.test)
+            encoder.encode_images(at.bank, at.test)
             if tiles > 1:
-                scales.encode_images(at.bank, [*at.supports, *at.test], tiles)
-            load = features.load_images if tiles == 1 else scales.loader(tiles)
+                tiling.encode_images(at.bank, [*at.supports, *at.test], tiles)
+            load = cache.load_images if tiles == 1 else tiling.loader(tiles)
             read = load(at.bank, at.test, BATCH)
             self.tokens[key] = [
                 jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), b) for b in read
             ]
         elif tiles > 1:  # another draw has other supports
-            scales.encode_images(at.bank, at.supports, tiles)
+            tiling.encode_images(at.bank, at.supports, tiles)
         return self.tokens[key]
 
 
@@ -111,27 +104,27 @@ def run(ground: Ground, config: ConfigDict) -> dict[str, Any]:
 
     Raises ValueError for a config with a teacher or with other data sets to learn from.
     """
-    c = configuration.resolve(config)
+    c = config_module.resolve(config)
     if c.distill.teacher or c.meta.data or c.method != "ours":
         raise ValueError("method ours alone, without config.distill.teacher and config.meta.data")
     at = ground.place(c)
     test = ground.batches(at, c.score.tiles)
-    groups = fit.folds(c.k, c.calibration.folds)
+    groups = loop.folds(c.k, c.calibration.folds)
     trained = key(c, leave=(*SCORING, *UNSEEN))
     if trained not in ground.thetas:
         ground.thetas[trained] = theta_of(ground, c, at, groups)
     theta, design, frozen = ground.thetas[trained]
 
     def branch(name: str) -> detector.Detector:
-        named = name.removesuffix(fusion.IMAGE_ONLY), branch_key(c, name, at, trained)
+        named = name.removesuffix(ensemble.IMAGE_ONLY), branch_key(c, name, at, trained)
         if named not in ground.branches:
             given = c, theta, frozen, design, at.bank, at.supports, groups
-            ground.branches[named] = remembering(train.branch_of(name, *given), test)
+            ground.branches[named] = remembering(build.branch_of(name, *given), test)
         return ground.branches[named]
 
     given = theta, frozen, design, at.bank, at.supports, groups
-    built, _ = train.assemble(c, *given, branch=branch)
-    quiet = train.quieter(c, built, at.bank, at.supports)
+    built, _ = build.assemble(c, *given, branch=branch)
+    quiet = build.quieter(c, built, at.bank, at.supports)
     return measured(ground, c, at, built, quiet, test)
 
 
@@ -139,7 +132,7 @@ def key(c: ConfigDict, leave: Sequence[str] = (), only: Sequence[str] = ("",)) -
     """Fields whose names begin with one of `only`, but none of `leave`, with their values."""
     return tuple(
         (name, repr(value))
-        for name, value in configuration.flat(c)
+        for name, value in config_module.flat(c)
         if name.startswith(tuple(only)) and not (leave and name.startswith(tuple(leave)))
     )
 
@@ -153,10 +146,10 @@ def branch_key(c: ConfigDict, name: str, at: Place, trained: tuple) -> tuple:
 
 def theta_of(ground: Ground, c: ConfigDict, at: Place, groups) -> tuple[Any, Any, Any]:
     """Theta of all copies, the design and the frozen parameters."""
-    strengths = augment.chosen(c.augment, c.data.modality)
+    strengths = augmentation.chosen(c.augment, c.data.modality)
     partners = c.seed if c.synthesis.partner == "support" else 0
     preset = c.synthesis.preset, c.synthesis.variants, partners, c.synthesis.partner
-    pools = [features.open_pool(at.bank, at.supports, Synthesis(*preset, *strengths))]
+    pools = [training_pool.open_pool(at.bank, at.supports, Synthesis(*preset, *strengths))]
     # the compiled step serves every draw; paths and seeds are not compiled in
     shape = key(c, leave=(*SCORING, *UNSEEN, "seed", "synthesis.", "augment.", "data.recipe"))
     if shape not in ground.programs:
@@ -206,7 +199,7 @@ def of_pixels(ground: Ground, at: Place, values: np.ndarray, quiet) -> dict[str,
     if not marked:
         return None
     if not set(ground.masks) >= {r.id for r in marked}:
-        truth = lesions.Truths(marked, size, at.bank.fit)
+        truth = ground_truth.Truths(marked, size, at.bank.fit)
         ground.masks |= {r.id: mask for r, mask in zip(marked, truth, strict=True)}
     maps = jax.jit(lambda v: to_pixels(v, size))
     margin = 1e-3 + float(np.ptp(values)) * 1e-3  # up-sampled values stay within the patches'
@@ -218,7 +211,7 @@ def of_pixels(ground: Ground, at: Place, values: np.ndarray, quiet) -> dict[str,
         heat = np.asarray(maps(values[rows]))[: len(group)]
         shown = [at.test[i] for i in group]
         if quiet is not None:
-            heat = suppress.treat(heat, quiet.steps, areas(ground, at, shown))
+            heat = map_filter.treat(heat, quiet.steps, areas(ground, at, shown))
         for record, one in zip(shown, heat, strict=True):
             ranks.add(one, ground.masks.get(record.id, empty))
     return {"auroc": ranks.auroc(), "aupro": ranks.aupro()}
@@ -227,6 +220,6 @@ def of_pixels(ground: Ground, at: Place, values: np.ndarray, quiet) -> dict[str,
 def areas(ground: Ground, at: Place, shown: Sequence[Record]) -> list[float | None]:
     """Area of a pixel of each image, mm², read once from its file; None if it is not known."""
     new = [r for r in shown if r.id not in ground.areas]
-    found = suppress.areas(new, at.tower.size, at.bank.fit)
+    found = map_filter.areas(new, at.tower.size, at.bank.fit)
     ground.areas |= {r.id: area for r, area in zip(new, found, strict=True)}
     return [ground.areas[r.id] for r in shown]

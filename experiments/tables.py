@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from published import IMAGE_AUROC, PIXEL_AUROC, K
 
-from medclip_jax import draws, stats
+from medclip_jax.evaluation import draw_bootstrap, significance
 
 COLUMNS = (
     *(("image", name) for name in ("auroc", "auprc")),
@@ -79,9 +79,9 @@ def intervals(runs: Sequence[Run]) -> dict[Column, tuple[float, float]]:
     """Two-level 95% limits by column; draws may be tested on different images."""
     told = ["label", "patient"] if all("patient" in r for r in runs) else ["label"]
     columns = ([r[name] for r in runs] for name in told)
-    places, (label, *patients) = draws.together([r["id"] for r in runs], *columns)
+    places, (label, *patients) = draw_bootstrap.together([r["id"] for r in runs], *columns)
     patient = patients[0] if patients else None
-    of_image = draws.image([r["score"] for r in runs], label, patient, places=places)
+    of_image = draw_bootstrap.image([r["score"] for r in runs], label, patient, places=places)
     found = {("image", name): x for name, x in of_image.items()}
     if "false_alarm_rate" in of_image:
         found["calibration", "false_alarm_rate"] = of_image["false_alarm_rate"]
@@ -90,7 +90,7 @@ def intervals(runs: Sequence[Run]) -> dict[Column, tuple[float, float]]:
         known = [c.any((1, 2)) for c in counts]
         counts = [c[sure] for c, sure in zip(counts, known, strict=True)]
         at = [place[sure] for place, sure in zip(places, known, strict=True)]
-        of_pixel = draws.pixel(counts, label, patient, places=at)
+        of_pixel = draw_bootstrap.pixel(counts, label, patient, places=at)
         found |= {("pixel", name): x for name, x in of_pixel.items()}
     # few draws reach beyond what a rate can be
     return {name: (max(x.low, 0.0), min(x.high, 1.0)) for name, x in found.items()}
@@ -111,16 +111,16 @@ def tests(cell: Cell) -> dict[str, Tests]:
         if method == "ours" or not pairs or None in [r["image"]["auroc"] for x in pairs for r in x]:
             continue
         a, b = (np.array([pair[i]["image"]["auroc"] for pair in pairs]) for i in (0, 1))
-        each = [stats.delong(x["score"], y["score"], x["label"]).p for x, y in pairs]
-        t = stats.paired_t(a, b).p if len(pairs) > 1 else np.nan
-        held[method] = stats.wilcoxon(a, b), t, np.nan_to_num(each, nan=1.0)
+        each = [significance.delong(x["score"], y["score"], x["label"]).p for x, y in pairs]
+        t = significance.paired_t(a, b).p if len(pairs) > 1 else np.nan
+        held[method] = significance.wilcoxon(a, b), t, np.nan_to_num(each, nan=1.0)
     if not held:
         return {}
-    signed = stats.holm(np.array([w.p for w, _, _ in held.values()]))
+    signed = significance.holm(np.array([w.p for w, _, _ in held.values()]))
     plain = np.array([t for _, t, _ in held.values()])
-    paired = stats.holm(np.nan_to_num(plain, nan=1.0))
+    paired = significance.holm(np.nan_to_num(plain, nan=1.0))
     sizes = np.cumsum([len(each) for *_, each in held.values()])
-    delong = np.split(stats.holm(np.concatenate([e for *_, e in held.values()])), sizes[:-1])
+    delong = np.split(significance.holm(np.concatenate([e for *_, e in held.values()])), sizes[:-1])
     return {
         method: Tests(
             float(signed[i]),
@@ -182,7 +182,7 @@ def markdown(cells: Cells, found: Found, draws_asked: int) -> str:
 
 def notes(draws_asked: int, learners: set[str]) -> str:
     """What the tables keep to. learners: of the runs of ours."""
-    least = stats.wilcoxon(np.arange(1.0, draws_asked + 1), np.zeros(draws_asked)).least_p
+    least = significance.wilcoxon(np.arange(1.0, draws_asked + 1), np.zeros(draws_asked)).least_p
     if learners <= {"joint"}:
         episodes = "Joint training without episodes is `ours` itself, whose learner is joint."
     else:

@@ -17,27 +17,21 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from medclip_jax import (
-    clip,
-    evaluate,
-    features,
-    fit,
-    learn,
-    lesions,
-    metrics,
-    model,
-    others,
-    several,
-    sharding,
-    train,
-)
-from medclip_jax import config as configuration
-from medclip_jax.data import augment, datasets
-from medclip_jax.data.variants import Synthesis
-from medclip_jax.groups import ahead
-from medclip_jax.ranking import PixelRanks
-from medclip_jax.score import to_pixels
-from medclip_jax.structs import Features, Record
+from medclip_jax import build
+from medclip_jax import config as config_module
+from medclip_jax.clip import vit
+from medclip_jax.clip.outputs import Features
+from medclip_jax.data import augmentation, datasets, splits
+from medclip_jax.data.records import Record
+from medclip_jax.data.synthetic_variants import Synthesis
+from medclip_jax.distributed import sharding
+from medclip_jax.distributed.runtime import ahead
+from medclip_jax.evaluation import evaluate, ground_truth, metrics
+from medclip_jax.evaluation.ranking import PixelRanks
+from medclip_jax.features import auxiliary, cache, encoder, training_pool
+from medclip_jax.models import model, prompt_sets
+from medclip_jax.models.anomaly_map import to_pixels
+from medclip_jax.training import loop, step
 
 BATCH = 64  # images per scoring call
 
@@ -60,7 +54,7 @@ class Ground:
     """A data set with what has been read and compiled of it."""
 
     def __init__(self):
-        self.tower: clip.Clip | None = None
+        self.tower: vit.Clip | None = None
         self.records: tuple[Record, ...] = ()
         self.tokens: dict[str, Features] = {}
         self.masks: dict[str, np.ndarray] = {}
@@ -69,19 +63,19 @@ class Ground:
     def load(self, c: ConfigDict) -> None:
         """List the data and load the tower, unless that has been done."""
         if self.tower is None:
-            self.tower = clip.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
+            self.tower = vit.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype)
             root = Path(c.data.root) if c.data.root else None
             self.records = datasets.load(c.data.name, root, Path(c.cache), c.k)
 
-    def read(self, bank: features.Bank, test: tuple[Record, ...]) -> None:
+    def read(self, bank: cache.Bank, test: tuple[Record, ...]) -> None:
         """Tokens and masks of test images that are not held yet."""
         new = [r for r in test if r.id not in self.tokens]
-        features.encode_images(bank, new)
-        for r, row in zip(new, features.load_images(bank, new, 1), strict=True):
+        encoder.encode_images(bank, new)
+        for r, row in zip(new, cache.load_images(bank, new, 1), strict=True):
             self.tokens[r.id] = row
         marked = [r for r in new if r.masks]
         if marked:
-            truth = lesions.Truths(marked, self.tower.size, bank.fit)
+            truth = ground_truth.Truths(marked, self.tower.size, bank.fit)
             self.masks |= {r.id: mask for r, mask in zip(marked, truth, strict=True)}
 
 
@@ -91,44 +85,42 @@ def run(ground: Ground, config: ConfigDict, name: str) -> dict[str, Any]:
     `name`: of the variant; configs of one name and K may differ in their seed alone.
     Returns {"gradients", "image": {...}, "pixel": {...} or None} with AUROC and AUPRO.
     """
-    c = configuration.resolve(config)
+    c = config_module.resolve(config)
     ground.load(c)
-    drawn = datasets.split(ground.records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
-    beside, mesh = others.read(c), sharding.mesh()
-    bank = features.open_bank(Path(c.cache), ground.tower, c.data.fit, c.bank_dtype, mesh)
+    drawn = splits.split(ground.records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
+    beside, mesh = auxiliary.read(c), sharding.mesh()
+    bank = cache.open_bank(Path(c.cache), ground.tower, c.data.fit, c.bank_dtype, mesh)
     made = Synthesis(
         *(c.synthesis.preset, c.synthesis.variants, 0, "self"),
-        *augment.chosen(c.augment, c.data.modality),
+        *augmentation.chosen(c.augment, c.data.modality),
     )
-    pools = [features.open_pool(bank, drawn.support, made)]
-    pools += others.open_pools(beside, c, drawn, bank, made)
+    pools = [training_pool.open_pool(bank, drawn.support, made)]
+    pools += auxiliary.open_pools(beside, c, drawn, bank, made)
     ground.read(bank, drawn.test)
     if (name, c.k) not in ground.programs:
         ground.programs[name, c.k] = program(c, ground.tower, beside)
     built = ground.programs[name, c.k]
     theta = jax.tree.map(lambda x: x[0], trained(c, ground.tower, built, pools, mesh))
-    return {"gradients": c.steps * configuration.gradients(c)} | measured(
+    return {"gradients": c.steps * config_module.gradients(c)} | measured(
         ground, built, theta, drawn.test
     )
 
 
-def program(c: ConfigDict, tower: clip.Clip, beside: tuple) -> Program:
+def program(c: ConfigDict, tower: vit.Clip, beside: tuple) -> Program:
     """The parts of fit.run and detector.learned, to be compiled at their first call."""
-    design, frozen = train.build(c, tower)
+    design, frozen = build.build(c, tower)
     if beside:
-        own = [train.phrases(c, tower, c.prompts.context, **other.words) for other in beside]
-        design = design._replace(sets=several.stack([design.prompts, *own]))
+        own = [build.phrases(c, tower, c.prompts.context, **other.words) for other in beside]
+        design = design._replace(sets=prompt_sets.stack([design.prompts, *own]))
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
-    inner = learn.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
+    inner = step.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
     optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
     last = inner._replace(steps=c.meta.adapt_steps)
-    objective = loss if c.learner == "joint" else learn.episodic(loss, inner)
+    objective = loss if c.learner == "joint" else step.episodic(loss, inner)
     return Program(
         *(design, frozen, optimizer),
-        learn.make_step(objective, optimizer),
-        jax.jit(
-            lambda theta, frozen, rows: learn.adapt(theta, frozen, rows, loss=loss, inner=last)
-        ),
+        step.make_step(objective, optimizer),
+        jax.jit(lambda theta, frozen, rows: step.adapt(theta, frozen, rows, loss=loss, inner=last)),
         jax.jit(lambda theta, text, batch: model.forward(theta, text, batch, design).logit),
         jax.jit(lambda theta: model.text_features(theta, frozen, design)),
         jax.jit(partial(to_pixels, size=tower.size)),
@@ -136,20 +128,20 @@ def program(c: ConfigDict, tower: clip.Clip, beside: tuple) -> Program:
     )
 
 
-def trained(c: ConfigDict, tower: clip.Clip, built: Program, pools: list, mesh, groups=()) -> Any:
+def trained(c: ConfigDict, tower: vit.Clip, built: Program, pools: list, mesh, groups=()) -> Any:
     """Theta after training and, of learners other than joint, adaptation; [1 + folds, ...].
 
     groups: the folds that are held out, a copy each; none by default.
     """
-    state = fit.start(c, tower, built.design, built.optimizer, 1 + len(groups))
-    read = fit.reader(c, pools, groups, mesh)
+    state = loop.start(c, tower, built.design, built.optimizer, 1 + len(groups))
+    read = loop.reader(c, pools, groups, mesh)
     with contextlib.closing(ahead(read, range(c.steps))) as batches:
         for batch in batches:
             state, parts = built.step(state, built.frozen, batch)
-    fit.finite(c.steps, jax.device_get(parts))
+    loop.finite(c.steps, jax.device_get(parts))
     theta = state.theta
     if c.learner != "joint":
-        rows = learn.adaptation_rows(features.join(pools), learn.supports(c.k, groups))
+        rows = step.adaptation_rows(training_pool.join(pools), step.supports(c.k, groups))
         theta, _ = built.adapt(theta, built.frozen, rows)
     return theta
 

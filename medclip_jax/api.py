@@ -14,10 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import explain, site, suppress, trained
-from medclip_jax import predict as prediction
-from medclip_jax.data import readers
+from medclip_jax.detectors import map_filter
 from medclip_jax.errors import ConfigError, DataError
+from medclip_jax.explain import boxes as explain_boxes
+from medclip_jax.inference import adapt as inference_adapt
+from medclip_jax.inference import predict as inference_predict
+from medclip_jax.inference import predictor
+from medclip_jax.io import read as io_read
 
 
 class Prediction(NamedTuple):
@@ -28,7 +31,7 @@ class Prediction(NamedTuple):
     alarm: bool
     uncertainty: float  # sd of the score over MC-dropout passes
     map: Float[np.ndarray, "h w"]  # in the image's own frame, [0, 1]; 0.5 is the pixel threshold
-    boxes: tuple[explain.Box, ...]  # of what the map marks, in pixels
+    boxes: tuple[explain_boxes.Box, ...]  # of what the map marks, in pixels
 
 
 class Scorer:
@@ -37,8 +40,8 @@ class Scorer:
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir).expanduser()
         self.adapted = False  # to another site than the workdir's
-        self._trained = trained.load(self.workdir)
-        self._start: site.Start | None = None  # what `adapt` starts from, compiled once
+        self._trained = predictor.load(self.workdir)
+        self._start: inference_adapt.Start | None = None  # what `adapt` starts from, compiled once
 
     def predict(self, images: Iterable) -> list[Prediction]:
         """Score images: paths of one-frame files, or arrays [h, w] of finite values in [0, 1].
@@ -50,22 +53,22 @@ class Scorer:
             return []
         pixels, spacings = zip(*held, strict=True)
         fit, size = self._trained.config.data.fit, self._trained.bank.clip.size
-        frames = np.stack([readers.fit(image, size, fit) for image in pixels])
+        frames = np.stack([io_read.fit(image, size, fit) for image in pixels])
         mm2 = [
-            suppress.area(mm, image.shape[0], image.shape[1], size, fit)
+            map_filter.area(mm, image.shape[0], image.shape[1], size, fit)
             for mm, image in zip(spacings, pixels, strict=True)
         ]
-        scores = trained.score(self._trained, frames, mm2)
+        scores = predictor.score(self._trained, frames, mm2)
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
-    def predict_files(self, *named: str, output: str | Path) -> prediction.Summary:
+    def predict_files(self, *named: str, output: str | Path) -> inference_predict.Summary:
         """What --mode predict does: results of files, folders and globs below `output`.
 
         Raises ConfigError for an adapted scorer, which is kept nowhere that files could refer to.
         """
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
-        return prediction.run(self.workdir, [str(n) for n in named], Path(output))
+        return inference_predict.run(self.workdir, [str(n) for n in named], Path(output))
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.
@@ -78,8 +81,8 @@ class Scorer:
         that cannot be read.
         """
         if self._start is None:
-            self._start = site.load(self.workdir)
-        ready = site.adapt(self._start, [Path(i) for i in images])
+            self._start = inference_adapt.load(self.workdir)
+        ready = inference_adapt.adapt(self._start, [Path(i) for i in images])
         again = copy(self)
         again.adapted = True
         k = len(ready.limits.healthy)
@@ -97,7 +100,7 @@ def load(workdir: str | Path) -> Scorer:
 def _pixels(image) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:
     """Pixels and spacing; that of an array is not known."""
     if isinstance(image, str | Path):
-        read = readers.read(Path(image))
+        read = io_read.read(Path(image))
         if len(read.pixels) != 1:
             raise DataError(
                 f"{image} holds {len(read.pixels)} frames: use predict_files for volumes"
@@ -113,11 +116,11 @@ def _pixels(image) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None
 
 
 def _prediction(
-    scores: trained.Scores, i: int, shape: tuple[int, ...], fit: readers.Mode
+    scores: predictor.Scores, i: int, shape: tuple[int, ...], fit: io_read.Mode
 ) -> Prediction:
     height, width = shape
-    heat = readers.to_frame(scores.maps[i].astype(np.float32), height, width, fit)
-    boxes = explain.boxes(heat, 0.5, min_area=max(1, heat.size // 2000))
+    heat = io_read.to_frame(scores.maps[i].astype(np.float32), height, width, fit)
+    boxes = explain_boxes.boxes(heat, 0.5, min_area=max(1, heat.size // 2000))
     return Prediction(
         float(scores.score[i]),
         float(scores.p_value[i]),

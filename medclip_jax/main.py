@@ -21,8 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from medclip_jax import config, lock
+from medclip_jax.distributed.runtime import EXIT_CODE, Preempted
 from medclip_jax.errors import ConfigError, UserError, WorkdirError
-from medclip_jax.preemption import EXIT_CODE, Preempted
 
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)  # of the disk
 
@@ -165,12 +165,12 @@ def use(given: flags.FlagValues, workdir: Path) -> None:
     devices()
     output = Path(given.output).expanduser()
     if given.mode == "export":
-        from medclip_jax import export
+        from medclip_jax.inference import export
 
         size = export.save(workdir, output)
         logging.info("%s: %.1f MB", output, size / 1e6)
         return
-    from medclip_jax import predict
+    from medclip_jax.inference import predict
 
     done = predict.run(workdir, given.input, output, given.part, given.pseudonymise)
     logging.info(
@@ -223,12 +223,13 @@ def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
     """Train, evaluate or report in a workdir that is ours."""
     from rich.console import Console
 
-    from medclip_jax import report
+    from medclip_jax.report import html
 
     if mode != "report":
-        from medclip_jax import processes, train
+        from medclip_jax import train
+        from medclip_jax.distributed import multihost
 
-        with processes.together():
+        with multihost.together():
             join(fields)
             devices()
             result = train.run(fields, workdir, train=mode == "train")
@@ -238,13 +239,13 @@ def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
         if not result["calibration"]["attainable"]:
             logging.warning("%s", result["calibration"]["message"])
     with Console(stderr=True).status("report"):
-        page = report.write(workdir)
+        page = html.write(workdir)
     logging.info("report: %s", page)
 
 
 def join(fields: ConfigDict) -> None:
     """Join the other processes of the run, if there are any; the first thing that touches JAX."""
-    from medclip_jax import sharding
+    from medclip_jax.distributed import sharding
 
     cluster = fields.cluster
     sharding.start(
@@ -280,9 +281,9 @@ def cli() -> None:
     code = main(sys.argv)
     if "jax" not in sys.modules:
         sys.exit(code)
-    from medclip_jax import processes
+    from medclip_jax.distributed import multihost
 
-    processes.leave(code)
+    multihost.leave(code)
 
 
 if __name__ == "__main__":

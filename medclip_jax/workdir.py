@@ -10,9 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from medclip_jax import files
-from medclip_jax.data import datasets
+from medclip_jax.data import splits
+from medclip_jax.data.records import Record, Split
 from medclip_jax.errors import WorkdirError
-from medclip_jax.structs import Record, Split
 
 # where, how often and by how many is not what
 PLACES = ("cache", "log_every", "validations", "explained", "checkpoint_every") + (
@@ -55,9 +55,9 @@ def keep_split(workdir: Path, drawn: Split, c: ConfigDict, main: bool = True) ->
     """Write split.json, or check that the data still match the one that is there."""
     path = workdir / "split.json"
     if path.is_file():
-        datasets.check_split(path, drawn)
+        splits.check_split(path, drawn)
     elif main:
-        datasets.write_split(drawn, path, name=c.data.name, seed=c.seed, kind=c.data.split)
+        splits.write_split(drawn, path, name=c.data.name, seed=c.seed, kind=c.data.split)
 
 
 def known_of(test: Sequence[Record]) -> list[list[Any]]:

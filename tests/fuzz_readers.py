@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from medclip_jax.data import readers
 from medclip_jax.errors import DataError
+from medclip_jax.io import read
 
 from .conftest import reference_files
 from .test_dicom import data_files
@@ -91,7 +91,7 @@ def run(cases: int, seed: int) -> dict:
                 path.write_bytes(broken(rng, whole))
             start = time.perf_counter()
             try:
-                pixels = readers.read(path).pixels
+                pixels = read.read(path).pixels
                 assert np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1
                 counts[kind]["read"] += 1
             except DataError as error:

@@ -22,7 +22,7 @@ def image_with_lesion(rng, h, w, abnormal):
 
 def small_copies(rng, label):
     """As thumbnails.pack leaves them, from images in memory."""
-    from medclip_jax import thumbnails
+    from medclip_jax.evaluation import thumbnails
 
     files = {name: [] for name in thumbnails.FILES}
     frames = []
@@ -150,7 +150,8 @@ def edit(folder, **changes):
 
 def keep_pictures(folder, rows):
     """Leave the small copies of some images alone, as of a test set that has too many."""
-    from medclip_jax import thumbnails, viewer
+    from medclip_jax.evaluation import thumbnails
+    from medclip_jax.report import viewer
 
     path = folder / "predictions.npz"
     with np.load(path) as held:

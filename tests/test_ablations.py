@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats as st
 
-from medclip_jax import config as configuration
+from medclip_jax import config as config_module
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -23,7 +23,7 @@ def runs(monkeypatch):
     kept = []
 
     def run(ground, config):
-        kept.append(configuration.resolve(config))
+        kept.append(config_module.resolve(config))
         auroc = 0.8 + 0.01 * config.seed + 0.05 * (config.score.tiles > 1)
         auroc += (0.02 + 0.004 * config.seed) * (config.loss.dice > 0)
         return {"image": {"auroc": auroc, "auprc": 0.5}, "pixel": None, "number": len(kept) - 1}
@@ -55,7 +55,7 @@ def table(out):
 
 
 def differences(a, b) -> set[str]:
-    x, y = dict(configuration.flat(a)), dict(configuration.flat(b))
+    x, y = dict(config_module.flat(a)), dict(config_module.flat(b))
     derived = {"steps"}  # follows from the learner
     return {n for n in x if x[n] != y[n]} - derived
 
@@ -93,7 +93,7 @@ def test_changes_of_the_default_are_what_they_say(tmp_path, monkeypatch, runs):
     analyse(monkeypatch, tmp_path, "--draws", "1", "--sides", "default")
     made = {path.split("/")[1]: c for path, c in settings(tmp_path, runs).items()}
     assert len(made) == 1 + len(ablations.CHANGES)
-    shipped = configuration.resolve(made["default"])
+    shipped = config_module.resolve(made["default"])
     for name, assignments in ablations.CHANGES.items():
         wanted = {a.split("=")[0] for a in assignments}
         found = differences(made[name.replace(" ", "_").replace(",", "")], shipped)

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from medclip_jax import attribution, clip, clip_resnet, detector, explain, model, score
-from medclip_jax.structs import Features
+from medclip_jax.clip import resnet, vit
+from medclip_jax.clip.outputs import Features
+from medclip_jax.detectors import memory_bank
+from medclip_jax.explain import boxes, grad_cam
+from medclip_jax.models import anomaly_map, model, similarity
 
 from .conftest import reference_params
 from .test_detector import design_of, tokens
@@ -30,9 +33,9 @@ def test_grad_cam_meets_pytorch_grad_cam(path, peer):
     pixels = jnp.asarray(parity["pixel_values"].transpose(0, 2, 3, 1))
 
     def cosine(text, features):
-        return score.cosine(features.pooled, jnp.asarray(text)[None])[:, 0]
+        return similarity.cosine(features.pooled, jnp.asarray(text)[None])[:, 0]
 
-    ours = partial(attribution.through, tower.vision, pixels, tower.vision_tower, block=6)
+    ours = partial(grad_cam.through, tower.vision, pixels, tower.vision_tower, block=6)
     for c, text in enumerate(ref["text_embeds"]):
         a, g = ours(target=partial(cosine, text), norm=True)
         if c == 1:
@@ -40,15 +43,15 @@ def test_grad_cam_meets_pytorch_grad_cam(path, peer):
                              ("activations", "gradients_text1")]  # fmt: skip
             np.testing.assert_allclose(a, channels_last[0], atol=2e-5)
             close(g, channels_last[1], 1e-5)
-        for name, cam in (("gradcam", explain.grad_cam), ("gradcampp", explain.grad_cam_pp)):
+        for name, cam in (("gradcam", boxes.grad_cam), ("gradcampp", boxes.grad_cam_pp)):
             weights, raw = cam(a, g)
             stem = f"{name}_text{c}"
             close(weights, ref[f"{stem}_weights"], 1e-5)
             close(raw, ref[f"{stem}_raw"].reshape(3, 196), 1e-5)
-            small = explain.unit(raw)
+            small = boxes.unit(raw)
             np.testing.assert_allclose(small, ref[f"{stem}_norm14"].reshape(3, 196), atol=1e-4)
             if f"{stem}_final" in ref:
-                final = explain.unit(explain.to_square(small, 224))
+                final = boxes.unit(boxes.to_square(small, 224))
                 np.testing.assert_allclose(final, ref[f"{stem}_final"], atol=1e-4)
 
 
@@ -57,12 +60,12 @@ def test_cams_of_given_gradients_meet_pytorch_grad_cam(stem, cam):
     """The formulas alone, on two images of cam_0 that every checkout holds."""
     ref = np.load(HERE / "gradcam_0.npz")
     a, g = (ref[n].reshape(2, 64, 196).swapaxes(1, 2) for n in ("activations", "gradients_text1"))
-    weights, raw = explain.CAMS[cam](a, g)
+    weights, raw = boxes.CAMS[cam](a, g)
     close(weights, ref[f"{stem}_text1_weights"], 1e-5)
     close(raw, ref[f"{stem}_text1_raw"].reshape(2, 196), 1e-5)
-    small = explain.unit(raw)
+    small = boxes.unit(raw)
     np.testing.assert_allclose(small, ref[f"{stem}_text1_norm14"].reshape(2, 196), atol=1e-4)
-    final = explain.unit(explain.to_square(small[:1], 224))
+    final = boxes.unit(boxes.to_square(small[:1], 224))
     np.testing.assert_allclose(final, ref[f"{stem}_text1_final"], atol=1e-4)
 
 
@@ -77,17 +80,17 @@ def close(got, wanted, relative):
 def scene(tiny):
     rng = np.random.default_rng(0)
     grey = jnp.asarray(rng.random((2, 32, 32)), jnp.float32)
-    pixels = clip.normalise(grey, tiny.mean, tiny.std)
+    pixels = vit.normalise(grey, tiny.mean, tiny.std)
     design, frozen = design_of(tiny)
     theta = model.init(jax.random.key(3), tiny, design, 2, False)
     text = model.text_features(theta, frozen, design)
     patches = jax.jit(lambda f: model.forward(theta, text, f, design).logit)
-    features = clip.patch_features(tiny.vision, pixels, tiny.vision_tower)
+    features = vit.patch_features(tiny.vision, pixels, tiny.vision_tower)
     return pixels, patches, features
 
 
 def pooled(patches):
-    return lambda features: score.image_score(patches(features), 0.25)
+    return lambda features: anomaly_map.image_score(patches(features), 0.25)
 
 
 def test_a_class_token_score_does_not_reach_the_last_patches(tiny, scene):
@@ -96,18 +99,18 @@ def test_a_class_token_score_does_not_reach_the_last_patches(tiny, scene):
     def first(features):
         return features.pooled[:, 0]
 
-    with pytest.raises(explain.NoGradientError, match=r"block 4 is exactly 0.*class-token"):
-        attribution.through(tiny.vision, pixels, tiny.vision_tower, first, 4)
+    with pytest.raises(boxes.NoGradientError, match=r"block 4 is exactly 0.*class-token"):
+        grad_cam.through(tiny.vision, pixels, tiny.vision_tower, first, 4)
     for block, norm in ((4, True), (3, False)):
-        _, g = attribution.through(tiny.vision, pixels, tiny.vision_tower, first, block, norm)
+        _, g = grad_cam.through(tiny.vision, pixels, tiny.vision_tower, first, block, norm)
         assert np.abs(g).max() > 0
 
 
 def test_a_patch_score_reaches_the_last_patches_as_cached_tokens_do(tiny, scene):
     """At the last block the two gradients are one; at block 1 the blocks after it add theirs."""
     pixels, patches, features = scene
-    direct = attribution.direct(patches, features, 0.25)
-    through = partial(attribution.through, tiny.vision, pixels, tiny.vision_tower, pooled(patches))
+    direct = grad_cam.direct(patches, features, 0.25)
+    through = partial(grad_cam.through, tiny.vision, pixels, tiny.vision_tower, pooled(patches))
     a, g = through(4)
     np.testing.assert_allclose(a, features.levels[1], atol=1e-5)
     np.testing.assert_allclose(g, direct[1], atol=1e-5)
@@ -118,7 +121,7 @@ def test_a_patch_score_reaches_the_last_patches_as_cached_tokens_do(tiny, scene)
 
 def test_gradients_equal_finite_differences(scene):
     _, patches, features = scene
-    direct = attribution.direct(patches, features, 0.25)
+    direct = grad_cam.direct(patches, features, 0.25)
     rng = np.random.default_rng(1)
     for level, gradient in enumerate(direct):
         way = rng.normal(size=gradient.shape).astype(np.float32)
@@ -137,17 +140,17 @@ def test_through_gradient_equals_finite_differences(tiny, scene):
     pixels, patches, _ = scene
     tower = tiny.vision_tower
     target = pooled(patches)
-    a, g = attribution.through(tiny.vision, pixels, tower, target, 2)
+    a, g = grad_cam.through(tiny.vision, pixels, tower, target, 2)
     way = np.random.default_rng(2).normal(size=a.shape).astype(np.float32)
 
     def at(step):
-        x = clip.embed(tiny.vision, pixels, tower)
+        x = vit.embed(tiny.vision, pixels, tower)
         held = {}
         for number in range(1, 5):
-            x = clip.run_block(tiny.vision, x, number, tower)
+            x = vit.run_block(tiny.vision, x, number, tower)
             x = x.at[:, 1:].add(step * way) if number == 2 else x
             held[number] = x[:, 1:]
-        return float(target(Features(clip.pool(tiny.vision, x, tower), (held[1], held[4]))).sum())
+        return float(target(Features(vit.pool(tiny.vision, x, tower), (held[1], held[4]))).sum())
 
     assert (at(1e-2) - at(-1e-2)) / 2e-2 == pytest.approx((g * way).sum(), rel=2e-2, abs=1e-3)
 
@@ -160,22 +163,20 @@ def test_levels_on_other_grids_meet_on_the_finest(scene):
     def patches(f):
         return f.levels[1].sum(-1) + jnp.repeat(f.levels[0].sum(-1), 4, axis=1)
 
-    made = attribution.cams(patches, Features(jnp.zeros((3, 1)), levels), top=1.0)
+    made = grad_cam.cams(patches, Features(jnp.zeros((3, 1)), levels), top=1.0)
     assert made.shape == (3, 16) and made.min() >= 0 and made.max() <= 1
-    coarse, fine = (explain.unit(np.asarray(x.sum(-1), np.float64)) for x in levels)
-    coarse = explain.unit(explain.to_square(np.asarray(levels[0].sum(-1)), 4).reshape(3, 16))
+    coarse, fine = (boxes.unit(np.asarray(x.sum(-1), np.float64)) for x in levels)
+    coarse = boxes.unit(boxes.to_square(np.asarray(levels[0].sum(-1)), 4).reshape(3, 16))
     np.testing.assert_allclose(made, (coarse + fine) / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
 def test_cams_of_a_resnet_tower(method):
     """Stages 2 and 4 of CLIP's ResNet: 8 x 8 cells of 32 channels, 2 x 2 of 128; by hand."""
-    params, tower = clip_resnet.read(load_file(RESNET / "tower.safetensors"))
-    tower = clip_resnet.tapped(tower, (2, 4), "float32", False)
+    params, tower = resnet.read(load_file(RESNET / "tower.safetensors"))
+    tower = resnet.tapped(tower, (2, 4), "float32", False)
     pixels = jnp.asarray(np.load(RESNET / "expected.npz")["pixels"])
-    features = jax.jit(clip_resnet.patch_features, static_argnames="tower")(
-        params, pixels, tower=tower
-    )
+    features = jax.jit(resnet.patch_features, static_argnames="tower")(params, pixels, tower=tower)
     fine, coarse = (np.asarray(x, np.float64) for x in features.levels)
     rng = np.random.default_rng(0)
     way = [rng.normal(size=x.shape[-1]) for x in (fine, coarse)]
@@ -185,19 +186,19 @@ def test_cams_of_a_resnet_tower(method):
         up = jnp.repeat(jnp.repeat(low.reshape(-1, 2, 2), 4, 1), 4, 2).reshape(-1, 64)
         return f.levels[0] @ jnp.asarray(way[0], jnp.float32) + up
 
-    made = attribution.cams(patches, features, 1.0, method)
+    made = grad_cam.cams(patches, features, 1.0, method)
     each = []
     for a, w in ((fine, way[0]), (coarse, way[1])):
         # every cell counts alike in the mean of all patches
         g = np.broadcast_to(w / a.shape[1], a.shape)
-        raw = explain.CAMS[method](a, g)[1]
-        each.append(explain.unit(explain.to_square(raw, 8).reshape(2, 64) if raw.shape[1] < 64
+        raw = boxes.CAMS[method](a, g)[1]
+        each.append(boxes.unit(boxes.to_square(raw, 8).reshape(2, 64) if raw.shape[1] < 64
                                  else raw))  # fmt: skip
     np.testing.assert_allclose(made, np.mean(each, axis=0), atol=2e-3)
     for level, (a, w) in enumerate(zip((fine, coarse), way, strict=True)):
-        alone = attribution.cams(patches, features, 1.0, method, level)
+        alone = grad_cam.cams(patches, features, 1.0, method, level)
         g = np.broadcast_to(w / a.shape[1], a.shape)
-        np.testing.assert_allclose(alone, explain.unit(explain.CAMS[method](a, g)[1]), atol=2e-3)
+        np.testing.assert_allclose(alone, boxes.unit(boxes.CAMS[method](a, g)[1]), atol=2e-3)
     assert made.shape == (2, 64) and made.std() > 0.05
 
 
@@ -205,12 +206,12 @@ def test_cams_of_a_resnet_tower(method):
 def test_cams_of_a_memory_find_what_it_has_not_seen(method):
     """One strange patch in tokens that are else the supports' own."""
     held = tokens(3)
-    made = detector.remember(held)
+    made = memory_bank.remember(held)
     strange = [np.array(x[:1]) for x in held.levels]
     for level in strange:
         level[0, 5] += 3 * np.random.default_rng(7).normal(size=level.shape[-1])
     features = Features(held.pooled[:1], tuple(map(jnp.asarray, strange)))
-    cam = attribution.cams(made.patches, features, 0.05, method)
+    cam = grad_cam.cams(made.patches, features, 0.05, method)
     assert cam.shape == (1, 16) and np.isfinite(cam).all() and 0 <= cam.min() <= cam.max() <= 1
 
 
@@ -218,30 +219,30 @@ def test_cams_of_a_memory_find_what_it_has_not_seen(method):
 def test_cams_of_one_level_of_a_vit(scene, method):
     """Each tapped block for itself; a score that does not read a block is said to explain none."""
     _, patches, features = scene
-    each = [attribution.cams(patches, features, 0.25, method, level) for level in (0, 1)]
-    both = attribution.cams(patches, features, 0.25, method)
+    each = [grad_cam.cams(patches, features, 0.25, method, level) for level in (0, 1)]
+    both = grad_cam.cams(patches, features, 0.25, method)
     np.testing.assert_allclose(both, np.mean(each, axis=0), atol=1e-6)
     assert np.abs(each[0] - each[1]).max() > 0.1
 
     def last(f):
         return patches(f._replace(levels=(jax.lax.stop_gradient(f.levels[0]), f.levels[1])))
 
-    assert attribution.cams(last, features, 0.25, method, 1).max() > 0.9
-    with pytest.raises(explain.NoGradientError, match="tapped level 0 is exactly 0"):
-        attribution.cams(last, features, 0.25, method, 0)
+    assert grad_cam.cams(last, features, 0.25, method, 1).max() > 0.9
+    with pytest.raises(boxes.NoGradientError, match="tapped level 0 is exactly 0"):
+        grad_cam.cams(last, features, 0.25, method, 0)
 
 
 def test_randomised_weights_change_the_explanation(tiny, scene):
     pixels, patches, _ = scene
-    through = partial(attribution.through, pixels=pixels, tower=tiny.vision_tower)
+    through = partial(grad_cam.through, pixels=pixels, tower=tiny.vision_tower)
     seen = {}
     for name, blocks in (("trained", []), ("last", [4]), ("all", [1, 2, 3, 4])):
-        vision = attribution.randomised(tiny.vision, jax.random.key(5), blocks)
+        vision = grad_cam.randomised(tiny.vision, jax.random.key(5), blocks)
         a, g = through(vision, target=pooled(patches), block=3)
-        seen[name] = explain.grad_cam(a, g)[1]
-    assert explain.agreement(seen["trained"], seen["trained"]).min() == pytest.approx(1)
-    assert abs(explain.agreement(seen["trained"], seen["all"]).mean()) < 0.7
-    kept = attribution.randomised(tiny.vision, jax.random.key(5), [4])["blocks"]["fc1"]["kernel"]
+        seen[name] = boxes.grad_cam(a, g)[1]
+    assert boxes.agreement(seen["trained"], seen["trained"]).min() == pytest.approx(1)
+    assert abs(boxes.agreement(seen["trained"], seen["all"]).mean()) < 0.7
+    kept = grad_cam.randomised(tiny.vision, jax.random.key(5), [4])["blocks"]["fc1"]["kernel"]
     np.testing.assert_array_equal(kept[:3], tiny.vision["blocks"]["fc1"]["kernel"][:3])
     assert (kept[3] != tiny.vision["blocks"]["fc1"]["kernel"][3]).mean() > 0.99
 
@@ -249,15 +250,15 @@ def test_randomised_weights_change_the_explanation(tiny, scene):
 def test_an_unknown_block_is_refused(tiny, scene):
     pixels, patches, _ = scene
     with pytest.raises(ValueError, match="block 5 is not one of 1 to 4"):
-        attribution.through(tiny.vision, pixels, tiny.vision_tower, pooled(patches), 5)
+        grad_cam.through(tiny.vision, pixels, tiny.vision_tower, pooled(patches), 5)
 
 
 def test_stages_of_a_resnet_are_drawn_anew():
-    params, _ = clip_resnet.read(load_file(RESNET / "tower.safetensors"))
+    params, _ = resnet.read(load_file(RESNET / "tower.safetensors"))
     params = jax.tree.map(jnp.asarray, params)
-    last = attribution.depth(params)
+    last = grad_cam.depth(params)
     assert last == 4
-    drawn = attribution.randomised(params, jax.random.key(0), [last])
+    drawn = grad_cam.randomised(params, jax.random.key(0), [last])
     for stage, (old, new) in enumerate(zip(params["stages"], drawn["stages"], strict=True), 1):
         pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
         changed = {a.ndim: bool((a != b).any()) for a, b in pairs}

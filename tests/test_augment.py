@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, features
-from medclip_jax.data import augment, episodes
-from medclip_jax.data.augment import Strengths
+from medclip_jax import config
+from medclip_jax.data import augmentation, records, synthetic_variants
+from medclip_jax.data.augmentation import Strengths
 from medclip_jax.errors import ConfigError
+from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.synthesis import generate
+from medclip_jax.training import episodes
 
 from .test_features import SYNTHESIS, bank, everything, pictures  # noqa: F401
 
@@ -43,7 +46,7 @@ def keys(n: int, seed: int = 0):
 def test_the_mask_moves_with_the_image(move):
     """Where the image is the mask, it stays so: bright where marked, dark where not."""
     n, shape = 6, blob()
-    images, masks = augment.batch(
+    images, masks = augmentation.batch(
         keys(n), np.stack([shape] * n), np.stack([shape] * n), MOVES[move]
     )
     assert set(np.unique(masks)) == {0, 1}
@@ -56,13 +59,13 @@ def test_the_mask_moves_with_the_image(move):
 def test_strength_zero_is_the_identity(name):
     image, mask = jnp.asarray(texture()[0]), jnp.asarray(blob())
     for strengths in (Strengths(), Strengths(**{name: 0.0})):
-        new, moved = augment.sample(jax.random.key(1), image, mask, strengths)
+        new, moved = augmentation.sample(jax.random.key(1), image, mask, strengths)
         np.testing.assert_array_equal(new, image)
         np.testing.assert_array_equal(moved, mask)
     little = Strengths(**{name: 1e-6})  # and no jump on the way there
-    near, _ = augment.sample(jax.random.key(1), image, mask, little)
+    near, _ = augmentation.sample(jax.random.key(1), image, mask, little)
     np.testing.assert_allclose(near, image, atol=1e-4)
-    changed, _ = augment.batch(
+    changed, _ = augmentation.batch(
         keys(8), texture(8), np.zeros((8, 48, 48)), ALL._replace(intensity=0)
     )
     assert all(np.abs(a - b).max() > 0.05 for a, b in zip(changed, texture(8), strict=True))
@@ -70,18 +73,18 @@ def test_strength_zero_is_the_identity(name):
 
 def test_the_key_decides_and_the_batch_does_not():
     images, masks = texture(19), np.stack([blob()] * 19)
-    new, moved = augment.batch(keys(19), images, masks, ALL)
-    again = augment.batch(keys(19)[5:7], images[5:7], masks[5:7], ALL)
+    new, moved = augmentation.batch(keys(19), images, masks, ALL)
+    again = augmentation.batch(keys(19)[5:7], images[5:7], masks[5:7], ALL)
     np.testing.assert_array_equal(new[5:7], again[0])
     np.testing.assert_array_equal(moved[5:7], again[1])
-    other, _ = augment.batch(keys(19, 1), images, masks, ALL)
+    other, _ = augmentation.batch(keys(19, 1), images, masks, ALL)
     assert all(np.abs(a - b).max() > 0.01 for a, b in zip(new, other, strict=True))
     assert new.dtype == np.float32 and new.min() >= 0 and new.max() <= 1
 
 
 def test_under_jit_and_vmap_as_alone():
     images, mask = texture(3), jnp.asarray(blob())
-    one = partial(augment.sample, mask=mask, strengths=ALL)
+    one = partial(augmentation.sample, mask=mask, strengths=ALL)
     together, _ = jax.jit(jax.vmap(one))(keys(3), jnp.asarray(images))
     for key, image, row in zip(keys(3), images, together, strict=True):
         np.testing.assert_allclose(one(key, jnp.asarray(image))[0], row, atol=2e-5)
@@ -90,25 +93,27 @@ def test_under_jit_and_vmap_as_alone():
 def test_each_change_draws_from_its_own_stream():
     """Intensity on top leaves the geometry as it was."""
     plain = ALL._replace(intensity=0.0)
-    _, without = augment.batch(keys(4), texture(4), np.stack([blob()] * 4), plain)
-    _, with_it = augment.batch(keys(4), texture(4), np.stack([blob()] * 4), ALL)
+    _, without = augmentation.batch(keys(4), texture(4), np.stack([blob()] * 4), plain)
+    _, with_it = augmentation.batch(keys(4), texture(4), np.stack([blob()] * 4), ALL)
     np.testing.assert_array_equal(without, with_it)
 
 
 def test_flips_and_turns_are_what_they_say():
     image, mask = jnp.asarray(texture()[0]), jnp.asarray(blob())
-    new, moved = augment.sample(jax.random.key(0), image, mask, MOVES["flip"])
+    new, moved = augmentation.sample(jax.random.key(0), image, mask, MOVES["flip"])
     np.testing.assert_array_equal(new, image[:, ::-1])
     np.testing.assert_array_equal(moved, mask[:, ::-1])
-    new, _ = augment.sample(jax.random.key(0), image, mask, MOVES["flip_vertical"])
+    new, _ = augmentation.sample(jax.random.key(0), image, mask, MOVES["flip_vertical"])
     np.testing.assert_array_equal(new, image[::-1])
-    turned = augment.rotate(jnp.asarray(image)[..., None], jnp.asarray(jnp.pi / 2))[..., 0]
+    turned = augmentation.rotate(jnp.asarray(image)[..., None], jnp.asarray(jnp.pi / 2))[..., 0]
     np.testing.assert_allclose(turned, np.rot90(image), atol=1e-4)
 
 
 def test_jitter_is_bounded_and_leaves_the_mask():
     image = np.full((16, 16), 0.5, np.float32)
-    draws, moved = augment.batch(keys(64), np.stack([image] * 64), np.ones((64, 16, 16)), MOVES_OFF)
+    draws, moved = augmentation.batch(
+        keys(64), np.stack([image] * 64), np.ones((64, 16, 16)), MOVES_OFF
+    )
     assert moved.all()
     low, high = 0.5 ** np.exp(0.2) - 0.1, 0.5 ** np.exp(-0.2) + 0.1
     assert draws.min() >= low - 1e-6 and draws.max() <= high + 1e-6
@@ -122,7 +127,7 @@ def test_displacements_are_as_large_as_asked_for():
     """A ramp shows how far each pixel came."""
     size, strength = 96, 0.02
     ramp = jnp.broadcast_to(jnp.arange(size, dtype=jnp.float32)[:, None], (size, size))[..., None]
-    moved = jax.vmap(lambda k: augment.elastic(k, ramp, strength))(keys(24))
+    moved = jax.vmap(lambda k: augmentation.elastic(k, ramp, strength))(keys(24))
     inner = (moved - ramp[None])[:, 24:-24, 24:-24]  # the smoothing fades out at the edge
     assert 0.8 < float(inner.std()) / (strength * size) < 1.2
 
@@ -135,17 +140,17 @@ def test_displacements_are_as_large_as_asked_for():
 )
 def test_only_ultrasound_and_mri_are_deformed(modality, allowed):
     fields = {"copies": 2, "elastic": 0.01, "flip": 0.5}
-    augment.permitted(Strengths(flip=0.5, rotate=10, intensity=0.1), modality)
+    augmentation.permitted(Strengths(flip=0.5, rotate=10, intensity=0.1), modality)
     if allowed:
-        assert augment.chosen(fields, modality) == (2, Strengths(flip=0.5, elastic=0.01))
+        assert augmentation.chosen(fields, modality) == (2, Strengths(flip=0.5, elastic=0.01))
     else:
         with pytest.raises(ConfigError, match="config.augment.elastic is 0.01 but .*modality"):
-            augment.chosen(fields, modality)
+            augmentation.chosen(fields, modality)
 
 
 def test_off_by_default_and_bad_strengths_are_refused():
     c = config.base()
-    assert augment.chosen(c.augment, "chest X-ray") == (0, Strengths())
+    assert augmentation.chosen(c.augment, "chest X-ray") == (0, Strengths())
     assert set(c.augment) == {"copies", *Strengths._fields}
     for name, bad in (("flip", 1.5), ("rotate", -1.0), ("elastic", 0.5), ("intensity", 2.0)):
         with c.unlocked():
@@ -160,42 +165,42 @@ def test_off_by_default_and_bad_strengths_are_refused():
 
 def test_copies_are_clean_rows_behind_the_variants(bank, pictures):  # noqa: F811
     recipe = SYNTHESIS._replace(variants=5, copies=2, strengths=ALL)
-    pool = features.open_pool(bank, pictures[:2], recipe)
+    pool = training_pool.open_pool(bank, pictures[:2], recipe)
     assert pool.copies == 2 and pool.kinds.shape == (2, 5)
     support, variant = np.array([0, 0, 1, 1]), np.array([-1, -2, -3, 4])
-    batch = features.take(pool, support, variant)
+    batch = training_pool.take(pool, support, variant)
     assert batch.label.tolist() == [0, 0, 0, 1] and not batch.mask[:3].any()
     name = int(pictures[1].sha256[:16], 16)
-    pixels = dict(features.readers.read_all(pictures[:2], bank.clip.size))
-    bases = augment.copies(0, name, pixels[pictures[1]], 2, ALL)
-    wanted = features.encode(bank, bases)
+    pixels = dict(records.read_all(pictures[:2], bank.clip.size))
+    bases = augmentation.copies(0, name, pixels[pictures[1]], 2, ALL)
+    wanted = encoder.encode(bank, bases)
     np.testing.assert_allclose(batch.features.pooled[2], wanted.pooled[2], atol=1e-5)
-    images, masks, _ = features.variants(
+    images, masks, _ = synthetic_variants.variants(
         pictures[1], pixels[pictures[1]], np.stack(list(pixels.values())), recipe
     )
     # variant v is made of base v mod 3, so it differs from it only where the mask says
     unmasked = np.where(masks[:5] > 0, 0, np.abs(images[:5] - bases[np.arange(5) % 3]))
     assert unmasked.max() <= 2 / 255 + 1e-6
     # and nothing is encoded twice
-    assert features.encode_variants(bank, pictures[:2], recipe) == 0
+    assert training_pool.encode_variants(bank, pictures[:2], recipe) == 0
 
 
 def test_augmentation_is_in_the_name_and_off_is_not(bank, pictures):  # noqa: F811
     on = SYNTHESIS._replace(copies=2, strengths=ALL)
     recipes = [SYNTHESIS, on, on._replace(copies=3), on._replace(strengths=ALL._replace(flip=0.1))]
-    names = [features.variant_path(bank, pictures[0], pictures[:2], r).name for r in recipes]
+    names = [training_pool.variant_path(bank, pictures[0], pictures[:2], r).name for r in recipes]
     assert len(set(names)) == 4
     sha = pictures[0].sha256
-    plain = features.digest(features.synthesis.VERSION, ("medclip", 2, 0, "self"), [])
+    plain = cache.digest(generate.VERSION, ("medclip", 2, 0, "self"), [])
     assert names[0] == f"{sha}-{plain}.safetensors"  # as before there was augmentation
 
 
 def test_clean_rows_take_turns_and_episodes_draw():
-    from medclip_jax import learn
+    from medclip_jax.training import step as training_step
 
     own = np.arange(4)
-    rows = [learn.rows_at(step, own, 4, 0, 10, 2) for step in range(60)]
-    plain = [learn.rows_at(step, own, 4, 0, 10) for step in range(60)]
+    rows = [training_step.rows_at(step, own, 4, 0, 10, 2) for step in range(60)]
+    plain = [training_step.rows_at(step, own, 4, 0, 10) for step in range(60)]
     clean = np.concatenate([v for _, v in rows])
     assert set(clean[clean < 0]) == {-1, -2, -3}
     for (s, v), (s0, v0) in zip(rows, plain, strict=True):

@@ -4,8 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import baselines, config, evaluate, features
-from medclip_jax.data import readers
+from medclip_jax import config
+from medclip_jax.data import records as data_records
+from medclip_jax.detectors import pixel_baselines
+from medclip_jax.evaluation import evaluate
+from medclip_jax.features import cache
 
 from .test_features import one_device, write_pictures
 
@@ -14,33 +17,33 @@ from .test_features import one_device, write_pictures
 def scene(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("scene")
     pictures = write_pictures(folder, 9, start=300)
-    bank = features.open_bank(folder, tiny, "stretch", "float32", one_device())
+    bank = cache.open_bank(folder, tiny, "stretch", "float32", one_device())
     return bank, pictures[:4], pictures[4:]
 
 
 def pixels(bank, records):
-    held = readers.read_all(records, bank.clip.size, bank.fit)
+    held = data_records.read_all(records, bank.clip.size, bank.fit)
     return np.stack([x for _, x in held])
 
 
 def test_the_config_knows_them():
-    assert set(baselines.METHODS) == set(config.FIXED) - {"memory", "zero_shot"}
+    assert set(pixel_baselines.METHODS) == set(config.FIXED) - {"memory", "zero_shot"}
 
 
 def test_shrinking_takes_means_of_equal_areas():
     rng = np.random.default_rng(0)
     x = rng.random((224, 224)).astype(np.float32)
     blocks = x.reshape(32, 7, 32, 7).mean((1, 3))
-    np.testing.assert_allclose(baselines.shrink(x), blocks, atol=1e-6)
-    odd = baselines.shrink(rng.random((50, 50)).astype(np.float32))
+    np.testing.assert_allclose(pixel_baselines.shrink(x), blocks, atol=1e-6)
+    odd = pixel_baselines.shrink(rng.random((50, 50)).astype(np.float32))
     assert odd.shape == (32, 32)
-    np.testing.assert_allclose(baselines.areas(50).sum(1), 1, atol=1e-12)
-    np.testing.assert_allclose(baselines.areas(50).sum(0), 32 / 50, atol=1e-12)
+    np.testing.assert_allclose(pixel_baselines.areas(50).sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(pixel_baselines.areas(50).sum(0), 32 / 50, atol=1e-12)
 
 
 def test_grey_level_is_the_mean_of_the_image(scene):
     bank, supports, test = scene
-    made = baselines.build("grey_level", bank, supports)
+    made = pixel_baselines.build("grey_level", bank, supports)
     (batch,) = made.load(bank, test, 10)
     np.testing.assert_allclose(made.image(batch), pixels(bank, test).mean((1, 2)), atol=1e-6)
     wanted = pixels(bank, supports).mean((1, 2))
@@ -52,10 +55,11 @@ def test_grey_level_is_the_mean_of_the_image(scene):
 
 def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
     bank, supports, test = scene
-    made = baselines.build("thumbnails", bank, supports)
+    made = pixel_baselines.build("thumbnails", bank, supports)
     (batch,) = made.load(bank, test, 10)
     held, new = (
-        np.stack([baselines.shrink(x).ravel() for x in pixels(bank, r)]) for r in (supports, test)
+        np.stack([pixel_baselines.shrink(x).ravel() for x in pixels(bank, r)])
+        for r in (supports, test)
     )
     both = np.corrcoef(np.concatenate([held, new]))
     np.testing.assert_allclose(made.image(batch), 1 - both[4:, :4].max(1), atol=1e-4)
@@ -65,15 +69,15 @@ def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
 
 
 def test_a_constant_image_correlates_with_nothing():
-    z = baselines.standardise(jnp.asarray([[0.5] * 4, [0.0, 1.0, 0.0, 1.0]]))
+    z = pixel_baselines.standardise(jnp.asarray([[0.5] * 4, [0.0, 1.0, 0.0, 1.0]]))
     np.testing.assert_allclose(z, [[0] * 4, [-1, 1, -1, 1]], atol=1e-6)
-    assert float(baselines.difference(z[:1], z[1:]).mean()) == pytest.approx(0.5)
+    assert float(pixel_baselines.difference(z[:1], z[1:]).mean()) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("method", list(baselines.METHODS))
+@pytest.mark.parametrize("method", list(pixel_baselines.METHODS))
 def test_scores_depend_neither_on_order_nor_on_batches(scene, monkeypatch, method):
     bank, supports, test = scene
-    made = baselines.build(method, bank, supports)
+    made = pixel_baselines.build(method, bank, supports)
     settings = dict(top=0.05, alpha=0.2, pixel_rate=0.02, passes=3, seed=0)
     whole = evaluate.score_images(made, bank, test, **settings).predictions
     monkeypatch.setattr(evaluate, "BATCH", 2)

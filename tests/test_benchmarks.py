@@ -15,8 +15,8 @@ import learners  # noqa: E402
 from bench import metrics as bench_metrics  # noqa: E402
 from bench import predict_inputs, prepare, workload  # noqa: E402
 
-from medclip_jax import inputs  # noqa: E402
-from medclip_jax.data import readers  # noqa: E402
+from medclip_jax.inference import inputs  # noqa: E402
+from medclip_jax.io import read  # noqa: E402
 
 
 def rows(gain, gradients=400):
@@ -77,7 +77,7 @@ def test_files_to_predict_are_whole_and_all_different(tmp_path, kind):
     folder = predict_inputs.MAKERS[kind](tmp_path / kind, 3, 5)
     items = inputs.find([str(folder)])
     assert len(items) == (1 if kind == "nifti" else 3)
-    pixels = np.concatenate([readers.read(Path(item.paths[0])).pixels for item in items])
+    pixels = np.concatenate([read.read(Path(item.paths[0])).pixels for item in items])
     assert len(pixels) == 3 and len({x.tobytes() for x in pixels}) == 3
     assert all(0.05 < x.std() < 0.5 for x in pixels)
 

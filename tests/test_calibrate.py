@@ -5,15 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from medclip_jax import calibrate, metrics
+from medclip_jax.detectors import calibration
 from medclip_jax.errors import ConfigError, DataError
+from medclip_jax.evaluation import metrics
 
 
 def test_p_values_by_hand():
     healthy = np.array([0.3, 0.1, 0.2, 0.2])
-    got = calibrate.p_values(np.array([0.05, 0.1, 0.2, 0.25, 0.3, 0.31]), healthy)
+    got = calibration.p_values(np.array([0.05, 0.1, 0.2, 0.25, 0.3, 0.31]), healthy)
     np.testing.assert_allclose(got, [1, 1, 0.8, 0.4, 0.4, 0.2])
-    assert calibrate.p_values(np.array([]), healthy).shape == (0,)
+    assert calibration.p_values(np.array([]), healthy).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_p_values_by_hand():
 )
 def test_threshold_is_the_conformal_quantile(k, alpha, rank, attained):
     healthy = np.random.default_rng(k).permutation(np.arange(1.0, k + 1))
-    got = calibrate.threshold(healthy, alpha)
+    got = calibration.threshold(healthy, alpha)
     assert got.value == rank
     assert got.alpha_attained == pytest.approx(attained)
     assert got.attainable == (alpha >= 1 / (k + 1) - 1e-12)
@@ -39,11 +40,11 @@ def test_threshold_is_the_conformal_quantile(k, alpha, rank, attained):
 
 
 def test_message_says_what_cannot_be_promised():
-    got = calibrate.threshold(np.arange(4.0), 0.05)
+    got = calibration.threshold(np.arange(4.0), 0.05)
     sentence = "with 4 healthy images the least attainable false-alarm rate is 20%, asked for 5%"
     assert (got.value, got.attainable, got.message) == (3.0, False, sentence)
     assert got.alpha_attained == pytest.approx(0.2)
-    kept = calibrate.threshold(np.arange(32.0), 0.05).message
+    kept = calibration.threshold(np.arange(32.0), 0.05).message
     assert kept == (
         "with 32 healthy images the false-alarm rate, averaged over draws of supports, "
         "is at most 3.03%, asked for 5%"
@@ -56,11 +57,11 @@ def test_threshold_p_value_and_unit_score_decide_alike(k, alpha):
     rng = np.random.default_rng(k)
     healthy = np.round(rng.normal(size=k), 1)
     scores = np.concatenate([healthy, np.round(rng.normal(size=200), 1)])
-    limit = calibrate.threshold(healthy, alpha)
+    limit = calibration.threshold(healthy, alpha)
     positive = scores > limit.value
-    p = calibrate.p_values(scores, healthy)
+    p = calibration.p_values(scores, healthy)
     np.testing.assert_array_equal(p <= limit.alpha_attained + 1e-12, positive)
-    unit = calibrate.to_unit(scores, limit.value, calibrate.spread(healthy))
+    unit = calibration.to_unit(scores, limit.value, calibration.spread(healthy))
     np.testing.assert_array_equal(unit >= 0.5, positive)
     np.testing.assert_array_equal(unit.astype(np.float32) >= 0.5, positive)
     assert metrics.image_level(unit, np.zeros(len(unit), int))["fpr"] == positive.mean()
@@ -73,7 +74,7 @@ def test_false_alarm_rate_of_exchangeable_scores(k):
     trials = 6000
     scores = rng.standard_t(2, (trials, k + 1)) + 3 * rng.normal(size=(trials, 1))
     for alpha in (0.05, 0.1, 0.25):
-        limits = [calibrate.threshold(row[:k], alpha) for row in scores]
+        limits = [calibration.threshold(row[:k], alpha) for row in scores]
         attained = limits[0].alpha_attained
         rate = np.mean([s > t.value for s, t in zip(scores[:, k], limits, strict=True)])
         error = math.sqrt(attained * (1 - attained) / trials)
@@ -85,7 +86,7 @@ def test_false_alarm_rate_of_exchangeable_scores(k):
 def test_false_alarm_rate_with_ties_stays_under():
     rng = np.random.default_rng(7)
     scores = rng.integers(0, 4, (6000, 9)).astype(float)
-    limits = np.array([calibrate.threshold(row[:8], 0.25).value for row in scores])
+    limits = np.array([calibration.threshold(row[:8], 0.25).value for row in scores])
     assert np.mean(scores[:, 8] > limits) < 2 / 9
 
 
@@ -94,13 +95,13 @@ def test_unit_scores_keep_every_rank():
     far = np.concatenate([10.0 ** np.arange(-6, 7), -(10.0 ** np.arange(-6, 7))])
     scores = np.unique(np.concatenate([rng.normal(size=5000), far]).astype(np.float32))
     scores = np.unique(np.concatenate([scores, np.nextafter(scores, np.float32(np.inf))]))
-    unit = calibrate.to_unit(scores, 0.25, 0.1)
+    unit = calibration.to_unit(scores, 0.25, 0.1)
     assert (np.diff(unit) > 0).all()
     assert unit.min() > 0 and unit.max() < 1
 
 
 def test_unit_score_by_hand():
-    got = calibrate.to_unit(np.array([[1.0, 2.0], [3.0, 0.0]]), 1.0, 1.0)
+    got = calibration.to_unit(np.array([[1.0, 2.0], [3.0, 0.0]]), 1.0, 1.0)
     np.testing.assert_allclose(got, [[0.5, 0.75], [5 / 6, 0.25]], atol=1e-7)
     assert got[0, 0] < 0.5
 
@@ -108,36 +109,36 @@ def test_unit_score_by_hand():
 def test_unit_scores_agree_at_the_smallest_steps():
     limit = 0.3
     scores = np.array([np.nextafter(limit, 0), limit, np.nextafter(limit, 1)])
-    unit = calibrate.to_unit(scores, limit, 1e6)
+    unit = calibration.to_unit(scores, limit, 1e6)
     np.testing.assert_array_equal(unit >= 0.5, [False, False, True])
 
 
 def test_spread_is_never_zero():
-    assert calibrate.spread(np.array([1.0, 3.0])) == pytest.approx(math.sqrt(2))
-    assert calibrate.spread(np.full(4, 0.5)) == pytest.approx(5e-7)
-    assert calibrate.spread(np.array([0.5])) == pytest.approx(5e-7)
-    assert calibrate.spread(np.zeros(4)) == 1.0
+    assert calibration.spread(np.array([1.0, 3.0])) == pytest.approx(math.sqrt(2))
+    assert calibration.spread(np.full(4, 0.5)) == pytest.approx(5e-7)
+    assert calibration.spread(np.array([0.5])) == pytest.approx(5e-7)
+    assert calibration.spread(np.zeros(4)) == 1.0
 
 
 def test_pixel_threshold_keeps_its_rate():
     maps = np.random.default_rng(0).permutation(1000).reshape(10, 10, 10) / 1000
-    got = calibrate.pixel_threshold(maps, 0.05)
+    got = calibration.pixel_threshold(maps, 0.05)
     assert (got.value, got.rate_attained, got.pixels) == (0.949, 0.05, 1000)
     assert "5.00% of the pixels of 10 healthy images" in got.message
-    ties = calibrate.pixel_threshold([np.zeros((3, 4)), np.ones((2, 2))], 0.1)
+    ties = calibration.pixel_threshold([np.zeros((3, 4)), np.ones((2, 2))], 0.1)
     assert (ties.value, ties.rate_attained) == (1.0, 0.0)
     # Predicted pixels of the calibrated map are those above the threshold.
-    unit = calibrate.to_unit(maps, got.value, 0.1)
+    unit = calibration.to_unit(maps, got.value, 0.1)
     assert np.mean(unit >= 0.5) == 0.05
 
 
 def test_summary_by_hand():
-    got = calibrate.calibration_summary(np.array([0.2, 0.4, 0.6, 1.0]), 4, 0.05)
+    got = calibration.calibration_summary(np.array([0.2, 0.4, 0.6, 1.0]), 4, 0.05)
     assert got["false_alarm_rate"] == 0.25
     assert got["alpha_attained"] == got["least_attainable"] == pytest.approx(0.2)
     assert (got["k"], got["n_healthy_test"], got["attainable"]) == (4, 4, False)
     assert 0 <= got["expected_low"] <= 0.25 <= got["expected_high"] <= 1
-    empty = calibrate.calibration_summary(np.array([]), 4, 0.3)
+    empty = calibration.calibration_summary(np.array([]), 4, 0.3)
     assert math.isnan(empty["false_alarm_rate"]) and math.isnan(empty["expected_low"])
 
 
@@ -146,23 +147,23 @@ def test_summary_range_holds_its_share():
     rng = np.random.default_rng(3)
     k, n, hits = 8, 101, []
     for _ in range(600):
-        p = calibrate.p_values(rng.normal(size=n), rng.normal(size=k))
-        got = calibrate.calibration_summary(p, k, 0.25)
+        p = calibration.p_values(rng.normal(size=n), rng.normal(size=k))
+        got = calibration.calibration_summary(p, k, 0.25)
         hits.append(got["expected_low"] <= got["false_alarm_rate"] <= got["expected_high"])
     assert 0.93 < np.mean(hits) < 0.98
 
 
 def test_wrong_input_is_named():
     with pytest.raises(DataError, match="support image 1 is nan"):
-        calibrate.threshold(np.array([0.1, np.nan]), 0.1)
+        calibration.threshold(np.array([0.1, np.nan]), 0.1)
     with pytest.raises(DataError, match="no healthy support"):
-        calibrate.threshold(np.array([]), 0.1)
+        calibration.threshold(np.array([]), 0.1)
     with pytest.raises(DataError, match="image 0 is inf"):
-        calibrate.p_values(np.array([np.inf]), np.array([1.0]))
+        calibration.p_values(np.array([np.inf]), np.array([1.0]))
     for alpha in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(ConfigError):
-            calibrate.threshold(np.arange(4.0), alpha)
+            calibration.threshold(np.arange(4.0), alpha)
     with pytest.raises(DataError):
-        calibrate.to_unit(np.array([1.0]), 0.5, 0.0)
+        calibration.to_unit(np.array([1.0]), 0.5, 0.0)
     with pytest.raises(DataError):
-        calibrate.pixel_threshold([], 0.1)
+        calibration.pixel_threshold([], 0.1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from medclip_jax.data import chexpert, datasets, pools
+from medclip_jax.data import chexpert, datasets, splits
 from medclip_jax.data.chexpert import COLUMNS, FINDINGS, Policy
 from medclip_jax.errors import ConfigError, DataError
 
@@ -84,12 +84,12 @@ def test_records_and_split_by_patient(root, tmp_path):
     assert {r.patient for r in records if r.part == "test"} == {
         f"patient{n:05d}" for n in (20, 21, 22)
     }
-    for kind in datasets.KINDS:
-        drawn = datasets.split(records, 6, 0, kind=kind)
-        assert not pools.patients(drawn.support) & pools.patients(drawn.test)
+    for kind in splits.KINDS:
+        drawn = splits.split(records, 6, 0, kind=kind)
+        assert not splits.patients(drawn.support) & splits.patients(drawn.test)
         assert [r.label for r in drawn.test] == [0, 0, 1]
         with pytest.raises(ConfigError, match="give K from 0 to 8"):  # patient 20 is out
-            datasets.split(records, 9, 0, kind=kind)
+            splits.split(records, 9, 0, kind=kind)
     more = datasets.load("chexpert", root, cache, policy=("positive", "negative"))
     assert sum(r.label for r in more) == sum(r.label for r in records) + 2
 

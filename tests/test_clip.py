@@ -13,15 +13,17 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPConfig
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
-from medclip_jax import clip, weights
+from medclip_jax.clip import hf_weights, vit
 from medclip_jax.errors import CheckpointError, ConfigError
-from medclip_jax.structs import Prompts
+from medclip_jax.prompts.prompts import Prompts
 
 from .conftest import reference_params
 
 PARITY = reference_params("mediclip_parity_*/parity112.npz", "mediclip_parity_*/parity224.npz")
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-END = len(json.loads((weights.EMBEDDED / "vocab.json").read_text())) - 1  # of text; the largest id
+END = (
+    len(json.loads((hf_weights.EMBEDDED / "vocab.json").read_text())) - 1
+)  # of text; the largest id
 START = END - 1
 
 
@@ -39,7 +41,7 @@ def with_tokenizer(folder: Path, target: Path) -> Path:
 
 def copy_tokenizer(target: Path) -> None:
     for name in TOKENIZER:
-        shutil.copyfile(weights.EMBEDDED / name, target / name)
+        shutil.copyfile(hf_weights.EMBEDDED / name, target / name)
 
 
 def tiny_model(activation: str) -> tuple[FlaxCLIPModel, dict]:
@@ -88,15 +90,15 @@ def plain_prompts(ids: np.ndarray) -> Prompts:
     )
 
 
-def text_of(model: clip.Clip, prompts: Prompts, context=None):
+def text_of(model: vit.Clip, prompts: Prompts, context=None):
     """Text features, compiled as a whole."""
     if context is None:
         context = jnp.zeros((len(prompts.ids), 0, model.text_width))
-    run = jax.jit(lambda text, c: clip.encode_text(text, c, prompts, model.text_tower))
+    run = jax.jit(lambda text, c: vit.encode_text(text, c, prompts, model.text_tower))
     return run(model.text, context)
 
 
-patch_features = jax.jit(clip.patch_features, static_argnames="tower")
+patch_features = jax.jit(vit.patch_features, static_argnames="tower")
 
 
 @pytest.mark.parametrize("path", PARITY)
@@ -139,7 +141,7 @@ def tiny_outputs(tmp_path_factory):
                 theirs.get_text_features(IDS, params=params),
             )
 
-        ours = clip.load(str(folder), levels=(1, 4))
+        ours = vit.load(str(folder), levels=(1, 4))
         pixels = jnp.asarray(PIXELS.transpose(0, 2, 3, 1))
         features = patch_features(ours.vision, pixels, tower=ours.vision_tower)
         text = text_of(ours, plain_prompts(IDS))
@@ -187,7 +189,7 @@ def test_context_fills_its_slots(tiny):
 def test_bfloat16_tower_stays_near_float32(compact):
     grey = jnp.asarray(np.random.default_rng(0).random((1, 224, 224)), jnp.float32)
     exact, low = (
-        clip.encode_images(
+        vit.encode_images(
             compact.vision,
             grey,
             tower=compact.vision_tower._replace(dtype=dtype),
@@ -200,7 +202,7 @@ def test_bfloat16_tower_stays_near_float32(compact):
     cosine = (a * b).sum(-1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
     assert float(cosine.min()) > 0.99
     assert b.dtype == jnp.float32
-    assert clip.load("compact", dtype="bfloat16").vision_tower.dtype == "bfloat16"
+    assert vit.load("compact", dtype="bfloat16").vision_tower.dtype == "bfloat16"
 
 
 # --- bad checkpoints ----------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def test_bfloat16_tower_stays_near_float32(compact):
 
 def test_unknown_checkpoint_says_what_to_do():
     with pytest.raises(CheckpointError, match="no such folder; give a folder, a Hub id or 'comp"):
-        clip.load("../nowhere/at/all")
+        vit.load("../nowhere/at/all")
 
 
 def test_hub_failure_is_one_sentence(monkeypatch):
@@ -219,24 +221,24 @@ def test_hub_failure_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(CheckpointError, match="the Hub did not give it"):
-        clip.load("someone/some-clip")
+        vit.load("someone/some-clip")
 
 
 @pytest.fixture
 def copy(tmp_path):
-    return Path(shutil.copytree(weights.EMBEDDED, tmp_path / "copy"))
+    return Path(shutil.copytree(hf_weights.EMBEDDED, tmp_path / "copy"))
 
 
 def test_missing_tokenizer(copy):
     (copy / "vocab.json").unlink()
     with pytest.raises(CheckpointError, match="no tokenizer"):
-        clip.load(str(copy))
+        vit.load(str(copy))
 
 
 def test_missing_weights(copy):
     (copy / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):
-        clip.load(str(copy))
+        vit.load(str(copy))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 4000, 1_000_000])
@@ -244,7 +246,7 @@ def test_truncated_weights(copy, keep):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="damaged"):
-        clip.load(str(copy))
+        vit.load(str(copy))
 
 
 def test_missing_tensor_is_never_random(copy):
@@ -252,16 +254,16 @@ def test_missing_tensor_is_never_random(copy):
     del tensors["vision_model.post_layernorm.bias"]
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(CheckpointError, match="post_layernorm.bias.*missing"):
-        clip.load(str(copy))
+        vit.load(str(copy))
 
 
 def test_damaged_config(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: cannot be read"):
-        clip.load(str(copy))
+        vit.load(str(copy))
     (copy / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="need 'clip'"):
-        clip.load(str(copy))
+        vit.load(str(copy))
 
 
 def test_damaged_msgpack(tmp_path):
@@ -269,16 +271,16 @@ def test_damaged_msgpack(tmp_path):
     path = folder / "flax_model.msgpack"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged or not Flax msgpack"):
-        clip.load(str(folder))
+        vit.load(str(folder))
 
 
 def test_impossible_levels():
     with pytest.raises(ConfigError, match="between 1 and 8"):
-        clip.load("compact", levels=(3, 99))
+        vit.load("compact", levels=(3, 99))
 
 
 @pytest.mark.parametrize("content", ["{", '{"image_mean": 3}', '{"image_std": [1, 1]}', "[]"])
 def test_damaged_preprocessing(copy, content):
     (copy / "preprocessor_config.json").write_text(content)
     with pytest.raises(CheckpointError, match="preprocessor_config.json: "):
-        clip.load(str(copy))
+        vit.load(str(copy))

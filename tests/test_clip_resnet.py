@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from medclip_jax import clip, clip_resnet, openclip, prompts, weights
+from medclip_jax.clip import hf_weights, open_clip_weights, resnet
+from medclip_jax.clip import vit as clip_vit
 from medclip_jax.errors import CheckpointError, ConfigError
+from medclip_jax.prompts import tokenize
 
 from .test_clip import copy_tokenizer, tiny_checkpoint
 from .test_end_to_end import compile_quickly, log, predictions  # noqa: F401
@@ -23,14 +25,14 @@ from .test_predict import run as predict
 
 FIXTURE = Path(__file__).parent / "reference" / "clip_resnet"
 WEIGHTS = FIXTURE / "tower.safetensors"
-run = jax.jit(clip_resnet.patch_features, static_argnames="tower")
+run = jax.jit(resnet.patch_features, static_argnames="tower")
 
 
 def test_it_equals_open_clip():
     ref = np.load(FIXTURE / "expected.npz")
-    params, tower = clip_resnet.read(load_file(WEIGHTS))
-    assert tower == clip_resnet.Tower((2, 1, 2, 1), 2, 64, (2, 3, 4))
-    tower = clip_resnet.tapped(tower, (1, 2, 3, 4), "float32", False)
+    params, tower = resnet.read(load_file(WEIGHTS))
+    assert tower == resnet.Tower((2, 1, 2, 1), 2, 64, (2, 3, 4))
+    tower = resnet.tapped(tower, (1, 2, 3, 4), "float32", False)
     got = run(params, jnp.asarray(ref["pixels"]), tower=tower)
     np.testing.assert_allclose(got.pooled, ref["pooled"], atol=1e-4 * np.abs(ref["pooled"]).max())
     assert np.abs(ref["pooled"]).max() > 0.1
@@ -42,9 +44,9 @@ def test_it_equals_open_clip():
 
 def test_tapped_stages_come_on_one_grid():
     ref = np.load(FIXTURE / "expected.npz")
-    params, tower = clip_resnet.read(load_file(WEIGHTS))
+    params, tower = resnet.read(load_file(WEIGHTS))
     pixels = jnp.asarray(ref["pixels"])
-    got = clip_resnet.encode(params, pixels, tower)
+    got = resnet.encode(params, pixels, tower)
     assert [x.shape[1] for x in got.levels] == [16, 16, 16]
     of_two = ref["stage2"].reshape(2, 4, 2, 4, 2, -1).mean((2, 4)).reshape(2, 16, -1)
     assert np.abs(of_two).max() > 0.1
@@ -53,7 +55,7 @@ def test_tapped_stages_come_on_one_grid():
     coarse = got.levels[2].reshape(2, 4, 4, -1)  # corners stay, means stay
     np.testing.assert_allclose(coarse[:, 0, 0], ref["stage4"][:, 0, 0], atol=1e-4)
     np.testing.assert_allclose(coarse.mean((1, 2)), ref["stage4"].mean((1, 2)), atol=1e-4)
-    low = clip_resnet.encode(params, pixels, tower._replace(dtype="bfloat16"))
+    low = resnet.encode(params, pixels, tower._replace(dtype="bfloat16"))
     assert low.pooled.dtype == jnp.float32
     np.testing.assert_allclose(low.pooled, got.pooled, atol=0.05 * np.abs(got.pooled).max())
 
@@ -71,7 +73,7 @@ def test_tapped_stages_come_on_one_grid():
 def test_sizes_of_the_published_towers_follow_from_the_tensors(depths, width, heads, size):
     flat = {"attnpool.positional_embedding": np.zeros(((size // 32) ** 2 + 1, width * 32))}
     flat |= {f"layer{s}.{i}.conv1.weight": None for s, n in enumerate(depths, 1) for i in range(n)}
-    assert clip_resnet.shape_of(flat) == clip_resnet.Tower(depths, heads, size)
+    assert resnet.shape_of(flat) == resnet.Tower(depths, heads, size)
 
 
 # --- a whole checkpoint -------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def to_openclip(name: str) -> str:
 
 def openclip_tensors(msgpack: Path) -> dict[str, np.ndarray]:
     """The fixture's image tower and a tiny text tower, in open_clip's names and layouts."""
-    flat = {n: x for n, x in weights._msgpack(msgpack).items() if not n.startswith("vis")}
+    flat = {n: x for n, x in hf_weights._msgpack(msgpack).items() if not n.startswith("vis")}
     at = "text_model.encoder.layers.{}.self_attn.{}_proj.{}"
     for i in range(2):
         for part in ("weight", "bias"):
@@ -112,22 +114,22 @@ def openclip_tensors(msgpack: Path) -> dict[str, np.ndarray]:
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("resnet")
     tensors = openclip_tensors(tiny_checkpoint(folder / "vit")[0] / "flax_model.msgpack")
-    save_file(tensors, folder / openclip.WEIGHTS)
+    save_file(tensors, folder / open_clip_weights.WEIGHTS)
     text = {"quick_gelu": False, "text_cfg": {"heads": 2}}
     config = {"model_cfg": text, "preprocess_cfg": {"mean": [0.5] * 3}}
-    (folder / openclip.CONFIG).write_text(json.dumps(config))
+    (folder / open_clip_weights.CONFIG).write_text(json.dumps(config))
     copy_tokenizer(folder)
     return folder
 
 
 def test_the_text_tower_equals_transformers_layout(checkpoint):
-    resnet, vit = clip.load(str(checkpoint)), clip.load(str(checkpoint / "vit"))
-    assert resnet.mean == (0.5, 0.5, 0.5) and resnet.std == weights.STD
+    resnet, vit = clip_vit.load(str(checkpoint)), clip_vit.load(str(checkpoint / "vit"))
+    assert resnet.mean == (0.5, 0.5, 0.5) and resnet.std == hf_weights.STD
     assert (resnet.size, resnet.grid, resnet.joint) == (64, 4, 8)
     assert resnet.widths == (32, 64, 128) and resnet.text_tower.activation == "gelu"
 
     def features(tower):
-        made = prompts.build(
+        made = tokenize.build(
             tower.tokenizer,
             tower.eos_id,
             phrases="templates",
@@ -138,7 +140,7 @@ def test_the_text_tower_equals_transformers_layout(checkpoint):
             position="end",
         )
         empty = jnp.zeros((len(made.ids), 0, tower.text_width))
-        return clip.encode_text(tower.text, empty, made, tower.text_tower)
+        return clip_vit.encode_text(tower.text, empty, made, tower.text_tower)
 
     want = features(vit)[:, :8]
     np.testing.assert_allclose(features(resnet), want, atol=1e-5 * np.abs(want).max())
@@ -146,16 +148,16 @@ def test_the_text_tower_equals_transformers_layout(checkpoint):
 
 def test_patches_of_the_last_stage_reach_the_joint_space(checkpoint):
     """A token in all places is what the attention pool then returns, but for its positions."""
-    tower = clip.load(str(checkpoint))
+    tower = clip_vit.load(str(checkpoint))
     token = np.random.default_rng(0).normal(size=(1, 1, 1, 128)).astype(np.float32)
     pool = dict(tower.vision["pool"], position=jnp.zeros((5, 128)))
     everywhere = jnp.broadcast_to(jnp.asarray(token), (1, 2, 2, 128))
-    want = clip_resnet.attention_pool(pool, everywhere, tower.vision_tower.heads)
-    got = clip.project(tower.vision, jnp.asarray(token[0]), tower.vision_tower)
+    want = resnet.attention_pool(pool, everywhere, tower.vision_tower.heads)
+    got = clip_vit.project(tower.vision, jnp.asarray(token[0]), tower.vision_tower)
     np.testing.assert_allclose(got[0], want, atol=1e-5)
-    early = clip.load(str(checkpoint), levels=(2, 3))
+    early = clip_vit.load(str(checkpoint), levels=(2, 3))
     with pytest.raises(ConfigError, match="plain prompts need stage 4"):
-        clip.project(early.vision, jnp.zeros((1, 1, 64)), early.vision_tower)
+        clip_vit.project(early.vision, jnp.zeros((1, 1, 64)), early.vision_tower)
 
 
 def test_a_run_with_a_resnet_ends_in_a_report_and_predicts(world, checkpoint, tmp_path):
@@ -182,27 +184,27 @@ def test_what_a_resnet_cannot_do_is_said(world, checkpoint, tmp_path, capfd):
     "lacks", ["visual.layer2.0.bn2.running_var", "ln_final.bias", "visual.attnpool.k_proj.bias"]
 )
 def test_missing_tensors_are_named(checkpoint, tmp_path, lacks):
-    tensors = load_file(checkpoint / openclip.WEIGHTS)
+    tensors = load_file(checkpoint / open_clip_weights.WEIGHTS)
     del tensors[lacks]
-    save_file(tensors, tmp_path / openclip.WEIGHTS)
+    save_file(tensors, tmp_path / open_clip_weights.WEIGHTS)
     copy_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match=f"{lacks.replace('.', '[.]')} is missing"):
-        clip.load(str(tmp_path))
+        clip_vit.load(str(tmp_path))
 
 
 def test_damaged_files_are_said(checkpoint, tmp_path):
     copy_tokenizer(tmp_path)
-    whole = (checkpoint / openclip.WEIGHTS).read_bytes()
-    (tmp_path / openclip.WEIGHTS).write_bytes(whole[:1000])
+    whole = (checkpoint / open_clip_weights.WEIGHTS).read_bytes()
+    (tmp_path / open_clip_weights.WEIGHTS).write_bytes(whole[:1000])
     with pytest.raises(CheckpointError, match="download it again"):
-        clip.load(str(tmp_path))
-    (tmp_path / openclip.WEIGHTS).write_bytes(whole)
-    plain = clip.load(str(tmp_path))  # OpenAI's file has no config
-    assert plain.text_tower.activation == "quick_gelu" and plain.mean == weights.MEAN
-    assert plain.digest != clip.load(str(checkpoint)).digest
-    (tmp_path / openclip.CONFIG).write_text("{")
+        clip_vit.load(str(tmp_path))
+    (tmp_path / open_clip_weights.WEIGHTS).write_bytes(whole)
+    plain = clip_vit.load(str(tmp_path))  # OpenAI's file has no config
+    assert plain.text_tower.activation == "quick_gelu" and plain.mean == hf_weights.MEAN
+    assert plain.digest != clip_vit.load(str(checkpoint)).digest
+    (tmp_path / open_clip_weights.CONFIG).write_text("{")
     with pytest.raises(CheckpointError, match="copy it again"):
-        clip.load(str(tmp_path))
+        clip_vit.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("scripted", [True, False])
@@ -218,7 +220,7 @@ def test_torchscript_archives_are_converted(checkpoint, tmp_path, scripted):
             return x
 
     root = Root()
-    tensors = load_file(checkpoint / openclip.WEIGHTS) | {"input_resolution": np.array(64)}
+    tensors = load_file(checkpoint / open_clip_weights.WEIGHTS) | {"input_resolution": np.array(64)}
     for name, value in tensors.items():
         *way, last = name.split(".")
         at = root
@@ -235,7 +237,7 @@ def test_torchscript_archives_are_converted(checkpoint, tmp_path, scripted):
             {"state_dict": {f"module.{n}": x for n, x in root.state_dict().items()}}, archive
         )
     script.convert(archive, checkpoint, tmp_path / "out")
-    made, want = clip.load(str(tmp_path / "out")), clip.load(str(checkpoint))
+    made, want = clip_vit.load(str(tmp_path / "out")), clip_vit.load(str(checkpoint))
     assert made.text_tower.activation == ("quick_gelu" if scripted else "gelu")
     same = jax.tree.map(
         lambda a, b: np.abs(a - b).max() < 2e-3 * (1 + np.abs(b).max()),

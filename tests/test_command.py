@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 
-from medclip_jax import command, config, main
-from medclip_jax.data.presets import PRESETS
+from medclip_jax import config, main
+from medclip_jax.data.catalog import PRESETS
+from medclip_jax.report import rerun_command
 
 
 def resolved(flags: list[str]) -> dict:
@@ -32,7 +33,7 @@ def test_the_command_gives_the_same_settings(named, more, monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)  # configs are taken from the package
     asked = ["main", "--config", named, "--workdir=w", *(f"--config.{field}" for field in more)]
     held = resolved([*asked, "--config.cache=/elsewhere"])
-    said = shlex.split(command.again(held))
+    said = shlex.split(rerun_command.again(held))
     assert said[:3] == ["python", "-m", "medclip_jax.main"]
     assert resolved([*said[2:], "--config.cache=/elsewhere"]) == held
 
@@ -43,14 +44,14 @@ def test_the_command_names_only_what_differs():
     held = json.loads(config.resolve(c).to_json_best_effort())
     # steps follow from epochs, and where the cache lies is no setting of the run
     wanted = "python -m medclip_jax.main --config busi:k=4,seed=0,method=ours --workdir DIR "
-    assert command.again({**held, "cache": "/x"}) == wanted + "--config.epochs=20"
-    assert command.again({**held, "later": 1, "epochs": 0, "steps": 100}) == wanted.strip()
+    assert rerun_command.again({**held, "cache": "/x"}) == wanted + "--config.epochs=20"
+    assert rerun_command.again({**held, "later": 1, "epochs": 0, "steps": 100}) == wanted.strip()
 
 
 def test_tuples_stand_in_double_quotes_and_nothing_is_expanded():
     c = config.base("k=4", name="folder")
     c.fusion.branches, c.data.anatomy = ("learned",), "a $HOME's `x`"
-    said = command.again(json.loads(config.resolve(c).to_json_best_effort()))
+    said = rerun_command.again(json.loads(config.resolve(c).to_json_best_effort()))
     assert said.endswith("\"--config.fusion.branches=('learned',)\"")
     echoed = subprocess.run(["bash", "-c", f"printf '%s\n' {said}"], capture_output=True, text=True)
     assert "--config.data.anatomy=a $HOME's `x`" in echoed.stdout.splitlines()
@@ -58,5 +59,7 @@ def test_tuples_stand_in_double_quotes_and_nothing_is_expanded():
 
 @pytest.mark.parametrize("held", [{}, {"data": 3}, {"data": {"name": "busi"}, "k": -1}])
 def test_settings_of_another_version_give_no_command(held):
-    assert command.again(held) == ""
-    assert command.again({"k": 4, "seed": 0, "method": "gone", "data": {"name": "busi"}}) == ""
+    assert rerun_command.again(held) == ""
+    assert (
+        rerun_command.again({"k": 4, "seed": 0, "method": "gone", "data": {"name": "busi"}}) == ""
+    )

@@ -18,8 +18,18 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import reproduce  # noqa: E402
 
-from medclip_jax import checkpoints, clip, config, features, fit, learn, train  # noqa: E402
-from medclip_jax.data import phantom, views  # noqa: E402
+from medclip_jax import (
+    config,
+    train,  # noqa: E402
+)
+from medclip_jax.clip import vit
+from medclip_jax.data import (
+    augmentation,  # noqa: E402
+    phantom,
+)
+from medclip_jax.features import encoder
+from medclip_jax.training import checkpoints, step
+from medclip_jax.training import loop as training_loop
 
 from .test_clip import tiny_checkpoint  # noqa: E402
 from .test_end_to_end import compile_quickly  # noqa: E402, F401
@@ -78,7 +88,7 @@ def programs(fresh):
     log.setLevel(logging.DEBUG)
     log.propagate = False
     log.addHandler(lacked)
-    clip.encode_images.clear_cache()  # it lives as long as the process; other tests used it
+    vit.encode_images.clear_cache()  # it lives as long as the process; other tests used it
     yield lacked.names
     log.removeHandler(lacked)
     log.setLevel(before[0])
@@ -103,13 +113,13 @@ class Lacked(logging.Handler):
 @pytest.fixture
 def passed(monkeypatch) -> list[int]:
     """Images of each call of the encoder, without those that fill a batch up."""
-    real, seen = features.encode_share, []
+    real, seen = encoder.encode_share, []
 
     def counted(bank, images, n):
         seen.append(n)
         return real(bank, images, n)
 
-    monkeypatch.setattr(features, "encode_share", counted)
+    monkeypatch.setattr(encoder, "encode_share", counted)
     return seen
 
 
@@ -144,7 +154,7 @@ def wanted(args, jobs) -> int:
         shared = support if method == "mediclip" else ()  # its CutPaste takes from all supports
         variants |= {(s, method == "mediclip", shared) for s in support if method != "memory"}
         viewed |= {*support} if k == 1 else set()
-    gentle = len(views.of(np.zeros((8, 8), np.float32)))
+    gentle = len(augmentation.of(np.zeros((8, 8), np.float32)))
     drawn = 2 * EXPLAINED  # the towers that are drawn anew, for draw 0 of every K and method
     assert len(variants) > 7 and len(viewed) == 1
     return len(images) + VARIANTS * len(variants) + gentle * len(viewed) + drawn
@@ -189,7 +199,7 @@ def test_another_draw_data_set_or_k_finds_the_programs_compiled(world, programs,
 
 def test_the_training_loop_waits_for_the_device_at_log_lines_alone(world, monkeypatch, tmp_path):
     """Steps move nothing, and a logged step is read after the next one was given to the device."""
-    told, make, report, save = [], learn.make_step, fit.report, checkpoints.save
+    told, make, report, save = [], step.make_step, training_loop.report, checkpoints.save
 
     def made(*args, **kwargs):
         step = make(*args, **kwargs)
@@ -209,8 +219,8 @@ def test_the_training_loop_waits_for_the_device_at_log_lines_alone(world, monkey
         told.append("save")
         save(*given)
 
-    monkeypatch.setattr(learn, "make_step", made)
-    monkeypatch.setattr(fit, "report", reported)
+    monkeypatch.setattr(step, "make_step", made)
+    monkeypatch.setattr(training_loop, "report", reported)
     monkeypatch.setattr(checkpoints, "save", saved)
     fetched, get = [], jax.device_get
 

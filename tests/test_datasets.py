@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from medclip_jax.data import datasets, layouts
+from medclip_jax.data import datasets, layouts, tfds_builders
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
 
 from .folders import REPO, png, write_busi, write_folder
@@ -151,7 +151,7 @@ def test_changed_data_are_prepared_anew(busi, cache):
 
 def test_prepared_data_are_not_decoded_again(busi, cache, monkeypatch):
     first = datasets.load("busi", busi, cache)
-    monkeypatch.setattr(datasets.readers, "read", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(datasets.read, "read", lambda path: pytest.fail("read again"))
     assert datasets.load("busi", busi, cache) == first
 
 
@@ -179,8 +179,8 @@ assert not {"tensorflow", "torch"} & set(sys.modules)
 DIE = """
 import os, sys
 from pathlib import Path
-from medclip_jax.data import builders, datasets
-builders._sha256 = lambda path: os._exit(9) if path.name == "normal (5).png" else "0"
+from medclip_jax.data import datasets, tfds_builders
+tfds_builders._sha256 = lambda path: os._exit(9) if path.name == "normal (5).png" else "0"
 datasets.load("busi", Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -215,27 +215,27 @@ def test_what_killed_preparations_left_is_swept_when_it_is_a_day_old(busi, cache
 
 
 def test_the_slower_of_two_preparations_takes_the_quicker_one(busi, cache, monkeypatch):
-    from medclip_jax.data import builders
+    from medclip_jax.data import tfds_builders
 
     layout = layouts.busi(busi)
-    hashed = builders._sha256
+    hashed = tfds_builders._sha256
 
     def overtaken(path):
-        monkeypatch.setattr(builders, "_sha256", hashed)
-        builders.records("busi", layout, cache)
+        monkeypatch.setattr(tfds_builders, "_sha256", hashed)
+        tfds_builders.records("busi", layout, cache)
         return hashed(path)
 
-    monkeypatch.setattr(builders, "_sha256", overtaken)
-    assert len(builders.records("busi", layout, cache)) == 20
+    monkeypatch.setattr(tfds_builders, "_sha256", overtaken)
+    assert len(tfds_builders.records("busi", layout, cache)) == 20
 
 
 def test_builders_say_where_they_come_from(tmp_path):
-    from medclip_jax.data import builders
+    from medclip_jax.data import tfds_builders
 
-    info = builders.Busi(data_dir=str(tmp_path)).info
+    info = tfds_builders.Busi(data_dir=str(tmp_path)).info
     assert "104863" in info.citation and "CC BY 4.0" in info.description
     assert info.homepage.startswith("https://scholar.cu.edu.eg/") and info.release_notes
-    assert builders.FolderAD(data_dir=str(tmp_path)).info.citation
+    assert tfds_builders.FolderAD(data_dir=str(tmp_path)).info.citation
 
 
 # ---------------------------------------------------------------- download
@@ -244,7 +244,7 @@ def test_builders_say_where_they_come_from(tmp_path):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A web server on this machine in place of the official one; yields (folder, requests)."""
-    from medclip_jax.data import builders
+    from medclip_jax.data import tfds_builders
 
     (tmp_path / "web").mkdir()
     asked = []
@@ -257,7 +257,7 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{running.server_port}/Dataset_BUSI.zip"
-        monkeypatch.setattr(builders, "BUSI_URL", url)
+        monkeypatch.setattr(tfds_builders, "BUSI_URL", url)
         yield tmp_path / "web", asked
         running.shutdown()
 
@@ -274,13 +274,13 @@ def test_busi_is_downloaded_once(busi, cache, server):
 
 
 def test_builder_downloads_by_itself(busi, cache, server):
-    from medclip_jax.data import builders
+    from medclip_jax.data import tfds_builders
 
     web, _ = server
     with zipfile.ZipFile(web / "Dataset_BUSI.zip", "w") as archive:
         for path in busi.rglob("*.png"):
             archive.write(path, path.relative_to(busi.parent))
-    builder = builders.Busi(data_dir=str(cache))
+    builder = tfds_builders.Busi(data_dir=str(cache))
     builder.download_and_prepare()
     source = builder.as_data_source(split="full")
     assert len(source) == 20 and {row["label"] for row in source} == {0, 1}

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
-from medclip_jax import clip, detector, model, prompts, score, weights
-from medclip_jax.structs import Features
+from medclip_jax.clip import hf_weights, vit
+from medclip_jax.clip.outputs import Features
+from medclip_jax.detectors import memory_bank, prompt_detector, zero_shot
+from medclip_jax.models import model
+from medclip_jax.prompts import tokenize
 
 
 def tokens(n, seed=0, grid=4, widths=(32, 32), joint=16) -> Features:
@@ -18,7 +21,7 @@ def tokens(n, seed=0, grid=4, widths=(32, 32), joint=16) -> Features:
 
 
 def design_of(tower, dropout=0.0, context=2) -> tuple[model.Design, dict]:
-    built = prompts.tokenise(
+    built = tokenize.tokenise(
         tower.tokenizer,
         tower.eos_id,
         ["normal", "healthy breast", "mass"],
@@ -42,9 +45,9 @@ def rows(features, wanted):
 def test_memory_holds_each_support_out():
     """A support's values are those of a memory that never saw it."""
     held = tokens(4)
-    whole = detector.remember(held)
+    whole = memory_bank.remember(held)
     for i in range(4):
-        others = detector.remember(rows(held, [j for j in range(4) if j != i]))
+        others = memory_bank.remember(rows(held, [j for j in range(4) if j != i]))
         np.testing.assert_allclose(
             whole.held_out[i : i + 1], others.patches(rows(held, [i])), atol=1e-6
         )
@@ -56,16 +59,16 @@ def test_memory_scores_by_the_definition():
     held, new = tokens(2), tokens(3, seed=1)
     wanted = 0
     for v, m in zip(new.levels, held.levels, strict=True):
-        v, m = score.neighbourhood(v), score.neighbourhood(m).reshape(-1, 32)
+        v, m = memory_bank.neighbourhood(v), memory_bank.neighbourhood(m).reshape(-1, 32)
         v = v / np.linalg.norm(v, axis=-1, keepdims=True)
         m = m / np.linalg.norm(m, axis=-1, keepdims=True)
         wanted += (1 - np.einsum("npd,md->npm", v, m)).min(-1) / 2
-    np.testing.assert_allclose(detector.remember(held).patches(new), wanted, atol=1e-6)
+    np.testing.assert_allclose(memory_bank.remember(held).patches(new), wanted, atol=1e-6)
 
 
 def test_memory_knows_its_supports():
     held = tokens(3)
-    np.testing.assert_allclose(detector.remember(held).patches(held), 0, atol=1e-6)
+    np.testing.assert_allclose(memory_bank.remember(held).patches(held), 0, atol=1e-6)
 
 
 # --- learned ------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ def folded(tiny):
     theta = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     groups = [np.array([0, 3]), np.array([1, 2, 4])]
     held = tokens(5)
-    made = detector.learned(theta, frozen, design, held, groups)
+    made = prompt_detector.learned(theta, frozen, design, held, groups)
     return made, starts, design, frozen, held, groups
 
 
@@ -123,7 +126,7 @@ def test_more_passes_agree_better(folded):
 def test_no_dropout_has_no_passes(tiny):
     design, frozen = design_of(tiny, dropout=0.0)
     theta = jax.tree.map(lambda x: x[None], model.init(jax.random.key(0), tiny, design, 2, False))
-    made = detector.learned(theta, frozen, design, tokens(2), [])
+    made = prompt_detector.learned(theta, frozen, design, tokens(2), [])
     assert made.passes is None
     np.testing.assert_array_equal(made.held_out, made.patches(tokens(2)))  # no folds: copy 0
 
@@ -145,14 +148,14 @@ def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
     design, frozen = design_of(compact, context=0)
     rng = np.random.default_rng(0)
     grey = jnp.asarray(rng.random((1, 224, 224)), jnp.float32)
-    got = clip.encode_images(
+    got = vit.encode_images(
         compact.vision, grey, tower=compact.vision_tower, mean=compact.mean, std=compact.std
     )
-    made = detector.zero_shot(None, frozen, design, compact, got)
+    made = zero_shot.zero_shot(None, frozen, design, compact, got)
 
-    theirs = Theirs.from_pretrained(weights.EMBEDDED)
+    theirs = Theirs.from_pretrained(hf_weights.EMBEDDED)
     params = theirs.params
-    pixels = np.asarray(clip.normalise(grey, compact.mean, compact.std)).transpose(0, 3, 1, 2)
+    pixels = np.asarray(vit.normalise(grey, compact.mean, compact.std)).transpose(0, 3, 1, 2)
 
     @jax.jit
     def reference(params):

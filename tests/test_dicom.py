@@ -12,8 +12,8 @@ import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
-from medclip_jax.data import readers
 from medclip_jax.errors import DataError
+from medclip_jax.io import read
 
 from .conftest import HERE, reference_files
 
@@ -90,7 +90,7 @@ def ramp(height=6, width=8, dtype=np.uint16) -> np.ndarray:
 @pytest.mark.parametrize("name", GOOD)
 def test_grey_values_of_the_reference(name):
     """A window where there is one, else the stretch by least and largest; colour by BT.601."""
-    image = readers.read(file(name))
+    image = read.read(file(name))
     if f"{name}__luma601" in ARRAYS:
         wanted = ARRAYS[f"{name}__luma601"] / 255
     else:
@@ -105,7 +105,7 @@ def test_grey_values_of_the_reference(name):
 @pytest.mark.parametrize("name", [k for k in CASES if k not in GOOD])
 def test_malformed_files_are_told_apart(name):
     with pytest.raises(DataError) as caught:
-        readers.read(file(name))
+        read.read(file(name))
     message = str(caught.value)
     assert BAD[name] in message and str(file(name)) in message and "\n" not in message
 
@@ -117,7 +117,7 @@ def test_files_of_others(path):
     with (path.parents[1] / "index.csv").open() as lines:
         row = next(r for r in csv.DictReader(lines) if r["file"].endswith(f"/{path.name}"))
     try:
-        image = readers.read(path)
+        image = read.read(path)
     except DataError as error:
         assert path.parent.name == "bad" or row["decode"] != "ok", error
         assert str(path) in str(error) and "\n" not in str(error)
@@ -150,11 +150,11 @@ def test_modality_table_and_rescale(tmp_path):
     pixels = ramp(4, 4, np.uint8)
     table = item(LUTDescriptor=[16, 0, 16], LUTData=[int(x) for x in np.arange(16) ** 2])
     table["LUTDescriptor"].VR, table["LUTData"].VR, table.ModalityLUTType = "US", "US", "US"
-    found = readers.read(save(tmp_path / "a.dcm", film(pixels, ModalityLUTSequence=[table])))
+    found = read.read(save(tmp_path / "a.dcm", film(pixels, ModalityLUTSequence=[table])))
     np.testing.assert_allclose(found.pixels[0], (pixels / 15.0) ** 2, atol=1e-6)
     window = dict(RescaleSlope="2", RescaleIntercept="-10", WindowCenter="0", WindowWidth="20")
     window["VOILUTFunction"] = "LINEAR_EXACT"
-    found = readers.read(save(tmp_path / "b.dcm", film(pixels, **window)))
+    found = read.read(save(tmp_path / "b.dcm", film(pixels, **window)))
     np.testing.assert_allclose(
         found.pixels[0], np.clip((2.0 * pixels - 10) / 20 + 0.5, 0, 1), atol=1e-6
     )
@@ -170,12 +170,12 @@ def test_enhanced_frames_have_windows_of_their_own(tmp_path):
         for c in (10, 30)
     ]
     path = save(tmp_path / "a.dcm", film(pixels, PerFrameFunctionalGroupsSequence=groups))
-    image = readers.read(path)
+    image = read.read(path)
     for frame, center in zip(image.pixels, (10, 30), strict=True):
         wanted = np.clip((ramp() - (center - 0.5)) / 10 + 0.5, 0, 1)
         np.testing.assert_allclose(frame, wanted, atol=1e-6)
     assert image.spacing == (0.5, 0.25)
-    np.testing.assert_array_equal(readers.read(path, frames=(1, 2)).pixels, image.pixels[1:])
+    np.testing.assert_array_equal(read.read(path, frames=(1, 2)).pixels, image.pixels[1:])
 
 
 def palette(words: bytes, entries=256, segmented=False) -> dict:
@@ -190,10 +190,10 @@ def palette(words: bytes, entries=256, segmented=False) -> dict:
 def test_palettes(tmp_path):
     pixels = ramp(4, 4, np.uint8)
     table = (np.arange(256, dtype=np.uint16) * 257)[::-1]
-    found = readers.read(save(tmp_path / "a.dcm", film(pixels, **palette(table.tobytes()))))
+    found = read.read(save(tmp_path / "a.dcm", film(pixels, **palette(table.tobytes()))))
     np.testing.assert_allclose(found.pixels[0], 1 - pixels / 255.0, atol=1e-6)
     line = np.array([0, 1, 0, 1, 255, 255 * 257], np.uint16).tobytes()  # one entry 0, then a line
-    found = readers.read(save(tmp_path / "b.dcm", film(pixels, **palette(line, segmented=True))))
+    found = read.read(save(tmp_path / "b.dcm", film(pixels, **palette(line, segmented=True))))
     np.testing.assert_allclose(found.pixels[0], pixels / 255.0, atol=1e-6)
 
 
@@ -202,11 +202,11 @@ def test_a_palette_that_unrolls_for_ever_is_refused(tmp_path):
     pixels = ramp(4, 4, np.uint8)
     path = save(tmp_path / "a.dcm", film(pixels, **palette(bomb, segmented=True)))
     with pytest.raises(DataError, match="palette is larger"):
-        readers.read(path)
+        read.read(path)
     again = np.array([0, 1, 0, 2, 1, 0, 0], np.uint16).tobytes()  # repeats itself
     path = save(tmp_path / "b.dcm", film(pixels, **palette(again, segmented=True)))
     with pytest.raises(DataError, match="indirect segments"):
-        readers.read(path)
+        read.read(path)
 
 
 # ---------------------------------------------------------------- spacing and identity
@@ -226,7 +226,7 @@ def test_a_palette_that_unrolls_for_ever_is_refused(tmp_path):
     ],
 )
 def test_spacing_is_row_then_column_in_mm(tmp_path, elements, wanted):
-    found = readers.read(save(tmp_path / "a.dcm", film(ramp(), **elements))).spacing
+    found = read.read(save(tmp_path / "a.dcm", film(ramp(), **elements))).spacing
     assert found is wanted is None or found == pytest.approx(wanted)
 
 
@@ -242,14 +242,14 @@ def test_ultrasound_regions_give_spacing_where_they_agree(tmp_path):
 
     one = film(ramp(), SequenceOfUltrasoundRegions=[region(0.01), region(0.01)])
     two = film(ramp(), SequenceOfUltrasoundRegions=[region(0.01), region(0.03)])
-    assert readers.read(save(tmp_path / "a.dcm", one)).spacing == pytest.approx((0.2, 0.1))
-    assert readers.read(save(tmp_path / "b.dcm", two)).spacing is None
+    assert read.read(save(tmp_path / "a.dcm", one)).spacing == pytest.approx((0.2, 0.1))
+    assert read.read(save(tmp_path / "b.dcm", two)).spacing is None
 
 
 def test_the_patient_stays_in_the_file(tmp_path, caplog, capfd, recwarn):
     """Name and number in every place a message might quote."""
     ok = film(ramp(), InstitutionName="DOE^JANE", Modality="DOE^JANE")
-    image = readers.read(save(tmp_path / "a.dcm", ok))
+    image = read.read(save(tmp_path / "a.dcm", ok))
     assert image.meta == {"format": "DICOM", "modality": "OT"} and "DOE" not in str(image)
     broken = [
         {"PhotometricInterpretation": "DOE^JANE"},
@@ -261,14 +261,14 @@ def test_the_patient_stays_in_the_file(tmp_path, caplog, capfd, recwarn):
     for elements in broken:
         path = save(tmp_path / "b.dcm", film(ramp(), **elements))
         with pytest.raises(DataError) as caught:
-            readers.read(path)
+            read.read(path)
         told.append(f"{caught.value} {caught.value.__cause__}")
     whole = (tmp_path / "a.dcm").read_bytes()
     for tag in (b"\x28\x00\x10\x00US", b"\x28\x00\x02\x00US"):  # a name where a number belongs
         at = whole.index(tag)
         (tmp_path / "c.dcm").write_bytes(whole[: at + 4] + b"IS\x08\x00DOE^JANE" + whole[at + 10 :])
         with pytest.raises(DataError) as caught:
-            readers.read(tmp_path / "c.dcm")
+            read.read(tmp_path / "c.dcm")
         told.append(f"{caught.value} {caught.value.__cause__}")
     everything = " ".join(told) + caplog.text + "".join(capfd.readouterr())
     assert len(told) == 6 and "DOE" not in everything and " 4711 " not in told[2]
@@ -278,9 +278,7 @@ def test_the_same_on_threads():
     from concurrent.futures import ThreadPoolExecutor
 
     paths = [file(name) for name in GOOD] * 3
-    alone = [readers.read(path).pixels for path in paths]
+    alone = [read.read(path).pixels for path in paths]
     with ThreadPoolExecutor(4) as pool:
-        for one, other in zip(
-            alone, pool.map(lambda p: readers.read(p).pixels, paths), strict=True
-        ):
+        for one, other in zip(alone, pool.map(lambda p: read.read(p).pixels, paths), strict=True):
             np.testing.assert_array_equal(one, other)

@@ -8,8 +8,8 @@ import pydicom
 import pytest
 from pydicom import uid
 
-from medclip_jax.data import dicom_files, readers
 from medclip_jax.errors import DataError
+from medclip_jax.io import dicom_header, read
 
 from .test_dicom import file, film, ramp, save
 
@@ -21,7 +21,7 @@ from .test_dicom import file, film, ramp, save
 def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, elements):
     monkeypatch.setattr(pydicom.pixels, "iter_pixels", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(DataError, match=r"at most (64,000,000|268,435,456)"):
-        readers.read(save(tmp_path / "a.dcm", film(ramp(), **elements)))
+        read.read(save(tmp_path / "a.dcm", film(ramp(), **elements)))
 
 
 STREAMS = {  # a header that states 60000 x 60000 and no more
@@ -41,11 +41,11 @@ def test_a_stream_larger_than_its_header_says_is_not_decoded(tmp_path, monkeypat
     ds.PixelData = pydicom.encaps.encapsulate([STREAMS[syntax]])
     ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
     with pytest.raises(DataError, match="8 x 6 x 1 in its header and 60000 x 60000 x 1"):
-        readers.read(save(tmp_path / "a.dcm", ds))
+        read.read(save(tmp_path / "a.dcm", ds))
 
 
 def test_a_deflated_file_that_inflates_for_ever_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicom_files, "MAX_BYTES", 3_000_000)
+    monkeypatch.setattr(dicom_header, "MAX_BYTES", 3_000_000)
     monkeypatch.setattr(pydicom, "dcmread", lambda *_, **__: pytest.fail("inflated whole"))
     whole = file("deflated_u8").read_bytes()
     meta = 132 + 12 + int.from_bytes(whole[140:144], "little")
@@ -53,7 +53,7 @@ def test_a_deflated_file_that_inflates_for_ever_is_stopped(tmp_path, monkeypatch
     packed = deflate.compress(bytes(50_000_000)) + deflate.flush()
     (tmp_path / "a.dcm").write_bytes(whole[:meta] + packed)
     with pytest.raises(DataError, match="inflates to more than 3,000,000 bytes"):
-        readers.read(tmp_path / "a.dcm")
+        read.read(tmp_path / "a.dcm")
 
 
 def test_a_syntax_without_decoder_is_named(tmp_path):
@@ -62,12 +62,12 @@ def test_a_syntax_without_decoder_is_named(tmp_path):
     ds.PixelData = pydicom.encaps.encapsulate([b"1234"])
     ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
     with pytest.raises(DataError, match="MPEG2 Main Profile"):
-        readers.read(save(tmp_path / "a.dcm", ds))
+        read.read(save(tmp_path / "a.dcm", ds))
 
 
 def test_jpeg_without_its_extra_decoder(monkeypatch):
     """8-bit JPEG goes to Pillow; lossless is refused with what to install."""
-    monkeypatch.setattr(dicom_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(dicom_header, "find_spec", lambda name: None)
 
     def film(syntax):
         ds = pydicom.Dataset()
@@ -75,6 +75,6 @@ def test_jpeg_without_its_extra_decoder(monkeypatch):
         ds.file_meta.TransferSyntaxUID = syntax
         return ds
 
-    assert dicom_files.plugin(Path("a.dcm"), film(pydicom.uid.JPEGBaseline8Bit)) == "pillow"
+    assert dicom_header.plugin(Path("a.dcm"), film(pydicom.uid.JPEGBaseline8Bit)) == "pillow"
     with pytest.raises(DataError, match=r"a\.dcm has JPEG Lossless.*pip install pylibjpeg-libjpeg"):
-        dicom_files.plugin(Path("a.dcm"), film(pydicom.uid.JPEGLosslessSV1))
+        dicom_header.plugin(Path("a.dcm"), film(pydicom.uid.JPEGLosslessSV1))

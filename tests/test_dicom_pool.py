@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from medclip_jax import dicom_objects, dicom_pool
+from medclip_jax.io import dicom_pool, dicom_write
 
 from .test_predict import dicom
 
@@ -24,7 +24,7 @@ CLOCK += ("ContributionDateTime", "DimensionOrganizationUID")  # the last is ran
 @pytest.fixture
 def work(tmp_path):
     """Arguments of a build."""
-    dicom_objects.quieten()  # as prediction does
+    dicom_write.quieten()  # as prediction does
     (tmp_path / "in").mkdir()
     path = dicom(tmp_path / "in" / "a.dcm")
     shape = pydicom.dcmread(path).pixel_array.shape
@@ -33,7 +33,7 @@ def work(tmp_path):
     return [str(path)], "key", marked, np.zeros((*shape, 3), np.uint8), 0, False
 
 
-def timeless(made: dicom_objects.Made) -> dict[str, str]:
+def timeless(made: dicom_write.Made) -> dict[str, str]:
     assert set(made.files) == {"seg", "capture"} and not made.notes
     held = {}
     for name, raw in made.files.items():
@@ -55,11 +55,11 @@ def workers(of: int) -> list[int]:
 
 def test_few_files_are_built_in_line():
     with dicom_pool.builder(dicom_pool.WORTH - 1) as build:
-        assert build is dicom_objects.build
+        assert build is dicom_write.build
 
 
 def test_processes_build_the_same_and_their_death_is_no_loss(work):
-    expected = timeless(dicom_objects.build(*work))
+    expected = timeless(dicom_write.build(*work))
     assert len(expected["seg"]) > 1000
     with dicom_pool.builder(dicom_pool.WORTH) as build:
         assert timeless(build(*work)) == expected
@@ -74,7 +74,7 @@ def test_processes_build_the_same_and_their_death_is_no_loss(work):
 PROGRAM = """
 import sys, time
 import numpy as np
-from medclip_jax import dicom_pool
+from medclip_jax.io import dicom_pool
 with dicom_pool.builder(dicom_pool.WORTH) as build:
     build([sys.argv[1]], "k", np.zeros((1, 4, 4), bool), np.zeros((4, 4, 3), np.uint8), 0, False)
     print("ready", flush=True)

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, distil, features, learn, losses, main, scorer, sharding
+from medclip_jax import config, main
+from medclip_jax.data import synthetic_variants
+from medclip_jax.detectors import saved
+from medclip_jax.distributed import sharding
 from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax.features import cache, training_pool
+from medclip_jax.models import losses
+from medclip_jax.training import distillation, step
 
 from .conftest import reference_params
 from .test_end_to_end import world
@@ -59,19 +65,17 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
         tiles = images.reshape(-1, grid, size // grid, grid, size // grid)
         return tiles.mean((2, 4)).reshape(len(images), -1)
 
-    bank = features.open_bank(
-        tmp_path, tiny, "stretch", "float32", sharding.mesh(jax.devices()[:1])
-    )
-    from medclip_jax.data.augment import Strengths
+    bank = cache.open_bank(tmp_path, tiny, "stretch", "float32", sharding.mesh(jax.devices()[:1]))
+    from medclip_jax.data.augmentation import Strengths
 
-    recipe = features.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
+    recipe = synthetic_variants.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
     supports = pictures[:2]
-    plain = features.open_pool(bank, supports, recipe)
-    teacher = distil.Teacher(tiny, (), logits)
-    pool = distil.pool(teacher, plain, bank, supports, recipe)
+    plain = training_pool.open_pool(bank, supports, recipe)
+    teacher = distillation.Teacher(tiny, (), logits)
+    pool = distillation.pool(teacher, plain, bank, supports, recipe)
     assert [x.shape for x in pool.teacher] == [(6, grid**2)] * 2
     rows = np.array([0, 1, 1, 0, 1]), np.array([-1, 0, 2, -2, -3])
-    got, bare = features.take(pool, *rows), features.take(plain, *rows)
+    got, bare = training_pool.take(pool, *rows), training_pool.take(plain, *rows)
     assert bare.teacher is None
     jax.tree.map(np.testing.assert_array_equal, bare, got._replace(teacher=None))
     for taught, s, at in zip(got.teacher, rows[0], (0, 1, 3, 4, 5), strict=True):
@@ -79,17 +83,17 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
     # an image that was only mirrored has mirrored patches
     mirrored = pool.teacher[0][0].reshape(grid, grid)[:, ::-1].ravel()
     np.testing.assert_allclose(pool.teacher[0][4], mirrored, atol=1e-5)
-    batch = learn.batch_at(0, pool, [np.arange(2)], 2, 0)
+    batch = step.batch_at(0, pool, [np.arange(2)], 2, 0)
     assert batch.teacher.shape == (2, 1, grid**2)
 
 
 def test_another_frame_and_grid():
     ramp = np.tile(np.arange(4.0, dtype=np.float32), (4, 1)).reshape(1, 16)
-    np.testing.assert_array_equal(distil.to_grid(ramp, 4), ramp)
-    assert distil.to_grid(ramp, 8).reshape(8, 8)[0] == pytest.approx(
+    np.testing.assert_array_equal(distillation.to_grid(ramp, 4), ramp)
+    assert distillation.to_grid(ramp, 8).reshape(8, 8)[0] == pytest.approx(
         [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
     )
-    np.testing.assert_allclose(distil.to_grid(np.ones((2, 49), np.float32), 4), 1, rtol=1e-6)
+    np.testing.assert_allclose(distillation.to_grid(np.ones((2, 49), np.float32), 4), 1, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -109,22 +113,22 @@ def test_a_workdir_teaches_another(taught):
     kept = [row["distill"] for row in log if "distill" in row]
     assert kept and np.isfinite(kept).all() and kept[-1] != kept[0]
     assert "distill" not in (teacher / "metrics.jsonl").read_text()
-    assert str(teacher) not in (student / scorer.SETTINGS).read_text()
+    assert str(teacher) not in (student / saved.SETTINGS).read_text()
 
 
 def test_teachers_that_are_refused(taught, tmp_path, capsys):
     here, teacher, _ = taught
     with pytest.raises(WorkdirError):
-        distil.scorer.read(tmp_path)
+        distillation.saved.read(tmp_path)
     c = config.resolve(config.base("k=4", name="folder"))
     c.distill.teacher = str(teacher)
-    held = scorer.read(teacher)
-    theirs = distil.ConfigDict(held.config)
+    held = saved.read(teacher)
+    theirs = distillation.ConfigDict(held.config)
 
     def refused(theta, test=(), **changes):
         mine = config.resolve(config.base("k=4", name="folder"))
         mine.update_from_flattened_dict(changes)
-        distil.refuse(teacher, theirs, theta, mine, test)
+        distillation.refuse(teacher, theirs, theta, mine, test)
 
     refused(held.theta)
     with pytest.raises(ConfigError, match="learned nothing"):
@@ -133,8 +137,8 @@ def test_teachers_that_are_refused(taught, tmp_path, capsys):
         refused(held.theta, **{"data.name": "busi"})
     with pytest.raises(ConfigError, match="same form"):
         refused(held.theta, **{"model.form": "distance"})
-    supports = json.loads((teacher / scorer.SETTINGS).read_text())["supports"]
-    from medclip_jax.structs import Record
+    supports = json.loads((teacher / saved.SETTINGS).read_text())["supports"]
+    from medclip_jax.data.records import Record
 
     test = [Record("x", 0, "", tmp_path / "x.png", (), supports[0])]
     with pytest.raises(ConfigError, match="1 of this run's test images"):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from medclip_jax import draws, intervals, metrics, stats
 from medclip_jax.errors import DataError
+from medclip_jax.evaluation import bootstrap, draw_bootstrap, metrics, pixel_metrics, significance
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def runs():
 
 def test_values_are_means_of_the_draws_metrics(runs):
     scores, label = runs
-    found = draws.image(scores, label)
+    found = draw_bootstrap.image(scores, label)
     each = [metrics.image_level(s, label) for s in scores]
     for name in ("auroc", "auprc", "recall", "specificity", "f1", "mcc"):
         assert found[name].value == pytest.approx(np.mean([m[name] for m in each])), name
@@ -27,19 +27,19 @@ def test_values_are_means_of_the_draws_metrics(runs):
     assert found["false_alarm_rate"].value == pytest.approx(alarms)
     wanted = np.mean([metrics.sensitivity_at(s, label, 0.9) for s in scores])
     assert found["sensitivity_at_90"].value == pytest.approx(wanted)
-    assert draws.image(scores, np.ones(120)) == {}
+    assert draw_bootstrap.image(scores, np.ones(120)) == {}
 
 
 def test_auroc_interval_has_the_error_of_crossed_effects(runs):
     """Variance between draws, and DeLong's covariance of two draws on the same images."""
     scores, label = runs
-    got = draws.image(scores, label)["auroc"]
-    values, covariance = stats._delong_covariance(np.stack(scores), label)
+    got = draw_bootstrap.image(scores, label)["auroc"]
+    values, covariance = significance._delong_covariance(np.stack(scores), label)
     shared = (covariance.sum() - np.trace(covariance)) / 20
     wanted = (values.var(ddof=1) / 5 + shared) ** 0.5
     assert got.value == pytest.approx(values.mean())
     assert got.se == pytest.approx(wanted, rel=0.06)  # of 1000 rounds
-    general = stats.bootstrap_interval(np.stack(scores), label, np.random.default_rng(1))
+    general = significance.bootstrap_interval(np.stack(scores), label, np.random.default_rng(1))
     assert got.se < 1.05 * general.se  # which counts a draw's own images twice
     assert got.low < got.value - 1.7 * wanted and got.high > got.value + 1.7 * wanted
 
@@ -50,11 +50,11 @@ def test_standard_error_of_known_effects():
     together, alone = 2 * rng.normal(size=(1, 20000)), 3 * rng.normal(size=(4, 20000))
     own = np.array([[-1.0], [1.0], [1.0], [-1.0]])
     values = np.concatenate([own, together + alone], axis=1)
-    assert draws.standard_error(values) == pytest.approx((4 / 3 / 4 + 4) ** 0.5, rel=0.03)
-    assert draws.standard_error(np.concatenate([own, alone], axis=1)) == pytest.approx(
+    assert draw_bootstrap.standard_error(values) == pytest.approx((4 / 3 / 4 + 4) ** 0.5, rel=0.03)
+    assert draw_bootstrap.standard_error(np.concatenate([own, alone], axis=1)) == pytest.approx(
         (1 / 3) ** 0.5, rel=0.1
     )
-    assert draws.standard_error(values[:1]) == pytest.approx(13**0.5, rel=0.03)
+    assert draw_bootstrap.standard_error(values[:1]) == pytest.approx(13**0.5, rel=0.03)
 
 
 def test_draws_tested_on_other_images(runs):
@@ -63,33 +63,33 @@ def test_draws_tested_on_other_images(runs):
     rng = np.random.default_rng(5)
     places = [np.sort(rng.permutation(120)[:90]) for _ in scores]
     own = [s[at] for s, at in zip(scores, places, strict=True)]
-    found = draws.image(own, label, places=places)
+    found = draw_bootstrap.image(own, label, places=places)
     each = [metrics.image_level(s, label[at]) for s, at in zip(own, places, strict=True)]
     for name in ("auroc", "recall", "specificity"):
         assert found[name].value == pytest.approx(np.mean([m[name] for m in each])), name
         assert found[name].low < found[name].value < found[name].high
-    assert found["auroc"].se > draws.image(scores, label)["auroc"].se  # fewer images each
+    assert found["auroc"].se > draw_bootstrap.image(scores, label)["auroc"].se  # fewer images each
     whole = [np.arange(120)] * 5
-    assert draws.image(scores, label, places=whole) == draws.image(scores, label)
+    assert draw_bootstrap.image(scores, label, places=whole) == draw_bootstrap.image(scores, label)
     masks = np.zeros((120, 8, 8), bool)
     masks[label == 1, 2:5, 2:5] = True
     noise = rng.normal(0.4, 0.1, masks.shape)
-    counts = intervals.pixel_counts(np.clip(noise + 0.1 * masks, 0, 0.99), masks)
-    same = draws.pixel([counts] * 5, label, places=whole)
-    assert same == draws.pixel([counts] * 5, label)
-    part = draws.pixel([counts[at] for at in places], label, places=places)["dice"]
+    counts = bootstrap.pixel_counts(np.clip(noise + 0.1 * masks, 0, 0.99), masks)
+    same = draw_bootstrap.pixel([counts] * 5, label, places=whole)
+    assert same == draw_bootstrap.pixel([counts] * 5, label)
+    part = draw_bootstrap.pixel([counts[at] for at in places], label, places=places)["dice"]
     assert part.low < part.value < part.high and part.value != same["dice"].value
 
 
 def test_images_of_all_draws_together():
     ids = [np.array(["b", "a"]), np.array(["a", "c"])]
-    places, (label, patient) = draws.together(
+    places, (label, patient) = draw_bootstrap.together(
         ids, [np.array([0, 1]), np.array([1, 0])], [np.array(["x", "y"]), np.array(["y", "z"])]
     )
     assert [p.tolist() for p in places] == [[0, 1], [1, 2]]
     assert label.tolist() == [0, 1, 0] and patient.tolist() == ["x", "y", "z"]
     with pytest.raises(DataError, match="a differs between draws"):
-        draws.together(ids, [np.array([0, 1]), np.array([0, 0])])
+        draw_bootstrap.together(ids, [np.array([0, 1]), np.array([0, 0])])
 
 
 def test_patients_are_drawn_whole(runs):
@@ -97,15 +97,15 @@ def test_patients_are_drawn_whole(runs):
     scores, label = runs
     many, patient = [np.repeat(s, 10) for s in scores[:1]], np.repeat(np.arange(120), 10)
     labels = np.repeat(label, 10)
-    whole = draws.image(many, labels, patient)["auroc"]
-    single = draws.image(scores[:1], label)["auroc"]
-    naive = draws.image(many, labels)["auroc"]
+    whole = draw_bootstrap.image(many, labels, patient)["auroc"]
+    single = draw_bootstrap.image(scores[:1], label)["auroc"]
+    naive = draw_bootstrap.image(many, labels)["auroc"]
     assert whole.se == pytest.approx(single.se, rel=0.1)
     assert naive.se == pytest.approx(single.se / 10**0.5, rel=0.2)
-    weights = intervals.resample(labels == 1, 20, 0, patient)
+    weights = bootstrap.resample(labels == 1, 20, 0, patient)
     assert (weights.reshape(20, 120, 10) == weights[:, ::10, None]).all()
-    run = intervals.image(many[0], labels, groups=patient)
-    alone = intervals.image(many[0], labels)
+    run = bootstrap.image(many[0], labels, groups=patient)
+    alone = bootstrap.image(many[0], labels)
     assert np.ptp(run["auroc"]) > 2 * np.ptp(alone["auroc"])
     assert run["recall"] == run["tpr"] and run["fpr"][0] == pytest.approx(1 - run["specificity"][1])
 
@@ -118,8 +118,8 @@ def test_pixel_metrics_from_histograms():
         (np.clip(rng.normal(0.4 + 0.2 * masks, 0.1), 0, 0.99) * 512 // 1 / 512).astype(np.float32)
         for _ in range(3)
     ]
-    found = draws.pixel([intervals.pixel_counts(m, masks) for m in maps], label)
-    each = [metrics.pixel_level(m, masks) for m in maps]
+    found = draw_bootstrap.pixel([bootstrap.pixel_counts(m, masks) for m in maps], label)
+    each = [pixel_metrics.pixel_level(m, masks) for m in maps]
     for name in ("auroc", "auprc", "aupro", "dice"):
         wanted = np.mean([m[name] for m in each])
         assert found[name].value == pytest.approx(wanted, abs=1e-6), name

@@ -17,8 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from medclip_jax import files, main, metrics, train
-from medclip_jax.data import phantom, readers
+from medclip_jax import files, main, train
+from medclip_jax.data import phantom
+from medclip_jax.evaluation import metrics, pixel_metrics
+from medclip_jax.io import read
 
 from .test_clip import tiny_checkpoint
 
@@ -203,11 +205,11 @@ def test_predictions_give_the_metrics_again(tiny, whole):
     masks = []
     for name in held["id"]:
         path = tiny.data / "ground_truth/lesion" / f"{Path(name).stem}_mask.png"
-        mask = readers.read(path).pixels[0] > 0.5 if path.is_file() else np.zeros((64, 64), bool)
-        masks.append(readers.fit_mask(mask, 32))
+        mask = read.read(path).pixels[0] > 0.5 if path.is_file() else np.zeros((64, 64), bool)
+        masks.append(read.fit_mask(mask, 32))
     written = json.loads((whole / "metrics.json").read_text())
     image = metrics.image_level(held["score"], held["label"])
-    pixel = metrics.pixel_level(held["maps"].astype(np.float32), np.stack(masks))
+    pixel = pixel_metrics.pixel_level(held["maps"].astype(np.float32), np.stack(masks))
     assert files.plain(image) == pytest.approx(written["image"], abs=1e-12)
     pixel |= {"distance_unit": "px", "boundary_tolerance": 2}
     assert files.plain(pixel) == pytest.approx(written["pixel"], abs=1e-12)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from medclip_jax.data import episodes, synthesis
 from medclip_jax.errors import ConfigError
+from medclip_jax.synthesis import generate
+from medclip_jax.training import episodes
 
 SIZES = dict(tasks=4, k=4, shots=4, query=4)
 
@@ -103,10 +104,10 @@ def test_adaptation_is_every_image_clean_and_with_each_kind():
     rows = episodes.adaptation(own, known)
     assert rows.image.shape == (1, 8)
     shown = [
-        (image, "identity" if v < 0 else synthesis.KINDS[known[image, v]])
+        (image, "identity" if v < 0 else generate.KINDS[known[image, v]])
         for image, v in zip(rows.image[0], rows.variant[0], strict=True)
     ]
-    assert sorted(shown) == sorted((i, kind) for i in own for kind in synthesis.KINDS)
+    assert sorted(shown) == sorted((i, kind) for i in own for kind in generate.KINDS)
 
 
 def test_too_few_variants_are_refused():

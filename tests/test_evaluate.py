@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import calibrate, detector, evaluate, features, lesions, limits, model
-from medclip_jax.data import readers
+from medclip_jax.detectors import by_name, calibration, limits
 from medclip_jax.errors import DataError
-from medclip_jax.structs import Predictions
+from medclip_jax.evaluation import evaluate, ground_truth, predictions
+from medclip_jax.evaluation.predictions import Predictions
+from medclip_jax.features import cache, encoder
+from medclip_jax.io import read as io_read
+from medclip_jax.models import model
 
 from .test_detector import design_of
 from .test_features import one_device, write_pictures
@@ -32,13 +35,13 @@ def scene(tmp_path_factory, tiny):
             Image.fromarray(mask).save(path)
             masks.append(path)
         test[i] = test[i]._replace(label=1, masks=tuple(masks))
-    bank = features.open_bank(folder, tiny, "stretch", "float32", one_device())
-    features.encode_images(bank, pictures)
+    bank = cache.open_bank(folder, tiny, "stretch", "float32", one_device())
+    encoder.encode_images(bank, pictures)
     design, frozen = design_of(tiny, dropout=0.2)
     start = model.init(jax.random.key(0), tiny, design, 2, False)
     theta = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
     groups = [np.array([0, 1, 2]), np.array([3, 4])]
-    made = detector.build("ours", theta, frozen, design, bank, supports, groups)
+    made = by_name.build("ours", theta, frozen, design, bank, supports, groups)
     return bank, supports, test, made
 
 
@@ -88,7 +91,7 @@ def test_no_passes_no_uncertainty(scene):
 def test_a_score_that_is_not_finite_names_its_image(scene):
     """Of the second batch's images the one with a strange token."""
     bank, _, test, made = scene
-    (odd,) = features.load_images(bank, test[6:], 1)
+    (odd,) = cache.load_images(bank, test[6:], 1)
 
     def broken(batch):
         marked = jnp.isclose(batch.pooled[:, :1], odd.pooled[0, 0])
@@ -102,7 +105,7 @@ def test_a_score_that_is_not_finite_names_its_image(scene):
 
 def test_half_precision_keeps_decisions():
     heat = np.array([[[0.5, np.nextafter(0.5, 0), 0.49999, 0.2, 0.50001]]])
-    small = evaluate.half_precision(heat)
+    small = predictions.half_precision(heat)
     assert small.dtype == np.float16
     np.testing.assert_array_equal(small >= 0.5, heat >= 0.5)
     np.testing.assert_allclose(small, heat, atol=5e-4)
@@ -111,26 +114,26 @@ def test_half_precision_keeps_decisions():
 # --- measures -----------------------------------------------------------------------------------
 
 
-def perfect(test, size=32) -> evaluate.Scored:
+def perfect(test, size=32) -> predictions.Scored:
     """Predictions that say the truth."""
     label = np.array([r.label for r in test])
-    maps = 0.1 + 0.8 * np.stack([*lesions.Truths(test, size, "stretch")]).astype(np.float16)
+    maps = 0.1 + 0.8 * np.stack([*ground_truth.Truths(test, size, "stretch")]).astype(np.float16)
     said = Predictions(
         tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
     )
-    one = calibrate.threshold(np.array([0.1, 0.2]), 0.5)
-    pixel = calibrate.pixel_threshold(np.full((1, 2, 2), 0.1), 0.1)
+    one = calibration.threshold(np.array([0.1, 0.2]), 0.5)
+    pixel = calibration.pixel_threshold(np.full((1, 2, 2), 0.1), 0.1)
     found = limits.Limits(np.array([0.1, 0.2]), one, 1.0, pixel, 1.0)
-    return evaluate.Scored(said, {"k": 5, "alpha": 0.2}, found)
+    return predictions.Scored(said, {"k": 5, "alpha": 0.2}, found)
 
 
 def test_the_truth_is_the_union_of_the_mask_files(scene):
     _, _, test, _ = scene
     wanted = np.zeros((30, 40), bool)
     wanted[2:5, 2:5] = wanted[20:25, 20:25] = True
-    np.testing.assert_array_equal(lesions.truth(test[0]), wanted)
-    both = list(lesions.Truths(test[:3], 32, "pad"))
-    np.testing.assert_array_equal(both[0], readers.fit_mask(wanted, 32, "pad"))
+    np.testing.assert_array_equal(ground_truth.truth(test[0]), wanted)
+    both = list(ground_truth.Truths(test[:3], 32, "pad"))
+    np.testing.assert_array_equal(both[0], io_read.fit_mask(wanted, 32, "pad"))
     assert not both[2].any()
 
 
@@ -138,7 +141,7 @@ def test_a_mask_of_another_size_is_refused(scene, tmp_path):
     _, _, test, _ = scene
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(DataError, match="small.png is 10 x 10 pixels but its image is 40 x 30"):
-        lesions.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
+        ground_truth.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
 
 
 def test_means_over_images_have_intervals(scene):
@@ -179,7 +182,7 @@ def test_measure_leaves_out_abnormal_images_whose_mask_is_unknown(scene):
 
 def test_predictions_come_back_without_pickle(scene, scored, tmp_path):
     _, _, test, _ = scene
-    evaluate.write_predictions(tmp_path, scored, test, "stretch", seed=0)
+    predictions.write_predictions(tmp_path, scored, test, "stretch", seed=0)
     with np.load(tmp_path / "predictions.npz", allow_pickle=False) as file:
         held = dict(file)
     p = scored.predictions
@@ -189,20 +192,20 @@ def test_predictions_come_back_without_pickle(scene, scored, tmp_path):
     shown = held["gallery_index"]
     assert shown[:2].tolist() == [0, 1] and len(shown) == 2 + 4 and len(set(shown)) == 6
     for place, i in enumerate(shown):
-        pixels = readers.read(test[i].path).pixels[0]
+        pixels = io_read.read(test[i].path).pixels[0]
         image, heat = held[f"gallery_image_{place}"], held[f"gallery_map_{place}"]
         assert image.shape == heat.shape == held[f"gallery_mask_{place}"].shape == (30, 40)
         np.testing.assert_allclose(image / 255, pixels, atol=0.5 / 255 + 1e-6)
-        wanted = readers.to_frame(p.maps[i].astype(np.float32), 30, 40)
+        wanted = io_read.to_frame(p.maps[i].astype(np.float32), 30, 40)
         np.testing.assert_allclose(heat, wanted, atol=1e-3)
-    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, lesions.truth(test[0]))
+    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, ground_truth.truth(test[0]))
     assert not held["gallery_mask_5"].any()
 
 
 def test_an_unknown_mask_is_absent_from_the_gallery(scene, scored, tmp_path):
     _, _, test, _ = scene
     partly = [test[0]._replace(masks=()), *test[1:]]
-    evaluate.write_predictions(tmp_path, scored, partly, "stretch", seed=0)
+    predictions.write_predictions(tmp_path, scored, partly, "stretch", seed=0)
     with np.load(tmp_path / "predictions.npz") as file:
         assert "gallery_mask_0" not in file and "gallery_mask_1" in file
 
@@ -214,9 +217,9 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
     """Images of 30 x 40 pixels of 0.4 x 0.8 mm in a frame of 32."""
     _, _, test, _ = scene
     plain = evaluate.measure(perfect(test), test, fit)["pixel"]
-    read = readers.read
-    monkeypatch.setattr(readers, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
-    assert lesions.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
+    read = io_read.read
+    monkeypatch.setattr(io_read, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
+    assert ground_truth.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
     said = perfect(test)
     wrong = np.array(said.predictions.maps)
     wrong[0] = np.roll(wrong[0], 2, axis=1)  # two columns off
@@ -229,10 +232,10 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
 
 def test_one_image_without_spacing_makes_all_distances_pixels(scene, monkeypatch):
     _, _, test, _ = scene
-    read, last = readers.read, test[-1].path
+    read, last = io_read.read, test[-1].path
     monkeypatch.setattr(
-        readers,
+        io_read,
         "read",
         lambda path: read(path)._replace(spacing=None if path == last else (0.4, 0.8)),
     )
-    assert lesions.spacings(test, 32, "stretch") is None
+    assert ground_truth.spacings(test, 32, "stretch") is None

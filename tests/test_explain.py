@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from medclip_jax import explain
-from medclip_jax.explain import Box, boxes
+from medclip_jax.explain import boxes as explain_boxes
+from medclip_jax.explain.boxes import Box, boxes
 
 
 def test_two_squares_give_their_frames_scores_and_areas():
@@ -74,32 +74,34 @@ G = np.tile(np.array([0.25, -0.25]), (1, 4, 1))  # of mean A1 - mean A2
 
 
 def test_grad_cam_check_value():
-    weights, raw = explain.grad_cam(A, G)
+    weights, raw = explain_boxes.grad_cam(A, G)
     np.testing.assert_allclose(weights, [[0.25, -0.25]])
     np.testing.assert_allclose(np.maximum(raw, 0), [[0.25, 0, 0, 0.25]])
 
 
 def test_grad_cam_pp_check_value():
-    weights, raw = explain.grad_cam_pp(A, G)
+    weights, raw = explain_boxes.grad_cam_pp(A, G)
     np.testing.assert_allclose(weights, [[0.3999974, 0]], atol=5e-8)
     np.testing.assert_allclose(raw, [[0.3999974, 0, 0, 0.3999974]], atol=5e-8)
 
 
 def test_maps_without_anything_positive_are_zero():
-    flat = explain.unit(np.array([[-1.0, -2.0], [0.5, 0.5], [1.0, 3.0]]))
+    flat = explain_boxes.unit(np.array([[-1.0, -2.0], [0.5, 0.5], [1.0, 3.0]]))
     np.testing.assert_allclose(flat, [[0, 0], [0, 0], [0, 1]], atol=1e-7)
 
 
 def test_resizing_has_pixel_centres_at_halves():
-    row = explain.to_square(np.array([[0.0, 1, 0, 1]]), 4)[0, 0]
+    row = explain_boxes.to_square(np.array([[0.0, 1, 0, 1]]), 4)[0, 0]
     np.testing.assert_allclose(row, [0, 0.25, 0.75, 1])
-    np.testing.assert_allclose(explain.to_square(np.array([[0.7]]), 3), np.full((1, 3, 3), 0.7))
+    np.testing.assert_allclose(
+        explain_boxes.to_square(np.array([[0.7]]), 3), np.full((1, 3, 3), 0.7)
+    )
 
 
 def test_a_gradient_of_zero_is_explained():
-    explain.check_gradient(G, "block 6")
-    with pytest.raises(explain.NoGradientError, match="block 6 is exactly 0.*first norm"):
-        explain.check_gradient(0 * G, "block 6")
+    explain_boxes.check_gradient(G, "block 6")
+    with pytest.raises(explain_boxes.NoGradientError, match="block 6 is exactly 0.*first norm"):
+        explain_boxes.check_gradient(0 * G, "block 6")
 
 
 # --- agreement ------------------------------------------------------------------------------------
@@ -111,10 +113,10 @@ def test_pointing_game_by_hand():
     maps[0, 1, 1] = 1  # a hit
     maps[1, 0, 0] = 1  # a miss, but next to the mask
     maps[2, 1, 1] = maps[2, 3, 3] = 1  # half of the largest values
-    assert explain.pointing_game(maps, masks) == pytest.approx((0.5, 0.25))
-    hit, chance = explain.pointing_game(maps, masks, tolerance=1)
+    assert explain_boxes.pointing_game(maps, masks) == pytest.approx((0.5, 0.25))
+    hit, chance = explain_boxes.pointing_game(maps, masks, tolerance=1)
     assert (hit, chance) == pytest.approx((1.0, 1.0))
-    assert np.isnan(explain.pointing_game(maps[3:], masks[3:])).all()
+    assert np.isnan(explain_boxes.pointing_game(maps[3:], masks[3:])).all()
 
 
 def test_deletion_falls_fastest_along_the_true_importance():
@@ -125,10 +127,10 @@ def test_deletion_falls_fastest_along_the_true_importance():
         return weight @ x.sum(1)
 
     part = weight * tokens.sum(1)
-    best = explain.deletion(score, tokens, healthy, part, steps=4)
+    best = explain_boxes.deletion(score, tokens, healthy, part, steps=4)
     wanted = [part.sum() - np.sort(part)[::-1][:n].sum() for n in (0, 4, 8, 12, 16)]
     np.testing.assert_allclose(best, wanted, atol=1e-12)
-    worst = explain.deletion(score, tokens, healthy, -part, steps=4)
+    worst = explain_boxes.deletion(score, tokens, healthy, -part, steps=4)
     assert best.mean() < worst.mean() and best[-1] == worst[-1]
 
 
@@ -136,5 +138,5 @@ def test_agreement_is_spearman():
     rng = np.random.default_rng(1)
     a, b = rng.integers(0, 5, (3, 20)), rng.random((3, 20))
     wanted = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(explain.agreement(a, b), wanted)
-    assert np.isnan(explain.agreement(np.zeros((1, 4)), b[:1, :4])).all()
+    np.testing.assert_allclose(explain_boxes.agreement(a, b), wanted)
+    assert np.isnan(explain_boxes.agreement(np.zeros((1, 4)), b[:1, :4])).all()

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import medclip_jax
-from medclip_jax import export, lock, trained
-from medclip_jax.data import readers
+from medclip_jax import lock
 from medclip_jax.errors import CheckpointError, DataError, WorkdirError
+from medclip_jax.inference import export, predictor
+from medclip_jax.io import read
 
 from .test_end_to_end import ROOT, finished
 
@@ -32,9 +33,9 @@ IMAGES = [np.random.default_rng(i).random((40 + 7 * i, 90 - i)).astype("float32"
 
 
 def test_it_equals_the_scorer_in_the_process(whole, exported):
-    model = trained.load(whole)
-    frames = np.stack([readers.fit(x, model.bank.clip.size) for x in IMAGES])
-    mine, theirs = trained.score(model, frames), export.load(exported)(IMAGES)
+    model = predictor.load(whole)
+    frames = np.stack([read.fit(x, model.bank.clip.size) for x in IMAGES])
+    mine, theirs = predictor.score(model, frames), export.load(exported)(IMAGES)
     for name in mine._fields:
         a, b = (np.asarray(getattr(x, name), float) for x in (mine, theirs))
         np.testing.assert_allclose(b, a, atol=1e-5, err_msg=name)
@@ -45,15 +46,13 @@ def test_it_equals_the_scorer_in_the_process(whole, exported):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (32, 32), (300, 47)])
 def test_its_frame_is_the_readers_own(shape, mode):
     pixels = np.random.default_rng(0).random(shape).astype(np.float32)
-    np.testing.assert_allclose(
-        export.fit(pixels, 32, mode), readers.fit(pixels, 32, mode), atol=2e-6
-    )
+    np.testing.assert_allclose(export.fit(pixels, 32, mode), read.fit(pixels, 32, mode), atol=2e-6)
 
 
 def test_it_needs_jax_and_numpy_alone(exported):
     code = (
         "import sys, numpy\n"
-        "from medclip_jax import export\n"
+        "from medclip_jax.inference import export\n"
         f"print(export.load({str(exported)!r})(numpy.zeros((2, 9, 9))).score.shape)\n"
         "bad = {'flax', 'transformers', 'scipy', 'PIL', 'ml_collections', 'orbax', 'jaxtyping'}\n"
         "assert not bad & set(sys.modules) - {'scipy'}, bad & set(sys.modules)\n"
@@ -100,10 +99,10 @@ def test_a_spoilt_scorer_is_refused(whole, tmp_path):
     raw[-1] ^= 1
     (tmp_path / "scorer.safetensors").write_bytes(raw)
     with pytest.raises(WorkdirError, match="is damaged"):
-        trained.load(tmp_path)
+        predictor.load(tmp_path)
     (tmp_path / "scorer.safetensors").unlink()
     with pytest.raises(WorkdirError, match="holds no trained scorer"):
-        trained.load(tmp_path)
+        predictor.load(tmp_path)
 
 
 def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from medclip_jax import outputs
+from medclip_jax.inference import results
 
 from .test_end_to_end import ROOT, finished
 
@@ -48,9 +48,9 @@ def test_what_killed_writers_left_is_swept_after_a_day(tmp_path):
     names = (".a.json.71.tmp", ".results.csv.71.tmp", ".b.json.72.tmp", "c.71.tmp", ".d.tmp")
     for name in names:
         (tmp_path / name).touch()
-    past = time.time() - 2 * outputs.STALE
+    past = time.time() - 2 * results.STALE
     for name in (".a.json.71.tmp", ".results.csv.71.tmp", "c.71.tmp", ".d.tmp"):
         os.utime(tmp_path / name, (past, past))
-    assert outputs.sweep(tmp_path) == 2
+    assert results.sweep(tmp_path) == 2
     assert {p.name for p in tmp_path.iterdir()} == {".b.json.72.tmp", "c.71.tmp", ".d.tmp"}
-    assert outputs.sweep(tmp_path / "absent") == 0
+    assert results.sweep(tmp_path / "absent") == 0

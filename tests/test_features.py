@@ -1,9 +1,9 @@
 """The bank: names follow content, nothing is encoded twice, nothing damaged is believed."""
 
 import errno
+import functools
 import hashlib
 import os
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import clip, features, files, sharding
-from medclip_jax.data import readers
+from medclip_jax import files
+from medclip_jax.clip import vit
+from medclip_jax.data import records, synthetic_variants
+from medclip_jax.data.records import Record
+from medclip_jax.distributed import sharding
 from medclip_jax.errors import ConfigError, WorkdirError
-from medclip_jax.structs import Record
+from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.io import read
 
-SYNTHESIS = features.Synthesis("medclip", 2, 0, "self")
+SYNTHESIS = synthetic_variants.Synthesis("medclip", 2, 0, "self")
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +44,13 @@ def record_of(path: Path, label: int = 0, masks: tuple[Path, ...] = ()) -> Recor
     return Record(path.name, label, "", path, masks, sha)
 
 
-@cache
+@functools.cache
 def one_device():
     return sharding.mesh(jax.devices()[:1])
 
 
-def opened(folder: Path, tiny, fit="stretch", dtype="float32", mesh=None) -> features.Bank:
-    return features.open_bank(folder, tiny, fit, dtype, mesh or one_device())
+def opened(folder: Path, tiny, fit="stretch", dtype="float32", mesh=None) -> cache.Bank:
+    return cache.open_bank(folder, tiny, fit, dtype, mesh or one_device())
 
 
 @pytest.fixture
@@ -58,13 +62,13 @@ def bank(tmp_path, tiny):
 def calls(monkeypatch):
     """How many batches the tower has seen."""
     seen = []
-    real = clip.encode_images
-    monkeypatch.setattr(clip, "encode_images", lambda *a, **k: seen.append(1) or real(*a, **k))
+    real = vit.encode_images
+    monkeypatch.setattr(vit, "encode_images", lambda *a, **k: seen.append(1) or real(*a, **k))
     return seen
 
 
-def everything(bank, records) -> features.Features:
-    (got,) = features.load_images(bank, records, len(records))
+def everything(bank, records) -> encoder.Features:
+    (got,) = cache.load_images(bank, records, len(records))
     return got
 
 
@@ -79,10 +83,10 @@ def test_a_name_is_the_content_and_not_the_place(bank, pictures, tmp_path):
     moved = tmp_path / "elsewhere.png"
     moved.write_bytes(pictures[0].path.read_bytes())
     other = record_of(moved)
-    assert features.image_path(bank, pictures[0]) == features.image_path(bank, other)
-    assert features.image_path(bank, pictures[0]) != features.image_path(bank, pictures[1])
-    features.encode_images(bank, pictures[:1])
-    assert features.encode_images(bank, [other]) == 0
+    assert cache.image_path(bank, pictures[0]) == cache.image_path(bank, other)
+    assert cache.image_path(bank, pictures[0]) != cache.image_path(bank, pictures[1])
+    encoder.encode_images(bank, pictures[:1])
+    assert encoder.encode_images(bank, [other]) == 0
 
 
 def test_whatever_changes_tokens_changes_the_name(tmp_path, tiny):
@@ -110,12 +114,12 @@ def test_whatever_changes_variants_changes_their_name(bank, pictures):
         SYNTHESIS._replace(seed=1),
         SYNTHESIS._replace(partner="support"),
     ]
-    names = {features.variant_path(bank, pictures[0], pictures[:4], s) for s in changes}
+    names = {training_pool.variant_path(bank, pictures[0], pictures[:4], s) for s in changes}
     assert len(names) == len(changes)
     own, shared = SYNTHESIS, SYNTHESIS._replace(partner="support")
 
     def name(supports, recipe):
-        return features.variant_path(bank, pictures[0], supports, recipe)
+        return training_pool.variant_path(bank, pictures[0], supports, recipe)
 
     assert name(pictures[:4], own) == name(pictures[:8], own)
     assert name(pictures[:4], shared) != name(pictures[:8], shared)
@@ -133,31 +137,31 @@ def test_unknown_choices_are_refused(tmp_path, tiny):
 
 
 def test_nothing_is_encoded_twice(bank, pictures, calls):
-    assert features.encode_images(bank, pictures[:4]) == 4
-    assert features.encode_variants(bank, pictures[:4], SYNTHESIS) == 8
+    assert encoder.encode_images(bank, pictures[:4]) == 4
+    assert training_pool.encode_variants(bank, pictures[:4], SYNTHESIS) == 8
     before = len(calls)
-    assert features.encode_images(bank, pictures[:4]) == 0
-    assert features.encode_variants(bank, pictures[:4], SYNTHESIS) == 0
+    assert encoder.encode_images(bank, pictures[:4]) == 0
+    assert training_pool.encode_variants(bank, pictures[:4], SYNTHESIS) == 0
     assert len(calls) == before
 
 
 def test_more_supports_encode_only_the_new_ones(bank, pictures):
-    features.open_pool(bank, pictures[:4], SYNTHESIS)
+    training_pool.open_pool(bank, pictures[:4], SYNTHESIS)
     stamps = {p: p.stat().st_mtime_ns for p in bank.folder.iterdir()}
     assert len(stamps) == 8
-    assert features.encode_images(bank, pictures[:8]) == 4
-    assert features.encode_variants(bank, pictures[:8], SYNTHESIS) == 4 * 2
+    assert encoder.encode_images(bank, pictures[:8]) == 4
+    assert training_pool.encode_variants(bank, pictures[:8], SYNTHESIS) == 4 * 2
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     # another draw of the same images, in another order, has all it needs
-    assert features.encode_variants(bank, pictures[5:1:-1], SYNTHESIS) == 0
+    assert training_pool.encode_variants(bank, pictures[5:1:-1], SYNTHESIS) == 0
 
 
 def test_variants_do_not_depend_on_the_other_supports(tmp_path, tiny, pictures):
     few, many = opened(tmp_path / "a", tiny), opened(tmp_path / "b", tiny)
-    features.encode_variants(few, pictures[:1], SYNTHESIS)
-    features.encode_variants(many, pictures[3::-1], SYNTHESIS)
+    training_pool.encode_variants(few, pictures[:1], SYNTHESIS)
+    training_pool.encode_variants(many, pictures[3::-1], SYNTHESIS)
     a, b = (
-        features.load(features.variant_path(x, pictures[0], pictures[:1], SYNTHESIS))
+        cache.load(training_pool.variant_path(x, pictures[0], pictures[:1], SYNTHESIS))
         for x in (few, many)
     )
     assert a.keys() == b.keys()
@@ -166,9 +170,9 @@ def test_variants_do_not_depend_on_the_other_supports(tmp_path, tiny, pictures):
 
 
 def test_variants_differ_from_the_image_where_the_mask_says(bank, pictures):
-    pixels = readers.fit(readers.read(pictures[0].path).pixels[0], 32)
+    pixels = read.fit(read.read(pictures[0].path).pixels[0], 32)
     recipe = SYNTHESIS._replace(variants=6)
-    images, masks, kinds = features.variants(pictures[0], pixels, pixels[None], recipe)
+    images, masks, kinds = synthetic_variants.variants(pictures[0], pixels, pixels[None], recipe)
     assert set(kinds) <= {0, 1, 2}
     assert masks.any((1, 2)).mean() > 0.5
     unmasked = np.where(masks > 0, 0, np.abs(images - pixels[None]))
@@ -178,20 +182,20 @@ def test_variants_differ_from_the_image_where_the_mask_says(bank, pictures):
 @pytest.mark.parametrize("n", [1, 16, 19])
 def test_any_number_of_images_equals_one_by_one(bank, n):
     images = np.random.default_rng(n).random((n, 32, 32)).astype(np.float32)
-    together = features.encode(bank, images)
+    together = encoder.encode(bank, images)
     assert together.pooled.shape == (n, 16)
     assert [x.shape for x in together.levels] == [(n, 16, 32)] * 2
     for i in {0, n // 2, n - 1}:
-        alone = features.encode(bank, images[i : i + 1])
+        alone = encoder.encode(bank, images[i : i + 1])
         same(jax.tree.map(lambda x, i=i: x[i : i + 1], together), alone, atol=1e-6)
 
 
 def test_encoding_is_the_image_tower(bank):
     model, images = bank.clip, np.random.default_rng(0).random((16, 32, 32)).astype(np.float32)
-    direct = clip.encode_images(
+    direct = vit.encode_images(
         model.vision, images, tower=model.vision_tower, mean=model.mean, std=model.std
     )
-    same(features.encode(bank, images), direct, atol=1e-5)
+    same(encoder.encode(bank, images), direct, atol=1e-5)
 
 
 def test_eight_devices_give_the_tokens_of_one(tmp_path, tiny, pictures):
@@ -199,7 +203,7 @@ def test_eight_devices_give_the_tokens_of_one(tmp_path, tiny, pictures):
     eight = opened(tmp_path / "eight", tiny, mesh=sharding.mesh())
     assert eight.mesh.size == 8
     for bank in (one, eight):
-        features.encode_images(bank, pictures)
+        encoder.encode_images(bank, pictures)
     same(everything(one, pictures), everything(eight, pictures), atol=1e-5)
 
 
@@ -207,12 +211,12 @@ def test_eight_devices_give_the_tokens_of_one(tmp_path, tiny, pictures):
 def test_half_precision_stays_close(tmp_path, tiny, pictures, dtype, tolerance):
     exact, half = opened(tmp_path, tiny), opened(tmp_path, tiny, dtype=dtype)
     for bank in (exact, half):
-        features.encode_images(bank, pictures[:2])
+        encoder.encode_images(bank, pictures[:2])
     small = everything(half, pictures[:2])
     assert {x.dtype.name for x in jax.tree.leaves(small)} == {dtype}
     wanted = everything(exact, pictures[:2])
     same(jax.tree.map(lambda x: x.astype(np.float32), small), wanted, rtol=tolerance, atol=1e-6)
-    sizes = [features.image_path(b, pictures[0]).stat().st_size for b in (exact, half)]
+    sizes = [cache.image_path(b, pictures[0]).stat().st_size for b in (exact, half)]
     assert sizes[1] < 0.6 * sizes[0]
 
 
@@ -220,8 +224,8 @@ def test_images_come_in_order_and_equal_files_are_encoded_once(bank, pictures, t
     twin = tmp_path / "twin.png"
     twin.write_bytes(pictures[1].path.read_bytes())
     asked = [pictures[2], pictures[1], pictures[0], record_of(twin), pictures[2]]
-    assert features.encode_images(bank, asked) == 3
-    groups = list(features.load_images(bank, asked, 2))
+    assert encoder.encode_images(bank, asked) == 3
+    groups = list(cache.load_images(bank, asked, 2))
     assert [len(g.pooled) for g in groups] == [2, 2, 1]
     pooled = np.concatenate([g.pooled for g in groups])
     single = [everything(bank, [r]).pooled[0] for r in asked]
@@ -235,33 +239,33 @@ def test_images_come_in_order_and_equal_files_are_encoded_once(bank, pictures, t
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
 def test_a_truncated_file_is_made_again(bank, pictures, keep, caplog):
-    features.encode_images(bank, pictures[:2])
+    encoder.encode_images(bank, pictures[:2])
     wanted = everything(bank, pictures[:2])
-    path = features.image_path(bank, pictures[1])
+    path = cache.image_path(bank, pictures[1])
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
-    assert features.encode_images(bank, pictures[:2]) == 1
+    assert encoder.encode_images(bank, pictures[:2]) == 1
     assert "is damaged and will be made again" in caplog.text
     assert path.read_bytes() == whole
     same(everything(bank, pictures[:2]), wanted)
 
 
 def test_a_pool_mends_a_damaged_shard(bank, pictures):
-    features.open_pool(bank, pictures[:2], SYNTHESIS)
-    path = features.variant_path(bank, pictures[0], pictures[:2], SYNTHESIS)
+    training_pool.open_pool(bank, pictures[:2], SYNTHESIS)
+    path = training_pool.variant_path(bank, pictures[0], pictures[:2], SYNTHESIS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    features.image_path(bank, pictures[1]).write_bytes(b"")
-    features.open_pool(bank, pictures[:2], SYNTHESIS)
+    cache.image_path(bank, pictures[1]).write_bytes(b"")
+    training_pool.open_pool(bank, pictures[:2], SYNTHESIS)
     assert path.read_bytes() == whole
-    assert features.encode_images(bank, pictures[:2]) == 0
+    assert encoder.encode_images(bank, pictures[:2]) == 0
 
 
 def test_a_file_half_written_by_a_killed_run_does_not_count(bank, pictures):
-    path = features.image_path(bank, pictures[0])
+    path = cache.image_path(bank, pictures[0])
     path.parent.mkdir(parents=True)
     path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
-    assert features.encode_images(bank, pictures[:1]) == 1
+    assert encoder.encode_images(bank, pictures[:1]) == 1
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(bank, pictures, monkeypatch):
@@ -270,13 +274,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(bank, pictures, monkeypa
 
     monkeypatch.setattr(files.os, "fsync", full)  # the last chance of a disk to say so
     with pytest.raises(WorkdirError) as caught:
-        features.encode_images(bank, pictures[:1])
+        encoder.encode_images(bank, pictures[:1])
     said = str(caught.value)
-    assert str(features.image_path(bank, pictures[0])) in said
+    assert str(cache.image_path(bank, pictures[0])) in said
     assert "No space left on device" in said and "free space there" in said
     assert list(bank.folder.iterdir()) == []
     monkeypatch.undo()
-    assert features.encode_images(bank, pictures[:1]) == 1
+    assert encoder.encode_images(bank, pictures[:1]) == 1
 
 
 # --- the pool -----------------------------------------------------------------------------------
@@ -284,35 +288,37 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(bank, pictures, monkeypa
 
 def test_take_gives_the_rows_that_were_asked_for(bank, pictures):
     supports = pictures[:3]
-    pool = features.open_pool(bank, supports, SYNTHESIS)
+    pool = training_pool.open_pool(bank, supports, SYNTHESIS)
     support, variant = np.array([2, 0, 2, 1]), np.array([1, -1, 0, -1])
-    batch = features.take(pool, support, variant)
+    batch = training_pool.take(pool, support, variant)
     assert batch.label.tolist() == [1, 0, 1, 0] and batch.valid.all()
     for row, (s, v) in enumerate(zip(support, variant, strict=True)):
         clean = v < 0
-        held = features.load(
-            features.image_path(bank, supports[s])
+        held = cache.load(
+            cache.image_path(bank, supports[s])
             if clean
-            else features.variant_path(bank, supports[s], supports, SYNTHESIS)
+            else training_pool.variant_path(bank, supports[s], supports, SYNTHESIS)
         )
         at = 0 if clean else v
         np.testing.assert_array_equal(batch.features.pooled[row], held["pooled"][at])
         for i, level in enumerate(batch.features.levels):
             np.testing.assert_array_equal(level[row], held[f"level{i}"][at])
-    pixels = dict((r.id, x) for r, x in readers.read_all(supports, 32, "stretch"))
+    pixels = dict((r.id, x) for r, x in records.read_all(supports, 32, "stretch"))
     for row in (0, 2):
         image = pixels[supports[support[row]].id]
-        _, masks, _ = features.variants(supports[support[row]], image, image[None], SYNTHESIS)
+        _, masks, _ = synthetic_variants.variants(
+            supports[support[row]], image, image[None], SYNTHESIS
+        )
         np.testing.assert_array_equal(batch.mask[row], masks[variant[row]])
     assert not batch.mask[[1, 3]].any() and batch.mask[[0, 2]].any()
 
 
 def test_no_variants_is_a_pool_of_clean_images(bank, pictures):
     none = SYNTHESIS._replace(variants=0)
-    assert features.encode_variants(bank, pictures[:2], none) == 0
-    pool = features.open_pool(bank, pictures[:2], none)
+    assert training_pool.encode_variants(bank, pictures[:2], none) == 0
+    pool = training_pool.open_pool(bank, pictures[:2], none)
     assert pool.anomalous == () and len(list(bank.folder.iterdir())) == 2
-    batch = features.take(pool, np.array([0, 1]), np.array([-1, -1]))
+    batch = training_pool.take(pool, np.array([0, 1]), np.array([-1, -1]))
     assert batch.label.tolist() == [0, 0] and not batch.mask.any()
 
 
@@ -325,9 +331,9 @@ def test_masks_come_back_from_their_bits(size):
         "level0": np.zeros((3, 4, 4), np.float32),
         "mask": np.packbits(masks.reshape(3, -1), axis=1),
     }
-    pool = features.Pool(
+    pool = training_pool.Pool(
         (held.__getitem__,), (held.__getitem__,), 1, size, 3, np.zeros((1, 3), int)
     )
-    batch = features.take(pool, np.zeros(4, int), np.array([2, -1, 0, 1]))
+    batch = training_pool.take(pool, np.zeros(4, int), np.array([2, -1, 0, 1]))
     np.testing.assert_array_equal(batch.mask[[2, 3, 0]], masks)
     assert not batch.mask[1].any()

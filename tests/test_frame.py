@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medclip_jax.data import readers
+from medclip_jax.io import read
 
 MODES = ("stretch", "pad")
 
@@ -19,9 +19,9 @@ def test_rectangle_comes_back_where_it_was(shape, mode):
     mask = np.zeros(shape, bool)
     mask[rows, columns] = True
     size = 224
-    back = readers.to_frame(readers.fit(mask.astype(np.float32), size, mode), *shape, mode) > 0.5
-    nearest = readers.fit_mask(mask, size, mode).astype(np.float32)
-    for found in (back, readers.to_frame(nearest, *shape, mode) > 0.5):
+    back = read.to_frame(read.fit(mask.astype(np.float32), size, mode), *shape, mode) > 0.5
+    nearest = read.fit_mask(mask, size, mode).astype(np.float32)
+    for found in (back, read.to_frame(nearest, *shape, mode) > 0.5):
         # one tower pixel, seen in the image's frame, and half a pixel of rounding
         scale = (height / size, width / size) if mode == "stretch" else (max(shape) / size,) * 2
         for axis, edges in enumerate((rows, columns)):
@@ -33,22 +33,22 @@ def test_rectangle_comes_back_where_it_was(shape, mode):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(8, 64), st.sampled_from(MODES))
 def test_constant_survives_both_ways(height, width, size, mode):
-    fitted = readers.fit(np.full((height, width), 0.7, np.float32), size, mode)
+    fitted = read.fit(np.full((height, width), 0.7, np.float32), size, mode)
     assert fitted.shape == (size, size) and fitted.dtype == np.float32
     if mode == "stretch":
         np.testing.assert_allclose(fitted, 0.7, atol=1e-6)
     else:
         assert np.all((fitted == 0) | (np.abs(fitted - 0.7) < 1e-6))
-    np.testing.assert_allclose(readers.to_frame(fitted, height, width, mode), 0.7, atol=1e-6)
-    mask = readers.fit_mask(np.ones((height, width), bool), size, mode)
+    np.testing.assert_allclose(read.to_frame(fitted, height, width, mode), 0.7, atol=1e-6)
+    mask = read.fit_mask(np.ones((height, width), bool), size, mode)
     np.testing.assert_array_equal(mask, fitted > 0)
 
 
 def test_pad_keeps_the_aspect_and_stretch_does_not():
     tall = np.ones((40, 20), np.float32)
-    padded = readers.fit(tall, 32, "pad")
+    padded = read.fit(tall, 32, "pad")
     assert padded[:, 8:24].min() > 0.999 and padded[:, :8].max() == padded[:, 24:].max() == 0
-    assert readers.fit(tall, 32, "stretch").min() > 0.999
+    assert read.fit(tall, 32, "stretch").min() > 0.999
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -56,18 +56,18 @@ def test_spacing_after_fitting_keeps_lengths_in_mm(mode):
     """A bright bar of 12 x 20 mm is measured the same before and after."""
     pixels = np.zeros((80, 50), np.float32)
     pixels[20:40, 10:35] = 1  # 20 rows of 0.6 mm, 25 columns of 0.8 mm
-    row, column = readers.fit_spacing((0.6, 0.8), 80, 50, 224, mode)
-    area = readers.fit(pixels, 224, mode).sum() * row * column
+    row, column = read.fit_spacing((0.6, 0.8), 80, 50, 224, mode)
+    area = read.fit(pixels, 224, mode).sum() * row * column
     np.testing.assert_allclose(area, 20 * 0.6 * 25 * 0.8, rtol=0.01)
     if mode == "stretch":
         np.testing.assert_allclose((row * 224, column * 224), (80 * 0.6, 50 * 0.8))
-    assert readers.fit_spacing(None, 80, 50, 224, mode) is None
+    assert read.fit_spacing(None, 80, 50, 224, mode) is None
 
 
 def test_shrinking_is_antialiased():
     """Stripes of one pixel shrink to their mean, not to what the sampling grid hits."""
     stripes = np.tile(np.array([0, 1], np.float32), (64, 32))
-    inner = readers.fit(stripes, 8)[1:-1, 1:-1]
+    inner = read.fit(stripes, 8)[1:-1, 1:-1]
     np.testing.assert_allclose(inner, 0.5, atol=0.02)
 
 
@@ -75,5 +75,5 @@ def test_smooth_map_survives_the_round_trip():
     y, x = np.mgrid[0:101, 0:67]
     smooth = (np.sin(y / 20) * np.cos(x / 20)).astype(np.float32)
     for mode in MODES:
-        back = readers.to_frame(readers.fit(smooth, 224, mode), 101, 67, mode)
+        back = read.to_frame(read.fit(smooth, 224, mode), 101, 67, mode)
         assert np.abs(back - smooth)[2:-2, 2:-2].max() < 0.01

@@ -5,17 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import detector, features, fusion, model
-from medclip_jax.data import probes
+from medclip_jax.detectors import by_name, detector, ensemble, memory_bank
+from medclip_jax.features import cache, encoder
+from medclip_jax.models import model
+from medclip_jax.synthesis import probes
 
 from .test_detector import design_of, tokens
 from .test_features import one_device, write_pictures
 
 
-def evidence(rng, shift, k=400, v=4, p=9) -> fusion.Evidence:
+def evidence(rng, shift, k=400, v=4, p=9) -> ensemble.Evidence:
     """Normal values; those of probes are `shift` standard deviations higher."""
     draw = rng.normal
-    return fusion.Evidence(
+    return ensemble.Evidence(
         draw(2, 3, (k, p)), draw(5, 2, k), draw(2 + 3 * shift, 3, (k, v, p)),
         draw(5 + 2 * shift, 2, (k, v)),
     )  # fmt: skip
@@ -26,41 +28,41 @@ def test_the_weight_is_the_distance_of_two_normals():
     healthy = rng.normal(3, 2, 4000)
     for distance in (0.5, 1.0, 2.0):
         altered = rng.normal(3 + 2 * distance, 2, 4000)
-        assert fusion.weight(healthy, [altered]) == pytest.approx(distance, abs=0.1)
+        assert ensemble.weight(healthy, [altered]) == pytest.approx(distance, abs=0.1)
 
 
 def test_the_worst_kind_decides_and_a_blind_branch_counts_nothing():
     healthy = np.linspace(0, 1, 100)
-    assert fusion.weight(healthy, [healthy + 5, healthy]) == pytest.approx(0, abs=1e-12)
-    assert fusion.weight(healthy, [healthy - 1]) == 0
-    assert fusion.weight(healthy, [healthy + 5]) == fusion.FINEST
+    assert ensemble.weight(healthy, [healthy + 5, healthy]) == pytest.approx(0, abs=1e-12)
+    assert ensemble.weight(healthy, [healthy - 1]) == 0
+    assert ensemble.weight(healthy, [healthy + 5]) == ensemble.FINEST
 
 
 def test_the_image_weight_is_the_shift_in_standard_deviations():
     healthy = np.array([1.0, 2.0, 3.0])  # standard deviation 1
     moved = healthy[:, None] + np.array([[1.0, 2.0]])
-    assert fusion.image_weight(healthy, [moved]) == pytest.approx(1.5)
-    assert fusion.image_weight(healthy, [moved, healthy[:, None] + 0.5]) == pytest.approx(0.5)
-    assert fusion.image_weight(healthy, [moved, healthy[:, None] - 0.5]) == 0
-    assert fusion.image_weight(healthy, [moved + 100]) == fusion.FINEST
+    assert ensemble.image_weight(healthy, [moved]) == pytest.approx(1.5)
+    assert ensemble.image_weight(healthy, [moved, healthy[:, None] + 0.5]) == pytest.approx(0.5)
+    assert ensemble.image_weight(healthy, [moved, healthy[:, None] - 0.5]) == 0
+    assert ensemble.image_weight(healthy, [moved + 100]) == ensemble.FINEST
 
 
 def test_auroc_counts_ties_half():
-    assert fusion.auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0])) == (0.5 + 1 + 1 + 1) / 4
+    assert ensemble.auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0])) == (0.5 + 1 + 1 + 1) / 4
 
 
 def test_gains_standardise_and_weigh():
     rng = np.random.default_rng(1)
     found = {"a": evidence(rng, 2.0), "b": evidence(rng, 1.0), "blind": evidence(rng, -0.2)}
     inside = np.ones((400, 4, 9), bool)
-    made = fusion.mix(found, inside, 1)
+    made = ensemble.mix(found, inside, 1)
     np.testing.assert_allclose(made.patch_weight, [2 / 3, 1 / 3, 0], atol=0.03)
     np.testing.assert_allclose(made.image_weight, [2 / 3, 1 / 3, 0], atol=0.06)
-    raw = [fusion.image_weight(e.image, [e.probe_image]) for e in found.values()]
+    raw = [ensemble.image_weight(e.image, [e.probe_image]) for e in found.values()]
     np.testing.assert_allclose(made.image_weight, np.array(raw) / sum(raw))
     spread = found["a"].image.std(ddof=1), found["a"].patch.std(ddof=1)
     assert made.image_gain[0] == pytest.approx(1 / spread[0])
-    of_map = fusion.weight(found["a"].patch.ravel(), [found["a"].probe_patch])
+    of_map = ensemble.weight(found["a"].patch.ravel(), [found["a"].probe_patch])
     assert made.patch_gain[0] == pytest.approx(of_map / spread[1])
     assert made.patch_centre[1] == found["b"].patch.mean()
 
@@ -71,14 +73,14 @@ def test_only_patches_under_a_probe_speak_for_the_map():
     inside = np.zeros((400, 4, 9), bool)
     inside[:, :, 4] = True
     e.probe_patch[inside] += 6  # two standard deviations
-    made = fusion.mix({"a": e, "b": evidence(rng, 1.0)}, inside, 1)
+    made = ensemble.mix({"a": e, "b": evidence(rng, 1.0)}, inside, 1)
     assert made.patch_weight[0] == pytest.approx(2 / 3, abs=0.03)
 
 
 def test_all_blind_is_all_equal():
     rng = np.random.default_rng(3)
     found = {"a": evidence(rng, -1.0), "b": evidence(rng, -1.0)}
-    made = fusion.mix(found, np.ones((400, 4, 9), bool), 1)
+    made = ensemble.mix(found, np.ones((400, 4, 9), bool), 1)
     np.testing.assert_array_equal(made.patch_weight, [0.5, 0.5])
 
 
@@ -87,8 +89,8 @@ def test_a_branch_of_images_alone_has_no_share_in_the_map(shift):
     rng = np.random.default_rng(4)
     found = {"learned": evidence(rng, shift), "zero_shot_image": evidence(rng, shift)}
     for made in (
-        fusion.weighed(found, np.ones((2, 2))),
-        fusion.mix(found, np.ones((400, 4, 9), bool), 1),
+        ensemble.weighed(found, np.ones((2, 2))),
+        ensemble.mix(found, np.ones((400, 4, 9), bool), 1),
     ):
         np.testing.assert_array_equal(made.patch_weight, [1, 0])
         assert made.patch_gain[1] == 0 and (made.image_weight > 0.4).all()
@@ -101,21 +103,21 @@ def test_a_branch_of_images_alone_has_no_share_in_the_map(shift):
 def fused(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("fused")
     supports = write_pictures(folder, 4, start=40)
-    bank = features.open_bank(folder, tiny, "stretch", "float32", one_device())
-    features.encode_images(bank, supports)
+    bank = cache.open_bank(folder, tiny, "stretch", "float32", one_device())
+    encoder.encode_images(bank, supports)
     design, frozen = design_of(tiny, dropout=0.2)
     plain, _ = design_of(tiny, context=0)
     start = model.init(jax.random.key(0), tiny, design, 2, False)
     theta = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
     groups = [np.array([0, 2]), np.array([1, 3])]
     made = {
-        name: detector.build(name, theta, frozen, shape, bank, supports, groups)
+        name: by_name.build(name, theta, frozen, shape, bank, supports, groups)
         for name, shape in (("learned", design), ("memory", design), ("zero_shot", plain))
     }
     settings = dict(
         weights="probes", modality="brain MRI", variants=4, seed=0, image_scores=lambda v: v.max(1)
     )
-    return made, settings, fusion.fuse(made, bank, supports, **settings), bank, supports
+    return made, settings, ensemble.fuse(made, bank, supports, **settings), bank, supports
 
 
 def test_plain_prompts_for_images_leave_the_map_as_it_is(fused):
@@ -123,8 +125,8 @@ def test_plain_prompts_for_images_leave_the_map_as_it_is(fused):
     settings = settings | {"weights": "equal"}
     two = {name: made[name] for name in ("learned", "memory")}
     three = two | {"zero_shot_image": made["zero_shot"]}
-    without, _ = fusion.fuse(two, bank, supports, **settings)
-    joined, _ = fusion.fuse(three, bank, supports, **settings)
+    without, _ = ensemble.fuse(two, bank, supports, **settings)
+    joined, _ = ensemble.fuse(three, bank, supports, **settings)
     batch = tokens(3)
     np.testing.assert_array_equal(joined.patches(batch), without.patches(batch))
     np.testing.assert_array_equal(joined.held_out, without.held_out)
@@ -140,7 +142,7 @@ def test_a_branch_runs_once_on_a_batch_and_is_never_remembered_inside_a_gradient
         calls.append(batch)
         return batch * batch
 
-    once = detector.once(square)
+    once = memory_bank.once(square)
     one, two = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
     assert once(one) is once(one)
     assert len(calls) == 1
@@ -202,11 +204,11 @@ def test_a_branch_far_from_its_healthy_values_does_not_drown_the_rest():
     """Two branches that agree beat a third that is forty of its narrow deviations away."""
     rng = np.random.default_rng(6)
     found = {name: evidence(rng, 0.0) for name in ("a", "b", "narrow")}
-    made = fusion.weighed(found, np.ones((3, 2)))
+    made = ensemble.weighed(found, np.ones((3, 2)))
 
     def score(*deviations):
         values = made.image_centre + np.array(deviations) / made.image_gain
-        return sum(float(fusion.image_part(made, i, v)) for i, v in enumerate(values))
+        return sum(float(ensemble.image_part(made, i, v)) for i, v in enumerate(values))
 
     assert score(0, 0, 0) == 0
     assert score(5, 5, 0) > score(0, 0, 40)  # a plain sum says 10 against 40
@@ -215,7 +217,7 @@ def test_a_branch_far_from_its_healthy_values_does_not_drown_the_rest():
 
 def test_fusing_again_gives_the_same(fused):
     made, settings, (whole, mix), bank, supports = fused
-    _, again = fusion.fuse(made, bank, supports, **settings)
+    _, again = ensemble.fuse(made, bank, supports, **settings)
     for a, b in zip(mix, again, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -291,7 +293,7 @@ def test_equal_weights_are_the_mean_of_standardised_values(fused):
         name: detector.Detector(lambda batch, n=name: jnp.asarray(new[n]), held[name], None, k=6)
         for name in held
     }
-    both, made = fusion.fuse(
+    both, made = ensemble.fuse(
         branches, bank, (), weights="equal", modality="", variants=1, seed=0,
         image_scores=lambda values: values.max(1),
     )  # fmt: skip

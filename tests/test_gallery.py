@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from medclip_jax import figures, gallery
-from medclip_jax.explain import Box
+from medclip_jax.explain.boxes import Box
+from medclip_jax.report import figures, gallery
 
 
 def test_gallery_keeps_scale_frame_and_pixels():

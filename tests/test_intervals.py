@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medclip_jax import intervals, metrics
+from medclip_jax.evaluation import bootstrap, metrics, pixel_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import interval_coverage as coverage  # noqa: E402
@@ -24,7 +24,7 @@ def test_measures_of_the_sample_itself_are_those_of_metrics():
     levels, place = np.unique(score, return_inverse=True)
     counts = np.zeros((1, 2, len(levels)))
     np.add.at(counts, (0, label, place), 1)
-    got = intervals.measures(counts, int(np.searchsorted(levels, 0.5)))
+    got = bootstrap.measures(counts, int(np.searchsorted(levels, 0.5)))
     wanted = metrics.image_level(score, label)
     for name in set(got) & set(wanted):
         assert got[name][0] == pytest.approx(wanted[name], abs=1e-12), name
@@ -34,12 +34,12 @@ def test_pixel_measures_are_those_of_metrics():
     rng = np.random.default_rng(1)
     maps = (rng.integers(0, 512, (6, 20, 30)) / 512).astype(np.float32)
     masks = rng.random((6, 20, 30)) < 0.2 + 0.4 * maps
-    counts = np.stack([intervals.histograms(*pair) for pair in zip(maps, masks, strict=True)])
-    got = intervals.measures(counts.sum(0)[None], intervals.BINS // 2)
-    wanted = metrics.pixel_level(maps, masks)
+    counts = np.stack([bootstrap.histograms(*pair) for pair in zip(maps, masks, strict=True)])
+    got = bootstrap.measures(counts.sum(0)[None], bootstrap.BINS // 2)
+    wanted = pixel_metrics.pixel_level(maps, masks)
     for name in set(got) & set(wanted):
         assert got[name][0] == pytest.approx(wanted[name], abs=1e-9), name
-    limits = intervals.pixel(maps, masks, np.array([0, 0, 1, 1, 1, 1]))
+    limits = bootstrap.pixel(maps, masks, np.array([0, 0, 1, 1, 1, 1]))
     assert all(limits[n][0] <= wanted[n] <= limits[n][1] for n in ("auroc", "dice", "recall"))
 
 
@@ -47,9 +47,9 @@ def test_means_over_images_are_of_the_images_that_count():
     """Neither mask nor prediction, one of them, and both."""
     maps, masks = np.zeros((5, 12, 12), np.float32), np.zeros((5, 12, 12), bool)
     maps[1:4, 2:5, 2:5], masks[2:, 2:6, 3:8] = 0.9, True
-    pooled, each = metrics.pixel_level_each(maps, masks)
-    assert pooled == metrics.pixel_level(maps, masks)
-    single = metrics.per_image(maps, masks)
+    pooled, each = pixel_metrics.pixel_level_each(maps, masks)
+    assert pooled == pixel_metrics.pixel_level(maps, masks)
+    single = pixel_metrics.per_image(maps, masks)
     for name, used in (
         ("hausdorff", [2, 3]),
         ("hausdorff95", [2, 3]),
@@ -64,7 +64,7 @@ def test_means_over_images_leave_out_what_does_not_count():
     """Every second image has no distance; the standard error is that of the others' mean."""
     rng, label = np.random.default_rng(4), np.repeat([0, 1], 100)
     values = np.where(np.arange(200) % 2, rng.normal(10, 3, 200), np.nan)
-    limits = intervals.of_means({"hausdorff": values, "none": np.full(200, np.nan)}, label)
+    limits = bootstrap.of_means({"hausdorff": values, "none": np.full(200, np.nan)}, label)
     assert set(limits) == {"hausdorff"}
     low, high = limits["hausdorff"]
     known = values[np.isfinite(values)]
@@ -89,17 +89,17 @@ def test_the_band_is_that_of_the_binomial():
 
 
 def test_perfect_rates_are_not_certain():
-    limits = intervals.image(np.array([0.1] * 10 + [0.9] * 10), np.repeat([0, 1], 10))
+    limits = bootstrap.image(np.array([0.1] * 10 + [0.9] * 10), np.repeat([0, 1], 10))
     assert limits["recall"][0] == pytest.approx(0.722, abs=1e-3) and limits["recall"][1] == 1
     assert limits["fpr"] == pytest.approx([0, 0.278], abs=1e-3)
     assert limits["auroc"] == [1, 1]
-    assert intervals.image(np.array([0.1, 0.2]), np.array([0, 0])) == {}
+    assert bootstrap.image(np.array([0.1, 0.2]), np.array([0, 0])) == {}
 
 
 def test_the_same_seed_gives_the_same_limits():
     score, label = scene(np.random.default_rng(3), 20, 30)
-    assert intervals.image(score, label) == intervals.image(score, label)
-    assert intervals.image(score, label, seed=1) != intervals.image(score, label)
+    assert bootstrap.image(score, label) == bootstrap.image(score, label)
+    assert bootstrap.image(score, label, seed=1) != bootstrap.image(score, label)
 
 
 def test_the_roc_band_holds_the_curve_and_its_own_share():
@@ -111,11 +111,11 @@ def test_the_roc_band_holds_the_curve_and_its_own_share():
     truth, held = norm.cdf(1 - norm.ppf(0.8)), 0
     for run in range(60):
         scores = rng.normal(label, 1.0)
-        low, high = intervals.roc_band(scores, label, np.array([0.2]), seed=run)
+        low, high = bootstrap.roc_band(scores, label, np.array([0.2]), seed=run)
         held += bool(low[0] <= truth <= high[0])
     assert 50 <= held <= 60  # of 57 expected, sd 1.7
     grid = np.linspace(0, 1, 21)
-    low, high = intervals.roc_band(np.round(scores), label, grid)
+    low, high = bootstrap.roc_band(np.round(scores), label, grid)
     fpr, tpr, _ = roc_curve(label, np.round(scores), drop_intermediate=False)
     curve = np.interp(grid, fpr, tpr)
     assert (low <= curve + 1e-9).all() and (curve <= high + 1e-9).all()

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from medclip_jax import clip, language, model, ontology, score, train
+from medclip_jax import build
+from medclip_jax import config as config_module
+from medclip_jax.clip import text_adapter, vit
 from medclip_jax.errors import CheckpointError, ConfigError
+from medclip_jax.models import model, similarity
+from medclip_jax.prompts import ontology
 
 from .test_end_to_end import ROOT, compile_quickly, predictions  # noqa: F401
 from .test_end_to_end import tiny as world  # noqa: F401
@@ -32,22 +36,22 @@ def script():
 
 def random_adapter(width: int) -> dict:
     rng = np.random.default_rng(0)
-    fresh = language.init(jax.random.key(0), width)
+    fresh = text_adapter.init(jax.random.key(0), width)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), fresh)
 
 
 def test_a_fresh_adapter_is_the_identity_to_the_bit(key):
     x = jax.random.normal(key, (5, 16)) * 7
-    fresh = language.init(key, 16)
+    fresh = text_adapter.init(key, 16)
     assert fresh["down"]["kernel"].shape == (16, 4) and np.abs(fresh["down"]["kernel"]).max() > 0.1
-    np.testing.assert_array_equal(language.adapt(fresh, x), x)
-    gradient = jax.grad(lambda p: language.adapt(p, x).sum())(fresh)
+    np.testing.assert_array_equal(text_adapter.adapt(fresh, x), x)
+    gradient = jax.grad(lambda p: text_adapter.adapt(p, x).sum())(fresh)
     assert np.abs(gradient["up"]["kernel"]).max() > 0  # and yet it learns
 
 
 def test_the_change_does_not_depend_on_the_length(key):
     x, p = jax.random.normal(key, (5, 16)), random_adapter(16)
-    one, ten = language.adapt(p, x), language.adapt(p, 10 * x)
+    one, ten = text_adapter.adapt(p, x), text_adapter.adapt(p, 10 * x)
     np.testing.assert_allclose(ten, 10 * one, rtol=1e-4, atol=1e-4)
     by_hand = x / np.linalg.norm(x, axis=1, keepdims=True)
     hidden = jax.nn.gelu(by_hand @ p["down"]["kernel"] + p["down"]["bias"][None])
@@ -58,52 +62,52 @@ def test_the_change_does_not_depend_on_the_length(key):
 
 def test_what_is_kept_comes_back_and_only_for_its_own_clip(tmp_path):
     p, path = random_adapter(16), tmp_path / "a.safetensors"
-    language.save(path, p, "f00d", {"source": "a test"})
-    back = language.load(str(path), "f00d", 16)
+    text_adapter.save(path, p, "f00d", {"source": "a test"})
+    back = text_adapter.load(str(path), "f00d", 16)
     jax.tree.map(np.testing.assert_array_equal, back, p)
     with safe_open(path, framework="np") as held:
         assert held.metadata() == {"clip": "f00d", "source": "a test"}
     with pytest.raises(CheckpointError, match="was trained for the CLIP f00d and this is beef"):
-        language.load(str(path), "beef", 16)
+        text_adapter.load(str(path), "beef", 16)
     with pytest.raises(CheckpointError, match="do not fit"):
-        language.load(str(path), "f00d", 32)
+        text_adapter.load(str(path), "f00d", 32)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="not a language adapter"):
-        language.load(str(path), "f00d", 16)
+        text_adapter.load(str(path), "f00d", 16)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        language.digest(str(tmp_path / "none"))
+        text_adapter.digest(str(tmp_path / "none"))
 
 
 def test_the_shipped_adapter_is_the_embedded_clips(compact):
-    adapter = language.load("embedded", compact.digest, compact.joint)
+    adapter = text_adapter.load("embedded", compact.digest, compact.joint)
     assert np.abs(adapter["up"]["kernel"]).max() > 0
-    with safe_open(language.EMBEDDED, framework="np") as held:
+    with safe_open(text_adapter.EMBEDDED, framework="np") as held:
         before, after = held.metadata()["retrieval"].split(" before, ")
     assert float(after.removesuffix(" after")) > float(before)
-    assert language.EMBEDDED.stat().st_size < 1_000_000
+    assert text_adapter.EMBEDDED.stat().st_size < 1_000_000
 
 
 def test_it_follows_the_text_tower_wherever_text_is_encoded(compact):
     """Prompts of the model and plain ones; a tuned one stands in for the frozen one."""
-    c = train.configuration.base("")
-    plain, frozen = train.build(c, compact, context=0)
+    c = config_module.base("")
+    plain, frozen = build.build(c, compact, context=0)
     c.model.language = "embedded"
-    _, adapted = train.build(c, compact, context=0)
+    _, adapted = build.build(c, compact, context=0)
     words = model.text_features({}, frozen, plain)
     new = model.text_features({}, adapted, plain)
-    held = language.load("embedded", compact.digest, compact.joint)
-    np.testing.assert_allclose(new, language.adapt(held, words), rtol=1e-4, atol=1e-4)
-    assert float((score.unit(new) * score.unit(words)).sum(-1).min()) < 0.999
-    fresh = language.init(jax.random.key(1), compact.joint)
+    held = text_adapter.load("embedded", compact.digest, compact.joint)
+    np.testing.assert_allclose(new, text_adapter.adapt(held, words), rtol=1e-4, atol=1e-4)
+    assert float((similarity.unit(new) * similarity.unit(words)).sum(-1).min()) < 0.999
+    fresh = text_adapter.init(jax.random.key(1), compact.joint)
     tuned = model.text_features({"language": fresh}, adapted, plain)
     np.testing.assert_array_equal(tuned, words)
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, tuned, capfd):
-    tower = clip.load(str(world.clip))
+    tower = vit.load(str(world.clip))
     path = tmp_path / "a.safetensors"
-    language.save(path, random_adapter(tower.joint), tower.digest, {})
+    text_adapter.save(path, random_adapter(tower.joint), tower.digest, {})
     flags = (f"--config.model.language={path}", f"--config.model.language_tuned={tuned}")
     flags += ("--config.steps=3", "--config.fusion.branches=('learned','zero_shot')")
     assert world.main(tmp_path / "run", *flags, arguments="k=2") == 0
@@ -115,7 +119,7 @@ def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, tun
             moved = held.get_tensor("theta/language/up/kernel")
             assert not np.array_equal(moved, random_adapter(tower.joint)["up"]["kernel"])
     other = jax.tree.map(lambda x: 2 * x, random_adapter(tower.joint))
-    language.save(path, other, tower.digest, {})
+    text_adapter.save(path, other, tower.digest, {})
     assert predict(tmp_path / "run", tmp_path / "out2", world.data) == 2
     assert "another language adapter" in capfd.readouterr().err
 
@@ -137,9 +141,9 @@ def test_the_wrong_clip_and_nothing_to_tune_are_refused(world, tmp_path, capfd):
     assert world.main(tmp_path / "b", "--config.model.language_tuned=True") == 2
     assert "no adapter to tune" in capfd.readouterr().err
     with pytest.raises(ConfigError):
-        c = train.configuration.base("k=2")
+        c = config_module.base("k=2")
         c.model.language_tuned = True
-        train.configuration.resolve(c)
+        config_module.resolve(c)
 
 
 # --- pre-training -----------------------------------------------------------------------------
@@ -192,9 +196,9 @@ def test_training_raises_retrieval_of_what_it_did_not_see(script, monkeypatch, t
     for _ in range(60):
         own = rng.normal(size=32)
         texts = own[None] + 10 * rng.normal(size=(6, 4)) @ noise.T
-        subjects.append(score.unit(jnp.asarray(texts, jnp.float32)))
+        subjects.append(similarity.unit(jnp.asarray(texts, jnp.float32)))
     args = type("A", (), dict(seed=0, steps=300, batch=40, rate=3e-3, temperature=0.07, keep=0.0))
-    fresh = language.init(jax.random.key(0), 32)
+    fresh = text_adapter.init(jax.random.key(0), 32)
     adapter = script.fit(fresh, subjects[:40], args)
     before, after = (script.retrieval(p, subjects[40:], 0) for p in (fresh, adapter))
     assert before < 0.5 < after, (before, after)
@@ -212,5 +216,5 @@ def test_the_script_ends_with_a_file_that_loads(script, world, tmp_path, monkeyp
     monkeypatch.setattr(script, "ABSENT", script.ABSENT[:2])
     script.main()
     assert "held-out retrieval" in capsys.readouterr().out
-    tower = clip.load(str(world.clip))
-    assert language.load(str(out), tower.digest, tower.joint)["up"]["kernel"].shape == (4, 16)
+    tower = vit.load(str(world.clip))
+    assert text_adapter.load(str(out), tower.digest, tower.joint)["up"]["kernel"].shape == (4, 16)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medclip_jax.data import datasets, layouts
-from medclip_jax.data.citations import ABOUT
-from medclip_jax.data.presets import PRESETS
+from medclip_jax.data import datasets, layouts, splits
+from medclip_jax.data.catalog import ABOUT, PRESETS
 from medclip_jax.errors import DataError
 
 from .folders import REPO, real, write_brain, write_busi, write_chest, write_folder
@@ -92,14 +91,14 @@ def test_brain_mri_records(brain, cache):
     records = datasets.load("brain_mri", brain, cache)
     rows = {r.id: (r.label, r.part, r.masks) for r in records}
     assert rows["no/3 no.jpg"] == (0, "", ()) and rows["yes/Y3.JPG"] == (1, "", ())
-    drawn = datasets.split(records, 2, 0, pool_size=4)
+    drawn = splits.split(records, 2, 0, pool_size=4)
     assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == [2, 6]
     assert all(r.label == 0 for r in drawn.support)
 
 
 def test_chest_xray_supports_come_from_train_and_test_is_the_archives(chest, cache):
     records = datasets.load("chest_xray", chest, cache)
-    drawn = datasets.split(records, 4, 0)
+    drawn = splits.split(records, 4, 0)
     assert {r.path.parent for r in drawn.support} == {chest / "train" / "NORMAL"}
     assert sorted(r.id.rpartition("/")[0] for r in drawn.test) == (
         ["test/NORMAL"] * 4 + ["test/PNEUMONIA"] * 4
@@ -129,14 +128,14 @@ def test_missing_sets_say_where_they_come_from(name, tmp_path, cache):
 
 
 def test_builders_ask_for_a_download_by_hand(brain, chest, tmp_path):
-    from medclip_jax.data import builders
+    from medclip_jax.data import tfds_builders
 
-    info = builders.BrainMri(data_dir=str(tmp_path / "a")).info
+    info = tfds_builders.BrainMri(data_dir=str(tmp_path / "a")).info
     assert ABOUT["brain_mri"].licence in info.redistribution_info.license and info.citation
     for name, place, count in (("brain_mri", brain, 12), ("chest_xray", chest, 13)):
-        builder = builders.BUILDERS[name](data_dir=str(tmp_path / "a"))
+        builder = tfds_builders.BUILDERS[name](data_dir=str(tmp_path / "a"))
         assert "unpack" in builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-        manual = builders.tfds.download.DownloadConfig(manual_dir=str(place))
+        manual = tfds_builders.tfds.download.DownloadConfig(manual_dir=str(place))
         builder.download_and_prepare(download_config=manual)
         assert len(builder.as_data_source(split="full")) == count
 
@@ -151,9 +150,9 @@ def test_config_files_take_their_texts_from_the_presets(name):
 
 
 def test_every_data_set_has_its_texts():
-    from medclip_jax.data import builders
+    from medclip_jax.data import tfds_builders
 
-    assert set(datasets.LAYOUTS) == set(builders.BUILDERS) == set(ABOUT)
+    assert set(datasets.LAYOUTS) == set(tfds_builders.BUILDERS) == set(ABOUT)
     assert set(PRESETS) == (set(datasets.LAYOUTS) - {"folder"}) | set(datasets.PHANTOMS)
 
 
@@ -164,7 +163,7 @@ def test_real_counts(name, pool, test, cache):
     records = datasets.load(name, real(name), cache)
     assert sum(r.label == 0 and r.part != "test" for r in records) == pool
     for k in (4, 32):
-        drawn = datasets.split(records, k, seed=0)
+        drawn = splits.split(records, k, seed=0)
         assert len(drawn.support) == k
         assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == test
 
@@ -176,7 +175,7 @@ def test_real_busi_counts(cache):
     assert counts == {"benign": 437, "malignant": 210, "normal": 133}
     assert sum(len(r.masks) for r in records) == 798
     for k in (4, 32):
-        drawn = datasets.split(records, k, seed=0)
+        drawn = splits.split(records, k, seed=0)
         assert len(drawn.support) == k
         assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == [101, 647]
     twins = {r.id for r in records if r.sha256 == records[432].sha256}

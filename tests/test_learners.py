@@ -13,21 +13,15 @@ import numpy as np
 import optax
 import pytest
 
-from medclip_jax import (
-    clip,
-    config,
-    features,
-    fit,
-    learn,
-    losses,
-    maml,
-    model,
-    preemption,
-    sharding,
-    train,
-)
+from medclip_jax import build, config
+from medclip_jax.clip import vit
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import ConfigError
-from medclip_jax.structs import TrainState
+from medclip_jax.features import training_pool
+from medclip_jax.models import losses, model
+from medclip_jax.training import loop, maml
+from medclip_jax.training import step as training_step
+from medclip_jax.training.state import TrainState
 
 from .test_clip import tiny_checkpoint
 
@@ -37,12 +31,12 @@ SIZES = dict(tasks=3, k=4, shots=4, query=2)
 
 
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory) -> clip.Clip:
-    return clip.load(str(tiny_checkpoint(tmp_path_factory.mktemp("clip"))[0]))
+def tower(tmp_path_factory) -> vit.Clip:
+    return vit.load(str(tiny_checkpoint(tmp_path_factory.mktemp("clip"))[0]))
 
 
 @pytest.fixture(scope="module")
-def pool(tower) -> features.Pool:
+def pool(tower) -> training_pool.Pool:
     """Four images; a variant's left or right half is anomalous, its tokens moved by a vector."""
     rng = np.random.default_rng(0)
     grid, size, width = tower.grid, tower.size, tower.widths[0]
@@ -63,7 +57,7 @@ def pool(tower) -> features.Pool:
             held["pooled"] = np.zeros((n, tower.joint), np.float32)
             into.append((held | {"mask": np.packbits(mask, axis=1)}).__getitem__)
     kinds = np.tile(np.arange(VARIANTS) % 3, (4, 1))
-    return features.Pool(tuple(clean), tuple(anomalous), levels, size, VARIANTS, kinds)
+    return training_pool.Pool(tuple(clean), tuple(anomalous), levels, size, VARIANTS, kinds)
 
 
 def settings(**fields):
@@ -113,16 +107,16 @@ def set_up(tower, optimizer, copies=1, **fields):
 
 
 def step_of(c, loss, optimizer, **changes):
-    inner = learn.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
+    inner = training_step.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
     inner = inner._replace(**changes)
-    return learn.make_step(
-        loss if c.learner == "joint" else learn.episodic(loss, inner), optimizer
+    return training_step.make_step(
+        loss if c.learner == "joint" else training_step.episodic(loss, inner), optimizer
     ), inner
 
 
 def at(pool, step, copies=((0, 1, 2, 3),), **sizes):
     members = [[np.array(own)] for own in copies]
-    return learn.episodes_at(step, pool, members, 0, **(SIZES | sizes))
+    return training_step.episodes_at(step, pool, members, 0, **(SIZES | sizes))
 
 
 def close(a, b, rtol):
@@ -139,7 +133,7 @@ def test_every_learner_learns_and_adapting_helps(tower, pool, learner, learned):
     fields = {"learner": learner, "meta.learn_rate": learned, "meta.inner_rate": 0.05}
     c, frozen, loss, state = set_up(tower, optimizer, **fields)
     step, inner = step_of(c, loss, optimizer)
-    rows = learn.adaptation_rows(pool, [np.arange(4)])
+    rows = training_step.adaptation_rows(pool, [np.arange(4)])
     flat = jax.tree.map(lambda x: x[:, 0], rows)
 
     def value(theta):
@@ -151,7 +145,7 @@ def test_every_learner_learns_and_adapting_helps(tower, pool, learner, learned):
     before, held = value(plain(state.theta)), jax.tree.map(np.array, state.theta)
     for i in range(15):
         if learner == "joint":
-            batch = learn.batch_at(i, pool, [np.arange(4)], 4, 0)
+            batch = training_step.batch_at(i, pool, [np.arange(4)], 4, 0)
         else:
             batch = at(pool, i)
         state, parts = step(state, frozen, batch)
@@ -159,7 +153,7 @@ def test_every_learner_learns_and_adapting_helps(tower, pool, learner, learned):
     assert value(plain(state.theta)) < 0.9 * before
     if learner == "joint":
         return
-    adapted, support = learn.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
+    adapted, support = training_step.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
     assert support.shape == (1, 1)
     assert value(adapted) < value(plain(state.theta)) == pytest.approx(float(support[0, 0]))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), adapted, plain(state.theta))
@@ -216,14 +210,14 @@ def test_eight_devices_equal_one_with_dropout_and_uneven_tasks(tower, pool, lear
     for mesh in (sharding.mesh(), sharding.mesh(jax.devices()[:1])):
         c, frozen, loss, state = set_up(tower, optimizer, len(copies), **fields)
         if learner == "model":
-            design, frozen = train.build(c, tower)
+            design, frozen = build.build(c, tower)
             design = design._replace(dropout=0.3)
             loss = partial(model.loss, design=design, weights=WEIGHTS)
-            state = fit.start(c, tower, design, optimizer, 1)
+            state = loop.start(c, tower, design, optimizer, 1)
         step, _ = step_of(c, loss, optimizer)
         state, frozen = sharding.replicate((state, frozen), mesh)
         if learner == "joint":
-            host = learn.batch_at(0, pool, [np.array(own) for own in copies], 3, 0)
+            host = training_step.batch_at(0, pool, [np.array(own) for own in copies], 3, 0)
         else:
             host = at(pool, 0, copies)
         batch, valid = sharding.put(host, mesh)
@@ -250,10 +244,10 @@ def test_a_copy_sees_its_own_images_alone(tower, pool):
     optimizer = optax.sgd(0.1)
     c, frozen, loss, state = set_up(tower, optimizer, 2, learner="maml")
     step, inner = step_of(c, loss, optimizer)
-    copies = learn.members(4, [np.array([0])], (), target=True)
-    state, _ = step(state, frozen, learn.episodes_at(0, pool, copies, 0, **SIZES))
-    rows = learn.adaptation_rows(pool, learn.supports(4, [np.array([0])]))
-    adapted, _ = learn.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
+    copies = training_step.members(4, [np.array([0])], (), target=True)
+    state, _ = step(state, frozen, training_step.episodes_at(0, pool, copies, 0, **SIZES))
+    rows = training_step.adaptation_rows(pool, training_step.supports(4, [np.array([0])]))
+    adapted, _ = training_step.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
     for theta in (state.theta, adapted):
         finite = np.isfinite(theta["adapters"][0]["kernel"]).all((1, 2))
         assert finite.tolist() == [False, True]
@@ -261,25 +255,29 @@ def test_a_copy_sees_its_own_images_alone(tower, pool):
 
 def test_rows_that_fill_a_shorter_copy_do_not_count(tower, pool):
     c, frozen, loss, state = set_up(tower, optax.sgd(0.1), 2, learner="maml")
-    inner = learn.inner("maml", 2, 0.1, False)
-    both = learn.adaptation_rows(pool, [np.arange(4), np.array([1, 3])])
+    inner = training_step.inner("maml", 2, 0.1, False)
+    both = training_step.adaptation_rows(pool, [np.arange(4), np.array([1, 3])])
     assert both.valid.sum(0).tolist() == [16, 8]
-    padded, _ = learn.adapt(state.theta, frozen, both, loss=loss, inner=inner)
-    alone = learn.adaptation_rows(pool, [np.array([1, 3])])
+    padded, _ = training_step.adapt(state.theta, frozen, both, loss=loss, inner=inner)
+    alone = training_step.adaptation_rows(pool, [np.array([1, 3])])
     own = jax.tree.map(lambda x: x[1:], state.theta)
-    exact, _ = learn.adapt(own, frozen, alone, loss=loss, inner=inner)
+    exact, _ = training_step.adapt(own, frozen, alone, loss=loss, inner=inner)
     close(jax.tree.map(lambda x: x[1:], padded), exact, 1e-6)
 
 
 def test_members_of_other_data_sets_follow_the_supports():
     groups = [np.array([0, 2]), np.array([1])]
-    copies = learn.members(3, groups, (4, 2), target=True)
+    copies = training_step.members(3, groups, (4, 2), target=True)
     assert [[x.tolist() for x in sets] for sets in copies] == [
         [[0, 1, 2], [3, 4, 5, 6], [7, 8]],
         [[1], [3, 4, 5, 6], [7, 8]],
         [[0, 2], [3, 4, 5, 6], [7, 8]],
     ]
-    assert [len(sets) for sets in learn.members(3, groups, (4, 2), target=False)] == [2, 2, 2]
+    assert [len(sets) for sets in training_step.members(3, groups, (4, 2), target=False)] == [
+        2,
+        2,
+        2,
+    ]
 
 
 def test_steps_derive_from_an_equal_number_of_gradients():
@@ -308,9 +306,9 @@ def test_settings_that_cannot_be_used(fields, message):
 
 
 def fitted(c, workdir, tower, pool):
-    design, frozen = train.build(c, tower)
+    design, frozen = build.build(c, tower)
     groups, mesh = [np.array([0, 1]), np.array([2, 3])], sharding.mesh()
-    return fit.run(c, workdir, tower, design, frozen, [pool], groups, mesh, True)
+    return loop.run(c, workdir, tower, design, frozen, [pool], groups, mesh, True)
 
 
 @pytest.mark.parametrize("learner", ["joint", "maml"])
@@ -323,7 +321,7 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
     monkeypatch.setattr(model, "loss", lambda *given, design, weights, text=None: toy_loss(*given))
     monkeypatch.setattr(model, "text_features", lambda theta, frozen, design: theta["context"])
     whole = fitted(c, tmp_path / "whole", tower, pool)
-    report = fit.report
+    report = loop.report
 
     def asked(log, step, parts):
         report(log, step, parts)
@@ -331,13 +329,13 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(fit, "report", asked)
-    with pytest.raises(preemption.Preempted, match=r"^stopped by SIGTERM at step 3 of 7$"):
+    monkeypatch.setattr(loop, "report", asked)
+    with pytest.raises(runtime.Preempted, match=r"^stopped by SIGTERM at step 3 of 7$"):
         fitted(c, tmp_path / "cut", tower, pool)
     assert signal.getsignal(signal.SIGTERM) is before
     kept = [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()]
     assert kept == ["3"]
-    monkeypatch.setattr(fit, "report", report)
+    monkeypatch.setattr(loop, "report", report)
     resumed = fitted(c, tmp_path / "cut", tower, pool)
     for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import losses, score
+from medclip_jax.models import losses, similarity
 
 from .conftest import reference_params
 
@@ -45,7 +45,7 @@ def test_infonce_equals_brute_force(path, tau):
     positives = jnp.asarray(ref["align_positives"])
 
     def value(v, t):
-        return losses.infonce(score.cosine(v, t) / tau, positives)
+        return losses.infonce(similarity.cosine(v, t) / tau, positives)
 
     prefix = f"align_tau{tau}_in"
     assert rel(value(v, t).mean(), ref[f"{prefix}_loss"]) < 2e-6

@@ -9,8 +9,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from medclip_jax.maml import Inner, adapt, meta_loss, meta_sgd, meta_step
-from medclip_jax.structs import TrainState
+from medclip_jax.training.maml import Inner, adapt, meta_loss, meta_sgd, meta_step
+from medclip_jax.training.state import TrainState
 
 from .test_maml_reference import mlp
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from medclip_jax.maml import Inner, adapt, meta_loss, meta_step
-from medclip_jax.structs import TrainState
+from medclip_jax.training.maml import Inner, adapt, meta_loss, meta_step
+from medclip_jax.training.state import TrainState
 
 from .conftest import reference_params
 

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, learn, model, train
-from medclip_jax.structs import Batch, Features
+from medclip_jax import build, config
+from medclip_jax.clip.outputs import Features
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import model
+from medclip_jax.training import step
 
 WEIGHTS = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.5)
 TASKS, ROWS, RATE = 2, 2, 0.3
@@ -19,7 +22,7 @@ def given(tiny):
     """(loss, theta, frozen, episodes) of two tasks of two rows each, without dropout."""
     c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"learner": "maml", "prompts.context": 2, "model.dropout": 0.0})
-    design, frozen = train.build(config.resolve(c), tiny)
+    design, frozen = build.build(config.resolve(c), tiny)
     key, rng = jax.random.key(0), np.random.default_rng(0)
     theta = model.init(key, model=tiny, design=design, context=2, shared=False)
 
@@ -34,7 +37,7 @@ def given(tiny):
         rows = Batch(Features(normal(tiny.joint), levels), mask, label, np.ones_like(label, bool))
         return jax.tree.map(jnp.asarray, rows)
 
-    episodes = learn.Episodes(side(), side(), jnp.ones(TASKS, bool))
+    episodes = step.Episodes(side(), side(), jnp.ones(TASKS, bool))
     return partial(model.loss, design=design, weights=WEIGHTS), theta, frozen, episodes
 
 
@@ -64,7 +67,7 @@ def by_hand(loss, frozen, episodes, learner):
 @pytest.mark.parametrize("learner", ["maml", "fomaml", "anil"])
 def test_the_gradient_of_the_models_loss_is_that_of_the_steps_written_out(given, learner):
     loss, theta, frozen, episodes = given
-    objective = learn.episodic(loss, learn.inner(learner, 2, RATE, False))
+    objective = step.episodic(loss, step.inner(learner, 2, RATE, False))
 
     @jax.jit
     def ours(theta):

@@ -9,10 +9,15 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medclip_jax import metrics
-from medclip_jax.boundary import hausdorff, hausdorff95, outline_scores, surface_distances
 from medclip_jax.errors import DataError, UserError
-from medclip_jax.ranking import PixelRanks
+from medclip_jax.evaluation import metrics, pixel_metrics
+from medclip_jax.evaluation.ranking import PixelRanks
+from medclip_jax.evaluation.surface_distance import (
+    hausdorff,
+    hausdorff95,
+    outline_scores,
+    surface_distances,
+)
 from tests.conftest import reference_files
 
 FIXTURES = reference_files("metrics_*.npz")
@@ -97,7 +102,7 @@ def test_undefined_scores_name_the_image(bad):
     maps[3, 1, 1] = bad
     for source in (maps, iter(maps)):
         with pytest.raises(metrics.MetricError, match="Map 3 "):
-            metrics.pixel_level(source, masks)
+            pixel_metrics.pixel_level(source, masks)
     assert issubclass(metrics.MetricError, (UserError, ValueError))
     assert issubclass(metrics.MetricError, DataError)
 
@@ -112,7 +117,7 @@ def test_sensitivity_at_specificity_by_hand():
 
 def test_pixel_level_meets_reference(fixture):
     arrays, expected = fixture
-    got = metrics.pixel_level(arrays["pixel_maps"], arrays["pixel_masks"])
+    got = pixel_metrics.pixel_level(arrays["pixel_maps"], arrays["pixel_masks"])
     assert sorted(got) == sorted(PIXEL_KEYS.split())
     pooled = expected["pixel_pooled"]
     assert got["auroc"] == pytest.approx(pooled["auroc"], abs=1e-12)
@@ -132,7 +137,7 @@ def test_per_image_meets_reference(fixture):
     arrays, expected = fixture
     maps, masks = arrays["pixel_maps"], arrays["pixel_masks"]
     for tolerance in (1, 2, 3):
-        got = metrics.per_image(maps, masks, tolerance=tolerance)
+        got = pixel_metrics.per_image(maps, masks, tolerance=tolerance)
         bf1 = arrays[f"pix_bf1_tol{tolerance}"]
         np.testing.assert_allclose(got["boundary_f1"], bf1, atol=1e-9)
     counts = np.stack([got[k] for k in ("tp", "tn", "fp", "fn")], 1)
@@ -163,7 +168,7 @@ def test_outline_distances_meet_medpy_and_monai(fixture):
 def test_empty_masks():
     empty, square = np.zeros((9, 9), bool), np.zeros((9, 9), bool)
     square[3:6, 3:6] = True
-    got = metrics.per_image(
+    got = pixel_metrics.per_image(
         np.stack([square, empty, empty]).astype(np.float32), np.stack([empty, square, empty])
     )
     np.testing.assert_equal(got["hausdorff"], [np.inf, np.inf, np.nan])
@@ -172,7 +177,7 @@ def test_empty_masks():
     np.testing.assert_equal(got["dice"], [0, 0, np.nan])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        healthy = metrics.pixel_level(empty[None].astype(float), empty[None])
+        healthy = pixel_metrics.pixel_level(empty[None].astype(float), empty[None])
     for key in (
         "auroc",
         "auprc",
@@ -185,7 +190,7 @@ def test_empty_masks():
     ):
         assert np.isnan(healthy[key]), key
     assert (healthy["tn"], healthy["accuracy"], healthy["specificity"]) == (81, 1.0, 1.0)
-    full = metrics.pixel_level(np.ones((1, 4, 4)), np.ones((1, 4, 4), bool))
+    full = pixel_metrics.pixel_level(np.ones((1, 4, 4)), np.ones((1, 4, 4), bool))
     assert np.isnan(full["auroc"]) and np.isnan(full["aupro"]) and full["auprc"] == 1.0
 
 
@@ -193,14 +198,14 @@ def test_distances_in_millimetres():
     maps, masks = np.zeros((2, 20, 20)), np.zeros((2, 20, 20), bool)
     maps[:, 2, 2] = 1.0
     masks[:, 5, 6] = True  # 3 rows and 4 columns away
-    assert metrics.pixel_level(maps, masks)["hausdorff"] == 5.0
-    assert metrics.pixel_level(maps, masks, spacing=(2.0, 2.0))["hausdorff"] == 10.0
-    each = metrics.per_image(maps, masks, spacing=[(1.0, 0.0001), (4.0, 1.25)], tolerance=3.1)
+    assert pixel_metrics.pixel_level(maps, masks)["hausdorff"] == 5.0
+    assert pixel_metrics.pixel_level(maps, masks, spacing=(2.0, 2.0))["hausdorff"] == 10.0
+    each = pixel_metrics.per_image(maps, masks, spacing=[(1.0, 0.0001), (4.0, 1.25)], tolerance=3.1)
     np.testing.assert_allclose(each["hausdorff"], [3.0, 13.0], atol=1e-6)
     np.testing.assert_allclose(each["boundary_f1"], [1.0, 0.0])
     for wrong in ([(1.0, 1.0), None], [(1.0, 1.0)], [(1.0, 1.0)] * 3, (0.0, 1.0)):
         with pytest.raises(metrics.MetricError, match="pacing"):
-            metrics.pixel_level(maps, masks, spacing=wrong)
+            pixel_metrics.pixel_level(maps, masks, spacing=wrong)
 
 
 def test_hausdorff95_takes_the_larger_direction():
@@ -277,11 +282,11 @@ def test_bins_keep_their_error_bounds(bins):
 def test_generators_and_odd_sizes_equal_arrays():
     maps, masks = continuous_maps(3)
     maps = 1 / (1 + np.exp(-maps))
-    a = metrics.pixel_level(maps, masks, value_range=(0, 1))
-    assert a == metrics.pixel_level((m for m in maps), (m for m in masks))
+    a = pixel_metrics.pixel_level(maps, masks, value_range=(0, 1))
+    assert a == pixel_metrics.pixel_level((m for m in maps), (m for m in masks))
     halves = [maps[:, :20], maps[:, 20:, :25], maps[:, 20:, 25:]]
     parts = [masks[:, :20], masks[:, 20:, :25], masks[:, 20:, 25:]]
-    b = metrics.pixel_level(
+    b = pixel_metrics.pixel_level(
         [m for half in halves for m in half], [m for part in parts for m in part]
     )
     for key in ("tp", "tn", "fp", "fn"):
@@ -293,15 +298,17 @@ def test_aupro_never_exceeds_one():
     """Values above 1 reached the literature (anomalib issue 2442)."""
     rng = np.random.default_rng(0)
     masks = rng.random((40, 30, 30)) < 0.1
-    assert metrics.pixel_level(masks.astype(np.float32), masks)["aupro"] == 1.0
-    assert metrics.pixel_level(1 - masks.astype(np.float32), masks)["aupro"] == pytest.approx(0)
+    assert pixel_metrics.pixel_level(masks.astype(np.float32), masks)["aupro"] == 1.0
+    assert pixel_metrics.pixel_level(1 - masks.astype(np.float32), masks)["aupro"] == pytest.approx(
+        0
+    )
 
 
 def test_thresholds_are_compared_in_double_precision():
     """float32(0.1) is above 0.1 and float32(0.3) above 0.3; float32(0.7) is below 0.7."""
     values = np.array([[0.1, 0.3, 0.7]], np.float32)
     for column, threshold, positive in ((0, 0.1, True), (1, 0.3, True), (2, 0.7, False)):
-        got = metrics.per_image(values[None], np.zeros((1, 1, 3), bool), threshold)
+        got = pixel_metrics.per_image(values[None], np.zeros((1, 1, 3), bool), threshold)
         assert (got["fp"][0] == (values >= np.float64(threshold)).sum()).all()
         image = metrics.image_level(values[0, column : column + 1], np.array([0]), threshold)
         assert image["fpr"] == positive
@@ -309,7 +316,7 @@ def test_thresholds_are_compared_in_double_precision():
 
 def peak_memory(maps, masks) -> int:
     tracemalloc.start()
-    metrics.pixel_level(maps, masks)
+    pixel_metrics.pixel_level(maps, masks)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak
@@ -333,18 +340,18 @@ def test_memory_does_not_grow_with_the_set(tmp_path, mapped):
 def test_wrong_input_is_named():
     maps, masks = np.zeros((2, 4, 4)), np.zeros((2, 4, 4), np.uint8)
     with pytest.raises(metrics.MetricError, match="Image 1 has no map or no mask"):
-        metrics.pixel_level(maps, masks[:1])
+        pixel_metrics.pixel_level(maps, masks[:1])
     with pytest.raises(metrics.MetricError, match="Mask 0 has shape"):
-        metrics.pixel_level(maps, masks[:, :3])
+        pixel_metrics.pixel_level(maps, masks[:, :3])
     with pytest.raises(metrics.MetricError, match="Mask 1 holds values"):
-        metrics.pixel_level(maps, masks + np.array([0, 255], np.uint8)[:, None, None])
+        pixel_metrics.pixel_level(maps, masks + np.array([0, 255], np.uint8)[:, None, None])
     with pytest.raises(metrics.MetricError, match="Map 0 leaves"):
-        metrics.pixel_level(iter(maps - 1), masks)
+        pixel_metrics.pixel_level(iter(maps - 1), masks)
     with pytest.raises(metrics.MetricError, match="no maps"):
-        metrics.pixel_level([], [])
+        pixel_metrics.pixel_level([], [])
 
 
 def test_threshold_itself_is_positive():
-    got = metrics.pixel_level(np.full((1, 2, 2), 0.5), np.ones((1, 2, 2), bool))
+    got = pixel_metrics.pixel_level(np.full((1, 2, 2), 0.5), np.ones((1, 2, 2), bool))
     assert got["tp"] == 4
     assert metrics.image_level(np.array([0.5, 0.4]), np.array([1, 0]))["accuracy"] == 1.0

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import losses, model, score
-from medclip_jax import prompts as prompting
-from medclip_jax.structs import Batch, Features, Prompts
+from medclip_jax.clip.outputs import Features
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import anomaly_map, losses, model, similarity
+from medclip_jax.prompts import tokenize
+from medclip_jax.prompts.prompts import Prompts
 
 from .test_clip import PARITY, patch_features
 
@@ -29,7 +31,7 @@ def peer_prompts(ref, position: str = "end") -> Prompts:
     for i, (row, n) in enumerate(zip(ids, length, strict=True)):
         eos = int(row.argmax())
         name, rest = row[9 : 9 + n].tolist(), row[9 + n : eos].tolist()
-        new, where = prompting.arrange(int(row[0]), name, rest, int(row[eos]), 8, position)
+        new, where = tokenize.arrange(int(row[0]), name, rest, int(row[eos]), 8, position)
         rows[i, : len(new)], slots[i, : len(new)] = new, where
     label = np.array([0] * len(ref["ids_normal"]) + [1] * len(ref["ids_abnormal"]))
     return Prompts(rows, slots, rows.argmax(-1), label, ("",) * len(rows))
@@ -79,17 +81,19 @@ def peer_forward(design):
     @jax.jit
     def run(theta, frozen, features):
         text = model.text_features(theta, frozen, design)
-        pair = score.unit(score.class_features(text, design.prompts.label))
+        pair = similarity.unit(similarity.class_features(text, design.prompts.label))
         out = model.forward(theta, text, features, design)
-        levels = [(score.unit(v), score.cosine(v, pair).transpose(0, 2, 1)) for v in out.levels]
-        return pair, jax.nn.sigmoid(score.to_pixels(out.logit, design.size)), levels
+        levels = [
+            (similarity.unit(v), similarity.cosine(v, pair).transpose(0, 2, 1)) for v in out.levels
+        ]
+        return pair, jax.nn.sigmoid(anomaly_map.to_pixels(out.logit, design.size)), levels
 
     return run
 
 
 def class_pair(theta, frozen, design):
     text = jax.jit(lambda t, f: model.text_features(t, f, design))(theta, frozen)
-    return score.unit(score.class_features(text, design.prompts.label))
+    return similarity.unit(similarity.class_features(text, design.prompts.label))
 
 
 @pytest.mark.parametrize("path", PARITY)
@@ -103,7 +107,7 @@ def test_mediclip_map_loss_and_gradients(path, peer):
         np.testing.assert_allclose(both.reshape(peer_both.shape), peer_both, atol=5e-6)
     np.testing.assert_allclose(probability, ref["anomaly_map"][:, 1], atol=2e-6)
     np.testing.assert_allclose(
-        score.image_score(probability.reshape(len(probability), -1), 0.0),
+        anomaly_map.image_score(probability.reshape(len(probability), -1), 0.0),
         ref["image_score_max"],
         atol=2e-6,
     )
@@ -148,7 +152,7 @@ def test_causal_text_differs_from_the_peer_and_is_clip(path, peer):
 
 def toy(tower, form="softmax", dropout=0.0, key=0):
     """A design on a tiny CLIP's text tower with random tokens."""
-    built = prompting.build(
+    built = tokenize.build(
         tower.tokenizer,
         tower.eos_id,
         phrases="templates",
@@ -174,7 +178,7 @@ def toy(tower, form="softmax", dropout=0.0, key=0):
     return design, theta, frozen, batch
 
 
-@pytest.mark.parametrize("form", score.FORMS)
+@pytest.mark.parametrize("form", similarity.FORMS)
 def test_every_part_of_theta_learns(form, tiny):
     design, theta, frozen, batch = toy(tiny, form)
     weights = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.1)

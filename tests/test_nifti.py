@@ -9,8 +9,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from medclip_jax.data import nifti, readers
 from medclip_jax.errors import DataError
+from medclip_jax.io import nifti, read
 
 from .conftest import reference_files
 from .test_dicom import data_files
@@ -53,7 +53,7 @@ def test_volume_equals_nibabels_canonical_one(name):
 
 @pytest.mark.parametrize("name", [n for n in GOOD if n != "nan_voxels_f32"])
 def test_slices_lie_as_a_radiologist_sees_them(name):
-    image = readers.read(file(name))
+    image = read.read(file(name))
     wanted = frames_first(ARRAYS[f"{name}__axial_radiological"])
     unit = (wanted - wanted.min()) / (wanted.max() - wanted.min())
     np.testing.assert_allclose(image.pixels, unit, atol=1e-6)
@@ -82,30 +82,30 @@ def test_each_axis_against_its_definition(axis):
 
 def test_a_range_of_slices_keeps_the_scale_of_the_whole():
     path = file("fourd_f32")
-    whole = readers.read(path, axis="coronal").pixels
-    np.testing.assert_array_equal(readers.read(path, "coronal", (4, 12)).pixels, whole[4:12])
+    whole = read.read(path, axis="coronal").pixels
+    np.testing.assert_array_equal(read.read(path, "coronal", (4, 12)).pixels, whole[4:12])
     with pytest.raises(DataError, match="27 frame"):
-        readers.read(path, "coronal", (4, 28))
+        read.read(path, "coronal", (4, 28))
 
 
 def test_nan_voxels_are_refused_by_number_and_kept_in_the_volume():
     path = file("nan_voxels_f32")
     count = int((~np.isfinite(ARRAYS["nan_voxels_f32__canonical"])).sum())
     with pytest.raises(DataError, match=f"has {count} voxels that are NaN"):
-        readers.read(path)
+        read.read(path)
     assert np.isnan(nifti.nifti_volume(path).voxels).any()
 
 
 def test_unknown_orientation_is_told(caplog):
     with caplog.at_level(logging.WARNING):
-        readers.read(file("no_form_f32"))
+        read.read(file("no_form_f32"))
     assert "no_form_f32.nii does not say how the patient lay" in caplog.text
 
 
 @pytest.mark.parametrize("name", [k for k in CASES if k not in GOOD])
 def test_malformed_files_are_told_apart(name):
     with pytest.raises(DataError) as caught:
-        readers.read(file(name))
+        read.read(file(name))
     message = str(caught.value)
     assert BAD[name] in message and str(file(name)) in message and "\n" not in message
 
@@ -115,10 +115,10 @@ def test_pairs_and_what_is_missing_of_them(tmp_path):
     nibabel.Nifti1Pair(values, np.eye(4)).to_filename(tmp_path / "a.img")
     wanted = nifti.slices(values / values.max(), "axial")
     for name in ("a.hdr", "a.img"):
-        np.testing.assert_allclose(readers.read(tmp_path / name).pixels, wanted, atol=1e-6)
+        np.testing.assert_allclose(read.read(tmp_path / name).pixels, wanted, atol=1e-6)
     (tmp_path / "a.img").unlink()
     with pytest.raises(DataError, match=r"a\.img does not exist"):
-        readers.read(tmp_path / "a.hdr")
+        read.read(tmp_path / "a.hdr")
 
 
 def test_units_are_mm(tmp_path):
@@ -127,7 +127,7 @@ def test_units_are_mm(tmp_path):
         image.header.set_xyzt_units(unit)
         image.to_filename(tmp_path / "a.nii")
         np.testing.assert_allclose(
-            readers.read(tmp_path / "a.nii").spacing, (3 * scale, 2 * scale), rtol=1e-6
+            read.read(tmp_path / "a.nii").spacing, (3 * scale, 2 * scale), rtol=1e-6
         )
 
 
@@ -146,7 +146,7 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, shape):
     real = gzip.GzipFile.read
     monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n=-1: sizes.append(n) or real(self, n))
     with pytest.raises(DataError, match=r"at most (64,000,000|268,435,456)"):
-        readers.read(tmp_path / "a.nii.gz")
+        read.read(tmp_path / "a.nii.gz")
     assert sizes == [nifti.HEADER_BYTES]
 
 
@@ -154,10 +154,10 @@ def test_a_gzip_that_unpacks_for_ever_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(nifti, "MAX_BYTES", 5_000_000)
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(header((4, 4, 4)) + bytes(20_000_000)))
     with pytest.raises(DataError, match="unpacks to more than 5,000,000 bytes"):
-        readers.read(tmp_path / "a.nii.gz")
+        read.read(tmp_path / "a.nii.gz")
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(header((4, 4, 4), 2_000_000_000)))
     with pytest.raises(DataError, match="says it holds 2,000,000,064 bytes"):
-        readers.read(tmp_path / "b.nii.gz")
+        read.read(tmp_path / "b.nii.gz")
 
 
 def test_texts_of_a_header_stay_in_the_file(tmp_path):
@@ -169,7 +169,7 @@ def test_texts_of_a_header_stay_in_the_file(tmp_path):
     nifti.save_map(tmp_path / "b.nii", nifti.slices(volume.voxels, "axial"), "axial", volume)
     assert b"DOE" in (tmp_path / "a.nii").read_bytes()
     assert b"DOE" not in (tmp_path / "b.nii").read_bytes()
-    assert "DOE" not in str(readers.read(tmp_path / "a.nii"))
+    assert "DOE" not in str(read.read(tmp_path / "a.nii"))
 
 
 @pytest.mark.parametrize("name", ["oblique_lefthanded_i16", "las_lefthanded_u8", "qform_only_f32"])
@@ -197,14 +197,14 @@ def test_files_of_others(path):
     }
     if path.name in refused:
         with pytest.raises(DataError, match=refused[path.name]):
-            readers.read(path)
+            read.read(path)
         return
     peer = nibabel.as_closest_canonical(nibabel.load(path))
     wanted = peer.get_fdata()
     volume = nifti.nifti_volume(path)
     np.testing.assert_allclose(volume.voxels, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
     np.testing.assert_allclose(volume.affine, peer.affine, atol=1e-5)
-    image = readers.read(path)
+    image = read.read(path)
     assert image.pixels.min() == 0 and image.pixels.max() == 1
     assert len(image.pixels) == int(np.prod(wanted.shape[2:]))
 
@@ -212,5 +212,5 @@ def test_files_of_others(path):
 def test_values_near_the_end_of_float32_still_fill_the_unit_range(tmp_path):
     values = np.array([-3e38, 0, 1e38, 3e38], np.float32).reshape(2, 2, 1)
     nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "a.nii")
-    found = nifti.stack(readers.read(tmp_path / "a.nii").pixels, "axial")
+    found = nifti.stack(read.read(tmp_path / "a.nii").pixels, "axial")
     np.testing.assert_allclose(found.ravel(), [0, 0.5, 4 / 6, 1], atol=1e-6)

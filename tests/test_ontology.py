@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from medclip_jax import ontology
-from medclip_jax.data.presets import PRESETS
+from medclip_jax.data.catalog import PRESETS
 from medclip_jax.errors import ConfigError
+from medclip_jax.prompts import ontology
 
 DATA = Path(os.environ.get("MEDCLIP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 DISEASES = DATA / "terminology" / "disease_ontology" / "HumanDO.tsv"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax.data import anatomy, phantom
+from medclip_jax.data import phantom, phantom_anatomy
 from medclip_jax.errors import ConfigError, WorkdirError
 
 MODALITIES = tuple(phantom.MODALITIES)
@@ -73,7 +73,7 @@ def test_mri_background_is_rician_noise_and_lesions_lie_in_the_brain():
 
 def test_speckle_is_rayleigh():
     rng = np.random.default_rng(0)
-    envelope = np.stack([anatomy.speckle(rng, (224, 224)) for _ in range(4)])
+    envelope = np.stack([phantom_anatomy.speckle(rng, (224, 224)) for _ in range(4)])
     assert envelope.mean() / envelope.std() == pytest.approx(np.sqrt(np.pi / (4 - np.pi)), rel=0.02)
     # P(e > t) = exp(-t^2) at unit mean square
     for t in (0.5, 1.0, 1.5):

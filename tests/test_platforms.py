@@ -10,8 +10,14 @@ import optax
 import pytest
 from jax import export
 
-from medclip_jax import clip, config, evaluate, fit, learn, model, score, sharding, train
-from medclip_jax.structs import Batch, Features
+from medclip_jax import build, config
+from medclip_jax.clip import vit
+from medclip_jax.clip.outputs import Features
+from medclip_jax.distributed import sharding
+from medclip_jax.evaluation import evaluate
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import anomaly_map, model
+from medclip_jax.training import loop, step
 
 HOST = ("callback", "infeed", "outfeed", "device_put", "io_", "debug")
 STABLE_HOST = ("xla_python", "xla_ffi_python", "stablehlo.infeed", "stablehlo.outfeed")
@@ -28,10 +34,10 @@ def train_step(tower, learner):
     c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"learner": learner, "prompts.context": 2})
     c = config.resolve(c)
-    design, frozen = train.build(c, tower)
+    design, frozen = build.build(c, tower)
     loss, optimizer = partial(model.loss, design=design, weights=WEIGHTS), optax.adam(1e-3)
-    inner = learn.inner(c.learner, 1, 0.1, False)
-    objective = loss if learner == "joint" else learn.episodic(loss, inner)
+    inner = step.inner(c.learner, 1, 0.1, False)
+    objective = loss if learner == "joint" else step.episodic(loss, inner)
     lead = (2, 1) if learner == "joint" else (2, 1, 2)
     levels = tuple(np.zeros((*lead, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
     batch = Batch(
@@ -41,14 +47,14 @@ def train_step(tower, learner):
         np.ones(lead, bool),
     )
     if learner != "joint":
-        batch = learn.Episodes(batch, batch, np.ones((2, 1), bool))
-    state = fit.start(c, tower, design, optimizer, 1)
-    return learn.make_step(objective, optimizer), spec((state, frozen, batch))
+        batch = step.Episodes(batch, batch, np.ones((2, 1), bool))
+    state = loop.start(c, tower, design, optimizer, 1)
+    return step.make_step(objective, optimizer), spec((state, frozen, batch))
 
 
 def encoder(tower):
     def run(vision, grey):
-        return clip.encode_images(
+        return vit.encode_images(
             vision, grey, tower=tower.vision_tower, mean=tower.mean, std=tower.std
         )
 
@@ -60,14 +66,14 @@ def scorer(tower):
     step, (state, frozen, _) = train_step(tower, "joint")
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.prompts.context = 2
-    design, _ = train.build(config.resolve(c), tower)
+    design, _ = build.build(config.resolve(c), tower)
     theta = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.theta)
 
     def run(theta, frozen, tokens):
         text = model.text_features(theta, frozen, design)
         values = model.forward(theta, text, tokens, design).logit
         scores = evaluate.from_patches(values, size=tower.size, top=0.05)
-        return score.to_pixels(values, tower.size), scores
+        return anomaly_map.to_pixels(values, tower.size), scores
 
     levels = tuple(np.zeros((2, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
     tokens = Features(np.zeros((2, tower.joint), np.float32), levels)

@@ -12,8 +12,9 @@ import pydicom
 import pytest
 from PIL import Image
 
-from medclip_jax import inputs, main, trained
-from medclip_jax.data import readers
+from medclip_jax import main
+from medclip_jax.inference import inputs, predictor
+from medclip_jax.io import read
 
 from .test_end_to_end import ROOT, finished, predictions, world
 
@@ -77,10 +78,10 @@ def dicom(path: Path, number: int = 1) -> Path:
 def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     """From the workdir alone, against what training wrote for the same images."""
     held = predictions(whole)
-    model = trained.load(whole)
+    model = predictor.load(whole)
     size = model.bank.clip.size
-    images = [readers.fit(readers.read(data / i).pixels[0], size) for i in held["id"]]
-    got = trained.score(model, np.stack(images))
+    images = [read.fit(read.read(data / i).pixels[0], size) for i in held["id"]]
+    got = predictor.score(model, np.stack(images))
     np.testing.assert_allclose(got.score, held["score"], atol=2e-3)
     np.testing.assert_allclose(got.p_value, held["p_value"], atol=0.26)  # ties may break
     np.testing.assert_allclose(got.maps, held["maps"].astype(float), atol=3e-3)

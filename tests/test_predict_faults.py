@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import files, outputs
+from medclip_jax import files
+from medclip_jax.inference import results
 
 from .test_end_to_end import finished
 from .test_predict import noise, pages, run, table
@@ -141,8 +142,8 @@ def test_a_clock_that_jumps_sweeps_no_file_that_is_being_written(tmp_path, monke
     for path in (mine, dead):
         path.touch()
     now = time.time()
-    monkeypatch.setattr(outputs, "time", SimpleNamespace(time=lambda: now - 9 * outputs.STALE))
-    assert outputs.sweep(tmp_path) == 0  # back: nothing is old
-    monkeypatch.setattr(outputs, "time", SimpleNamespace(time=lambda: now + 9 * outputs.STALE))
-    assert outputs.sweep(tmp_path) == 1  # no process has that number: it is above the largest
+    monkeypatch.setattr(results, "time", SimpleNamespace(time=lambda: now - 9 * results.STALE))
+    assert results.sweep(tmp_path) == 0  # back: nothing is old
+    monkeypatch.setattr(results, "time", SimpleNamespace(time=lambda: now + 9 * results.STALE))
+    assert results.sweep(tmp_path) == 1  # no process has that number: it is above the largest
     assert list(tmp_path.iterdir()) == [mine]

@@ -12,9 +12,11 @@ import PIL.Image
 import pytest
 from scipy import ndimage
 
-from medclip_jax import explain, loading, marks, outputs, overlay, png
-from medclip_jax.inputs import Item
-from medclip_jax.trained import Scores
+from medclip_jax.explain import boxes
+from medclip_jax.inference import image_results, loading, results
+from medclip_jax.inference.inputs import Item
+from medclip_jax.inference.predictor import Scores
+from medclip_jax.io import overlay, png
 
 
 def blobs(seed: int, shape=(60, 70)) -> np.ndarray:
@@ -31,7 +33,7 @@ def test_boxes_score_as_scipy_measures_components(kind, dtype):
         wide = heat.astype(np.promote_types(dtype, np.float32))
         measure = ndimage.maximum if kind == "max" else ndimage.mean
         expected = sorted(measure(wide, labels, np.arange(1, count + 1)).tolist(), reverse=True)
-        found = explain.boxes(heat, 0.6, scores=kind, n=1000)
+        found = boxes.boxes(heat, 0.6, scores=kind, n=1000)
         assert count > 3 and [box.score for box in found] == expected
 
 
@@ -58,17 +60,17 @@ def test_marks_of_parts_are_those_of_the_whole():
     maps = np.stack([blobs(i, (24, 24)) for i in range(4)]).astype(np.float64)
     scores = Scores(maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps)
     codes = [np.zeros((4, 50, 30), np.uint16) for _ in range(2)]
-    whole = marks.mark(scores, codes[0], 0, (0.5, 0.25), "pad")
+    whole = image_results.mark(scores, codes[0], 0, (0.5, 0.25), "pad")
     parts = []
     for a, b in ((0, 1), (1, 4)):
         some = Scores(*(column[a:b] for column in scores))
-        parts += marks.mark(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
+        parts += image_results.mark(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
     assert parts == whole.frames and np.array_equal(*codes)
     assert [f["frame"] for f in whole.frames] == [0, 1, 2, 3]
     box = max((b for f in whole.frames for b in f["boxes"]), key=lambda b: b["area_pixels"])
     assert box["area_mm2"] == box["area_pixels"] * 0.125
-    frame = marks.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
-    assert np.array_equal(codes[0][2] >= marks.HALF, frame >= 0.5)
+    frame = image_results.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
+    assert np.array_equal(codes[0][2] >= image_results.HALF, frame >= 0.5)
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3), (1, 1), (1, 7, 3), (300, 2)])
@@ -86,7 +88,7 @@ def test_png_files_hold_the_pixels(shape, dtype):
 def test_readers_wait_for_room_but_the_next_item_is_always_read(monkeypatch):
     """Every item is larger than the limit: at most those under way are read beside the next."""
     monkeypatch.setattr(loading, "LIMIT", 1)
-    monkeypatch.setattr(loading.trained, "batch_size", lambda model: 8)
+    monkeypatch.setattr(loading.predictor, "batch_size", lambda model: 8)
     monkeypatch.setattr(loading.Job, "size", lambda job: 5)
     read, threads = [], 3
 
@@ -106,7 +108,7 @@ def test_readers_wait_for_room_but_the_next_item_is_always_read(monkeypatch):
 
 def test_closing_the_stream_lets_waiting_readers_go(monkeypatch):
     monkeypatch.setattr(loading, "LIMIT", 1)
-    monkeypatch.setattr(loading.trained, "batch_size", lambda model: 8)
+    monkeypatch.setattr(loading.predictor, "batch_size", lambda model: 8)
     monkeypatch.setattr(loading.Job, "size", lambda job: 5)
     monkeypatch.setattr(loading, "load", lambda item, *_: loading.Job(item))
     items = [Item(str(i), (f"/absent/{i}",), "image", str(i)) for i in range(40)]
@@ -124,12 +126,12 @@ def test_an_item_whose_file_was_cut_short_is_not_finished(tmp_path):
     page = {"key": "k", "files": {"map": "a.map.png"}, "bytes": {"map": 5}, "source": "a"}
     page |= {"frames": [frame | {"boxes": []}], "height": 1, "width": 1}
     (tmp_path / "a.json").write_text(json.dumps(page))
-    (row,) = outputs.finished(tmp_path, item, "k")
-    assert row["score"] == 0.5 and outputs.finished(tmp_path, item, "other") is None
+    (row,) = results.finished(tmp_path, item, "k")
+    assert row["score"] == 0.5 and results.finished(tmp_path, item, "other") is None
     (tmp_path / "a.map.png").write_bytes(b"who")
-    assert outputs.finished(tmp_path, item, "k") is None
+    assert results.finished(tmp_path, item, "k") is None
     (tmp_path / "a.map.png").unlink()
-    assert outputs.finished(tmp_path, item, "k") is None
+    assert results.finished(tmp_path, item, "k") is None
 
 
 def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_path):

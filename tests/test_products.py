@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax.products import attend, product
+from medclip_jax.clip.layers import attend, product
 
 CPU = Path("/proc/cpuinfo")
 FLAGS = CPU.read_text() if CPU.exists() else ""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats as st
 
-from medclip_jax import config as configuration
+from medclip_jax import config as config_module
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -24,7 +24,7 @@ def runs(monkeypatch):
     kept = {}
 
     def run(config, workdir):
-        configuration.resolve(config)
+        config_module.resolve(config)
         kept[workdir] = config
         workdir.mkdir(parents=True)
         auroc = 0.8 + 0.01 * config.seed + 0.02 * (config.prompts.phrases == "ontology") ** 2
@@ -49,7 +49,7 @@ def test_each_variant_changes_one_field_of_the_base(tmp_path, monkeypatch, runs)
     changes = []
     for c in runs.values():
         assert c.epochs == 5 and c.k == 4 and c.method == "ours"
-        changed = {n: v for n, v in c.prompts.items() if v != configuration.PROMPTS[n]}
+        changed = {n: v for n, v in c.prompts.items() if v != config_module.PROMPTS[n]}
         assert len(changed) <= 1
         changes.append(tuple(changed.items()))
     assert len(set(changes)) == len(changes) == 9

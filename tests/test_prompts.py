@@ -4,8 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from medclip_jax import clip, config, model, ontology, prompts, train, weights
+from medclip_jax import build as build_module
+from medclip_jax import config
+from medclip_jax.clip import hf_weights, vit
 from medclip_jax.errors import ConfigError
+from medclip_jax.models import model
+from medclip_jax.prompts import ontology, prompts, tokenize
 
 BOS, EOS, DOT = 1, 9, 5
 POSITIONS = ("end", "front", "middle")
@@ -28,20 +32,20 @@ class Words:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return clip._tokenizer(weights.EMBEDDED)
+    return vit._tokenizer(hf_weights.EMBEDDED)
 
 
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(prompts.logging, "warning", lambda text, *a: said.append(text % a))
+    monkeypatch.setattr(tokenize.logging, "warning", lambda text, *a: said.append(text % a))
     return said
 
 
 def build(tokenizer, **changed):
     given = dict(phrases="templates", anatomy="breast", conditions=("mass",), modality="ultrasound")
     given |= dict(context=4, position="end") | changed
-    return prompts.build(tokenizer, tokenizer.eos_token_id, **given)
+    return tokenize.build(tokenizer, tokenizer.eos_token_id, **given)
 
 
 def test_fill_says_each_sentence_once():
@@ -62,17 +66,17 @@ def test_fill_says_each_sentence_once():
     ],
 )
 def test_arrange_puts_the_phrase_in_its_place(position, ids, slots):
-    assert prompts.arrange(BOS, [7, 8], [DOT], EOS, 3, position) == (ids, slots)
+    assert tokenize.arrange(BOS, [7, 8], [DOT], EOS, 3, position) == (ids, slots)
 
 
 def test_arrange_without_context_is_the_sentence():
     for position in ("end", "front", "middle"):
-        got = prompts.arrange(BOS, [7, 8], [DOT], EOS, 0, position)
+        got = tokenize.arrange(BOS, [7, 8], [DOT], EOS, 0, position)
         assert got == ([BOS, 7, 8, DOT, EOS], [-1] * 5)
 
 
 def test_tokenise_pads_and_finds_the_end_of_text():
-    got = prompts.tokenise(Words(), 6, ["normal liver", "sick"], np.array([0, 1]), 2, "end")
+    got = tokenize.tokenise(Words(), 6, ["normal liver", "sick"], np.array([0, 1]), 2, "end")
     assert got.ids.shape == got.slots.shape == (2, 77)
     assert got.ids[0, :8].tolist() == [1, 0, 0, 2, 4, 5, 6, 0]
     assert got.ids[1, :7].tolist() == [1, 0, 0, 3, 5, 6, 0]
@@ -94,9 +98,9 @@ def test_an_end_of_text_that_also_pads_is_found_at_its_first_place(tokenizer):
 def test_eos_id_two_means_the_largest_id():
     """transformers keeps OpenAI's first configs, which said 2, working this way."""
     ids = np.array([[49406, 2, 7, 49407, 0], [49406, 9, 49407, 0, 0]])
-    assert prompts.end_of_text(ids, 2).tolist() == [3, 2]
-    assert prompts.end_of_text(ids, 49407).tolist() == [3, 2]
-    assert prompts.end_of_text(np.array([[5, 6, 6]]), 6).tolist() == [1]
+    assert tokenize.end_of_text(ids, 2).tolist() == [3, 2]
+    assert tokenize.end_of_text(ids, 49407).tolist() == [3, 2]
+    assert tokenize.end_of_text(np.array([[5, 6, 6]]), 6).tolist() == [1]
 
 
 def test_build_is_the_sentence_that_clip_reads(tokenizer):
@@ -127,9 +131,9 @@ def test_every_row_uses_every_slot_once(tokenizer, context, position):
 
 def test_a_prompt_that_fills_all_positions_fits_and_one_more_is_shortened(warnings):
     words = ["liver " * 70, "sick"]  # with BOS, "." and EOS: 73
-    got = prompts.tokenise(Words(), 6, words, np.array([0, 1]), 4, "middle")
+    got = tokenize.tokenise(Words(), 6, words, np.array([0, 1]), 4, "middle")
     assert got.eos.tolist() == [76, 7] and not warnings
-    got = prompts.tokenise(Words(), 6, words, np.array([0, 1]), 5, "middle")
+    got = tokenize.tokenise(Words(), 6, words, np.array([0, 1]), 5, "middle")
     assert got.eos.tolist() == [76, 8]
     assert (got.ids[0] == 4).sum() == 69 and got.ids[0, 75:].tolist() == [5, 6]
     (warning,) = warnings
@@ -137,14 +141,14 @@ def test_a_prompt_that_fills_all_positions_fits_and_one_more_is_shortened(warnin
 
 
 def test_the_length_of_the_text_tower_is_kept(warnings):
-    got = prompts.tokenise(Words(), 6, ["normal liver sick"], np.array([0]), 2, "end", positions=7)
+    got = tokenize.tokenise(Words(), 6, ["normal liver sick"], np.array([0]), 2, "end", positions=7)
     assert got.ids.tolist() == [[1, 0, 0, 2, 4, 5, 6]] and len(warnings) == 1
 
 
 def test_a_context_that_leaves_no_room_is_refused():
-    prompts.tokenise(Words(), 6, ["sick"], np.array([0]), 73, "end")
+    tokenize.tokenise(Words(), 6, ["sick"], np.array([0]), 73, "end")
     with pytest.raises(ConfigError, match="prompts.context is 74.*77 positions, give 73 or less"):
-        prompts.tokenise(Words(), 6, ["sick"], np.array([0]), 74, "end")
+        tokenize.tokenise(Words(), 6, ["sick"], np.array([0]), 74, "end")
 
 
 def test_synonyms_make_prompts_of_both_classes(tokenizer):
@@ -207,8 +211,8 @@ def test_a_context_that_starts_from_a_phrase_reads_as_that_phrase(tiny, key, sha
     n = len(tiny.tokenizer("a photo of a", add_special_tokens=False).input_ids)
     given = dict(phrases="templates", anatomy="lung", conditions=("mass",), modality="x-ray")
     given |= dict(position="end")
-    learned = prompts.build(tiny.tokenizer, tiny.eos_id, **given, context=n, init="a photo of a")
-    typed = prompts.tokenise(
+    learned = tokenize.build(tiny.tokenizer, tiny.eos_id, **given, context=n, init="a photo of a")
+    typed = tokenize.tokenise(
         tiny.tokenizer,
         tiny.eos_id,
         ["a photo of a " + text for text in learned.text],
@@ -234,7 +238,7 @@ def test_slots_without_a_word_of_the_phrase_start_as_ever(tiny, key):
     fixed = (tiny.text_tower, tiny.size, tiny.grid, "softmax", True, True, 0.0)
 
     def context(init):
-        built = prompts.build(tiny.tokenizer, tiny.eos_id, **given, context=6, init=init)
+        built = tokenize.build(tiny.tokenizer, tiny.eos_id, **given, context=6, init=init)
         return model.init(key, tiny, model.Design(built, *fixed), 6, False)["context"]
 
     random, begun = context("random"), context("photo")
@@ -250,10 +254,10 @@ def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
     c = config.base("k=2", conditions=("blob",))
     given = {"phrases": "ontology", "ontology_file": str(own), "init": "photo", "synonyms": 2}
     c.prompts.update(given)
-    design, _ = train.build(config.resolve(c), tiny)
+    design, _ = build_module.build(config.resolve(c), tiny)
     assert {"signs of blob", "signs of bright blob"} < set(design.prompts.text)
     assert "signs of round blob" not in design.prompts.text
-    start = prompts.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")
+    start = tokenize.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")
     np.testing.assert_array_equal(design.prompts.start, start)
     assert design.prompts.ids.shape[1] == len(tiny.text["position"])
     theta = model.init(jax.random.key(0), tiny, design, c.prompts.context, False)

@@ -10,9 +10,10 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
-from medclip_jax.data import readers
+from medclip_jax.data import records as data_records
+from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError
-from medclip_jax.structs import Record
+from medclip_jax.io import read
 
 
 def grey(rng, height=13, width=9):
@@ -40,7 +41,7 @@ def rng():
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".PNG"])
 def test_grey_is_scaled_by_255(tmp_path, rng, suffix):
     array = grey(rng)
-    image = readers.read(save(tmp_path / f"a{suffix}", array))
+    image = read.read(save(tmp_path / f"a{suffix}", array))
     assert image.pixels.dtype == np.float32 and image.pixels.shape == (1, 13, 9)
     np.testing.assert_array_equal(image.pixels[0], array.astype(np.float32) / 255)
     assert image.spacing is None and set(image.meta) == {"format"}
@@ -48,7 +49,7 @@ def test_grey_is_scaled_by_255(tmp_path, rng, suffix):
 
 def test_colour_becomes_bt601_luminance(tmp_path, rng):
     array = rng.integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    pixels = readers.read(save(tmp_path / "a.png", array)).pixels[0]
+    pixels = read.read(save(tmp_path / "a.png", array)).pixels[0]
     red, green, blue = np.moveaxis(array.astype(np.float64) / 255, -1, 0)
     np.testing.assert_allclose(pixels, 0.299 * red + 0.587 * green + 0.114 * blue, atol=1e-6)
     assert pixels.max() <= 1
@@ -56,8 +57,8 @@ def test_colour_becomes_bt601_luminance(tmp_path, rng):
 
 def test_grey_stored_as_colour_equals_grey(tmp_path, rng):
     array = grey(rng)
-    as_grey = readers.read(save(tmp_path / "l.png", array)).pixels
-    as_colour = readers.read(save(tmp_path / "rgb.png", array, "RGB")).pixels
+    as_grey = read.read(save(tmp_path / "l.png", array)).pixels
+    as_colour = read.read(save(tmp_path / "rgb.png", array, "RGB")).pixels
     np.testing.assert_allclose(as_colour, as_grey, atol=1e-6)
 
 
@@ -66,46 +67,46 @@ def test_palette_is_looked_up(tmp_path):
     image.putpalette([10, 10, 10, 200, 200, 200, 255, 0, 0])
     image.save(tmp_path / "p.png")
     expected = np.array([[10, 200], [0.299 * 255, 200]]) / 255
-    np.testing.assert_allclose(readers.read(tmp_path / "p.png").pixels[0], expected, atol=1e-6)
+    np.testing.assert_allclose(read.read(tmp_path / "p.png").pixels[0], expected, atol=1e-6)
 
 
 def test_one_bit(tmp_path):
     array = np.array([[0, 255], [255, 0]], np.uint8)
-    pixels = readers.read(save(tmp_path / "b.png", array, "1")).pixels[0]
+    pixels = read.read(save(tmp_path / "b.png", array, "1")).pixels[0]
     np.testing.assert_array_equal(pixels, array / 255)
 
 
 def test_transparent_pixels_fade_to_black(tmp_path):
     array = np.full((1, 3, 4), 200, np.uint8)
     array[0, :, 3] = 0, 51, 255
-    pixels = readers.read(save(tmp_path / "a.png", array)).pixels[0]
+    pixels = read.read(save(tmp_path / "a.png", array)).pixels[0]
     np.testing.assert_allclose(pixels, [[0, 200 / 255 * 0.2, 200 / 255]], atol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_sixteen_bit_is_scaled_by_65535(tmp_path, suffix):
     array = np.array([[0, 1, 256], [40000, 65534, 65535]], np.uint16)
-    pixels = readers.read(save(tmp_path / f"a{suffix}", array)).pixels[0]
+    pixels = read.read(save(tmp_path / f"a{suffix}", array)).pixels[0]
     np.testing.assert_allclose(pixels, array / 65535, rtol=1e-6)
 
 
 def test_float_tiff_in_unit_range_is_taken_and_else_refused(tmp_path):
     good = np.array([[0, 0.25], [0.5, 1]], np.float32)
-    np.testing.assert_array_equal(readers.read(save(tmp_path / "a.tif", good)).pixels[0], good)
+    np.testing.assert_array_equal(read.read(save(tmp_path / "a.tif", good)).pixels[0], good)
     for bad in (good * 2, good - 1, good * np.nan):
         with pytest.raises(DataError, match=r"b\.tif holds floats outside"):
-            readers.read(save(tmp_path / "b.tif", bad))
+            read.read(save(tmp_path / "b.tif", bad))
 
 
 def test_int32_tiff_is_refused(tmp_path):
     path = save(tmp_path / "a.tif", np.full((3, 3), 70000, np.int32))
     with pytest.raises(DataError, match="16-bit grey"):
-        readers.read(path)
+        read.read(path)
 
 
 def test_cmyk_jpeg(tmp_path):
     path = save(tmp_path / "a.jpg", np.full((16, 16, 3), 128, np.uint8), "CMYK", quality=95)
-    np.testing.assert_allclose(readers.read(path).pixels, 128 / 255, atol=0.02)
+    np.testing.assert_allclose(read.read(path).pixels, 128 / 255, atol=0.02)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -127,7 +128,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(turn[back](upright))
     path = save(tmp_path / "a.jpg", stored, exif=exif, quality=100)
-    np.testing.assert_allclose(readers.read(path).pixels[0], upright / 255, atol=0.03)
+    np.testing.assert_allclose(read.read(path).pixels[0], upright / 255, atol=0.03)
 
 
 # ---------------------------------------------------------------- hostile and broken files
@@ -147,7 +148,7 @@ def test_unknown_suffix_missing_file_folder_and_not_an_image(tmp_path):
     }
     for name, words in cases.items():
         with pytest.raises(DataError) as caught:
-            readers.read(tmp_path / name)
+            read.read(tmp_path / name)
         assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -157,15 +158,15 @@ def test_unknown_suffix_missing_file_folder_and_not_an_image(tmp_path):
 def test_truncated_at_every_length(tmp_path, rng, suffix):
     """Refused, or (where only an end mark or a checksum is gone) every pixel as it was."""
     path = save(tmp_path / f"cut{suffix}", grey(rng, 40, 40))
-    whole, pixels = path.read_bytes(), readers.read(path).pixels
+    whole, pixels = path.read_bytes(), read.read(path).pixels
     for length in (0, 1, 7, 8, 20, 33, *range(50, len(whole) - 60, 61)):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=f"cut{suffix}"):
-            readers.read(path)
+            read.read(path)
     for length in range(len(whole) - 60, len(whole)):
         path.write_bytes(whole[:length])
         try:
-            found = readers.read(path).pixels
+            found = read.read(path).pixels
         except DataError:
             continue
         np.testing.assert_array_equal(found, pixels)
@@ -180,7 +181,7 @@ def test_flipped_bytes_never_escape_as_another_error(tmp_path, rng):
             broken[position] ^= int(rng.integers(1, 256))
             (tmp_path / f"broken{suffix}").write_bytes(broken)
             try:
-                pixels = readers.read(tmp_path / f"broken{suffix}").pixels
+                pixels = read.read(tmp_path / f"broken{suffix}").pixels
             except DataError:
                 continue
             assert np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1
@@ -207,28 +208,28 @@ def test_bomb_is_refused_by_its_header(tmp_path, monkeypatch, side):
 
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", never)
     with pytest.raises(DataError, match="at most 64,000,000 are read"):
-        readers.read(bomb(tmp_path / "bomb.png", side, side))
+        read.read(bomb(tmp_path / "bomb.png", side, side))
 
 
 def test_pages_of_a_tiff_are_frames(tmp_path, rng):
     pages = [grey(rng) for _ in range(3)]
     first, *more = map(PIL.Image.fromarray, pages)
     first.save(tmp_path / "a.tif", save_all=True, append_images=more)
-    pixels = readers.read(tmp_path / "a.tif").pixels
+    pixels = read.read(tmp_path / "a.tif").pixels
     np.testing.assert_array_equal(pixels, np.stack(pages).astype(np.float32) / 255)
-    part = readers.read(tmp_path / "a.tif", frames=(1, 3)).pixels
+    part = read.read(tmp_path / "a.tif", frames=(1, 3)).pixels
     np.testing.assert_array_equal(part, pixels[1:])
     with pytest.raises(DataError, match=r"a\.tif has 3 frame\(s\) and 2 to 4"):
-        readers.read(tmp_path / "a.tif", frames=(2, 4))
+        read.read(tmp_path / "a.tif", frames=(2, 4))
     with pytest.raises(DataError, match="3 frames where one image is needed"):
-        next(readers.read_all([record(tmp_path / "a.tif")], 8))
+        next(data_records.read_all([record(tmp_path / "a.tif")], 8))
 
 
 def test_pages_of_several_sizes_are_refused(tmp_path, rng):
     pages = [PIL.Image.fromarray(grey(rng, 5 + i, 5)) for i in range(2)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(DataError, match="several sizes"):
-        readers.read(tmp_path / "a.tif")
+        read.read(tmp_path / "a.tif")
 
 
 # ---------------------------------------------------------------- masks
@@ -237,20 +238,20 @@ def test_pages_of_several_sizes_are_refused(tmp_path, rng):
 def test_mask_is_the_union_above_127(tmp_path):
     first = save(tmp_path / "1.png", np.array([[0, 127, 128], [0, 0, 0]], np.uint8))
     second = save(tmp_path / "2.png", np.array([[0, 0, 0], [255, 126, 0]], np.uint8))
-    mask = readers.read_mask([first, second], (2, 3))
+    mask = read.read_mask([first, second], (2, 3))
     np.testing.assert_array_equal(mask, [[False, False, True], [True, False, False]])
-    assert not readers.read_mask([], (2, 3)).any()
+    assert not read.read_mask([], (2, 3)).any()
 
 
 def test_mask_of_another_size_names_both(tmp_path):
     path = save(tmp_path / "m.png", np.zeros((4, 5), np.uint8))
     with pytest.raises(DataError, match=r"m\.png is 5 x 4 pixels but its image is 7 x 6"):
-        readers.read_mask([path], (6, 7))
+        read.read_mask([path], (6, 7))
 
 
 def test_missing_mask(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png does not exist"):
-        readers.read_mask([tmp_path / "gone.png"], (6, 7))
+        read.read_mask([tmp_path / "gone.png"], (6, 7))
 
 
 # ---------------------------------------------------------------- many images
@@ -266,19 +267,17 @@ def test_read_all_keeps_order_and_holds_few(tmp_path, rng):
             taken.append(i)
             yield record(tmp_path / f"{i}.png")
 
-    stream = readers.read_all(records(), 16, "pad", workers=2)
+    stream = data_records.read_all(records(), 16, "pad", workers=2)
     first, pixels = next(stream)
     assert first.id == "0.png" and len(taken) <= 9
-    np.testing.assert_array_equal(
-        pixels, readers.fit(readers.read(first.path).pixels[0], 16, "pad")
-    )
+    np.testing.assert_array_equal(pixels, read.fit(read.read(first.path).pixels[0], 16, "pad"))
     assert [r.id for r, _ in stream] == [f"{i}.png" for i in range(1, 30)]
 
 
 def test_read_all_stops_at_the_broken_image(tmp_path, rng):
     save(tmp_path / "0.png", grey(rng))
     (tmp_path / "1.png").write_bytes(b"broken")
-    stream = readers.read_all([record(tmp_path / f"{i}.png") for i in range(2)], 16)
+    stream = data_records.read_all([record(tmp_path / f"{i}.png") for i in range(2)], 16)
     assert next(stream)[0].id == "0.png"
     with pytest.raises(DataError, match=r"1\.png"):
         next(stream)
@@ -289,4 +288,4 @@ def test_forbidden_file(tmp_path, rng):
     path = save(tmp_path / "a.png", grey(rng))
     path.chmod(0)
     with pytest.raises(DataError, match="Permission denied"):
-        readers.read(path)
+        read.read(path)

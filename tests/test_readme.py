@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import medclip_jax
-from medclip_jax import site
 from medclip_jax.errors import ConfigError
+from medclip_jax.inference import adapt
 
 from .test_end_to_end import ROOT, finished, world
 
@@ -51,7 +51,7 @@ def test_an_adapted_scorer_is_of_the_new_site(desk, monkeypatch):
     assert after.score != before.score and after.uncertainty == 0
     assert after.p_value in (pytest.approx(1 / 3), pytest.approx(2 / 3), 1)  # of two images
     assert scorer.predict([desk / "scan.png"])[0].score == before.score
-    monkeypatch.setattr(site, "load", None)  # loaded and compiled once
+    monkeypatch.setattr(adapt, "load", None)  # loaded and compiled once
     (again,) = adapted.adapt(healthy).predict([desk / "scan.png"])
     assert again.score == after.score  # from the meta-trained theta, not from the adapted one
     with pytest.raises(ConfigError, match="in memory alone"):

@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import clip, config, features, model, refine, scorer, sharding, train, trained
-from medclip_jax.structs import Batch
+from medclip_jax import build, config
+from medclip_jax.clip import vit
+from medclip_jax.data import synthetic_variants
+from medclip_jax.detectors import saved
+from medclip_jax.distributed import sharding
+from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.features.batch import Batch
+from medclip_jax.inference import predictor
+from medclip_jax.models import model, token_refinement
 
 from .test_clip import tiny_checkpoint
 from .test_end_to_end import world
@@ -21,10 +28,10 @@ def folder(tmp_path_factory):
 
 
 def built(folder, levels, on=True):
-    tower = clip.load(str(folder), levels, inputs=on)
+    tower = vit.load(str(folder), levels, inputs=on)
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"prompts.context": 2, "model.refine": on, "model.dropout": 0.0})
-    design, frozen = train.build(config.resolve(c), tower)
+    design, frozen = build.build(config.resolve(c), tower)
     theta = model.init(jax.random.key(0), tower, design, 2, False)
     return tower, design, frozen, theta
 
@@ -34,7 +41,7 @@ def test_a_fresh_refinement_is_exactly_the_identity(folder, levels):
     pixels = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     tower, design, frozen, theta = built(folder, levels)
     plain, bare, _, start = built(folder, levels, on=False)
-    encode = jax.jit(clip.patch_features, static_argnames="tower")
+    encode = jax.jit(vit.patch_features, static_argnames="tower")
     tokens = encode(tower.vision, pixels, tower=tower.vision_tower)
     without = encode(plain.vision, pixels, tower=plain.vision_tower)
     assert without.inputs == () and bare.refinement is None
@@ -63,7 +70,7 @@ def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
     """With CLIP's own query in its place the result is the block's attention, level by level."""
     tower, design, _, theta = built(folder, (2, 4))
     pixels = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
-    tokens = clip.patch_features(tower.vision, pixels, tower.vision_tower)
+    tokens = vit.patch_features(tower.vision, pixels, tower.vision_tower)
     for i, number in enumerate((2, 4)):
         block = design.refinement.blocks[i]
         own, x = theta["refine"][i], tokens.inputs[i]
@@ -71,20 +78,20 @@ def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
         np.testing.assert_array_equal(own["kernel"], block["qkv"]["kernel"][:, 2 * d :])
         asked = {"kernel": block["qkv"]["kernel"][:, :d], "bias": block["qkv"]["bias"][:d]}
         held = design.refinement
-        got = refine.attend(asked, block, x, held.heads, held.eps)
+        got = token_refinement.attend(asked, block, x, held.heads, held.eps)
         whole = jax.tree.map(lambda b, n=number: b[n - 1], tower.vision["blocks"])
-        y = clip.first_norm(tower.vision, x, number, tower.vision_tower)
-        want = clip._attention(y, whole, held.heads, None)
+        y = vit.first_norm(tower.vision, x, number, tower.vision_tower)
+        want = vit._attention(y, whole, held.heads, None)
         np.testing.assert_allclose(got, want, atol=1e-5)
         # and the block's input is what its output comes from
-        after = clip.run_block(tower.vision, x, number, tower.vision_tower)
+        after = vit.run_block(tower.vision, x, number, tower.vision_tower)
         np.testing.assert_allclose(after[:, 1:], tokens.levels[i], atol=1e-5)
 
 
 def test_the_gate_learns_first_and_then_the_query(folder):
     tower, design, frozen, theta = built(folder, (1, 4))
     pixels = jax.random.normal(jax.random.key(3), (2, 32, 32, 3))
-    tokens = clip.patch_features(tower.vision, pixels, tower.vision_tower)
+    tokens = vit.patch_features(tower.vision, pixels, tower.vision_tower)
     mask = jnp.zeros((2, 32, 32)).at[1, :16].set(1.0)
     batch = Batch(tokens, mask, jnp.array([0, 1]), jnp.ones(2, bool))
     weights = config.base().loss.to_dict()
@@ -106,19 +113,19 @@ def test_the_gate_learns_first_and_then_the_query(folder):
 def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictures):  # noqa: F811
     mesh = sharding.mesh(jax.devices()[:1])
     banks = [
-        features.open_bank(
-            tmp_path, clip.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh
+        cache.open_bank(
+            tmp_path, vit.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh
         )
         for on in (False, True)
     ]
     assert banks[0].folder != banks[1].folder
     for bank in banks:
-        features.encode_images(bank, pictures[:2])
-    plain, full = (next(features.load_images(b, pictures[:2], 2)) for b in banks)
+        encoder.encode_images(bank, pictures[:2])
+    plain, full = (next(cache.load_images(b, pictures[:2], 2)) for b in banks)
     assert plain.inputs == () and [x.shape for x in full.inputs] == [(2, 17, 32)] * 2
-    recipe = features.Synthesis("medclip", 2, 0, "self")
-    pool = features.open_pool(banks[1], pictures[:2], recipe)
-    taken = features.take(pool, np.array([1, 0]), np.array([-1, 1])).features
+    recipe = synthetic_variants.Synthesis("medclip", 2, 0, "self")
+    pool = training_pool.open_pool(banks[1], pictures[:2], recipe)
+    taken = training_pool.take(pool, np.array([1, 0]), np.array([-1, 1])).features
     np.testing.assert_array_equal(taken.inputs[1][0], full.inputs[1][1])
     assert len(taken.inputs) == 2
 
@@ -127,8 +134,8 @@ def test_a_whole_run_learns_it_and_its_scorer_reads_alike(tmp_path):
     here = world(tmp_path)
     run = tmp_path / "run"
     assert here.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
-    held = scorer.read(run)
+    held = saved.read(run)
     assert all(q["gate"] != 0 for q in held.theta["refine"])
-    ready = trained.load(run)
-    got = trained.score(ready, np.random.default_rng(0).random((2, 32, 32), np.float32))
+    ready = predictor.load(run)
+    got = predictor.score(ready, np.random.default_rng(0).random((2, 32, 32), np.float32))
     assert np.isfinite(got.score).all() and got.maps.shape == (2, 32, 32)

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from medclip_jax import detector, evaluate, model, rejection
-from medclip_jax.structs import Batch
+from medclip_jax.detectors import prompt_detector
+from medclip_jax.evaluation import evaluate, predictions
+from medclip_jax.evaluation import uncertainty as evaluation_uncertainty
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import model
 
 from .test_detector import design_of, tokens
 from .test_evaluate import SETTINGS, perfect, scene, scored  # noqa: F401
@@ -21,44 +24,46 @@ import uncertainty  # noqa: E402
 
 
 def test_entropy_is_that_of_a_coin():
-    np.testing.assert_allclose(rejection.entropy(np.array([0.5])), np.log(2))
-    np.testing.assert_array_equal(rejection.entropy(np.array([0.0, 1.0])), 0)
+    np.testing.assert_allclose(evaluation_uncertainty.entropy(np.array([0.5])), np.log(2))
+    np.testing.assert_array_equal(evaluation_uncertainty.entropy(np.array([0.0, 1.0])), 0)
     p = 0.2
-    assert rejection.entropy(np.array([p]))[0] == pytest.approx(
+    assert evaluation_uncertainty.entropy(np.array([p]))[0] == pytest.approx(
         -p * np.log(p) - (1 - p) * np.log(1 - p)
     )
 
 
 def test_passes_that_agree_have_no_mutual_information():
-    whole, shared = rejection.of_passes(np.full((7, 3), 0.3))
-    np.testing.assert_allclose(whole, rejection.entropy(np.array([0.3, 0.3, 0.3])))
+    whole, shared = evaluation_uncertainty.of_passes(np.full((7, 3), 0.3))
+    np.testing.assert_allclose(whole, evaluation_uncertainty.entropy(np.array([0.3, 0.3, 0.3])))
     np.testing.assert_array_equal(shared, 0)
 
 
 def test_sure_passes_that_contradict_have_nothing_else():
     """Passes that say 0 and 1 by turns: one bit, all of it mutual."""
     p = np.array([[0.0, 0.5], [1.0, 0.5]])
-    whole, shared = rejection.of_passes(p)
+    whole, shared = evaluation_uncertainty.of_passes(p)
     np.testing.assert_allclose(whole, np.log(2))
     np.testing.assert_allclose(shared, [np.log(2), 0], atol=1e-12)
 
 
 def test_mutual_information_lies_between_nothing_and_the_entropy():
     p = np.random.default_rng(0).random((20, 50))
-    whole, shared = rejection.of_passes(p)
+    whole, shared = evaluation_uncertainty.of_passes(p)
     assert (shared > 0).all() and (shared < whole).all() and (whole <= np.log(2) + 1e-12).all()
 
 
 def test_risk_falls_where_the_uncertain_are_wrong():
     wrong, uncertainty = np.array([1, 0, 0, 1]), np.array([0.9, 0.1, 0.2, 0.5])
-    np.testing.assert_allclose(rejection.risk_coverage(wrong, uncertainty), [0, 0, 1 / 3, 1 / 2])
+    np.testing.assert_allclose(
+        evaluation_uncertainty.risk_coverage(wrong, uncertainty), [0, 0, 1 / 3, 1 / 2]
+    )
 
 
 def test_what_remains_is_measured():
     score = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.4, 0.8, 0.9, 0.95, 0.45])
     label = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
     sd = np.array([1, 2, 3, 10, 4, 9, 5, 6, 7, 8.0])  # the two that are wrong last
-    found = rejection.measure(score, label, {"sd": sd, "entropy": np.ones(10)})
+    found = evaluation_uncertainty.measure(score, label, {"sd": sd, "entropy": np.ones(10)})
     assert found["coverage"] == [1.0, 0.9, 0.8, 0.7, 0.5]
     assert set(found["measures"]) == {"sd", "distance"}  # a constant orders nothing
     sure = found["measures"]["sd"]
@@ -71,7 +76,7 @@ def test_what_remains_is_measured():
 
 
 def test_one_class_alone_has_no_auroc():
-    found = rejection.measure(
+    found = evaluation_uncertainty.measure(
         np.array([0.9, 0.8, 0.1]), np.array([1, 1, 0]), {"sd": np.arange(3.0)}
     )
     assert found["measures"]["sd"]["auroc"][-1] is None  # two abnormal images remain
@@ -79,7 +84,10 @@ def test_one_class_alone_has_no_auroc():
 
 @pytest.mark.parametrize("measures", [{}, {"sd": np.zeros(4)}])
 def test_without_passes_nothing_is_measured(measures):
-    assert rejection.measure(np.linspace(0, 1, 4), np.array([0, 0, 1, 1]), measures) is None
+    assert (
+        evaluation_uncertainty.measure(np.linspace(0, 1, 4), np.array([0, 0, 1, 1]), measures)
+        is None
+    )
 
 
 # --- in the whole -------------------------------------------------------------------------------
@@ -87,18 +95,18 @@ def test_without_passes_nothing_is_measured(measures):
 
 def test_predictions_and_metrics_hold_the_measures(scene, scored, tmp_path):  # noqa: F811
     _, _, test, _ = scene
-    assert set(scored.doubts) == set(rejection.NAMES)
+    assert set(scored.doubts) == set(evaluation_uncertainty.NAMES)
     p, doubts = scored.predictions, scored.doubts
     assert all(x.shape == p.score.shape for x in doubts.values())
     assert (doubts["mutual_information"] >= 0).all() and doubts["ensemble"].min() > 0
     assert (doubts["mutual_information"] <= doubts["entropy"]).all()
     found = evaluate.measure(scored, test, "stretch")["uncertainty"]
-    assert set(found["measures"]) == {"sd", *rejection.NAMES, "distance"}
+    assert set(found["measures"]) == {"sd", *evaluation_uncertainty.NAMES, "distance"}
     plain = found["measures"]["sd"]
     assert plain["auroc"][0] == evaluate.metrics.image_level(p.score, p.label)["auroc"]
-    evaluate.write_predictions(tmp_path, scored, test, "stretch", seed=0)
+    predictions.write_predictions(tmp_path, scored, test, "stretch", seed=0)
     with np.load(tmp_path / "predictions.npz", allow_pickle=False) as held:
-        for name in rejection.NAMES:
+        for name in evaluation_uncertainty.NAMES:
             np.testing.assert_array_equal(held[name], doubts[name])
 
 
@@ -123,13 +131,13 @@ def test_the_ensemble_is_the_held_out_copies(tiny):
     starts = [model.init(jax.random.key(i), tiny, design, 2, False) for i in range(3)]
     theta = jax.tree.map(lambda *x: jax.numpy.stack(x), *starts)
     groups = [np.array([0, 2]), np.array([1, 3])]
-    made = detector.learned(theta, frozen, design, tokens(4), groups)
+    made = prompt_detector.learned(theta, frozen, design, tokens(4), groups)
     new = tokens(2, seed=5)
     each = np.asarray(made.copies(new))
     assert each.shape == (2, 2, 16)
     for values, support in zip(each, (0, 1), strict=True):
         np.testing.assert_array_equal(values, made.without(support, new))
-    one = detector.learned(theta, frozen, design, tokens(1), [])
+    one = prompt_detector.learned(theta, frozen, design, tokens(1), [])
     assert one.copies is None
 
 
@@ -151,7 +159,7 @@ def dropping(tiny, rate):
     design, frozen = design_of(tiny, dropout=rate)
     start = model.init(jax.random.key(1), tiny, design, 2, False)
     theta = jax.tree.map(lambda x: x[None], start)
-    made = detector.learned(theta, frozen, design, tokens(1), [])
+    made = prompt_detector.learned(theta, frozen, design, tokens(1), [])
     return made, design, frozen, start
 
 
@@ -205,7 +213,9 @@ def test_the_table_of_runs_pairs_draws_with_the_distance(tmp_path, monkeypatch, 
     areas = []
     for i in range(3):
         score, sd = rng.random(40), rng.random(40)
-        measured = rejection.measure(score, (rng.random(40) < 0.5).astype(int), {"sd": sd})
+        measured = evaluation_uncertainty.measure(
+            score, (rng.random(40) < 0.5).astype(int), {"sd": sd}
+        )
         areas.append([measured["measures"][n]["aurc"] for n in ("sd", "distance")])
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}" / "metrics.json").write_text(json.dumps({"uncertainty": measured}))

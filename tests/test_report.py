@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import config, report
-from medclip_jax.data.presets import PRESETS
+from medclip_jax import config
+from medclip_jax.data.catalog import PRESETS
 from medclip_jax.errors import WorkdirError
-from medclip_jax.report import text
+from medclip_jax.report import html as report_html
+from medclip_jax.report.html import text
 
 from .made_workdir import EVIL, edit, keep_pictures, make_workdir
 
@@ -49,7 +50,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = make_workdir(tmp_path_factory.mktemp("run"))
-    report.write(folder)
+    report_html.write(folder)
     return folder
 
 
@@ -136,13 +137,13 @@ def test_page_names_run_supports_versions_and_limits(html):
 
 def test_units_and_the_command_that_makes_the_run_again(tmp_path):
     folder = make_workdir(tmp_path / "run")
-    assert "settings are of another version" in Page(report.write(folder).read_text()).text
+    assert "settings are of another version" in Page(report_html.write(folder).read_text()).text
     held = json.loads((folder / "metrics.json").read_text())
     edit(folder, pixel={**held["pixel"], "distance_unit": "px", "boundary_tolerance": 2})
     c = config.resolve(config.base("k=4", name="busi", **PRESETS["busi"]))
     c.calibration.alpha = 0.05
     (folder / "config.json").write_text(c.to_json_best_effort())
-    words = Page(report.write(folder).read_text()).text
+    words = Page(report_html.write(folder).read_text()).text
     assert "unit of distances and tolerance px" in words
     assert "tolerance of boundary F1 2" in words and "px are pixels of the square" in words
     assert (
@@ -154,7 +155,7 @@ def test_units_and_the_command_that_makes_the_run_again(tmp_path):
 def test_rebuilding_gives_the_same_bytes(workdir, html):
     before = {p.name: p.read_bytes() for p in (workdir / "figures").iterdir()}
     assert set(before) == {f"{name}.png" for name in NAMES}
-    report.write(workdir)
+    report_html.write(workdir)
     assert (workdir / "report.html").read_text() == html
     assert {p.name: p.read_bytes() for p in (workdir / "figures").iterdir()} == before
 
@@ -173,10 +174,10 @@ def test_a_missing_or_spoilt_file_is_named(tmp_path, name, command):
     folder = make_workdir(tmp_path, n=10, shown=1)
     (folder / name).write_bytes(b"\x00not what it should be\n")
     with pytest.raises(WorkdirError, match=f"{name}.*run `{command}`|Line 1 of .*{name}"):
-        report.write(folder)
+        report_html.write(folder)
     (folder / name).unlink()
     with pytest.raises(WorkdirError, match=f"{name} is missing: run `{command}`"):
-        report.write(folder)
+        report_html.write(folder)
     assert not (folder / "report.html").exists()
 
 
@@ -184,7 +185,7 @@ def test_a_key_that_metrics_json_lacks_is_named(tmp_path):
     folder = make_workdir(tmp_path, n=10, shown=1)
     (folder / "metrics.json").write_text('{"dataset": "x"}')
     with pytest.raises(WorkdirError, match="'k' is not in it"):
-        report.write(folder)
+        report_html.write(folder)
 
 
 def test_a_gallery_of_two_frames_is_refused(tmp_path):
@@ -193,13 +194,13 @@ def test_a_gallery_of_two_frames_is_refused(tmp_path):
         arrays = {**held, "gallery_map_0": np.zeros((8, 8), np.float16)}
     np.savez(folder / "predictions.npz", **arrays)
     with pytest.raises(WorkdirError, match="row 0 are not of one shape"):
-        report.write(folder)
+        report_html.write(folder)
 
 
 def test_without_masks_pixel_metrics_are_undefined(tmp_path):
     folder = make_workdir(tmp_path, n=12, shown=0)
     edit(folder, pixel=None, calibration=None, explanations=None)
-    text = Page(report.write(folder).read_text()).text
+    text = Page(report_html.write(folder).read_text()).text
     assert "Pixel metrics: undefined" in text and "no lesion masks" in text
     assert "Calibration: undefined" in text
     assert "Nothing was checked" in text
@@ -209,7 +210,7 @@ def test_without_masks_pixel_metrics_are_undefined(tmp_path):
 @pytest.mark.parametrize("only", [0, 1])
 def test_one_class_is_said_not_hidden(tmp_path, only):
     folder = make_workdir(tmp_path, label=np.full(9, only, np.int32), shown=1)
-    html = report.write(folder).read_text()
+    html = report_html.write(folder).read_text()
     assert "image AUROC is undefined, as all test images are of one class" in Page(html).text
     assert "AUROC undefined" in Page(html).text
     assert all((folder / "figures" / f"{name}.png").exists() for name in NAMES)
@@ -218,7 +219,7 @@ def test_one_class_is_said_not_hidden(tmp_path, only):
 def test_images_without_a_picture_still_have_their_row(tmp_path):
     folder = make_workdir(tmp_path, n=10, shown=1)
     keep_pictures(folder, [2, 7])
-    html = report.write(folder).read_text()
+    html = report_html.write(folder).read_text()
     assert "holds those of 2 images, drawn by seed" in Page(html).text
     shown = json.loads(re.search(r'id="shown">(.*?)</script>', html)[1])["images"]
     assert [i for i, row in enumerate(shown) if row] == [2, 7]
@@ -230,12 +231,12 @@ def test_fewer_predictions_than_the_split_is_said(tmp_path):
     split = json.loads((folder / "split.json").read_text())
     split["test"] += [{"id": "another", "sha256": "", "label": 0}]
     (folder / "split.json").write_text(json.dumps(split))
-    assert "1 of the test images in split.json" in Page(report.write(folder).read_text()).text
+    assert "1 of the test images in split.json" in Page(report_html.write(folder).read_text()).text
 
 
 def test_no_jax_and_no_pyplot(workdir):
     code = (
-        "import sys; from medclip_jax import report; report.write(sys.argv[1]); "
+        "import sys; from medclip_jax.report import html; html.write(sys.argv[1]); "
         "bad = {'jax', 'flax', 'matplotlib.pyplot'} & set(sys.modules); print(sorted(bad))"
     )
     done = subprocess.run(

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from medclip_jax import report
+from medclip_jax.report import html
 
 from .made_workdir import EVIL, keep_pictures, make_workdir
 
@@ -26,7 +26,7 @@ return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = make_workdir(tmp_path_factory.mktemp("page"))
-    report.write(folder)
+    html.write(folder)
     return folder
 
 
@@ -145,7 +145,7 @@ def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, scores):
 def test_without_a_picture_the_viewer_says_so(browser, workdir, tmp_path):
     folder = shutil.copytree(workdir, tmp_path / "some")
     keep_pictures(folder, [3, 12])
-    browser.get(report.write(folder).as_uri())
+    browser.get(html.write(folder).as_uri())
     for i, kept in ((13, False), (12, True)):
         browser.find_element("css selector", f"tr[data-i='{i}'] td.id button").send_keys("\n")
         assert by(browser, "viewer-none").is_displayed() != kept

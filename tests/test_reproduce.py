@@ -11,8 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import reproduce  # noqa: E402
 import tables  # noqa: E402
 
-from medclip_jax import intervals, metrics, stats  # noqa: E402
 from medclip_jax.errors import DataError  # noqa: E402
+from medclip_jax.evaluation import (
+    bootstrap,
+    metrics,
+    pixel_metrics,
+    significance,  # noqa: E402
+)
 
 
 def run(folder, method, seed, shift, n=60):
@@ -24,9 +29,9 @@ def run(folder, method, seed, shift, n=60):
     masks[label == 1, 2:5, 2:5] = True
     maps = np.clip(rng.normal(0.4 + 0.05 * shift * masks, 0.1), 0, 0.99).astype(np.float32)
     found = metrics.image_level(score, label)
-    pixel = metrics.pixel_level(maps, masks)
+    pixel = pixel_metrics.pixel_level(maps, masks)
     arrays = folder / f"{method}-{seed}.npz"
-    np.savez(arrays, pixel_counts=intervals.pixel_counts(maps, masks))
+    np.savez(arrays, pixel_counts=bootstrap.pixel_counts(maps, masks))
     return {
         "seed": seed,
         "image": {**found, "sensitivity_at_90": metrics.sensitivity_at(score, label, 0.9)},
@@ -59,7 +64,7 @@ def test_numbers_are_means_with_two_level_limits(cell):
             assert 0 <= number.low <= number.mean <= number.high <= 1, name
     auroc = found["image", "auroc"]
     rng, scores = np.random.default_rng(0), np.stack([r["score"] for r in cell["ours"]])
-    wanted = stats.bootstrap_interval(scores, cell["ours"][0]["label"], rng)
+    wanted = significance.bootstrap_interval(scores, cell["ours"][0]["label"], rng)
     assert auroc.low == pytest.approx(wanted.low, abs=0.4 * wanted.se)
 
 
@@ -132,9 +137,9 @@ def test_tests_are_paired_by_draw_and_corrected(cell):
     assert got.wilcoxon == got.least == 0.125  # the least that four draws can reach
     pairs = list(zip(cell["ours"], cell["memory"], strict=True))
     a, b = (np.array([p[i]["image"]["auroc"] for p in pairs]) for i in (0, 1))
-    assert got.t == pytest.approx(stats.paired_t(a, b).p)
-    each = np.array([stats.delong(x["score"], y["score"], x["label"]).p for x, y in pairs])
-    assert (got.delong, got.draws) == (int((stats.holm(each) < 0.05).sum()), 4)
+    assert got.t == pytest.approx(significance.paired_t(a, b).p)
+    each = np.array([significance.delong(x["score"], y["score"], x["label"]).p for x, y in pairs])
+    assert (got.delong, got.draws) == (int((significance.holm(each) < 0.05).sum()), 4)
     one = tables.tests({name: runs[:1] for name, runs in cell.items()})["memory"]
     assert one.t is None and one.draws == 1 and one.least == 1.0
 

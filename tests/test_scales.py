@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, detector, evaluate, features, fusion, kept, model, scales, score
+from medclip_jax import config
+from medclip_jax.detectors import by_name, ensemble, memory_bank, tiling
 from medclip_jax.errors import ConfigError
+from medclip_jax.evaluation import evaluate
+from medclip_jax.features import cache, encoder, support_images
+from medclip_jax.models import anomaly_map, model
 
 from .test_detector import design_of
 from .test_features import calls, one_device, write_pictures  # noqa: F401
@@ -16,19 +20,19 @@ SIZE, GRID = 32, 4
 
 @pytest.mark.parametrize("tiles", [2, 3])
 def test_tiles_cover_the_frame_and_overlap(tiles):
-    frame = scales.side(224, tiles)
+    frame = tiling.side(224, tiles)
     seen = np.zeros((frame, frame), int)
-    for row, column in scales.starts(224, tiles):
+    for row, column in tiling.starts(224, tiles):
         seen[row : row + 224, column : column + 224] += 1
     assert seen.min() == 1 and seen.max() == 4
     assert seen[0, 0] == seen[-1, -1] == 1 and seen[frame // 2, 0] == (2 if tiles == 2 else 1)
-    assert frame == 224 * (tiles - 0.25 * (tiles - 1)) and scales.side(224, 1) == 224
+    assert frame == 224 * (tiles - 0.25 * (tiles - 1)) and tiling.side(224, 1) == 224
 
 
 def test_cut_tiles_are_squares_of_the_image():
-    frame = scales.side(SIZE, 2)
+    frame = tiling.side(SIZE, 2)
     image = np.random.default_rng(0).random((2, frame, frame)).astype(np.float32)
-    got = scales.cut(image, SIZE, 2)
+    got = tiling.cut(image, SIZE, 2)
     assert got.shape == (8, SIZE, SIZE)
     np.testing.assert_array_equal(got[0], image[0, :SIZE, :SIZE])
     np.testing.assert_array_equal(got[5], image[1, :SIZE, -SIZE:])
@@ -38,8 +42,8 @@ def test_cut_tiles_are_squares_of_the_image():
 @pytest.mark.parametrize("tiles", [2, 3])
 @pytest.mark.parametrize("grid, size", [(4, 32), (14, 224)])
 def test_spreading_averages_where_tiles_overlap(tiles, grid, size):
-    made = scales.spreading(grid, size, tiles)
-    fine = scales.FINE * grid
+    made = tiling.spreading(grid, size, tiles)
+    fine = tiling.FINE * grid
     assert made.shape == (1 + tiles**2, fine**2, grid**2) and made.min() >= 0
     np.testing.assert_allclose(made[0].sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(made[1:].sum((0, 2)), 1, atol=1e-5)
@@ -47,20 +51,20 @@ def test_spreading_averages_where_tiles_overlap(tiles, grid, size):
     heat = np.random.default_rng(1).random((1, grid**2)).astype(np.float32)
     np.testing.assert_allclose(
         (heat @ made[0].T).reshape(fine, fine),
-        score.to_pixels(jnp.asarray(heat), fine)[0],
+        anomaly_map.to_pixels(jnp.asarray(heat), fine)[0],
         atol=1e-5,
     )
 
 
 def test_a_map_cut_into_tiles_comes_back_whole():
     """Values that are linear in the place are the same from every tile."""
-    tiles, frame = 2, scales.side(SIZE, 2)
+    tiles, frame = 2, tiling.side(SIZE, 2)
     inside = np.arange(GRID) * (SIZE - 1) / (GRID - 1)
     parts = [
         ((r + inside)[:, None] + 3 * (c + inside)[None]).ravel()
-        for r, c in scales.starts(SIZE, tiles)
+        for r, c in tiling.starts(SIZE, tiles)
     ]
-    made = scales.spreading(GRID, SIZE, tiles)[1:]
+    made = tiling.spreading(GRID, SIZE, tiles)[1:]
     got = sum(m @ x for m, x in zip(made, parts, strict=True))
     at = np.arange(2 * GRID) * (frame - 1) / (2 * GRID - 1)
     np.testing.assert_allclose(got, (at[:, None] + 3 * at[None]).ravel(), atol=1e-3)
@@ -74,9 +78,9 @@ def wide(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("wide")
     pictures = write_pictures(folder, 6, start=300)
     supports, test = pictures[:4], pictures[4:]
-    bank = features.open_bank(folder, tiny, "stretch", "float32", one_device())
-    features.encode_images(bank, pictures)
-    assert scales.encode_images(bank, pictures, 2) == 6
+    bank = cache.open_bank(folder, tiny, "stretch", "float32", one_device())
+    encoder.encode_images(bank, pictures)
+    assert tiling.encode_images(bank, pictures, 2) == 6
     design, frozen = design_of(tiny, dropout=0.2)
     plain, _ = design_of(tiny, context=0)
     start = model.init(jax.random.key(0), tiny, design, 2, False)
@@ -85,36 +89,36 @@ def wide(tmp_path_factory, tiny):
 
     def build(name, supports=supports, groups=groups):
         shape = plain if name == "zero_shot" else design
-        whole = detector.build(name, theta, frozen, shape, bank, supports, groups)
-        return whole, scales.build(name, whole, bank, supports, 2, 1.0)
+        whole = by_name.build(name, theta, frozen, shape, bank, supports, groups)
+        return whole, tiling.build(name, whole, bank, supports, 2, 1.0)
 
     return bank, supports, test, build
 
 
 def packed(bank, records):
-    (got,) = scales.loader(2)(bank, records, len(records))
+    (got,) = tiling.loader(2)(bank, records, len(records))
     return jax.tree.map(jnp.asarray, got)
 
 
 def test_tiles_are_encoded_once_under_their_own_name(wide, calls):  # noqa: F811
     bank, supports, *_ = wide
-    assert scales.encode_images(bank, supports, 2) == 0 and not calls
-    names = {scales.tiles_path(bank, supports[0], t).name for t in (2, 3)}
-    assert len(names) == 2 and features.image_path(bank, supports[0]).name not in names
+    assert tiling.encode_images(bank, supports, 2) == 0 and not calls
+    names = {tiling.tiles_path(bank, supports[0], t).name for t in (2, 3)}
+    assert len(names) == 2 and cache.image_path(bank, supports[0]).name not in names
 
 
 def test_packed_tokens_are_those_of_the_pixels(wide):
     bank, supports, *_ = wide
-    images = detector.healthy_images(bank, supports, scales.side(SIZE, 2))
-    fresh, held = scales.encode(bank, images, 2), packed(bank, supports)
-    tokens = features.encode(bank, scales.cut(images, SIZE, 2))
+    images = support_images.healthy_images(bank, supports, tiling.side(SIZE, 2))
+    fresh, held = tiling.encode(bank, images, 2), packed(bank, supports)
+    tokens = encoder.encode(bank, tiling.cut(images, SIZE, 2))
     for level, (a, b) in enumerate(zip(fresh.levels, held.levels, strict=True)):
         assert a.shape == (4, 5 * GRID**2, a.shape[-1])
         np.testing.assert_allclose(b[:, GRID**2 :], a[:, GRID**2 :], atol=1e-5)
-        third = scales.part(held, 3, GRID**2).levels[level]
+        third = tiling.part(held, 3, GRID**2).levels[level]
         np.testing.assert_allclose(third, tokens.levels[level][2::4], atol=1e-5)
-    (whole,) = features.load_images(bank, supports, 4)
-    np.testing.assert_array_equal(scales.part(held, 0, GRID**2).levels[0], whole.levels[0])
+    (whole,) = cache.load_images(bank, supports, 4)
+    np.testing.assert_array_equal(tiling.part(held, 0, GRID**2).levels[0], whole.levels[0])
 
 
 @pytest.mark.parametrize("name", ["ours", "memory", "zero_shot"])
@@ -125,10 +129,10 @@ def test_the_fused_map_is_the_mean_of_standardised_scales(wide, name):
     got = np.asarray(made.patches(new))
     assert got.shape == (2, (2 * GRID) ** 2) and made.held_out.shape == (4, (2 * GRID) ** 2)
     # standardised on the supports: the whole by itself, by hand
-    z = (whole.patches(scales.part(new, 0, 16)) - whole.held_out.mean()) / whole.held_out.std(
+    z = (whole.patches(tiling.part(new, 0, 16)) - whole.held_out.mean()) / whole.held_out.std(
         ddof=1
     )
-    first = z @ scales.spreading(GRID, SIZE, 2)[0].T
+    first = z @ tiling.spreading(GRID, SIZE, 2)[0].T
     rest = 2 * got - first  # of the tiles alone
     assert np.abs(rest - first).max() > 0.1
     # the held-out supports of both scales have mean 0, so their fusion has nearly
@@ -136,19 +140,19 @@ def test_the_fused_map_is_the_mean_of_standardised_scales(wide, name):
     each = [made.without(i, packed(bank, supports[i : i + 1]))[0] for i in range(4)]
     np.testing.assert_allclose(made.held_out, each, atol=1e-4)
     if whole.image is not None:
-        plain = whole.image(scales.part(new, 0, 16))
+        plain = whole.image(tiling.part(new, 0, 16))
         np.testing.assert_array_equal(made.image(new), plain)
 
 
 def test_a_memory_of_tiles_knows_its_supports_and_holds_all_their_tiles_out(wide):
     bank, supports, _, build = wide
-    tokens = scales.side_by_side(packed(bank, supports), 2, GRID**2)
-    small = detector.remember(tokens, rows=4)
+    tokens = tiling.side_by_side(packed(bank, supports), 2, GRID**2)
+    small = memory_bank.remember(tokens, rows=4)
     np.testing.assert_allclose(small.patches(tokens), 0, atol=1e-6)
     others = jax.tree.map(lambda x: x[4:], tokens)
     own = jax.tree.map(lambda x: x[:4], tokens)
     np.testing.assert_allclose(
-        small.held_out[:4], detector.remember(others).patches(own), atol=1e-6
+        small.held_out[:4], memory_bank.remember(others).patches(own), atol=1e-6
     )
     assert small.k == 4 and small.held_out.shape == (16, GRID**2)
 
@@ -178,11 +182,11 @@ def test_branches_of_tiles_can_be_fused_and_probes_are_kept(wide, calls):  # noq
     branches = {"learned": build("ours")[1], "memory": build("memory")[1]}
     settings = dict(modality="brain MRI", variants=2, seed=0, image_scores=lambda v: v.max(1))
     settings["weights"] = "probes"
-    made, mix = fusion.fuse(branches, bank, supports, **settings, tiles=2)
+    made, mix = ensemble.fuse(branches, bank, supports, **settings, tiles=2)
     assert np.isfinite(made.patches(packed(bank, test))).all() and made.load is not None
     encoded = len(calls)
     assert encoded
-    _, again = fusion.fuse(branches, bank, supports, **settings, tiles=2)
+    _, again = ensemble.fuse(branches, bank, supports, **settings, tiles=2)
     assert len(calls) == encoded
     for a, b in zip(mix, again, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -193,16 +197,16 @@ def test_kept_tokens_are_named_by_pixels_and_way(wide, calls):  # noqa: F811
     images = np.random.default_rng(7).random((2, 3, SIZE, SIZE)).astype(np.float32)
 
     def how(x):
-        return features.encode(bank, x)
+        return encoder.encode(bank, x)
 
-    first = kept.encode(bank, images, how, "a")
+    first = cache.encode(bank, images, how, "a")
     count = len(calls)
-    again = kept.encode(bank, images[::-1], how, "a")
+    again = cache.encode(bank, images[::-1], how, "a")
     assert len(calls) == count
     np.testing.assert_array_equal(first[0].levels[0], again[1].levels[0])
-    np.testing.assert_array_equal(first[1].pooled, features.encode(bank, images[1]).pooled)
-    assert kept.place(bank, images[0], "a") != kept.place(bank, images[0], "b")
-    assert kept.place(bank, images[0], "a") != kept.place(bank, images[0] + 0.01, "a")
+    np.testing.assert_array_equal(first[1].pooled, encoder.encode(bank, images[1]).pooled)
+    assert cache.place(bank, images[0], "a") != cache.place(bank, images[0], "b")
+    assert cache.place(bank, images[0], "a") != cache.place(bank, images[0] + 0.01, "a")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import score
+from medclip_jax.detectors import memory_bank
+from medclip_jax.models import anomaly_map, similarity
 
 
 def draw(*shape, seed=0):
@@ -14,22 +15,22 @@ def draw(*shape, seed=0):
 def test_cosine_is_numpy():
     v, t = draw(2, 5, 7), draw(3, 7, seed=1)
     norms = np.linalg.norm(v, axis=-1)[..., None] * np.linalg.norm(t, axis=-1)
-    np.testing.assert_allclose(score.cosine(v, t), v @ t.T / norms, atol=1e-6)
+    np.testing.assert_allclose(similarity.cosine(v, t), v @ t.T / norms, atol=1e-6)
 
 
 def test_unit_keeps_zero_and_survives_its_gradient():
     import jax
 
-    np.testing.assert_array_equal(score.unit(jnp.zeros((2, 3))), 0)
-    np.testing.assert_allclose(score.unit(jnp.array([3e-6, 4e-6])), [0.6, 0.8], rtol=1e-5)
-    grad = jax.grad(lambda x: score.unit(x).sum())(jnp.zeros(3))
+    np.testing.assert_array_equal(similarity.unit(jnp.zeros((2, 3))), 0)
+    np.testing.assert_allclose(similarity.unit(jnp.array([3e-6, 4e-6])), [0.6, 0.8], rtol=1e-5)
+    grad = jax.grad(lambda x: similarity.unit(x).sum())(jnp.zeros(3))
     assert np.isfinite(grad).all()
 
 
 def test_class_features_are_plain_means():
     text = jnp.array([[2.0, 0], [0, 4], [1, 1]])
     np.testing.assert_array_equal(
-        score.class_features(text, np.array([0, 1, 0])), [[1.5, 0.5], [0, 4]]
+        similarity.class_features(text, np.array([0, 1, 0])), [[1.5, 0.5], [0, 4]]
     )
 
 
@@ -37,14 +38,14 @@ def test_patch_logit_by_hand():
     levels = (jnp.array([[[1.0, 0], [0, 2]]]), jnp.array([[[0.0, 1], [0, 1]]]))
     text, label = jnp.array([[1.0, 0], [0, 3], [-1, 0]]), np.array([0, 1, 0])
     half = jnp.asarray(0.5), jnp.asarray(0.25)
-    got = score.patch_logit(levels, text[:2], label[:2], *half, "softmax")
+    got = similarity.patch_logit(levels, text[:2], label[:2], *half, "softmax")
     # similarities to (healthy, abnormal): level 1 (1, 0), (0, 1); level 2 (0, 1), (0, 1)
     np.testing.assert_allclose(got, [[0.0, 0.5]], atol=1e-7)
-    got = score.patch_logit(levels, text, label, *half, "distance")
+    got = similarity.patch_logit(levels, text, label, *half, "distance")
     # nearest healthy prompt: level 1 at 1, 0; level 2 at 0, 0
     np.testing.assert_allclose(got, [[0.5 * (0.5 - 0.25), 0.5 * (1 - 0.25)]], atol=1e-7)
     with pytest.raises(ValueError, match="form 'other'"):
-        score.patch_logit(levels, text, label, *half, "other")
+        similarity.patch_logit(levels, text, label, *half, "other")
 
 
 # --- patches to pixels ----------------------------------------------------------------------------
@@ -52,11 +53,11 @@ def test_patch_logit_by_hand():
 
 def test_interpolation_by_hand():
     np.testing.assert_allclose(
-        score.interpolation(2, 5), [[1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1]]
+        anomaly_map.interpolation(2, 5), [[1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1]]
     )
-    np.testing.assert_array_equal(score.interpolation(3, 3), np.eye(3))
-    np.testing.assert_array_equal(score.interpolation(1, 4), np.ones((4, 1)))
-    np.testing.assert_array_equal(score.interpolation(3, 1), [[1, 0, 0]])
+    np.testing.assert_array_equal(anomaly_map.interpolation(3, 3), np.eye(3))
+    np.testing.assert_array_equal(anomaly_map.interpolation(1, 4), np.ones((4, 1)))
+    np.testing.assert_array_equal(anomaly_map.interpolation(3, 1), [[1, 0, 0]])
 
 
 @pytest.mark.parametrize("patches, pixels", [(7, 112), (14, 224), (3, 10), (16, 30)])
@@ -65,23 +66,23 @@ def test_interpolation_has_aligned_corners(patches, pixels):
     line = draw(patches, seed=patches)
     at = np.arange(pixels) * (patches - 1) / (pixels - 1)
     np.testing.assert_allclose(
-        score.interpolation(patches, pixels) @ line,
+        anomaly_map.interpolation(patches, pixels) @ line,
         np.interp(at, np.arange(patches), line),
         atol=2e-6,
     )
 
 
 def test_constants_and_ramps_come_out_exactly():
-    np.testing.assert_allclose(score.to_pixels(jnp.full((2, 16), 3.5), 30), 3.5, rtol=1e-6)
+    np.testing.assert_allclose(anomaly_map.to_pixels(jnp.full((2, 16), 3.5), 30), 3.5, rtol=1e-6)
     row, column = np.mgrid[:4, :4] / 3
     ramp = jnp.asarray((2 * row - column).reshape(1, 16), jnp.float32)
     row, column = np.mgrid[:31, :31] / 30
-    np.testing.assert_allclose(score.to_pixels(ramp, 31)[0], 2 * row - column, atol=1e-6)
+    np.testing.assert_allclose(anomaly_map.to_pixels(ramp, 31)[0], 2 * row - column, atol=1e-6)
 
 
 def test_patches_are_row_major():
     patch = jnp.zeros((1, 9)).at[0, 2].set(1.0)  # first row, last column
-    assert np.unravel_index(np.argmax(score.to_pixels(patch, 12)[0]), (12, 12)) == (0, 11)
+    assert np.unravel_index(np.argmax(anomaly_map.to_pixels(patch, 12)[0]), (12, 12)) == (0, 11)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_patches_are_row_major():
 )
 def test_image_score_is_the_mean_of_the_largest_share(top, wanted):
     values = jnp.asarray(np.random.default_rng(0).permutation(10)[None], jnp.float32)
-    np.testing.assert_allclose(score.image_score(values, top), [wanted])
+    np.testing.assert_allclose(anomaly_map.image_score(values, top), [wanted])
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -116,31 +117,31 @@ def test_memory_distance_is_brute_force():
         ]
         for i in range(2)
     ]
-    np.testing.assert_allclose(score.memory_distance(levels, memory), wanted, atol=1e-6)
+    np.testing.assert_allclose(memory_bank.memory_distance(levels, memory), wanted, atol=1e-6)
 
 
 def test_a_patch_of_the_memory_is_at_distance_zero():
     memory = draw(6, 5)
-    got = score.memory_distance((3 * memory[None, :2],), (memory,))
+    got = memory_bank.memory_distance((3 * memory[None, :2],), (memory,))
     np.testing.assert_allclose(got, 0, atol=1e-6)
-    opposite = score.memory_distance((-memory[None, :1],), (memory[:1],))
+    opposite = memory_bank.memory_distance((-memory[None, :1],), (memory[:1],))
     np.testing.assert_allclose(opposite, 2, atol=1e-6)
 
 
 def test_neighbourhood_by_hand():
     grid = jnp.arange(9.0).reshape(1, 9, 1)
-    got = np.asarray(score.neighbourhood(grid)).reshape(3, 3)
+    got = np.asarray(memory_bank.neighbourhood(grid)).reshape(3, 3)
     assert got[0, 0] == np.mean([0, 1, 3, 4])
     assert got[0, 1] == np.mean([0, 1, 2, 3, 4, 5])
     assert got[1, 1] == 4
     assert got[2, 2] == np.mean([4, 5, 7, 8])
-    np.testing.assert_array_equal(score.neighbourhood(jnp.full((2, 1, 3), 7.0)), 7)
+    np.testing.assert_array_equal(memory_bank.neighbourhood(jnp.full((2, 1, 3), 7.0)), 7)
 
 
 def test_neighbourhood_mixes_neither_images_nor_channels():
     tokens = draw(2, 9, 3)
-    both = score.neighbourhood(tokens)
+    both = memory_bank.neighbourhood(tokens)
     for i in range(2):
         for c in range(3):
-            alone = score.neighbourhood(tokens[i : i + 1, :, c : c + 1])
+            alone = memory_bank.neighbourhood(tokens[i : i + 1, :, c : c + 1])
             np.testing.assert_allclose(both[i, :, c], alone[0, :, 0], atol=1e-6)

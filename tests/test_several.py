@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, features, learn, model, others, several, train
-from medclip_jax import prompts as prompting
-from medclip_jax.data.preprocess import RECIPES as STEPS
-from medclip_jax.data.presets import PRESETS, RECIPES
+from medclip_jax import config, train
+from medclip_jax.clip.outputs import Features
+from medclip_jax.data.catalog import PRESETS, RECIPES
+from medclip_jax.data.preprocessing import RECIPES as STEPS
+from medclip_jax.data.records import Split
 from medclip_jax.errors import ConfigError
-from medclip_jax.structs import Batch, Features, Split
+from medclip_jax.features import auxiliary, training_pool
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import model, prompt_sets
+from medclip_jax.prompts import tokenize
+from medclip_jax.training import step
 
 from .test_clip import tiny_checkpoint
 
@@ -21,7 +26,7 @@ WEIGHTS = dict(focal=1.0, dice=1.0, align=0.5, prompt=0.5)
 
 
 def words_of(tower, conditions, anatomy="breast", modality="ultrasound"):
-    return prompting.build(
+    return tokenize.build(
         tower.tokenizer,
         tower.eos_id,
         phrases="templates",
@@ -41,7 +46,7 @@ def setting(tower, conditions, target=TARGET, form="softmax", shared=False, caus
     """Design of a target beside a set with other conditions, theta, frozen and a batch."""
     sets = [words_of(tower, target), words_of(tower, conditions, "lung")]
     static = tower.text_tower, tower.size, tower.grid, form, causal, True, 0.0
-    design = model.Design(sets[0], *static, sets=several.stack(sets))
+    design = model.Design(sets[0], *static, sets=prompt_sets.stack(sets))
     theta = model.init(jax.random.key(0), tower, design, 4, shared)
     rng = np.random.default_rng(0)
     tokens = tuple(
@@ -124,7 +129,7 @@ def test_rows_of_one_batch_may_be_of_different_sets(tiny):
     assert abs(float(each[1]["focal"] - wrong["focal"])) > 1e-6
 
 
-def pool_of(batch: Batch, sizes) -> features.Pool:
+def pool_of(batch: Batch, sizes) -> training_pool.Pool:
     """Pools in memory whose images are all rows of the batch, joined as those of several sets."""
 
     def one(count):
@@ -134,15 +139,15 @@ def pool_of(batch: Batch, sizes) -> features.Pool:
         altered = {name: x[[2, 3] * 6] for name, x in held.items()} | {"mask": bits}
         rows = (held.__getitem__,) * count, (altered.__getitem__,) * count
         kinds = np.tile(np.arange(12) % 3, (count, 1))
-        return features.Pool(*rows, len(level), batch.mask.shape[1], 12, kinds)
+        return training_pool.Pool(*rows, len(level), batch.mask.shape[1], 12, kinds)
 
-    return features.join([one(n) for n in sizes])
+    return training_pool.join([one(n) for n in sizes])
 
 
 def episode_losses(design, theta, frozen, episodes):
     """The query loss of every task after its inner step, task by task."""
     loss = partial(model.loss, design=design, weights=WEIGHTS)
-    objective = learn.episodic(loss, learn.inner("maml", 1, 0.05, False))
+    objective = step.episodic(loss, step.inner("maml", 1, 0.05, False))
 
     def one(task):
         only = jnp.arange(len(episodes.valid)) == task
@@ -156,9 +161,9 @@ def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     sets, design, theta, frozen, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2, 3))
     assert pool.source.tolist() == [0, 0, 1, 1, 1]
-    members = learn.members(2, [], (3,), target=True)
+    members = step.members(2, [], (3,), target=True)
     sizes = dict(tasks=6, k=2, shots=2, query=2)
-    episodes = learn.episodes_at(0, pool, members, 0, **sizes)
+    episodes = step.episodes_at(0, pool, members, 0, **sizes)
     source = episodes.support.source[:, 0]
     assert episodes.support.source.shape == (6, 1) and set(source.tolist()) == {0, 1}
     np.testing.assert_array_equal(episodes.query.source, episodes.support.source)
@@ -166,7 +171,7 @@ def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     before = episode_losses(design, theta, frozen, episodes)
     # as many prompts and as long, so that nothing but the words differs
     other = words_of(tiny, MORE[::-1], "brain")
-    swapped = design._replace(sets=several.stack([sets[0], other]))
+    swapped = design._replace(sets=prompt_sets.stack([sets[0], other]))
     after = episode_losses(swapped, theta, frozen, episodes)
     np.testing.assert_array_equal(after[source == 0], before[source == 0])
     assert np.abs(after - before)[source == 1].min() > 1e-6
@@ -176,11 +181,11 @@ def test_one_data_set_carries_no_source(tiny):
     *_, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2,))
     assert pool.source is None
-    drawn = learn.batch_at(0, pool, [np.arange(2)], 2, 0)
+    drawn = step.batch_at(0, pool, [np.arange(2)], 2, 0)
     assert drawn.source is None and len(jax.tree.leaves(drawn)) == 6
     joined = pool_of(batch, (2, 3))
-    assert learn.batch_at(0, joined, [np.arange(5)], 5, 0).source.shape == (5, 1)
-    assert learn.adaptation_rows(joined, [np.arange(2)]).source is None
+    assert step.batch_at(0, joined, [np.arange(5)], 5, 0).source.shape == (5, 1)
+    assert step.adaptation_rows(joined, [np.arange(2)]).source is None
 
 
 # --- which words, preprocessing and augmentation each data set gets ------------------------------
@@ -200,7 +205,7 @@ def test_every_preset_has_the_recipe_of_its_modality():
 
 
 def test_each_set_has_its_own_words_and_the_target_is_left_out():
-    found = others.read(settings("phantom-mri", "phantom-ultrasound", "chest_xray=/films"))
+    found = auxiliary.read(settings("phantom-mri", "phantom-ultrasound", "chest_xray=/films"))
     assert [x.name for x in found] == ["phantom-mri", "chest_xray"]
     assert [x.words for x in found] == [PRESETS["phantom-mri"], PRESETS["chest_xray"]]
     assert [str(x.root) for x in found] == ["None", "/films"]
@@ -209,13 +214,13 @@ def test_each_set_has_its_own_words_and_the_target_is_left_out():
 
 def test_recipes_are_the_targets_or_their_own():
     c = settings("phantom-mri", "phantom-xray", **{"data.recipe": "ultrasound"})
-    assert {x.recipe for x in others.read(c)} == {STEPS["ultrasound"]}
+    assert {x.recipe for x in auxiliary.read(c)} == {STEPS["ultrasound"]}
     c.meta.recipe = "own"
-    assert [x.recipe for x in others.read(c)] == [STEPS["mri"], STEPS["xray"]]
+    assert [x.recipe for x in auxiliary.read(c)] == [STEPS["mri"], STEPS["xray"]]
 
 
 def test_a_folder_takes_the_targets_words_and_says_so(caplog):
-    (found,) = others.read(settings("folder=/mine", **{"meta.recipe": "own"}))
+    (found,) = auxiliary.read(settings("folder=/mine", **{"meta.recipe": "own"}))
     target = PRESETS["phantom-ultrasound"]
     assert found.words == {n: target[n] for n in ("modality", "anatomy", "conditions")}
     assert found.recipe == () and "folder=/mine of config.meta.data has no words" in caplog.text
@@ -223,7 +228,7 @@ def test_a_folder_takes_the_targets_words_and_says_so(caplog):
 
 def test_elastic_deformation_is_refused_set_by_set(caplog):
     c = settings("phantom-mri", "phantom-xray", **{"augment.elastic": 0.02, "augment.flip": 0.5})
-    mri, xray = others.read(c)
+    mri, xray = auxiliary.read(c)
     assert (mri.strengths.elastic, mri.strengths.flip) == (0.02, 0.5)
     assert (xray.strengths.elastic, xray.strengths.flip) == (0.0, 0.5)
     assert "config.augment.elastic is off for phantom-xray" in caplog.text
@@ -232,7 +237,7 @@ def test_elastic_deformation_is_refused_set_by_set(caplog):
 
 def test_settings_that_cannot_be_used():
     with pytest.raises(ConfigError, match=r"^config.meta.data has 'knees': give any of busi, "):
-        others.read(settings("knees"))
+        auxiliary.read(settings("knees"))
     with pytest.raises(ConfigError, match=r"^config.meta.recipe is 'mine': give one of target, "):
         settings(**{"meta.recipe": "mine"})
 
@@ -244,10 +249,10 @@ def test_chexpert_takes_its_policy(monkeypatch, tmp_path):
         seen.update(given, name=name)
         return ()
 
-    monkeypatch.setattr(others.datasets, "load", load)
-    monkeypatch.setattr(others.datasets, "healthy", lambda *given: ())
+    monkeypatch.setattr(auxiliary.datasets, "load", load)
+    monkeypatch.setattr(auxiliary.datasets, "healthy", lambda *given: ())
     c = settings("chexpert", **{"data.uncertain": "positive", "data.blank": "exclude"})
-    others.records(others.read(c)[0], c, Split((), ()))
+    auxiliary.records(auxiliary.read(c)[0], c, Split((), ()))
     assert seen == {"name": "chexpert", "policy": ("positive", "exclude")}
 
 
@@ -261,17 +266,17 @@ def test_two_phantoms_in_one_run(tmp_path, monkeypatch):
         "medclip_jax.data.datasets.PHANTOMS",
         {f"phantom-{m}": (m, 4, 2, 2) for m in ("ultrasound", "mri")},
     )
-    opened, built, recipes = features.open_pool, [], []
+    opened, built, recipes = training_pool.open_pool, [], []
     monkeypatch.setattr(
-        features, "open_pool", lambda bank, *x: recipes.append(bank.recipe) or opened(bank, *x)
+        training_pool, "open_pool", lambda bank, *x: recipes.append(bank.recipe) or opened(bank, *x)
     )
-    run = train.fit.run
+    run = train.loop.run
 
     def watched(c, workdir, tower, design, *rest):
         built.append(design)
         return run(c, workdir, tower, design, *rest)
 
-    monkeypatch.setattr(train.fit, "run", watched)
+    monkeypatch.setattr(train.loop, "run", watched)
     c = config.base("k=2", name="phantom-ultrasound", **PRESETS["phantom-ultrasound"])
     c.update_from_flattened_dict(
         {

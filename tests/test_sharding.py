@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from medclip_jax import sharding
+from medclip_jax.distributed import sharding
 from medclip_jax.errors import ConfigError
 
 ROWS = (1, 7, 8, 13)
@@ -119,7 +119,7 @@ def test_start_refuses_half_an_address():
 PROCESS = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
-from medclip_jax import sharding
+from medclip_jax.distributed import sharding
 
 port, process = int(sys.argv[1]), int(sys.argv[2])
 jax.config.update("jax_platforms", "cpu")
@@ -145,7 +145,7 @@ print(json.dumps(dict(
 WATCHER = """
 import sys, time
 import jax
-from medclip_jax import sharding
+from medclip_jax.distributed import sharding
 
 port, process = int(sys.argv[1]), int(sys.argv[2])
 jax.config.update("jax_platforms", "cpu")

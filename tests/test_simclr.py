@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from medclip_jax import features, fit, learn, model, simclr
 from medclip_jax.errors import ConfigError
-from medclip_jax.structs import Views
+from medclip_jax.features import training_pool
+from medclip_jax.features.batch import Views
+from medclip_jax.models import contrastive, model
+from medclip_jax.training import loop, step
 
 from .conftest import reference_params
 from .test_learners import pool, settings, tower  # noqa: F401
@@ -18,7 +20,7 @@ FILES = reference_params("losses_*.npz")
 
 def whole(one, two, tau):
     n = len(one)
-    return simclr.ntxent(one, two, jnp.arange(n), jnp.ones(n, bool), tau)
+    return contrastive.ntxent(one, two, jnp.arange(n), jnp.ones(n, bool), tau)
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -52,21 +54,21 @@ def test_ntxent_equals_monai(one, two, value):
 def test_rows_that_fill_and_rows_of_the_same_image_are_no_negatives():
     one, two = jax.random.normal(jax.random.key(0), (2, 5, 4))
     image, valid = jnp.array([0, 1, 2, 2, 0]), jnp.array([1, 1, 1, 0, 0], bool)
-    got = simclr.ntxent(one, two, image, valid)
-    np.testing.assert_allclose(got, whole(one[:3], two[:3], simclr.TEMPERATURE), rtol=1e-6)
-    alike = simclr.ntxent(one[:2], two[:2], jnp.array([7, 7]), valid[:2])
-    grad = jax.grad(lambda x: simclr.ntxent(x, two[:1], image[:1], valid[:1]))(one[:1])
+    got = contrastive.ntxent(one, two, image, valid)
+    np.testing.assert_allclose(got, whole(one[:3], two[:3], contrastive.TEMPERATURE), rtol=1e-6)
+    alike = contrastive.ntxent(one[:2], two[:2], jnp.array([7, 7]), valid[:2])
+    grad = jax.grad(lambda x: contrastive.ntxent(x, two[:1], image[:1], valid[:1]))(one[:1])
     assert float(alike) == 0 and not np.asarray(grad).any()  # one support: nothing to tell apart
-    nothing = simclr.ntxent(one, two, image, jnp.zeros(5, bool))
+    nothing = contrastive.ntxent(one, two, image, jnp.zeros(5, bool))
     assert float(nothing) == 0
 
 
 def test_views_are_two_different_ones_and_a_function_of_the_step():
-    one, two = simclr.draw(0, 3, (400,), 3)
+    one, two = contrastive.draw(0, 3, (400,), 3)
     assert set(one) == set(two) == {-1, -2, -3, -4} and (one != two).all()
-    again = simclr.draw(0, 3, (400,), 3)
+    again = contrastive.draw(0, 3, (400,), 3)
     assert (one == again[0]).all() and (two == again[1]).all()
-    assert (one != simclr.draw(0, 4, (400,), 3)[0]).any()
+    assert (one != contrastive.draw(0, 4, (400,), 3)[0]).any()
 
 
 def augmented(pool):  # noqa: F811
@@ -80,9 +82,9 @@ def test_rows_carry_views_of_their_image_only_where_asked(pool, read):  # noqa: 
 
     def at(views):
         if read == "joint":
-            return learn.batch_at(2, pool, [own, own[:3]], 4, 0, views=views)
+            return step.batch_at(2, pool, [own, own[:3]], 4, 0, views=views)
         sizes = dict(tasks=3, k=4, shots=4, query=2)
-        return learn.episodes_at(2, pool, [[own], [own[:3]]], 0, None, views, **sizes).query
+        return step.episodes_at(2, pool, [[own], [own[:3]]], 0, None, views, **sizes).query
 
     plain, viewed = at(False), at(True)
     assert plain.views is None and isinstance(viewed.views, Views)
@@ -96,16 +98,16 @@ def test_rows_carry_views_of_their_image_only_where_asked(pool, read):  # noqa: 
 
 
 def test_weight_zero_leaves_theta_as_it_was_and_the_head_learns(tower, pool):  # noqa: F811
-    from medclip_jax import train
+    from medclip_jax import build
 
     off, on = settings(), settings(**{"loss.simclr": 0.3, "augment.rotate": 10.0})
-    design, frozen = train.build(off, tower)
+    design, frozen = build.build(off, tower)
     like = dict(key=jax.random.key(0), model=tower, design=design, context=2, shared=False)
     bare, full = model.init(**like), model.init(**like, contrast=True)
     assert set(full) - set(bare) == {"head"}
     jax.tree.map(np.testing.assert_array_equal, bare, {n: full[n] for n in bare})
 
-    batch = learn.batch_at(0, augmented(pool), [np.arange(4)], 4, 0, views=True)
+    batch = step.batch_at(0, augmented(pool), [np.arange(4)], 4, 0, views=True)
     batch = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), batch)
 
     @jax.jit
@@ -132,13 +134,14 @@ def test_simclr_needs_augmentation():
 
 
 def test_a_run_with_simclr_logs_it(tmp_path, tower, pool):  # noqa: F811
-    from medclip_jax import sharding, train
+    from medclip_jax import build
+    from medclip_jax.distributed import sharding
 
     c = settings(**{"loss.simclr": 0.3, "augment.flip": 0.5, "steps": 2})
-    design, frozen = train.build(c, tower)
+    design, frozen = build.build(c, tower)
     mesh = sharding.mesh()  # eight devices and four rows: half of the rows only fill
     pools = [augmented(pool)]
-    theta = fit.run(c, tmp_path, tower, design, frozen, pools, [], mesh, True)
+    theta = loop.run(c, tmp_path, tower, design, frozen, pools, [], mesh, True)
     assert np.isfinite(theta["head"]["out"]["kernel"]).all()
     assert '"simclr"' in (tmp_path / "metrics.jsonl").read_text()
-    assert isinstance(pools[0], features.Pool)
+    assert isinstance(pools[0], training_pool.Pool)

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import config, model, site, train
+from medclip_jax import build, config
 from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax.inference import adapt
+from medclip_jax.models import model
 
 
 def settings(**fields):
@@ -16,11 +18,11 @@ def settings(**fields):
     return config.resolve(c)
 
 
-def started(tiny, **fields) -> site.Start:
+def started(tiny, **fields) -> adapt.Start:
     c = settings(**fields)
-    design, frozen = train.build(c, tiny)
+    design, frozen = build.build(c, tiny)
     theta = model.init(jax.random.key(0), model=tiny, design=design, context=2, shared=False)
-    return site.prepare(c, tiny, design, frozen, theta)
+    return adapt.prepare(c, tiny, design, frozen, theta)
 
 
 @pytest.fixture
@@ -34,10 +36,10 @@ def images(tmp_path):
 
 def test_an_image_is_calibrated_by_what_has_not_seen_it(tiny, images):
     start = started(tiny)
-    before = site.adapt(start, images).detector.held_out
+    before = adapt.adapt(start, images).detector.held_out
     assert before.shape == (4, 16) and np.isfinite(before).all()
     Image.fromarray(np.full((40, 48), 90, np.uint8)).save(images[0])
-    after = site.adapt(start, images).detector.held_out
+    after = adapt.adapt(start, images).detector.held_out
     # folds are {0, 2} and {1, 3}: image 0 is in what scores 1 and 3, not in what scores 2
     np.testing.assert_allclose(after[2], before[2], atol=1e-6)
     assert all(np.abs(after[i] - before[i]).max() > 1e-4 for i in (0, 1, 3))
@@ -45,8 +47,8 @@ def test_an_image_is_calibrated_by_what_has_not_seen_it(tiny, images):
 
 def test_without_steps_it_is_theta_itself(tiny, images):
     start = started(tiny, **{"meta.adapt_steps": 0})
-    ready = site.adapt(start, images[:2])
-    tokens = jax.tree.map(lambda x: x[:2], site.altered_rows(start, images[:2]).features)
+    ready = adapt.adapt(start, images[:2])
+    tokens = jax.tree.map(lambda x: x[:2], adapt.altered_rows(start, images[:2]).features)
     text = model.text_features(start.theta, start.frozen, start.design)
     wanted = model.forward(start.theta, text, tokens, start.design).logit
     np.testing.assert_allclose(ready.detector.held_out, wanted, atol=1e-5)
@@ -55,7 +57,7 @@ def test_without_steps_it_is_theta_itself(tiny, images):
 
 
 def test_altered_rows_show_every_kind_once(tiny, images):
-    rows = site.altered_rows(started(tiny), images[:2])
+    rows = adapt.altered_rows(started(tiny), images[:2])
     assert rows.label.tolist() == [0, 0] + [1] * 6 and rows.mask.shape == (8, 32, 32)
     assert not rows.mask[:2].any() and rows.mask[2:].any((1, 2)).all()
     assert isinstance(rows.features.pooled, jax.Array) and rows.features.pooled.shape[0] == 8
@@ -63,9 +65,9 @@ def test_altered_rows_show_every_kind_once(tiny, images):
 
 def test_what_cannot_be_adapted_is_refused(tiny, images, tmp_path):
     with pytest.raises(ConfigError, match="1 images to adapt to: give 2 or more"):
-        site.adapt(started(tiny), images[:1])
+        adapt.adapt(started(tiny), images[:1])
     with pytest.raises(WorkdirError, match="holds no run"):
-        site.load(tmp_path / "nothing")
+        adapt.load(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(settings(learner="joint").to_json_best_effort())
     with pytest.raises(ConfigError, match="learned jointly"):
-        site.adapt(tmp_path, images)
+        adapt.adapt(tmp_path, images)

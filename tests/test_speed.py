@@ -27,7 +27,7 @@ from bench import (  # noqa: E402
     towers,
 )
 
-from medclip_jax import clip  # noqa: E402
+from medclip_jax.clip import vit  # noqa: E402
 
 
 def given(module, *words: str) -> argparse.Namespace:
@@ -84,7 +84,7 @@ def test_peak_is_told_by_number_format_and_side(capsys):
 def test_the_measured_tower_is_the_packages_and_its_products_are_counted():
     size = towers.SIZES["tiny"]
     weights, tower = towers.parameters(size), towers.tower(size)
-    found = clip.encode_images(
+    found = vit.encode_images(
         weights, towers.images(size, 2), tower=tower, mean=towers.MEAN, std=towers.STD
     )
     assert found.pooled.shape == (2, size.joint) and len(found.levels) == 3

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from medclip_jax import processes, spool
+from medclip_jax.distributed import multihost, spool
 from medclip_jax.errors import WorkdirError
 
 
@@ -26,7 +26,7 @@ def test_rows_come_back_as_they_were_put(tmp_path):
     assert list(tmp_path.iterdir()) == []  # a killed process leaves nothing
     empty = spool.Rows(0, (3, 4), np.float16, tmp_path)
     assert np.array(empty).shape == (0, 3, 4)
-    assert processes.gather_rows(rows, 7, 2, tmp_path) is rows  # one process has them all
+    assert multihost.gather_rows(rows, 7, 2, tmp_path) is rows  # one process has them all
 
 
 def test_an_npz_of_rows_is_numpys(tmp_path):

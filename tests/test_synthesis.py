@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.ndimage as ndi
 
-from medclip_jax.data import phantom, shapes, synthesis
+from medclip_jax.data import phantom
+from medclip_jax.synthesis import generate, shapes
 from tests.conftest import reference_files
 
 N = 200  # draws per kind and reference image
@@ -54,7 +55,7 @@ def test_mediclip_preset_has_the_peers_distributions(path, kind):
     rng = np.random.default_rng(11 + kind)
     keys = jax.random.split(jax.random.key(20 + kind), 3 * N)
     partners = images[rng.integers(0, 3, 3 * N)]
-    new, masks = synthesis.batch(
+    new, masks = generate.batch(
         keys, images[which], partners, np.full(3 * N, kind, np.int32), "mediclip"
     )
     levels = np.round(new * 255)
@@ -97,7 +98,7 @@ def drawn(healthy):
     images, partners = healthy[np.arange(n) % 12], healthy[(np.arange(n) * 5) % 12]
     kinds = np.arange(n, dtype=np.int32) // 75
     keys = jax.random.split(jax.random.key(3), n)
-    new, masks = synthesis.batch(keys, images, partners, kinds)
+    new, masks = generate.batch(keys, images, partners, kinds)
     return images, kinds, new, masks
 
 
@@ -105,13 +106,13 @@ def test_medclip_masks_are_binary_and_hardly_ever_empty(drawn):
     _, kinds, _, masks = drawn
     assert set(np.unique(masks)) == {0.0, 1.0}
     area = masks.sum((1, 2))
-    assert (area[kinds < 3] >= synthesis.MIN_PIXELS).mean() >= 0.99
+    assert (area[kinds < 3] >= generate.MIN_PIXELS).mean() >= 0.99
     assert not area[kinds == 3].any()
 
 
 def test_medclip_label_marks_every_visible_change_and_little_else(drawn):
     images, kinds, new, masks = drawn
-    visible = np.abs(new - images) > synthesis.VISIBLE
+    visible = np.abs(new - images) > generate.VISIBLE
     assert np.all(masks[visible] == 1.0), "every visible change is labelled"
     share = [visible[i][masks[i] > 0].mean() for i in np.flatnonzero(kinds < 3)]
     assert np.mean(share) > 0.8
@@ -144,10 +145,10 @@ def test_body_of_an_mri_is_the_head_with_its_dark_inside(healthy):
 def test_single_vmapped_and_batched_draws_agree(healthy, kind, through):
     images, partners = healthy[:4], healthy[4:8]
     keys = jax.random.split(jax.random.key(5), 4)
-    new, masks = synthesis.batch(keys, images, partners, np.full(4, kind, np.int32))
+    new, masks = generate.batch(keys, images, partners, np.full(4, kind, np.int32))
 
     def one(key, image, partner):
-        return synthesis.synthesise(key, image, partner, kind)  # a known kind: one branch compiled
+        return generate.synthesise(key, image, partner, kind)  # a known kind: one branch compiled
 
     if through == "vmap":
         other, other_masks, kinds = jax.jit(jax.vmap(one))(keys, images, partners)
@@ -162,18 +163,18 @@ def test_single_vmapped_and_batched_draws_agree(healthy, kind, through):
 
 
 def test_batch_does_not_depend_on_who_else_is_in_it(healthy):
-    n = synthesis.CHUNK + 3
+    n = generate.CHUNK + 3
     images, kinds = healthy[np.arange(n) % 12], np.arange(n, dtype=np.int32) % 4
     keys = jax.random.split(jax.random.key(9), n)
-    new, masks = synthesis.batch(keys, images, images[::-1], kinds)
-    part, part_masks = synthesis.batch(keys[-4:], images[-4:], images[::-1][-4:], kinds[-4:])
+    new, masks = generate.batch(keys, images, images[::-1], kinds)
+    part, part_masks = generate.batch(keys[-4:], images[-4:], images[::-1][-4:], kinds[-4:])
     np.testing.assert_array_equal(new[-4:], part)
     np.testing.assert_array_equal(masks[-4:], part_masks)
 
 
 def test_key_is_a_function_of_seed_image_and_variant():
     def raw(*args):
-        return tuple(np.asarray(jax.random.key_data(synthesis.key_for(*args))))
+        return tuple(np.asarray(jax.random.key_data(generate.key_for(*args))))
 
     digest = int("f3" * 32, 16)
     assert raw(0, digest, 1) == raw(0, digest, 1)
@@ -182,16 +183,16 @@ def test_key_is_a_function_of_seed_image_and_variant():
 
 
 def test_variants_differ(healthy):
-    keys = jnp.stack([synthesis.key_for(0, 77, v) for v in range(6)])
+    keys = jnp.stack([generate.key_for(0, 77, v) for v in range(6)])
     images = np.repeat(healthy[:1], 6, 0)
     for kind in range(3):
-        _, masks = synthesis.batch(keys, images, images, np.full(6, kind, np.int32))
+        _, masks = generate.batch(keys, images, images, np.full(6, kind, np.int32))
         assert len({m.tobytes() for m in masks}) == 6
 
 
 def test_sample_draws_the_four_kinds_equally(healthy):
     image = jnp.asarray(healthy[0])
-    kinds = jax.jit(jax.vmap(lambda key: synthesis.sample(key, image, image)[2]))(
+    kinds = jax.jit(jax.vmap(lambda key: generate.sample(key, image, image)[2]))(
         jax.random.split(jax.random.key(1), 400)
     )
     counts = np.bincount(kinds, minlength=4)
@@ -203,7 +204,7 @@ def test_one_or_two_anomalies_equally_often():
     image = np.random.default_rng(0).uniform(size=(224, 224)).astype(np.float32)
     keys = jax.random.split(jax.random.key(2), 200)
     images = np.repeat(image[None], 200, 0)
-    _, masks = synthesis.batch(keys, images, images, np.full(200, 2, np.int32), "mediclip")
+    _, masks = generate.batch(keys, images, images, np.full(200, 2, np.int32), "mediclip")
     two = np.mean([ndi.label(m)[1] == 2 for m in masks])
     assert 0.2 < two < 0.5
 

@@ -4,8 +4,8 @@ import tracemalloc
 
 import pytest
 
-from medclip_jax import ontology, terminology
 from medclip_jax.errors import ConfigError
+from medclip_jax.prompts import ontology, umls_snomed
 
 PNEUMONIA, TUMOR = "C0032285", "C1458155"
 
@@ -52,7 +52,7 @@ def rf2(folder, descriptions, concepts=()):
     return folder
 
 
-def description(concept, term, kind=terminology.SYNONYM, active="1", language="en"):
+def description(concept, term, kind=umls_snomed.SYNONYM, active="1", language="en"):
     core, case = "900000000000207008", "900000000000448009"
     return ("101013", "20170731", active, core, concept, language, kind, term, case)
 
@@ -64,18 +64,18 @@ def concept(sctid, active="1"):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    for module in (ontology, terminology):
+    for module in (ontology, umls_snomed):
         monkeypatch.setattr(module.logging, "warning", lambda text, *a: lines.append(text % a))
     return lines
 
 
 def test_umls_gives_words_in_one_language_without_suppressed_ones(release):
-    got = terminology.umls(release, {PNEUMONIA, TUMOR})
+    got = umls_snomed.umls(release, {PNEUMONIA, TUMOR})
     assert got[PNEUMONIA].words == ("Pneumonias", "Pneumonia", "Inflammation of lung")
     assert got[PNEUMONIA].sctids == {"233604007"}
-    assert got[TUMOR] == terminology.Entry(("Mammary Neoplasms",), frozenset())
+    assert got[TUMOR] == umls_snomed.Entry(("Mammary Neoplasms",), frozenset())
     assert set(got) == {PNEUMONIA, TUMOR}
-    german = terminology.umls(release, {PNEUMONIA}, language="GER")
+    german = umls_snomed.umls(release, {PNEUMONIA}, language="GER")
     assert german[PNEUMONIA].words == ("Lungenentzündung",)
 
 
@@ -106,7 +106,7 @@ def test_snomed_gives_active_words_without_tags(tmp_path, said):
     folder = rf2(
         tmp_path / "rf2",
         [
-            description("233604007", "Pneumonia (disorder)", terminology.FULL_NAME),
+            description("233604007", "Pneumonia (disorder)", umls_snomed.FULL_NAME),
             description("233604007", "Pulmonic inflammation"),
             description("233604007", "Retired name", active="0"),
             description("233604007", "Neumonía", language="es"),
@@ -116,9 +116,9 @@ def test_snomed_gives_active_words_without_tags(tmp_path, said):
         ],
         [concept("233604007"), concept("60046008", active="0")],
     )
-    got = terminology.snomed(folder, {"233604007", "60046008"})
+    got = umls_snomed.snomed(folder, {"233604007", "60046008"})
     assert got == {
-        "233604007": terminology.Entry(
+        "233604007": umls_snomed.Entry(
             ("Pneumonia", "Pulmonic inflammation"), frozenset({"233604007"})
         )
     }
@@ -137,19 +137,19 @@ def test_what_is_not_a_release_is_named(tmp_path):
     path = tmp_path / "MRCONSO.RRF"
     path.write_text("C0032285|ENG|P\n")
     with pytest.raises(ConfigError, match="line 1 has 3 columns, MRCONSO.RRF has 18"):
-        terminology.umls(path, {PNEUMONIA})
+        umls_snomed.umls(path, {PNEUMONIA})
     path.write_bytes(atom("C0000001", "x").encode() + b"C0032285|ENG|\xff\xfe\n")
     with pytest.raises(ConfigError, match="cannot be read"):
-        terminology.umls(path, {PNEUMONIA})
+        umls_snomed.umls(path, {PNEUMONIA})
     with pytest.raises(ConfigError, match="holds no sct2_Description_Snapshot"):
-        terminology.snomed(tmp_path, {"233604007"})
+        umls_snomed.snomed(tmp_path, {"233604007"})
     folder = rf2(tmp_path / "rf2", [("101013", "20170731", "1")])
     with pytest.raises(ConfigError, match="line 2 has 3 columns, its header 9"):
-        terminology.snomed(folder, {"233604007"})
+        umls_snomed.snomed(folder, {"233604007"})
     (file,) = folder.rglob("sct2_Description*")
     file.write_text("id\tactive\tconceptId\tterm\n")
     with pytest.raises(ConfigError, match="has no column languageCode, typeId"):
-        terminology.snomed(folder, {"233604007"})
+        umls_snomed.snomed(folder, {"233604007"})
 
 
 def test_memory_does_not_grow_with_the_release(tmp_path):
@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_the_release(tmp_path):
         file.write(ATOMS[1])
     assert path.stat().st_size > 19_000_000
     tracemalloc.start()
-    got = terminology.umls(path, {PNEUMONIA})
+    got = umls_snomed.umls(path, {PNEUMONIA})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert got[PNEUMONIA].words == ("Pneumonias",) and peak < 2_000_000
@@ -169,6 +169,6 @@ def test_memory_does_not_grow_with_the_release(tmp_path):
 
 def test_a_file_of_one_endless_line_is_refused(tmp_path):
     path = tmp_path / "MRCONSO.RRF"
-    path.write_text("x" * (terminology.LONGEST + 1))
+    path.write_text("x" * (umls_snomed.LONGEST + 1))
     with pytest.raises(ConfigError, match="has a line of over"):
-        terminology.umls(path, {PNEUMONIA})
+        umls_snomed.umls(path, {PNEUMONIA})

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import model, thinned
-from medclip_jax.structs import Features, Prompts
+from medclip_jax.clip.outputs import Features
+from medclip_jax.models import mc_dropout, model
+from medclip_jax.prompts.prompts import Prompts
 
 
 def world(form: str):
@@ -28,7 +29,7 @@ def world(form: str):
 def test_all_keys_at_once_are_the_passes_one_by_one(form):
     theta, text, features, design = world(form)
     keys = jax.random.split(jax.random.key(3), 7)
-    got = thinned.logits(theta, text, features, design, keys)
+    got = mc_dropout.logits(theta, text, features, design, keys)
     for t, key in enumerate(keys):
         for n in range(3):
             alone = jax.tree.map(lambda x, n=n: x[n : n + 1], features)
@@ -40,6 +41,6 @@ def test_all_keys_at_once_are_the_passes_one_by_one(form):
 def test_neighbours_in_the_batch_change_nothing():
     theta, text, features, design = world("softmax")
     keys = jax.random.split(jax.random.key(3), 4)
-    whole = thinned.logits(theta, text, features, design, keys)
-    part = thinned.logits(theta, text, jax.tree.map(lambda x: x[1:], features), design, keys)
+    whole = mc_dropout.logits(theta, text, features, design, keys)
+    part = mc_dropout.logits(theta, text, jax.tree.map(lambda x: x[1:], features), design, keys)
     np.testing.assert_allclose(whole[:, 1:], part, atol=1e-6)

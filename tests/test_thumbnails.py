@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import thumbnails, viewer
+from medclip_jax.evaluation import thumbnails
+from medclip_jax.report import viewer
 
 from .test_features import write_pictures
 

@@ -11,14 +11,19 @@ import numpy as np
 import optax
 import pytest
 
-from medclip_jax import config, features, fit, learn, model, writer
+from medclip_jax import config
+from medclip_jax.clip.outputs import Features
 from medclip_jax.errors import WorkdirError
-from medclip_jax.structs import Batch, Features, TrainState
+from medclip_jax.features import training_pool
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import model
+from medclip_jax.training import loop, metrics_log, step
+from medclip_jax.training.state import TrainState
 from medclip_jax.workdir import claim
 
 
 def schedule(own, size, steps, seed=0, variants=5):
-    rows = [learn.rows_at(i, np.asarray(own), size, seed, variants) for i in range(steps)]
+    rows = [step.rows_at(i, np.asarray(own), size, seed, variants) for i in range(steps)]
     support, variant = (np.concatenate(x) for x in zip(*rows, strict=True))
     return support, variant
 
@@ -36,7 +41,7 @@ def test_every_support_comes_once_per_epoch(k, size):
 
 def test_rows_are_a_function_of_the_position_alone():
     support, variant = schedule(range(10), 4, steps=9)
-    again = learn.rows_at(7, np.arange(10), 4, 0, 5)
+    again = step.rows_at(7, np.arange(10), 4, 0, 5)
     assert np.array_equal(again[0], support[28:32]) and np.array_equal(again[1], variant[28:32])
     halves = schedule(range(10), 2, steps=18)
     assert np.array_equal(halves[0], support) and np.array_equal(halves[1], variant)
@@ -61,13 +66,13 @@ def test_without_variants_all_rows_are_identity():
     "k, parts, sizes", [(8, 4, [2] * 4), (5, 4, [2, 1, 1, 1]), (3, 4, [1] * 3)]
 )
 def test_folds_partition_the_supports(k, parts, sizes):
-    groups = fit.folds(k, parts)
+    groups = loop.folds(k, parts)
     assert [len(g) for g in groups] == sizes
     assert sorted(np.concatenate(groups)) == list(range(k))
 
 
 def test_one_support_or_one_part_has_no_folds():
-    assert fit.folds(1, 4) == [] and fit.folds(8, 0) == [] and fit.folds(8, 1) == []
+    assert loop.folds(1, 4) == [] and loop.folds(8, 0) == [] and loop.folds(8, 1) == []
 
 
 # --- a step on a tiny problem -----------------------------------------------------------------
@@ -83,16 +88,16 @@ def tensor(name: str, support: int):
 @pytest.fixture
 def pool():
     rows = tuple(partial(tensor, support=s) for s in range(4))
-    return features.Pool(rows, rows, 1, 8, 8, np.zeros((len(rows), 8), int))
+    return training_pool.Pool(rows, rows, 1, 8, 8, np.zeros((len(rows), 8), int))
 
 
 def test_a_batch_holds_the_rows_of_every_copy(pool):
     members = [np.arange(4), np.array([1, 2, 3])]
-    batch = learn.batch_at(3, pool, members, 2, seed=0)
+    batch = step.batch_at(3, pool, members, 2, seed=0)
     assert batch.features.levels[0].shape == (2, 2, 4, 3)  # row, copy, patch, width
     assert batch.mask.shape == (2, 2, 8, 8) and batch.label.shape == (2, 2)
     for copy, own in enumerate(members):
-        support, variant = learn.rows_at(3, own, 2, 0, 8)
+        support, variant = step.rows_at(3, own, 2, 0, 8)
         expected = support + np.maximum(variant, 0) / 10
         np.testing.assert_allclose(batch.features.levels[0][:, copy, 0, 0], expected, rtol=1e-6)
         assert (batch.label[:, copy] == (variant >= 0)).all()
@@ -111,7 +116,7 @@ def problem(copies: int, lr: float = 0.1):
     key = jax.random.key_data(jax.random.key(0))
     return (
         TrainState(jnp.asarray(0), theta, jax.vmap(optimizer.init)(theta), key),
-        learn.make_step(quadratic, optimizer),
+        step.make_step(quadratic, optimizer),
     )
 
 
@@ -151,10 +156,10 @@ def test_one_step_is_plain_gradient_descent():
 
 
 def test_a_loss_that_is_not_finite_names_step_and_part(tmp_path):
-    with writer.Writer(tmp_path) as log:
-        fit.report(log, 10, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(0.5)})
+    with metrics_log.Writer(tmp_path) as log:
+        loop.report(log, 10, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(0.5)})
         with pytest.raises(FloatingPointError, match=r"step 20: dice is not finite"):
-            fit.report(log, 20, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(jnp.nan)})
+            loop.report(log, 20, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(jnp.nan)})
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["nonfinite"] == ["dice"]
 
@@ -177,13 +182,13 @@ def fitted(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
     c = config.base("k=4")
     c.update({"batch": 4, "steps": steps, "checkpoint_every": 7, "log_every": 5, "validations": 0})
     c.optimizer.update({"learning_rate": 0.1})
-    from medclip_jax import sharding
+    from medclip_jax.distributed import sharding
 
     mesh = sharding.mesh(jax.devices()[:1])
-    groups = fit.folds(4, 2)
+    groups = loop.folds(4, 2)
     design = SimpleNamespace(sets=())  # prompts are the loss's own matter
     args = (c, workdir, SimpleNamespace(), design, {}, [pool], groups, mesh, True)
-    return fit.run(*args)
+    return loop.run(*args)
 
 
 def test_fit_lowers_the_loss_and_copies_learn_without_their_fold(tmp_path, pool, monkeypatch):

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from medclip_jax import features, fit, model, sharding, validation
+from medclip_jax.distributed import sharding
+from medclip_jax.features import training_pool
+from medclip_jax.models import model
+from medclip_jax.training import loop, validation
 
 from .test_detector import design_of
 
@@ -33,7 +36,7 @@ def pool(tiny):
         return get
 
     clean, altered = (tuple(tensors(s, a) for s in range(4)) for a in (False, True))
-    return features.Pool(clean, altered, 2, 32, 3, np.zeros((4, 3), int))
+    return training_pool.Pool(clean, altered, 2, 32, 3, np.zeros((4, 3), int))
 
 
 def test_rows_are_the_fold_its_variants_and_the_others(pool):
@@ -70,7 +73,7 @@ def test_numbers_equal_scikit_learn_fold_by_fold():
 
 def test_each_fold_is_scored_by_the_copy_that_never_saw_it(tiny, pool):
     design, frozen = design_of(tiny)
-    groups, mesh = fit.folds(4, 2), sharding.mesh(jax.devices()[:1])
+    groups, mesh = loop.folds(4, 2), sharding.mesh(jax.devices()[:1])
     start = model.init(jax.random.key(0), tiny, design, 2, False)
     theta = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -1.5 * x]), start)
     judged = validation.judge(pool, groups, design, 0.25, mesh)
@@ -96,7 +99,7 @@ def test_nothing_held_out_is_nothing_to_validate(tiny, pool):
     mesh = sharding.mesh(jax.devices()[:1])
     assert validation.judge(pool, [], design, 0.1, mesh) is None
     bare = pool._replace(variants=0)
-    assert validation.judge(bare, fit.folds(4, 2), design, 0.1, mesh) is None
+    assert validation.judge(bare, loop.folds(4, 2), design, 0.1, mesh) is None
 
 
 @pytest.mark.parametrize(

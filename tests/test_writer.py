@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medclip_jax import writer
 from medclip_jax.errors import ConfigError, WorkdirError
 from medclip_jax.files import write_json
-from medclip_jax.writer import Writer, read_steps
+from medclip_jax.training import metrics_log
+from medclip_jax.training.metrics_log import Writer, read_steps
 
 
 def log(workdir, steps, **options):
@@ -175,4 +175,4 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 
 
 def test_plain_leaves_finite_values_alone():
-    assert writer.plain({"a": [1, 2.5, "x", None, True]}) == {"a": [1, 2.5, "x", None, True]}
+    assert metrics_log.plain({"a": [1, 2.5, "x", None, True]}) == {"a": [1, 2.5, "x", None, True]}

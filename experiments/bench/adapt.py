@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 import medclip_jax
-from medclip_jax import config, site, train
+from medclip_jax import config, train
 from medclip_jax.data import phantom
+from medclip_jax.inference import adapt
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,8 @@ def run(args: argparse.Namespace) -> dict:
         workdir = args.workdir or meta_trained(Path(folder), args)
         data = phantom.write_folder(Path(folder) / "site", "ultrasound", 7, 256, args.k, 1, 1)
         images = sorted((data / "train" / "good").iterdir())
-        loaded, start = timed(lambda: site.load(workdir))
-        seconds, readies = several(lambda: site.adapt(start, images), args.times)
+        loaded, start = timed(lambda: adapt.load(workdir))
+        seconds, readies = several(lambda: adapt.adapt(start, images), args.times)
         scorer = medclip_jax.load(workdir)
         by_call, scorers = several(lambda: scorer.adapt(images), args.times)
         held = scorers[-1].predict(images)

@@ -33,8 +33,13 @@ import numpy as np
 import optax
 
 from bench import encoder, quick, towers, workload
-from medclip_jax import config, features, fit, learn, model, sharding, validation
-from medclip_jax.structs import TrainState
+from medclip_jax import config
+from medclip_jax.distributed import sharding
+from medclip_jax.features import training_pool
+from medclip_jax.models import model
+from medclip_jax.training import loop, validation
+from medclip_jax.training import step as training_step
+from medclip_jax.training.state import TrainState
 
 TEST, BATCH = 748, 8
 
@@ -85,13 +90,13 @@ def theirs(steps: int, epochs: int, step: float, batch: float) -> dict[str, floa
 def measure(name: str, k: int, copies: int, times: int) -> dict[str, float]:
     """The best seconds of each part with so many copies of theta, taken in turn."""
     size, work = towers.SIZES[name], workload.build(name, 1, BATCH // 2)
-    pool, groups = tokens(name, k), fit.folds(k, copies - 1)
+    pool, groups = tokens(name, k), loop.folds(k, copies - 1)
     images = towers.images(size, BATCH)
     mesh = sharding.mesh()
-    own = learn.supports(k, groups)
+    own = training_step.supports(k, groups)
 
     def rows(step: int = 0):
-        return learn.batch_at(step, pool, own, BATCH, 0)
+        return training_step.batch_at(step, pool, own, BATCH, 0)
 
     trained = Trainer(work, rows(), copies)
     runs = {
@@ -110,7 +115,7 @@ def copied(theta, copies: int):
     return jax.tree.map(lambda x: np.broadcast_to(x, (copies, *np.shape(x))).copy(), theta)
 
 
-def tokens(name: str, k: int) -> features.Pool:
+def tokens(name: str, k: int) -> training_pool.Pool:
     """A pool of random tokens, 4 variants of each support, in memory."""
     size, rng = workload.SIZES[name], np.random.default_rng(3)
     bits = -(-(size.pixels**2) // 8)
@@ -123,7 +128,7 @@ def tokens(name: str, k: int) -> features.Pool:
         return held.__getitem__
 
     clean, altered = (tuple(one(n) for _ in range(k)) for n in (1, 4))
-    return features.Pool(clean, altered, 3, size.pixels, 4, np.zeros((k, 4), int))
+    return training_pool.Pool(clean, altered, 3, size.pixels, 4, np.zeros((k, 4), int))
 
 
 class Trainer:
@@ -135,7 +140,7 @@ class Trainer:
         theta = copied(work.theta, copies)
         key = jax.random.key_data(jax.random.key(0))
         self.state = TrainState(np.asarray(0), theta, jax.vmap(optimizer.init)(theta), key)
-        self.step = learn.make_step(loss, optimizer)
+        self.step = training_step.make_step(loss, optimizer)
         self.given = work.frozen, jax.device_put(batch)
 
     def __call__(self) -> float:

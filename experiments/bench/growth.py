@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from bench import growth_images, quick, towers, workload
-from medclip_jax import clip
-from medclip_jax.structs import Prompts
+from medclip_jax.clip import vit
+from medclip_jax.prompts.prompts import Prompts
 
 BATCH, ROWS = 16, 4  # images of an encoder call; rows of support and of query of a task
 
@@ -101,7 +101,7 @@ def frames(args: argparse.Namespace) -> dict:
         size = towers.SIZES[args.tower]._replace(pixels=pixels)
         given = jax.device_put((towers.parameters(size), towers.images(size, BATCH)))
         like = dict(tower=towers.tower(size), mean=towers.MEAN, std=towers.STD)
-        compiled = clip.encode_images.lower(*given, **like).compile()
+        compiled = vit.encode_images.lower(*given, **like).compile()
         runs[str(pixels)] = partial(quick.timed, compiled, *given)
         sizes.append(workload.peak_memory(compiled) / 1e6)
     seconds = [min(x) for x in workload.in_turn(runs, args.times).values()]

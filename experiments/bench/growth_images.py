@@ -17,17 +17,20 @@ import numpy as np
 from PIL import Image
 
 from bench.metrics import Growth
-from medclip_jax import config, evaluate, features, report, train
+from medclip_jax import config, train
 from medclip_jax.data import phantom
-from medclip_jax.data.presets import PRESETS
+from medclip_jax.data.catalog import PRESETS
+from medclip_jax.evaluation import evaluate
+from medclip_jax.features import encoder
+from medclip_jax.report import html
 
 K, RENDERS, NOISE = 16, 16, 4  # renders: different scenes; noise: sd, grey values
 STAGES = {  # stage -> functions that are it
-    "encode": (features, "encode_images"),
+    "encode": (encoder, "encode_images"),
     "score": (evaluate, "score_images"),
     "metrics": (evaluate, "measure"),
     "predictions.npz": (evaluate, "write_predictions"),
-    "report": (report, "write"),
+    "report": (html, "write"),
 }
 # one step, no validation and no explanations: they cost the same for every number of images
 FIELDS = {"steps": 1, "validations": 0, "explained": 0, "synthesis.variants": 2}
@@ -84,7 +87,7 @@ def job(base: Path, clip: str, n: int, side: int, seed: int, told: dict) -> dict
     told.clear()
     workdir.mkdir()
     train.run(c, workdir)
-    report.write(workdir)
+    html.write(workdir)
     sizes = {name: (workdir / name).stat().st_size for name in ("predictions.npz", "report.html")}
     sizes["bank"] = stored(base / "cache" / "bank") - before
     return {"images": n, "stages": {name: dict(told[name]) for name in STAGES}, "bytes": sizes}

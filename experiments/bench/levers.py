@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import encoder, towers, workload
-from medclip_jax import clip
-from medclip_jax.products import attend, product
+from medclip_jax.clip import vit
+from medclip_jax.clip.layers import attend, product
 
 LEVERS = ("loop", "apart", "in place", "int8", "two calls", "processes")
 
@@ -92,29 +92,29 @@ def table(dtype: str, batch: int, seconds: dict[str, list[float]], moved: dict) 
 # --- the levers -----------------------------------------------------------------------------
 
 
-def looped(weights, grey, *, tower: clip.Tower, **change):
+def looped(weights, grey, *, tower: vit.Tower, **change):
     """Pooled embeddings [n, j] with the blocks written out, by `block` where something changes."""
-    x = clip.embed(weights, clip.normalise(grey, towers.MEAN, towers.STD), tower)
+    x = vit.embed(weights, vit.normalise(grey, towers.MEAN, towers.STD), tower)
     for number in range(1, len(weights["blocks"]["fc1"]["bias"]) + 1):
         if change:
             p = jax.tree.map(lambda b, i=number - 1: b[i], weights["blocks"])
             x = block(x, p, tower, **change)
         else:
-            x = clip.run_block(weights, x, number, tower)
-    return clip.pool(weights, x, tower).astype(jnp.float32)
+            x = vit.run_block(weights, x, number, tower)
+    return vit.pool(weights, x, tower).astype(jnp.float32)
 
 
 def block(
     x,
     p,
-    tower: clip.Tower,
-    dense: Callable = clip._dense,
+    tower: vit.Tower,
+    dense: Callable = vit._dense,
     attention: Callable = attend,
     apart: bool = False,
 ):
     """clip.run_block with another dense product or attention, or three products in place of one."""
     n, s, d = x.shape
-    y = clip._layer_norm(x, p["norm1"], tower.eps)
+    y = vit._layer_norm(x, p["norm1"], tower.eps)
     parts = jax.tree.map(lambda w: jnp.split(w, 3, axis=-1), p["qkv"])
     if apart:
         three = [dense(y, {name: part[i] for name, part in parts.items()}) for i in range(3)]
@@ -122,8 +122,8 @@ def block(
         three = jnp.split(dense(y, p["qkv"]), 3, axis=-1)
     q, k, v = (z.reshape(n, s, tower.heads, d // tower.heads) for z in three)
     x = x + dense(attention(q, k, v, None).reshape(n, s, d), p["out"])
-    hidden = dense(clip._layer_norm(x, p["norm2"], tower.eps), p["fc1"])
-    return x + dense(clip._activate(hidden, tower.activation), p["fc2"])
+    hidden = dense(vit._layer_norm(x, p["norm2"], tower.eps), p["fc1"])
+    return x + dense(vit._activate(hidden, tower.activation), p["fc2"])
 
 
 def in_place(q, k, v, _):

@@ -18,10 +18,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Each number of maps in turn; the growth of the process's memory, not its whole size."""
-    from medclip_jax import metrics
-    from medclip_jax.ranking import PixelRanks
+    from medclip_jax.evaluation import pixel_metrics
+    from medclip_jax.evaluation.ranking import PixelRanks
 
-    metrics.pixel_level(Scenes(2, args.seed, 0), Scenes(2, args.seed, 1))  # imports
+    pixel_metrics.pixel_level(Scenes(2, args.seed, 0), Scenes(2, args.seed, 1))  # imports
     rows = []
     for n in args.maps:
         both = [Scenes(n, args.seed, part) for part in (0, 1)]
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict:
         making = time.perf_counter() - begin
         with Growth() as memory:
             begin = time.perf_counter()
-            found = metrics.pixel_level(*both)
+            found = pixel_metrics.pixel_level(*both)
             seconds = time.perf_counter() - begin - making * 1.5  # maps are read twice, masks once
         ranks = PixelRanks(0.0, 1.0)
         for values, mask in zip(*(Scenes(min(n, 100), args.seed, p) for p in (0, 1)), strict=True):

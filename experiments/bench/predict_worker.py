@@ -24,7 +24,7 @@ def peak_mb(name: str = "VmHWM") -> int:
 
 
 def listing(scans: Path) -> dict:
-    from medclip_jax import inputs
+    from medclip_jax.inference import inputs
 
     before, begin = peak_mb(), time.perf_counter()
     items = inputs.find([str(scans)])
@@ -37,10 +37,11 @@ def predict(workdir: Path, scans: Path, output: Path) -> dict:
     import highdicom.seg  # noqa: F401
     import matplotlib  # noqa: F401
 
-    from medclip_jax import features, trained
-    from medclip_jax import predict as prediction
+    from medclip_jax.features import encoder
+    from medclip_jax.inference import predict as inference_predict
+    from medclip_jax.inference import predictor
 
-    encode, spent = features.encode, [0.0, 0]
+    encode, spent = encoder.encode, [0.0, 0]
 
     def timed(bank, images):
         begin = time.perf_counter()
@@ -49,17 +50,17 @@ def predict(workdir: Path, scans: Path, output: Path) -> dict:
         spent[1] += 1
         return made
 
-    model = trained.load(workdir)
-    size = trained.batch_size(model)
+    model = predictor.load(workdir)
+    size = predictor.batch_size(model)
     batch = np.random.default_rng(0).random((size, *(model.bank.clip.size,) * 2), np.float32)
-    trained.score(model, batch)  # compiles
+    predictor.score(model, batch)  # compiles
     before, alone = peak_mb(), [one_batch(encode, model, batch)]
     with (
-        mock.patch.object(features, "encode", timed),
-        mock.patch.object(trained, "load", lambda _: model),
+        mock.patch.object(encoder, "encode", timed),
+        mock.patch.object(predictor, "load", lambda _: model),
     ):
         begin, cpu = time.perf_counter(), time.process_time()
-        done = prediction.run(workdir, [str(scans)], output)
+        done = inference_predict.run(workdir, [str(scans)], output)
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     peak = peak_mb()
     alone.append(one_batch(encode, model, batch))

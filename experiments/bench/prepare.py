@@ -73,14 +73,15 @@ def links(folder: Path, count: int) -> Path:
 
 def worker(name: str, root: Path) -> dict:
     from bench.predict_worker import peak_mb
-    from medclip_jax.data import builders, datasets, readers  # noqa: F401  (imported, not timed)
+    from medclip_jax.data import datasets
+    from medclip_jax.data import records as data_records  # noqa: F401  (imported, not timed)
 
     before = peak_mb()
     with tempfile.TemporaryDirectory() as cache:
         begin = time.perf_counter()
         records = datasets.load(name, root, Path(cache))
         listed = time.perf_counter() - begin
-        count = sum(1 for _ in readers.read_all(records, SIZE, "stretch"))
+        count = sum(1 for _ in data_records.read_all(records, SIZE, "stretch"))
         read = time.perf_counter() - begin - listed
     return {
         "name": name,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from bench import encoder, peak, towers, workload
-from medclip_jax import score
+from medclip_jax.detectors import memory_bank
 
 SIDE = 4096  # of the matrices of the peak
 
@@ -61,7 +61,7 @@ def scorer(size: towers.Size, images: int, k: int) -> Callable[[], float]:
         return tuple(map(jax.device_put, drawn))
 
     return partial(
-        timed, jax.jit(score.memory_distance), tokens(images, patches), tokens(k * patches)
+        timed, jax.jit(memory_bank.memory_distance), tokens(images, patches), tokens(k * patches)
     )
 
 

@@ -49,7 +49,7 @@ def worker(count: int, tower: str, k: int, learner: str, tasks: int, times: int)
 
     # has a say on a CPU only; where there are accelerators, the first `count` are taken
     jax.config.update("jax_num_cpu_devices", count)
-    from medclip_jax import sharding
+    from medclip_jax.distributed import sharding
 
     devices = jax.devices()
     if len(devices) < count:

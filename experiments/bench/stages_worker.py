@@ -86,25 +86,32 @@ def watch(clock: Clock) -> None:
     """Put the clock around the stages of a job."""
     import jax
 
-    from medclip_jax import agreement, clip, evaluate, features, fit, report, scorer, train
-    from medclip_jax.data import datasets, preprocess, readers
+    from medclip_jax import train
+    from medclip_jax.clip import vit
+    from medclip_jax.data import datasets, preprocessing, records
+    from medclip_jax.detectors import saved
+    from medclip_jax.evaluation import evaluate
+    from medclip_jax.explain import faithfulness
+    from medclip_jax.features import encoder
+    from medclip_jax.report import html
+    from medclip_jax.training import loop
 
     jax.monitoring.register_event_duration_secs_listener(clock.compiled)
-    clock.wrap_steps(readers, "read_all", "read")
+    clock.wrap_steps(records, "read_all", "read")
     for module, names, stage in (
-        (clip, ("load",), "load"),
+        (vit, ("load",), "load"),
         (datasets, ("load", "split"), "read"),
-        (preprocess, ("batch",), "preprocess"),
-        (features, ("variants",), "synthesise"),
-        (features, ("encode_share",), "encode"),
-        (features, ("write", "load"), "bank"),
-        (fit, ("run",), "train"),
+        (preprocessing, ("batch",), "preprocess"),
+        (encoder, ("variants",), "synthesise"),
+        (encoder, ("encode_share",), "encode"),
+        (encoder, ("write", "load"), "bank"),
+        (loop, ("run",), "train"),
         (train, ("assemble", "quieter"), "score"),
         (evaluate, ("score_images",), "score"),
-        (agreement, ("of_model",), "score"),
+        (faithfulness, ("of_model",), "score"),
         (evaluate, ("measure", "write_predictions"), "metrics"),
-        (scorer, ("write",), "metrics"),
-        (report, ("write",), "report"),
+        (saved, ("write",), "metrics"),
+        (html, ("write",), "report"),
     ):
         for name in names:
             clock.wrap(module, name, stage)
@@ -114,9 +121,9 @@ def first_step(done: list[float]) -> None:
     """Append the time at which the first training step has ended."""
     import jax
 
-    from medclip_jax import learn
+    from medclip_jax.training import step
 
-    make = learn.make_step
+    make = step.make_step
 
     @functools.wraps(make)
     def made(*args, **kwargs):
@@ -131,7 +138,7 @@ def first_step(done: list[float]) -> None:
 
         return run
 
-    learn.make_step = made
+    step.make_step = made
 
 
 def main() -> int:
@@ -139,11 +146,11 @@ def main() -> int:
     clock, done = Clock(), []
     clock.seconds["import"] = time.time() - float(started)  # Python's own start
     with clock.stage("import"):
-        from medclip_jax import main as door
+        from medclip_jax import main as main_module
 
         watch(clock)
         first_step(done)
-    code = door.main(["medclip-jax", *flags])
+    code = main_module.main(["medclip-jax", *flags])
     if code:
         return code
     from bench import stages

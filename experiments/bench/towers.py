@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medclip_jax import clip
+from medclip_jax.clip import vit
 
 
 class Size(NamedTuple):
@@ -31,10 +31,10 @@ EPS = 1e-5
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-def tower(size: Size, dtype: str = "float32") -> clip.Tower:
+def tower(size: Size, dtype: str = "float32") -> vit.Tower:
     """Three levels are tapped, as a run does: 1/2, 3/4 and the last."""
     levels = tuple(round(size.layers * x) for x in (0.5, 0.75, 1.0))
-    return clip.Tower(size.heads, EPS, "quick_gelu", size.patch, levels, dtype)
+    return vit.Tower(size.heads, EPS, "quick_gelu", size.patch, levels, dtype)
 
 
 def parameters(size: Size, seed: int = 0) -> dict[str, Any]:

@@ -14,8 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medclip_jax import clip, learn, model, prompts, sharding
-from medclip_jax.structs import Batch, Features, TrainState
+from medclip_jax.clip import vit
+from medclip_jax.clip.outputs import Features
+from medclip_jax.distributed import sharding
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import model
+from medclip_jax.prompts import tokenize
+from medclip_jax.training import step as training_step
+from medclip_jax.training.state import TrainState
 
 RATE = 0.01  # inner
 
@@ -47,14 +53,14 @@ class Work(NamedTuple):
     design: model.Design
     frozen: dict
     theta: dict
-    episodes: learn.Episodes  # [task, 1 copy, row, ...]
+    episodes: training_step.Episodes  # [task, 1 copy, row, ...]
 
 
 def build(name: str, tasks: int, rows: int) -> Work:
     """Random weights and tokens; `rows` of support and as many of query in each task."""
     size, rng = SIZES[name], np.random.default_rng(0)
-    embedded = clip.load("compact")
-    words = prompts.build(
+    embedded = vit.load("compact")
+    words = tokenize.build(
         embedded.tokenizer,
         embedded.eos_id,
         phrases="words",
@@ -65,7 +71,7 @@ def build(name: str, tasks: int, rows: int) -> Work:
         position="end",
     )
     vocabulary = int(words.ids.max()) + 1
-    tower = clip.Tower(size.heads, 1e-5, "quick_gelu")
+    tower = vit.Tower(size.heads, 1e-5, "quick_gelu")
     design = model.Design(words, tower, size.pixels, size.grid, "softmax", True, True, 0.0)
     frozen = {"text": text_weights(rng, size, vocabulary), "logit_scale": np.float32(4.6)}
 
@@ -93,7 +99,7 @@ def build(name: str, tasks: int, rows: int) -> Work:
         label = np.broadcast_to(np.arange(rows) % 2, (tasks, 1, rows)).astype(np.int32)
         return Batch(Features(pooled, levels), mask, label, np.ones((tasks, 1, rows), bool))
 
-    episodes = learn.Episodes(side(), side(), np.ones((tasks, 1), bool))
+    episodes = training_step.Episodes(side(), side(), np.ones((tasks, 1), bool))
     return jax.tree.map(
         jnp.asarray, Work(design, frozen, theta, episodes)._replace(design=None)
     )._replace(design=design)
@@ -114,7 +120,7 @@ def text_weights(rng, size: Size, vocabulary: int) -> dict:
 
     return {
         "token": normal(vocabulary, d),
-        "position": normal(prompts.POSITIONS, d),
+        "position": normal(tokenize.POSITIONS, d),
         "blocks": {
             "norm1": norm(n, d),
             "qkv": dense(d, 3 * d),
@@ -135,22 +141,22 @@ def step(work: Work, learner: str, inner_steps: int, mesh=None):
     """
     optimizer = optax.adam(1e-3)
     loss = partial(model.loss, design=work.design, weights=WEIGHTS)
-    inner = learn.inner(learner, inner_steps, RATE, False)
-    objective = joint(loss) if learner == "joint" else learn.episodic(loss, inner)
+    inner = training_step.inner(learner, inner_steps, RATE, False)
+    objective = joint(loss) if learner == "joint" else training_step.episodic(loss, inner)
     theta = jax.tree.map(lambda x: x[None], work.theta)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.asarray(0), theta, jax.vmap(optimizer.init)(theta), key)
     placed = None
     if mesh is not None:
         placed, state = sharding.replicated(mesh), sharding.replicate(state, mesh)
-    made = learn.make_step(objective, optimizer, placed)
+    made = training_step.make_step(objective, optimizer, placed)
     return made.lower(state, work.frozen, work.episodes).compile(), state
 
 
 def outer(work: Work, inner_steps: int) -> tuple[float, np.ndarray]:
     """Meta-loss and its gradient with respect to the context, to compare with others'."""
     loss = partial(model.loss, design=work.design, weights=WEIGHTS)
-    objective = learn.episodic(loss, learn.inner("maml", inner_steps, RATE, False))
+    objective = training_step.episodic(loss, training_step.inner("maml", inner_steps, RATE, False))
     one = jax.tree.map(lambda x: x[:, 0], work.episodes)
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (value, _), gradient = run(work.theta, work.frozen, one, jax.random.key(0))

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from medclip_jax.data import datasets, layouts, pools, readers, twins
+from medclip_jax.data import datasets, layouts, near_duplicates, splits
+from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError
-from medclip_jax.structs import Record
+from medclip_jax.io import read
 
 CONTRAST = 0.1  # of the full scale, between the 1st and the 99th percentile
 STYLES = {"stop": "bold red", "look": "yellow", "ok": "green"}
@@ -90,14 +91,14 @@ def examine(layout: layouts.Layout) -> list[Seen | str]:
     def look(example: layouts.Example) -> Seen | str:
         path = layout.root / example.id
         try:
-            frames = readers.read(path).pixels
-            readers.read_mask([layout.root / mask for mask in example.masks], frames.shape[1:])
+            frames = read.read(path).pixels
+            read.read_mask([layout.root / mask for mask in example.masks], frames.shape[1:])
         except DataError as error:
             return str(error).rstrip(".")
         if len(frames) != 1:
             return f"{path} holds {len(frames)} frames where one image is needed"
         low, high = np.percentile(frames, (1, 99))
-        thumbnail = twins.normalised(readers.fit(frames[0], twins.SIDE))
+        thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Seen(frames.shape[1:], float(high - low), thumbnail, digest)
@@ -157,7 +158,9 @@ def same(good: Sequence[tuple[layouts.Example, Seen]]) -> np.ndarray:
         return np.zeros(0, np.int64)
     hashes = [s.sha256 for _, s in good]
     _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
-    return twins.first_seen(twins.group(np.stack([good[i][1].thumbnail for i in first]))[back])
+    return near_duplicates.first_seen(
+        near_duplicates.group(np.stack([good[i][1].thumbnail for i in first]))[back]
+    )
 
 
 def sides(
@@ -165,7 +168,7 @@ def sides(
 ) -> list[Row]:
     """What stands on both sides of the split: the whole pool that supports come from, and test."""
     clean = kind == "clean"
-    drawn = pools.clean(records, seed, groups) if clean else pools.peer(records, seed, pool_size)
+    drawn = splits.clean(records, seed, groups) if clean else splits.peer(records, seed, pool_size)
     pool, test = drawn
     rows = [Row("ok", f"{kind} split", len(records), f"pool {len(pool)}, test {len(test)}")]
     if len(pool) < k:
@@ -184,7 +187,7 @@ def sides(
         "near-duplicate across the split": [
             r.id for r in test if group[r.id] in near and r.sha256 not in hashes
         ],
-        "patient across the split": list(pools.shared_patients(pool, test)),
+        "patient across the split": list(splits.shared_patients(pool, test)),
     }
     hint = "; --config.data.split=clean keeps them apart"
     return rows + [

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from medclip_jax.data.anatomy import MODALITIES, Rendered
+from medclip_jax.data.phantom_anatomy import MODALITIES, Rendered
 from medclip_jax.errors import ConfigError, WorkdirError
 
 MARKER = "phantom.json"  # written last, inside the folder: what is in it

@@ -1,0 +1,86 @@
+"""What the rooms of the house hand to one another.
+
+Shape letters, used in every annotation:
+  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
+  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
+  c prompts   t text positions
+
+Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from medclip_jax.errors import DataError
+from medclip_jax.io import read
+from medclip_jax.io.resize import Mode, fit
+
+
+class Record(NamedTuple):
+    """One image of a data set, named but not yet read."""
+
+    id: str  # path below the data root, '/' separated; unique
+    label: int  # 0 healthy, 1 abnormal
+    part: str  # the data set's own part: "train", "test", or "" where it has none
+    path: Path  # absolute
+    masks: tuple[Path, ...]  # their union is the lesion mask; empty if there is none
+    sha256: str  # of the image file's bytes
+    patient: str = ""  # whose image, where the data set says so; a code, never a name
+
+
+class Split(NamedTuple):
+    """Who is support and who is test. Supports are ordered: the first 4 of 8 are the 4 of K = 4."""
+
+    support: tuple[Record, ...]
+    test: tuple[Record, ...]
+
+
+def read_all(
+    records: Iterable[Record], size: int, mode: Mode = "stretch", workers: int | None = None
+) -> Iterator[tuple[Record, Float[np.ndarray, "s s"]]]:
+    """Read and fit many images, in order, on threads (Pillow decodes outside the GIL).
+
+    At most four images per worker are held at a time, however slowly the caller takes them.
+
+    Yields:
+      (record, pixels [size, size] in [0, 1]).
+
+    Raises:
+      DataError: as `read`, at the broken image's turn.
+    """
+    workers = workers or os.cpu_count() or 1
+    waiting = iter(records)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = collections.deque(
+            (record, pool.submit(_read_fit, record.path, size, mode))
+            for record in itertools.islice(waiting, 4 * workers)
+        )
+        while running:
+            record, future = running.popleft()
+            pixels = future.result()
+            for follower in itertools.islice(waiting, 1):
+                running.append((follower, pool.submit(_read_fit, follower.path, size, mode)))
+            yield record, pixels
+
+
+def _read_fit(path: Path, size: int, mode: Mode) -> Float[np.ndarray, "s s"]:
+    pixels = read.read(path).pixels
+    if pixels.shape[0] != 1:
+        raise DataError(
+            f"{path} holds {pixels.shape[0]} frames where one image is needed: "
+            "save the frames as files of their own."
+        )
+    return fit(pixels[0], size, mode)
+
+
+def unique(records: Iterable[Record]) -> list[Record]:
+    """Records with different content: equal files are encoded once."""
+    return list({r.sha256: r for r in records}.values())

@@ -1,0 +1,283 @@
+"""TFDS builders, free of TensorFlow: they yield names and hashes, never arrays.
+
+Importing this module imports tensorflow_datasets (half a second): callers do so inside functions.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from medclip_jax.data import chexpert, layouts
+from medclip_jax.data.catalog import ABOUT
+from medclip_jax.data.records import Record
+from medclip_jax.errors import DataError, WorkdirError
+
+BATCH = 1024  # rows read at a time
+STALE = 86400  # seconds
+BUSI_URL = "https://scholar.cu.edu.eg/Dataset_BUSI.zip"
+
+
+class Info(tfds.core.DatasetInfo):
+    """What TFDS keeps of a data set, made from the data alone."""
+
+    def initialize_from_bucket(self) -> None:
+        """Nothing: TFDS would ask a server of its makers, and leave a folder in /tmp each time."""
+
+
+class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Builder over a listed layout; its examples hold paths below `layout.root`."""
+
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {
+        "1.0.0": "Paths, labels and SHA-256 of the image files.",
+        "1.1.0": "Patients, where the data set names them.",
+    }
+
+    def __init__(self, *, layout: layouts.Layout | None = None, **kwargs: Any):
+        self.layout = layout
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        layout = self.layout or self.download(dl_manager)
+        return {"full": self._generate_examples(layout)}
+
+    def _generate_examples(self, layout: layouts.Layout) -> Iterator[tuple[str, dict[str, Any]]]:
+        for example in layout.examples:
+            yield (
+                example.id,
+                {
+                    "id": example.id,
+                    "label": example.label,
+                    "kind": example.kind,
+                    "part": example.part,
+                    "image": example.id,
+                    "masks": list(example.masks),
+                    "patient": example.patient,
+                    "sha256": _sha256(layout.root / example.id),
+                },
+            )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        about = ABOUT[next(name for name, own in BUILDERS.items() if own is type(self))]
+        return Info(
+            builder=self,
+            description=f"{about.description} Licence: {about.licence}.",
+            homepage=about.homepage,
+            citation=about.citation,
+            license=about.licence,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": text(doc="Path of the image below the root; unique."),
+                    "label": tfds.features.ClassLabel(names=["healthy", "abnormal"]),
+                    "kind": text(doc="The data set's own class."),
+                    "part": text(doc="train, test, or empty where the data set has no parts."),
+                    "image": text(doc="Path of the image below the root."),
+                    "masks": tfds.features.Sequence(text(doc="Path below the root.")),
+                    "patient": text(doc="Whose image; empty where the data set does not say."),
+                    "sha256": text(doc="Of the image file's bytes, hexadecimal."),
+                }
+            ),
+        )
+
+
+class Busi(PathBuilder):
+    """Breast Ultrasound Images: 437 benign, 210 malignant, 133 normal."""
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return layouts.busi(fetch(dl_manager, BUSI_URL))
+
+
+class BrainMri(PathBuilder):
+    """Brain MRI slices: 98 without and 155 with a tumour."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["brain_mri"].by_hand
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return layouts.brain_mri(Path(dl_manager.manual_dir))
+
+
+class ChestXray(PathBuilder):
+    """Chest films of children: healthy or pneumonia."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["chest_xray"].by_hand
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return layouts.chest_xray(Path(dl_manager.manual_dir))
+
+
+class Chexpert(PathBuilder):
+    """Frontal chest films with labels taken from reports."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["chexpert"].by_hand
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        return chexpert.layout(Path(dl_manager.manual_dir))
+
+
+class FolderAD(PathBuilder):
+    """A user's own images in the MVTec-AD layout; nothing to download."""
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
+        raise DataError(f"no folder was named: {layouts.GIVE_ROOT}.")
+
+
+BUILDERS: dict[str, type[PathBuilder]] = {
+    "busi": Busi,
+    "brain_mri": BrainMri,
+    "chest_xray": ChestXray,
+    "chexpert": Chexpert,
+    "folder": FolderAD,
+}
+
+
+def fetch_busi(cache: Path) -> Path:
+    """Download BUSI from its official address once; returns the unpacked folder.
+
+    Raises:
+      DataError: the download failed.
+      WorkdirError: the cache folder cannot be written.
+    """
+    make_folder(cache)
+    logging.info("looking for BUSI in %s, else downloading it from %s", cache, BUSI_URL)
+    with _quiet():
+        return fetch(tfds.download.DownloadManager(download_dir=str(cache / "downloads")), BUSI_URL)
+
+
+def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> Path:
+    """Download and unpack a zip archive once.
+
+    TFDS's own unpacking needs TensorFlow, so only the download is TFDS's.
+
+    Raises:
+      DataError: no network, no such address, or a broken archive.
+    """
+    by_hand = f"fetch it by hand, unpack it, and {layouts.GIVE_ROOT}"
+    try:
+        archive = Path(dl_manager.download(url))
+    except Exception as error:  # requests, urllib3, ssl and TFDS each have their own
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{url} could not be downloaded ({reason}): {by_hand}.") from error
+    unpacked = archive.with_suffix("")
+    if not unpacked.is_dir():
+        try:
+            _unpack(archive, unpacked)
+        except (zipfile.BadZipFile, EOFError) as error:
+            archive.unlink()  # or the broken download would be taken from the cache for ever
+            raise DataError(f"{url} gave a broken archive ({error}): {by_hand}.") from error
+    return unpacked
+
+
+def prepared(name: str, layout: layouts.Layout, cache: Path) -> bool:
+    """True if this very state of the data was prepared before, wholly."""
+    place = _place(layout, cache) / BUILDERS[name].name / str(BUILDERS[name].VERSION)
+    # TFDS writes into a folder of another name and renames it when it is whole.
+    return (place / "dataset_info.json").is_file()
+
+
+def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...]:
+    """Prepare the data set if needed and read its records, in natural order of ids.
+
+    Raises:
+      WorkdirError: the cache folder cannot be written.
+    """
+    place = _place(layout, cache)
+    if not prepared(name, layout, cache):
+        make_folder(place)
+        _sweep(place)
+        with _quiet():
+            try:
+                BUILDERS[name](layout=layout, data_dir=str(place)).download_and_prepare()
+            except Exception:
+                if not prepared(name, layout, cache):  # else another process was quicker
+                    raise
+    with _quiet():
+        source = BUILDERS[name](data_dir=str(place)).as_data_source(split="full")
+        # TFDS's own door to many rows at a time; a batch bounds what is held undecoded
+        starts = range(0, len(source), BATCH)
+        rows = [
+            row
+            for i in starts
+            for row in source.__getitems__(range(i, min(i + BATCH, len(source))))
+        ]
+    found = (_record(row, layout.root) for row in rows)
+    return tuple(sorted(found, key=lambda record: layouts.natural(record.id)))
+
+
+def make_folder(place: Path) -> None:
+    """Make a cache folder. Raises WorkdirError if it cannot be made or written."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise WorkdirError(
+            f"{place} cannot be written ({error.strerror}): give another cache folder."
+        ) from error
+
+
+def _sweep(place: Path) -> None:
+    """Delete what preparations of this data that were killed a day ago or more left."""
+    for path in place.glob("*/incomplete.*"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if path.is_dir() and path.stat().st_mtime < time.time() - STALE:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _place(layout: layouts.Layout, cache: Path) -> Path:
+    return cache / layouts.fingerprint(layout)
+
+
+def _record(row: dict[str, Any], root: Path) -> Record:
+    return Record(
+        id=row["id"].decode(),
+        label=int(row["label"]),
+        part=row["part"].decode(),
+        path=(root / row["image"].decode()).absolute(),
+        masks=tuple((root / mask.decode()).absolute() for mask in row["masks"]),
+        sha256=row["sha256"].decode(),
+        patient=row["patient"].decode(),
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    """Unpack beside the target and rename, so that half an archive is never taken for whole."""
+    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix="unpacking."))
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(beside)
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TFDS's progress bars, prints and import warnings off the user's terminal."""
+    tfds.disable_progress_bar()
+    chatter = logging.getLogger("absl")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.setLevel(level)

@@ -1,0 +1,116 @@
+"""Outlier suppression of anomaly maps: specks go, lesions stay (METHOD, scoring).
+
+Median filter, removal of small components, Gaussian smoothing, clipping at quantiles of the
+supports' maps, in this order; each step is off at its neutral setting. Supports go through the
+same steps before anything is calibrated on them. Maps alone are treated, not the image scores,
+which are means over patches.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import ndimage
+from skimage import morphology
+
+from medclip_jax.data.records import Record
+from medclip_jax.io import read
+
+Maps = Float[np.ndarray, "n s s"]
+
+
+class Steps(NamedTuple):
+    """The settings of config.score.suppress without the quantiles, which `floor` etc. stand for."""
+
+    median: int = 0  # pixels, odd; 0 = off
+    smallest_mm2: float = 0.0
+    smallest_pixels: int = 0
+    sigma: float = 0.0  # pixels
+    floor: float = -math.inf  # value of the map; -inf = off
+    ceiling: float = math.inf  # value of the map; inf = off
+
+
+class Learned(NamedTuple):
+    """Steps whose clipping is learned, and the treated maps of the held-out supports."""
+
+    steps: Steps
+    supports: Maps
+
+
+def learn(settings: dict, held_out: Maps, mm2: Sequence[float | None] | None = None) -> Learned:
+    """Learn the clipping from the supports' maps and treat these maps.
+
+    settings: the fields of config.score.suppress. held_out: raw maps of the supports, each held
+    out. mm2: area of a pixel of each, as `areas` gives; None: unknown for all. The quantiles are
+    those of the maps after the steps before the clipping.
+    """
+    given = dict(settings)
+    floor, ceiling = given.pop("floor"), given.pop("ceiling")
+    steps = Steps(**given)
+    maps = treat(held_out, steps, mm2)
+    if floor > 0:
+        steps = steps._replace(floor=float(np.quantile(maps, floor)))
+    if ceiling < 1:
+        steps = steps._replace(ceiling=float(np.quantile(maps, ceiling)))
+    return Learned(steps, np.clip(maps, steps.floor, steps.ceiling))
+
+
+def treat(maps: Maps, steps: Steps, mm2: Sequence[float | None] | None = None) -> Maps:
+    """The maps after all steps, float32, any range.
+
+    mm2: area of a pixel of each map in mm², None where it is unknown.
+    """
+    known = [None] * len(maps) if mm2 is None else mm2
+    out = np.empty(np.shape(maps), np.float32)
+    for i, (heat, area) in enumerate(zip(np.array(maps, np.float32), known, strict=True)):
+        if steps.median > 1:
+            heat = ndimage.median_filter(heat, steps.median, mode="nearest")
+        smallest = pixels(steps, area)
+        if smallest > 1:
+            heat = open_area(heat, smallest)
+        if steps.sigma > 0:
+            heat = ndimage.gaussian_filter(heat, steps.sigma, mode="nearest")
+        out[i] = np.clip(heat, steps.floor, steps.ceiling)
+    return out
+
+
+def open_area(heat: Float[np.ndarray, "s s"], smallest: int) -> Float[np.ndarray, "s s"]:
+    """Area opening: at every level, components of fewer than `smallest` pixels are removed.
+
+    What stood on them is lowered to the highest level at which it belongs to a component that is
+    large enough (Vincent 1993), so no threshold has to be chosen. Corners connect.
+    """
+    return morphology.area_opening(heat, area_threshold=smallest, connectivity=2)
+
+
+def pixels(steps: Steps, mm2: float | None) -> int:
+    """Least number of pixels that a component needs to stay; 0: all stay.
+
+    A component of exactly `smallest_mm2` stays.
+    """
+    if mm2 is None:
+        return int(steps.smallest_pixels)
+    # 2 mm² of pixels of 0.1 mm² are 20, whatever rounding says
+    return math.ceil(steps.smallest_mm2 / mm2 - 1e-9)
+
+
+def areas(records: Iterable[Record], size: int, fit: read.Mode) -> Iterator[float | None]:
+    """Area in mm² of a pixel of the tower frame for each image, None without a spacing.
+
+    size: side of the tower frame. fit: "stretch" or "pad". Raises DataError as readers.read.
+    """
+    for record in records:
+        image = read.read(record.path)
+        yield area(image.spacing, image.pixels.shape[1], image.pixels.shape[2], size, fit)
+
+
+def area(
+    spacing: tuple[float, float] | None, height: int, width: int, size: int, fit: read.Mode
+) -> float | None:
+    """Area in mm² of a pixel of the tower frame; spacing is that of the image, mm."""
+    if spacing is None:
+        return None
+    sides = (height, width) if fit == "stretch" else (max(height, width),) * 2
+    return spacing[0] * sides[0] / size * spacing[1] * sides[1] / size

@@ -1,0 +1,84 @@
+"""Programs that XLA has compiled are kept between runs, so that the same job starts at once."""
+
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import track
+
+
+def keep(cache: Path) -> None:
+    """Keep compiled programs below `cache`, unless JAX was told of another folder (or of none).
+
+    JAX names them by program, version and machine, so that a folder may serve all runs. Call it
+    before anything is compiled.
+    """
+    told: Any = jax.config  # its fields are made when jax is imported: unknown to a type checker
+    if told.jax_compilation_cache_dir or not told.jax_enable_compilation_cache:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+    # small ones too: a job has some two hundred, and each is read faster than it is compiled
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items."""
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def progress(items: Iterable, what: str, steps: int) -> Iterable:
+    """Show progress on the terminal; nothing where there is nothing to do."""
+    return track(items, what, steps, console=Console(stderr=True)) if steps else items
+
+
+def ahead(make: Callable[[Any], Any], items: Iterable) -> Generator[Any, None, None]:
+    """make(item) of each item, in order; the one after is made on a thread meanwhile.
+
+    An error of `make` is raised at its item's turn. Close it if it is not read to its end.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        next_one = None
+        for item in items:
+            last, next_one = next_one, pool.submit(make, item)
+            if last is not None:
+                yield last.result()
+        if next_one is not None:
+            yield next_one.result()
+
+
+EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved its state; the message says where it stands."""
+
+
+@contextmanager
+def notice() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process, until the block is left.
+
+    Python delivers signals to the main thread only; in another thread the event is never set.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,148 @@
+"""TODO."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from medclip_jax import files
+from medclip_jax.clip import vit
+from medclip_jax.clip.outputs import Features
+from medclip_jax.data import preprocessing
+from medclip_jax.data.records import Record, unique
+from medclip_jax.distributed import multihost, sharding
+from medclip_jax.distributed.runtime import batches
+from medclip_jax.errors import ConfigError
+from medclip_jax.io import read
+
+
+class Bank(NamedTuple):
+    """Where tokens are kept and how they are made."""
+
+    folder: Path
+    clip: vit.Clip
+    fit: read.Mode
+    dtype: str  # of the tokens on disk
+    mesh: Any
+    vision: Any  # the tower's parameters, on every device
+    recipe: tuple[str, ...] = ()  # preprocess.STEPS that images go through before the tower
+
+
+def open_bank(cache: Path, model: vit.Clip, fit: Any, dtype: str, mesh, recipe="") -> Bank:
+    """A bank below `cache`. Raises ConfigError for an unknown fit, dtype or recipe."""
+    if fit not in ("stretch", "pad"):
+        raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
+    vision = sharding.replicate(model.vision, mesh)
+    return with_recipe(Bank(cache / "bank" / "-", model, fit, dtype, mesh, vision), recipe)
+
+
+def with_recipe(bank: Bank, recipe: str | Sequence[str]) -> Bank:
+    """The same bank for images that are preprocessed otherwise. Raises ConfigError if unknown."""
+    model, tower = bank.clip, bank.clip.vision_tower
+    pixels = model.size, model.mean, model.std, bank.fit
+    steps = preprocessing.steps(recipe)
+    named: list[Any] = [(preprocessing.VERSION, steps)] if steps else []
+    named += ["inputs"] if tower.inputs else []
+    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, bank.dtype, *named)
+    return bank._replace(folder=bank.folder.with_name(name), recipe=steps)
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits that name the given JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_images(bank: Bank, records: Sequence[Record], size: int) -> Iterator[Features]:
+    """Features of the given images in order, `size` at a time; encode_images comes first."""
+    for group in batches(records, size):
+        held = [load(image_path(bank, r)) for r in group]
+        yield jax.tree.map(lambda *rows: np.concatenate(rows), *map(_tokens, held))
+
+
+def image_path(bank: Bank, record: Record) -> Path:
+    return bank.folder / f"{record.sha256}.safetensors"
+
+
+def lacking(records: Iterable[Record], path: Callable[[Record], Path]) -> list[Record]:
+    """Records of different content without an undamaged file, the same list in every process."""
+    kept = unique(records)
+    missing = multihost.agreed([not whole(path(r)) for r in kept])
+    return [r for r, lacks in zip(kept, missing, strict=True) if lacks]
+
+
+def whole(path: Path) -> bool:
+    """Whether there is an undamaged bank file; a damaged one is removed."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except SafetensorError:
+        logging.warning("%s is damaged and will be made again", path.name)
+        path.unlink(missing_ok=True)
+        return False
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, framework="np") as held:
+        return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+
+
+def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict | None = None):
+    """One bank file, in one piece, by the main process. Raises WorkdirError if it cannot be."""
+    if not sharding.is_main():
+        return
+    tensors = {"pooled": features.pooled[rows], **(extra or {})}
+    tensors |= {f"level{i}": x[rows] for i, x in enumerate(features.levels)}
+    tensors |= {f"input{i}": x[rows] for i, x in enumerate(features.inputs)}
+    files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
+
+
+def _tokens(held: dict[str, Any]) -> Features:
+    levels, inputs = (sum(n.startswith(part) for n in held) for part in ("level", "input"))
+    return Features(
+        held["pooled"],
+        tuple(held[f"level{i}"] for i in range(levels)),
+        tuple(held[f"input{i}"] for i in range(inputs)),
+    )
+
+
+VERSION = 1
+
+
+def encode(
+    bank: Bank,
+    stacks: Float[np.ndarray, "k v s s"],
+    how: Callable[[Float[np.ndarray, "n s s"]], Features],
+    name: str,
+) -> list[Features]:
+    """Tokens of each stack of images, on the host, in the bank's number format.
+
+    how: images -> tokens, run on the stacks that the bank lacks. name: what names `how`; with
+    the pixels and the bank's recipe it must say all that shapes the tokens.
+    """
+    paths = [place(bank, x, name) for x in stacks]
+    missing = multihost.agreed([not whole(p) for p in paths])
+    for path, images in [
+        (p, x) for p, x, lacks in zip(paths, stacks, missing, strict=True) if lacks
+    ]:
+        write(path, bank, how(np.asarray(images)), slice(None))
+    multihost.seen(paths)
+    return [_tokens(load(p)) for p in paths]
+
+
+def place(bank: Bank, images: Float[np.ndarray, "v s s"], name: str) -> Path:
+    """The bank file of a stack of images; equal pixels have one."""
+    pixels = np.ascontiguousarray(images, np.float32)
+    found = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return bank.folder / f"{found}-{digest('kept', VERSION, name)}.safetensors"

@@ -1,0 +1,188 @@
+"""Score what a user names: files, folders, globs, DICOM series, NIfTI volumes.
+
+Reading, scoring and writing overlap and hold a bounded number of images: a few small ones per core,
+or one volume. An item whose bytes and scorer are those of a finished result is skipped, so the same
+command goes on where a stopped one stood. What cannot be read is listed, not fatal.
+"""
+
+import collections
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from medclip_jax.distributed import runtime
+from medclip_jax.errors import DataError
+from medclip_jax.inference import inputs, loading, pipeline, predictor, results
+from medclip_jax.inference.loading import Job
+from medclip_jax.inference.results import Result
+from medclip_jax.io import dicom_pool, dicom_write
+
+FORMAT = 2  # of the outputs; another number makes finished items anew
+PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
+LISTED = 20  # unreadable files named on the terminal
+
+
+class Summary(NamedTuple):
+    """What a call did."""
+
+    scored: int
+    skipped: int  # finished before
+    unreadable: int
+    alarms: int  # frames over the threshold
+    table: Path  # results.csv
+
+
+def run(
+    workdir: Path,
+    named: Sequence[str],
+    output: Path,
+    part: str = "",
+    pseudonymise: bool = False,
+) -> Summary:
+    """Score all images that `named` names and write their results below `output`.
+
+    part: "i/n" takes the i-th of n shares, for several processes; each writes its own table, and
+    one call without it joins them. pseudonymise: no names or identifiers of the sources in any
+    output, also where DICOM would have them copied.
+
+    Raises DataError if nothing was found or nothing could be read, ConfigError for a bad `part`,
+    WorkdirError if there is no scorer or the output cannot be written, Preempted on SIGTERM.
+    """
+    dicom_write.quieten()
+    items = inputs.find(named, pseudonymise)
+    if not items:
+        raise DataError(
+            f"{', '.join(named)}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
+            "give files, folders or glob patterns"
+        )
+    chosen = inputs.share(items, part)
+    model = predictor.load(workdir)
+    logging.info("%d item(s) to score with %s", len(chosen), workdir)
+    stamp = hashlib.sha256(f"{FORMAT} {model.digest} {pseudonymise}".encode()).hexdigest()
+    results.sweep(output)
+    table = output / (f"results.{part.replace('/', '-of-')}.csv" if part else "results.csv")
+    done = _process(model, chosen, output, stamp, table, pseudonymise)
+    if done.unreadable == len(chosen) > 0:
+        raise DataError(
+            f"none of the {len(chosen)} item(s) could be read: {table.parent}/"
+            f"{results.unreadable_name(table.name)} says why"
+        )
+    return done
+
+
+def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
+    """Stream the items through readers, scorer and writers, in order."""
+    counts: collections.Counter[str] = collections.Counter()
+    bar = Progress(
+        TextColumn("predict"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    most = 4 * predictor.batch_size(model)  # so that the encoder does not wait for writers
+    objects = dicom_pool.builder(sum(item.kind == "dicom" for item in chosen))
+    with objects as build, _threads() as pools:  # threads end first: they wait for objects
+        with results.tables(table) as tell, runtime.notice() as asked, bar:
+            shown = bar.add_task("predict", total=len(chosen))
+            reading = loading.ahead(pools[0], chosen, model, output, stamp, asked)
+            writing: collections.deque[tuple[Job, Future | None]] = collections.deque()
+
+            def full(most: int) -> bool:
+                return len(writing) > most or sum(job.size() for job, _ in writing) > PENDING
+
+            def settle(most: int) -> None:
+                while writing and (full(most) or writing[0][1] is None or writing[0][1].done()):
+                    job, future = writing.popleft()
+                    rows = (job.rows or []) if future is None else future.result()
+                    tell(job.item, rows, job.error)
+                    kind = "unreadable" if job.error else "skipped" if future is None else "scored"
+                    counts[kind] += 1
+                    counts["alarms"] += sum(row["alarm"] for row in rows)
+                    bar.advance(shown)
+
+            with contextlib.closing(reading):
+                for job in pipeline.run(model, reading, pools[1]):
+                    future = None
+                    if not job.error and job.rows is None:
+                        future = pools[1].submit(_write, model, job, output, pseudonymise, build)
+                    writing.append((job, future))
+                    settle(most)
+                settle(0)
+            if asked.is_set():
+                at = sum(counts[kind] for kind in ("scored", "skipped", "unreadable"))
+                raise runtime.Preempted(f"stopped by SIGTERM after {at} of {len(chosen)} items")
+    _tell_unreadable(counts["unreadable"], table)
+    return Summary(
+        *(counts["scored"], counts["skipped"], counts["unreadable"], counts["alarms"]), table
+    )
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[list[ThreadPoolExecutor]]:
+    """Readers and writers."""
+    pools = [ThreadPoolExecutor(n * (os.cpu_count() or 1)) for n in (1, 2)]
+    try:
+        yield pools
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Rate(ProgressColumn):
+    """Items per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def _write(
+    model: predictor.Trained, job: Job, output: Path, pseudonymise: bool, build: dicom_pool.Build
+) -> list[dict]:
+    loaded = job.read()
+    result = Result(
+        loaded.key,
+        loaded.sha256,
+        loaded.pixels,
+        loaded.spacing,
+        loaded.meta,
+        [future.result() for future in job.marks],  # submitted to the same pool, but before
+        job.coded(),
+        model.config.data.fit,
+        {
+            "scorer": model.digest,
+            "checkpoint": model.bank.clip.digest,
+            "method": model.config.method,
+            "alpha_requested": model.limits.image.alpha_requested,
+            "alpha_attained": model.limits.image.alpha_attained,
+        },
+    )
+    return results.write(output, job.item, result, pseudonymise, build)
+
+
+def _tell_unreadable(count: int, table: Path) -> None:
+    if not count:
+        return
+    path = table.parent / results.unreadable_name(table.name)
+    lines = results.read_table(path, LISTED)
+    logging.warning("%d item(s) could not be read (all in %s):", count, path)
+    for row in lines:
+        logging.warning("  %s: %s", row["source"], row["reason"])

@@ -1,0 +1,212 @@
+"""Parsing DICOM files and refusing by the header what must not be decoded.
+
+Nothing a file says about its patient leaves this room: texts of pydicom's own errors and warnings
+may quote an element, so they are not passed on.
+"""
+
+import logging
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+
+import pydicom.config
+import pydicom.encaps
+import pydicom.filereader
+import pydicom.pixels
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
+
+from medclip_jax.errors import DataError
+from medclip_jax.io.dicom_pixels import COLOUR, GREY, PALETTE
+from medclip_jax.io.image import MAX_BYTES, check_size, load_bytes
+from medclip_jax.io.jpeg_header import stated_size
+
+STARTS = (
+    b"\x02\x00",
+    b"\x08\x00",
+    b"\x00\x08",
+)  # group 0002 or 0008 first, where "DICM" is missing
+BITS = {1, 8, 16, 32, 64}
+JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
+JPEG_LS = {uid.JPEGLSLossless, uid.JPEGLSNearLossless}
+ENCODINGS = {  # (implicit VR, little endian) of files that do not name their transfer syntax
+    (True, True): uid.ImplicitVRLittleEndian,
+    (False, True): uid.ExplicitVRLittleEndian,
+    (False, False): uid.ExplicitVRBigEndian,
+}
+
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="pydicom")
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has the letters DICM at byte 128, whatever its suffix."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False  # the reader that the suffix names will say why
+
+
+def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
+    """The data set of a file; with `tags` only those elements and no pixels.
+
+    Files without preamble are taken if they start with group 0002 or 0008; the encoding of files
+    that do not name their transfer syntax is the one pydicom finds.
+
+    Raises:
+      DataError: missing, empty, too large (also once inflated) or not DICOM.
+    """
+    raw = load_bytes(path)
+    bare = raw[128:132] != b"DICM"
+    if bare and raw[:2] not in STARTS:
+        raise DataError(f"{path} is not a DICOM file (no DICM prefix): replace or remove it.")
+    _check_deflated(path, raw)
+    ds = pydicom.dcmread(
+        BytesIO(raw),
+        force=bare,
+        stop_before_pixels=tags is not None,
+        specific_tags=None if tags is None else list(tags),
+    )
+    if not getattr(ds, "file_meta", None):
+        ds.file_meta = FileMetaDataset()
+    if not ds.file_meta.get("TransferSyntaxUID"):
+        implicit, little = ds.original_encoding
+        ds.file_meta.TransferSyntaxUID = ENCODINGS[bool(implicit), bool(little)]
+    return ds
+
+
+def check(path: Path, ds: Dataset) -> None:
+    """Refuse what has no image, what is too large and what no decoder here can read.
+
+    Raises:
+      DataError: saying which.
+    """
+    if not any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise DataError(f"{path} is DICOM without an image (no PixelData): remove it.")
+    rows, columns, frames = (count(path, ds, n) for n in ("Rows", "Columns", "NumberOfFrames"))
+    check_size(path, columns, rows, frames)
+    samples, bits = count(path, ds, "SamplesPerPixel"), count(path, ds, "BitsAllocated")
+    kind = ds.get("PhotometricInterpretation")
+    wanted = 3 if kind in COLOUR else 1
+    if kind not in GREY | COLOUR | {PALETTE} or samples != wanted or bits not in BITS:
+        raise DataError(
+            f"{path} has {samples} sample(s) of {bits} bits per pixel in a colour space that does "
+            "not fit or is not read: save it as MONOCHROME2 or RGB."
+        )
+    syntax = ds.file_meta.TransferSyntaxUID
+    try:
+        decoder = pydicom.pixels.get_decoder(syntax)
+    except NotImplementedError:
+        raise DataError(
+            f"{path} is stored as {syntax_name(ds)}, which no decoder here can read: "
+            "save it uncompressed or as JPEG 2000."
+        ) from None
+    if not decoder.is_available:
+        raise DataError(
+            f"{path} is stored as {syntax_name(ds)}, whose decoder is not installed: "
+            "install pylibjpeg with its plug-ins."
+        )
+    if syntax.is_encapsulated and syntax != uid.RLELossless:
+        _check_streams(path, ds, (columns, rows, samples), frames)
+
+
+def count(path: Path, ds: Dataset, name: str) -> int:
+    """A whole number of the header; the number of frames is 1 where it is not given.
+
+    Raises:
+      DataError: missing, or not a number.
+    """
+    value = ds.get(name)
+    if value in (None, "") and name == "NumberOfFrames":
+        return 1
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{path} has no usable {name} in its header: it is damaged or truncated, remove it."
+        ) from None
+
+
+def syntax_name(ds: Dataset) -> str:
+    """Name of the transfer syntax, if it is one of the standard's."""
+    syntax = ds.file_meta.TransferSyntaxUID
+    return syntax.name if syntax in uid.UID_dictionary else "an unknown transfer syntax"
+
+
+def plugin(path: Path, ds: Dataset) -> str:
+    """The one decoder for a file; "" where pydicom itself reads uncompressed pixels.
+
+    Left alone, pydicom tries all that are there, in an order that depends on the files before.
+    CharLS refuses damaged JPEG-LS, libjpeg does not. pydicom's own RLE decoder is slow, but the
+    fast one panics on damaged segments. libjpeg is an extra, for its licence; 8-bit JPEG goes
+    without it.
+
+    Raises:
+      DataError: the decoder of lossless or 12-bit JPEG is not installed.
+    """
+    syntax = ds.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        return ""
+    if syntax == uid.RLELossless:
+        return "pydicom"
+    if syntax in JPEG_LS:
+        return "pyjpegls"
+    if syntax in JPEG and find_spec("libjpeg") is None:
+        if syntax == uid.JPEGBaseline8Bit:
+            return "pillow"
+        raise DataError(
+            f"{path} has {syntax_name(ds)} pixels, whose decoder is not installed: "
+            "pip install pylibjpeg-libjpeg (GPL-3)."
+        )
+    return "pylibjpeg"
+
+
+def _check_deflated(path: Path, raw: bytes) -> None:
+    """Inflate a deflated data set piece by piece, keeping none, before pydicom keeps it whole."""
+    stream = BytesIO(raw)
+    pydicom.filereader.read_preamble(stream, True)
+    meta = pydicom.filereader.read_dataset(
+        stream,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, *_: tag.group != 2,
+    )
+    if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
+        return
+    inflate, total, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, raw[stream.tell() :]
+    while rest and not inflate.eof:
+        total += len(inflate.decompress(rest, 1 << 20))
+        rest = inflate.unconsumed_tail
+        if total > MAX_BYTES:
+            raise DataError(
+                f"{path} inflates to more than {MAX_BYTES:,} bytes: remove it if it is not yours."
+            )
+
+
+def _check_streams(path: Path, ds: Dataset, wanted: tuple[int, int, int], frames: int) -> None:
+    """Each compressed frame must state the size that the header states: its decoder believes it."""
+    for stream in _streams(ds, frames):
+        found = stated_size(stream)
+        if found is None:
+            raise DataError(
+                f"{path} holds no {syntax_name(ds)} stream where its header says so: "
+                "it is damaged, copy it again or remove it."
+            )
+        if tuple(found) != wanted:
+            raise DataError(
+                f"{path} says {wanted[0]} x {wanted[1]} x {wanted[2]} in its header and "
+                f"{found.width} x {found.height} x {found.components} in its {syntax_name(ds)} "
+                "stream: it is damaged, copy it again or remove it."
+            )
+
+
+def _streams(ds: Dataset, frames: int) -> Iterator[bytes]:
+    table = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
+    return pydicom.encaps.generate_frames(
+        ds.PixelData, number_of_frames=frames, extended_offsets=table if all(table) else None
+    )

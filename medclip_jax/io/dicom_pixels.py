@@ -1,0 +1,190 @@
+"""From what a DICOM file stores to what a screen would show: modality LUT, window, colour.
+
+DICOM PS3.3: C.11.1 modality LUT, C.11.2 VOI LUT and window, C.7.6.3.1.2 photometric interpretation,
+C.7.9 palettes, C.7.6.16 functional groups. Nothing here looks at who the patient is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Num
+from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_color_lut
+
+from medclip_jax.io.image import LUMA
+
+GREY = {"MONOCHROME1", "MONOCHROME2"}
+COLOUR = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
+PALETTE = "PALETTE COLOR"
+CM, REGION_2D = 3, 1  # PS3.3 C.8.5.5: unit code of centimetres, spatial format of a 2-D image
+MAX_PALETTE = 1 << 16
+
+
+class GreyError(ValueError):
+    """A header that says nothing sensible about its grey values; the text names no patient."""
+
+
+def shown(
+    ds: Dataset, stored: Num[np.ndarray, "h w *c"], frame: int
+) -> tuple[Float[np.ndarray, "h w"], bool]:
+    """One frame as it should look.
+
+    Args:
+      stored: as pydicom decodes it; colour as RGB.
+      frame: its number from 0, to find its own window in an enhanced file.
+
+    Returns:
+      (values float64, done): done means in [0, 1] with black 0, by a window, a VOI LUT or colour.
+      Else values are in the modality's units, for the caller to stretch and (MONOCHROME1) invert.
+
+    Raises:
+      GreyError: no such window, look-up table or palette can be.
+    """
+    kind = ds.PhotometricInterpretation
+    if kind in COLOUR:
+        return _luma(stored, 2.0 ** int(ds.BitsStored) - 1), True
+    if kind == PALETTE:
+        _check_palette(ds)
+        looked_up = apply_color_lut(stored, ds)
+        return _luma(looked_up, float(np.iinfo(looked_up.dtype).max)), True
+    values = _modality(ds, stored, frame)
+    unit = _voi(ds, values, frame)
+    if unit is None:
+        return values, False
+    return 1 - unit if kind == "MONOCHROME1" else unit, True
+
+
+def spacing(ds: Dataset) -> tuple[float, float] | None:
+    """mm per pixel (row, column) in the patient; None if unknown.
+
+    Pixel Spacing, of the first frame in enhanced files; else that of the detector, divided by the
+    estimated magnification; else the one that all calibrated 2-D regions of an ultrasound agree on.
+    """
+    found = _item(ds, "PixelMeasuresSequence", 0).get("PixelSpacing")
+    if not found:
+        found = ds.get("ImagerPixelSpacing") or ds.get("NominalScannedPixelSpacing")
+        zoom = float(ds.get("EstimatedRadiographicMagnificationFactor") or 1)
+        found = [float(x) / zoom for x in found] if found and zoom > 0 else _calibrated(ds)
+    if not found or len(found) != 2:
+        return None
+    row, column = (float(x) for x in found)
+    return (row, column) if 0 < row < np.inf and 0 < column < np.inf else None
+
+
+def _calibrated(ds: Dataset) -> list[float] | None:
+    regions = ds.get("SequenceOfUltrasoundRegions") or []
+    pairs = {
+        (abs(float(r.PhysicalDeltaY)) * 10, abs(float(r.PhysicalDeltaX)) * 10)
+        for r in regions
+        if r.get("RegionSpatialFormat") == REGION_2D
+        and r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == CM
+        and "PhysicalDeltaX" in r
+        and "PhysicalDeltaY" in r
+    }
+    return list(pairs.pop()) if len(pairs) == 1 else None
+
+
+def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "h w"]:
+    mixed = sum(w * colour[..., i].astype(np.float64) for i, w in enumerate(LUMA))
+    return np.clip(mixed / white, 0, 1)
+
+
+def _modality(ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int) -> Float[np.ndarray, "h w"]:
+    if ds.get("ModalityLUTSequence"):
+        return _look_up(ds, ds.ModalityLUTSequence[0], stored)[0]
+    group = _item(ds, "PixelValueTransformationSequence", frame)
+    slope, intercept = group.get("RescaleSlope"), group.get("RescaleIntercept")
+    values = stored.astype(np.float64)
+    if slope is None or intercept is None:
+        return values
+    return values * float(slope) + float(intercept)
+
+
+def _voi(
+    ds: Dataset, values: Float[np.ndarray, "h w"], frame: int
+) -> Float[np.ndarray, "h w"] | None:
+    """[0, 1] by the first VOI LUT, else by the first window, else None."""
+    group = _item(ds, "FrameVOILUTSequence", frame)
+    if group.get("VOILUTSequence"):
+        looked_up, bits = _look_up(ds, group.VOILUTSequence[0], values)
+        return looked_up / (2.0**bits - 1)
+    center, width = _first(group.get("WindowCenter")), _first(group.get("WindowWidth"))
+    if center is None or width is None:
+        return None
+    function = str(group.get("VOILUTFunction") or "LINEAR")
+    least = 1 if function == "LINEAR" else 0
+    if not np.isfinite((center, width)).all() or width < least or width == 0:
+        raise GreyError(f"its {function} window has the width {width:g}")
+    if function == "SIGMOID":
+        with np.errstate(over="ignore"):
+            return 1 / (1 + np.exp(-4 * (values - center) / width))
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    elif function != "LINEAR_EXACT":
+        raise GreyError("its window has an unknown VOI LUT function")
+    if width == 0:
+        return (values > center).astype(np.float64)
+    return np.clip((values - center) / width + 0.5, 0, 1)
+
+
+def _look_up(
+    ds: Dataset, item: Dataset, values: Num[np.ndarray, "h w"]
+) -> tuple[Float[np.ndarray, "h w"], int]:
+    """(table entries, bits per entry); values before and after the table take its ends."""
+    entries, first, bits = (int(x) for x in item.LUTDescriptor)
+    entries = entries or 1 << 16
+    data = item.LUTData
+    if isinstance(data, bytes):
+        little = ds.file_meta.TransferSyntaxUID.is_little_endian
+        wide = len(data) >= 2 * entries
+        data = np.frombuffer(data, ("<u2" if little else ">u2") if wide else np.uint8)
+    table = np.atleast_1d(np.asarray(data, np.float64))
+    if not 1 <= bits <= 16 or not 0 < entries <= len(table):
+        raise GreyError("its look-up table is shorter than it says")
+    at = np.clip(np.floor(values.astype(np.float64)) - first, 0, entries - 1)
+    if not np.isfinite(at).all():
+        raise GreyError("it has pixels that are NaN")
+    return np.minimum(table[at.astype(np.int64)], 2.0**bits - 1), bits
+
+
+def _check_palette(ds: Dataset) -> None:
+    """A segmented palette is refused where it would unroll to more than a palette can hold."""
+    for colour in ("Red", "Green", "Blue"):
+        packed = ds.get(f"Segmented{colour}PaletteColorLookupTableData")
+        if packed is None:
+            continue
+        wide = int(ds.RedPaletteColorLookupTableDescriptor[2]) > 8
+        little = ds.file_meta.TransferSyntaxUID.is_little_endian
+        words = np.frombuffer(packed, ("<u2" if little else ">u2") if wide else np.uint8)
+        if sum(_segment_lengths(words)) > MAX_PALETTE:
+            raise GreyError("its segmented palette is larger than a palette can be")
+
+
+def _segment_lengths(words: Num[np.ndarray, " n"]) -> Iterator[int]:
+    """Entries of each discrete (0) or linear (1) segment; indirect ones could unroll for ever."""
+    at = 0
+    while at + 1 < len(words):
+        kind, length = int(words[at]), int(words[at + 1])
+        if kind > 1:
+            raise GreyError("its segmented palette has indirect segments, which are not read")
+        yield length
+        at += 2 + (length if kind == 0 else 1)
+
+
+def _item(ds: Dataset, name: str, frame: int) -> Dataset:
+    """Where to look for an attribute: the frame's group, the shared one, else the file itself."""
+    own = ds.get("PerFrameFunctionalGroupsSequence") or []
+    for group in (*own[frame : frame + 1], *(ds.get("SharedFunctionalGroupsSequence") or [])[:1]):
+        if group.get(name):
+            return group[name][0]
+    return ds
+
+
+def _first(value: Any) -> float | None:
+    """First of one or more numbers; None for none."""
+    if value is None or value == "":
+        return None
+    several = isinstance(value, (list, tuple)) or hasattr(value, "__iter__")
+    values = list(value) if several and not isinstance(value, str) else [value]
+    return float(values[0]) if values else None

@@ -1,0 +1,101 @@
+"""What the rooms of the house hand to one another.
+
+Shape letters, used in every annotation:
+  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
+  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
+  c prompts   t text positions
+
+Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from medclip_jax.errors import DataError
+
+
+class Image(NamedTuple):
+    """One image file as it was read, without anything that names a patient."""
+
+    pixels: Float[np.ndarray, "f h w"]  # [0, 1], luminance
+    spacing: tuple[float, float] | None  # mm per pixel (row, column), None if unknown
+    meta: dict[str, str]  # format and modality only, never identity
+
+
+MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
+MAX_VOXELS = 1 << 28  # of all frames of a file or series: 1 GiB as float32
+MAX_BYTES = 1 << 30  # of a file, packed or unpacked
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: red, green, blue
+
+
+def load_bytes(path: Path) -> bytes:
+    """All bytes of a file of 1 byte to 1 GiB.
+
+    Raises:
+      DataError: missing, empty, too large or unreadable.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise DataError(f"{path} has {size:,} bytes and at most {MAX_BYTES:,} are read.")
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: check the path or restore the file.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from error
+    if not raw:
+        raise DataError(f"{path} is empty: copy it again or remove it.")
+    return raw
+
+
+def check_size(path: Path, width: int, height: int, frames: int = 1) -> None:
+    """Refuse by the header alone what would be dear to decode.
+
+    Raises:
+      DataError: no pixels, more than 64 million in a frame, or more than 2^28 in all frames.
+    """
+    if min(width, height, frames) < 1:
+        raise DataError(f"{path} says it has {width} x {height} x {frames} pixels: remove it.")
+    if width * height > MAX_PIXELS:
+        raise DataError(too_large(path, f"{width} x {height}"))
+    if width * height * frames > MAX_VOXELS:
+        raise DataError(
+            f"{path} has {width} x {height} pixels in {frames} frames and at most {MAX_VOXELS:,} "
+            "in all are read: save it in parts or remove it if it is not yours."
+        )
+
+
+def too_large(path: Path, what: str) -> str:
+    return (
+        f"{path} has {what} pixels and at most {MAX_PIXELS:,} are read: "
+        "scale it down or remove it if it is not yours."
+    )
+
+
+def stretch_to_unit(values: Float[np.ndarray, "f h w"], low: float, high: float) -> None:
+    """(v - low) / (high - low), in place, for the least and largest value; a constant gives 0."""
+    if high - low > float(np.finfo(np.float32).max):  # the difference would be infinite
+        values /= 2
+        low, high = low / 2, high / 2
+    values -= np.float32(low)
+    if high > low:
+        values /= np.float32(high - low)
+        np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
+
+
+def choose(path: Path, found: int, frames: tuple[int, int] | None) -> slice:
+    """The wanted frames as a slice; `frames` is (first, end), end not included, None for all.
+
+    Raises:
+      DataError: the range is empty or leaves the file.
+    """
+    first, end = frames or (0, found)
+    if not 0 <= first < end <= found:
+        raise DataError(
+            f"{path} has {found} frame(s) and {first} to {end} (end not included) were asked for: "
+            f"give a range from 0 to {found}."
+        )
+    return slice(first, end)

@@ -1,0 +1,250 @@
+"""NIfTI-1 and NIfTI-2 through nibabel: volumes in canonical orientation, and their slices.
+
+The header is checked before the voxels are unpacked, and a gzip stream is read to its end, so that
+its checksum is verified. Free text of a header (it may name a patient) is never kept.
+"""
+
+import gzip
+import logging
+import math
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import nibabel
+import numpy as np
+from isal import igzip, igzip_lib
+from jaxtyping import Float, Num
+from nibabel import orientations
+
+from medclip_jax.errors import DataError
+from medclip_jax.io.image import (
+    LUMA,
+    MAX_BYTES,
+    Image,
+    check_size,
+    choose,
+    load_bytes,
+    stretch_to_unit,
+)
+
+Axis = Literal["axial", "coronal", "sagittal"]
+AXES: dict[str, tuple[int, int, int]] = {  # canonical axis of (slices, rows, columns)
+    "axial": (2, 1, 0),
+    "coronal": (1, 2, 0),
+    "sagittal": (0, 2, 1),
+}
+MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+SINGLE, PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")  # magic letters of NIfTI-1 and NIfTI-2
+HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
+
+# nibabel prints what it mends in a header to stderr, without the file's name: of no use to anyone.
+nibabel.imageglobals.logger.setLevel(logging.CRITICAL)
+
+
+class Volume(NamedTuple):
+    """A NIfTI volume in RAS+ order: axes permuted and flipped, nothing resampled."""
+
+    voxels: Float[np.ndarray, "x y z *t"]  # float32, slope and intercept applied
+    affine: Float[np.ndarray, "4 4"]  # voxel index -> mm, float64
+    header: nibabel.Nifti1Header  # codes and units alone, no text: to save a map beside the volume
+
+
+def read_nifti(path: Path, axis: Axis = "axial", frames: tuple[int, int] | None = None) -> Image:
+    """Slices of a volume as a radiologist sees them.
+
+    Values are stretched to [0, 1] by the least and the largest value of the whole volume (all time
+    points), whichever slices are wanted; a constant volume becomes zeros.
+
+    Args:
+      axis: "axial": row 0 anterior, column 0 patient right, slices from foot to head. "coronal":
+        row 0 superior, column 0 patient right, slices from back to front. "sagittal": row 0
+        superior, column 0 anterior, slices from left to right. Oblique volumes are not resampled.
+      frames: (first, end) of the slices wanted, end not included. A 4-D volume has all slices of
+        time 0, then those of time 1, and so on.
+
+    Returns:
+      pixels [f, h, w] in [0, 1]; spacing from the affine.
+
+    Raises:
+      DataError: as `nifti_volume`; NaN or infinite voxels; a range that leaves the volume.
+    """
+    volume = nifti_volume(path)
+    broken = volume.voxels.size - np.count_nonzero(np.isfinite(volume.voxels))
+    if broken:
+        raise DataError(
+            f"{path} has {broken:,} voxels that are NaN, infinite or beyond float32: "
+            "set them to a number first."
+        )
+    pixels = slices(volume.voxels, axis)
+    stretch_to_unit(pixels, float(pixels.min()), float(pixels.max()))
+    scale = MM[volume.header.get_xyzt_units()[0]]
+    sizes = np.sqrt((volume.affine[:3, :3] ** 2).sum(0)) * scale
+    row, column = (float(sizes[a]) for a in AXES[axis][1:])
+    known = np.isfinite((row, column)).all() and min(row, column) > 0
+    wanted = choose(path, len(pixels), frames)
+    return Image(pixels[wanted], (row, column) if known else None, {"format": "NIfTI"})
+
+
+def nifti_volume(path: Path) -> Volume:
+    """Read .nii, .nii.gz, or a pair .hdr and .img (either may be named).
+
+    Returns:
+      The volume, 3-D or 4-D (a 2-D image has one slice); NaN and infinities as they are stored.
+      A file without orientation (qform and sform codes 0) gets nibabel's fall-back and a warning.
+
+    Raises:
+      DataError: missing, empty, truncated, corrupt or too large; not NIfTI; more than 4 axes or
+        complex voxels.
+    """
+    try:
+        return _volume(path)
+    except DataError:
+        raise
+    except Exception as error:  # nibabel and numpy fed hostile bytes may throw anything
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise DataError(
+            f"{path} cannot be read as NIfTI ({reason}): the file is damaged or of another "
+            "format, copy it again or remove it."
+        ) from error
+
+
+def slices(voxels: Float[np.ndarray, "x y z *t"], axis: Axis) -> Float[np.ndarray, "f h w"]:
+    """Slices along an axis of a canonical volume, a copy: [t * slices, rows, columns]."""
+    turned = np.moveaxis(voxels, AXES[axis], (0, 1, 2))[:, ::-1, ::-1]
+    if turned.ndim == 4:
+        turned = np.moveaxis(turned, 3, 0).reshape(-1, *turned.shape[1:3])
+    return np.ascontiguousarray(turned)
+
+
+def stack(frames: Num[np.ndarray, "f h w"], axis: Axis) -> Num[np.ndarray, "x y z"]:
+    """Inverse of `slices` for one time point, a view: maps of all slices become a volume."""
+    return np.moveaxis(frames[:, ::-1, ::-1], (0, 1, 2), AXES[axis])
+
+
+def save_map(path: Path, heat: Float[np.ndarray, "f h w"], axis: Axis, like: Volume) -> None:
+    """Write maps of all slices along `axis` as NIfTI that lies over the volume they were made of.
+
+    Args:
+      path: .nii or .nii.gz.
+      heat: one map per slice, in the image's own frame, any range.
+      like: the volume as read.
+
+    Raises:
+      DataError: the maps do not fill the volume.
+    """
+    voxels = stack(heat.astype(np.float32), axis)
+    if voxels.shape != like.voxels.shape[:3]:
+        raise DataError(
+            f"{path} would hold {voxels.shape} voxels and its volume {like.voxels.shape[:3]}: "
+            "give a map of every slice."
+        )
+    nibabel.Nifti1Image(voxels, like.affine, like.header).to_filename(path)
+
+
+def _volume(path: Path) -> Volume:
+    header, data = _stored(path)
+    if data.dtype.fields:
+        bands = [w * data[b].astype(np.float32) for w, b in zip(LUMA, "RGB", strict=True)]
+        data = bands[0] + bands[1] + bands[2]
+    elif data.dtype.kind not in "iuf":
+        raise DataError(f"{path} holds voxels of kind '{data.dtype}': save real numbers.")
+    slope, intercept = header.get_slope_inter()
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32: infinite, told by caller
+        voxels = data.astype(np.float32)
+        if slope is not None and (slope, intercept) != (1, 0):
+            voxels *= np.float32(slope)
+            voxels += np.float32(intercept)
+    if not (header["qform_code"] or header["sform_code"]):
+        logging.warning("%s does not say how the patient lay: left and right are a guess.", path)
+    affine = header.get_best_affine()
+    turn = orientations.io_orientation(affine)
+    if np.isnan(turn).any():
+        raise DataError(f"{path} has an affine that flattens space: mend its header.")
+    canonical = orientations.apply_orientation(voxels, turn)
+    back = orientations.inv_ornt_aff(turn, voxels.shape[:3])
+    return Volume(canonical, affine @ back, _plain_header(header))
+
+
+def _plain_header(header: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
+    plain = nibabel.Nifti1Header()
+    plain.set_data_dtype(np.float32)
+    plain["qform_code"], plain["sform_code"] = header["qform_code"], header["sform_code"]
+    units = header.get_xyzt_units()[0]
+    plain.set_xyzt_units(xyz=units if units in MM else "unknown")
+    return plain
+
+
+def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
+    """Header and stored voxels, 3-D or 4-D; unpacked only after the header was found harmless.
+
+    Extensions (they may hold a whole DICOM header) are not even parsed.
+    """
+    raw = load_bytes(path)
+    if path.name.lower().endswith((".hdr", ".img")):
+        upper = path.suffix.isupper()
+        header = _header(path, load_bytes(path.with_suffix(".HDR" if upper else ".hdr")), PAIR)
+        raw = load_bytes(path.with_suffix(".IMG" if upper else ".img"))
+    elif path.name.lower().endswith(".gz"):
+        header = _header(path, _unpack(path, raw, HEADER_BYTES), SINGLE)
+        raw = _unpack(path, raw, _promised(path, header), to_the_end=True)
+    else:
+        header = _header(path, raw, SINGLE)
+    promised, shape = _promised(path, header), header.get_data_shape()
+    if len(raw) < promised:
+        raise DataError(
+            f"{path} holds {len(raw):,} of the {promised:,} bytes that its header promises: "
+            "it is truncated, copy it again."
+        )
+    kind, offset = header.get_data_dtype(), int(header.get_data_offset())
+    stored = np.frombuffer(raw, kind, math.prod(shape), offset).reshape(shape, order="F")
+    return header, stored.reshape(*shape, 1) if stored.ndim == 2 else stored
+
+
+def _header(path: Path, raw: bytes, magics: tuple[bytes, bytes]) -> nibabel.Nifti1Header:
+    """The header of the NIfTI that the magic letters tell, with a harmless shape."""
+    if raw[344:347] == magics[0]:
+        header = nibabel.Nifti1Header(raw[:348])
+    elif raw[4:7] == magics[1]:
+        header = nibabel.Nifti2Header(raw[:540])
+    else:
+        raise DataError(f"{path} is not a NIfTI file (no magic letters): replace or remove it.")
+    shape = [int(n) for n in header.get_data_shape()]
+    if not 2 <= len(shape) <= 4:
+        raise DataError(f"{path} has {len(shape)} axes and 2 to 4 are read: save it as 3-D.")
+    check_size(path, shape[0], shape[1], math.prod(shape[2:]))
+    return header
+
+
+def _promised(path: Path, header: nibabel.Nifti1Header) -> int:
+    """Bytes up to the last voxel; too many are refused."""
+    voxels = math.prod(int(n) for n in header.get_data_shape())
+    offset = int(header.get_data_offset())
+    promised = offset + voxels * header.get_data_dtype().itemsize
+    if not 0 <= offset <= promised <= MAX_BYTES:
+        raise DataError(
+            f"{path} says it holds {promised:,} bytes and at most {MAX_BYTES:,} are read: "
+            "save it in parts or remove it if it is not yours."
+        )
+    return promised
+
+
+def _unpack(path: Path, raw: bytes, wanted: int, to_the_end: bool = False) -> bytes:
+    """The first `wanted` bytes of a gzip stream; the rest is read (for its checksum), not kept."""
+    try:
+        with igzip.IGzipFile(fileobj=BytesIO(raw)) as stream:  # reads in a third of the time
+            head = stream.read(wanted)
+            total = len(head)
+            while to_the_end and (more := len(stream.read(1 << 20))):
+                total += more
+                if total > MAX_BYTES:
+                    raise DataError(
+                        f"{path} unpacks to more than {MAX_BYTES:,} bytes: "
+                        "remove it if it is not yours."
+                    )
+            return head
+    except gzip.BadGzipFile as error:
+        raise DataError(f"{path} is not gzip or is damaged ({error}): copy it again.") from error
+    except (EOFError, zlib.error, igzip_lib.error) as error:  # type: ignore[misc] # its stub errs
+        raise DataError(f"{path} is a damaged or truncated gzip: copy it again.") from error

@@ -1,0 +1,96 @@
+"""Reading images and masks: one door, `read(path)`, whatever the format.
+
+Files are untrusted: limits are in `sources`, and every broken file is one `DataError` naming it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+
+from medclip_jax.errors import DataError
+from medclip_jax.io.dicom import read_dicom, read_series
+from medclip_jax.io.dicom_header import is_dicom
+from medclip_jax.io.image import Image, choose
+from medclip_jax.io.nifti import Axis, read_nifti
+from medclip_jax.io.pillow import read_pillow
+from medclip_jax.io.resize import Mode, fit, fit_mask, fit_spacing, to_frame
+
+__all__ = [
+    "SUFFIXES",
+    "Axis",
+    "Mode",
+    "fit",
+    "fit_mask",
+    "fit_spacing",
+    "read",
+    "read_mask",
+    "read_series",
+    "to_frame",
+]
+
+MASK_THRESHOLD = 127  # of 255: JPEG-like noise round 0 and 255 stays on its side
+PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+DICOM = (".dcm", ".dicom", ".ima")
+NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+SUFFIXES = PILLOW + DICOM + NIFTI  # besides these, any file with the letters DICM at byte 128
+
+
+def read(path: Path, axis: Axis = "axial", frames: tuple[int, int] | None = None) -> Image:
+    """Read an image file by its suffix, a DICOM file whatever its suffix, or a DICOM folder.
+
+    Args:
+      path: PNG, JPEG, BMP, TIFF, DICOM, NIfTI (.nii, .nii.gz, a pair), or a folder with one DICOM
+        series.
+      axis: along which a NIfTI volume is sliced; of no meaning to the rest.
+      frames: (first, end) of the frames, pages or slices wanted, end not included; None for all.
+
+    Returns:
+      pixels float32 [f, h, w] in [0, 1], luminance, upright; spacing in mm or None; meta with
+      format and (DICOM) modality, never with identity. How stored values become [0, 1]: see
+      `read_pillow`, `read_dicom`, `read_nifti`.
+
+    Raises:
+      DataError: missing, empty, truncated, too large or of a kind that cannot be read.
+    """
+    name = path.name.lower()
+    if path.is_dir():
+        return read_series(path, frames)
+    if name.endswith(PILLOW):
+        image = read_pillow(path)
+        return image._replace(pixels=image.pixels[choose(path, len(image.pixels), frames)])
+    if name.endswith(NIFTI):
+        return read_nifti(path, axis, frames)
+    if name.endswith(DICOM) or is_dicom(path):
+        return read_dicom(path, frames)
+    raise DataError(
+        f"{path} has the suffix '{path.suffix}', which cannot be read, and is not DICOM: "
+        f"give one of {', '.join(SUFFIXES)}."
+    )
+
+
+def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """Union of mask files, True where a pixel is brighter than 127 of 255.
+
+    Args:
+      paths: mask files of one image; none gives an empty mask.
+      shape: (height, width) of the image, pixels.
+
+    Raises:
+      DataError: a mask is missing, unreadable, or of another size than its image.
+    """
+    union = np.zeros(shape, bool)
+    for path in paths:
+        pixels = read(path).pixels[0]
+        if pixels.shape != tuple(shape):
+            raise DataError(
+                f"mask {path} is {_size(pixels.shape)} pixels but its image is {_size(shape)}: "
+                "give a mask drawn on the image itself."
+            )
+        union |= pixels > MASK_THRESHOLD / 255
+    return union
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]}"

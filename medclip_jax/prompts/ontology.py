@@ -1,0 +1,274 @@
+"""Findings, anatomy and modalities with their codes and synonyms: UMLS, SNOMED CT, RadLex, DO.
+
+The shipped table (assets/ontology/*.csv) covers the shipped data sets. Codes are facts; each row
+says where each of its codes comes from, and a code that is not known for certain is left empty.
+No licensed terminology is shipped: `load` also reads a user's own CSV, a UMLS MRCONSO.RRF or the
+folder of a SNOMED CT RF2 release, and adds their words and codes.
+"""
+
+import csv
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import logging
+
+from medclip_jax.errors import ConfigError
+from medclip_jax.prompts import umls_snomed
+
+KINDS = ("anatomy", "modality", "finding")
+CODES = ("cui", "sctid", "rid", "doid")
+COLUMNS = ("kind", "name", "synonyms", *CODES, "parent", "site", "source")
+SHAPES = {
+    "cui": (r"C\d{7}", "a UMLS CUI is C and seven digits"),
+    "sctid": (r"[1-9]\d{5,17}", "a SNOMED CT id is 6 to 18 digits, the last a check digit"),
+    "rid": (r"RID\d+", "a RadLex id is RID and digits"),
+    "doid": (r"DOID:\d+", "a Disease Ontology id is DOID: and digits"),
+}
+MEMORY = "expert knowledge, check before clinical use"
+
+
+class Concept(NamedTuple):
+    """One row of the table. An empty code is not known, which is not the same as not existing."""
+
+    kind: str  # KINDS
+    name: str  # preferred
+    synonyms: tuple[str, ...]
+    cui: str  # UMLS
+    sctid: str  # SNOMED CT
+    rid: str  # RadLex
+    doid: str  # Disease Ontology
+    parent: str  # name of the broader concept; of an anatomy, what contains it
+    site: str  # name of the anatomy where a finding is, or that a modality shows
+    source: str  # "words: …; cui: …; sctid: …"
+
+
+class Ontology(NamedTuple):
+    """All concepts, and every normalised name, synonym and code of theirs."""
+
+    concepts: tuple[Concept, ...]
+    by_name: dict[str, Concept]
+
+
+class Words(NamedTuple):
+    """What fills prompt templates; the word that was asked for stands first in each group."""
+
+    anatomy: tuple[str, ...]
+    conditions: tuple[str, ...]
+    modality: tuple[str, ...]
+
+
+def load(extra: str = "") -> Ontology:
+    """The shipped table, with `extra` merged in: a CSV, a MRCONSO.RRF or an RF2 folder.
+
+    A CSV has the columns kind and name, and any of COLUMNS; synonyms are parted by "|". A row whose
+    name is known adds its synonyms and replaces the codes it gives. Raises ConfigError for a file
+    that is not there, misses a column, or holds a code that cannot be one.
+    """
+    folder = resources.files("medclip_jax") / "assets" / "ontology"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".csv")), key=lambda f: f.name)
+    concepts = [c for f in files for c in rows(f.name, f.read_text("utf-8").splitlines())]
+    if not extra:
+        return indexed(concepts)
+    path = Path(extra).expanduser()
+    if not path.exists():
+        raise ConfigError(f"prompts.ontology_file {extra}: there is no such file; give its path")
+    if (path / "MRCONSO.RRF").is_file():
+        path = path / "MRCONSO.RRF"
+    if path.is_dir():
+        return licensed(concepts, "sctid", umls_snomed.snomed(path, codes(concepts, "sctid")))
+    if path.suffix.lower() == ".rrf":
+        return licensed(concepts, "cui", umls_snomed.umls(path, codes(concepts, "cui")))
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); save it as UTF-8 CSV") from None
+    return indexed(merge(concepts, rows(str(path), lines)))
+
+
+def find(ontology: Ontology, term: str, kind: str | None = None) -> Concept:
+    """The concept of a name, synonym or code; case, spaces and hyphens do not matter.
+
+    Raises ConfigError with the nearest terms if there is none of this `kind`.
+    """
+    found = ontology.by_name.get(key(term))
+    if found is not None and kind in (None, found.kind):
+        return found
+    known = [t for t, c in ontology.by_name.items() if kind in (None, c.kind)]
+    near = difflib.get_close_matches(key(term), known, n=3, cutoff=0.5)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise ConfigError(
+        f"the ontology has no {kind or 'concept'} {term!r}{hint}; "
+        "correct the word or add it in a file named by prompts.ontology_file"
+    )
+
+
+def expand(
+    ontology: Ontology, conditions: Sequence[str], anatomy: str, modality: str, most: int = 0
+) -> Words:
+    """Synonyms of what a data set shows, at most `most` words each (0 = all).
+
+    A condition is first looked up within its anatomy: "tumor" of the breast is "breast tumor".
+    Raises ConfigError for an unknown word.
+    """
+
+    def words(asked: str, concept: Concept) -> list[str]:
+        every = {key(w): w for w in (concept.name, *concept.synonyms)} | {key(asked): asked}
+        rest = [w for k, w in every.items() if k != key(asked)]
+        return [asked, *rest][: most or None]
+
+    def condition(asked: str) -> Concept:
+        there = ontology.by_name.get(key(f"{anatomy} {asked}"))
+        if there is not None and there.kind == "finding":
+            return there
+        return find(ontology, asked, "finding")
+
+    found = [w for c in conditions for w in words(c, condition(c))]
+    return Words(
+        tuple(words(anatomy, find(ontology, anatomy, "anatomy"))),
+        tuple({key(w): w for w in found}.values()),
+        tuple(words(modality, find(ontology, modality, "modality"))),
+    )
+
+
+def sources(concept: Concept) -> dict[str, str]:
+    """Where the words and each code of a concept come from."""
+    return dict(piece.split(": ", 1) for piece in concept.source.split("; ") if ": " in piece)
+
+
+def verified(concept: Concept) -> tuple[str, ...]:
+    """The code fields that came from a file, and not from memory or quotation."""
+    said = sources(concept)
+    return tuple(
+        f for f in CODES if getattr(concept, f) and "check before" not in said.get(f, MEMORY)
+    )
+
+
+def key(term: str) -> str:
+    """How terms are compared."""
+    return re.sub(r"[\s_-]+", " ", term).strip().casefold()
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def rows(name: str, lines: Iterable[str]) -> list[Concept]:
+    """Concepts of a CSV table; `name` is what error messages call it."""
+    table = csv.DictReader(lines)
+    header = table.fieldnames or []
+    missing = [c for c in ("kind", "name") if c not in header]
+    if missing:
+        raise ConfigError(f"{name} has no column {' and '.join(missing)}: add it to the first line")
+    unknown = [c for c in header if c not in COLUMNS]
+    if unknown:
+        raise ConfigError(
+            f"{name} has the unknown column {', '.join(map(str, unknown))}: "
+            f"columns are {', '.join(COLUMNS)}"
+        )
+    return [concept(f"{name} line {table.line_num}", row) for row in table]
+
+
+def concept(where: str, row: dict) -> Concept:
+    """One row, checked."""
+    if None in row or None in row.values():
+        raise ConfigError(f"{where} has more or fewer cells than the first line: quote its commas")
+    cell = {c: (row.get(c) or "").strip() for c in COLUMNS}
+    if cell["kind"] not in KINDS:
+        raise ConfigError(f"{where}: kind is {cell['kind']!r}, give one of {', '.join(KINDS)}")
+    if not cell["name"]:
+        raise ConfigError(f"{where} has no name: give one")
+    for field, (shape, rule) in SHAPES.items():
+        code = cell[field]
+        good = not code or re.fullmatch(shape, code, re.ASCII)
+        if not good or (code and field == "sctid" and not check_digit(code)):
+            raise ConfigError(f"{where}: {field} {code!r} is not a code, {rule}; correct it")
+    words = tuple(w.strip() for w in cell.pop("synonyms").split("|") if w.strip())
+    given = [f for f in ("words", *CODES) if f == "words" or cell[f]]
+    source = cell.pop("source") or "; ".join(f"{f}: {where}" for f in given)
+    return Concept(**cell, synonyms=words, source=source)
+
+
+def check_digit(sctid: str) -> bool:
+    """Whether the Verhoeff check digit of a SNOMED CT id is right (dihedral group D5)."""
+    place, total = list(range(10)), 0
+    for digit in reversed(sctid):
+        a, b = total, place[int(digit)]
+        turned = a % 5 + b % 5 if a < 5 else a % 5 - b % 5
+        total = turned % 5 + 5 * ((a < 5) != (b < 5))
+        place = [place[i] for i in (1, 5, 7, 6, 2, 8, 3, 0, 9, 4)]
+    return total == 0
+
+
+def merge(concepts: list[Concept], new: list[Concept]) -> list[Concept]:
+    """Rows of `new` joined to those of the same kind and name, or appended."""
+    merged = {(c.kind, key(c.name)): c for c in concepts}
+    for c in new:
+        old = merged.get((c.kind, key(c.name)))
+        if old is not None:
+            given = {f: v for f in (*CODES, "parent", "site") if (v := getattr(c, f))}
+            new_said = sources(c)
+            said = sources(old) | {f: new_said.get(f, c.source) for f in given if f in CODES}
+            source = "; ".join(f"{f}: {text}" for f, text in said.items())
+            c = old._replace(**given, synonyms=(*old.synonyms, *c.synonyms), source=source)
+        merged[c.kind, key(c.name)] = c
+    return list(merged.values())
+
+
+def indexed(concepts: list[Concept]) -> Ontology:
+    """Raises ConfigError if a term names two concepts, or a parent or site is not in the table."""
+    index: dict[str, Concept] = {}
+    for c in concepts:
+        for term in (c.name, *c.synonyms, *filter(None, (getattr(c, f) for f in CODES))):
+            other = index.setdefault(key(term), c)
+            if other is not c:
+                raise ConfigError(
+                    f"the ontology calls both {other.name!r} and {c.name!r} {term!r}: "
+                    "take it from one of them in prompts.ontology_file"
+                )
+    for c in concepts:
+        for term in filter(None, (c.parent, c.site)):
+            if key(term) not in index:
+                raise ConfigError(f"the ontology has no {term!r}, of which {c.name!r} is part")
+    return Ontology(tuple(concepts), index)
+
+
+def codes(concepts: list[Concept], field: str) -> frozenset[str]:
+    return frozenset(filter(None, (getattr(c, field) for c in concepts)))
+
+
+def licensed(concepts: list[Concept], field: str, found: dict[str, umls_snomed.Entry]) -> Ontology:
+    """Words (and SNOMED CT ids) of a licensed release added to the concepts that carry its codes.
+
+    A word that already names another concept is left out. What the release does not know, or maps
+    otherwise than the table, is logged as a warning.
+    """
+    taken = set(indexed(concepts).by_name)
+    result = []
+    for c in concepts:
+        entry = found.get(getattr(c, field))
+        if entry is None:
+            if getattr(c, field):
+                logging.warning("the release does not know %s (%s)", getattr(c, field), c.name)
+            result.append(c)
+            continue
+        new = {key(w): w for w in entry.words if key(w) not in taken}
+        taken |= set(new)
+        c = c._replace(synonyms=(*c.synonyms, *new.values()))
+        if entry.sctids and not c.sctid and len(entry.sctids) == 1:
+            (sctid,) = entry.sctids
+            if sctid not in taken:
+                taken.add(sctid)
+                c = c._replace(sctid=sctid, source=f"{c.source}; sctid: UMLS MRCONSO")
+        elif entry.sctids and c.sctid and c.sctid not in entry.sctids:
+            logging.warning(
+                "the release maps %s (%s) to SNOMED CT %s, the table to %s",
+                c.name,
+                c.cui,
+                ", ".join(sorted(entry.sctids)),
+                c.sctid,
+            )
+        result.append(c)
+    return indexed(result)

@@ -1,0 +1,160 @@
+"""What each kind of synthetic anomaly does to an image: pure JAX, in the full frame.
+
+Each of `cutpaste`, `gauss` and `source` draws a shape, places it and returns the altered values and
+the pixels they are for. `bodies` are the body masks of the image and its partner; None is the
+peer's way (anywhere). Formulas: section 4.3 of the paper and MediCLIP's medsyn.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from medclip_jax.synthesis import shapes
+from medclip_jax.synthesis.shapes import Pair
+
+SIDES = {"cutpaste": (0.1, 0.6), "gauss": (0.3, 0.8), "source": (0.2, 0.6)}  # shares of the frame
+
+Image = Float[Array, "h w"]
+Mask = Bool[Array, "h w"]
+
+
+def limits(name: str, image: Image) -> tuple[Pair, Pair, Pair]:
+    """Frame size and the smallest and largest box sides of a kind, in pixels."""
+    frame = jnp.array(image.shape, jnp.float32)
+    lo, hi = SIDES[name]
+    return frame, jnp.round(lo * frame), jnp.round(hi * frame)
+
+
+def relative(image: Image, corner: Pair) -> tuple[Image, Image]:
+    """Row and column of every pixel, from the corner."""
+    y = jax.lax.broadcasted_iota(jnp.float32, image.shape, 0) - corner[0]
+    return y, jax.lax.broadcasted_iota(jnp.float32, image.shape, 1) - corner[1]
+
+
+def in_box(y: Image, x: Image, box: Pair, margin: int = 0) -> Mask:
+    """Pixels (relative to the corner) of the box, less a margin."""
+    inside_y = (y >= margin) & (y <= box[0] - 1 - margin)
+    return inside_y & (x >= margin) & (x <= box[1] - 1 - margin)
+
+
+def perlin_at(
+    key: PRNGKeyArray, name: str, image: Image, bodies: tuple[Mask, Mask] | None
+) -> tuple[Pair, Image, Image, Mask]:
+    """A Perlin shape in its place: box, pixels relative to its corner, pixels inside it."""
+    k_shape, k_place = jax.random.split(key)
+    frame, lo, hi = limits(name, image)
+    shape = shapes.draw_perlin(k_shape, lo, hi)
+    points = shapes.grid_points(shape.box)
+    hit = shapes.in_perlin(shape, points[..., 0], points[..., 1])
+    body = None if bodies is None else bodies[0]
+    corner = shapes.place(k_place, shape.box, frame, body, points, hit)
+    y, x = relative(image, corner)
+    inside = in_box(y, x, shape.box) & shapes.in_perlin(shape, y, x)
+    return shape.box, y, x, inside if body is None else inside & body
+
+
+def cutpaste(
+    key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
+) -> tuple[Image, Mask]:
+    """A turned (45 degrees at most) and scaled piece of the partner, pasted hard."""
+    k_shape, k_turn, k_scale, k_flip, k_crop = jax.random.split(key, 5)
+    box, y, x, inside = perlin_at(k_shape, "cutpaste", image, bodies)
+    frame = limits("cutpaste", image)[0]
+    turn = jax.random.uniform(k_turn, minval=-jnp.pi / 4, maxval=jnp.pi / 4)
+    scale = 1 + 0.1 * jax.random.exponential(k_scale)
+    scale = jnp.where(jax.random.bernoulli(k_flip), scale, 1 / scale)
+    matrix = shapes.rotation(turn)
+    low, size = extent(matrix, box)
+    matrix = matrix * jnp.minimum(scale, jnp.min(0.8 * frame / size))
+    low, size = extent(matrix, box)
+    body = None if bodies is None else bodies[1]
+    points = shapes.grid_points(size)
+    crop = shapes.place(k_crop, size, frame, body, points, jnp.ones(points.shape[:2], bool))
+    start = crop - low
+    rows = matrix[0, 0] * y + matrix[0, 1] * x + start[0]
+    columns = matrix[1, 0] * y + matrix[1, 1] * x + start[1]
+    return resample(partner, rows, columns), inside
+
+
+def extent(matrix: Float[Array, "2 2"], box: Pair) -> tuple[Pair, Pair]:
+    """Lowest corner and size, in whole pixels, of the box [0, h] x [0, w] after the matrix."""
+    corners = matrix @ (jnp.array([[0, 0, 1, 1], [0, 1, 0, 1]]) * box[:, None])
+    low = jnp.floor(corners.min(1))
+    return low, jnp.ceil(corners.max(1)) - low
+
+
+def gauss(
+    key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
+) -> tuple[Image, Mask]:
+    """A blotchy brightening or darkening by up to 0.4..0.6 under a blurred Perlin shape."""
+    k_shape, k_noise, k_coarse, k_gain, k_sign, k_blur = jax.random.split(key, 6)
+    box, y, x, inside = perlin_at(k_shape, "gauss", image, bodies)
+    sigma = jnp.where(jax.random.bernoulli(k_coarse), 4.0, 7.0)
+    texture = blur(
+        random_bits(k_noise, image.shape), sigma, jnp.zeros(2), limits("gauss", image)[0]
+    )
+    texture = (texture - texture.min()) / (texture.max() - texture.min())
+    gain = jax.random.uniform(k_gain, minval=0.4, maxval=0.6) * jax.random.rademacher(k_sign)
+    softness = jax.random.uniform(k_blur, minval=1.0, maxval=4.0)
+    if bodies is None:
+        soft = blur(inside.astype(jnp.float32), softness, jnp.array([-y[0, 0], -x[0, 0]]), box)
+        return image + gain * texture * soft, inside
+    soft = blur(inside.astype(jnp.float32), softness, jnp.zeros(2), limits("gauss", image)[0])
+    return image + gain * texture * soft, bodies[0]
+
+
+def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "h w"]:
+    """Fair coin tosses, 0.0 or 1.0, 32 to a random word."""
+    count = shape[0] * shape[1]
+    words = jax.random.bits(key, (-(-count // 32), 1))
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return bits.reshape(-1)[:count].reshape(shape).astype(jnp.float32)
+
+
+def blur(image: Image, sigma: Float[Array, ""], corner: Pair, box: Pair) -> Image:
+    """Gaussian blur inside a box, renormalised at the box's edges; 0 outside the box.
+
+    Two matrix products, so that sigma and the box need not be static.
+    """
+
+    def weights(length, start, size):
+        i = jnp.arange(length, dtype=jnp.float32) - start
+        valid = (i >= 0) & (i <= size - 1)
+        kernel = jnp.exp(-0.5 * ((i[:, None] - i[None]) / sigma) ** 2)
+        kernel = kernel * (valid[:, None] & valid[None])
+        return kernel / jnp.maximum(kernel.sum(1, keepdims=True), 1e-12)
+
+    rows = weights(image.shape[0], corner[0], box[0])
+    return rows @ image @ weights(image.shape[1], corner[1], box[1]).T
+
+
+def source(
+    key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
+) -> tuple[Image, Mask]:
+    """Radial magnification about a point of a sheared rectangle or ellipse: pixel at distance d of
+    D to the edge takes the value at d^k / D^(k-1), k = 2^U(0.5, 2)."""
+    k_shape, k_place, k_centre, k_power = jax.random.split(key, 4)
+    frame, lo, hi = limits("source", image)
+    shape = shapes.draw_sheared(k_shape, frame, lo, hi)
+    points = shapes.grid_points(shape.box)
+    hit = shapes.in_sheared(shape, points[..., 0], points[..., 1])
+    body = None if bodies is None else bodies[0]
+    corner = shapes.place(k_place, shape.box, frame, body, points, hit)
+    y, x = relative(image, corner)
+    inside = in_box(y, x, shape.box) & shapes.in_sheared(shape, y, x)
+    pick = jax.random.categorical(k_centre, jnp.where(hit, 0.0, -jnp.inf).reshape(-1))
+    cy, cx = jnp.round(points.reshape(-1, 2)[pick])
+    power = 2 ** jax.random.uniform(k_power, minval=0.5, maxval=2.0)
+    dy, dx = y - cy, x - cx
+    d = jnp.maximum(jnp.sqrt(dy**2 + dx**2), 1e-6)
+    my, mx = (shape.box - 1) / 2
+    edge = shapes.distance_to_edge(shape, cy - my, cx - mx, dy / d, dx / d)
+    shrink = jnp.clip(d / jnp.maximum(edge, 1e-6), 0.0, 1.0) ** (power - 1)
+    value = resample(image, corner[0] + cy + dy * shrink, corner[1] + cx + dx * shrink)
+    moved = jnp.where(in_box(y, x, shape.box, margin=1), value, image)
+    return moved, inside if body is None else inside & body
+
+
+def resample(image: Image, rows: Image, columns: Image) -> Image:
+    """Values at fractional pixels, bilinear, edge values outside."""
+    return jax.scipy.ndimage.map_coordinates(image, [rows, columns], order=1, mode="nearest")

@@ -1,0 +1,95 @@
+"""Training state on disk (orbax): the newest two checkpoints, each whole or absent."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from medclip_jax.errors import CheckpointError, WorkdirError
+from medclip_jax.training.state import TrainState
+
+
+def open(workdir: Path) -> ocp.CheckpointManager:
+    """The checkpoints of a workdir. Raises WorkdirError if the folder cannot be used."""
+    # orbax reports every file it touches; its errors reach us as exceptions too
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    folder = (workdir / "checkpoints").absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    except OSError as error:
+        raise WorkdirError(
+            f"{workdir}/checkpoints cannot be written ({error.strerror}): give another workdir"
+        ) from error
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+    """Write the state of this step in the background.
+
+    Raises WorkdirError if the disk refuses it; that may be said of the save before.
+    """
+    step = int(state.step)
+    with told(manager):
+        if step in manager.all_steps():  # damaged, since the run resumed before it
+            manager.delete(step)
+        # forced, or nothing would be saved below the step of a damaged checkpoint
+        item = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        manager.save(step, args=item, force=True)
+
+
+@contextmanager
+def finishing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Wait for the last save and close. Raises WorkdirError if the disk refused it."""
+    try:
+        yield
+    finally:
+        with told(manager):
+            manager.wait_until_finished()
+            manager.close()
+
+
+@contextmanager
+def told(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turn what orbax and tensorstore raise on a full or read-only disk into a WorkdirError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore raises ValueError
+        if code:
+            reason = os.strerror(int(code[1]))
+        elif isinstance(error, OSError):
+            reason = str(error.strerror)
+        else:
+            raise
+        raise WorkdirError(
+            f"a checkpoint cannot be written to {manager.directory} ({reason}): free space there; "
+            "the same command goes on from the checkpoint before"
+        ) from error
+
+
+def restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
+    """The newest whole state, placed as `like`; None if there is none.
+
+    A damaged checkpoint is passed over for the one before it, with a warning. Raises
+    CheckpointError if there are checkpoints and none can be read.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return manager.restore(step, args=args)["state"]
+        except Exception as error:  # orbax and tensorstore raise many types on damaged files
+            reason = str(error).splitlines()[0]
+            logging.warning("checkpoint %d cannot be read and is passed over (%s)", step, reason)
+    if steps:
+        raise CheckpointError(
+            f"{manager.directory}: none of the checkpoints {steps} can be read, or they are of "
+            "another model; remove that folder to train anew"
+        )
+    return None
