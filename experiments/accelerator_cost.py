@@ -86,7 +86,7 @@ def encoder() -> float:
 
 
 def training_step(rows: int, causal: bool = True) -> float:
-    """Gradient of the loss of one copy of theta on `rows` images and 21 prompts.
+    """Gradient of the loss of one copy of params on `rows` images and 21 prompts.
 
     causal False is MediCLIP's text tower, which reads all 77 positions.
     """
@@ -95,7 +95,7 @@ def training_step(rows: int, causal: bool = True) -> float:
     batch = jax.tree.map(lambda x: x[0, 0], work.episodes.support)
     loss = partial(model.loss, design=design, weights=workload.WEIGHTS)
     grad = jax.value_and_grad(lambda t, f, b: loss(t, f, b, None)[0])
-    return flops(grad, work.theta, work.frozen, batch)
+    return flops(grad, work.params, work.frozen, batch)
 
 
 def prompt_map() -> float:
@@ -104,10 +104,10 @@ def prompt_map() -> float:
     batch = jax.tree.map(lambda x: x[0, 0], work.episodes.support).features
     text = array(len(work.design.prompts.ids), JOINT)
 
-    def run(theta, text, features):
-        return model.forward(theta, text, features, work.design).logit
+    def run(params, text, features):
+        return model.forward(params, text, features, work.design).logit
 
-    return flops(run, work.theta, text, batch)
+    return flops(run, work.params, text, batch)
 
 
 def memory_map(k: int) -> float:
@@ -118,7 +118,7 @@ def memory_map(k: int) -> float:
 
 
 def taken(method: str, k: int) -> int:
-    """Gradients of one copy of theta in a run."""
+    """Gradients of one copy of params in a run."""
     c = config.base(f"k={k}")
     c.update({"learner": method} if method in config.LEARNERS else {"method": method})
     c = config.resolve(c)
@@ -157,7 +157,7 @@ def parts(methods: list[str], ks: list[int], draws: int) -> list[Part]:
     return [part for part in found if part.times]
 
 
-def bank(images: int, bytes_each: int) -> float:
+def feature_cache(images: int, bytes_each: int) -> float:
     """Gigabytes of tokens on disk."""
     return images * (len(TOWER.levels) * PATCHES * WIDTH + JOINT) * bytes_each / 1e9
 
@@ -179,8 +179,8 @@ def main() -> None:
         cost = f"{times * each / 1e15:.2f} | {times * each / args.peak / args.share:,.0f}"
         print(f"| {name} | {times:,} | {each / 1e9:,.2f} | {cost} |")
     print(f"| all | | | {total / 1e15:.2f} | {total / args.peak / args.share:,.0f} |")
-    held = [f"{bank(rows[0].times, size):,.0f} GB as {n}" for n, size in BYTES.items()]
-    print(f"\nThe bank's {rows[0].times:,} images take {' or '.join(held)}.")
+    held = [f"{feature_cache(rows[0].times, size):,.0f} GB as {n}" for n, size in BYTES.items()]
+    print(f"\nThe feature_cache's {rows[0].times:,} images take {' or '.join(held)}.")
 
 
 BYTES = {"float32": 4, "bfloat16": 2}

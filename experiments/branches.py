@@ -4,7 +4,7 @@ python experiments/branches.py --config configs/busi.py configs/brain_mri.py --k
   --out runs/branches [--look probes] [--sum asinh] [--set data.root=DIR ...]
 
 A run of each draw is trained once (method ours; seed i is draw i) and its tokens are read from the
-bank. Then every branch gives one value per image: of the supports (each held out), of probes
+feature_cache. Then every branch gives one value per image: of the supports (each held out), of probes
 painted on them (data/probes: kinds that training never shows) and of the test images. These values
 are kept, one file per draw, and fusions of them are compared without running anything again.
 
@@ -113,20 +113,24 @@ def values(c, workdir: Path) -> dict[str, np.ndarray]:
     records = datasets.load(c.data.name, root, cache, c.k, (c.data.uncertain, c.data.blank))
     split = splits.split(records, c.k, c.seed, c.data.pool, c.data.split, cache)
     mesh = sharding.mesh()
-    bank = features_cache.open_bank(cache, tower, c.data.fit, c.bank_dtype, mesh, c.data.recipe)
+    feature_cache = features_cache.open_cache(
+        cache, tower, c.data.fit, c.cache_dtype, mesh, c.data.recipe
+    )
     design, frozen = build.build(c, tower)
     groups = loop.folds(c.k, c.calibration.folds)
-    theta = trained(c, workdir, tower, design, 1 + len(groups))
+    params = trained(c, workdir, tower, design, 1 + len(groups))
 
-    images = support_images.healthy_images(bank, split.support)
+    images = support_images.healthy_images(feature_cache, split.support)
     painted = probes.paint(images, probes.kinds_of(c.data.modality), VARIANTS, c.seed)
-    tokens = features_cache.encode(bank, painted.images, partial(encoder.encode, bank), "branches")
+    tokens = features_cache.encode(
+        feature_cache, painted.images, partial(encoder.encode, feature_cache), "branches"
+    )
     shown = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in tokens]
     read = evaluate.scorer(tower.size, c.score.top)
-    made = branches(c, theta, frozen, design, bank, split.support, images, groups)
+    made = branches(c, params, frozen, design, feature_cache, split.support, images, groups)
     found = {name: ensemble.evidence(b, shown, read) for name, b in made.items()}
     test = {name: [] for name in made}
-    for batch in features_cache.load_images(bank, split.test, 32):
+    for batch in features_cache.load_images(feature_cache, split.test, 32):
         batch = jax.tree.map(jnp.asarray, batch)
         for name, b in made.items():
             of = b.image(batch) if b.image is not None else read(b.patches(batch))
@@ -144,26 +148,26 @@ def trained(c, workdir: Path, tower, design, copies: int):
     manager = checkpoints.open(workdir)
     with checkpoints.finishing(manager):
         state = checkpoints.restore(manager, loop.start(c, tower, design, optimizer, copies))
-    return jax.device_get(state.theta)
+    return jax.device_get(state.params)
 
 
-def branches(c, theta, frozen, design, bank, supports, images, groups):
+def branches(c, params, frozen, design, feature_cache, supports, images, groups):
     """Every detector that is looked at."""
-    tokens, _ = support_images.healthy_tokens(bank, supports)
-    other = encoder.encode(bank, images[:, :, ::-1])
+    tokens, _ = support_images.healthy_tokens(feature_cache, supports)
+    other = encoder.encode(feature_cache, images[:, :, ::-1])
     both = jax.tree.map(
         lambda a, b: jnp.stack([a, jnp.asarray(b, jnp.float32)], 1).reshape(-1, *a.shape[1:]),
         *(tokens, other),
     )
     mirrored = memory_bank.remember(both, rows=2)
-    plain, _ = build.build(c, bank.clip, context=0)
+    plain, _ = build.build(c, feature_cache.clip, context=0)
     return {
-        "learned": prompt_detector.learned(theta, frozen, design, tokens, groups),
+        "learned": prompt_detector.learned(params, frozen, design, tokens, groups),
         "memory": memory_bank.remember(tokens),
         "mirrored": mirrored._replace(held_out=mirrored.held_out[::2], k=len(supports)),
-        "aligned": aligned(tokens, bank.clip.grid),
-        "zero_shot": zero_shot.zero_shot(theta, frozen, plain, bank.clip, tokens),
-        "pooled": pooled(tokens, bank.clip.grid),
+        "aligned": aligned(tokens, feature_cache.clip.grid),
+        "zero_shot": zero_shot.zero_shot(params, frozen, plain, feature_cache.clip, tokens),
+        "pooled": pooled(tokens, feature_cache.clip.grid),
     }
 
 

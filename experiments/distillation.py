@@ -6,7 +6,7 @@ python experiments/distillation.py --config configs/busi.py --k 16 --draws 3 --o
 Draw i is seed i for all three; --teacher and --student are repeated, a field each. What is compared
 is the learned branch alone, which is what teaches. Finished runs are skipped. Writes table.md: mean
 image and pixel AUROC with the 95% t interval of the first, and the images scored per second from
-tokens in the bank to maps and scores (the stage `score`; MC-dropout and checks are off).
+tokens in the feature cache to maps and scores (the stage `score`; MC-dropout and checks are off).
 """
 
 import argparse

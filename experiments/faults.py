@@ -28,7 +28,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, IMAGES = 300, 20, 40
 PATIENCE = 600  # seconds until a stage must be reached; a job takes about ten
-STAGES = ("bank", "training", "checkpoint", "scoring")  # of one training job, in order
+STAGES = ("feature_cache", "training", "checkpoint", "scoring")  # of one training job, in order
 PREDICT, REPRODUCE = ("predict",) * 3, ("reproduce",) * 3
 TABLE_STEPS, METHODS = 100, ("ours", "memory")  # of the runs of reproduce.py
 
@@ -97,7 +97,7 @@ class World(NamedTuple):
         return Job((*flags, f"--output={output}"), output, output)
 
     def reproduction(self, name: str) -> Job:
-        """Two small runs and their tables: results/, runs/ and a bank of its own in the folder."""
+        """Two small runs and their tables: results/, runs/ and a feature_cache of its own in the folder."""
         folder = self.base / name
         fields = {
             "data.root": self.data,
@@ -141,7 +141,7 @@ def world(base: Path) -> World:
 
 def moment(stage: str, job: Job, rng: np.random.Generator) -> Callable[[], bool]:
     """A condition that holds from a random moment of the stage on."""
-    if stage == "bank":
+    if stage == "feature_cache":
         least = int(rng.integers(1, 25))
         return lambda: sum(1 for _ in job.cache.rglob("*")) >= least
     if stage == "training":

@@ -49,7 +49,7 @@ class Work(NamedTuple):
     prompts: float
     memory: float
     moved: float  # bytes: its share of the weights, its tokens
-    kept: float  # bytes of its tokens in a bank
+    kept: float  # bytes of its tokens in a feature_cache
 
 
 def shapes(size: towers.Size, dtype: str) -> dict:
@@ -115,7 +115,9 @@ def main() -> None:
     work = count(towers.SIZES[args.tower], args.k)
     each = f"{work.encode / 1e9:.2f} to encode, {work.prompts / 1e9:.2f} prompts, "
     print(f"GFLOP an image: {each}{work.memory / 1e9:.2f} memory of {args.k} supports")
-    print(f"bytes an image: {work.kept / 1e6:.2f} MB in a bank, {work.moved / 1e6:.2f} MB moved\n")
+    print(
+        f"bytes an image: {work.kept / 1e6:.2f} MB in a feature_cache, {work.moved / 1e6:.2f} MB moved\n"
+    )
     head = ("platform", "images/s", "cores that read for it", "supports that fit its memory")
     print(f"| {' | '.join(head)} | price of a million images |\n|{'---|' * 5}")
     for on in platforms(args.cpu_flops, args.share):

@@ -6,7 +6,7 @@ python experiments/reproduce.py --out results --runs runs/reproduce --set data.r
 
 Draw i is seed i for every method. A finished run is never made again, so a killed command goes on;
 several processes share the work with --part 1/2 and --part 2/2 (same --runs folder), and whichever
-comes last writes tables of all that is finished. Tokens are kept in one bank, compiled programs in
+comes last writes tables of all that is finished. Tokens are kept in one feature_cache, compiled programs in
 its folder. Writes below --out: runs.csv (a line per run), summary.csv (a line per data set, K,
 method and metric, with intervals, tests and published context), tables.md, figures/ (images of
 each K, training, and over draws ROC, scores, calibration, risk against coverage).

@@ -1,7 +1,7 @@
 """Runs of the whole model that differ in a part, many in one process: what ablations.py needs.
 
 What a single run makes anew is kept here: the list of images and the tokens and masks of the test
-set, the compiled training step of each variant, and within a draw the trained theta and the values
+set, the compiled training step of each variant, and within a draw the trained params and the values
 of every branch. A part that only scores (tiles, suppression, the memory) so costs no training, and
 a part that only trains no second memory. Training, branches, fusion and scores are the package's
 own; MC-dropout, explanations, intervals and files are left out. Maps are measured in the tower
@@ -45,7 +45,7 @@ class Place(NamedTuple):
     """Where a run takes place."""
 
     tower: vit.Clip
-    bank: cache.Bank
+    feature_cache: cache.FeatureCache
     supports: Sequence[Record]
     test: Sequence[Record]
 
@@ -65,7 +65,7 @@ class Ground:
         self.branches: dict[Any, detector.Detector] = {}
 
     def place(self, c: ConfigDict) -> Place:
-        """Tower, bank and split of a run; another draw forgets what the last one trained."""
+        """Tower, feature_cache and split of a run; another draw forgets what the last one trained."""
         runtime.keep(Path(c.cache))
         named = c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine
         if named not in self.towers:
@@ -78,24 +78,24 @@ class Ground:
             self.draw, self.thetas, self.branches = (c.k, c.seed), {}, {}
         where = c.data.pool, c.data.split, Path(c.cache)
         drawn = splits.split(self.records, c.k, c.seed, *where)
-        like = c.data.fit, c.bank_dtype, sharding.mesh(), preprocessing.steps(c.data.recipe)
-        bank = cache.open_bank(Path(c.cache), self.towers[named], *like)
-        return Place(self.towers[named], bank, drawn.support, drawn.test)
+        like = c.data.fit, c.cache_dtype, sharding.mesh(), preprocessing.steps(c.data.recipe)
+        feature_cache = cache.open_cache(Path(c.cache), self.towers[named], *like)
+        return Place(self.towers[named], feature_cache, drawn.support, drawn.test)
 
     def batches(self, at: Place, tiles: int) -> list[Features]:
         """Tokens of the test images on the device, BATCH at a time, read once."""
-        key = at.bank.folder, tiles, tuple(r.id for r in at.test)
+        key = at.feature_cache.folder, tiles, tuple(r.id for r in at.test)
         if key not in self.tokens:
-            encoder.encode_images(at.bank, at.test)
+            encoder.encode_images(at.feature_cache, at.test)
             if tiles > 1:
-                tiling.encode_images(at.bank, [*at.supports, *at.test], tiles)
+                tiling.encode_images(at.feature_cache, [*at.supports, *at.test], tiles)
             load = cache.load_images if tiles == 1 else tiling.loader(tiles)
-            read = load(at.bank, at.test, BATCH)
+            read = load(at.feature_cache, at.test, BATCH)
             self.tokens[key] = [
                 jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), b) for b in read
             ]
         elif tiles > 1:  # another draw has other supports
-            tiling.encode_images(at.bank, at.supports, tiles)
+            tiling.encode_images(at.feature_cache, at.supports, tiles)
         return self.tokens[key]
 
 
@@ -113,18 +113,18 @@ def run(ground: Ground, config: ConfigDict) -> dict[str, Any]:
     trained = key(c, leave=(*SCORING, *UNSEEN))
     if trained not in ground.thetas:
         ground.thetas[trained] = theta_of(ground, c, at, groups)
-    theta, design, frozen = ground.thetas[trained]
+    params, design, frozen = ground.thetas[trained]
 
     def branch(name: str) -> detector.Detector:
         named = name.removesuffix(ensemble.IMAGE_ONLY), branch_key(c, name, at, trained)
         if named not in ground.branches:
-            given = c, theta, frozen, design, at.bank, at.supports, groups
+            given = c, params, frozen, design, at.feature_cache, at.supports, groups
             ground.branches[named] = remembering(build.branch_of(name, *given), test)
         return ground.branches[named]
 
-    given = theta, frozen, design, at.bank, at.supports, groups
+    given = params, frozen, design, at.feature_cache, at.supports, groups
     built, _ = build.assemble(c, *given, branch=branch)
-    quiet = build.quieter(c, built, at.bank, at.supports)
+    quiet = build.quieter(c, built, at.feature_cache, at.supports)
     return measured(ground, c, at, built, quiet, test)
 
 
@@ -141,7 +141,7 @@ def branch_key(c: ConfigDict, name: str, at: Place, trained: tuple) -> tuple:
     """What the values of a branch depend on, within a draw."""
     if name == "learned":
         return trained, c.score.tiles
-    return str(at.bank.folder), key(c, only=FOR_MEMORY if name == "memory" else FOR_PLAIN)
+    return str(at.feature_cache.folder), key(c, only=FOR_MEMORY if name == "memory" else FOR_PLAIN)
 
 
 def theta_of(ground: Ground, c: ConfigDict, at: Place, groups) -> tuple[Any, Any, Any]:
@@ -149,14 +149,14 @@ def theta_of(ground: Ground, c: ConfigDict, at: Place, groups) -> tuple[Any, Any
     strengths = augmentation.chosen(c.augment, c.data.modality)
     partners = c.seed if c.synthesis.partner == "support" else 0
     preset = c.synthesis.preset, c.synthesis.variants, partners, c.synthesis.partner
-    pools = [training_pool.open_pool(at.bank, at.supports, Synthesis(*preset, *strengths))]
+    pools = [training_pool.open_pool(at.feature_cache, at.supports, Synthesis(*preset, *strengths))]
     # the compiled step serves every draw; paths and seeds are not compiled in
     shape = key(c, leave=(*SCORING, *UNSEEN, "seed", "synthesis.", "augment.", "data.recipe"))
     if shape not in ground.programs:
         ground.programs[shape] = trials.program(c, at.tower, ())
     built = ground.programs[shape]
-    theta = trials.trained(c, at.tower, built, pools, sharding.mesh(), groups)
-    return jax.device_get(theta), built.design, built.frozen
+    params = trials.trained(c, at.tower, built, pools, sharding.mesh(), groups)
+    return jax.device_get(params), built.design, built.frozen
 
 
 def remembering(made: detector.Detector, test: Sequence[Features]) -> detector.Detector:
@@ -199,7 +199,7 @@ def of_pixels(ground: Ground, at: Place, values: np.ndarray, quiet) -> dict[str,
     if not marked:
         return None
     if not set(ground.masks) >= {r.id for r in marked}:
-        truth = ground_truth.Truths(marked, size, at.bank.fit)
+        truth = ground_truth.Truths(marked, size, at.feature_cache.fit)
         ground.masks |= {r.id: mask for r, mask in zip(marked, truth, strict=True)}
     maps = jax.jit(lambda v: to_pixels(v, size))
     margin = 1e-3 + float(np.ptp(values)) * 1e-3  # up-sampled values stay within the patches'
@@ -220,6 +220,6 @@ def of_pixels(ground: Ground, at: Place, values: np.ndarray, quiet) -> dict[str,
 def areas(ground: Ground, at: Place, shown: Sequence[Record]) -> list[float | None]:
     """Area of a pixel of each image, mm², read once from its file; None if it is not known."""
     new = [r for r in shown if r.id not in ground.areas]
-    found = map_filter.areas(new, at.tower.size, at.bank.fit)
+    found = map_filter.areas(new, at.tower.size, at.feature_cache.fit)
     ground.areas |= {r.id: area for r, area in zip(new, found, strict=True)}
     return [ground.areas[r.id] for r in shown]

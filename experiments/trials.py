@@ -1,7 +1,7 @@
 """Runs of the learned branch alone that differ in their learner, many in one process.
 
 What a single run makes anew is made once here: the data set's list, the tokens and masks of its
-images, and the compiled programs of every variant and K. One theta is trained, on all supports;
+images, and the compiled programs of every variant and K. One params is trained, on all supports;
 the held-out copies, which only calibrate, are left out, and so is the memory, which would dilute
 what the learners differ in. Training, adaptation and scores are the package's own.
 """
@@ -44,8 +44,8 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     step: Any
     adapt: Any
-    patches: Any  # (theta, text, features) -> [n, p]
-    text: Any  # theta -> [c, j]
+    patches: Any  # (params, text, features) -> [n, p]
+    text: Any  # params -> [c, j]
     pixels: Any  # [n, p] -> [n, s, s]
     image_scores: Any  # [n, p] -> [n]
 
@@ -67,20 +67,20 @@ class Ground:
             root = Path(c.data.root) if c.data.root else None
             self.records = datasets.load(c.data.name, root, Path(c.cache), c.k)
 
-    def read(self, bank: cache.Bank, test: tuple[Record, ...]) -> None:
+    def read(self, feature_cache: cache.FeatureCache, test: tuple[Record, ...]) -> None:
         """Tokens and masks of test images that are not held yet."""
         new = [r for r in test if r.id not in self.tokens]
-        encoder.encode_images(bank, new)
-        for r, row in zip(new, cache.load_images(bank, new, 1), strict=True):
+        encoder.encode_images(feature_cache, new)
+        for r, row in zip(new, cache.load_images(feature_cache, new, 1), strict=True):
             self.tokens[r.id] = row
         marked = [r for r in new if r.masks]
         if marked:
-            truth = ground_truth.Truths(marked, self.tower.size, bank.fit)
+            truth = ground_truth.Truths(marked, self.tower.size, feature_cache.fit)
             self.masks |= {r.id: mask for r, mask in zip(marked, truth, strict=True)}
 
 
 def run(ground: Ground, config: ConfigDict, name: str) -> dict[str, Any]:
-    """Train and adapt one theta as `config` says and score the test set with it.
+    """Train and adapt one params as `config` says and score the test set with it.
 
     `name`: of the variant; configs of one name and K may differ in their seed alone.
     Returns {"gradients", "image": {...}, "pixel": {...} or None} with AUROC and AUPRO.
@@ -89,20 +89,20 @@ def run(ground: Ground, config: ConfigDict, name: str) -> dict[str, Any]:
     ground.load(c)
     drawn = splits.split(ground.records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
     beside, mesh = auxiliary.read(c), sharding.mesh()
-    bank = cache.open_bank(Path(c.cache), ground.tower, c.data.fit, c.bank_dtype, mesh)
+    feature_cache = cache.open_cache(Path(c.cache), ground.tower, c.data.fit, c.cache_dtype, mesh)
     made = Synthesis(
         *(c.synthesis.preset, c.synthesis.variants, 0, "self"),
         *augmentation.chosen(c.augment, c.data.modality),
     )
-    pools = [training_pool.open_pool(bank, drawn.support, made)]
-    pools += auxiliary.open_pools(beside, c, drawn, bank, made)
-    ground.read(bank, drawn.test)
+    pools = [training_pool.open_pool(feature_cache, drawn.support, made)]
+    pools += auxiliary.open_pools(beside, c, drawn, feature_cache, made)
+    ground.read(feature_cache, drawn.test)
     if (name, c.k) not in ground.programs:
         ground.programs[name, c.k] = program(c, ground.tower, beside)
     built = ground.programs[name, c.k]
-    theta = jax.tree.map(lambda x: x[0], trained(c, ground.tower, built, pools, mesh))
+    params = jax.tree.map(lambda x: x[0], trained(c, ground.tower, built, pools, mesh))
     return {"gradients": c.steps * config_module.gradients(c)} | measured(
-        ground, built, theta, drawn.test
+        ground, built, params, drawn.test
     )
 
 
@@ -120,9 +120,11 @@ def program(c: ConfigDict, tower: vit.Clip, beside: tuple) -> Program:
     return Program(
         *(design, frozen, optimizer),
         step.make_step(objective, optimizer),
-        jax.jit(lambda theta, frozen, rows: step.adapt(theta, frozen, rows, loss=loss, inner=last)),
-        jax.jit(lambda theta, text, batch: model.forward(theta, text, batch, design).logit),
-        jax.jit(lambda theta: model.text_features(theta, frozen, design)),
+        jax.jit(
+            lambda params, frozen, rows: step.adapt(params, frozen, rows, loss=loss, inner=last)
+        ),
+        jax.jit(lambda params, text, batch: model.forward(params, text, batch, design).logit),
+        jax.jit(lambda params: model.text_features(params, frozen, design)),
         jax.jit(partial(to_pixels, size=tower.size)),
         evaluate.scorer(tower.size, c.score.top),
     )
@@ -139,22 +141,22 @@ def trained(c: ConfigDict, tower: vit.Clip, built: Program, pools: list, mesh, g
         for batch in batches:
             state, parts = built.step(state, built.frozen, batch)
     loop.finite(c.steps, jax.device_get(parts))
-    theta = state.theta
+    params = state.params
     if c.learner != "joint":
         rows = step.adaptation_rows(training_pool.join(pools), step.supports(c.k, groups))
-        theta, _ = built.adapt(theta, built.frozen, rows)
-    return theta
+        params, _ = built.adapt(params, built.frozen, rows)
+    return params
 
 
-def measured(ground: Ground, built: Program, theta: Any, test: tuple[Record, ...]) -> dict:
+def measured(ground: Ground, built: Program, params: Any, test: tuple[Record, ...]) -> dict:
     """Image AUROC, and pixel AUROC and AUPRO (2^20 bins) where there are masks."""
-    text = built.text(theta)
+    text = built.text(params)
     values = []
     for start in range(0, len(test), BATCH):
         group = test[start : start + BATCH]
         rows = [ground.tokens[group[i % len(group)].id] for i in range(BATCH)]
         batch = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x), jnp.float32), *rows)
-        values.append(built.patches(theta, text, batch)[: len(group)])
+        values.append(built.patches(params, text, batch)[: len(group)])
     values = np.concatenate(values)
     label = np.array([r.label for r in test])
     found = metrics.image_level(np.asarray(built.image_scores(values), np.float64), label)

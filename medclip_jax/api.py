@@ -52,7 +52,7 @@ class Scorer:
         if not held:
             return []
         pixels, spacings = zip(*held, strict=True)
-        fit, size = self._trained.config.data.fit, self._trained.bank.clip.size
+        fit, size = self._trained.config.data.fit, self._trained.feature_cache.clip.size
         frames = np.stack([io_read.fit(image, size, fit) for image in pixels])
         mm2 = [
             map_filter.area(mm, image.shape[0], image.shape[1], size, fit)

@@ -17,17 +17,23 @@ from medclip_jax.prompts.prompts import Prompts
 
 
 def assemble(
-    c: ConfigDict, theta, frozen, design, bank, supports, groups, branch=None
+    c: ConfigDict, params, frozen, design, feature_cache, supports, groups, branch=None
 ) -> tuple[detector.Detector, ensemble.Mix | None]:
     """The detector that the config asks for, and how it mixes if it fuses branches.
 
     branch: makes the detector of a branch from its name; `branch_of` by default.
     """
     if branch is None:
-        given = dict(frozen=frozen, design=design, bank=bank, supports=supports, groups=groups)
-        branch = partial(branch_of, c=c, theta=theta, **given)
+        given = dict(
+            frozen=frozen,
+            design=design,
+            feature_cache=feature_cache,
+            supports=supports,
+            groups=groups,
+        )
+        branch = partial(branch_of, c=c, params=params, **given)
     if c.method in pixel_baselines.METHODS:
-        return pixel_baselines.build(c.method, bank, supports), None
+        return pixel_baselines.build(c.method, feature_cache, supports), None
     if c.method not in ensemble.METHODS:
         return branch(c.method), None
     branches = {name: branch(name) for name in c.fusion.branches}
@@ -35,37 +41,37 @@ def assemble(
         return next(iter(branches.values())), None
     return ensemble.fuse(
         branches,
-        bank,
+        feature_cache,
         supports,
         modality=c.data.modality,
         weights=c.fusion.weights,
         variants=c.fusion.probes,
         seed=c.seed,
-        image_scores=evaluate.scorer(bank.clip.size, c.score.top),
+        image_scores=evaluate.scorer(feature_cache.clip.size, c.score.top),
         tiles=c.score.tiles,
     )
 
 
 def branch_of(
-    name: str, c: ConfigDict, theta, frozen, design, bank, supports, groups
+    name: str, c: ConfigDict, params, frozen, design, feature_cache, supports, groups
 ) -> detector.Detector:
     """The detector of one branch, or of a method that has but one."""
     name = name.removesuffix(ensemble.IMAGE_ONLY)
-    shape = design if name != "zero_shot" else build(c, bank.clip, context=0)[0]
+    shape = design if name != "zero_shot" else build(c, feature_cache.clip, context=0)[0]
     like = c.memory.coreset, c.memory.mirror
-    made = by_name.build(name, theta, frozen, shape, bank, supports, groups, *like)
+    made = by_name.build(name, params, frozen, shape, feature_cache, supports, groups, *like)
     if c.score.tiles == 1:
         return made
-    return tiling.build(name, made, bank, supports, c.score.tiles, c.memory.coreset)
+    return tiling.build(name, made, feature_cache, supports, c.score.tiles, c.memory.coreset)
 
 
-def quieter(c: ConfigDict, built, bank, supports) -> map_filter.Learned | None:
+def quieter(c: ConfigDict, built, feature_cache, supports) -> map_filter.Learned | None:
     """Outlier suppression as the supports' maps teach it; None if it is off."""
     if not score_fields.suppresses(c):
         return None
-    size = bank.clip.size
+    size = feature_cache.clip.size
     maps = np.asarray(to_pixels(jnp.asarray(built.held_out), size))
-    areas = list(map_filter.areas(supports, size, bank.fit))
+    areas = list(map_filter.areas(supports, size, feature_cache.fit))
     areas = areas * len(maps) if c.k == 1 else areas  # views of the one support
     return map_filter.learn(c.score.suppress.to_dict(), maps, areas)
 

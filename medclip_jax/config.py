@@ -28,7 +28,7 @@ CHOICES = {
     "data.uncertain": ("exclude", "positive", "negative"),
     "data.blank": ("negative", "exclude"),
     "clip.dtype": ("float32", "bfloat16"),
-    "bank_dtype": ("float32", "bfloat16", "float16"),
+    "cache_dtype": ("float32", "bfloat16", "float16"),
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
     "meta.recipe": ("target", "own"),
@@ -168,8 +168,10 @@ def base(arg: str = "", **data) -> ConfigDict:
         "levels": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
         "dtype": "float32",  # of the tower: float32 | bfloat16
     }
-    c.cache = ""  # folder of bank and prepared data; "" takes $MEDCLIP_CACHE or the user's cache
-    c.bank_dtype = "float32"  # of the tokens on disk: float32 | bfloat16 | float16
+    c.cache = (
+        ""  # folder of feature_cache and prepared data; "" takes $MEDCLIP_CACHE or the user's cache
+    )
+    c.cache_dtype = "float32"  # of the tokens on disk: float32 | bfloat16 | float16
     c.prompts = PROMPTS
     c.synthesis = {
         "preset": "medclip",  # medclip | mediclip (the peer, known faults included)

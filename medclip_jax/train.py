@@ -69,7 +69,9 @@ def run(
         return made if main else None
 
     with stage(timing, "encode"):
-        bank = cache.open_bank(Path(c.cache), tower, c.data.fit, c.bank_dtype, mesh, recipe)
+        feature_cache = cache.open_cache(
+            Path(c.cache), tower, c.data.fit, c.cache_dtype, mesh, recipe
+        )
         synthesis = synthetic_variants.Synthesis(
             c.synthesis.preset,
             c.synthesis.variants if c.steps else 0,
@@ -77,30 +79,30 @@ def run(
             c.synthesis.partner,
             *augmented,
         )
-        pools = [training_pool.open_pool(bank, drawn.support, synthesis)]
-        pools += auxiliary.open_pools(beside, c, drawn, bank, synthesis)
-        encoder.encode_images(bank, drawn.test)
+        pools = [training_pool.open_pool(feature_cache, drawn.support, synthesis)]
+        pools += auxiliary.open_pools(beside, c, drawn, feature_cache, synthesis)
+        encoder.encode_images(feature_cache, drawn.test)
         if c.score.tiles > 1:
-            tiling.encode_images(bank, [*drawn.support, *drawn.test], c.score.tiles)
+            tiling.encode_images(feature_cache, [*drawn.support, *drawn.test], c.score.tiles)
         if c.distill.teacher and c.steps:
             teacher = distillation.load(c, tower, drawn.test, build.build)
-            pools = [distillation.pool(teacher, pools[0], bank, drawn.support, synthesis)]
+            pools = [distillation.pool(teacher, pools[0], feature_cache, drawn.support, synthesis)]
 
     groups = loop.folds(c.k, c.calibration.folds)
     with stage(timing, "train"):
-        theta = loop.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
+        params = loop.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
 
     with stage(timing, "score"):
-        built, mix = build.assemble(c, theta, frozen, design, bank, drawn.support, groups)
-        quiet = build.quieter(c, built, bank, drawn.support)
+        built, mix = build.assemble(c, params, frozen, design, feature_cache, drawn.support, groups)
+        quiet = build.quieter(c, built, feature_cache, drawn.support)
         asked = (c.score.top, c.calibration.alpha, c.calibration.pixel_rate)
         if not drawn.test:
             found = evaluate.calibrated(built, tower.size, *asked, quiet)
-            unmeasured(workdir, c, bank, theta, drawn.support, found, mix, quiet)
+            unmeasured(workdir, c, feature_cache, params, drawn.support, found, mix, quiet)
             return None
         scored = evaluate.score_images(
             built,
-            bank,
+            feature_cache,
             drawn.test,
             top=c.score.top,
             alpha=c.calibration.alpha,
@@ -112,7 +114,7 @@ def run(
         )
         # labels are read from here on
         support = drawn.support[0] if drawn.support else None
-        held = built, bank, support, drawn.test, scored.limits
+        held = built, feature_cache, support, drawn.test, scored.limits
         checks = faithfulness.of_model(*held, top=c.score.top, count=c.explained, seed=c.seed)
     if not main:
         return None  # all scores are with the main process, which measures and writes
@@ -122,7 +124,7 @@ def run(
         predictions.write_predictions(
             workdir, scored, drawn.test, c.data.fit, c.seed, counts, pictures
         )
-        saved.write(workdir, c, bank, theta, drawn.support, scored.limits, mix, quiet)
+        saved.write(workdir, c, feature_cache, params, drawn.support, scored.limits, mix, quiet)
 
     result = {
         "dataset": c.data.name,

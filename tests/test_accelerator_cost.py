@@ -28,4 +28,4 @@ def test_parts_follow_the_methods():
     assert set(named) == {"image tower", "map by memory, K = 4"}
     assert named["image tower"].times == 1592 + 32 + 32 + 2 * 4
     assert named["map by memory, K = 4"].times == 1592 * 2 * 3
-    assert cost.bank(1000, 4) == pytest.approx(3.149, abs=1e-3)
+    assert cost.feature_cache(1000, 4) == pytest.approx(3.149, abs=1e-3)

@@ -77,38 +77,38 @@ def test_coarse_levels_and_inputs_lose_the_same_place():
 
 
 def test_of_model_on_a_bank(scene):
-    bank, supports, test, made = scene
+    feature_cache, supports, test, made = scene
     asked = dict(top=0.25, count=8, seed=0)
-    found = faithfulness.of_model(made, bank, supports[0], test, limits_of(), **asked)
+    found = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
     assert found["images"] == [r.id for r in test if r.label]
     curves = found["deletion"]
     assert set(curves) == {"share", "map", "grad_cam", "random"}
     ends = np.array([[curves[n][0], curves[n][-1]] for n in ("map", "grad_cam", "random")])
     np.testing.assert_allclose(ends, ends[[0, 0, 0]], atol=1e-6)
     # all replaced: the support's own score
-    (own,) = cache.load_images(bank, supports[:1], 1)
+    (own,) = cache.load_images(feature_cache, supports[:1], 1)
     values = np.sort(np.asarray(made.patches(own)), axis=1)[:, -4:].mean()
     unit = calibration.to_unit(np.array(values), 0.0, 1.0)
     assert ends[0, 1] == pytest.approx(float(unit), abs=1e-5)
     assert -1 <= found["spearman"] <= 1
     for told in found["randomised"].values():
         assert set(told) == {"map", "grad_cam"} and all(x < 0.999 for x in told.values())
-    again = faithfulness.of_model(made, bank, supports[0], test, limits_of(), **asked)
+    again = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
     assert again == found
 
 
 def test_where_there_is_nothing_to_check(scene):
-    bank, supports, test, made = scene
+    feature_cache, supports, test, made = scene
     asked = dict(top=0.25, seed=0)
-    held = bank, supports[0], test, limits_of()
+    held = feature_cache, supports[0], test, limits_of()
     assert faithfulness.of_model(made, *held, count=0, **asked) is None
     pixels = made._replace(load=lambda *_: iter(()))
     assert faithfulness.of_model(pixels, *held, count=4, **asked) is None
     healthy = [r for r in test if not r.label]
-    held = bank, supports[0], healthy, limits_of()
+    held = feature_cache, supports[0], healthy, limits_of()
     assert faithfulness.of_model(made, *held, count=4, **asked) is None
     flat = made._replace(patches=lambda b: jnp.zeros((len(b.pooled), 16)), choose=None, chosen=None)
-    held = bank, supports[0], test, limits_of()
+    held = feature_cache, supports[0], test, limits_of()
     assert faithfulness.of_model(flat, *held, count=4, **asked) is None
 
 

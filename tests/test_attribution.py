@@ -82,9 +82,9 @@ def scene(tiny):
     grey = jnp.asarray(rng.random((2, 32, 32)), jnp.float32)
     pixels = vit.normalise(grey, tiny.mean, tiny.std)
     design, frozen = design_of(tiny)
-    theta = model.init(jax.random.key(3), tiny, design, 2, False)
-    text = model.text_features(theta, frozen, design)
-    patches = jax.jit(lambda f: model.forward(theta, text, f, design).logit)
+    params = model.init(jax.random.key(3), tiny, design, 2, False)
+    text = model.text_features(params, frozen, design)
+    patches = jax.jit(lambda f: model.forward(params, text, f, design).logit)
     features = vit.patch_features(tiny.vision, pixels, tiny.vision_tower)
     return pixels, patches, features
 

@@ -15,7 +15,7 @@ from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.synthesis import generate
 from medclip_jax.training import episodes
 
-from .test_features import SYNTHESIS, bank, everything, pictures  # noqa: F401
+from .test_features import SYNTHESIS, everything, feature_cache, pictures  # noqa: F401
 
 ALL = Strengths(flip=0.5, flip_vertical=0.5, rotate=30, elastic=0.01, intensity=0.2)
 MOVES = {
@@ -160,20 +160,20 @@ def test_off_by_default_and_bad_strengths_are_refused():
             config.resolve(wrong)
 
 
-# --- in the bank --------------------------------------------------------------------------------
+# --- in the feature cache --------------------------------------------------------------------------------
 
 
-def test_copies_are_clean_rows_behind_the_variants(bank, pictures):  # noqa: F811
+def test_copies_are_clean_rows_behind_the_variants(feature_cache, pictures):  # noqa: F811
     recipe = SYNTHESIS._replace(variants=5, copies=2, strengths=ALL)
-    pool = training_pool.open_pool(bank, pictures[:2], recipe)
+    pool = training_pool.open_pool(feature_cache, pictures[:2], recipe)
     assert pool.copies == 2 and pool.kinds.shape == (2, 5)
     support, variant = np.array([0, 0, 1, 1]), np.array([-1, -2, -3, 4])
     batch = training_pool.take(pool, support, variant)
     assert batch.label.tolist() == [0, 0, 0, 1] and not batch.mask[:3].any()
     name = int(pictures[1].sha256[:16], 16)
-    pixels = dict(records.read_all(pictures[:2], bank.clip.size))
+    pixels = dict(records.read_all(pictures[:2], feature_cache.clip.size))
     bases = augmentation.copies(0, name, pixels[pictures[1]], 2, ALL)
-    wanted = encoder.encode(bank, bases)
+    wanted = encoder.encode(feature_cache, bases)
     np.testing.assert_allclose(batch.features.pooled[2], wanted.pooled[2], atol=1e-5)
     images, masks, _ = synthetic_variants.variants(
         pictures[1], pixels[pictures[1]], np.stack(list(pixels.values())), recipe
@@ -182,13 +182,16 @@ def test_copies_are_clean_rows_behind_the_variants(bank, pictures):  # noqa: F81
     unmasked = np.where(masks[:5] > 0, 0, np.abs(images[:5] - bases[np.arange(5) % 3]))
     assert unmasked.max() <= 2 / 255 + 1e-6
     # and nothing is encoded twice
-    assert training_pool.encode_variants(bank, pictures[:2], recipe) == 0
+    assert training_pool.encode_variants(feature_cache, pictures[:2], recipe) == 0
 
 
-def test_augmentation_is_in_the_name_and_off_is_not(bank, pictures):  # noqa: F811
+def test_augmentation_is_in_the_name_and_off_is_not(feature_cache, pictures):  # noqa: F811
     on = SYNTHESIS._replace(copies=2, strengths=ALL)
     recipes = [SYNTHESIS, on, on._replace(copies=3), on._replace(strengths=ALL._replace(flip=0.1))]
-    names = [training_pool.variant_path(bank, pictures[0], pictures[:2], r).name for r in recipes]
+    names = [
+        training_pool.variant_path(feature_cache, pictures[0], pictures[:2], r).name
+        for r in recipes
+    ]
     assert len(set(names)) == 4
     sha = pictures[0].sha256
     plain = cache.digest(generate.VERSION, ("medclip", 2, 0, "self"), [])

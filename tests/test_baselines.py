@@ -17,12 +17,12 @@ from .test_features import one_device, write_pictures
 def scene(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("scene")
     pictures = write_pictures(folder, 9, start=300)
-    bank = cache.open_bank(folder, tiny, "stretch", "float32", one_device())
-    return bank, pictures[:4], pictures[4:]
+    feature_cache = cache.open_cache(folder, tiny, "stretch", "float32", one_device())
+    return feature_cache, pictures[:4], pictures[4:]
 
 
-def pixels(bank, records):
-    held = data_records.read_all(records, bank.clip.size, bank.fit)
+def pixels(feature_cache, records):
+    held = data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)
     return np.stack([x for _, x in held])
 
 
@@ -42,11 +42,13 @@ def test_shrinking_takes_means_of_equal_areas():
 
 
 def test_grey_level_is_the_mean_of_the_image(scene):
-    bank, supports, test = scene
-    made = pixel_baselines.build("grey_level", bank, supports)
-    (batch,) = made.load(bank, test, 10)
-    np.testing.assert_allclose(made.image(batch), pixels(bank, test).mean((1, 2)), atol=1e-6)
-    wanted = pixels(bank, supports).mean((1, 2))
+    feature_cache, supports, test = scene
+    made = pixel_baselines.build("grey_level", feature_cache, supports)
+    (batch,) = made.load(feature_cache, test, 10)
+    np.testing.assert_allclose(
+        made.image(batch), pixels(feature_cache, test).mean((1, 2)), atol=1e-6
+    )
+    wanted = pixels(feature_cache, supports).mean((1, 2))
     np.testing.assert_allclose(made.held_out_image, wanted, atol=1e-6)
     np.testing.assert_allclose(
         np.asarray(made.patches(batch)).mean(1), made.image(batch), atol=1e-6
@@ -54,11 +56,11 @@ def test_grey_level_is_the_mean_of_the_image(scene):
 
 
 def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
-    bank, supports, test = scene
-    made = pixel_baselines.build("thumbnails", bank, supports)
-    (batch,) = made.load(bank, test, 10)
+    feature_cache, supports, test = scene
+    made = pixel_baselines.build("thumbnails", feature_cache, supports)
+    (batch,) = made.load(feature_cache, test, 10)
     held, new = (
-        np.stack([pixel_baselines.shrink(x).ravel() for x in pixels(bank, r)])
+        np.stack([pixel_baselines.shrink(x).ravel() for x in pixels(feature_cache, r)])
         for r in (supports, test)
     )
     both = np.corrcoef(np.concatenate([held, new]))
@@ -76,12 +78,12 @@ def test_a_constant_image_correlates_with_nothing():
 
 @pytest.mark.parametrize("method", list(pixel_baselines.METHODS))
 def test_scores_depend_neither_on_order_nor_on_batches(scene, monkeypatch, method):
-    bank, supports, test = scene
-    made = pixel_baselines.build(method, bank, supports)
+    feature_cache, supports, test = scene
+    made = pixel_baselines.build(method, feature_cache, supports)
     settings = dict(top=0.05, alpha=0.2, pixel_rate=0.02, passes=3, seed=0)
-    whole = evaluate.score_images(made, bank, test, **settings).predictions
+    whole = evaluate.score_images(made, feature_cache, test, **settings).predictions
     monkeypatch.setattr(evaluate, "BATCH", 2)
-    turned = evaluate.score_images(made, bank, test[::-1], **settings).predictions
+    turned = evaluate.score_images(made, feature_cache, test[::-1], **settings).predictions
     np.testing.assert_allclose(turned.score[::-1], whole.score, rtol=1e-5)  # sums of float32
     np.testing.assert_allclose(np.array(turned.maps)[::-1], whole.maps, atol=1e-3)
     assert (whole.uncertainty == 0).all() and whole.maps.shape == (5, 32, 32)

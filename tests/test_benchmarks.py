@@ -67,7 +67,7 @@ def test_runs_take_turns_and_where_asked_the_second_of_each_turn_counts():
 def test_the_workload_is_the_one_that_is_named():
     work = workload.build("tiny", 3, 2)
     assert len(work.design.prompts.ids) == 21 and work.episodes.valid.shape == (3, 1)
-    assert work.theta["context"].shape == (21, 8, 32)
+    assert work.params["context"].shape == (21, 8, 32)
     assert workload.SIZES["ViT-B/16"][:3] == (512, 12, 8)
     assert workload.SIZES["ViT-L/14"][:3] == (768, 12, 12)
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def state(step: int, n: int = 6) -> TrainState:
     key = jax.random.key(step)
-    theta = {"context": jax.random.normal(key, (n, 4)), "scale": jnp.asarray(float(step))}
-    return TrainState(jnp.asarray(step), theta, (theta, ()), jax.random.key_data(key))
+    params = {"context": jax.random.normal(key, (n, 4)), "scale": jnp.asarray(float(step))}
+    return TrainState(jnp.asarray(step), params, (params, ()), jax.random.key_data(key))
 
 
 def written(workdir: Path, *steps: int) -> Path:
@@ -64,7 +64,7 @@ def test_round_trip_keeps_the_newest_two(tmp_path):
 def test_what_is_saved_is_not_touched_by_a_donated_step(tmp_path):
     """Training overwrites the buffers of the state while it is being written."""
     step = jax.jit(
-        lambda s: s._replace(step=s.step + 1, theta=jax.tree.map(lambda x: x + 1, s.theta)),
+        lambda s: s._replace(step=s.step + 1, params=jax.tree.map(lambda x: x + 1, s.params)),
         donate_argnums=0,
     )
     big = {"a": jnp.zeros((1_000_000,))}
@@ -77,7 +77,7 @@ def test_what_is_saved_is_not_touched_by_a_donated_step(tmp_path):
             for _ in range(4):
                 now = step(now)
     held = restored(tmp_path, now)
-    assert int(held.step) == 11 and np.unique(held.theta["a"]).tolist() == [11.0]
+    assert int(held.step) == 11 and np.unique(held.params["a"]).tolist() == [11.0]
 
 
 def test_a_damaged_newest_is_passed_over_and_replaced(tmp_path, caplog):

@@ -137,7 +137,7 @@ def test_a_preset_fixes_its_fields_and_no_other(method):
         ("calibration.pixel_rate", 2.0),
         ("calibration.folds", 1),
         ("clip.dtype", "float8"),
-        ("bank_dtype", "float8"),
+        ("cache_dtype", "float8"),
         ("data.fit", "squeeze"),
         ("optimizer.learning_rate", -1.0),
     ],

@@ -115,9 +115,9 @@ def passed(monkeypatch) -> list[int]:
     """Images of each call of the encoder, without those that fill a batch up."""
     real, seen = encoder.encode_share, []
 
-    def counted(bank, images, n):
+    def counted(feature_cache, images, n):
         seen.append(n)
-        return real(bank, images, n)
+        return real(feature_cache, images, n)
 
     monkeypatch.setattr(encoder, "encode_share", counted)
     return seen
@@ -128,7 +128,7 @@ def test_a_whole_table_encodes_every_image_and_variant_once(world, fresh, passed
     jobs = [(reproduce.ROOT / "configs/folder.py", *job) for job in JOBS]
     for job in jobs:
         reproduce.finished(args, *job)
-    assert sum(passed) == wanted(args, jobs) == rows_of(tmp_path / "cache" / "bank")
+    assert sum(passed) == wanted(args, jobs) == rows_of(tmp_path / "cache" / "feature_cache")
     passed.clear()
     again = SimpleNamespace(**{**vars(args), "runs": tmp_path / "again"})
     for job in (jobs[0], jobs[-1]):
@@ -160,10 +160,10 @@ def wanted(args, jobs) -> int:
     return len(images) + VARIANTS * len(variants) + gentle * len(viewed) + drawn
 
 
-def rows_of(bank: Path) -> int:
-    """Images and variants that the bank holds."""
+def rows_of(feature_cache: Path) -> int:
+    """Images and variants that the feature cache holds."""
     total = 0
-    for path in bank.rglob("*.safetensors"):
+    for path in feature_cache.rglob("*.safetensors"):
         with safe_open(path, framework="np") as held:
             total += held.get_slice("pooled").get_shape()[0]
     return total

@@ -215,7 +215,6 @@ def test_what_killed_preparations_left_is_swept_when_it_is_a_day_old(busi, cache
 
 
 def test_the_slower_of_two_preparations_takes_the_quicker_one(busi, cache, monkeypatch):
-    from medclip_jax.data import tfds_builders
 
     layout = layouts.busi(busi)
     hashed = tfds_builders._sha256
@@ -230,7 +229,6 @@ def test_the_slower_of_two_preparations_takes_the_quicker_one(busi, cache, monke
 
 
 def test_builders_say_where_they_come_from(tmp_path):
-    from medclip_jax.data import tfds_builders
 
     info = tfds_builders.Busi(data_dir=str(tmp_path)).info
     assert "104863" in info.citation and "CC BY 4.0" in info.description
@@ -244,7 +242,6 @@ def test_builders_say_where_they_come_from(tmp_path):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A web server on this machine in place of the official one; yields (folder, requests)."""
-    from medclip_jax.data import tfds_builders
 
     (tmp_path / "web").mkdir()
     asked = []
@@ -274,7 +271,6 @@ def test_busi_is_downloaded_once(busi, cache, server):
 
 
 def test_builder_downloads_by_itself(busi, cache, server):
-    from medclip_jax.data import tfds_builders
 
     web, _ = server
     with zipfile.ZipFile(web / "Dataset_BUSI.zip", "w") as archive:

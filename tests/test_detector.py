@@ -76,13 +76,13 @@ def test_memory_knows_its_supports():
 
 @pytest.fixture(scope="module")
 def folded(tiny):
-    """Three copies of theta that differ, for two folds of five supports."""
+    """Three copies of params that differ, for two folds of five supports."""
     design, frozen = design_of(tiny, dropout=0.3)
     starts = [model.init(jax.random.key(i), tiny, design, 2, False) for i in range(3)]
-    theta = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+    params = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     groups = [np.array([0, 3]), np.array([1, 2, 4])]
     held = tokens(5)
-    made = prompt_detector.learned(theta, frozen, design, held, groups)
+    made = prompt_detector.learned(params, frozen, design, held, groups)
     return made, starts, design, frozen, held, groups
 
 
@@ -90,11 +90,11 @@ def test_each_copy_scores_what_it_did_not_see(folded):
     made, starts, design, frozen, held, groups = folded
 
     @jax.jit
-    def values(theta, features):
-        text = model.text_features(theta, frozen, design)
-        return model.forward(theta, text, features, design).logit
+    def values(params, features):
+        text = model.text_features(params, frozen, design)
+        return model.forward(params, text, features, design).logit
 
-    each = [values(theta, held) for theta in starts]
+    each = [values(params, held) for params in starts]
     for copy, group in enumerate(groups, 1):
         np.testing.assert_allclose(made.held_out[group], each[copy][group], atol=1e-5)
         assert np.abs(made.held_out[group] - each[0][group]).max() > 1e-3
@@ -125,8 +125,8 @@ def test_more_passes_agree_better(folded):
 
 def test_no_dropout_has_no_passes(tiny):
     design, frozen = design_of(tiny, dropout=0.0)
-    theta = jax.tree.map(lambda x: x[None], model.init(jax.random.key(0), tiny, design, 2, False))
-    made = prompt_detector.learned(theta, frozen, design, tokens(2), [])
+    params = jax.tree.map(lambda x: x[None], model.init(jax.random.key(0), tiny, design, 2, False))
+    made = prompt_detector.learned(params, frozen, design, tokens(2), [])
     assert made.passes is None
     np.testing.assert_array_equal(made.held_out, made.patches(tokens(2)))  # no folds: copy 0
 

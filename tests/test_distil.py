@@ -65,14 +65,16 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
         tiles = images.reshape(-1, grid, size // grid, grid, size // grid)
         return tiles.mean((2, 4)).reshape(len(images), -1)
 
-    bank = cache.open_bank(tmp_path, tiny, "stretch", "float32", sharding.mesh(jax.devices()[:1]))
+    feature_cache = cache.open_cache(
+        tmp_path, tiny, "stretch", "float32", sharding.mesh(jax.devices()[:1])
+    )
     from medclip_jax.data.augmentation import Strengths
 
     recipe = synthetic_variants.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
     supports = pictures[:2]
-    plain = training_pool.open_pool(bank, supports, recipe)
+    plain = training_pool.open_pool(feature_cache, supports, recipe)
     teacher = distillation.Teacher(tiny, (), logits)
-    pool = distillation.pool(teacher, plain, bank, supports, recipe)
+    pool = distillation.pool(teacher, plain, feature_cache, supports, recipe)
     assert [x.shape for x in pool.teacher] == [(6, grid**2)] * 2
     rows = np.array([0, 1, 1, 0, 1]), np.array([-1, 0, 2, -2, -3])
     got, bare = training_pool.take(pool, *rows), training_pool.take(plain, *rows)
@@ -125,24 +127,24 @@ def test_teachers_that_are_refused(taught, tmp_path, capsys):
     held = saved.read(teacher)
     theirs = distillation.ConfigDict(held.config)
 
-    def refused(theta, test=(), **changes):
+    def refused(params, test=(), **changes):
         mine = config.resolve(config.base("k=4", name="folder"))
         mine.update_from_flattened_dict(changes)
-        distillation.refuse(teacher, theirs, theta, mine, test)
+        distillation.refuse(teacher, theirs, params, mine, test)
 
-    refused(held.theta)
+    refused(held.params)
     with pytest.raises(ConfigError, match="learned nothing"):
         refused({})
     with pytest.raises(ConfigError, match="'folder' and this run has 'busi'"):
-        refused(held.theta, **{"data.name": "busi"})
+        refused(held.params, **{"data.name": "busi"})
     with pytest.raises(ConfigError, match="same form"):
-        refused(held.theta, **{"model.form": "distance"})
+        refused(held.params, **{"model.form": "distance"})
     supports = json.loads((teacher / saved.SETTINGS).read_text())["supports"]
     from medclip_jax.data.records import Record
 
     test = [Record("x", 0, "", tmp_path / "x.png", (), supports[0])]
     with pytest.raises(ConfigError, match="1 of this run's test images"):
-        refused(held.theta, test)
+        refused(held.params, test)
     code = here.main(tmp_path / "run", f"--config.distill.teacher={tmp_path}", "--mode=train")
     assert code == 2 and "holds no trained scorer" in capsys.readouterr().err
     assert main is not None

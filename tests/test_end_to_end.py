@@ -237,7 +237,7 @@ def test_a_run_imports_neither_tensorflow_nor_torch(whole, tmp_path_factory):
 def killed(base: Path) -> Path:
     """A run that was killed after its first checkpoint."""
     workdir = world(base).base / "killed"
-    finished(base)  # fills bank and compilation cache, so that this one starts at once
+    finished(base)  # fills feature_cache and compilation cache, so that this one starts at once
     process = world(base).start(workdir)
     deadline = time.monotonic() + 200
     while not (workdir / "checkpoints" / str(EVERY)).is_dir():

@@ -11,7 +11,7 @@ SIZES = dict(tasks=4, k=4, shots=4, query=4)
 
 
 def kinds(images: int, variants: int = 30) -> np.ndarray:
-    """Kinds of each variant of each image, as the bank draws them."""
+    """Kinds of each variant of each image, as the feature cache draws them."""
     return np.random.default_rng(images).integers(3, size=(images, variants))
 
 

@@ -22,7 +22,7 @@ SETTINGS = dict(top=0.05, alpha=0.2, pixel_rate=0.02, passes=3, seed=0)
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, tiny):
-    """Five supports, seven test images (two with two masks), a bank, a learned detector."""
+    """Five supports, seven test images (two with two masks), a feature_cache, a learned detector."""
     folder = tmp_path_factory.mktemp("scene")
     pictures = write_pictures(folder, 12, start=100)
     supports, test = pictures[:5], pictures[5:]
@@ -35,26 +35,26 @@ def scene(tmp_path_factory, tiny):
             Image.fromarray(mask).save(path)
             masks.append(path)
         test[i] = test[i]._replace(label=1, masks=tuple(masks))
-    bank = cache.open_bank(folder, tiny, "stretch", "float32", one_device())
-    encoder.encode_images(bank, pictures)
+    feature_cache = cache.open_cache(folder, tiny, "stretch", "float32", one_device())
+    encoder.encode_images(feature_cache, pictures)
     design, frozen = design_of(tiny, dropout=0.2)
     start = model.init(jax.random.key(0), tiny, design, 2, False)
-    theta = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
+    params = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
     groups = [np.array([0, 1, 2]), np.array([3, 4])]
-    made = by_name.build("ours", theta, frozen, design, bank, supports, groups)
-    return bank, supports, test, made
+    made = by_name.build("ours", params, frozen, design, feature_cache, supports, groups)
+    return feature_cache, supports, test, made
 
 
 @pytest.fixture(scope="module")
 def scored(scene):
-    bank, _, test, made = scene
-    return evaluate.score_images(made, bank, test, **SETTINGS)
+    feature_cache, _, test, made = scene
+    return evaluate.score_images(made, feature_cache, test, **SETTINGS)
 
 
 def test_scores_do_not_read_labels_or_masks(scene, scored):
-    bank, _, test, made = scene
+    feature_cache, _, test, made = scene
     lied = [r._replace(label=1 - r.label, masks=()) for r in test]
-    again = evaluate.score_images(made, bank, lied, **SETTINGS)
+    again = evaluate.score_images(made, feature_cache, lied, **SETTINGS)
     assert again.calibration == scored.calibration
     for name in ("score", "p_value", "uncertainty", "maps"):
         np.testing.assert_array_equal(
@@ -63,9 +63,9 @@ def test_scores_do_not_read_labels_or_masks(scene, scored):
 
 
 def test_scores_depend_neither_on_order_nor_on_batches(scene, scored, monkeypatch):
-    bank, _, test, made = scene
+    feature_cache, _, test, made = scene
     monkeypatch.setattr(evaluate, "BATCH", 3)
-    turned = evaluate.score_images(made, bank, test[::-1], **SETTINGS)
+    turned = evaluate.score_images(made, feature_cache, test[::-1], **SETTINGS)
     assert turned.calibration == scored.calibration  # from supports alone
     assert turned.predictions.id == scored.predictions.id[::-1]
     for name in ("score", "p_value", "uncertainty", "maps"):
@@ -83,15 +83,15 @@ def test_decision_and_p_value_agree(scored):
 
 
 def test_no_passes_no_uncertainty(scene):
-    bank, _, test, made = scene
-    got = evaluate.score_images(made, bank, test[:2], **SETTINGS | {"passes": 0})
+    feature_cache, _, test, made = scene
+    got = evaluate.score_images(made, feature_cache, test[:2], **SETTINGS | {"passes": 0})
     np.testing.assert_array_equal(got.predictions.uncertainty, 0)
 
 
 def test_a_score_that_is_not_finite_names_its_image(scene):
     """Of the second batch's images the one with a strange token."""
-    bank, _, test, made = scene
-    (odd,) = cache.load_images(bank, test[6:], 1)
+    feature_cache, _, test, made = scene
+    (odd,) = cache.load_images(feature_cache, test[6:], 1)
 
     def broken(batch):
         marked = jnp.isclose(batch.pooled[:, :1], odd.pooled[0, 0])
@@ -100,7 +100,7 @@ def test_a_score_that_is_not_finite_names_its_image(scene):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "BATCH", 4)
         with pytest.raises(DataError, match=f"^{test[6].id}: its score or map is not finite"):
-            evaluate.score_images(made._replace(patches=broken), bank, test, **SETTINGS)
+            evaluate.score_images(made._replace(patches=broken), feature_cache, test, **SETTINGS)
 
 
 def test_half_precision_keeps_decisions():

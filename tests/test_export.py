@@ -34,7 +34,7 @@ IMAGES = [np.random.default_rng(i).random((40 + 7 * i, 90 - i)).astype("float32"
 
 def test_it_equals_the_scorer_in_the_process(whole, exported):
     model = predictor.load(whole)
-    frames = np.stack([read.fit(x, model.bank.clip.size) for x in IMAGES])
+    frames = np.stack([read.fit(x, model.feature_cache.clip.size) for x in IMAGES])
     mine, theirs = predictor.score(model, frames), export.load(exported)(IMAGES)
     for name in mine._fields:
         a, b = (np.asarray(getattr(x, name), float) for x in (mine, theirs))

@@ -1,4 +1,4 @@
-"""The bank: names follow content, nothing is encoded twice, nothing damaged is believed."""
+"""The feature cache: names follow content, nothing is encoded twice, nothing damaged is believed."""
 
 import errno
 import functools
@@ -49,12 +49,12 @@ def one_device():
     return sharding.mesh(jax.devices()[:1])
 
 
-def opened(folder: Path, tiny, fit="stretch", dtype="float32", mesh=None) -> cache.Bank:
-    return cache.open_bank(folder, tiny, fit, dtype, mesh or one_device())
+def opened(folder: Path, tiny, fit="stretch", dtype="float32", mesh=None) -> cache.FeatureCache:
+    return cache.open_cache(folder, tiny, fit, dtype, mesh or one_device())
 
 
 @pytest.fixture
-def bank(tmp_path, tiny):
+def feature_cache(tmp_path, tiny):
     return opened(tmp_path, tiny)
 
 
@@ -67,8 +67,8 @@ def calls(monkeypatch):
     return seen
 
 
-def everything(bank, records) -> encoder.Features:
-    (got,) = cache.load_images(bank, records, len(records))
+def everything(feature_cache, records) -> encoder.Features:
+    (got,) = cache.load_images(feature_cache, records, len(records))
     return got
 
 
@@ -79,14 +79,16 @@ def same(a, b, **tolerance):
 # --- names --------------------------------------------------------------------------------------
 
 
-def test_a_name_is_the_content_and_not_the_place(bank, pictures, tmp_path):
+def test_a_name_is_the_content_and_not_the_place(feature_cache, pictures, tmp_path):
     moved = tmp_path / "elsewhere.png"
     moved.write_bytes(pictures[0].path.read_bytes())
     other = record_of(moved)
-    assert cache.image_path(bank, pictures[0]) == cache.image_path(bank, other)
-    assert cache.image_path(bank, pictures[0]) != cache.image_path(bank, pictures[1])
-    encoder.encode_images(bank, pictures[:1])
-    assert encoder.encode_images(bank, [other]) == 0
+    assert cache.image_path(feature_cache, pictures[0]) == cache.image_path(feature_cache, other)
+    assert cache.image_path(feature_cache, pictures[0]) != cache.image_path(
+        feature_cache, pictures[1]
+    )
+    encoder.encode_images(feature_cache, pictures[:1])
+    assert encoder.encode_images(feature_cache, [other]) == 0
 
 
 def test_whatever_changes_tokens_changes_the_name(tmp_path, tiny):
@@ -106,7 +108,7 @@ def test_whatever_changes_tokens_changes_the_name(tmp_path, tiny):
     assert opened(tmp_path, tiny._replace(name="a copy")).folder == folders[0]
 
 
-def test_whatever_changes_variants_changes_their_name(bank, pictures):
+def test_whatever_changes_variants_changes_their_name(feature_cache, pictures):
     changes = [
         SYNTHESIS,
         SYNTHESIS._replace(preset="mediclip"),
@@ -114,12 +116,14 @@ def test_whatever_changes_variants_changes_their_name(bank, pictures):
         SYNTHESIS._replace(seed=1),
         SYNTHESIS._replace(partner="support"),
     ]
-    names = {training_pool.variant_path(bank, pictures[0], pictures[:4], s) for s in changes}
+    names = {
+        training_pool.variant_path(feature_cache, pictures[0], pictures[:4], s) for s in changes
+    }
     assert len(names) == len(changes)
     own, shared = SYNTHESIS, SYNTHESIS._replace(partner="support")
 
     def name(supports, recipe):
-        return training_pool.variant_path(bank, pictures[0], supports, recipe)
+        return training_pool.variant_path(feature_cache, pictures[0], supports, recipe)
 
     assert name(pictures[:4], own) == name(pictures[:8], own)
     assert name(pictures[:4], shared) != name(pictures[:8], shared)
@@ -129,31 +133,31 @@ def test_whatever_changes_variants_changes_their_name(bank, pictures):
 def test_unknown_choices_are_refused(tmp_path, tiny):
     with pytest.raises(ConfigError, match="data.fit 'crop': choose 'stretch' or 'pad'"):
         opened(tmp_path, tiny, fit="crop")
-    with pytest.raises(ConfigError, match="bank_dtype 'int8'"):
+    with pytest.raises(ConfigError, match="cache_dtype 'int8'"):
         opened(tmp_path, tiny, dtype="int8")
 
 
 # --- encoding -----------------------------------------------------------------------------------
 
 
-def test_nothing_is_encoded_twice(bank, pictures, calls):
-    assert encoder.encode_images(bank, pictures[:4]) == 4
-    assert training_pool.encode_variants(bank, pictures[:4], SYNTHESIS) == 8
+def test_nothing_is_encoded_twice(feature_cache, pictures, calls):
+    assert encoder.encode_images(feature_cache, pictures[:4]) == 4
+    assert training_pool.encode_variants(feature_cache, pictures[:4], SYNTHESIS) == 8
     before = len(calls)
-    assert encoder.encode_images(bank, pictures[:4]) == 0
-    assert training_pool.encode_variants(bank, pictures[:4], SYNTHESIS) == 0
+    assert encoder.encode_images(feature_cache, pictures[:4]) == 0
+    assert training_pool.encode_variants(feature_cache, pictures[:4], SYNTHESIS) == 0
     assert len(calls) == before
 
 
-def test_more_supports_encode_only_the_new_ones(bank, pictures):
-    training_pool.open_pool(bank, pictures[:4], SYNTHESIS)
-    stamps = {p: p.stat().st_mtime_ns for p in bank.folder.iterdir()}
+def test_more_supports_encode_only_the_new_ones(feature_cache, pictures):
+    training_pool.open_pool(feature_cache, pictures[:4], SYNTHESIS)
+    stamps = {p: p.stat().st_mtime_ns for p in feature_cache.folder.iterdir()}
     assert len(stamps) == 8
-    assert encoder.encode_images(bank, pictures[:8]) == 4
-    assert training_pool.encode_variants(bank, pictures[:8], SYNTHESIS) == 4 * 2
+    assert encoder.encode_images(feature_cache, pictures[:8]) == 4
+    assert training_pool.encode_variants(feature_cache, pictures[:8], SYNTHESIS) == 4 * 2
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     # another draw of the same images, in another order, has all it needs
-    assert training_pool.encode_variants(bank, pictures[5:1:-1], SYNTHESIS) == 0
+    assert training_pool.encode_variants(feature_cache, pictures[5:1:-1], SYNTHESIS) == 0
 
 
 def test_variants_do_not_depend_on_the_other_supports(tmp_path, tiny, pictures):
@@ -169,7 +173,7 @@ def test_variants_do_not_depend_on_the_other_supports(tmp_path, tiny, pictures):
         np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_variants_differ_from_the_image_where_the_mask_says(bank, pictures):
+def test_variants_differ_from_the_image_where_the_mask_says(feature_cache, pictures):
     pixels = read.fit(read.read(pictures[0].path).pixels[0], 32)
     recipe = SYNTHESIS._replace(variants=6)
     images, masks, kinds = synthetic_variants.variants(pictures[0], pixels, pixels[None], recipe)
@@ -180,38 +184,41 @@ def test_variants_differ_from_the_image_where_the_mask_says(bank, pictures):
 
 
 @pytest.mark.parametrize("n", [1, 16, 19])
-def test_any_number_of_images_equals_one_by_one(bank, n):
+def test_any_number_of_images_equals_one_by_one(feature_cache, n):
     images = np.random.default_rng(n).random((n, 32, 32)).astype(np.float32)
-    together = encoder.encode(bank, images)
+    together = encoder.encode(feature_cache, images)
     assert together.pooled.shape == (n, 16)
     assert [x.shape for x in together.levels] == [(n, 16, 32)] * 2
     for i in {0, n // 2, n - 1}:
-        alone = encoder.encode(bank, images[i : i + 1])
+        alone = encoder.encode(feature_cache, images[i : i + 1])
         same(jax.tree.map(lambda x, i=i: x[i : i + 1], together), alone, atol=1e-6)
 
 
-def test_encoding_is_the_image_tower(bank):
-    model, images = bank.clip, np.random.default_rng(0).random((16, 32, 32)).astype(np.float32)
+def test_encoding_is_the_image_tower(feature_cache):
+    model, images = (
+        feature_cache.clip,
+        np.random.default_rng(0).random((16, 32, 32)).astype(np.float32),
+    )
     direct = vit.encode_images(
         model.vision, images, tower=model.vision_tower, mean=model.mean, std=model.std
     )
-    same(encoder.encode(bank, images), direct, atol=1e-5)
+    same(encoder.encode(feature_cache, images), direct, atol=1e-5)
 
 
 def test_eight_devices_give_the_tokens_of_one(tmp_path, tiny, pictures):
     one = opened(tmp_path / "one", tiny)
     eight = opened(tmp_path / "eight", tiny, mesh=sharding.mesh())
     assert eight.mesh.size == 8
-    for bank in (one, eight):
-        encoder.encode_images(bank, pictures)
+    for feature_cache in (one, eight):
+        encoder.encode_images(feature_cache, pictures)
     same(everything(one, pictures), everything(eight, pictures), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 2**-8), ("float16", 2**-11)])
 def test_half_precision_stays_close(tmp_path, tiny, pictures, dtype, tolerance):
     exact, half = opened(tmp_path, tiny), opened(tmp_path, tiny, dtype=dtype)
-    for bank in (exact, half):
-        encoder.encode_images(bank, pictures[:2])
+    for feature_cache in (exact, half):
+        encoder.encode_images(feature_cache, pictures[:2])
     small = everything(half, pictures[:2])
     assert {x.dtype.name for x in jax.tree.leaves(small)} == {dtype}
     wanted = everything(exact, pictures[:2])
@@ -220,15 +227,15 @@ def test_half_precision_stays_close(tmp_path, tiny, pictures, dtype, tolerance):
     assert sizes[1] < 0.6 * sizes[0]
 
 
-def test_images_come_in_order_and_equal_files_are_encoded_once(bank, pictures, tmp_path):
+def test_images_come_in_order_and_equal_files_are_encoded_once(feature_cache, pictures, tmp_path):
     twin = tmp_path / "twin.png"
     twin.write_bytes(pictures[1].path.read_bytes())
     asked = [pictures[2], pictures[1], pictures[0], record_of(twin), pictures[2]]
-    assert encoder.encode_images(bank, asked) == 3
-    groups = list(cache.load_images(bank, asked, 2))
+    assert encoder.encode_images(feature_cache, asked) == 3
+    groups = list(cache.load_images(feature_cache, asked, 2))
     assert [len(g.pooled) for g in groups] == [2, 2, 1]
     pooled = np.concatenate([g.pooled for g in groups])
-    single = [everything(bank, [r]).pooled[0] for r in asked]
+    single = [everything(feature_cache, [r]).pooled[0] for r in asked]
     np.testing.assert_array_equal(pooled, single)
     np.testing.assert_array_equal(pooled[1], pooled[3])
     assert np.abs(pooled[0] - pooled[2]).max() > 1e-4
@@ -238,66 +245,66 @@ def test_images_come_in_order_and_equal_files_are_encoded_once(bank, pictures, t
 
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
-def test_a_truncated_file_is_made_again(bank, pictures, keep, caplog):
-    encoder.encode_images(bank, pictures[:2])
-    wanted = everything(bank, pictures[:2])
-    path = cache.image_path(bank, pictures[1])
+def test_a_truncated_file_is_made_again(feature_cache, pictures, keep, caplog):
+    encoder.encode_images(feature_cache, pictures[:2])
+    wanted = everything(feature_cache, pictures[:2])
+    path = cache.image_path(feature_cache, pictures[1])
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
-    assert encoder.encode_images(bank, pictures[:2]) == 1
+    assert encoder.encode_images(feature_cache, pictures[:2]) == 1
     assert "is damaged and will be made again" in caplog.text
     assert path.read_bytes() == whole
-    same(everything(bank, pictures[:2]), wanted)
+    same(everything(feature_cache, pictures[:2]), wanted)
 
 
-def test_a_pool_mends_a_damaged_shard(bank, pictures):
-    training_pool.open_pool(bank, pictures[:2], SYNTHESIS)
-    path = training_pool.variant_path(bank, pictures[0], pictures[:2], SYNTHESIS)
+def test_a_pool_mends_a_damaged_shard(feature_cache, pictures):
+    training_pool.open_pool(feature_cache, pictures[:2], SYNTHESIS)
+    path = training_pool.variant_path(feature_cache, pictures[0], pictures[:2], SYNTHESIS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    cache.image_path(bank, pictures[1]).write_bytes(b"")
-    training_pool.open_pool(bank, pictures[:2], SYNTHESIS)
+    cache.image_path(feature_cache, pictures[1]).write_bytes(b"")
+    training_pool.open_pool(feature_cache, pictures[:2], SYNTHESIS)
     assert path.read_bytes() == whole
-    assert encoder.encode_images(bank, pictures[:2]) == 0
+    assert encoder.encode_images(feature_cache, pictures[:2]) == 0
 
 
-def test_a_file_half_written_by_a_killed_run_does_not_count(bank, pictures):
-    path = cache.image_path(bank, pictures[0])
+def test_a_file_half_written_by_a_killed_run_does_not_count(feature_cache, pictures):
+    path = cache.image_path(feature_cache, pictures[0])
     path.parent.mkdir(parents=True)
     path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
-    assert encoder.encode_images(bank, pictures[:1]) == 1
+    assert encoder.encode_images(feature_cache, pictures[:1]) == 1
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(bank, pictures, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(feature_cache, pictures, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)  # the last chance of a disk to say so
     with pytest.raises(WorkdirError) as caught:
-        encoder.encode_images(bank, pictures[:1])
+        encoder.encode_images(feature_cache, pictures[:1])
     said = str(caught.value)
-    assert str(cache.image_path(bank, pictures[0])) in said
+    assert str(cache.image_path(feature_cache, pictures[0])) in said
     assert "No space left on device" in said and "free space there" in said
-    assert list(bank.folder.iterdir()) == []
+    assert list(feature_cache.folder.iterdir()) == []
     monkeypatch.undo()
-    assert encoder.encode_images(bank, pictures[:1]) == 1
+    assert encoder.encode_images(feature_cache, pictures[:1]) == 1
 
 
 # --- the pool -----------------------------------------------------------------------------------
 
 
-def test_take_gives_the_rows_that_were_asked_for(bank, pictures):
+def test_take_gives_the_rows_that_were_asked_for(feature_cache, pictures):
     supports = pictures[:3]
-    pool = training_pool.open_pool(bank, supports, SYNTHESIS)
+    pool = training_pool.open_pool(feature_cache, supports, SYNTHESIS)
     support, variant = np.array([2, 0, 2, 1]), np.array([1, -1, 0, -1])
     batch = training_pool.take(pool, support, variant)
     assert batch.label.tolist() == [1, 0, 1, 0] and batch.valid.all()
     for row, (s, v) in enumerate(zip(support, variant, strict=True)):
         clean = v < 0
         held = cache.load(
-            cache.image_path(bank, supports[s])
+            cache.image_path(feature_cache, supports[s])
             if clean
-            else training_pool.variant_path(bank, supports[s], supports, SYNTHESIS)
+            else training_pool.variant_path(feature_cache, supports[s], supports, SYNTHESIS)
         )
         at = 0 if clean else v
         np.testing.assert_array_equal(batch.features.pooled[row], held["pooled"][at])
@@ -313,11 +320,11 @@ def test_take_gives_the_rows_that_were_asked_for(bank, pictures):
     assert not batch.mask[[1, 3]].any() and batch.mask[[0, 2]].any()
 
 
-def test_no_variants_is_a_pool_of_clean_images(bank, pictures):
+def test_no_variants_is_a_pool_of_clean_images(feature_cache, pictures):
     none = SYNTHESIS._replace(variants=0)
-    assert training_pool.encode_variants(bank, pictures[:2], none) == 0
-    pool = training_pool.open_pool(bank, pictures[:2], none)
-    assert pool.anomalous == () and len(list(bank.folder.iterdir())) == 2
+    assert training_pool.encode_variants(feature_cache, pictures[:2], none) == 0
+    pool = training_pool.open_pool(feature_cache, pictures[:2], none)
+    assert pool.anomalous == () and len(list(feature_cache.folder.iterdir())) == 2
     batch = training_pool.take(pool, np.array([0, 1]), np.array([-1, -1]))
     assert batch.label.tolist() == [0, 0] and not batch.mask.any()
 

@@ -103,30 +103,36 @@ def test_a_branch_of_images_alone_has_no_share_in_the_map(shift):
 def fused(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("fused")
     supports = write_pictures(folder, 4, start=40)
-    bank = cache.open_bank(folder, tiny, "stretch", "float32", one_device())
-    encoder.encode_images(bank, supports)
+    feature_cache = cache.open_cache(folder, tiny, "stretch", "float32", one_device())
+    encoder.encode_images(feature_cache, supports)
     design, frozen = design_of(tiny, dropout=0.2)
     plain, _ = design_of(tiny, context=0)
     start = model.init(jax.random.key(0), tiny, design, 2, False)
-    theta = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
+    params = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
     groups = [np.array([0, 2]), np.array([1, 3])]
     made = {
-        name: by_name.build(name, theta, frozen, shape, bank, supports, groups)
+        name: by_name.build(name, params, frozen, shape, feature_cache, supports, groups)
         for name, shape in (("learned", design), ("memory", design), ("zero_shot", plain))
     }
     settings = dict(
         weights="probes", modality="brain MRI", variants=4, seed=0, image_scores=lambda v: v.max(1)
     )
-    return made, settings, ensemble.fuse(made, bank, supports, **settings), bank, supports
+    return (
+        made,
+        settings,
+        ensemble.fuse(made, feature_cache, supports, **settings),
+        feature_cache,
+        supports,
+    )
 
 
 def test_plain_prompts_for_images_leave_the_map_as_it_is(fused):
-    made, settings, _, bank, supports = fused
+    made, settings, _, feature_cache, supports = fused
     settings = settings | {"weights": "equal"}
     two = {name: made[name] for name in ("learned", "memory")}
     three = two | {"zero_shot_image": made["zero_shot"]}
-    without, _ = ensemble.fuse(two, bank, supports, **settings)
-    joined, _ = ensemble.fuse(three, bank, supports, **settings)
+    without, _ = ensemble.fuse(two, feature_cache, supports, **settings)
+    joined, _ = ensemble.fuse(three, feature_cache, supports, **settings)
     batch = tokens(3)
     np.testing.assert_array_equal(joined.patches(batch), without.patches(batch))
     np.testing.assert_array_equal(joined.held_out, without.held_out)
@@ -216,8 +222,8 @@ def test_a_branch_far_from_its_healthy_values_does_not_drown_the_rest():
 
 
 def test_fusing_again_gives_the_same(fused):
-    made, settings, (whole, mix), bank, supports = fused
-    _, again = ensemble.fuse(made, bank, supports, **settings)
+    made, settings, (whole, mix), feature_cache, supports = fused
+    _, again = ensemble.fuse(made, feature_cache, supports, **settings)
     for a, b in zip(mix, again, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -282,7 +288,7 @@ def test_a_black_image_can_be_probed():
 
 
 def test_equal_weights_are_the_mean_of_standardised_values(fused):
-    bank = fused[3]
+    feature_cache = fused[3]
     rng = np.random.default_rng(4)
     held = {
         "a": rng.normal(2, 3, (6, 9)).astype(np.float32),
@@ -294,7 +300,7 @@ def test_equal_weights_are_the_mean_of_standardised_values(fused):
         for name in held
     }
     both, made = ensemble.fuse(
-        branches, bank, (), weights="equal", modality="", variants=1, seed=0,
+        branches, feature_cache, (), weights="equal", modality="", variants=1, seed=0,
         image_scores=lambda values: values.max(1),
     )  # fmt: skip
     wanted = sum((new[n] - held[n].mean()) / held[n].std(ddof=1) for n in held)

@@ -80,15 +80,15 @@ def toy_init(key, width):
     }
 
 
-def toy_loss(theta, frozen, batch, key):
+def toy_loss(params, frozen, batch, key):
     """Two layers on the first patch of every image, which shows the shift or not."""
     x = batch.features.levels[0][:, 0]
     if key is not None:
         keep = jax.random.bernoulli(key, 0.7, x.shape)
         x = jnp.where(keep, x / 0.7, 0.0)
-    (p,) = theta["adapters"]
+    (p,) = params["adapters"]
     hidden = jnp.tanh(x @ p["kernel"] + p["bias"][None])
-    z = jnp.exp(theta["scale"]) * (hidden @ theta["context"])
+    z = jnp.exp(params["scale"]) * (hidden @ params["context"])
     y = batch.mask[:, 0, 0]
     loss = losses.row_mean(jax.nn.softplus(z) - y * z, batch.valid)
     return loss, {"loss": loss}
@@ -97,12 +97,12 @@ def toy_loss(theta, frozen, batch, key):
 def set_up(tower, optimizer, copies=1, **fields):
     """(settings, frozen, loss, state)"""
     c = settings(**fields)
-    theta = toy_init(jax.random.key(0), tower.widths[0])
+    params = toy_init(jax.random.key(0), tower.widths[0])
     if c.meta.learn_rate:
-        theta = maml.meta_sgd(theta, c.meta.inner_rate)
-    theta = jax.tree.map(lambda x: jnp.stack([x] * copies), theta)
-    opt = jax.vmap(optimizer.init)(theta)
-    state = TrainState(jnp.asarray(0), theta, opt, jax.random.key_data(jax.random.key(0)))
+        params = maml.meta_sgd(params, c.meta.inner_rate)
+    params = jax.tree.map(lambda x: jnp.stack([x] * copies), params)
+    opt = jax.vmap(optimizer.init)(params)
+    state = TrainState(jnp.asarray(0), params, opt, jax.random.key_data(jax.random.key(0)))
     return c, {}, toy_loss, state
 
 
@@ -136,13 +136,13 @@ def test_every_learner_learns_and_adapting_helps(tower, pool, learner, learned):
     rows = training_step.adaptation_rows(pool, [np.arange(4)])
     flat = jax.tree.map(lambda x: x[:, 0], rows)
 
-    def value(theta):
-        return float(jax.jit(loss)(jax.tree.map(lambda x: x[0], theta), frozen, flat, None)[0])
+    def value(params):
+        return float(jax.jit(loss)(jax.tree.map(lambda x: x[0], params), frozen, flat, None)[0])
 
-    def plain(theta):
-        return theta.theta if learned else theta
+    def plain(params):
+        return params.params if learned else params
 
-    before, held = value(plain(state.theta)), jax.tree.map(np.array, state.theta)
+    before, held = value(plain(state.params)), jax.tree.map(np.array, state.params)
     for i in range(15):
         if learner == "joint":
             batch = training_step.batch_at(i, pool, [np.arange(4)], 4, 0)
@@ -150,18 +150,18 @@ def test_every_learner_learns_and_adapting_helps(tower, pool, learner, learned):
             batch = at(pool, i)
         state, parts = step(state, frozen, batch)
     assert int(state.step) == 15 and np.isfinite(float(parts["loss"]))
-    assert value(plain(state.theta)) < 0.9 * before
+    assert value(plain(state.params)) < 0.9 * before
     if learner == "joint":
         return
-    adapted, support = training_step.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
+    adapted, support = training_step.adapt(state.params, frozen, rows, loss=loss, inner=inner)
     assert support.shape == (1, 1)
-    assert value(adapted) < value(plain(state.theta)) == pytest.approx(float(support[0, 0]))
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), adapted, plain(state.theta))
+    assert value(adapted) < value(plain(state.params)) == pytest.approx(float(support[0, 0]))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), adapted, plain(state.params))
     assert moved["context"] == (learner != "anil")
     assert moved["scale"] and all(p["kernel"] and p["bias"] for p in moved["adapters"])
-    assert not np.array_equal(plain(state.theta)["context"], plain(held)["context"])
+    assert not np.array_equal(plain(state.params)["context"], plain(held)["context"])
     if learned:
-        rates = jax.tree.map(lambda a, b: bool((a != b).any()), state.theta.rate, held.rate)
+        rates = jax.tree.map(lambda a, b: bool((a != b).any()), state.params.rate, held.rate)
         assert all(jax.tree.leaves(rates))
 
 
@@ -170,8 +170,8 @@ def test_no_inner_step_is_joint_training_on_the_query(tower, pool):
     _, frozen, _, state = set_up(tower, optimizer)
     episode = at(pool, 0, tasks=1)
 
-    def loss(theta, frozen, batch, _):  # dropout off: the two draw it from different keys
-        return toy_loss(theta, frozen, batch, None)
+    def loss(params, frozen, batch, _):  # dropout off: the two draw it from different keys
+        return toy_loss(params, frozen, batch, None)
 
     meta, _ = step_of(settings(learner="maml"), loss, optimizer, steps=0)
     joint, _ = step_of(settings(), loss, optimizer)
@@ -181,7 +181,7 @@ def test_no_inner_step_is_joint_training_on_the_query(tower, pool):
         for f, batch in ((meta, episode), (joint, query))
     )
     close(parts, same, 1e-6)
-    close(one.theta, other.theta, 1e-6)
+    close(one.params, other.params, 1e-6)
 
 
 def test_orders_and_heads_give_different_gradients(tower, pool):
@@ -192,7 +192,7 @@ def test_orders_and_heads_give_different_gradients(tower, pool):
         c, frozen, loss, state = set_up(tower, optimizer, learner=learner)
         step, _ = step_of(c, loss, optimizer)
         state, _ = step(state, frozen, at(pool, 0))
-        after[learner] = np.asarray(state.theta["adapters"][0]["kernel"])
+        after[learner] = np.asarray(state.params["adapters"][0]["kernel"])
     size = np.abs(after["maml"]).max()
     for a, b in (("maml", "fomaml"), ("maml", "anil"), ("fomaml", "anil")):
         assert np.abs(after[a] - after[b]).max() > 1e-5 * size
@@ -223,10 +223,10 @@ def test_eight_devices_equal_one_with_dropout_and_uneven_tasks(tower, pool, lear
         batch, valid = sharding.put(host, mesh)
         assert len(valid) == (8 if mesh.size == 8 else 3)
         batch = batch._replace(valid=batch.valid & valid[:, None])
-        old = state.theta["context"]
+        old = state.params["context"]
         state, parts = step(state, frozen, batch)
         assert old.is_deleted()  # donated
-        results.append((jax.device_get(state.theta), jax.device_get(parts)))
+        results.append((jax.device_get(state.params), jax.device_get(parts)))
     close(*results, 2e-5)
 
 
@@ -247,9 +247,9 @@ def test_a_copy_sees_its_own_images_alone(tower, pool):
     copies = training_step.members(4, [np.array([0])], (), target=True)
     state, _ = step(state, frozen, training_step.episodes_at(0, pool, copies, 0, **SIZES))
     rows = training_step.adaptation_rows(pool, training_step.supports(4, [np.array([0])]))
-    adapted, _ = training_step.adapt(state.theta, frozen, rows, loss=loss, inner=inner)
-    for theta in (state.theta, adapted):
-        finite = np.isfinite(theta["adapters"][0]["kernel"]).all((1, 2))
+    adapted, _ = training_step.adapt(state.params, frozen, rows, loss=loss, inner=inner)
+    for params in (state.params, adapted):
+        finite = np.isfinite(params["adapters"][0]["kernel"]).all((1, 2))
         assert finite.tolist() == [False, True]
 
 
@@ -258,9 +258,9 @@ def test_rows_that_fill_a_shorter_copy_do_not_count(tower, pool):
     inner = training_step.inner("maml", 2, 0.1, False)
     both = training_step.adaptation_rows(pool, [np.arange(4), np.array([1, 3])])
     assert both.valid.sum(0).tolist() == [16, 8]
-    padded, _ = training_step.adapt(state.theta, frozen, both, loss=loss, inner=inner)
+    padded, _ = training_step.adapt(state.params, frozen, both, loss=loss, inner=inner)
     alone = training_step.adaptation_rows(pool, [np.array([1, 3])])
-    own = jax.tree.map(lambda x: x[1:], state.theta)
+    own = jax.tree.map(lambda x: x[1:], state.params)
     exact, _ = training_step.adapt(own, frozen, alone, loss=loss, inner=inner)
     close(jax.tree.map(lambda x: x[1:], padded), exact, 1e-6)
 
@@ -319,7 +319,7 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(
     c = settings(steps=7, log_every=2, validations=0, **fields)
     monkeypatch.setattr(model, "init", lambda key, model, **_: toy_init(key, model.widths[0]))
     monkeypatch.setattr(model, "loss", lambda *given, design, weights, text=None: toy_loss(*given))
-    monkeypatch.setattr(model, "text_features", lambda theta, frozen, design: theta["context"])
+    monkeypatch.setattr(model, "text_features", lambda params, frozen, design: params["context"])
     whole = fitted(c, tmp_path / "whole", tower, pool)
     report = loop.report
 

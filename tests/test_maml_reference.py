@@ -16,16 +16,16 @@ from .conftest import reference_params
 NAMES = {"mlp": ("W1", "b1", "W2", "b2"), "logistic": ("w", "b")}
 
 
-def mlp(theta, batch):
+def mlp(params, batch):
     x, y = batch
-    hidden = jnp.tanh(x @ theta["W1"] + theta["b1"][None])
-    loss = jnp.mean((hidden @ theta["W2"] + theta["b2"][None] - y) ** 2)
+    hidden = jnp.tanh(x @ params["W1"] + params["b1"][None])
+    loss = jnp.mean((hidden @ params["W2"] + params["b2"][None] - y) ** 2)
     return loss, {"mse": loss}
 
 
-def logistic(theta, batch):
+def logistic(params, batch):
     x, y = batch
-    z = x @ theta["w"] + theta["b"]
+    z = x @ params["w"] + params["b"]
     loss = jnp.mean(jax.nn.softplus(z) - y * z)
     return loss, {"ce": loss}
 
@@ -47,13 +47,13 @@ def arrays(path):
 
 
 def reference(path, model):
-    """theta, (support, query), the inner rate and all arrays of one file."""
+    """params, (support, query), the inner rate and all arrays of one file."""
     data = arrays(path)
-    theta = {n: jnp.asarray(data[f"{model}_{n}"]) for n in NAMES[model]}
+    params = {n: jnp.asarray(data[f"{model}_{n}"]) for n in NAMES[model]}
     batch = {
         k: tuple(jnp.asarray(data[f"{model}_{k}_{v}"]) for v in "xy") for k in ("support", "query")
     }
-    return theta, (batch["support"], batch["query"]), float(data[f"{model}_inner_lr"]), data
+    return params, (batch["support"], batch["query"]), float(data[f"{model}_inner_lr"]), data
 
 
 each_file = pytest.mark.parametrize("path", reference_params("maml_*.npz"))
@@ -65,17 +65,17 @@ def everything(model, steps):
     """All that the reference holds for one model and number of steps, in one jitted function."""
     loss = LOSSES[model]
 
-    def task(theta, support, query, rate):
-        adapted, losses = adapt(theta, support, loss=loss, inner=Inner(rate, steps))
+    def task(params, support, query, rate):
+        adapted, losses = adapt(params, support, loss=loss, inner=Inner(rate, steps))
         losses = jnp.append(losses, loss(adapted, support)[0])
         return {"adapted": adapted, "support_loss": losses, "query_loss": loss(adapted, query)[0]}
 
-    def run(theta, episodes, rate):
+    def run(params, episodes, rate):
         outer = jax.value_and_grad(meta_loss, has_aux=True)
         inner = Inner(rate, steps)
-        (value, parts), exact = outer(theta, episodes, loss=loss, inner=inner)
-        _, first = outer(theta, episodes, loss=loss, inner=inner._replace(order="first"))
-        tasks = jax.vmap(task, in_axes=(None, 0, 0, None))(theta, *episodes, rate)
+        (value, parts), exact = outer(params, episodes, loss=loss, inner=inner)
+        _, first = outer(params, episodes, loss=loss, inner=inner._replace(order="first"))
+        tasks = jax.vmap(task, in_axes=(None, 0, 0, None))(params, *episodes, rate)
         return tasks | {"meta_loss": value, "metagrad": exact, "fomaml": first}, parts
 
     return jax.jit(run)
@@ -96,14 +96,14 @@ def outer_step(model, order):
 @each_model
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_reference(path, model, steps):
-    theta, episodes, rate, data = reference(path, model)
-    got, parts = everything(model, steps)(theta, episodes, rate)
+    params, episodes, rate, data = reference(path, model)
+    got, parts = everything(model, steps)(params, episodes, rate)
     at = f"{model}_K{steps}_"
     for name in ("support_loss", "query_loss", "meta_loss"):
         close(got[name], data[at + name], 1e-6)
     assert list(parts.values()) == [got["meta_loss"]]
     for kind, rel in (("adapted", 1e-6), ("metagrad", 1e-5), ("fomaml", 1e-5)):
-        for name in theta:
+        for name in params:
             close(got[kind][name], data[f"{at}{kind}_{name}"], rel)
 
 
@@ -111,17 +111,17 @@ def test_reference(path, model, steps):
 @each_model
 @pytest.mark.parametrize("order, name", [("exact", "maml"), ("first", "fomaml")])
 def test_reference_trajectory(path, model, order, name):
-    theta, episodes, rate, data = reference(path, model)
+    params, episodes, rate, data = reference(path, model)
     optimizer, step = outer_step(model, order)
-    theta = jax.tree.map(jnp.copy, theta)  # donated below
-    state = TrainState(jnp.zeros((), jnp.int32), theta, optimizer.init(theta), jax.random.key(0))
+    params = jax.tree.map(jnp.copy, params)  # donated below
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0))
     losses = []
     for _ in range(20):
         state, parts = step(state, episodes, rate)
         losses.append(parts["meta_loss"])
-    losses.append(everything(model, 3)(state.theta, episodes, rate)[0]["meta_loss"])
+    losses.append(everything(model, 3)(state.params, episodes, rate)[0]["meta_loss"])
     assert state.step == 20
     np.testing.assert_allclose(losses, data[f"{model}_traj_{name}_losses"], rtol=0, atol=2e-5)
-    for key, value in state.theta.items():
+    for key, value in state.params.items():
         wanted = data[f"{model}_traj_{name}_final_{key}"]
         np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-5)

@@ -101,14 +101,15 @@ def test_views_are_gentle():
 
 def test_a_mirrored_memory_knows_its_supports_either_way(tmp_path, tiny):
     supports = write_pictures(tmp_path, 3, start=7)
-    bank = cache.open_bank(tmp_path, tiny, "stretch", "float32", one_device())
-    encoder.encode_images(bank, supports)
-    images = support_images.pixels(bank, supports, tiny.size)
+    feature_cache = cache.open_cache(tmp_path, tiny, "stretch", "float32", one_device())
+    encoder.encode_images(feature_cache, supports)
+    images = support_images.pixels(feature_cache, supports, tiny.size)
     own, turned = (
-        encoder.encode(bank, np.ascontiguousarray(x)) for x in (images, images[..., ::-1])
+        encoder.encode(feature_cache, np.ascontiguousarray(x)) for x in (images, images[..., ::-1])
     )
     made, plain = (
-        by_name.build("memory", None, {}, None, bank, supports, [], mirror=m) for m in (True, False)
+        by_name.build("memory", None, {}, None, feature_cache, supports, [], mirror=m)
+        for m in (True, False)
     )
     for seen in (own, turned):
         np.testing.assert_allclose(made.patches(seen), 0, atol=1e-5)

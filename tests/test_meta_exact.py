@@ -19,12 +19,12 @@ TASKS, ROWS, RATE = 2, 2, 0.3
 
 @pytest.fixture(scope="module")
 def given(tiny):
-    """(loss, theta, frozen, episodes) of two tasks of two rows each, without dropout."""
+    """(loss, params, frozen, episodes) of two tasks of two rows each, without dropout."""
     c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"learner": "maml", "prompts.context": 2, "model.dropout": 0.0})
     design, frozen = build.build(config.resolve(c), tiny)
     key, rng = jax.random.key(0), np.random.default_rng(0)
-    theta = model.init(key, model=tiny, design=design, context=2, shared=False)
+    params = model.init(key, model=tiny, design=design, context=2, shared=False)
 
     def side():
         def normal(*shape):
@@ -38,27 +38,27 @@ def given(tiny):
         return jax.tree.map(jnp.asarray, rows)
 
     episodes = step.Episodes(side(), side(), jnp.ones(TASKS, bool))
-    return partial(model.loss, design=design, weights=WEIGHTS), theta, frozen, episodes
+    return partial(model.loss, design=design, weights=WEIGHTS), params, frozen, episodes
 
 
 def by_hand(loss, frozen, episodes, learner):
     """Equation (11) task after task: two gradient steps, then the query's loss."""
 
-    def moved(theta, rows):
-        grads = jax.grad(lambda t: loss(t, frozen, rows, None)[0])(theta)
+    def moved(params, rows):
+        grads = jax.grad(lambda t: loss(t, frozen, rows, None)[0])(params)
         if learner == "fomaml":
             grads = jax.lax.stop_gradient(grads)
         if learner == "anil":
             grads["context"] = jnp.zeros_like(grads["context"])
-        return jax.tree.map(lambda p, g: p - RATE * g, theta, grads)
+        return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
-    def outer(theta):
+    def outer(params):
         total = 0.0
         for i in range(TASKS):
             support, query = (
                 jax.tree.map(lambda x, i=i: x[i], s) for s in (episodes.support, episodes.query)
             )
-            total += loss(moved(moved(theta, support), support), frozen, query, None)[0]
+            total += loss(moved(moved(params, support), support), frozen, query, None)[0]
         return total / TASKS
 
     return outer
@@ -66,16 +66,16 @@ def by_hand(loss, frozen, episodes, learner):
 
 @pytest.mark.parametrize("learner", ["maml", "fomaml", "anil"])
 def test_the_gradient_of_the_models_loss_is_that_of_the_steps_written_out(given, learner):
-    loss, theta, frozen, episodes = given
+    loss, params, frozen, episodes = given
     objective = step.episodic(loss, step.inner(learner, 2, RATE, False))
 
     @jax.jit
-    def ours(theta):
-        return objective(theta, frozen, episodes, jax.random.key(0))[0]
+    def ours(params):
+        return objective(params, frozen, episodes, jax.random.key(0))[0]
 
-    value, grad = jax.value_and_grad(ours)(theta)
+    value, grad = jax.value_and_grad(ours)(params)
     wanted_value, wanted = jax.jit(jax.value_and_grad(by_hand(loss, frozen, episodes, learner)))(
-        theta
+        params
     )
     np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
     assert float(jnp.abs(wanted["context"]).max()) > 1e-6

@@ -38,7 +38,7 @@ def peer_prompts(ref, position: str = "end") -> Prompts:
 
 
 def setting(path, peer, position="end", causal=False):
-    """Design, theta, frozen and batch that restate one fixture."""
+    """Design, params, frozen and batch that restate one fixture."""
     ref, tower = peer(path)
     design = model.Design(
         peer_prompts(ref, position),
@@ -50,7 +50,7 @@ def setting(path, peer, position="end", causal=False):
         False,
         0.0,
     )
-    theta = {
+    params = {
         "context": jnp.concatenate([ref["ctx_normal"], ref["ctx_abnormal"]]),
         "adapters": tuple(
             {
@@ -72,17 +72,17 @@ def setting(path, peer, position="end", causal=False):
         jnp.ones(n, bool),
     )
     frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
-    return ref, design, theta, frozen, batch
+    return ref, design, params, frozen, batch
 
 
 def peer_forward(design):
     """Unit class features, probability map, and per level unit tokens and similarities."""
 
     @jax.jit
-    def run(theta, frozen, features):
-        text = model.text_features(theta, frozen, design)
+    def run(params, frozen, features):
+        text = model.text_features(params, frozen, design)
         pair = similarity.unit(similarity.class_features(text, design.prompts.label))
-        out = model.forward(theta, text, features, design)
+        out = model.forward(params, text, features, design)
         levels = [
             (similarity.unit(v), similarity.cosine(v, pair).transpose(0, 2, 1)) for v in out.levels
         ]
@@ -91,15 +91,15 @@ def peer_forward(design):
     return run
 
 
-def class_pair(theta, frozen, design):
-    text = jax.jit(lambda t, f: model.text_features(t, f, design))(theta, frozen)
+def class_pair(params, frozen, design):
+    text = jax.jit(lambda t, f: model.text_features(t, f, design))(params, frozen)
     return similarity.unit(similarity.class_features(text, design.prompts.label))
 
 
 @pytest.mark.parametrize("path", PARITY)
 def test_mediclip_map_loss_and_gradients(path, peer):
-    ref, design, theta, frozen, batch = setting(path, peer)
-    pair, probability, levels = peer_forward(design)(theta, frozen, batch.features)
+    ref, design, params, frozen, batch = setting(path, peer)
+    pair, probability, levels = peer_forward(design)(params, frozen, batch.features)
     np.testing.assert_allclose(pair.T, ref["text_features"], atol=5e-6)
     for level, (ours, both) in zip(ref["out_layers"], levels, strict=True):
         peer_unit, peer_both = ref[f"vision_features_l{level}"], ref[f"similarity_l{level}"]
@@ -114,7 +114,7 @@ def test_mediclip_map_loss_and_gradients(path, peer):
 
     loss = partial(model.loss, design=design, weights=LOSS)
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, parts), grad = run(theta, frozen, batch, None)
+    (value, parts), grad = run(params, frozen, batch, None)
     assert rel(parts["focal"], ref["focal"]) < 1e-6
     assert rel(parts["dice"], ref["dice"]) < 1e-6
     assert rel(value, ref["loss"]) < 1e-6
@@ -126,7 +126,7 @@ def test_mediclip_map_loss_and_gradients(path, peer):
         assert rel(grad["adapters"][i]["bias"], ref[f"grad_adapter{i}_bias"]) < 1e-4
 
     soft = batch._replace(mask=jnp.asarray(ref["mask_soft"], jnp.float32))
-    (_, parts), _ = run(theta, frozen, soft, None)
+    (_, parts), _ = run(params, frozen, soft, None)
     assert rel(parts["focal"], ref["focal_soft"]) < 1e-6
     assert rel(parts["dice"], ref["dice_soft"]) < 1e-6
 
@@ -134,15 +134,15 @@ def test_mediclip_map_loss_and_gradients(path, peer):
 @pytest.mark.parametrize("path", PARITY[:1])
 @pytest.mark.parametrize("position", ["front", "middle"])
 def test_context_positions(path, position, peer):
-    ref, design, theta, frozen, _ = setting(path, peer, position)
-    pair = class_pair(theta, frozen, design)
+    ref, design, params, frozen, _ = setting(path, peer, position)
+    pair = class_pair(params, frozen, design)
     np.testing.assert_allclose(pair.T, ref[f"text_features_{position}"], atol=5e-6)
 
 
 @pytest.mark.parametrize("path", PARITY[:1])
 def test_causal_text_differs_from_the_peer_and_is_clip(path, peer):
-    ref, design, theta, frozen, _ = setting(path, peer, causal=True)
-    pair = class_pair(theta, frozen, design)
+    ref, design, params, frozen, _ = setting(path, peer, causal=True)
+    pair = class_pair(params, frozen, design)
     np.testing.assert_allclose(pair.T, ref["text_features_causal"], atol=5e-6)
     assert float(np.abs(np.asarray(pair.T) - ref["text_features"]).max()) > 0.1
 
@@ -165,7 +165,7 @@ def toy(tower, form="softmax", dropout=0.0, key=0):
     design = model.Design(
         built, tower.text_tower, tower.size, tower.grid, form, True, True, dropout
     )
-    theta = model.init(jax.random.key(key), tower, design, 4, shared=False)
+    params = model.init(jax.random.key(key), tower, design, 4, shared=False)
     rng = np.random.default_rng(key)
     tokens = tuple(
         jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.widths[0])), jnp.float32)
@@ -175,15 +175,15 @@ def toy(tower, form="softmax", dropout=0.0, key=0):
     mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 6:20, 10:24].set(1.0)
     batch = Batch(Features(pooled, tokens), mask, jnp.array([0, 0, 1, 1]), jnp.array([True] * 4))
     frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
-    return design, theta, frozen, batch
+    return design, params, frozen, batch
 
 
 @pytest.mark.parametrize("form", similarity.FORMS)
 def test_every_part_of_theta_learns(form, tiny):
-    design, theta, frozen, batch = toy(tiny, form)
+    design, params, frozen, batch = toy(tiny, form)
     weights = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.1)
     loss = partial(model.loss, design=design, weights=weights)
-    grad, parts = jax.jit(jax.grad(loss, has_aux=True))(theta, frozen, batch, None)
+    grad, parts = jax.jit(jax.grad(loss, has_aux=True))(params, frozen, batch, None)
     assert set(parts) == {"loss", *losses.TERMS}
     sizes = jax.tree.map(lambda g: float(jnp.abs(g).max()), grad)
     learned = {k: v for k, v in sizes.items() if k != "offset" or form == "distance"}
@@ -191,38 +191,38 @@ def test_every_part_of_theta_learns(form, tiny):
 
 
 def test_weight_zero_removes_a_term_from_the_computation(tiny):
-    design, theta, frozen, batch = toy(tiny)
+    design, params, frozen, batch = toy(tiny)
     broken = batch._replace(
         features=batch.features._replace(pooled=batch.features.pooled * jnp.nan)
     )
     _, parts = jax.jit(partial(model.loss, design=design, weights=LOSS))(
-        theta, frozen, broken, None
+        params, frozen, broken, None
     )
     assert set(parts) == {"loss", "focal", "dice"}
     assert np.isfinite(float(parts["loss"]))
 
 
 def test_invalid_rows_do_not_count(tiny):
-    design, theta, frozen, batch = toy(tiny)
+    design, params, frozen, batch = toy(tiny)
     weights = dict(focal=1.0, dice=1.0, align=1.0, prompt=1.0)
     loss = jax.jit(partial(model.loss, design=design, weights=weights))
-    whole, _ = loss(theta, frozen, jax.tree.map(lambda x: x[:3], batch), None)
+    whole, _ = loss(params, frozen, jax.tree.map(lambda x: x[:3], batch), None)
     masked, _ = loss(
-        theta, frozen, batch._replace(valid=jnp.array([True, True, True, False])), None
+        params, frozen, batch._replace(valid=jnp.array([True, True, True, False])), None
     )
     np.testing.assert_allclose(masked, whole, rtol=1e-6)
 
 
 def test_dropout_zero_is_the_plain_forward_and_keys_decide(tiny):
-    design, theta, frozen, batch = toy(tiny, dropout=0.3)
-    text = model.text_features(theta, frozen, design)
-    plain = model.forward(theta, text, batch.features, design)
+    design, params, frozen, batch = toy(tiny, dropout=0.3)
+    text = model.text_features(params, frozen, design)
+    plain = model.forward(params, text, batch.features, design)
     off = model.forward(
-        theta, text, batch.features, design._replace(dropout=0.0), jax.random.key(3)
+        params, text, batch.features, design._replace(dropout=0.0), jax.random.key(3)
     )
     np.testing.assert_array_equal(plain.logit, off.logit)
     one, same, other = (
-        model.forward(theta, text, batch.features, design, jax.random.key(k)).logit
+        model.forward(params, text, batch.features, design, jax.random.key(k)).logit
         for k in (3, 3, 4)
     )
     np.testing.assert_array_equal(one, same)
@@ -231,10 +231,10 @@ def test_dropout_zero_is_the_plain_forward_and_keys_decide(tiny):
 
 def test_distance_form_is_equation_nine(tiny):
     """With scale 1 and offset 0 the logit is 1 - max_j sim over the healthy prompts."""
-    design, theta, frozen, batch = toy(tiny, "distance")
-    theta = {**theta, "scale": jnp.asarray(0.0), "offset": jnp.asarray(0.0)}
-    text = model.text_features(theta, frozen, design)
-    out = model.forward(theta, text, batch.features, design)
+    design, params, frozen, batch = toy(tiny, "distance")
+    params = {**params, "scale": jnp.asarray(0.0), "offset": jnp.asarray(0.0)}
+    text = model.text_features(params, frozen, design)
+    out = model.forward(params, text, batch.features, design)
     healthy = np.asarray(text)[design.prompts.label == 0]
     healthy /= np.linalg.norm(healthy, axis=1, keepdims=True)
     by_hand = []

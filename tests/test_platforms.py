@@ -67,17 +67,17 @@ def scorer(tower):
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.prompts.context = 2
     design, _ = build.build(config.resolve(c), tower)
-    theta = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.theta)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.params)
 
-    def run(theta, frozen, tokens):
-        text = model.text_features(theta, frozen, design)
-        values = model.forward(theta, text, tokens, design).logit
+    def run(params, frozen, tokens):
+        text = model.text_features(params, frozen, design)
+        values = model.forward(params, text, tokens, design).logit
         scores = evaluate.from_patches(values, size=tower.size, top=0.05)
         return anomaly_map.to_pixels(values, tower.size), scores
 
     levels = tuple(np.zeros((2, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
     tokens = Features(np.zeros((2, tower.joint), np.float32), levels)
-    return jax.jit(run), (theta, frozen, spec(tokens))
+    return jax.jit(run), (params, frozen, spec(tokens))
 
 
 PARTS = {

@@ -79,7 +79,7 @@ def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     """From the workdir alone, against what training wrote for the same images."""
     held = predictions(whole)
     model = predictor.load(whole)
-    size = model.bank.clip.size
+    size = model.feature_cache.clip.size
     images = [read.fit(read.read(data / i).pixels[0], size) for i in held["id"]]
     got = predictor.score(model, np.stack(images))
     np.testing.assert_allclose(got.score, held["score"], atol=2e-3)

@@ -238,10 +238,10 @@ def test_resumed_equals_uninterrupted_and_loads_in_flax(
     resumed = loop.run(material, size, plan, begin, path)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    moved = whole.theta["clip"]["visual_projection.weight"]
-    assert not np.allclose(moved, begin.theta["clip"]["visual_projection.weight"])
+    moved = whole.params["clip"]["visual_projection.weight"]
+    assert not np.allclose(moved, begin.params["clip"]["visual_projection.weight"])
 
-    clip = jax.tree.map(np.asarray, whole.theta["clip"])
+    clip = jax.tree.map(np.asarray, whole.params["clip"])
     export.write_folder(tmp_path / "out", clip, size, tokenizer_folder, "# card")
     check_parity(tmp_path / "out", clip, size, material)
 

@@ -102,11 +102,14 @@ def test_two_processes_equal_one(base, learner):
     mine, other = (json.loads((p / "metrics.json").read_text()) for p in (one, two))
     for group in ("image", "pixel", "calibration"):
         assert mine[group] == pytest.approx(other[group], abs=2e-2)
-    banks = [
-        sorted(p.name for p in (base / f"cache-{n}/bank").rglob("*.*")) for n in ("one", "two")
+    feature_caches = [
+        sorted(p.name for p in (base / f"cache-{n}/feature_cache").rglob("*.*"))
+        for n in ("one", "two")
     ]
-    assert banks[0] == banks[1]
-    assert len(banks[0]) == 4 + 4 + 9 + 2  # images, variants, test images, and of redrawn towers
+    assert feature_caches[0] == feature_caches[1]
+    assert (
+        len(feature_caches[0]) == 4 + 4 + 9 + 2
+    )  # images, variants, test images, and of redrawn towers
 
 
 @pytest.mark.parametrize("lost", [0, 1])

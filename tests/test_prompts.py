@@ -224,11 +224,11 @@ def test_a_context_that_starts_from_a_phrase_reads_as_that_phrase(tiny, key, sha
     def features(built, context):
         fixed = (tiny.text_tower, tiny.size, tiny.grid, "softmax", True, True, 0.0)
         design = model.Design(built, *fixed)
-        theta = model.init(key, tiny, design, context, shared)
-        assert ("context" in theta) == (context > 0)  # no vectors: no empty array
+        params = model.init(key, tiny, design, context, shared)
+        assert ("context" in params) == (context > 0)  # no vectors: no empty array
         if context:
-            assert theta["context"].shape[0] == (1 if shared else len(built.ids))
-        return model.text_features(theta, {"text": tiny.text}, design)
+            assert params["context"].shape[0] == (1 if shared else len(built.ids))
+        return model.text_features(params, {"text": tiny.text}, design)
 
     np.testing.assert_allclose(features(learned, n), features(typed, 0), atol=1e-6)
 
@@ -260,8 +260,8 @@ def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
     start = tokenize.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")
     np.testing.assert_array_equal(design.prompts.start, start)
     assert design.prompts.ids.shape[1] == len(tiny.text["position"])
-    theta = model.init(jax.random.key(0), tiny, design, c.prompts.context, False)
-    assert theta["context"].shape[:2] == (len(design.prompts.ids), c.prompts.context)
+    params = model.init(jax.random.key(0), tiny, design, c.prompts.context, False)
+    assert params["context"].shape[:2] == (len(design.prompts.ids), c.prompts.context)
 
 
 def test_without_context_no_phrase_is_needed(tokenizer):

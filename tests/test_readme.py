@@ -53,7 +53,7 @@ def test_an_adapted_scorer_is_of_the_new_site(desk, monkeypatch):
     assert scorer.predict([desk / "scan.png"])[0].score == before.score
     monkeypatch.setattr(adapt, "load", None)  # loaded and compiled once
     (again,) = adapted.adapt(healthy).predict([desk / "scan.png"])
-    assert again.score == after.score  # from the meta-trained theta, not from the adapted one
+    assert again.score == after.score  # from the meta-trained params, not from the adapted one
     with pytest.raises(ConfigError, match="in memory alone"):
         adapted.predict_files("scan.png", output=desk / "out")
     with pytest.raises(ConfigError, match="give 2 or more"):

@@ -111,17 +111,17 @@ def test_predictions_and_metrics_hold_the_measures(scene, scored, tmp_path):  # 
 
 
 def test_without_passes_there_are_no_measures(scene, tmp_path):  # noqa: F811
-    bank, _, test, made = scene
-    got = evaluate.score_images(made, bank, test, **SETTINGS | {"passes": 0})
+    feature_cache, _, test, made = scene
+    got = evaluate.score_images(made, feature_cache, test, **SETTINGS | {"passes": 0})
     assert got.doubts is None
     assert evaluate.measure(got, test, "stretch")["uncertainty"] is None
     assert evaluate.measure(perfect(test), test, "stretch")["uncertainty"] is None
 
 
 def test_labels_are_read_after_scoring(scene, scored):  # noqa: F811
-    bank, _, test, made = scene
+    feature_cache, _, test, made = scene
     lied = [r._replace(label=1 - r.label, masks=()) for r in test]
-    again = evaluate.score_images(made, bank, lied, **SETTINGS)
+    again = evaluate.score_images(made, feature_cache, lied, **SETTINGS)
     for name, column in scored.doubts.items():
         np.testing.assert_array_equal(again.doubts[name], column)
 
@@ -129,15 +129,15 @@ def test_labels_are_read_after_scoring(scene, scored):  # noqa: F811
 def test_the_ensemble_is_the_held_out_copies(tiny):
     design, frozen = design_of(tiny, dropout=0.2)
     starts = [model.init(jax.random.key(i), tiny, design, 2, False) for i in range(3)]
-    theta = jax.tree.map(lambda *x: jax.numpy.stack(x), *starts)
+    params = jax.tree.map(lambda *x: jax.numpy.stack(x), *starts)
     groups = [np.array([0, 2]), np.array([1, 3])]
-    made = prompt_detector.learned(theta, frozen, design, tokens(4), groups)
+    made = prompt_detector.learned(params, frozen, design, tokens(4), groups)
     new = tokens(2, seed=5)
     each = np.asarray(made.copies(new))
     assert each.shape == (2, 2, 16)
     for values, support in zip(each, (0, 1), strict=True):
         np.testing.assert_array_equal(values, made.without(support, new))
-    one = prompt_detector.learned(theta, frozen, design, tokens(1), [])
+    one = prompt_detector.learned(params, frozen, design, tokens(1), [])
     assert one.copies is None
 
 
@@ -158,18 +158,18 @@ def test_a_fused_ensemble_differs_by_the_learned_branch_alone(fused):  # noqa: F
 def dropping(tiny, rate):
     design, frozen = design_of(tiny, dropout=rate)
     start = model.init(jax.random.key(1), tiny, design, 2, False)
-    theta = jax.tree.map(lambda x: x[None], start)
-    made = prompt_detector.learned(theta, frozen, design, tokens(1), [])
+    params = jax.tree.map(lambda x: x[None], start)
+    made = prompt_detector.learned(params, frozen, design, tokens(1), [])
     return made, design, frozen, start
 
 
 def test_rate_0_has_variance_exactly_0(tiny):
-    made, design, frozen, theta = dropping(tiny, 0.0)
+    made, design, frozen, params = dropping(tiny, 0.0)
     assert made.passes is None
-    text = model.text_features(theta, frozen, design)
+    text = model.text_features(params, frozen, design)
     new = tokens(3, seed=4)
     each = [
-        model.forward(theta, text, new, design, key).logit
+        model.forward(params, text, new, design, key).logit
         for key in jax.random.split(jax.random.key(0), 4)
     ]
     np.testing.assert_array_equal(np.stack(each).var(0), 0)
@@ -188,7 +188,7 @@ def test_the_mean_of_passes_settles_as_one_over_root_t(tiny):
 
 def test_training_and_scoring_drop_at_the_same_rate(tiny, monkeypatch):
     """Both read design.dropout: every mask that is drawn is drawn with it."""
-    made, design, frozen, theta = dropping(tiny, 0.25)
+    made, design, frozen, params = dropping(tiny, 0.25)
     rates, real = [], jax.random.bernoulli
 
     def bernoulli(key, p=0.5, shape=None, **more):
@@ -203,7 +203,7 @@ def test_training_and_scoring_drop_at_the_same_rate(tiny, monkeypatch):
     rest = jax.tree.map(jax.numpy.asarray, (mask, label, np.ones(2, bool)))
     batch = Batch(tokens(2), *rest)
     weights = {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0}
-    model.loss(theta, frozen, batch, jax.random.key(0), design=design, weights=weights)
+    model.loss(params, frozen, batch, jax.random.key(0), design=design, weights=weights)
     assert scoring and rates and set(scoring) == set(rates) and len(set(rates)) == 1
     assert rates[0] in (0.25, 0.75)
 

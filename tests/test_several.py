@@ -43,11 +43,11 @@ MORE = ("nodule", "opacity", "fluid")
 
 
 def setting(tower, conditions, target=TARGET, form="softmax", shared=False, causal=True):
-    """Design of a target beside a set with other conditions, theta, frozen and a batch."""
+    """Design of a target beside a set with other conditions, params, frozen and a batch."""
     sets = [words_of(tower, target), words_of(tower, conditions, "lung")]
     static = tower.text_tower, tower.size, tower.grid, form, causal, True, 0.0
     design = model.Design(sets[0], *static, sets=prompt_sets.stack(sets))
-    theta = model.init(jax.random.key(0), tower, design, 4, shared)
+    params = model.init(jax.random.key(0), tower, design, 4, shared)
     rng = np.random.default_rng(0)
     tokens = tuple(
         jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.widths[0])), jnp.float32)
@@ -57,14 +57,14 @@ def setting(tower, conditions, target=TARGET, form="softmax", shared=False, caus
     mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 6:20, 10:24].set(1.0)
     batch = Batch(Features(pooled, tokens), mask, jnp.array([0, 0, 1, 1]), jnp.array([True] * 4))
     frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
-    return sets, design, theta, frozen, batch
+    return sets, design, params, frozen, batch
 
 
-def gradient(design, theta, frozen, batch, source):
+def gradient(design, params, frozen, batch, source):
     source = None if source is None else jnp.asarray(source)
     loss = partial(model.loss, design=design, weights=WEIGHTS)
     run = jax.jit(jax.grad(lambda t, b: loss(t, frozen, b, None), has_aux=True))
-    return run(theta, batch._replace(source=source))
+    return run(params, batch._replace(source=source))
 
 
 def close(a, b, rtol=1e-5):
@@ -92,26 +92,26 @@ def test_sets_are_laid_out_alike(tiny):
 @pytest.mark.parametrize(("form", "causal"), [("softmax", True), ("distance", False)])
 def test_what_fills_the_shape_is_neutral_for_the_target(tiny, form, causal):
     """Loss and every gradient are those of the target alone, though its prompts are filled up."""
-    _, design, theta, frozen, batch = setting(tiny, MORE, form=form, causal=causal)
-    alone = gradient(design._replace(sets=None), theta, frozen, batch, None)
+    _, design, params, frozen, batch = setting(tiny, MORE, form=form, causal=causal)
+    alone = gradient(design._replace(sets=None), params, frozen, batch, None)
     assert (~design.sets.real[0]).sum() == 6
-    close(gradient(design, theta, frozen, batch, 0 if causal else [0] * 4), alone)
+    close(gradient(design, params, frozen, batch, 0 if causal else [0] * 4), alone)
 
 
 def test_the_other_set_is_compared_with_its_own_prompts(tiny):
     """As a run of that set alone would be, on the same shared context; here it is filled up."""
-    sets, design, theta, frozen, batch = setting(tiny, TARGET, MORE, "distance", shared=True)
+    sets, design, params, frozen, batch = setting(tiny, TARGET, MORE, "distance", shared=True)
     assert (~design.sets.real[1]).any()
-    alone = gradient(design._replace(prompts=sets[1], sets=None), theta, frozen, batch, None)
-    close(gradient(design, theta, frozen, batch, 1), alone)
+    alone = gradient(design._replace(prompts=sets[1], sets=None), params, frozen, batch, None)
+    close(gradient(design, params, frozen, batch, 1), alone)
 
 
 def test_rows_of_one_batch_may_be_of_different_sets(tiny):
     """The mean over rows of a mixed batch is that of its rows alone, each with its own prompts."""
-    _, design, theta, frozen, batch = setting(tiny, MORE)
+    _, design, params, frozen, batch = setting(tiny, MORE)
     loss = jax.jit(
         lambda valid, source: model.loss(
-            theta,
+            params,
             frozen,
             batch._replace(valid=valid, source=source),
             None,
@@ -144,7 +144,7 @@ def pool_of(batch: Batch, sizes) -> training_pool.Pool:
     return training_pool.join([one(n) for n in sizes])
 
 
-def episode_losses(design, theta, frozen, episodes):
+def episode_losses(design, params, frozen, episodes):
     """The query loss of every task after its inner step, task by task."""
     loss = partial(model.loss, design=design, weights=WEIGHTS)
     objective = step.episodic(loss, step.inner("maml", 1, 0.05, False))
@@ -152,13 +152,13 @@ def episode_losses(design, theta, frozen, episodes):
     def one(task):
         only = jnp.arange(len(episodes.valid)) == task
         batch = jax.tree.map(lambda x: x[:, 0], episodes)._replace(valid=only)
-        return objective(theta, frozen, batch, jax.random.key(0))[0]
+        return objective(params, frozen, batch, jax.random.key(0))[0]
 
     return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(len(episodes.valid))))
 
 
 def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
-    sets, design, theta, frozen, batch = setting(tiny, MORE)
+    sets, design, params, frozen, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2, 3))
     assert pool.source.tolist() == [0, 0, 1, 1, 1]
     members = step.members(2, [], (3,), target=True)
@@ -168,11 +168,11 @@ def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     assert episodes.support.source.shape == (6, 1) and set(source.tolist()) == {0, 1}
     np.testing.assert_array_equal(episodes.query.source, episodes.support.source)
 
-    before = episode_losses(design, theta, frozen, episodes)
+    before = episode_losses(design, params, frozen, episodes)
     # as many prompts and as long, so that nothing but the words differs
     other = words_of(tiny, MORE[::-1], "brain")
     swapped = design._replace(sets=prompt_sets.stack([sets[0], other]))
-    after = episode_losses(swapped, theta, frozen, episodes)
+    after = episode_losses(swapped, params, frozen, episodes)
     np.testing.assert_array_equal(after[source == 0], before[source == 0])
     assert np.abs(after - before)[source == 1].min() > 1e-6
 
@@ -268,7 +268,9 @@ def test_two_phantoms_in_one_run(tmp_path, monkeypatch):
     )
     opened, built, recipes = training_pool.open_pool, [], []
     monkeypatch.setattr(
-        training_pool, "open_pool", lambda bank, *x: recipes.append(bank.recipe) or opened(bank, *x)
+        training_pool,
+        "open_pool",
+        lambda feature_cache, *x: recipes.append(feature_cache.recipe) or opened(feature_cache, *x),
     )
     run = train.loop.run
 

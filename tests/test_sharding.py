@@ -94,13 +94,13 @@ def test_put_refuses_what_has_no_rows():
 
 
 def test_replicated_state_can_be_donated():
-    mesh, theta = sharding.mesh(), {"w": jnp.arange(4.0), "key": jax.random.key(1)}
-    state = sharding.replicate(theta, mesh)
+    mesh, params = sharding.mesh(), {"w": jnp.arange(4.0), "key": jax.random.key(1)}
+    state = sharding.replicate(params, mesh)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
     assert len(state["w"].addressable_shards) == 8
     stepped = jax.jit(lambda s: s | {"w": s["w"] + 1}, donate_argnums=0)(state)
     assert state["w"].is_deleted()
-    np.testing.assert_array_equal(theta["w"] + 1, stepped["w"])
+    np.testing.assert_array_equal(params["w"] + 1, stepped["w"])
 
 
 def test_start_refuses_half_an_address():

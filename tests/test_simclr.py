@@ -111,12 +111,12 @@ def test_weight_zero_leaves_theta_as_it_was_and_the_head_learns(tower, pool):  #
     batch = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), batch)
 
     @jax.jit
-    def both(theta):
-        grads = jax.grad(lambda t: value(t, on)[0])(theta)
-        return value(theta, on)[1], value(theta, off)[1], grads
+    def both(params):
+        grads = jax.grad(lambda t: value(t, on)[0])(params)
+        return value(params, on)[1], value(params, off)[1], grads
 
-    def value(theta, c):
-        return model.loss(theta, frozen, batch, None, design=design, weights=c.loss.to_dict())
+    def value(params, c):
+        return model.loss(params, frozen, batch, None, design=design, weights=c.loss.to_dict())
 
     with_head, without, grads = both(full)
     assert "simclr" not in without and float(with_head["simclr"]) > 0
@@ -141,7 +141,7 @@ def test_a_run_with_simclr_logs_it(tmp_path, tower, pool):  # noqa: F811
     design, frozen = build.build(c, tower)
     mesh = sharding.mesh()  # eight devices and four rows: half of the rows only fill
     pools = [augmented(pool)]
-    theta = loop.run(c, tmp_path, tower, design, frozen, pools, [], mesh, True)
-    assert np.isfinite(theta["head"]["out"]["kernel"]).all()
+    params = loop.run(c, tmp_path, tower, design, frozen, pools, [], mesh, True)
+    assert np.isfinite(params["head"]["out"]["kernel"]).all()
     assert '"simclr"' in (tmp_path / "metrics.jsonl").read_text()
     assert isinstance(pools[0], training_pool.Pool)

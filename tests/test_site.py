@@ -1,4 +1,4 @@
-"""A new site's detector: calibrated on images it has not seen, from a theta or a workdir."""
+"""A new site's detector: calibrated on images it has not seen, from a params or a workdir."""
 
 import jax
 import numpy as np
@@ -21,8 +21,8 @@ def settings(**fields):
 def started(tiny, **fields) -> adapt.Start:
     c = settings(**fields)
     design, frozen = build.build(c, tiny)
-    theta = model.init(jax.random.key(0), model=tiny, design=design, context=2, shared=False)
-    return adapt.prepare(c, tiny, design, frozen, theta)
+    params = model.init(jax.random.key(0), model=tiny, design=design, context=2, shared=False)
+    return adapt.prepare(c, tiny, design, frozen, params)
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_without_steps_it_is_theta_itself(tiny, images):
     start = started(tiny, **{"meta.adapt_steps": 0})
     ready = adapt.adapt(start, images[:2])
     tokens = jax.tree.map(lambda x: x[:2], adapt.altered_rows(start, images[:2]).features)
-    text = model.text_features(start.theta, start.frozen, start.design)
-    wanted = model.forward(start.theta, text, tokens, start.design).logit
+    text = model.text_features(start.params, start.frozen, start.design)
+    wanted = model.forward(start.params, text, tokens, start.design).logit
     np.testing.assert_allclose(ready.detector.held_out, wanted, atol=1e-5)
     np.testing.assert_allclose(ready.detector.patches(tokens), wanted, atol=1e-5)
     assert np.isfinite(ready.limits.image.value) and len(ready.limits.healthy) == 2

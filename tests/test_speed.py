@@ -181,7 +181,7 @@ def test_growth_is_told_for_every_axis_and_by_image(tmp_path, monkeypatch, capsy
     assert all(min(r["seconds"]) > 0 and np.isfinite(r["exponent"]) for r in found["rows"])
     more = found["bytes_per_image"]
     # pooled and three levels of 16 patches in float32; maps are float16 of the frame
-    assert more["bank"] > 4 * (16 + 3 * 16 * 32) and more["predictions.npz"] > 2 * 32 * 32
+    assert more["feature_cache"] > 4 * (16 + 3 * 16 * 32) and more["predictions.npz"] > 2 * 32 * 32
     assert capsys.readouterr().out.count("\n|") >= 9
 
 
@@ -246,7 +246,7 @@ def test_every_stage_of_a_job_is_told_cold_again_and_warm(tiny_job, monkeypatch)
         assert job["first_step"] is None if name == "again" else 0 < job["first_step"]
         assert (job["first_step"] or 0) < job["seconds"]
     assert found["cold"]["stages"]["synthesise"] > 0
-    assert found["warm"]["stages"]["synthesise"] == 0  # the bank is full
+    assert found["warm"]["stages"]["synthesise"] == 0  # the feature cache is full
     assert found["warm"]["stages"]["encode"] == found["again"]["stages"]["encode"] == 0
 
 

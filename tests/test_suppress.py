@@ -141,23 +141,23 @@ def test_the_peer_preset_switches_it_off():
 
 
 def test_thresholds_come_from_supports_treated_the_same(scene):  # noqa: F811
-    bank, supports, test, made = scene
-    plain = evaluate.score_images(made, bank, test, **SETTINGS)
+    feature_cache, supports, test, made = scene
+    plain = evaluate.score_images(made, feature_cache, test, **SETTINGS)
     maps = np.asarray(anomaly_map.to_pixels(jax.numpy.asarray(made.held_out), 32))
     fields = config.base().score.suppress.to_dict() | {"sigma": 3.0, "smallest_pixels": 9}
     quiet = map_filter.learn(fields, maps, list(map_filter.areas(supports, 32, "stretch")))
-    got = evaluate.score_images(made, bank, test, **SETTINGS, quiet=quiet)
+    got = evaluate.score_images(made, feature_cache, test, **SETTINGS, quiet=quiet)
     assert got.limits.pixel == calibration.pixel_threshold(quiet.supports, SETTINGS["pixel_rate"])
     assert got.limits.pixel.value < plain.limits.pixel.value
     np.testing.assert_array_equal(got.predictions.score, plain.predictions.score)
     # the whole, by hand
-    (tokens,) = cache.load_images(bank, test, len(test))
+    (tokens,) = cache.load_images(feature_cache, test, len(test))
     raw = np.asarray(anomaly_map.to_pixels(made.patches(tokens), 32))
     wanted = map_filter.treat(raw, quiet.steps)
     unit = calibration.to_unit(wanted, got.limits.pixel.value, got.limits.pixel_width)
     np.testing.assert_allclose(got.predictions.maps, unit, atol=2e-3)
     neutral = map_filter.learn(config.base().score.suppress.to_dict(), maps)
-    off = evaluate.score_images(made, bank, test, **SETTINGS, quiet=neutral)
+    off = evaluate.score_images(made, feature_cache, test, **SETTINGS, quiet=neutral)
     np.testing.assert_array_equal(off.predictions.maps, plain.predictions.maps)
 
 

@@ -104,18 +104,18 @@ def test_a_batch_holds_the_rows_of_every_copy(pool):
         assert (batch.mask[:, copy].mean((1, 2)) == (variant >= 0)).all()
 
 
-def quadratic(theta, frozen, batch, key):
+def quadratic(params, frozen, batch, key):
     """Mean squared distance of w to the tokens; its minimum is the tokens' mean."""
-    error = jnp.mean((theta["w"] - batch.features.pooled) ** 2)
+    error = jnp.mean((params["w"] - batch.features.pooled) ** 2)
     return error, {"loss": error, "draw": jax.random.uniform(key)}
 
 
 def problem(copies: int, lr: float = 0.1):
     optimizer = optax.sgd(lr)
-    theta = {"w": jnp.zeros((copies, 1, 3))}
+    params = {"w": jnp.zeros((copies, 1, 3))}
     key = jax.random.key_data(jax.random.key(0))
     return (
-        TrainState(jnp.asarray(0), theta, jax.vmap(optimizer.init)(theta), key),
+        TrainState(jnp.asarray(0), params, jax.vmap(optimizer.init)(params), key),
         step.make_step(quadratic, optimizer),
     )
 
@@ -144,7 +144,7 @@ def test_copies_take_their_own_steps_and_the_first_is_reported():
     assert losses[0] == pytest.approx((1 + 9) / 2)  # of copy 0
     assert all(b <= a + 1e-6 for a, b in zip(losses, losses[1:], strict=False))
     assert losses[-1] == pytest.approx(1.0, abs=0.02)  # the variance of 1 and 3
-    np.testing.assert_allclose(state.theta["w"][:, 0, 0], [2.0, 20.0], rtol=0.02)
+    np.testing.assert_allclose(state.params["w"][:, 0, 0], [2.0, 20.0], rtol=0.02)
     assert len(set(draws)) == 60  # each step draws anew
 
 
@@ -152,7 +152,7 @@ def test_one_step_is_plain_gradient_descent():
     state, step = problem(copies=1)
     after, _ = step(state, {}, batch_of(np.array([[1.0], [3.0]])))
     # d/dw mean((w - x)^2) over 3 entries at w = 0 is -2 * 2 / 3 each
-    np.testing.assert_allclose(after.theta["w"], 0.1 * 4 / 3, rtol=1e-6)
+    np.testing.assert_allclose(after.params["w"], 0.1 * 4 / 3, rtol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_part(tmp_path):
@@ -168,13 +168,13 @@ def test_a_loss_that_is_not_finite_names_step_and_part(tmp_path):
 
 
 def fitted(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
-    """fit.run with a small theta and a loss that pulls it to the tokens."""
+    """fit.run with a small params and a loss that pulls it to the tokens."""
 
     def init(key, **_):
         return {"w": jax.random.normal(key, (1, 3))}
 
-    def loss(theta, frozen, batch, key, **_):
-        error = jnp.mean((theta["w"] - scale * batch.features.pooled) ** 2)
+    def loss(params, frozen, batch, key, **_):
+        error = jnp.mean((params["w"] - scale * batch.features.pooled) ** 2)
         return error, {"loss": error}
 
     monkeypatch.setattr(model, "init", init)
@@ -192,12 +192,12 @@ def fitted(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
 
 
 def test_fit_lowers_the_loss_and_copies_learn_without_their_fold(tmp_path, pool, monkeypatch):
-    theta = fitted(tmp_path, pool, monkeypatch)
+    params = fitted(tmp_path, pool, monkeypatch)
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     # folds of 4 supports are {0, 2} and {1, 3}: the copies tend to the mean of the others
-    whole, without_even, without_odd = theta["w"].mean((1, 2))
+    whole, without_even, without_odd = params["w"].mean((1, 2))
     assert without_odd < whole < without_even
     held = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert held == {"28", "30"}

@@ -75,20 +75,20 @@ def test_each_fold_is_scored_by_the_copy_that_never_saw_it(tiny, pool):
     design, frozen = design_of(tiny)
     groups, mesh = loop.folds(4, 2), sharding.mesh(jax.devices()[:1])
     start = model.init(jax.random.key(0), tiny, design, 2, False)
-    theta = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -1.5 * x]), start)
+    params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -1.5 * x]), start)
     judged = validation.judge(pool, groups, design, 0.25, mesh)
     tokens, role = validation.rows(pool, groups)
     scores = []
     for f in range(2):
-        own, batch = jax.tree.map(lambda x, f=f: x[1 + f], theta), jax.tree.map(
+        own, batch = jax.tree.map(lambda x, f=f: x[1 + f], params), jax.tree.map(
             lambda x, f=f: jnp.asarray(x[f]), tokens
         )  # fmt: skip
         text = model.text_features(own, frozen, design)
         logit = np.sort(model.forward(own, text, batch, design).logit, axis=1)
         scores.append(logit[:, -4:].mean(1))
     wanted = validation.numbers(jnp.stack(scores), jnp.asarray(role))
-    other = jax.tree.map(lambda x: x.at[0].set(7.0), theta)  # copy 0 has no say
-    for got in (judged(theta, frozen), judged(other, frozen)):
+    other = jax.tree.map(lambda x: x.at[0].set(7.0), params)  # copy 0 has no say
+    for got in (judged(params, frozen), judged(other, frozen)):
         assert set(got) == {"held_out_accuracy", "held_out_auroc"}
         for name, value in wanted.items():
             assert float(got[name]) == pytest.approx(float(value)), name

@@ -1,6 +1,6 @@
 """One BUSI run with a ViT-B/16-sized CLIP against the peer's shipped schedule, from measured parts.
 
-Ours, in seconds, with v variants of each of K supports, b images in a batch and c copies of theta
+Ours, in seconds, with v variants of each of K supports, b images in a batch and c copies of params
 (one of them, plus one per held-out fold):
 
     (test + K + K v) / encoded + steps (step + rows) + validations judged + test / b scored
@@ -88,7 +88,7 @@ def theirs(steps: int, epochs: int, step: float, batch: float) -> dict[str, floa
 
 
 def measure(name: str, k: int, copies: int, times: int) -> dict[str, float]:
-    """The best seconds of each part with so many copies of theta, taken in turn."""
+    """The best seconds of each part with so many copies of params, taken in turn."""
     size, work = towers.SIZES[name], workload.build(name, 1, BATCH // 2)
     pool, groups = tokens(name, k), loop.folds(k, copies - 1)
     images = towers.images(size, BATCH)
@@ -107,12 +107,12 @@ def measure(name: str, k: int, copies: int, times: int) -> dict[str, float]:
     }
     judge = validation.judge(pool, groups, work.design, 0.05, mesh)
     if judge is not None:
-        runs["judge"] = partial(quick.timed, judge, copied(work.theta, copies), work.frozen)
+        runs["judge"] = partial(quick.timed, judge, copied(work.params, copies), work.frozen)
     return {part: min(each) for part, each in workload.in_turn(runs, times).items()}
 
 
-def copied(theta, copies: int):
-    return jax.tree.map(lambda x: np.broadcast_to(x, (copies, *np.shape(x))).copy(), theta)
+def copied(params, copies: int):
+    return jax.tree.map(lambda x: np.broadcast_to(x, (copies, *np.shape(x))).copy(), params)
 
 
 def tokens(name: str, k: int) -> training_pool.Pool:
@@ -137,9 +137,9 @@ class Trainer:
     def __init__(self, work: workload.Work, batch, copies: int):
         optimizer = optax.adam(1e-3)
         loss = partial(model.loss, design=work.design, weights=config.base().loss.to_dict())
-        theta = copied(work.theta, copies)
+        params = copied(work.params, copies)
         key = jax.random.key_data(jax.random.key(0))
-        self.state = TrainState(np.asarray(0), theta, jax.vmap(optimizer.init)(theta), key)
+        self.state = TrainState(np.asarray(0), params, jax.vmap(optimizer.init)(params), key)
         self.step = training_step.make_step(loss, optimizer)
         self.given = work.frozen, jax.device_put(batch)
 
@@ -155,9 +155,9 @@ def prompted(work: workload.Work, copies: int):
     """One timed prompt map of a batch; the text features are made before, as in a run."""
     sides = [jax.tree.map(lambda x: x[0, 0], s.features) for s in work.episodes[:2]]
     batch = jax.tree.map(lambda *x: np.concatenate(x), *sides)
-    text = jax.jit(partial(model.text_features, design=work.design))(work.theta, work.frozen)
+    text = jax.jit(partial(model.text_features, design=work.design))(work.params, work.frozen)
     mapped = jax.jit(lambda t, w, b: model.forward(t, w, b, work.design).logit)
-    return partial(quick.timed, mapped, work.theta, text, batch)
+    return partial(quick.timed, mapped, work.params, text, batch)
 
 
 def scored(prompt_map, memory_map, copies: int) -> float:

@@ -120,8 +120,8 @@ def with_prompts(work: workload.Work, n: int) -> workload.Work:
     at = np.arange(n) % len(p.ids)
     arrays = (np.asarray(x)[at] for x in (p.ids, p.slots, p.eos, p.label))
     more = Prompts(*arrays, tuple(p.text[i] for i in at))
-    theta = work.theta | {"context": work.theta["context"][at]}
-    return work._replace(design=work.design._replace(prompts=more), theta=theta)
+    params = work.params | {"context": work.params["context"][at]}
+    return work._replace(design=work.design._replace(prompts=more), params=params)
 
 
 def tasked(args: argparse.Namespace) -> dict:

@@ -83,13 +83,13 @@ def job(base: Path, clip: str, n: int, side: int, seed: int, told: dict) -> dict
     root, workdir = write_set(base / f"data-{seed}", n, side, seed), base / f"run-{seed}"
     c = config.base(f"k={K}", name="folder", root=str(root), **PRESETS["busi"])
     c.update_from_flattened_dict({**FIELDS, "cache": str(base / "cache"), "clip.checkpoint": clip})
-    before = stored(base / "cache" / "bank")
+    before = stored(base / "cache" / "feature_cache")
     told.clear()
     workdir.mkdir()
     train.run(c, workdir)
     html.write(workdir)
     sizes = {name: (workdir / name).stat().st_size for name in ("predictions.npz", "report.html")}
-    sizes["bank"] = stored(base / "cache" / "bank") - before
+    sizes["feature_cache"] = stored(base / "cache" / "feature_cache") - before
     return {"images": n, "stages": {name: dict(told[name]) for name in STAGES}, "bytes": sizes}
 
 

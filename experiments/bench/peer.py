@@ -97,10 +97,10 @@ def arrays(work: workload.Work, args: argparse.Namespace) -> dict[str, np.ndarra
         flat[f"text.{name}"] = text[name]
     for layer, values in {**text["blocks"], "final": text["final"]}.items():
         flat |= {f"text.{layer}.{name}": x for name, x in values.items()}
-    theta = jax.device_get(work.theta)
-    flat |= {f"theta.{name}": theta[name] for name in ("context", "scale", "offset")}
-    for i, adapter in enumerate(theta["adapters"]):
-        flat |= {f"theta.{name}{i}": x for name, x in adapter.items()}
+    params = jax.device_get(work.params)
+    flat |= {f"params.{name}": params[name] for name in ("context", "scale", "offset")}
+    for i, adapter in enumerate(params["adapters"]):
+        flat |= {f"params.{name}{i}": x for name, x in adapter.items()}
     for name in ("support", "query"):
         side = jax.device_get(getattr(work.episodes, name))
         flat[f"{name}.mask"] = side.mask[:, 0]

@@ -43,16 +43,20 @@ def predict(workdir: Path, scans: Path, output: Path) -> dict:
 
     encode, spent = encoder.encode, [0.0, 0]
 
-    def timed(bank, images):
+    def timed(feature_cache, images):
         begin = time.perf_counter()
-        made = encode(bank, images)  # ends with numpy arrays: nothing is still to be computed
+        made = encode(
+            feature_cache, images
+        )  # ends with numpy arrays: nothing is still to be computed
         spent[0] += time.perf_counter() - begin
         spent[1] += 1
         return made
 
     model = predictor.load(workdir)
     size = predictor.batch_size(model)
-    batch = np.random.default_rng(0).random((size, *(model.bank.clip.size,) * 2), np.float32)
+    batch = np.random.default_rng(0).random(
+        (size, *(model.feature_cache.clip.size,) * 2), np.float32
+    )
     predictor.score(model, batch)  # compiles
     before, alone = peak_mb(), [one_batch(encode, model, batch)]
     with (
@@ -89,7 +93,7 @@ def one_batch(encode, model, batch: np.ndarray) -> float:
     taken = []
     for _ in range(ALONE):
         begin = time.perf_counter()
-        encode(model.bank, batch)
+        encode(model.feature_cache, batch)
         taken.append(time.perf_counter() - begin)
     return float(np.median(taken))
 

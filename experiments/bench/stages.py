@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom.py"
-NAMES = ("import", "compile", "load", "read", "preprocess", "synthesise", "encode", "bank")
+NAMES = ("import", "compile", "load", "read", "preprocess", "synthesise", "encode", "feature_cache")
 NAMES += ("train", "score", "metrics", "report", "other")
 JOBS = {"cold": "first", "again": "first", "warm": "second"}  # name -> workdir, in this order
 

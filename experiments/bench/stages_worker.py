@@ -104,7 +104,7 @@ def watch(clock: Clock) -> None:
         (preprocessing, ("batch",), "preprocess"),
         (encoder, ("variants",), "synthesise"),
         (encoder, ("encode_share",), "encode"),
-        (encoder, ("write", "load"), "bank"),
+        (encoder, ("write", "load"), "feature_cache"),
         (loop, ("run",), "train"),
         (train, ("assemble", "quieter"), "score"),
         (evaluate, ("score_images",), "score"),

@@ -40,12 +40,12 @@ def tower(w: dict, context, ids, slots, eos, heads: int):
     return F.layer_norm(x, (d,), w["final.scale"], w["final.bias"]) @ w["projection"]
 
 
-def loss(theta: dict, held: dict, side: dict, heads: int):
+def loss(params: dict, held: dict, side: dict, heads: int):
     """model.loss with focal, dice and 0.1 align, softmax form, without dropout."""
-    text = tower(held["text"], theta["context"], held["ids"], held["slots"], held["eos"], heads)
-    label, scale = held["label"], theta["scale"].exp()
+    text = tower(held["text"], params["context"], held["ids"], held["slots"], held["eos"], heads)
+    label, scale = held["label"], params["scale"].exp()
     levels = [
-        F.normalize(x @ theta[f"kernel{i}"] + theta[f"bias{i}"], dim=-1)
+        F.normalize(x @ params[f"kernel{i}"] + params[f"bias{i}"], dim=-1)
         for i, x in enumerate(side["levels"])
     ]
     pair = F.normalize(torch.stack([text[label == s].mean(0) for s in (0, 1)]), dim=-1)
@@ -71,11 +71,11 @@ def loss(theta: dict, held: dict, side: dict, heads: int):
     return focal + dice + 0.1 * align
 
 
-def outer(theta: dict, held: dict, tasks: list, heads: int, steps: int) -> float:
-    """Mean query loss after `steps` exact inner steps; its gradient is left in theta."""
+def outer(params: dict, held: dict, tasks: list, heads: int, steps: int) -> float:
+    """Mean query loss after `steps` exact inner steps; its gradient is left in params."""
     total = 0.0
     for support, query in tasks:
-        fast = dict(theta)
+        fast = dict(params)
         for _ in range(steps):
             value = loss(fast, held, support, heads)
             grads = torch.autograd.grad(
@@ -100,7 +100,7 @@ def main() -> None:
     held = {n: arrays[n].long() for n in ("ids", "slots", "eos", "label")} | {
         "text": under("text.")
     }
-    theta = {n: v.requires_grad_() for n, v in under("theta.").items()}
+    params = {n: v.requires_grad_() for n, v in under("params.").items()}
     sides = [under(f"{side}.") for side in ("support", "query")]
 
     def task(side, i):
@@ -109,14 +109,14 @@ def main() -> None:
 
     count = len(sides[0]["mask"])
     tasks = [tuple(task(side, i) for side in sides) for i in range(count)]
-    optimizer = torch.optim.Adam(list(theta.values()), lr=1e-3)
+    optimizer = torch.optim.Adam(list(params.values()), lr=1e-3)
     for line in sys.stdin:
         begin = time.perf_counter()
         optimizer.zero_grad()
-        value = outer(theta, held, tasks, heads, steps)
+        value = outer(params, held, tasks, heads, steps)
         said = {"loss": value}
         if line.strip() == "check":
-            said["gradient"] = theta["context"].grad.flatten().tolist()
+            said["gradient"] = params["context"].grad.flatten().tolist()
         else:
             optimizer.step()
         said["seconds"] = time.perf_counter() - begin

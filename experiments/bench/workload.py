@@ -52,7 +52,7 @@ class Work(NamedTuple):
 
     design: model.Design
     frozen: dict
-    theta: dict
+    params: dict
     episodes: training_step.Episodes  # [task, 1 copy, row, ...]
 
 
@@ -78,7 +78,7 @@ def build(name: str, tasks: int, rows: int) -> Work:
     def normal(*shape, scale=1.0):
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
-    theta = {
+    params = {
         "context": normal(len(words.ids), 8, size.width, scale=0.02),
         "adapters": tuple(
             {
@@ -101,7 +101,7 @@ def build(name: str, tasks: int, rows: int) -> Work:
 
     episodes = training_step.Episodes(side(), side(), np.ones((tasks, 1), bool))
     return jax.tree.map(
-        jnp.asarray, Work(design, frozen, theta, episodes)._replace(design=None)
+        jnp.asarray, Work(design, frozen, params, episodes)._replace(design=None)
     )._replace(design=design)
 
 
@@ -135,7 +135,7 @@ def text_weights(rng, size: Size, vocabulary: int) -> dict:
 
 
 def step(work: Work, learner: str, inner_steps: int, mesh=None):
-    """(compiled step, state) of a learner on this work; one copy of theta, Adam.
+    """(compiled step, state) of a learner on this work; one copy of params, Adam.
 
     On a mesh, `work` must be placed on it already.
     """
@@ -143,9 +143,9 @@ def step(work: Work, learner: str, inner_steps: int, mesh=None):
     loss = partial(model.loss, design=work.design, weights=WEIGHTS)
     inner = training_step.inner(learner, inner_steps, RATE, False)
     objective = joint(loss) if learner == "joint" else training_step.episodic(loss, inner)
-    theta = jax.tree.map(lambda x: x[None], work.theta)
+    params = jax.tree.map(lambda x: x[None], work.params)
     key = jax.random.key_data(jax.random.key(0))
-    state = TrainState(jnp.asarray(0), theta, jax.vmap(optimizer.init)(theta), key)
+    state = TrainState(jnp.asarray(0), params, jax.vmap(optimizer.init)(params), key)
     placed = None
     if mesh is not None:
         placed, state = sharding.replicated(mesh), sharding.replicate(state, mesh)
@@ -159,19 +159,19 @@ def outer(work: Work, inner_steps: int) -> tuple[float, np.ndarray]:
     objective = training_step.episodic(loss, training_step.inner("maml", inner_steps, RATE, False))
     one = jax.tree.map(lambda x: x[:, 0], work.episodes)
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    (value, _), gradient = run(work.theta, work.frozen, one, jax.random.key(0))
+    (value, _), gradient = run(work.params, work.frozen, one, jax.random.key(0))
     return float(value), np.asarray(gradient["context"])
 
 
 def joint(loss: Callable) -> Callable:
     """Joint training on the rows of all tasks, support and query: as many rows as meta-learning."""
 
-    def objective(theta, frozen, batch, key):
+    def objective(params, frozen, batch, key):
         def flat(*x):
             both = jnp.concatenate(x, axis=1)
             return both.reshape(-1, *both.shape[2:])
 
-        return loss(theta, frozen, jax.tree.map(flat, batch.support, batch.query), key)
+        return loss(params, frozen, jax.tree.map(flat, batch.support, batch.query), key)
 
     return objective
 

@@ -117,9 +117,9 @@ def encode_set(clip: dict, size: tower.Size, pixels: np.ndarray, batch: int = 32
 
 
 @jax.jit
-def _distances(test: Array, bank: Array) -> Array:
-    """Mean over patches of the cosine distance to the nearest bank token, one level."""
-    return 1 - (test @ bank.T).max(-1).mean(-1)
+def _distances(test: Array, feature_cache: Array) -> Array:
+    """Mean over patches of the cosine distance to the nearest feature_cache token, one level."""
+    return 1 - (test @ feature_cache.T).max(-1).mean(-1)
 
 
 def memory_scores(
@@ -128,10 +128,10 @@ def memory_scores(
     """Anomaly score of every image from the supports' tokens, mean of both levels."""
     scores = np.zeros(len(levels))
     for level in range(levels.shape[1]):
-        bank = levels[support, level].reshape(-1, levels.shape[-1])
+        feature_cache = levels[support, level].reshape(-1, levels.shape[-1])
         for first in range(0, len(levels), batch):
             part = levels[first : first + batch, level]
-            scores[first : first + batch] += np.asarray(_distances(part, bank)) / 2
+            scores[first : first + batch] += np.asarray(_distances(part, feature_cache)) / 2
     return scores
 
 

@@ -45,7 +45,7 @@ class Material(NamedTuple):
 
 
 class State(NamedTuple):
-    theta: dict
+    params: dict
     moments: tuple
     average: dict
 
@@ -127,9 +127,9 @@ def restore(path: Path, like: State) -> tuple[State, int, float]:
 
 
 def start(clip: dict[str, np.ndarray], size: tower.Size, seed: int) -> State:
-    theta = {"clip": clip, "heads": objective.init_heads(size, seed)}
-    moments = jax.tree.map(np.asarray, objective.make_optimiser().init(theta))
-    return State(theta, moments, dict(clip))
+    params = {"clip": clip, "heads": objective.init_heads(size, seed)}
+    moments = jax.tree.map(np.asarray, objective.make_optimiser().init(params))
+    return State(params, moments, dict(clip))
 
 
 def _check(parts: dict[str, float], number: int) -> None:

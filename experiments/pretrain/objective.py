@@ -75,10 +75,10 @@ def contrast(
 
 
 def loss(
-    theta: dict, size: tower.Size, weights: Weights, batch: Batch
+    params: dict, size: tower.Size, weights: Weights, batch: Batch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Sum and parts; theta = {"clip": CLIPModel's parameters, "heads": linear maps}."""
-    p, heads = theta["clip"], theta["heads"]
+    """Sum and parts; params = {"clip": CLIPModel's parameters, "heads": linear maps}."""
+    p, heads = params["clip"], params["heads"]
     states = tower.encode_image(p, size, batch.pixels, batch.keep)
     middle, last = states[size.layers // 2][:, 1:], states[-1][:, 1:]
     texts = tower.encode_text(p, size, jnp.concatenate([batch.captions, batch.phrases]))
@@ -103,13 +103,13 @@ def loss(
     return total, parts
 
 
-def step(theta, moments, average, lr, batch, *, size, weights, optimiser):
-    """One update: (theta, optimiser state, running average of the CLIP parameters, parts)."""
-    (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(theta, size, weights, batch)
-    updates, moments = optimiser.update(gradient, moments, theta)
-    theta = jax.tree.map(lambda w, u: w - lr * u, theta, updates)
-    average = jax.tree.map(lambda a, w: a + 0.005 * (w - a), average, theta["clip"])
-    return theta, moments, average, parts | {"total": total}
+def step(params, moments, average, lr, batch, *, size, weights, optimiser):
+    """One update: (params, optimiser state, running average of the CLIP parameters, parts)."""
+    (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, size, weights, batch)
+    updates, moments = optimiser.update(gradient, moments, params)
+    params = jax.tree.map(lambda w, u: w - lr * u, params, updates)
+    average = jax.tree.map(lambda a, w: a + 0.005 * (w - a), average, params["clip"])
+    return params, moments, average, parts | {"total": total}
 
 
 def make_optimiser() -> optax.GradientTransformation:

@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from medclip_jax.errors import ConfigError
 
-VERSION = 1  # raise when the result of a key changes: banks are named by it
+VERSION = 1  # raise when the result of a key changes: feature_caches are named by it
 # Soft tissue under a probe or a coil deforms; bone, and what is compressed, does not (METHOD.md).
 ELASTIC = re.compile(r"ultraso|sonogra|\bmri?\b|magnetic resonance", re.IGNORECASE)
 SMOOTH = 1 / 16  # of the side: standard deviation of the Gaussian that smooths displacements

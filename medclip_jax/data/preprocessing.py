@@ -20,7 +20,7 @@ from skimage import exposure
 
 from medclip_jax.errors import ConfigError
 
-VERSION = 1  # raise when a step changes: banks are named by it
+VERSION = 1  # raise when a step changes: feature_caches are named by it
 SPREAD = 3.0  # standard deviations that fill half of [0, 1]
 WAVELET = "db4"
 LEVELS = 2  # of the wavelet transform; noise lives in the finest ones

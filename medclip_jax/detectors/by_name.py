@@ -13,26 +13,26 @@ from medclip_jax.models import model
 
 def build(
     method: str,
-    theta: Any,
+    params: Any,
     frozen: dict,
     design: model.Design | None,
-    bank: cache.Bank,
+    feature_cache: cache.FeatureCache,
     supports: Sequence[Record],
     groups: Sequence[np.ndarray],
     coreset: float = 1.0,
     mirror: bool = False,
 ) -> detector.Detector:
-    """The detector of a method; `theta` [1 + folds, ...] as fit.run leaves it.
+    """The detector of a method; `params` [1 + folds, ...] as fit.run leaves it.
 
     coreset: share of the healthy patches that a memory keeps, in (0, 1]. mirror: it remembers the
     supports mirrored left and right as well.
     """
-    tokens, healthy = support_images.healthy_tokens(bank, supports)
+    tokens, healthy = support_images.healthy_tokens(feature_cache, supports)
     if method == "zero_shot" or tokens is None:
-        return zero_shot.zero_shot(theta, frozen, design, bank.clip, healthy)._replace(
+        return zero_shot.zero_shot(params, frozen, design, feature_cache.clip, healthy)._replace(
             k=len(supports)
         )
     if method == "memory":
-        tokens = memory_bank.mirrored(bank, supports) if mirror else tokens
+        tokens = memory_bank.mirrored(feature_cache, supports) if mirror else tokens
         return memory_bank.remember(tokens, coreset, healthy, rows=1 + mirror, asked=1)
-    return prompt_detector.learned(theta, frozen, design, tokens, groups, healthy)
+    return prompt_detector.learned(params, frozen, design, tokens, groups, healthy)

@@ -66,7 +66,7 @@ class Mix(NamedTuple):
 
 def fuse(
     branches: dict[str, Detector],
-    bank: cache.Bank,
+    feature_cache: cache.FeatureCache,
     supports: Sequence,
     *,
     weights: str,
@@ -82,20 +82,25 @@ def fuse(
     branches: one whose name ends with IMAGE_ONLY has no share in the map.
     image_scores: patch values [n, p] -> image scores [n], for branches without their own.
     modality: names the kinds of probe, see data/probes.
-    tiles: as the branches were built, see scales. Tokens of probes are kept in the bank.
+    tiles: as the branches were built, see scales. Tokens of probes are kept in the feature cache.
     """
     if weights == "equal":
         found = {name: unprobed(branch, image_scores) for name, branch in branches.items()}
         ones = np.ones((len(found), 2))
         return combine(branches, found, made := weighed(found, ones), image_scores), made
-    size = bank.clip.size
-    images = support_images.healthy_images(bank, supports, tiling.side(size, tiles))
+    size = feature_cache.clip.size
+    images = support_images.healthy_images(feature_cache, supports, tiling.side(size, tiles))
     painted = probes.paint(images, probes.kinds_of(modality), variants, seed)
     tokens = cache.encode(
-        bank, painted.images, lambda x: tiling.encode(bank, x, tiles), f"{tiles} tiles"
+        feature_cache,
+        painted.images,
+        lambda x: tiling.encode(feature_cache, x, tiles),
+        f"{tiles} tiles",
     )
     held = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in tokens]
-    inside = covered(painted.masks, size, bank.clip.grid * (tiling.FINE if tiles > 1 else 1))
+    inside = covered(
+        painted.masks, size, feature_cache.clip.grid * (tiling.FINE if tiles > 1 else 1)
+    )
     found = {name: evidence(d, held, image_scores) for name, d in branches.items()}
     made = mix(found, inside, len(painted.kinds))
     return combine(branches, found, made, image_scores), made

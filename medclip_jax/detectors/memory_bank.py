@@ -47,11 +47,13 @@ def coreset(tokens: Float[Array, "m d"], count: int) -> Int[Array, " count"]:
     return jax.lax.fori_loop(1, count, step, (taken, start))[0]
 
 
-def mirrored(bank: cache.Bank, supports: Sequence[Record]) -> Features:
-    """Tokens of the supports [2 k], each followed by its mirror image, which the bank keeps too."""
-    images = support_images.pixels(bank, supports, bank.clip.size)[:, None, :, ::-1]
-    made = cache.encode(bank, images, partial(encoder.encode, bank), "mirrored")
-    (tokens,) = cache.load_images(bank, supports, len(supports))
+def mirrored(feature_cache: cache.FeatureCache, supports: Sequence[Record]) -> Features:
+    """Tokens of the supports [2 k], each followed by its mirror image, which the feature cache keeps too."""
+    images = support_images.pixels(feature_cache, supports, feature_cache.clip.size)[
+        :, None, :, ::-1
+    ]
+    made = cache.encode(feature_cache, images, partial(encoder.encode, feature_cache), "mirrored")
+    (tokens,) = cache.load_images(feature_cache, supports, len(supports))
     each = [jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(len(supports))]
     pairs = [x for pair in zip(each, made, strict=True) for x in pair]
     return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x), jnp.float32), *pairs)

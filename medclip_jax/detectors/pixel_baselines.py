@@ -24,21 +24,26 @@ from medclip_jax.features import cache, encoder, support_images
 SIDE = 32  # pixels of a thumbnail
 
 
-def build(method: str, bank: cache.Bank, supports: Sequence[Record]) -> Detector:
+def build(method: str, feature_cache: cache.FeatureCache, supports: Sequence[Record]) -> Detector:
     """The detector of a method of METHODS; its `load` reads images where others read tokens."""
-    images = support_images.healthy_images(bank, supports)  # of one support also gentle views
+    images = support_images.healthy_images(
+        feature_cache, supports
+    )  # of one support also gentle views
     healthy = jnp.asarray(np.stack([shrink(x) for x in images]).reshape(len(images), -1))
     return METHODS[method](healthy)._replace(load=load, k=len(supports))
 
 
-def load(bank: cache.Bank, records: Sequence[Record], size: int) -> Iterator[Features]:
+def load(
+    feature_cache: cache.FeatureCache, records: Sequence[Record], size: int
+) -> Iterator[Features]:
     """Thumbnails of the given images in order, `size` at a time, in place of tokens.
 
     pooled [n, 1] is the mean grey level in [0, 1], the one level [n, 1024, 1] holds the pixels:
     means of equal areas of the image as the tower sees it.
     """
     images = (
-        shrink(pixels) for _, pixels in data_records.read_all(records, bank.clip.size, bank.fit)
+        shrink(pixels)
+        for _, pixels in data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)
     )
     for group in encoder.batches(images, size):
         pixels = np.stack(group).reshape(len(group), -1, 1)

@@ -12,25 +12,25 @@ from medclip_jax.models import mc_dropout, model
 
 
 def learned(
-    theta, frozen, design, tokens: Features, groups, healthy: Features | None = None
+    params, frozen, design, tokens: Features, groups, healthy: Features | None = None
 ) -> detector.Detector:
     """Prompts and adapters: copy 0 scores, copy 1 + f scores the supports of fold f.
 
     Without folds copy 0 scores `healthy` (the supports themselves if that is None).
     """
     read = jax.jit(jax.vmap(partial(model.text_features, design=design), (0, None)))
-    texts = read(theta, frozen)
-    pick = [jax.tree.map(lambda x, i=i: x[i], (theta, texts)) for i in range(1 + len(groups))]
+    texts = read(params, frozen)
+    pick = [jax.tree.map(lambda x, i=i: x[i], (params, texts)) for i in range(1 + len(groups))]
 
     @jax.jit
     def patches(copy, batch):
-        theta, text = copy
-        return model.forward(theta, text, batch, design).logit
+        params, text = copy
+        return model.forward(params, text, batch, design).logit
 
     @jax.jit
     def passes(copy, batch, keys):
-        theta, text = copy
-        return mc_dropout.logits(theta, text, batch, design, keys)
+        params, text = copy
+        return mc_dropout.logits(params, text, batch, design, keys)
 
     shown = tokens if len(groups) or healthy is None else healthy
     held_out = np.zeros((len(shown.pooled), design.grid**2), np.float32)

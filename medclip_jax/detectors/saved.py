@@ -1,6 +1,6 @@
 """The trained scorer on disk: what prediction needs when the supports' files are gone.
 
-  scorer.safetensors   theta of the scoring copy; for `memory` the supports' tokens
+  scorer.safetensors   params of the scoring copy; for `memory` the supports' tokens
   scorer.json          format, settings, thresholds, digests (also of the file above)
 
 Both are written at the end of training and of evaluation, and hold no pixel and no file name.
@@ -31,7 +31,7 @@ TENSORS, SETTINGS = "scorer.safetensors", "scorer.json"
 class Stored(NamedTuple):
     """A scorer as it lies in a workdir."""
 
-    theta: Any  # the scoring copy, without its leading axis
+    params: Any  # the scoring copy, without its leading axis
     tokens: Features | None  # of the supports, where the method compares with them
     limits: Limits
     config: dict[str, Any]  # resolved
@@ -44,20 +44,27 @@ class Stored(NamedTuple):
 
 
 def write(
-    workdir: Path, c, bank: cache.Bank, theta: Any, supports, limits: Limits, mix, quiet=None
+    workdir: Path,
+    c,
+    feature_cache: cache.FeatureCache,
+    params: Any,
+    supports,
+    limits: Limits,
+    mix,
+    quiet=None,
 ) -> None:
     """Keep a scorer in its workdir; each file appears whole, the settings last.
 
-    theta: [1 + folds, ...] as fit.run leaves it; copy 0 is kept. mix: fusion.Mix or None.
+    params: [1 + folds, ...] as fit.run leaves it; copy 0 is kept. mix: fusion.Mix or None.
     quiet: suppress.Learned or None.
     Raises WorkdirError if they cannot be written.
     """
-    tensors = flatten(jax.tree.map(lambda x: np.asarray(x)[0], theta), "theta")
+    tensors = flatten(jax.tree.map(lambda x: np.asarray(x)[0], params), "params")
     if supports and remembers(c):
         if c.memory.mirror:
-            tokens = memory_bank.mirrored(bank, supports)
+            tokens = memory_bank.mirrored(feature_cache, supports)
         else:
-            (tokens,) = cache.load_images(bank, supports, len(supports))
+            (tokens,) = cache.load_images(feature_cache, supports, len(supports))
         tensors |= flatten(tokens._replace(inputs=())._asdict(), "tokens")
     settings = json.loads(c.to_json_best_effort())
     settings["distill"]["teacher"] = ""
@@ -67,7 +74,7 @@ def write(
     head = {
         "format": FORMAT,
         "medclip-jax": __version__,
-        "checkpoint": bank.clip.digest,
+        "checkpoint": feature_cache.clip.digest,
         "language": text_adapter.digest(c.model.get("language", "")),
         "supports": [r.sha256 for r in supports],
         "sha256": hashlib.sha256(raw).hexdigest(),
@@ -116,7 +123,7 @@ def read(workdir: Path) -> Stored:
         named = head["config"], head["checkpoint"], digest, _mix(head["mix"]), head["k"]
         steps = head.get("suppress")  # files of before have none
         steps = None if steps is None else map_filter.Steps(**steps)
-        return Stored(tree["theta"], tokens, limits, *named, steps, head.get("language", ""))
+        return Stored(tree["params"], tokens, limits, *named, steps, head.get("language", ""))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkdirError(
             f"{path} or {TENSORS} beside it is damaged ({error}): "
@@ -142,7 +149,7 @@ def _mix(held: dict[str, Any] | None) -> ensemble.Mix | None:
 
 
 def flatten(tree: Any, prefix: str) -> dict[str, np.ndarray]:
-    """Leaves of dicts and tuples under names such as theta/adapters/[0]/kernel."""
+    """Leaves of dicts and tuples under names such as params/adapters/[0]/kernel."""
     if isinstance(tree, dict):
         parts = list(tree.items())
     elif isinstance(tree, list | tuple):

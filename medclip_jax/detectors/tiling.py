@@ -1,7 +1,7 @@
 """Image scales: the whole image and overlapping tiles of it, fused in the original frame.
 
 A tile is a square of the image read at a higher resolution, so that a lesion of few pixels fills
-more of the tower's view. Tiles go through the tower once and are kept in the bank, by the content
+more of the tower's view. Tiles go through the tower once and are kept in the feature cache, by the content
 of the image, under a name of their own. Every detector of detector.py scores tiles as it scores
 images; the memory is one of tiles, the learned prompts are those of whole images. Each scale's
 values are standardised on its held-out supports; where tiles overlap they are averaged, and the
@@ -32,7 +32,7 @@ from medclip_jax.errors import ConfigError
 from medclip_jax.features import cache, encoder, support_images
 from medclip_jax.io import read
 
-VERSION = 1  # of tiles; another number makes new names in the bank
+VERSION = 1  # of tiles; another number makes new names in the feature cache
 OVERLAP = 0.25  # of a tile's side that it shares with the next
 FINE = 2  # patches of the fused map per patch of the whole, along a side
 
@@ -54,27 +54,27 @@ def cut(images: Float[np.ndarray, "n b b"], size: int, tiles: int) -> Float[np.n
     return np.stack(each, 1).reshape(-1, size, size)
 
 
-# --- the bank -----------------------------------------------------------------------------------
+# --- the feature cache -----------------------------------------------------------------------------------
 
 
-def tiles_path(bank: cache.Bank, record: Record, tiles: int):
-    """The bank file of an image's tiles."""
+def tiles_path(feature_cache: cache.FeatureCache, record: Record, tiles: int):
+    """The feature cache file of an image's tiles."""
     named = cache.digest("tiles", VERSION, OVERLAP, tiles)
-    return bank.folder / f"{record.sha256}-{named}.safetensors"
+    return feature_cache.folder / f"{record.sha256}-{named}.safetensors"
 
 
-def encode_images(bank: cache.Bank, records: Sequence[Record], tiles: int) -> int:
-    """Fill the bank with the tiles of the images; returns how many images lacked them."""
-    missing = cache.lacking(records, lambda r: tiles_path(bank, r, tiles))
-    size, count = bank.clip.size, tiles**2
-    arriving = data_records.read_all(missing, side(size, tiles), bank.fit)
-    per = max(1, encoder.batch_size(bank) // count)
+def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record], tiles: int) -> int:
+    """Fill the feature cache with the tiles of the images; returns how many images lacked them."""
+    missing = cache.lacking(records, lambda r: tiles_path(feature_cache, r, tiles))
+    size, count = feature_cache.clip.size, tiles**2
+    arriving = data_records.read_all(missing, side(size, tiles), feature_cache.fit)
+    per = max(1, encoder.batch_size(feature_cache) // count)
     for group in progress(batches(arriving, per), "encode tiles", -(-len(missing) // per)):
-        tokens = encoder.encode(bank, cut(np.stack([x for _, x in group]), size, tiles))
+        tokens = encoder.encode(feature_cache, cut(np.stack([x for _, x in group]), size, tiles))
         for i, (record, _) in enumerate(group):
             rows = slice(i * count, (i + 1) * count)
-            cache.write(tiles_path(bank, record, tiles), bank, tokens, rows)
-    multihost.seen([tiles_path(bank, r, tiles) for r in missing])
+            cache.write(tiles_path(feature_cache, record, tiles), feature_cache, tokens, rows)
+    multihost.seen([tiles_path(feature_cache, r, tiles) for r in missing])
     return len(missing)
 
 
@@ -84,10 +84,12 @@ def loader(tiles: int) -> Callable:
     encode_images comes first, for images and for tiles.
     """
 
-    def load(bank: cache.Bank, records: Sequence[Record], size: int) -> Iterator[Features]:
-        whole = cache.load_images(bank, records, size)
+    def load(
+        feature_cache: cache.FeatureCache, records: Sequence[Record], size: int
+    ) -> Iterator[Features]:
+        whole = cache.load_images(feature_cache, records, size)
         for group, tokens in zip(batches(records, size), whole, strict=True):
-            held = [cache.load(tiles_path(bank, r, tiles)) for r in group]
+            held = [cache.load(tiles_path(feature_cache, r, tiles)) for r in group]
             parts = [np.stack([x[f"level{i}"] for x in held]) for i in range(len(tokens.levels))]
             yield pack(tokens, parts)
 
@@ -103,13 +105,15 @@ def pack(whole: Features, tiles: Sequence[Any]) -> Features:
     return Features(whole.pooled, tuple(levels))
 
 
-def encode(bank: cache.Bank, images: Float[np.ndarray, "n b b"], tiles: int) -> Features:
+def encode(
+    feature_cache: cache.FeatureCache, images: Float[np.ndarray, "n b b"], tiles: int
+) -> Features:
     """Packed tokens, on the host, of images in the frame of `side`; nothing is kept."""
-    size = bank.clip.size
-    whole = encoder.encode(bank, np.stack([read.fit(x, size) for x in images]))
+    size = feature_cache.clip.size
+    whole = encoder.encode(feature_cache, np.stack([read.fit(x, size) for x in images]))
     if tiles == 1:
         return whole
-    tokens = encoder.encode(bank, cut(images, size, tiles))
+    tokens = encoder.encode(feature_cache, cut(images, size, tiles))
     shape = (len(images), tiles**2)
     return pack(whole, [x.reshape(*shape, *x.shape[1:]) for x in tokens.levels])
 
@@ -120,7 +124,7 @@ def encode(bank: cache.Bank, images: Float[np.ndarray, "n b b"], tiles: int) -> 
 def build(
     name: str,
     whole: Detector,
-    bank: cache.Bank,
+    feature_cache: cache.FeatureCache,
     supports: Sequence[Record],
     tiles: int,
     coreset: float,
@@ -129,13 +133,15 @@ def build(
 
     The memory of tiles holds a support's tiles out together. coreset: as detector.build.
     """
-    k, count, grid = len(supports), tiles**2, bank.clip.grid
-    (packed,) = loader(tiles)(bank, supports, k)
+    k, count, grid = len(supports), tiles**2, feature_cache.clip.grid
+    (packed,) = loader(tiles)(feature_cache, supports, k)
     held = packed
     if k == 1:
-        images = support_images.healthy_images(bank, supports, side(bank.clip.size, tiles))
-        how = partial(encode, bank, tiles=tiles)
-        (held,) = cache.encode(bank, images[None], how, f"{tiles} tiles")
+        images = support_images.healthy_images(
+            feature_cache, supports, side(feature_cache.clip.size, tiles)
+        )
+        how = partial(encode, feature_cache, tiles=tiles)
+        (held,) = cache.encode(feature_cache, images[None], how, f"{tiles} tiles")
     tokens, shown = (side_by_side(x, tiles, grid**2) for x in (packed, held))
     if name == "memory":
         small = memory_bank.remember(tokens, coreset, shown if k == 1 else None, rows=count)
@@ -147,7 +153,7 @@ def build(
         small = whole._replace(held_out=np.concatenate(each))
     else:
         raise ConfigError(f"method {name} holds no support out: train with config.score.tiles=1")
-    return widen(whole, small, tiles, grid, bank.clip.size)
+    return widen(whole, small, tiles, grid, feature_cache.clip.size)
 
 
 def part(packed: Features, i: int, patches: int) -> Features:

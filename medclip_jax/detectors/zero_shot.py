@@ -10,7 +10,9 @@ from medclip_jax.detectors import detector
 from medclip_jax.models import similarity
 
 
-def zero_shot(theta, frozen, design, tower: vit.Clip, tokens: Features | None) -> detector.Detector:
+def zero_shot(
+    params, frozen, design, tower: vit.Clip, tokens: Features | None
+) -> detector.Detector:
     """CLIP's own text and image embeddings, healthy against abnormal prompts; nothing is learned.
 
     Patches are the last level's tokens through the tower's own norm and projection. Values are

@@ -39,7 +39,7 @@ TOLERANCE = 2  # of boundary F1, in the unit of the distances
 
 def score_images(
     detector: Detector,
-    bank: cache.Bank,
+    feature_cache: cache.FeatureCache,
     test: Sequence[Record],
     *,
     top: float,
@@ -57,7 +57,7 @@ def score_images(
     quiet: outlier suppression of the maps, learned on these supports.
     folder: on whose disk the maps lie until they are written; None for the temporary folder.
     """
-    size = bank.clip.size
+    size = feature_cache.clip.size
     maps, image_scores = jax.jit(partial(anomaly_map.to_pixels, size=size)), scorer(size, top)
     found = calibrated(detector, size, top, alpha, pixel_rate, quiet)
     keys = jax.random.split(jax.random.key(seed), passes)
@@ -66,7 +66,7 @@ def score_images(
     rows, doubt, why = [], [], []
     mine = [test[i] for i in multihost.part(len(test))]
     out = spool.Rows(len(mine), (size, size), np.float16, folder)
-    groups = (detector.load or cache.load_images)(bank, mine, BATCH)
+    groups = (detector.load or cache.load_images)(feature_cache, mine, BATCH)
     groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
     for i, batch in enumerate(groups):
         batch, real = faithfulness.filled(batch, BATCH)  # one shape, whatever is left for the last
@@ -78,7 +78,7 @@ def score_images(
         if quiet is not None:
             shown = mine[i * BATCH : i * BATCH + real]
             heat = map_filter.treat(
-                heat, quiet.steps, list(map_filter.areas(shown, size, bank.fit))
+                heat, quiet.steps, list(map_filter.areas(shown, size, feature_cache.fit))
             )
         heat = detectors_calibration.to_unit(heat, found.pixel.value, found.pixel_width)
         out.put(i * BATCH, evaluation_predictions.half_precision(heat))

@@ -5,7 +5,7 @@ Measures of one image's uncertainty, larger is less certain; p_t is its unit sco
     sd                  standard deviation of p_t over the MC-dropout passes
     entropy             predictive entropy H(mean p_t), H(p) = -p ln p - (1 - p) ln(1 - p), nats
     mutual_information  H(mean p_t) - mean H(p_t): what the passes disagree about, nats
-    ensemble            standard deviation over the held-out copies of theta, one per fold
+    ensemble            standard deviation over the held-out copies of params, one per fold
     distance            -|score - 0.5|: the nearness to the threshold, which costs nothing
 
 The first three are METHOD's (10) and Gal's decomposition (Houlsby et al. 2011, BALD); the last two

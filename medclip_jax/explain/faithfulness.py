@@ -59,7 +59,7 @@ def pointing(
 
 def of_model(
     detector: Detector,
-    bank: cache.Bank,
+    feature_cache: cache.FeatureCache,
     support: Record | None,
     test: Sequence[Record],
     limits: Limits,
@@ -79,8 +79,8 @@ def of_model(
         return None
     rng = np.random.default_rng(seed)
     chosen = [abnormal[i] for i in sorted(rng.permutation(len(abnormal))[:count])]
-    (tokens,) = cache.load_images(bank, chosen, len(chosen))
-    (healthy,) = cache.load_images(bank, [support], 1)
+    (tokens,) = cache.load_images(feature_cache, chosen, len(chosen))
+    (healthy,) = cache.load_images(feature_cache, [support], 1)
     slope = grad_cam.slopes(detector, top)
     try:
         own = located(detector, tokens, slope)
@@ -92,7 +92,7 @@ def of_model(
         "images": [r.id for r in chosen],
         "spearman": mean(agreed),
         "deletion": deletion(detector, tokens, healthy, orders, limits, top),
-        "randomised": randomised(detector, bank, chosen, own, slope, seed),
+        "randomised": randomised(detector, feature_cache, chosen, own, slope, seed),
     }
 
 
@@ -172,7 +172,7 @@ def replaced(
 
 def randomised(
     detector: Detector,
-    bank: cache.Bank,
+    feature_cache: cache.FeatureCache,
     records: Sequence[Record],
     own: dict[str, np.ndarray],
     slope: Callable,
@@ -180,24 +180,31 @@ def randomised(
 ) -> dict[str, dict[str, float]]:
     """Mean rank correlation of each explanation with itself after blocks are drawn anew.
 
-    Tokens of the drawn towers are kept in the bank, by seed. slope: as of `located`.
+    Tokens of the drawn towers are kept in the feature cache, by seed. slope: as of `located`.
     """
-    images = np.stack([x for _, x in data_records.read_all(records, bank.clip.size, bank.fit)])
-    depth, told = grad_cam.depth(bank.vision), {}
+    images = np.stack(
+        [x for _, x in data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)]
+    )
+    depth, told = grad_cam.depth(feature_cache.vision), {}
     for name, blocks in (("last_block", [depth]), ("all_blocks", range(1, depth + 1))):
-        how = partial(encode_drawn, bank, list(blocks), seed)
-        (tokens,) = cache.encode(bank, images[None], how, f"{name} drawn by seed {seed}")
+        how = partial(encode_drawn, feature_cache, list(blocks), seed)
+        (tokens,) = cache.encode(feature_cache, images[None], how, f"{name} drawn by seed {seed}")
         told[name] = compared(own, partial(located, detector, tokens, slope))
     return told
 
 
 def encode_drawn(
-    bank: cache.Bank, blocks: Sequence[int], seed: int, images: Float[np.ndarray, "n s s"]
+    feature_cache: cache.FeatureCache,
+    blocks: Sequence[int],
+    seed: int,
+    images: Float[np.ndarray, "n s s"],
 ) -> Features:
     """Tokens of the tower whose `blocks` are drawn anew."""
-    vision = jax.tree.map(jnp.asarray, jax.device_get(bank.vision))
+    vision = jax.tree.map(jnp.asarray, jax.device_get(feature_cache.vision))
     drawn = grad_cam.randomised(vision, jax.random.key(seed), blocks)
-    return encoder.encode(bank._replace(vision=sharding.replicate(drawn, bank.mesh)), images)
+    return encoder.encode(
+        feature_cache._replace(vision=sharding.replicate(drawn, feature_cache.mesh)), images
+    )
 
 
 def compared(own: dict, again: Callable[[], dict]) -> dict[str, float]:

@@ -74,12 +74,16 @@ def records(other: Other, c, drawn: Split) -> tuple[Record, ...]:
 
 
 def open_pools(
-    others: Sequence[Other], c, drawn: Split, bank: cache.Bank, synthesis: Synthesis
+    others: Sequence[Other],
+    c,
+    drawn: Split,
+    feature_cache: cache.FeatureCache,
+    synthesis: Synthesis,
 ) -> list[training_pool.Pool]:
-    """A pool of each data set; `bank` and `synthesis` are the target's."""
+    """A pool of each data set; `feature_cache` and `synthesis` are the target's."""
     return [
         training_pool.open_pool(
-            cache.with_recipe(bank, other.recipe),
+            cache.with_recipe(feature_cache, other.recipe),
             records(other, c, drawn),
             synthesis._replace(strengths=other.strengths),
         )

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """Tokens of a batch of images with their (synthetic) truth, in the tower frame."""
 
     features: outputs.Features
-    mask: Num[Array, "n h w"]  # [0, 1], 1 = anomalous; bytes as the bank hands them over
+    mask: Num[Array, "n h w"]  # [0, 1], 1 = anomalous; bytes as the feature cache hands them over
     label: Int[Array, " n"]  # 0 healthy, 1 anomalous
     valid: Bool[Array, " n"]  # False for rows that only fill the shape
     views: Views | None = None  # for SimCLR

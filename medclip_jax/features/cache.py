@@ -24,7 +24,7 @@ from medclip_jax.errors import ConfigError
 from medclip_jax.io import read
 
 
-class Bank(NamedTuple):
+class FeatureCache(NamedTuple):
     """Where tokens are kept and how they are made."""
 
     folder: Path
@@ -36,25 +36,27 @@ class Bank(NamedTuple):
     recipe: tuple[str, ...] = ()  # preprocess.STEPS that images go through before the tower
 
 
-def open_bank(cache: Path, model: vit.Clip, fit: Any, dtype: str, mesh, recipe="") -> Bank:
-    """A bank below `cache`. Raises ConfigError for an unknown fit, dtype or recipe."""
+def open_cache(cache: Path, model: vit.Clip, fit: Any, dtype: str, mesh, recipe="") -> FeatureCache:
+    """A feature_cache below `cache`. Raises ConfigError for an unknown fit, dtype or recipe."""
     if fit not in ("stretch", "pad"):
         raise ConfigError(f"data.fit {fit!r}: choose 'stretch' or 'pad'")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"bank_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
+        raise ConfigError(f"cache_dtype {dtype!r}: choose 'float32', 'bfloat16' or 'float16'")
     vision = sharding.replicate(model.vision, mesh)
-    return with_recipe(Bank(cache / "bank" / "-", model, fit, dtype, mesh, vision), recipe)
+    return with_recipe(
+        FeatureCache(cache / "feature_cache" / "-", model, fit, dtype, mesh, vision), recipe
+    )
 
 
-def with_recipe(bank: Bank, recipe: str | Sequence[str]) -> Bank:
-    """The same bank for images that are preprocessed otherwise. Raises ConfigError if unknown."""
-    model, tower = bank.clip, bank.clip.vision_tower
-    pixels = model.size, model.mean, model.std, bank.fit
+def with_recipe(feature_cache: FeatureCache, recipe: str | Sequence[str]) -> FeatureCache:
+    """The same feature_cache for images that are preprocessed otherwise. Raises ConfigError if unknown."""
+    model, tower = feature_cache.clip, feature_cache.clip.vision_tower
+    pixels = model.size, model.mean, model.std, feature_cache.fit
     steps = preprocessing.steps(recipe)
     named: list[Any] = [(preprocessing.VERSION, steps)] if steps else []
     named += ["inputs"] if tower.inputs else []
-    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, bank.dtype, *named)
-    return bank._replace(folder=bank.folder.with_name(name), recipe=steps)
+    name = digest(2, model.digest, tower.levels, tower.dtype, pixels, feature_cache.dtype, *named)
+    return feature_cache._replace(folder=feature_cache.folder.with_name(name), recipe=steps)
 
 
 def digest(*parts: Any) -> str:
@@ -62,15 +64,17 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_images(bank: Bank, records: Sequence[Record], size: int) -> Iterator[Features]:
+def load_images(
+    feature_cache: FeatureCache, records: Sequence[Record], size: int
+) -> Iterator[Features]:
     """Features of the given images in order, `size` at a time; encode_images comes first."""
     for group in batches(records, size):
-        held = [load(image_path(bank, r)) for r in group]
+        held = [load(image_path(feature_cache, r)) for r in group]
         yield jax.tree.map(lambda *rows: np.concatenate(rows), *map(_tokens, held))
 
 
-def image_path(bank: Bank, record: Record) -> Path:
-    return bank.folder / f"{record.sha256}.safetensors"
+def image_path(feature_cache: FeatureCache, record: Record) -> Path:
+    return feature_cache.folder / f"{record.sha256}.safetensors"
 
 
 def lacking(records: Iterable[Record], path: Callable[[Record], Path]) -> list[Record]:
@@ -81,7 +85,7 @@ def lacking(records: Iterable[Record], path: Callable[[Record], Path]) -> list[R
 
 
 def whole(path: Path) -> bool:
-    """Whether there is an undamaged bank file; a damaged one is removed."""
+    """Whether there is an undamaged feature_cache file; a damaged one is removed."""
     if not path.is_file():
         return False
     try:
@@ -98,8 +102,14 @@ def load(path: Path) -> dict[str, np.ndarray]:
         return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
 
 
-def write(path: Path, bank: Bank, features: Features, rows: slice, extra: dict | None = None):
-    """One bank file, in one piece, by the main process. Raises WorkdirError if it cannot be."""
+def write(
+    path: Path,
+    feature_cache: FeatureCache,
+    features: Features,
+    rows: slice,
+    extra: dict | None = None,
+):
+    """One feature_cache file, in one piece, by the main process. Raises WorkdirError if it cannot be."""
     if not sharding.is_main():
         return
     tensors = {"pooled": features.pooled[rows], **(extra or {})}
@@ -121,28 +131,28 @@ VERSION = 1
 
 
 def encode(
-    bank: Bank,
+    feature_cache: FeatureCache,
     stacks: Float[np.ndarray, "k v s s"],
     how: Callable[[Float[np.ndarray, "n s s"]], Features],
     name: str,
 ) -> list[Features]:
-    """Tokens of each stack of images, on the host, in the bank's number format.
+    """Tokens of each stack of images, on the host, in the feature cache's number format.
 
-    how: images -> tokens, run on the stacks that the bank lacks. name: what names `how`; with
-    the pixels and the bank's recipe it must say all that shapes the tokens.
+    how: images -> tokens, run on the stacks that the feature cache lacks. name: what names `how`; with
+    the pixels and the feature cache's recipe it must say all that shapes the tokens.
     """
-    paths = [place(bank, x, name) for x in stacks]
+    paths = [place(feature_cache, x, name) for x in stacks]
     missing = multihost.agreed([not whole(p) for p in paths])
     for path, images in [
         (p, x) for p, x, lacks in zip(paths, stacks, missing, strict=True) if lacks
     ]:
-        write(path, bank, how(np.asarray(images)), slice(None))
+        write(path, feature_cache, how(np.asarray(images)), slice(None))
     multihost.seen(paths)
     return [_tokens(load(p)) for p in paths]
 
 
-def place(bank: Bank, images: Float[np.ndarray, "v s s"], name: str) -> Path:
-    """The bank file of a stack of images; equal pixels have one."""
+def place(feature_cache: FeatureCache, images: Float[np.ndarray, "v s s"], name: str) -> Path:
+    """The feature cache file of a stack of images; equal pixels have one."""
     pixels = np.ascontiguousarray(images, np.float32)
     found = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-    return bank.folder / f"{found}-{digest('kept', VERSION, name)}.safetensors"
+    return feature_cache.folder / f"{found}-{digest('kept', VERSION, name)}.safetensors"

@@ -1,12 +1,12 @@
-"""The bank: every image and every synthetic variant goes through the image tower once, ever.
+"""The feature cache: every image and every synthetic variant goes through the image tower once, ever.
 
 On disk, one safetensors file per source image, named by the content of everything that shaped it:
 
-  <cache>/bank/<recipe>/<image sha256>.safetensors              the image as it is
-  <cache>/bank/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
+  <cache>/feature_cache/<recipe>/<image sha256>.safetensors              the image as it is
+  <cache>/feature_cache/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
 
 `recipe` is the digest of checkpoint, levels, frame, pixel mean, number format and preprocessing;
-`synthesis` of preset, seed, number of variants, partners and augmentation. So the bank serves every
+`synthesis` of preset, seed, number of variants, partners and augmentation. So the feature cache serves every
 K, seed and method, and whatever changes tokens changes a name. A file appears whole (written
 beside, then renamed); one that is damaged is made again. Tensors: `pooled` [v, d], `level0` …
 [v, p, d], with refinement `input0` … [v, s, d], for variants also `mask` [v, bytes] (packed bits)
@@ -34,49 +34,56 @@ ENCODE_BATCH = 16  # images per call of the tower and device; larger is not fast
 # --- images as they are ---------------------------------------------------------------------
 
 
-def encode_images(bank: cache.Bank, records: Sequence[Record]) -> int:
-    """Fill the bank with the given images; returns how many had to be encoded."""
-    missing = cache.lacking(records, lambda r: cache.image_path(bank, r))
-    groups = list(batches(missing, batch_size(bank)))
+def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record]) -> int:
+    """Fill the feature cache with the given images; returns how many had to be encoded."""
+    missing = cache.lacking(records, lambda r: cache.image_path(feature_cache, r))
+    groups = list(batches(missing, batch_size(feature_cache)))
     # this process's rows of each group, which is filled up by going round it again
-    rows = [sharding.share(batch_size(bank), bank.mesh) % len(group) for group in groups]
+    rows = [
+        sharding.share(batch_size(feature_cache), feature_cache.mesh) % len(group)
+        for group in groups
+    ]
     wanted = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
-    images = data_records.read_all(wanted, bank.clip.size, bank.fit)
+    images = data_records.read_all(wanted, feature_cache.clip.size, feature_cache.fit)
     whole_groups = zip(groups, rows, strict=True)
     for group, own in progress(whole_groups, "encode images", len(groups)):
         pixels = {i: next(images)[1] for i in np.unique(own)}
-        features = encode_share(bank, np.stack([pixels[i] for i in own]), len(group))
+        features = encode_share(feature_cache, np.stack([pixels[i] for i in own]), len(group))
         for i, record in enumerate(group):
-            cache.write(cache.image_path(bank, record), bank, features, slice(i, i + 1))
-    multihost.seen([cache.image_path(bank, r) for r in missing])
+            cache.write(
+                cache.image_path(feature_cache, record), feature_cache, features, slice(i, i + 1)
+            )
+    multihost.seen([cache.image_path(feature_cache, r) for r in missing])
     return len(missing)
 
 
 # --- the tower and the files ----------------------------------------------------------------
 
 
-def encode(bank: cache.Bank, images: Float[np.ndarray, "n s s"]) -> Features:
+def encode(feature_cache: cache.FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
     """Features of any number of images, on the host; rows spread over the devices."""
-    size = batch_size(bank)
-    rows, parts = sharding.share(size, bank.mesh), []
+    size = batch_size(feature_cache)
+    rows, parts = sharding.share(size, feature_cache.mesh), []
     for start in range(0, len(images), size):
         group = images[start : start + size]
-        parts.append(encode_share(bank, group[rows % len(group)], len(group)))
+        parts.append(encode_share(feature_cache, group[rows % len(group)], len(group)))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def encode_share(bank: cache.Bank, images: Float[np.ndarray, "m s s"], real: int) -> Features:
+def encode_share(
+    feature_cache: cache.FeatureCache, images: Float[np.ndarray, "m s s"], real: int
+) -> Features:
     """Features of the `real` images of one batch, of which this process holds its share.
 
     The share has its full length, so there is one shape and one compilation.
     """
-    model, images = bank.clip, preprocessing.batch(images, bank.recipe)
-    placed = sharding.place(images, bank.mesh)
+    model, images = feature_cache.clip, preprocessing.batch(images, feature_cache.recipe)
+    placed = sharding.place(images, feature_cache.mesh)
     features = vit.encode_images(
-        bank.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
+        feature_cache.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
     )
-    return jax.tree.map(lambda x: x.astype(bank.dtype), sharding.fetch(features, real))
+    return jax.tree.map(lambda x: x.astype(feature_cache.dtype), sharding.fetch(features, real))
 
 
-def batch_size(bank: cache.Bank) -> int:
-    return ENCODE_BATCH * bank.mesh.size
+def batch_size(feature_cache: cache.FeatureCache) -> int:
+    return ENCODE_BATCH * feature_cache.mesh.size

@@ -15,29 +15,33 @@ from medclip_jax.features import cache, encoder
 
 
 def healthy_tokens(
-    bank: cache.Bank, supports: Sequence[Record]
+    feature_cache: cache.FeatureCache, supports: Sequence[Record]
 ) -> tuple[Features | None, Features | None]:
     """Tokens of the supports, and those that calibrate: the supports, or views of a single one."""
     if not supports:
         return None, None
-    (tokens,) = cache.load_images(bank, supports, len(supports))
+    (tokens,) = cache.load_images(feature_cache, supports, len(supports))
     tokens = healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
     if len(supports) == 1:
-        images = healthy_images(bank, supports)[None]
-        (made,) = cache.encode(bank, images, partial(encoder.encode, bank), "views")
+        images = healthy_images(feature_cache, supports)[None]
+        (made,) = cache.encode(
+            feature_cache, images, partial(encoder.encode, feature_cache), "views"
+        )
         healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)
     return tokens, healthy
 
 
 def healthy_images(
-    bank: cache.Bank, supports: Sequence[Record], size: int | None = None
+    feature_cache: cache.FeatureCache, supports: Sequence[Record], size: int | None = None
 ) -> Float[np.ndarray, "m s s"]:
     """Pixels of the images that calibrate, in the tower frame; size: another side of it."""
-    images = pixels(bank, supports, size or bank.clip.size)
+    images = pixels(feature_cache, supports, size or feature_cache.clip.size)
     return augmentation.of(images[0]) if len(supports) == 1 else images
 
 
-def pixels(bank: cache.Bank, supports: Sequence[Record], size: int) -> Float[np.ndarray, "k s s"]:
+def pixels(
+    feature_cache: cache.FeatureCache, supports: Sequence[Record], size: int
+) -> Float[np.ndarray, "k s s"]:
     """Pixels of the supports in a frame of `size` per side."""
-    found = {r.id: x for r, x in records.read_all(supports, size, bank.fit)}
+    found = {r.id: x for r, x in records.read_all(supports, size, feature_cache.fit)}
     return np.stack([found[r.id] for r in supports])

@@ -21,31 +21,39 @@ from medclip_jax.synthesis import generate
 # --- synthetic variants ---------------------------------------------------------------------
 
 
-def encode_variants(bank: cache.Bank, supports: Sequence[Record], recipe: Synthesis) -> int:
-    """Fill the bank with variants of each support; returns how many had to be encoded."""
-    todo = cache.lacking(supports, lambda s: variant_path(bank, s, supports, recipe))
+def encode_variants(
+    feature_cache: cache.FeatureCache, supports: Sequence[Record], recipe: Synthesis
+) -> int:
+    """Fill the feature cache with variants of each support; returns how many had to be encoded."""
+    todo = cache.lacking(supports, lambda s: variant_path(feature_cache, s, supports, recipe))
     if not todo or not recipe.variants:
         return 0
-    pixels = {r.id: x for r, x in records.read_all(supports, bank.clip.size, bank.fit)}
+    pixels = {
+        r.id: x for r, x in records.read_all(supports, feature_cache.clip.size, feature_cache.fit)
+    }
     partners = np.stack([pixels[s.id] for s in supports])
     for support in progress(todo, "make variants", len(todo)):
         images, masks, kinds = variants(support, pixels[support.id], partners, recipe)
-        features = encoder.encode(bank, images)
+        features = encoder.encode(feature_cache, images)
         extra = {"mask": np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1), "kind": kinds}
         cache.write(
-            variant_path(bank, support, supports, recipe), bank, features, slice(None), extra
+            variant_path(feature_cache, support, supports, recipe),
+            feature_cache,
+            features,
+            slice(None),
+            extra,
         )
-    multihost.seen([variant_path(bank, s, supports, recipe) for s in todo])
+    multihost.seen([variant_path(feature_cache, s, supports, recipe) for s in todo])
     return len(todo) * (recipe.variants + recipe.copies)
 
 
 def variant_path(
-    bank: cache.Bank, record: Record, supports: Sequence[Record], recipe: Synthesis
+    feature_cache: cache.FeatureCache, record: Record, supports: Sequence[Record], recipe: Synthesis
 ) -> Path:
     partners = [s.sha256 for s in supports] if recipe.partner == "support" else []
     plain, changes = recipe[:4], (augmentation.VERSION, recipe.copies, recipe.strengths)
     parts = generate.VERSION, plain, partners, *([changes] if recipe.copies else [])
-    return bank.folder / f"{record.sha256}-{cache.digest(*parts)}.safetensors"
+    return feature_cache.folder / f"{record.sha256}-{cache.digest(*parts)}.safetensors"
 
 
 class Pool(NamedTuple):
@@ -64,29 +72,33 @@ class Pool(NamedTuple):
     source: Int[np.ndarray, " k"] | None = None  # data set of each support; None: all of one
 
 
-def open_pool(bank: cache.Bank, supports: Sequence[Record], recipe: Synthesis) -> Pool:
+def open_pool(
+    feature_cache: cache.FeatureCache, supports: Sequence[Record], recipe: Synthesis
+) -> Pool:
     """Encode what is missing and open the supports for training."""
-    encoder.encode_images(bank, supports)
-    encode_variants(bank, supports, recipe)
+    encoder.encode_images(feature_cache, supports)
+    encode_variants(feature_cache, supports, recipe)
 
     def opened(paths):
         return tuple(safe_open(path, framework="np").get_slice for path in paths)
 
     altered = (
-        opened(variant_path(bank, s, supports, recipe) for s in supports) if recipe.variants else ()
+        opened(variant_path(feature_cache, s, supports, recipe) for s in supports)
+        if recipe.variants
+        else ()
     )
     kinds = [tensor("kind")[: recipe.variants] for tensor in altered] or np.zeros(
         (len(supports), 0), int
     )
     return Pool(
-        opened(cache.image_path(bank, s) for s in supports),
+        opened(cache.image_path(feature_cache, s) for s in supports),
         altered,
-        len(bank.clip.vision_tower.levels),
-        bank.clip.size,
+        len(feature_cache.clip.vision_tower.levels),
+        feature_cache.clip.size,
         recipe.variants,
         np.asarray(kinds),
         recipe.copies if recipe.variants else 0,
-        inputs=bank.clip.vision_tower.inputs,
+        inputs=feature_cache.clip.vision_tower.inputs,
     )
 
 
@@ -113,7 +125,7 @@ def take(pool: Pool, support: Int[np.ndarray, " n"], variant: Int[np.ndarray, " 
             return pool.clean[s](name)[0]
         return pool.anomalous[s](name)[int(v) if v >= 0 else pool.variants - int(v) - 2]
 
-    # the copies of theta often meet the same row in one step: each is read once
+    # the copies of params often meet the same row in one step: each is read once
     distinct, place = np.unique(np.stack([support, variant], 1), axis=0, return_inverse=True)
 
     def rows(name: str) -> Any:  # of the host, until a step takes it

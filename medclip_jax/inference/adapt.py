@@ -1,4 +1,4 @@
-"""A new site: a handful of healthy images and a meta-trained theta become a ready detector.
+"""A new site: a handful of healthy images and a meta-trained params become a ready detector.
 
 What training does with its supports at its end, alone: decode, encode, adapt, calibrate. Nothing
 is written. The first call of a number of images compiles; later ones are quick.
@@ -38,12 +38,12 @@ LEAST = 2  # images: each is held out once
 
 
 class Start(NamedTuple):
-    """A meta-trained theta with all that stays the same from site to site."""
+    """A meta-trained params with all that stays the same from site to site."""
 
     config: ConfigDict
     tower: vit.Clip
     frozen: dict
-    theta: Any  # one copy, with its rates if they were learned
+    params: Any  # one copy, with its rates if they were learned
     design: model.Design
     learned: Callable  # compiled parts
     patches: Callable
@@ -79,20 +79,20 @@ def load(workdir: Path) -> Start:
         state = checkpoints.restore(manager, loop.start(c, tower, design, optimizer, copies))
     if state is None:
         raise CheckpointError(f"{workdir} has no checkpoint: run --mode train first")
-    return prepare(c, tower, design, frozen, jax.tree.map(lambda x: x[0], state.theta))
+    return prepare(c, tower, design, frozen, jax.tree.map(lambda x: x[0], state.params))
 
 
-def prepare(c: ConfigDict, tower: vit.Clip, design: model.Design, frozen: dict, theta) -> Start:
-    """The same from a theta at hand (a maml.MetaSGD if its rates were learned)."""
+def prepare(c: ConfigDict, tower: vit.Clip, design: model.Design, frozen: dict, params) -> Start:
+    """The same from a params at hand (a maml.MetaSGD if its rates were learned)."""
     if score_fields.suppresses(c) or score_fields.tiles(c) > 1:
         raise ConfigError("a site has no config.score.suppress and tiles: train without them")
-    rate = None if isinstance(theta, maml.MetaSGD) else c.meta.inner_rate
+    rate = None if isinstance(params, maml.MetaSGD) else c.meta.inner_rate
     inner = step.inner(c.learner, c.meta.adapt_steps, rate, rate is None)
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
     return Start(
-        *(c, tower, frozen, theta, design),
+        *(c, tower, frozen, params, design),
         jax.jit(partial(learned, loss=loss, inner=inner, design=design)),
-        jax.jit(lambda theta, text, batch: model.forward(theta, text, batch, design).logit),
+        jax.jit(lambda params, text, batch: model.forward(params, text, batch, design).logit),
         jax.jit(partial(anomaly_map.to_pixels, size=tower.size)),
         jax.jit(partial(evaluate.from_patches, size=tower.size, top=c.score.top)),
     )
@@ -101,7 +101,7 @@ def prepare(c: ConfigDict, tower: vit.Clip, design: model.Design, frozen: dict, 
 def adapt(start: Start | Path, images: Sequence[Path]) -> Ready:
     """Adapt to a site's healthy images (files, 2 or more) and calibrate on them.
 
-    A copy of theta adapts to all of them, and one more to those outside each fold, which scores
+    A copy of params adapts to all of them, and one more to those outside each fold, which scores
     that fold: so no image calibrates what has seen it. Raises DataError for a file that cannot be
     read, ConfigError for fewer than two.
     """
@@ -114,8 +114,8 @@ def adapt(start: Start | Path, images: Sequence[Path]) -> Ready:
     held = np.stack([np.isin(np.arange(k), g) for g in groups])  # [fold, image]
     own = np.concatenate([np.ones((1, k), bool), ~held])  # [copy, image]
     valid = np.tile(own, (1, len(rows.label) // k))
-    theta, text, values = start.learned(start.theta, start.frozen, rows, valid, held)
-    first = jax.tree.map(lambda x: x[0], (theta, text))
+    params, text, values = start.learned(start.params, start.frozen, rows, valid, held)
+    first = jax.tree.map(lambda x: x[0], (params, text))
     detector = Detector(partial(start.patches, *first), np.asarray(values), None)
     asked = (c.calibration.alpha, c.calibration.pixel_rate)
     return Ready(detector, limits.find(detector, start.maps, start.image_scores, *asked))
@@ -149,7 +149,7 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
 
 
 def learned(
-    theta: Any,
+    params: Any,
     frozen: dict,
     rows: Batch,
     valid: Bool[Any, "copy n"],
@@ -161,13 +161,13 @@ def learned(
 ) -> tuple[Any, Float[Any, "copy c j"], Float[Any, "k p"]]:
     """Every copy adapts to its valid rows; the held-out images are scored by their fold's copy.
 
-    Returns theta and text features of all copies, and the patch values of the clean images.
+    Returns params and text features of all copies, and the patch values of the clean images.
     """
 
     def one(own):
         plain = partial(loss, frozen=frozen, key=None)
         adapted, _ = maml.adapt(
-            theta,
+            params,
             rows._replace(valid=own),
             loss=lambda t, batch: plain(t, batch=batch),
             inner=inner,

@@ -102,9 +102,9 @@ def save(workdir: str | Path, path: str | Path) -> int:
     from medclip_jax.inference import predictor
 
     model = predictor.load(Path(workdir))
-    if model.bank.recipe:
+    if model.feature_cache.recipe:
         raise ConfigError(
-            f"{workdir} was trained with data.recipe {', '.join(model.bank.recipe)}, which the "
+            f"{workdir} was trained with data.recipe {', '.join(model.feature_cache.recipe)}, which the "
             "exported file cannot carry: use --mode predict, or train without a recipe"
         )
     if model.steps is not None:
@@ -113,7 +113,7 @@ def save(workdir: str | Path, path: str | Path) -> int:
             "cannot: use --mode predict, or train without it"
         )
     run = _function(model)
-    size = model.bank.clip.size
+    size = model.feature_cache.clip.size
     batch = jax.export.symbolic_shape("n")[0]
     images = jax.ShapeDtypeStruct((batch, size, size), np.float32)
     closed = jax.make_jaxpr(run)(images)  # its constants become arguments, kept beside the code
@@ -198,13 +198,15 @@ def _function(model):
     from medclip_jax.clip import vit
     from medclip_jax.inference import predictor
 
-    tower, made, read = model.bank.clip, model.detector, model.readings
+    tower, made, read = model.feature_cache.clip, model.detector, model.readings
     seeds = jax.random.key_data(model.keys)  # keys themselves cannot be kept as arrays
 
     def run(images):
         like = dict(tower=tower.vision_tower, mean=tower.mean, std=tower.std)
         tokens = vit.encode_images(tower.vision, images, **like)
-        kept = jax.tree.map(lambda x: x.astype(model.bank.dtype).astype(jnp.float32), tokens)
+        kept = jax.tree.map(
+            lambda x: x.astype(model.feature_cache.dtype).astype(jnp.float32), tokens
+        )
         values = made.patches(kept)
         raw = read.image_scores(values) if made.image is None else made.image(kept)
         passes = predictor.passes(made, read, kept, jax.random.wrap_key_data(seeds))

@@ -166,7 +166,7 @@ def load(item: Item, model: predictor.Trained, output: Path, stamp: str) -> Job:
             return Job(item, rows=held)
         with _turn(item):
             image = _image(item)
-        size, mode = model.bank.clip.size, model.config.data.fit
+        size, mode = model.feature_cache.clip.size, model.config.data.fit
         fitted = [read.fit(frame, size, mode) for frame in image.pixels]
         if not np.isfinite(fitted).all():
             raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")

@@ -169,7 +169,7 @@ def _write(
         model.config.data.fit,
         {
             "scorer": model.digest,
-            "checkpoint": model.bank.clip.digest,
+            "checkpoint": model.feature_cache.clip.digest,
             "method": model.config.method,
             "alpha_requested": model.limits.image.alpha_requested,
             "alpha_attained": model.limits.image.alpha_attained,

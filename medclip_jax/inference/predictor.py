@@ -45,7 +45,7 @@ class Trained(NamedTuple):
     """All that scoring needs, on the devices."""
 
     config: ConfigDict
-    bank: cache.Bank  # the tower; nothing is read from or written to its folder
+    feature_cache: cache.FeatureCache  # the tower; nothing is read from or written to its folder
     detector: detector.Detector
     limits: limits.Limits
     readings: Readings
@@ -103,14 +103,16 @@ def load(workdir: Path) -> Trained:
             "restore that one"
         )
     mesh = sharding.mesh()
-    like = (tower, c.data.fit, c.bank_dtype, mesh, c.data.get("recipe", ""))
-    bank = cache.open_bank(workdir, *like)
+    like = (tower, c.data.fit, c.cache_dtype, mesh, c.data.get("recipe", ""))
+    feature_cache = cache.open_cache(workdir, *like)
     keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
     readings = Readings(
         jax.jit(partial(to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)
     )
     made = _detector(c, held, tower, readings)
-    return Trained(c, bank, made, held.limits, readings, keys, held.digest, held.k, held.steps)
+    return Trained(
+        c, feature_cache, made, held.limits, readings, keys, held.digest, held.k, held.steps
+    )
 
 
 def _detector(c, held: saved.Stored, tower: vit.Clip, readings: Readings) -> detector.Detector:
@@ -125,7 +127,7 @@ def _detector(c, held: saved.Stored, tower: vit.Clip, readings: Readings) -> det
     if tower.vision_tower.inputs:
         read = tuple(jnp.zeros((1, rows + 1, width)) for width in tower.widths)
         blank = blank._replace(inputs=read)
-    theta = jax.tree.map(lambda x: jnp.asarray(x)[None], held.theta)
+    params = jax.tree.map(lambda x: jnp.asarray(x)[None], held.params)
 
     def branch(name: str) -> detector.Detector:
         name = name.removesuffix(ensemble.IMAGE_ONLY)
@@ -134,9 +136,9 @@ def _detector(c, held: saved.Stored, tower: vit.Clip, readings: Readings) -> det
             return memory_bank.remember(tokens, c.memory.coreset)
         if name == "zero_shot":
             design, frozen = build.build(c, tower, context=0)
-            return zero_shot.zero_shot(theta, frozen, design, tower, None)
+            return zero_shot.zero_shot(params, frozen, design, tower, None)
         design, frozen = build.build(c, tower)
-        return prompt_detector.learned(theta, frozen, design, blank, [])
+        return prompt_detector.learned(params, frozen, design, blank, [])
 
     if held.mix is None:
         return branch(c.fusion.branches[0] if c.method in ensemble.METHODS else c.method)
@@ -150,7 +152,7 @@ def _detector(c, held: saved.Stored, tower: vit.Clip, readings: Readings) -> det
 
 def batch_size(trained: Trained) -> int:
     """Images that `score` takes at a time without another compilation."""
-    return encoder.batch_size(trained.bank)
+    return encoder.batch_size(trained.feature_cache)
 
 
 def score(
@@ -179,7 +181,7 @@ def _batch(trained: Trained, images: Float[np.ndarray, "n s s"], mm2) -> Scores:
 def encode(trained: Trained, images: Float[np.ndarray, "n s s"]) -> Features:
     """Tokens of 1 to `batch_size` images, filled up with copies: one shape, one compilation."""
     full = images[np.arange(batch_size(trained)) % len(images)]
-    return encoder.encode(trained.bank, full)
+    return encoder.encode(trained.feature_cache, full)
 
 
 def read(trained: Trained, tokens: Features, real: int) -> Raw:

@@ -2,7 +2,7 @@
 
 Chen et al. 2020. An image is the mean of its adapted patch tokens over patches and levels, so what
 is learned reaches the adapters; the head is dropped when scoring. Both augmentations come from the
-bank, where the augmented copies of the supports lie.
+feature_cache, where the augmented copies of the supports lie.
 """
 
 from collections.abc import Mapping

@@ -19,14 +19,14 @@ from medclip_jax.models import similarity as models_similarity
 
 
 def logits(
-    theta: Mapping, text: Float[Array, "c j"], features: Features, design: model.Design, keys
+    params: Mapping, text: Float[Array, "c j"], features: Features, design: model.Design, keys
 ) -> Float[Array, "t n p"]:
     """`model.forward(...).logit` of each image alone with each of the keys [t], to rounding.
 
     Each key is one thinned model, the same for every image: what an image's neighbours in the
     batch are does not change its passes.
     """
-    levels = model.adapt_tokens(theta, model.refined(theta, features, design), 0.0, None)
+    levels = model.adapt_tokens(params, model.refined(params, features, design), 0.0, None)
     label = np.asarray(design.prompts.label)
     softmax = design.form == "softmax"
     target = (
@@ -46,12 +46,12 @@ def logits(
         cosine(y / share, models_similarity.unit(target), kept(i, y.shape[-1]))
         for i, y in enumerate(levels)
     ]
-    scale = model.scale_of(theta, design)
+    scale = model.scale_of(params, design)
     if softmax:
         similarity = models_similarity.level_mean(alike)
         return scale * (similarity[..., 1] - similarity[..., 0])
     away = models_similarity.level_mean(1 - x.max(-1) for x in alike)
-    return scale * (away - theta["offset"])
+    return scale * (away - params["offset"])
 
 
 def cosine(

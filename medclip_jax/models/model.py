@@ -1,6 +1,6 @@
-"""What is learned (theta) and how it turns cached tokens into anomaly: one forward for all.
+"""What is learned (params) and how it turns cached tokens into anomaly: one forward for all.
 
-theta is a plain dict of arrays:
+params is a plain dict of arrays:
   context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared;
                              absent where k is 0, as no checkpoint holds an empty array
   adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
@@ -64,7 +64,7 @@ def init(
     contrast: bool = False,
     language: Mapping | None = None,
 ) -> dict:
-    """Fresh theta: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10).
+    """Fresh params: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10).
 
     Context vectors for which the prompts name a token start from its embedding instead. With
     `contrast` there is a SimCLR head; what else is drawn does not depend on it. `language`: the
@@ -86,49 +86,49 @@ def init(
     if start is not None and (start >= 0).any():
         named = model.text["token"][jnp.maximum(start, 0)]
         vectors = jnp.where((jnp.asarray(start) >= 0)[None, :, None], named[None], vectors)
-    theta = {
+    params = {
         **({"context": vectors} if context else {}),
         "adapters": tuple(map(adapter, adapter_keys, model.widths)),
         "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
         "offset": jnp.asarray(0.5),
     }
     if design.refinement is not None:
-        theta["refine"] = token_refinement.init(design.refinement)
+        params["refine"] = token_refinement.init(design.refinement)
     if language is not None:
-        theta["language"] = language
+        params["language"] = language
     if contrast:
-        theta["head"] = contrastive.init(jax.random.fold_in(key, contrastive.STREAM), model.joint)
-    return theta
+        params["head"] = contrastive.init(jax.random.fold_in(key, contrastive.STREAM), model.joint)
+    return params
 
 
-def text_features(theta: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
+def text_features(params: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
     """Text features of all prompts with the learned context."""
-    context = context_of(theta, frozen)
+    context = context_of(params, frozen)
     rows = len(design.prompts.ids)
     context = jnp.broadcast_to(context, (rows, *context.shape[1:]))
     return vit.encode_text(
-        text_of(theta, frozen), context, design.prompts, design.text_tower, design.causal
+        text_of(params, frozen), context, design.prompts, design.text_tower, design.causal
     )
 
 
-def text_of(theta: Mapping, frozen: Mapping) -> Mapping:
+def text_of(params: Mapping, frozen: Mapping) -> Mapping:
     """Parameters of the text tower, with the language adapter that is tuned if there is one."""
-    tuned = {"language": theta["language"]} if "language" in theta else {}
+    tuned = {"language": params["language"]} if "language" in params else {}
     return {**frozen["text"], **tuned}
 
 
-def context_of(theta: Mapping, frozen: Mapping) -> Float[Array, "_ k d"]:
-    """The learned context; of no vectors where theta has none."""
+def context_of(params: Mapping, frozen: Mapping) -> Float[Array, "_ k d"]:
+    """The learned context; of no vectors where params has none."""
     width = frozen["text"]["token"].shape[1]
-    return theta["context"] if "context" in theta else jnp.zeros((1, 0, width))
+    return params["context"] if "context" in params else jnp.zeros((1, 0, width))
 
 
 def adapt_tokens(
-    theta: Mapping, features: Features, rate: float, key: jax.Array | None
+    params: Mapping, features: Features, rate: float, key: jax.Array | None
 ) -> tuple[Float[Array, "n p j"], ...]:
     """Patch tokens in the joint space; inverted dropout at `rate` if a key is given."""
     adapted = []
-    for i, (tokens, p) in enumerate(zip(features.levels, theta["adapters"], strict=True)):
+    for i, (tokens, p) in enumerate(zip(features.levels, params["adapters"], strict=True)):
         y = tokens.astype(jnp.float32) @ p["kernel"] + p["bias"][None, None]
         if key is not None and rate > 0:
             units = (y.shape[0], 1, y.shape[2])  # one thinned adapter per image, not per patch
@@ -138,35 +138,35 @@ def adapt_tokens(
     return tuple(adapted)
 
 
-def refined(theta: Mapping, features: Features, design: Design) -> Features:
+def refined(params: Mapping, features: Features, design: Design) -> Features:
     """Features with the levels refined (equation 6); as they are where refinement is off."""
     if design.refinement is None:
         return features
     levels = token_refinement.refine(
-        theta["refine"], design.refinement, features.levels, features.inputs
+        params["refine"], design.refinement, features.levels, features.inputs
     )
     return features._replace(levels=levels)
 
 
-def scale_of(theta: Mapping, design: Design) -> Float[Array, ""]:
-    return jnp.exp(theta["scale"]) if design.learn_scale else jnp.asarray(1.0)
+def scale_of(params: Mapping, design: Design) -> Float[Array, ""]:
+    return jnp.exp(params["scale"]) if design.learn_scale else jnp.asarray(1.0)
 
 
 def forward(
-    theta: Mapping,
+    params: Mapping,
     text: Float[Array, "c j"],
     features: Features,
     design: Design,
     key: jax.Array | None = None,
 ) -> Output:
     """Adapted tokens and anomaly logits, given the text features of `text_features`."""
-    levels = adapt_tokens(theta, refined(theta, features, design), design.dropout, key)
+    levels = adapt_tokens(params, refined(params, features, design), design.dropout, key)
     logit = similarity.patch_logit(
         levels,
         text,
         design.prompts.label,
-        scale_of(theta, design),
-        theta["offset"],
+        scale_of(params, design),
+        params["offset"],
         design.form,
     )
     return Output(text, levels, logit)
@@ -181,42 +181,42 @@ class Compared(NamedTuple):
     label: Any  # of the prompts
 
 
-def compare(theta, frozen, batch: Batch, key, design: Design) -> Compared:
+def compare(params, frozen, batch: Batch, key, design: Design) -> Compared:
     """Rows against the prompts; against those of their own data set where there are several."""
-    scale = scale_of(theta, design)
-    levels = adapt_tokens(theta, refined(theta, batch.features, design), design.dropout, key)
+    scale = scale_of(params, design)
+    levels = adapt_tokens(params, refined(params, batch.features, design), design.dropout, key)
     pooled = batch.features.pooled
     if design.sets is not None and batch.source is not None:
         static = design.sets, batch.source, design.text_tower, design.causal
-        words = prompt_sets.words(context_of(theta, frozen), text_of(theta, frozen), *static)
-        logit = prompt_sets.patch_logit(levels, words, scale, theta["offset"], design.form)
+        words = prompt_sets.words(context_of(params, frozen), text_of(params, frozen), *static)
+        logit = prompt_sets.patch_logit(levels, words, scale, params["offset"], design.form)
         alike = prompt_sets.similarity(levels, words)
         return Compared(logit, alike, prompt_sets.prompt_logits(pooled, words), design.sets.label)
-    text = text_features(theta, frozen, design)
+    text = text_features(params, frozen, design)
     label = design.prompts.label
     alike = similarity.level_mean(similarity.cosine(v, text) for v in levels)
     if design.form == "softmax":  # score.patch_logit from cosines that are there already
         pair = alike @ similarity.class_weights(text, label)
         logit = scale * (pair[..., 1] - pair[..., 0])
     else:  # not linear in the levels' cosines
-        logit = similarity.patch_logit(levels, text, label, scale, theta["offset"], design.form)
+        logit = similarity.patch_logit(levels, text, label, scale, params["offset"], design.form)
     return Compared(
         logit, alike, similarity.cosine(pooled, similarity.class_features(text, label)), label
     )
 
 
 def contrast(
-    theta: Mapping, views: Views, valid: Bool[Array, " n"], design: Design
+    params: Mapping, views: Views, valid: Bool[Array, " n"], design: Design
 ) -> Float[Array, ""]:
     """SimCLR (equation 12) between the two views of each row."""
     one, two, image = views
-    both = (adapt_tokens(theta, refined(theta, view, design), 0.0, None) for view in (one, two))
-    first, second = (contrastive.project(theta["head"], levels) for levels in both)
+    both = (adapt_tokens(params, refined(params, view, design), 0.0, None) for view in (one, two))
+    first, second = (contrastive.project(params["head"], levels) for levels in both)
     return contrastive.ntxent(first, second, image, valid)
 
 
 def loss(
-    theta: Mapping,
+    params: Mapping,
     frozen: Mapping[str, Any],
     batch: Batch,
     key: jax.Array | None,
@@ -231,9 +231,9 @@ def loss(
     `distill` says how the teacher's logits count, where the rows carry them. Where training has
     several data sets, rows are compared with the prompts of their own.
     """
-    scale = scale_of(theta, design)
+    scale = scale_of(params, design)
     batch = batch._replace(mask=batch.mask.astype(jnp.float32))
-    logit, alike, pooled, label = compare(theta, frozen, batch, key, design)
+    logit, alike, pooled, label = compare(params, frozen, batch, key, design)
     pixels = anomaly_map.to_pixels(logit, design.size)
     share = losses.patch_share(batch.mask, design.grid)
 
@@ -247,7 +247,7 @@ def loss(
         "prompt": prompt,
     }
     if (views := batch.views) is not None:
-        terms["simclr"] = lambda: contrast(theta, views, batch.valid, design)
+        terms["simclr"] = lambda: contrast(params, views, batch.valid, design)
     if (teacher := batch.teacher) is not None and (like := distill) is not None:
         terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, like)
     weights = {**weights, "distill": distill.weight if distill else 0.0}

@@ -27,7 +27,7 @@ class Sets(NamedTuple):
     ids: Int[np.ndarray, "s c t"]
     slots: Int[np.ndarray, "s c t"]
     eos: Int[np.ndarray, "s c"]
-    row: Int[np.ndarray, "s c"]  # of theta's context
+    row: Int[np.ndarray, "s c"]  # of params's context
     real: Bool[np.ndarray, "s c"]  # False for what only fills the shape
     label: Int[np.ndarray, " c"]  # 0 healthy, 1 abnormal, of every set
 

@@ -30,7 +30,7 @@ from medclip_jax.synthesis import anomalies as synthesis_anomalies
 from medclip_jax.synthesis import shapes
 from medclip_jax.synthesis.anomalies import Image, Mask
 
-VERSION = 2  # raise when the anomalies of a key change: banks are named by it
+VERSION = 2  # raise when the anomalies of a key change: feature_caches are named by it
 KINDS = ("cutpaste", "gauss", "source", "identity")
 ALTER = {
     "cutpaste": synthesis_anomalies.cutpaste,

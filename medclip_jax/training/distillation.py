@@ -1,6 +1,6 @@
 """Distillation (equation 13): a trained workdir's patch logits teach this run.
 
-The teacher is the theta of another run, of any CLIP and grid. It reads the very images that this
+The teacher is the params of another run, of any CLIP and grid. It reads the very images that this
 run learns from (supports, variants, augmented copies), brought to its own frame, and its logits are
 brought to this run's grid. It speaks once per image, before training; nothing is learned from a
 test image: a teacher whose supports are among them is refused.
@@ -48,7 +48,7 @@ def load(c, tower: vit.Clip, test: Sequence[Record], build: Callable) -> Teacher
     workdir = Path(c.distill.teacher).expanduser()
     held = saved.read(workdir)
     theirs = ConfigDict(held.config)
-    refuse(workdir, theirs, held.theta, c, test)
+    refuse(workdir, theirs, held.params, c, test)
     other = tower
     same = held.checkpoint == tower.digest and refines(theirs) == refines(c)
     if not same or tuple(theirs.clip.levels) != tuple(c.clip.levels):
@@ -60,22 +60,22 @@ def load(c, tower: vit.Clip, test: Sequence[Record], build: Callable) -> Teacher
                 f"is now ({held.checkpoint}, not {other.digest}): restore that one"
             )
     design, frozen = build(theirs, other)
-    theta = jax.tree.map(jnp.asarray, held.theta)
-    text = jax.jit(partial(model.text_features, design=design))(theta, frozen)
+    params = jax.tree.map(jnp.asarray, held.params)
+    text = jax.jit(partial(model.text_features, design=design))(params, frozen)
 
     @jax.jit
     def logits(images):
         like = dict(tower=other.vision_tower, mean=other.mean, std=other.std)
         tokens = vit.encode_images(other.vision, images, **like)
-        return model.forward(theta, text, tokens, design).logit
+        return model.forward(params, text, tokens, design).logit
 
     return Teacher(other, preprocessing.steps(theirs.data.recipe), logits)
 
 
-def refuse(workdir: Path, theirs: ConfigDict, theta: Any, c, test: Sequence[Record]) -> None:
+def refuse(workdir: Path, theirs: ConfigDict, params: Any, c, test: Sequence[Record]) -> None:
     """Raise ConfigError if this teacher cannot teach a run with config `c`."""
     said = f"config.distill.teacher {workdir}"
-    if not theirs.steps or "adapters" not in theta:
+    if not theirs.steps or "adapters" not in params:
         raise ConfigError(f"{said} learned nothing (method {theirs.method}): give a trained one")
     for name in ("name", "fit"):
         if theirs.data[name] != c.data[name]:
@@ -100,13 +100,13 @@ def refuse(workdir: Path, theirs: ConfigDict, theta: Any, c, test: Sequence[Reco
 def pool(
     teacher: Teacher,
     held: training_pool.Pool,
-    bank: cache.Bank,
+    feature_cache: cache.FeatureCache,
     supports: Sequence[Record],
     recipe: synthetic_variants.Synthesis,
 ) -> training_pool.Pool:
     """The pool with the teacher's logits of every row, [1 + variants + copies, p] per support."""
-    side, grid = bank.clip.size, bank.clip.grid
-    pixels = {r.id: x for r, x in records.read_all(supports, side, bank.fit)}
+    side, grid = feature_cache.clip.size, feature_cache.clip.grid
+    pixels = {r.id: x for r, x in records.read_all(supports, side, feature_cache.fit)}
     partners = np.stack([pixels[s.id] for s in supports])
     taught = []
     for support in supports:

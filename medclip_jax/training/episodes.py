@@ -122,7 +122,7 @@ def augmented(rng, rows: list[tuple[int, int]], copies: int) -> list[tuple[int, 
 
 
 def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Rows:
-    """What a trained theta adapts to: every image as it is and once with each kind; [1, 4 m]."""
+    """What a trained params adapts to: every image as it is and once with each kind; [1, 4 m]."""
     rows = [(i, -1) for i in own]
     rows += [(i, np.flatnonzero(kinds[i] == k)[0]) for k in range(IDENTITY) for i in own]
     image, variant = np.array(rows).T

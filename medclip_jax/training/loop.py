@@ -1,4 +1,4 @@
-"""Training: theta and its held-out copies, step by step, resumable at every checkpoint."""
+"""Training: params and its held-out copies, step by step, resumable at every checkpoint."""
 
 import contextlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from medclip_jax.training.state import TrainState
 
 
 def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
-    """Train theta, one copy on all supports and one per held-out fold, side by side on axis 0.
+    """Train params, one copy on all supports and one per held-out fold, side by side on axis 0.
 
     The copies see the same schedule; copy 0 scores the test set, copy 1 + f scores fold f. The
     first pool holds the supports; learners other than joint end by adapting to them.
@@ -35,7 +35,7 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     if not c.steps:
         if sharding.is_main():
             (workdir / "metrics.jsonl").touch()
-        return jax.device_get(state.theta)
+        return jax.device_get(state.params)
 
     manager = checkpoints.open(workdir)
     state = checkpoints.restore(manager, state) or state
@@ -73,7 +73,7 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
                 report(log, *waiting)
             due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
             if judged and validation.due(i + 1, c.steps, c.validations, c.log_every):
-                parts |= judged(adapted(state.theta, frozen), frozen)
+                parts |= judged(adapted(state.params, frozen), frozen)
             waiting = (i + 1, parts) if due else None
             save = (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps
             # several processes agree where they wait for the device anyway
@@ -91,16 +91,16 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     if told(asked):  # the manager has closed, so the checkpoint is whole
         raise runtime.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {c.steps}")
     if joint:
-        return jax.device_get(state.theta)
-    return sharding.fetch(adapted(state.theta, frozen), 1 + len(groups))
+        return jax.device_get(state.params)
+    return sharding.fetch(adapted(state.params, frozen), 1 + len(groups))
 
 
-def _as_it_is(theta, _):
-    return theta
+def _as_it_is(params, _):
+    return params
 
 
 def adaptation(c, pools, groups, mesh, loss, inner) -> Callable[[Any, Any], Any]:
-    """(theta, frozen) -> theta after every copy has adapted to its supports, compiled once."""
+    """(params, frozen) -> params after every copy has adapted to its supports, compiled once."""
     rows = training_step.adaptation_rows(
         training_pool.join(pools), training_step.supports(c.k, groups)
     )
@@ -109,10 +109,10 @@ def adaptation(c, pools, groups, mesh, loss, inner) -> Callable[[Any, Any], Any]
     inner = inner._replace(steps=c.meta.adapt_steps)
 
     @jax.jit
-    def adapted(theta, frozen, rows):
-        return training_step.adapt(theta, frozen, rows, loss=loss, inner=inner)[0]
+    def adapted(params, frozen, rows):
+        return training_step.adapt(params, frozen, rows, loss=loss, inner=inner)[0]
 
-    return lambda theta, frozen: adapted(theta, frozen, rows)
+    return lambda params, frozen: adapted(params, frozen, rows)
 
 
 def logbook(workdir, step: int) -> metrics_log.Writer | metrics_log.Silent:
@@ -130,7 +130,7 @@ def told(asked) -> bool:
 
 
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
-    """Step 0; all copies of theta are equal."""
+    """Step 0; all copies of params are equal."""
     key = jax.random.key(c.seed)
     tuned = c.model.get("language_tuned", False)
 
@@ -139,13 +139,13 @@ def start(c, tower, design, optimizer, copies: int) -> TrainState:
         like["contrast"] = bool(c.loss.get("simclr", 0))  # absent in older workdirs
         if tuned:
             like["language"] = text_adapter.load(c.model.language, tower.digest, tower.joint)
-        theta = model.init(key, model=tower, design=design, **like)
+        params = model.init(key, model=tower, design=design, **like)
         learned = c.learner != "joint" and c.meta.learn_rate
-        return maml.meta_sgd(theta, c.meta.inner_rate) if learned else theta
+        return maml.meta_sgd(params, c.meta.inner_rate) if learned else params
 
-    theta = jax.vmap(init)(jnp.arange(copies))
-    opt = jax.vmap(optimizer.init)(theta)
-    return TrainState(jnp.asarray(0), theta, opt, jax.random.key_data(key))
+    params = jax.vmap(init)(jnp.arange(copies))
+    opt = jax.vmap(optimizer.init)(params)
+    return TrainState(jnp.asarray(0), params, opt, jax.random.key_data(key))
 
 
 def reader(c, pools, groups, mesh) -> Callable[[int], Any]:

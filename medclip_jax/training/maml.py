@@ -1,17 +1,17 @@
 """Meta-learning over any loss: exact MAML, first order, ANIL, Meta-SGD and joint training.
 
-Equation (11): theta'_i = theta - rate * grad L(theta, support_i), repeated `steps` times, and the
-outer loss is the mean over tasks i of L(theta'_i, query_i). Finn et al. 2017 (MAML), Raghu et al.
+Equation (11): params'_i = params - rate * grad L(params, support_i), repeated `steps` times, and the
+outer loss is the mean over tasks i of L(params'_i, query_i). Finn et al. 2017 (MAML), Raghu et al.
 2020 (ANIL), Li et al. 2017 (Meta-SGD).
 
-A loss is `loss(theta, batch) -> (scalar, parts)`, parts a dict of named scalars. What is random in
+A loss is `loss(params, batch) -> (scalar, parts)`, parts a dict of named scalars. What is random in
 a loss (dropout) takes its keys from the batch, so that a step is a function of its inputs alone.
 
     MAML          Inner(rate, steps)
     first order   Inner(rate, steps, order="first")
     ANIL          Inner(rate, steps, adapts=predicate)
-    Meta-SGD      Inner(None, steps), with theta = meta_sgd(theta, rate)
-    joint         Inner(steps=0): the query loss at theta itself
+    Meta-SGD      Inner(None, steps), with params = meta_sgd(params, rate)
+    joint         Inner(steps=0): the query loss at params itself
 """
 
 from collections.abc import Callable
@@ -31,44 +31,44 @@ ORDERS = ("exact", "first")
 
 
 class Inner(NamedTuple):
-    """How theta adapts to a support set."""
+    """How params adapts to a support set."""
 
     # Step size: a number for all tensors, or a pytree (or a prefix of one) of numbers per tensor.
-    # None: learned (Meta-SGD), it comes with theta as `MetaSGD`.
+    # None: learned (Meta-SGD), it comes with params as `MetaSGD`.
     rate: Any = 0.01
     steps: int = 1  # full-batch gradient steps; 0 is joint training
     order: str = "exact"  # "exact": second order; "first": the inner gradient is a constant
     # What adapts: None for all, a pytree (or prefix) of bool, or a predicate of a tensor's path
     # ("heads/visual/kernel"). What does not adapt still gets the outer gradient (ANIL).
     adapts: PyTree | Callable[[str], bool] | None = None
-    remat: bool = True  # of several steps keep only theta, and recompute the rest going back
+    remat: bool = True  # of several steps keep only params, and recompute the rest going back
 
 
 class MetaSGD(NamedTuple):
     """Theta together with its learned inner rates, one per tensor."""
 
-    theta: Any
+    params: Any
     rate: Any
 
 
-def meta_sgd(theta: PyTree, rate: float) -> MetaSGD:
-    """Start Meta-SGD with the same `rate` (> 0) for every tensor of theta."""
-    return MetaSGD(theta, jax.tree.map(lambda p: jnp.asarray(rate, p.dtype), theta))
+def meta_sgd(params: PyTree, rate: float) -> MetaSGD:
+    """Start Meta-SGD with the same `rate` (> 0) for every tensor of params."""
+    return MetaSGD(params, jax.tree.map(lambda p: jnp.asarray(rate, p.dtype), params))
 
 
 def adapt(
-    theta: PyTree, support: PyTree, *, loss: Loss, inner: Inner
+    params: PyTree, support: PyTree, *, loss: Loss, inner: Inner
 ) -> tuple[PyTree, Float[Array, " steps"]]:
     """Take `inner.steps` gradient steps on the support loss.
 
-    Returns the adapted theta (same structure; without the rates if theta is a `MetaSGD`) and the
-    support loss before each step. Differentiable in theta and in the rates.
+    Returns the adapted params (same structure; without the rates if params is a `MetaSGD`) and the
+    support loss before each step. Differentiable in params and in the rates.
     Raises ValueError for an unknown order, negative steps, or a learned rate without `MetaSGD`.
     """
-    theta, rate = _theta_and_rate(theta, inner)
-    leaves, structure = jax.tree.flatten(theta)
-    moves = _moves(theta, inner.adapts)
-    rates = [r for r, move in zip(_leaves_like(rate, theta), moves, strict=True) if move]
+    params, rate = _params_and_rate(params, inner)
+    leaves, structure = jax.tree.flatten(params)
+    moves = _moves(params, inner.adapts)
+    rates = [r for r, move in zip(_leaves_like(rate, params), moves, strict=True) if move]
 
     def whole(moving):
         pool = iter(moving)
@@ -84,8 +84,8 @@ def adapt(
         moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
         return moved, value
 
-    # The first step stands before the loop: where tasks share theta (vmap over tasks), all that
-    # depends on theta alone is then computed once for all of them, and kept once.
+    # The first step stands before the loop: where tasks share params (vmap over tasks), all that
+    # depends on params alone is then computed once for all of them, and kept once.
     moved, losses = [p for p, move in zip(leaves, moves, strict=True) if move], []
     if inner.steps:
         moved, value = step(moved, None)
@@ -100,7 +100,7 @@ def adapt(
 
 
 def meta_loss(
-    theta: PyTree,
+    params: PyTree,
     episodes: tuple[PyTree, PyTree],
     *,
     loss: Loss,
@@ -116,7 +116,7 @@ def meta_loss(
     support, query = episodes
 
     def one(support, query):
-        adapted, _ = adapt(theta, support, loss=loss, inner=inner)
+        adapted, _ = adapt(params, support, loss=loss, inner=inner)
         return loss(adapted, query)
 
     per_task = jax.vmap(one)(support, query)
@@ -139,43 +139,43 @@ def meta_step(
     Raises ValueError if the loss names a part "meta_loss" or "grad_norm".
     """
 
-    def outer(theta):
-        return meta_loss(theta, episodes, loss=loss, inner=inner, valid=valid)
+    def outer(params):
+        return meta_loss(params, episodes, loss=loss, inner=inner, valid=valid)
 
-    (value, parts), grads = jax.value_and_grad(outer, has_aux=True)(state.theta)
+    (value, parts), grads = jax.value_and_grad(outer, has_aux=True)(state.params)
     own = {"meta_loss": value, "grad_norm": optax.tree.norm(grads)}
     if taken := own.keys() & parts.keys():
         raise ValueError(f"the loss names a part {sorted(taken)}, which meta_step reports itself")
-    updates, opt = optimizer.update(grads, state.opt, state.theta)
-    theta = optax.apply_updates(state.theta, updates)
-    return state._replace(step=state.step + 1, theta=theta, opt=opt), parts | own
+    updates, opt = optimizer.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(step=state.step + 1, params=params, opt=opt), parts | own
 
 
-def _theta_and_rate(theta: PyTree, inner: Inner) -> tuple[PyTree, PyTree]:
+def _params_and_rate(params: PyTree, inner: Inner) -> tuple[PyTree, PyTree]:
     """Check `inner`, and separate what is adapted from the rate it adapts with."""
     if inner.order not in ORDERS:
         raise ValueError(f"order {inner.order!r} is not one of {ORDERS}")
     if inner.steps < 0:
         raise ValueError(f"steps is {inner.steps}; it must be 0 or more")
-    learned = isinstance(theta, MetaSGD)
+    learned = isinstance(params, MetaSGD)
     if learned != (inner.rate is None):
-        raise ValueError("rate=None and a theta of type MetaSGD belong together: use both or none")
-    return (theta.theta, theta.rate) if learned else (theta, inner.rate)
+        raise ValueError("rate=None and a params of type MetaSGD belong together: use both or none")
+    return (params.params, params.rate) if learned else (params, inner.rate)
 
 
-def _moves(theta: PyTree, adapts) -> list[bool]:
-    """For each tensor of theta, in order: does it adapt?"""
+def _moves(params: PyTree, adapts) -> list[bool]:
+    """For each tensor of params, in order: does it adapt?"""
     if adapts is None:
         adapts = True
     if callable(adapts):
-        paths, _ = jax.tree_util.tree_flatten_with_path(theta)
+        paths, _ = jax.tree_util.tree_flatten_with_path(params)
         return [bool(adapts(jax.tree_util.keystr(p, simple=True, separator="/"))) for p, _ in paths]
-    return [bool(flag) for flag in _leaves_like(adapts, theta)]
+    return [bool(flag) for flag in _leaves_like(adapts, params)]
 
 
-def _leaves_like(prefix: PyTree, theta: PyTree) -> list:
-    """One leaf of `prefix` for each tensor of theta."""
-    return jax.tree.leaves(jax.tree.broadcast(prefix, theta))
+def _leaves_like(prefix: PyTree, params: PyTree) -> list:
+    """One leaf of `prefix` for each tensor of params."""
+    return jax.tree.leaves(jax.tree.broadcast(prefix, params))
 
 
 def _mean(x: Float[Array, " e"], valid: Bool[Array, " e"] | None) -> Float[Array, ""]:

@@ -18,6 +18,6 @@ class TrainState(NamedTuple):
     """All that a resumed run needs: everything random is a function of (key, step)."""
 
     step: Int[Array, ""]
-    theta: Any
+    params: Any
     opt: Any
     key: PRNGKeyArray | jax.Array

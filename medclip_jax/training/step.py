@@ -1,4 +1,4 @@
-"""How theta learns: jointly from rows, or from episodes (equation 11). One step serves both.
+"""How params learns: jointly from rows, or from episodes (equation 11). One step serves both.
 
     joint    Adam on the loss of a batch of rows
     maml     Adam on the query loss after inner steps on the support, exact second order
@@ -7,8 +7,8 @@
              (and a tuned language adapter), so the text tower is not in the inner loop (Raghu et
              al. 2020)
 
-With a learned rate (Meta-SGD, Li et al. 2017) theta is a maml.MetaSGD until it is adapted.
-Every copy of theta (all supports, and one per held-out fold) learns from its own images alone.
+With a learned rate (Meta-SGD, Li et al. 2017) params is a maml.MetaSGD until it is adapted.
+Every copy of params (all supports, and one per held-out fold) learns from its own images alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from medclip_jax.models import contrastive
 from medclip_jax.training import episodes, maml
 from medclip_jax.training.state import TrainState
 
-BODY = ("context", "language")  # parts of theta that ANIL does not adapt
+BODY = ("context", "language")  # parts of params that ANIL does not adapt
 
 
 class Episodes(NamedTuple):
@@ -49,25 +49,25 @@ def inner(learner: str, steps: int, rate: float | None, learned: bool) -> maml.I
 
 
 def is_head(path: str) -> bool:
-    """Does this tensor of theta adapt in ANIL?"""
+    """Does this tensor of params adapt in ANIL?"""
     return path.split("/")[0] not in BODY
 
 
 def episodic(loss: Callable, inner: maml.Inner) -> Callable:
-    """The meta-objective of `loss(theta, frozen, batch, key)`, of the same form over Episodes.
+    """The meta-objective of `loss(params, frozen, batch, key)`, of the same form over Episodes.
 
     Task i draws its dropout from (key, i), for support and query apart, so that a task is the same
     however many stand beside it to fill the devices.
     """
 
-    def objective(theta, frozen, batch: Episodes, key):
-        def keyed(theta, part):
-            return loss(theta, frozen, *part)
+    def objective(params, frozen, batch: Episodes, key):
+        def keyed(params, part):
+            return loss(params, frozen, *part)
 
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(batch.valid)))
         keys = jax.vmap(jax.random.split)(keys)
         sides = (batch.support, keys[:, 0]), (batch.query, keys[:, 1])
-        return maml.meta_loss(theta, sides, loss=keyed, inner=inner, valid=batch.valid)
+        return maml.meta_loss(params, sides, loss=keyed, inner=inner, valid=batch.valid)
 
     return objective
 
@@ -75,62 +75,62 @@ def episodic(loss: Callable, inner: maml.Inner) -> Callable:
 def make_step(
     loss: Callable, optimizer: optax.GradientTransformation, placed: Any = None
 ) -> Callable:
-    """jit((state, frozen, batch) -> (state, parts)); every copy of theta takes its own step.
+    """jit((state, frozen, batch) -> (state, parts)); every copy of params takes its own step.
 
-    `loss(theta, frozen, batch, key) -> (scalar, parts)`. Leaves of batch are [row or task, copy,
+    `loss(params, frozen, batch, key) -> (scalar, parts)`. Leaves of batch are [row or task, copy,
     ...], spread over the devices on axis 0; the state is the same on all and donated. `placed`: the
     sharding of what comes out; None leaves it to the compiler.
     """
 
     def step(state: TrainState, frozen, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        copies = jax.tree.leaves(state.theta)[0].shape[0]
+        copies = jax.tree.leaves(state.params)[0].shape[0]
 
         def one(copy):
-            theta, number, key = copy
+            params, number, key = copy
             own = jax.tree.map(
                 partial(jax.lax.dynamic_index_in_dim, index=number, axis=1, keepdims=False), batch
             )
-            return jax.grad(loss, has_aux=True)(theta, frozen, own, key)
+            return jax.grad(loss, has_aux=True)(params, frozen, own, key)
 
         # one after the other: batching the copies by vmap, or their text features alone, is slower
         # on a CPU, whose caches then hold no layer's activations
-        each = (state.theta, jnp.arange(copies), jax.random.split(key, copies))
+        each = (state.params, jnp.arange(copies), jax.random.split(key, copies))
         grad, parts = jax.lax.map(one, each)
 
-        def move(theta, opt, grad):
-            update, opt = optimizer.update(grad, opt, theta)
-            return optax.apply_updates(theta, update), opt
+        def move(params, opt, grad):
+            update, opt = optimizer.update(grad, opt, params)
+            return optax.apply_updates(params, update), opt
 
-        theta, opt = jax.vmap(move)(state.theta, state.opt, grad)
+        params, opt = jax.vmap(move)(state.params, state.opt, grad)
         first = jax.tree.map(lambda x: x[0], parts)
-        return TrainState(state.step + 1, theta, opt, state.key), first
+        return TrainState(state.step + 1, params, opt, state.key), first
 
     return jax.jit(step, donate_argnums=0, out_shardings=placed)
 
 
 def adapt(
-    theta: Any, frozen: Any, batch: Batch, *, loss: Callable, inner: maml.Inner
+    params: Any, frozen: Any, batch: Batch, *, loss: Callable, inner: maml.Inner
 ) -> tuple[Any, Any]:
     """Every copy adapts to its own rows, without dropout; leaves of batch are [row, copy, ...].
 
-    Returns theta (without learned rates) and the loss before each step, [copy, steps].
+    Returns params (without learned rates) and the loss before each step, [copy, steps].
     """
 
     @jax.jit
-    def run(theta, frozen, batch):
+    def run(params, frozen, batch):
         def one(copy):
-            theta, batch = copy
+            params, batch = copy
             plain = partial(_without_dropout, loss, frozen)
-            return maml.adapt(theta, batch, loss=plain, inner=inner)
+            return maml.adapt(params, batch, loss=plain, inner=inner)
 
-        return jax.lax.map(one, (theta, by_copy(batch)))
+        return jax.lax.map(one, (params, by_copy(batch)))
 
-    return run(theta, frozen, batch)
+    return run(params, frozen, batch)
 
 
-def _without_dropout(loss: Callable, frozen, theta, batch):
-    return loss(theta, frozen, batch, None)
+def _without_dropout(loss: Callable, frozen, params, batch):
+    return loss(params, frozen, batch, None)
 
 
 def by_copy(batch):
@@ -155,7 +155,7 @@ def members(
 
 
 def supports(k: int, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The supports of each copy of theta."""
+    """The supports of each copy of params."""
     return [np.arange(k), *(np.setdiff1d(np.arange(k), g) for g in groups)]
 
 
@@ -168,7 +168,7 @@ def batch_at(
     rows: np.ndarray | None = None,
     views: bool = False,
 ):
-    """The rows of one step for every copy of theta: a function of the step alone.
+    """The rows of one step for every copy of params: a function of the step alone.
 
     Arrays are [row, copy, ...]. Each copy walks through its own supports in random order, epoch
     after epoch; in an epoch a support is itself with probability 1/4 (Identity), else its next

@@ -1,6 +1,6 @@
 """While it trains: do the held-out copies tell synthetic anomalies from healthy images?
 
-Copy 1 + f of theta never sees the supports of fold f. From time to time it scores them and a few of
+Copy 1 + f of params never sees the supports of fold f. From time to time it scores them and a few of
 their synthetic anomalies, and the log gets two numbers (the paper's Figures 5 to 7):
 
     held_out_accuracy   share of right decisions, healthy and altered images weighing alike, [0, 1];
@@ -43,7 +43,7 @@ def judge(
     top: float,
     mesh,
 ) -> Judge | None:
-    """(theta [1 + folds, ...], frozen) -> the two numbers; None where nothing is held out.
+    """(params [1 + folds, ...], frozen) -> the two numbers; None where nothing is held out.
 
     pool: the supports, then whatever else is trained on. top: as of score.image_score.
     """
@@ -52,17 +52,17 @@ def judge(
     tokens, role = sharding.replicate(rows(pool, groups), mesh)
 
     @jax.jit
-    def measured(theta, frozen, tokens, role):
+    def measured(params, frozen, tokens, role):
         def one(copy):
-            theta, batch = copy
-            text = model.text_features(theta, frozen, design)
-            return anomaly_map.image_score(model.forward(theta, text, batch, design).logit, top)
+            params, batch = copy
+            text = model.text_features(params, frozen, design)
+            return anomaly_map.image_score(model.forward(params, text, batch, design).logit, top)
 
-        held_out = jax.tree.map(lambda x: x[1:], theta)
+        held_out = jax.tree.map(lambda x: x[1:], params)
         return numbers(jax.lax.map(one, (held_out, tokens)), role)
 
     # arguments, not constants: the program holds no image, so that every draw shares it
-    return lambda theta, frozen: measured(theta, frozen, tokens, role)
+    return lambda params, frozen: measured(params, frozen, tokens, role)
 
 
 def rows(pool: training_pool.Pool, groups: Sequence[np.ndarray]):
