@@ -66,7 +66,7 @@ class Ground:
 
     def place(self, c: ConfigDict) -> Place:
         """Tower, feature_cache and split of a run; another draw forgets what the last one trained."""
-        runtime.keep(Path(c.cache))
+        runtime.keep_compiled(Path(c.cache))
         named = c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine
         if named not in self.towers:
             self.towers[named] = vit.load(*named)

@@ -25,7 +25,7 @@ from medclip_jax.data import augmentation, datasets, splits
 from medclip_jax.data.records import Record
 from medclip_jax.data.synthetic_variants import Synthesis
 from medclip_jax.distributed import sharding
-from medclip_jax.distributed.runtime import ahead
+from medclip_jax.distributed.runtime import prefetch
 from medclip_jax.evaluation import evaluate, ground_truth, metrics
 from medclip_jax.evaluation.ranking import PixelRanks
 from medclip_jax.features import auxiliary, cache, encoder, training_pool
@@ -137,7 +137,7 @@ def trained(c: ConfigDict, tower: vit.Clip, built: Program, pools: list, mesh, g
     """
     state = loop.start(c, tower, built.design, built.optimizer, 1 + len(groups))
     read = loop.reader(c, pools, groups, mesh)
-    with contextlib.closing(ahead(read, range(c.steps))) as batches:
+    with contextlib.closing(prefetch(read, range(c.steps))) as batches:
         for batch in batches:
             state, parts = built.step(state, built.frozen, batch)
     loop.finite(c.steps, jax.device_get(parts))

@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, and JSON that any reader can read."""
+"""Files that appear whole or not at all, temporary arrays, and JSON that any reader can read."""
 
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,34 @@ def writing(path: str | os.PathLike[str], durable: bool = True) -> Iterator[Bina
         raise cannot_write(path, error) from error
 
 
+def temporary_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = None) -> np.ndarray:
+    """Zeros on disk: what grows with the test set stays out of memory.
+
+    The file has no name: it is gone with the process, however that ends. Its space is reserved at
+    once, as writing to a memory map on a full disk would kill the process.
+
+    Args:
+      shape, dtype: of the array.
+      folder: on whose disk; None for the system's temporary folder.
+
+    Raises:
+      WorkdirError: if the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder or tempfile.gettempdir())
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if not size:
+        return np.zeros(shape, dtype)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
 def plain(obj: Any) -> Any:
     """The same value in JSON's types; a number that is not finite becomes None."""
     if isinstance(obj, Mapping):
@@ -71,5 +100,5 @@ def plain(obj: Any) -> Any:
 def cannot_write(path: Path, error: OSError) -> WorkdirError:
     return WorkdirError(
         f"Cannot write {path} ({error.strerror or error}): "
-        "free space there, mend its permissions or give another workdir."
+        "free space there, fix its permissions or give another workdir."
     )

@@ -229,7 +229,7 @@ def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
         from medclip_jax import train
         from medclip_jax.distributed import multihost
 
-        with multihost.together():
+        with multihost.exit_together():
             join(fields)
             devices()
             result = train.run(fields, workdir, train=mode == "train")
@@ -245,17 +245,18 @@ def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
 
 def join(fields: ConfigDict) -> None:
     """Join the other processes of the run, if there are any; the first thing that touches JAX."""
-    from medclip_jax.distributed import sharding
+    from medclip_jax.distributed import multihost
 
     cluster = fields.cluster
-    sharding.start(
-        fields.distributed,
-        coordinator=cluster.coordinator or None,
-        processes=cluster.processes or None,
-        process=None if cluster.process < 0 else cluster.process,
-        timeout=cluster.timeout,
-        heartbeat=cluster.heartbeat,
+    address = (
+        cluster.coordinator or None,
+        cluster.processes or None,
+        None if cluster.process < 0 else cluster.process,
     )
+    if fields.distributed:
+        multihost.start(*address, timeout=cluster.timeout, heartbeat=cluster.heartbeat)
+    elif address != (None, None, None):
+        raise ConfigError("config.cluster needs config.distributed=True: set it")
 
 
 def devices() -> None:

@@ -44,7 +44,7 @@ def run(
     augmented = augmentation.chosen(c.augment, c.data.modality)
     beside = auxiliary.read(c)
     main = sharding.is_main()
-    runtime.keep(Path(c.cache))
+    runtime.keep_compiled(Path(c.cache))
     mesh = sharding.mesh()
 
     with stage(timing, "load", shown=True):
@@ -65,7 +65,7 @@ def run(
     made_from = tower.digest, words, known_of(drawn.test), c.explained, pictures, versions
     key = cache.digest(*made_from)
     made = finished(workdir, key) if train else None
-    if not multihost.agreed(made is None).any():
+    if not multihost.any_process(made is None).any():
         return made if main else None
 
     with stage(timing, "encode"):

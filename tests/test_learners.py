@@ -220,7 +220,7 @@ def test_eight_devices_equal_one_with_dropout_and_uneven_tasks(tower, pool, lear
             host = training_step.batch_at(0, pool, [np.array(own) for own in copies], 3, 0)
         else:
             host = at(pool, 0, copies)
-        batch, valid = sharding.put(host, mesh)
+        batch, valid = sharding.spread(host, mesh)
         assert len(valid) == (8 if mesh.size == 8 else 3)
         batch = batch._replace(valid=batch.valid & valid[:, None])
         old = state.params["context"]

@@ -144,7 +144,7 @@ def test_one_step_makes_no_implicit_transfer(tiny):
     arrays = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), given)
     mesh = sharding.mesh(jax.devices()[:1])
     state, frozen = sharding.replicate(arrays[:2], mesh)
-    batch, _ = sharding.put(arrays[2], mesh)
+    batch, _ = sharding.spread(arrays[2], mesh)
     with jax.transfer_guard("disallow"):
         after, _ = function(state, frozen, batch)
     assert int(after.step) == 1

@@ -74,7 +74,7 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record], 
         for i, (record, _) in enumerate(group):
             rows = slice(i * count, (i + 1) * count)
             cache.write(tiles_path(feature_cache, record, tiles), feature_cache, tokens, rows)
-    multihost.seen([tiles_path(feature_cache, r, tiles) for r in missing])
+    multihost.wait_for_files([tiles_path(feature_cache, r, tiles) for r in missing])
     return len(missing)
 
 

@@ -1,7 +1,7 @@
-"""Several processes as one run: who does what, what they agree on, and how they end together.
+"""Several processes as one run: how they join, who does what, what they agree on, how they end.
 
 Every process runs the whole program on its share of the rows; process 0 alone writes. In a run of
-one process everything here is the identity. `sharding.start` joins the processes.
+one process everything here is the identity.
 """
 
 import os
@@ -11,18 +11,62 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int, PyTree
 
-from medclip_jax.distributed import spool
+from medclip_jax import files
 from medclip_jax.distributed.runtime import Preempted
-from medclip_jax.errors import ProcessError, UserError, WorkdirError
+from medclip_jax.errors import ConfigError, ProcessError, UserError, WorkdirError
 
 PATIENCE = 60  # seconds until a file of process 0 must be seen by all; network folders lag
-SIGNS = ("gloo", "connection closed", "connection reset", "socket", "unavailable", "heartbeat")
+A_DAY = 86400  # seconds
+# words of the messages with which JAX reports a process that it cannot reach
+LOST = ("gloo", "connection closed", "connection reset", "socket", "unavailable", "heartbeat")
+
+
+def start(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    timeout: int,
+    heartbeat: int,
+) -> None:
+    """Join the other processes of the run; call it once, before anything else touches JAX.
+
+    Args:
+      coordinator: "host:port" of process 0. processes: their number. process: which one this is.
+        All three None on Cloud TPU, SLURM or Open MPI, where the environment tells them.
+      timeout: seconds to wait for the others to come.
+      heartbeat: seconds of silence after which a process counts as dead and ends the others.
+
+    Raises:
+      ConfigError: if only some of the three are set, if they contradict one another, or if the
+        environment does not tell them.
+    """
+    address = (coordinator, processes, process)
+    if any(v is None for v in address) and any(v is not None for v in address):
+        raise ConfigError(
+            f"coordinator={coordinator}, processes={processes}, process={process}: "
+            "set all three, or none where TPU, SLURM or Open MPI tells them"
+        )
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ConfigError(f"process={process} of processes={processes}: count from 0")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            *address,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=A_DAY,  # the others wait while process 0 writes the report
+        )
+    except ValueError as error:  # JAX's way to say that it found no address
+        raise ConfigError(
+            f"distributed=True could not start ({error}): set coordinator, processes and process"
+        ) from error
 
 
 def several() -> bool:
@@ -31,7 +75,7 @@ def several() -> bool:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def exit_together() -> Iterator[None]:
     """Run a block that all processes run; one that fails does not wait for the others.
 
     A lost process shows as a failed collective operation: it becomes a ProcessError. Any other
@@ -45,32 +89,33 @@ def together() -> Iterator[None]:
     except Exception as error:
         if not several():
             raise
-        said = str(error).strip().partition("\n")[0]
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(s in said.lower() for s in SIGNS):
+        reason = str(error).strip().partition("\n")[0]
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        if lost and any(word in reason.lower() for word in LOST):
             raise ProcessError(
-                f"another process of the run has ended or cannot be reached ({said}): "
-                "start all of them again, the same commands go on from the last checkpoint"
+                f"Another process of the run has ended or cannot be reached ({reason}): "
+                "start all of them again, the same commands resume from the last checkpoint."
             ) from error
         traceback.print_exc()
-        end(1)
+        _exit_now(1)
 
 
 def leave(code: int) -> None:
     """End this process with `code`; without waiting for the others if it failed."""
     if code in (0, 143) or not several():
         sys.exit(code)  # at the end of a whole run, or a stop that all agreed on, all arrive
-    end(code)
+    _exit_now(code)
 
 
-def end(code: int) -> None:
-    """Exit now: no handler runs that would wait for other processes."""
+def _exit_now(code: int) -> None:
+    """No handler runs that would wait for other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def agreed(flags: Sequence[bool] | bool) -> np.ndarray:
-    """True where any process says so, in every process alike. All processes must call it."""
+def any_process(flags: Sequence[bool] | bool) -> np.ndarray:
+    """True where any process has True, in every process alike. All processes must call it."""
     own = np.atleast_1d(np.asarray(flags, bool))
     if not several():
         return own
@@ -78,7 +123,7 @@ def agreed(flags: Sequence[bool] | bool) -> np.ndarray:
     return np.logical_or.reduce(everyone, axis=0)
 
 
-def part(n: int) -> Int[np.ndarray, " m"]:
+def process_rows(n: int) -> Int[np.ndarray, " m"]:
     """Which of `n` rows this process works on; the last is repeated so that all have as many."""
     count = -(-n // jax.process_count())
     first = jax.process_index() * count
@@ -86,9 +131,9 @@ def part(n: int) -> Int[np.ndarray, " m"]:
 
 
 def gather(tree: PyTree, n: int) -> PyTree:
-    """Rows of every process's `part` -> all `n` rows, on the host in every process, bit for bit.
+    """Rows of every process's `process_rows(n)` -> all `n` rows on every host, bit for bit.
 
-    Leaves are numpy arrays with the rows of `part(n)` on axis 0.
+    Leaves are numpy arrays with those rows on axis 0.
     """
     if not several():
         return tree
@@ -102,34 +147,35 @@ def gather(tree: PyTree, n: int) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def gather_rows(own: spool.Rows, n: int, batch: int, folder: Path | None) -> spool.Rows:
-    """`gather` of rows on disk, `batch` of each process at a time."""
+def gather_rows(own: Any, n: int, batch: int, folder: Path | None) -> Any:
+    """`gather` of rows on disk (files.temporary_array), `batch` of each process at a time."""
     if not several():
         return own
-    whole = spool.Rows(n, own.shape[1:], own.dtype, folder)
+    whole = files.temporary_array((n, *own.shape[1:]), own.dtype, folder)
     for start in range(0, len(own), batch):
         rows = np.stack([own[i] for i in range(start, min(start + batch, len(own)))])
         everyone = gather(rows, len(rows) * jax.process_count())
         for process, part in enumerate(np.split(everyone, jax.process_count())):
             first = process * len(own) + start
-            whole.put(first, part[: max(0, n - first)])
+            part = part[: max(0, n - first)]
+            whole[first : first + len(part)] = part
     return whole
 
 
-def seen(paths: Sequence[Path]) -> None:
+def wait_for_files(paths: Sequence[Path]) -> None:
     """Wait until files that process 0 has written are there for this process too.
 
     Raises WorkdirError if they do not appear: the folder is not one that all processes share.
     """
     if not several():
         return
-    agreed(False)  # process 0 comes here when it has written
+    any_process(False)  # process 0 comes here when it has written
     deadline = time.monotonic() + PATIENCE
     for path in paths:
         while not path.is_file():
             if time.monotonic() > deadline:
                 raise WorkdirError(
-                    f"{path} of process 0 is not seen by process {jax.process_index()}: "
-                    "give a cache and a workdir on a folder that all processes share"
+                    f"{path}, written by process 0, is not seen by process {jax.process_index()}: "
+                    "set a cache and a workdir on a folder that all processes share."
                 )
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Programs that XLA has compiled are kept between runs, so that the same job starts at once."""
+"""What a process does beside computing: compiled programs on disk, reading ahead, SIGTERM."""
 
 import signal
 import threading
@@ -12,15 +12,21 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
+EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
 
-def keep(cache: Path) -> None:
-    """Keep compiled programs below `cache`, unless JAX was told of another folder (or of none).
+
+class Preempted(Exception):
+    """The run was stopped from outside and has saved its state; the message says where it stands."""
+
+
+def keep_compiled(cache: Path) -> None:
+    """Keep compiled programs below `cache`, unless JAX is set to another folder (or to none).
 
     JAX names them by program, version and machine, so that a folder may serve all runs. Call it
     before anything is compiled.
     """
-    told: Any = jax.config  # its fields are made when jax is imported: unknown to a type checker
-    if told.jax_compilation_cache_dir or not told.jax_enable_compilation_cache:
+    settings: Any = jax.config  # its fields appear when jax is imported: unknown to a type checker
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
     # small ones too: a job has some two hundred, and each is read faster than it is compiled
@@ -40,45 +46,38 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield group
 
 
-def progress(items: Iterable, what: str, steps: int) -> Iterable:
+def progress(items: Iterable, title: str, steps: int) -> Iterable:
     """Show progress on the terminal; nothing where there is nothing to do."""
-    return track(items, what, steps, console=Console(stderr=True)) if steps else items
+    return track(items, title, steps, console=Console(stderr=True)) if steps else items
 
 
-def ahead(make: Callable[[Any], Any], items: Iterable) -> Generator[Any, None, None]:
-    """make(item) of each item, in order; the one after is made on a thread meanwhile.
+def prefetch(make: Callable[[Any], Any], items: Iterable) -> Generator[Any, None, None]:
+    """make(item) of each item, in order; the next one is made on a thread meanwhile.
 
     An error of `make` is raised at its item's turn. Close it if it is not read to its end.
     """
     with ThreadPoolExecutor(1) as pool:
-        next_one = None
+        following = None
         for item in items:
-            last, next_one = next_one, pool.submit(make, item)
-            if last is not None:
-                yield last.result()
-        if next_one is not None:
-            yield next_one.result()
-
-
-EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
-
-
-class Preempted(Exception):
-    """The run was asked to stop and has saved its state; the message says where it stands."""
+            current, following = following, pool.submit(make, item)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 @contextmanager
-def notice() -> Iterator[threading.Event]:
+def sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets instead of ending the process, until the block is left.
 
     Python delivers signals to the main thread only; in another thread the event is never set.
     """
-    asked = threading.Event()
+    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield event
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield asked
+        yield event
     finally:
         signal.signal(signal.SIGTERM, before)

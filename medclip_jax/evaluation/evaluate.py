@@ -64,7 +64,7 @@ def score_images(
     cams = grad_cam.explainer(detector, top)
 
     rows, doubt, why = [], [], []
-    mine = [test[i] for i in multihost.part(len(test))]
+    mine = [test[i] for i in multihost.process_rows(len(test))]
     out = spool.Rows(len(mine), (size, size), np.float16, folder)
     groups = (detector.load or cache.load_images)(feature_cache, mine, BATCH)
     groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))

@@ -113,7 +113,7 @@ def filled(tokens: Features, rows: int = ROWS) -> tuple[Features, int]:
         raise ValueError(f"{n} rows do not fit in {rows}")
     at = np.minimum(np.arange(rows), n - 1)
     local = sharding.mesh(jax.local_devices())
-    return sharding.put(jax.tree.map(lambda x: np.asarray(x)[at], tokens), local)[0], n
+    return sharding.spread(jax.tree.map(lambda x: np.asarray(x)[at], tokens), local)[0], n
 
 
 def deletion(

@@ -80,7 +80,7 @@ def image_path(feature_cache: FeatureCache, record: Record) -> Path:
 def lacking(records: Iterable[Record], path: Callable[[Record], Path]) -> list[Record]:
     """Records of different content without an undamaged file, the same list in every process."""
     kept = unique(records)
-    missing = multihost.agreed([not whole(path(r)) for r in kept])
+    missing = multihost.any_process([not whole(path(r)) for r in kept])
     return [r for r, lacks in zip(kept, missing, strict=True) if lacks]
 
 
@@ -142,12 +142,12 @@ def encode(
     the pixels and the feature cache's recipe it must say all that shapes the tokens.
     """
     paths = [place(feature_cache, x, name) for x in stacks]
-    missing = multihost.agreed([not whole(p) for p in paths])
+    missing = multihost.any_process([not whole(p) for p in paths])
     for path, images in [
         (p, x) for p, x, lacks in zip(paths, stacks, missing, strict=True) if lacks
     ]:
         write(path, feature_cache, how(np.asarray(images)), slice(None))
-    multihost.seen(paths)
+    multihost.wait_for_files(paths)
     return [_tokens(load(p)) for p in paths]
 
 

@@ -40,7 +40,7 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record]) 
     groups = list(batches(missing, batch_size(feature_cache)))
     # this process's rows of each group, which is filled up by going round it again
     rows = [
-        sharding.share(batch_size(feature_cache), feature_cache.mesh) % len(group)
+        sharding.local_rows(batch_size(feature_cache), feature_cache.mesh) % len(group)
         for group in groups
     ]
     wanted = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
@@ -53,7 +53,7 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record]) 
             cache.write(
                 cache.image_path(feature_cache, record), feature_cache, features, slice(i, i + 1)
             )
-    multihost.seen([cache.image_path(feature_cache, r) for r in missing])
+    multihost.wait_for_files([cache.image_path(feature_cache, r) for r in missing])
     return len(missing)
 
 
@@ -63,7 +63,7 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record]) 
 def encode(feature_cache: cache.FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
     """Features of any number of images, on the host; rows spread over the devices."""
     size = batch_size(feature_cache)
-    rows, parts = sharding.share(size, feature_cache.mesh), []
+    rows, parts = sharding.local_rows(size, feature_cache.mesh), []
     for start in range(0, len(images), size):
         group = images[start : start + size]
         parts.append(encode_share(feature_cache, group[rows % len(group)], len(group)))

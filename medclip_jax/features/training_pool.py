@@ -43,7 +43,7 @@ def encode_variants(
             slice(None),
             extra,
         )
-    multihost.seen([variant_path(feature_cache, s, supports, recipe) for s in todo])
+    multihost.wait_for_files([variant_path(feature_cache, s, supports, recipe) for s in todo])
     return len(todo) * (recipe.variants + recipe.copies)
 
 

@@ -101,9 +101,9 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
     most = 4 * predictor.batch_size(model)  # so that the encoder does not wait for writers
     objects = dicom_pool.builder(sum(item.kind == "dicom" for item in chosen))
     with objects as build, _threads() as pools:  # threads end first: they wait for objects
-        with results.tables(table) as tell, runtime.notice() as asked, bar:
+        with results.tables(table) as tell, runtime.sigterm() as asked, bar:
             shown = bar.add_task("predict", total=len(chosen))
-            reading = loading.ahead(pools[0], chosen, model, output, stamp, asked)
+            reading = loading.prefetch(pools[0], chosen, model, output, stamp, asked)
             writing: collections.deque[tuple[Job, Future | None]] = collections.deque()
 
             def full(most: int) -> bool:

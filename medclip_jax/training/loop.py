@@ -14,7 +14,7 @@ from rich.progress import track
 
 from medclip_jax.clip import text_adapter
 from medclip_jax.distributed import multihost, runtime, sharding
-from medclip_jax.distributed.runtime import ahead
+from medclip_jax.distributed.runtime import prefetch
 from medclip_jax.errors import CheckpointError
 from medclip_jax.features import training_pool
 from medclip_jax.models import losses, model
@@ -61,8 +61,8 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     with (
         logbook(workdir, first) as log,
         closing,
-        runtime.notice() as asked,
-        contextlib.closing(ahead(read, todo)) as batches,
+        runtime.sigterm() as asked,
+        contextlib.closing(prefetch(read, todo)) as batches,
     ):
         waiting = None
         for i, batch in zip(
@@ -104,7 +104,7 @@ def adaptation(c, pools, groups, mesh, loss, inner) -> Callable[[Any, Any], Any]
     rows = training_step.adaptation_rows(
         training_pool.join(pools), training_step.supports(c.k, groups)
     )
-    rows, valid = sharding.put(rows, mesh)
+    rows, valid = sharding.spread(rows, mesh)
     rows = rows._replace(valid=rows.valid & valid[:, None])
     inner = inner._replace(steps=c.meta.adapt_steps)
 
@@ -126,7 +126,7 @@ def logbook(workdir, step: int) -> metrics_log.Writer | metrics_log.Silent:
 
 def told(asked) -> bool:
     """Was this process, or any other of the run, asked to stop?"""
-    return bool(multihost.agreed(asked.is_set())[0])
+    return bool(multihost.any_process(asked.is_set())[0])
 
 
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
@@ -156,7 +156,7 @@ def reader(c, pools, groups, mesh) -> Callable[[int], Any]:
     pool = training_pool.join(pools)
 
     def spread(draw, n):
-        rows, valid = sharding.share(n, mesh), sharding.valid(n, mesh)
+        rows, valid = sharding.local_rows(n, mesh), sharding.valid_rows(n, mesh)
 
         def read(step):
             batch = sharding.place(draw(step, rows), mesh)
