@@ -1,4 +1,4 @@
-"""The one full list of configuration fields, and what follows from the ones that are given.
+"""Every configuration field with its default, and the values that follow from the ones given.
 
 A config file holds only what differs: see configs/. It is named on the command line with its
 arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden after it,
@@ -12,264 +12,236 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medclip_jax import learned_parts, score_fields
+from medclip_jax import config_validation
+from medclip_jax.config_validation import FIXED_METHODS
 from medclip_jax.errors import ConfigError
-from medclip_jax.methods import BRANCHES, FIXED, LEARNERS, METHODS, PRESETS
 
-STEPS = 100  # of joint training where neither steps nor epochs are given; docs/parts.md says why
-EPOCHS = 200  # of the other learners there, as peers count
+STEPS = 100  # of joint training; the episodic learners and the presets of published methods
+EPOCHS = 200  # keep the length they were measured at
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
-CHOICES = {
-    "method": METHODS,
-    "learner": LEARNERS,
-    "data.fit": ("stretch", "pad"),
-    "data.split": ("peer", "clean"),
-    "data.uncertain": ("exclude", "positive", "negative"),
-    "data.blank": ("negative", "exclude"),
-    "clip.dtype": ("float32", "bfloat16"),
-    "cache_dtype": ("float32", "bfloat16", "float16"),
-    "prompts.phrases": ("templates", "words", "ontology"),
-    "prompts.position": ("end", "middle", "front"),
-    "meta.recipe": ("target", "own"),
-    "synthesis.preset": ("medclip", "mediclip"),
-    "synthesis.partner": ("self", "support"),
-    "model.form": ("softmax", "distance"),
-    "fusion.weights": ("equal", "probes"),
-    **score_fields.CHOICES,
+# What `method` fixes. MediCLIP as released: its prompts, synthesis, losses and pooling on our
+# tokens (Zhang et al., MICCAI 2024).
+MEDICLIP: dict[str, Any] = {
+    "prompts": {
+        "phrases": "words",
+        "context": 8,
+        "position": "end",
+        "shared": False,
+        "causal": False,
+        "init": "random",
+    },
+    "synthesis": {"preset": "mediclip"},
+    "model": {
+        "form": "softmax",
+        "learn_scale": False,
+        "dropout": 0.0,
+        "refine": False,
+        "language": "",
+        "language_tuned": False,
+    },
+    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
+    "score": {"top": 0.0, "tiles": 1, "map_filter": ""},
+    "branches": ("learned",),
+    "augment": "",
+    "teacher": "",
+    "learner": "joint",
+    "learning_rate": 1e-3,
 }
-LEAST = {
-    "k": 0,  # 0: zero-shot; 1: nothing can be held out, see calibrate
-    "calibration.folds": 2,  # what calibrates is held out from training
-    **dict.fromkeys(("log_every", "checkpoint_every", "score.passes", "data.pool"), 1),
-    **dict.fromkeys(("synthesis.variants", "fusion.probes", "augment.copies", "meta.tasks"), 1),
-    **{f"meta.{x}": 0 for x in ("images", "shots", "query", "inner_steps", "adapt_steps")},
-    **learned_parts.LEAST,
-    **{"cluster.processes": 0, "cluster.process": -1, "cluster.timeout": 1, "cluster.heartbeat": 1},
-    **dict.fromkeys(("seed", "batch", "steps", "prompts.context", "prompts.synonyms"), 0),
-    **{"epochs": 0, "validations": 0, "explained": 0},
-    **dict.fromkeys(("optimizer.learning_rate", "optimizer.b1", "optimizer.b2"), 0),
-    **{f"loss.{term}": 0 for term in ("focal", "dice", "align", "prompt", "simclr")},
-    **score_fields.LEAST,
+# The paper where it is definite: MAML (11) over template prompts (3, 4) whose patches are refined
+# (6), scored by distance to what is healthy (9) and by nothing else.
+PAPER: dict[str, Any] = {
+    "prompts": {"phrases": "templates", "context": 8, "shared": False, "causal": True},
+    "synthesis": {"preset": "medclip"},
+    "model": {"form": "distance", "learn_scale": True, "dropout": 0.1, "refine": True},
+    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.1, "simclr": 0.1},
+    "augment": "flip=0.5,rotate=10,intensity=0.2",
+    "branches": ("learned",),
+    "learner": "maml",
 }
-SHARES = {  # (smallest, largest, what to give)
-    "augment.flip": (0, 1, "a probability from 0 to 1"),
-    "augment.flip_vertical": (0, 1, "a probability from 0 to 1"),
-    "augment.rotate": (0, 180, "an angle from 0 to 180 degrees"),
-    "augment.elastic": (0, 0.05, "a share of the side from 0 to 0.05"),
-    "augment.intensity": (0, 1, "a strength from 0 to 1"),
-    **learned_parts.SHARES,
-    "model.dropout": (0, 0.99, "a rate from 0 to 0.99"),
-    "score.top": (0, 1, "a share from 0 to 1"),
-    "explained": (0, 32, "a number of images from 0 to 32"),
-    "memory.coreset": (0.001, 1, "a share above 0, up to 1"),
-    "calibration.alpha": (0.0001, 0.9999, "a rate between 0 and 1"),
-    "calibration.pixel_rate": (0.0001, 0.9999, "a rate between 0 and 1"),
-    **score_fields.SHARES,
-}
-
-# What CheXpert's labels that say neither yes nor no mean (data/chexpert.py).
-CHEXPERT = {
-    "uncertain": "exclude",  # label -1: exclude | positive | negative
-    "blank": "negative",  # not mentioned: negative | exclude
-}
-PROMPTS = {
-    "phrases": "templates",  # templates | words (as MediCLIP) | ontology (templates and synonyms)
-    "context": 8,  # learnable vectors per prompt
-    "init": "random",  # of the context: random | a phrase such as "a photo of a"
-    "position": "end",  # of the phrase: end | middle | front
-    "shared": False,  # one context for all prompts
-    "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text tower
-    "synonyms": 3,  # words per anatomy, condition and modality from the ontology; 0 = all
-    "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
-}
-FUSION = {
-    "branches": ("learned", "memory", "zero_shot_image"),  # of method ours, any of BRANCHES
-    "weights": "equal",  # of standardised branches: equal | probes, what each sees of them
-    "probes": 12,  # altered copies of each support, of kinds never trained on, that weigh them
-}
-CALIBRATION = {
-    "alpha": 0.1,  # false-alarm rate asked for
-    "folds": 4,  # supports are held out in this many parts (2 to k)
-    "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
-}
-
-# Episodes, for the learners other than joint; `data`, `images` and `recipe` are for all.
-META = {
-    "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
-    "images": 32,  # healthy images of each data set beside the target; 0 = all
-    "recipe": "target",  # of those: the target's | own, of each set's modality (data/presets.py)
-    "tasks": 4,  # per step
-    "shots": 0,  # support rows of a task; 0 = min(8, k), at least 2
-    "query": 0,  # query rows of a task; 0 = as shots
-    "inner_steps": 1,
-    "inner_rate": 0.05,
-    "learn_rate": False,  # Meta-SGD: one inner rate per tensor is learned, from inner_rate
-    "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
-}
-
-# Where the processes of one run find one another.
-CLUSTER = {
-    "coordinator": "",  # host:port of process 0; "" where TPU, SLURM or Open MPI tells it
-    "processes": 0,  # how many; 0: told by the environment
-    "process": -1,  # which one this is, from 0; -1: told by the environment
-    "timeout": 300,  # seconds to wait for the others to come
-    "heartbeat": 100,  # seconds of silence after which a process counts as dead
-}
-
-# Of the supports, in training: augment.Strengths. All strengths 0 is off.
-AUGMENT = {
-    "copies": 8,  # augmented copies per support
-    "flip": 0.0,  # probability of mirroring left and right
-    "flip_vertical": 0.0,  # probability of turning upside down
-    "rotate": 0.0,  # largest angle, degrees
-    "elastic": 0.0,  # sd of the displacement, share of the side; ultrasound and MRI only
-    "intensity": 0.0,  # largest change of contrast, gamma and brightness
+PRESETS: dict[str, dict[str, Any]] = {
+    "mediclip": MEDICLIP,
+    "paper": PAPER,
+    "joint": {"learner": "joint"},  # `ours` without episodes, whatever the learner of `ours`
 }
 
 
 def parse_arg(arg: str) -> dict:
     """`k=16,seed=0` -> typed values. Raises ConfigError for an unknown name or a bad value."""
-    given = {}
+    values = {}
     for piece in filter(None, arg.split(",")):
         name, _, value = piece.partition("=")
         if name not in ARGUMENTS:
             known = ", ".join(ARGUMENTS)
             raise ConfigError(f"config argument {name!r} is unknown: give any of {known}")
         try:
-            given[name] = ARGUMENTS[name](value)
+            values[name] = ARGUMENTS[name](value)
         except ValueError:
             raise ConfigError(
                 f"config argument {name}={value!r} is not a whole number: give one, as {name}=16"
             ) from None
-    return given
+    return values
 
 
 def base(arg: str = "", **data) -> ConfigDict:
     """All fields with their defaults; `data` are the fields of the data set."""
-    given = parse_arg(arg or "")
+    values = parse_arg(arg or "")
     c = ConfigDict()
-    c.k = given.get("k", 16)  # healthy support images; 1: none can be held out; 0: zero-shot
-    c.seed = given.get("seed", 0)  # of the support draw and of all training randomness
-    c.method = given.get("method", "ours")  # METHODS
-    c.data = {
-        "name": "",  # see data/datasets.py: busi, brain_mri, chest_xray, folder, phantom-mri, ...
-        "root": given.get("root", ""),  # folder of the data; "" takes $MEDCLIP_DATA
-        "modality": "medical image",  # fills the prompt templates
-        "anatomy": "tissue",
-        "conditions": ("disease",),
-        "split": "peer",  # as published tables | clean: near-duplicates and patients kept apart
-        "pool": 32,  # healthy images set aside for supports, of sets without parts in peer
-        "fit": "stretch",  # into the tower's square: stretch (as peers) | pad
-        "recipe": "",  # preprocessing: "" | one of preprocess.RECIPES | steps, "wavelet,clahe"
-    } | (CHEXPERT | data)
-    c.clip = {
-        "checkpoint": "compact",  # compact (embedded) | folder | Hub id
-        "levels": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
-        "dtype": "float32",  # of the tower: float32 | bfloat16
-    }
-    c.cache = (
-        ""  # folder of feature_cache and prepared data; "" takes $MEDCLIP_CACHE or the user's cache
-    )
-    c.cache_dtype = "float32"  # of the tokens on disk: float32 | bfloat16 | float16
-    c.prompts = PROMPTS
-    c.synthesis = {
-        "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
-        "variants": 50,  # anomalous variants per support; an epoch uses one
-        "partner": "self",  # CutPaste copies from the image itself | from any "support"
-    }
-    c.augment = AUGMENT
-    c.model = learned_parts.MODEL
-    c.loss = learned_parts.LOSS
-    c.distill = learned_parts.DISTILL
-    c.optimizer = {"learning_rate": 1e-3, "b1": 0.5, "b2": 0.999}  # Adam
-    c.learner = "joint"  # LEARNERS, see learn.py
-    c.meta = META
-    c.epochs = 0  # passes over the supports; 0: STEPS steps of joint, EPOCHS of other learners
-    c.batch = 0  # images per step; 0 = min(8, k)
-    c.steps = 0  # optimisation steps; 0: from epochs, see `training_steps`
-    c.score = score_fields.SCORE
-    c.memory = {"coreset": 1.0, "mirror": False}  # share that is kept; supports mirrored as well
-    c.fusion = FUSION
-    c.calibration = CALIBRATION
-    c.distributed = False  # one of several processes, which all run the same command
-    c.cluster = CLUSTER
-    c.log_every = 10  # steps
-    c.explained = 8  # abnormal test images whose explanations are checked, up to 32; 0 = none
-    c.validations = 20  # times in training that held-out copies are validated; 0 = never
-    c.checkpoint_every = 100  # steps
+    c.k = values.get("k", 16)  # healthy support images; 1: no fold can be held out; 0: zero-shot
+    c.seed = values.get("seed", 0)  # of the support sample and of all training randomness
+    # ours | paper | mediclip | memory | zero_shot | thumbnails | grey_level | joint
+    c.method = values.get("method", "ours")
+    c.data = _data(values.get("root", ""), data)
+    c.cache = ""  # folder of features and prepared data; "": $MEDCLIP_CACHE or the user's cache
+    _model(c)
+    _training(c)
+    _scoring(c)
+    c.distributed = ""  # "" | auto (Cloud TPU, SLURM, Open MPI) | HOST:PORT,PROCESS/PROCESSES
+    c.join_timeout = 300  # seconds to wait for the other processes
     return c.lock()
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy with presets applied and what was left to be derived filled in.
+def _data(root: str, data: dict) -> dict:
+    return {
+        "name": "",  # busi, brain_mri, chest_xray, chexpert, folder, phantom-mri, ...
+        "root": root,  # folder of the data; "" takes $MEDCLIP_DATA
+        "modality": "medical image",  # fills the prompt templates, as the next two
+        "anatomy": "tissue",
+        "conditions": ("disease",),
+        "split": "peer",  # as published tables | clean: near-duplicates and patients kept apart
+        "pool": 32,  # healthy images reserved for supports, of sets without parts in `peer`
+        "uncertain": "exclude",  # CheXpert's label -1: exclude | positive | negative
+        "fit": "stretch",  # into the encoder's square: stretch (as peers) | pad
+        "window": "",  # of CT, before scaling: brain | lung | soft_tissue | bone | CENTRE/WIDTH
+        "recipe": "",  # preprocessing: "" | ultrasound, mri, ... | steps, "wavelet,clahe"
+    } | data
 
-    Raises ConfigError for values that cannot be used.
+
+def _model(c: ConfigDict) -> None:
+    c.clip = {
+        "checkpoint": "compact",  # compact (embedded) | folder | Hub id
+        "implementation": "fused",  # fused | transformers (FlaxCLIPModel's own modules)
+        "layers": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
+        "dtype": "float32",  # of the image encoder and the cached tokens: float32 | bfloat16
+    }
+    c.prompts = {
+        "phrases": "templates",  # templates | words (as MediCLIP) | ontology (with synonyms)
+        "context": 8,  # learnable vectors per prompt
+        "init": "random",  # of the context: random | a phrase such as "a photo of a"
+        "position": "end",  # of the phrase: end | middle | front
+        "shared": False,  # one context for all prompts
+        "causal": True,  # CLIP's mask; False is MediCLIP's unmasked text encoder
+        "ontology_file": "",  # joined to the ontology: your CSV, a MRCONSO.RRF, an RF2 folder
+    }
+    c.model = {
+        "form": "softmax",  # softmax | distance (equation 9)
+        "learn_scale": True,  # temperature of the anomaly logit
+        "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
+        "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
+        "language": "",  # adapter after the text encoder: "" | embedded | fresh | a file
+        "language_tuned": False,  # it learns with the prompts; else it stays frozen
+    }
+
+
+def _training(c: ConfigDict) -> None:
+    c.synthesis = {
+        "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
+        "variants": 50,  # anomalous variants per support; an epoch uses one
+    }
+    # of the supports in training, "" = off: flip (probability), rotate (largest angle, degrees),
+    # intensity (strength), elastic (sd, share of the side; ultrasound and MRI only):
+    # "flip=0.5,rotate=10,intensity=0.2,elastic=0.01"
+    c.augment = ""
+    c.loss = {  # weights; 0 = not computed
+        **{"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0},
+        "simclr": 0.0,  # agreement of two augmentations (equation 12); needs config.augment
+        "distill": 1.0,  # of the teacher's patch logits (equation 13), where there is a teacher
+    }
+    c.teacher = ""  # workdir of a trained run that teaches this one; "" = off
+    c.learner = "joint"  # joint | maml (exact) | fomaml | anil | meta_sgd
+    c.meta = {  # episodes, for the learners other than joint; `data` is for all
+        "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
+        "tasks": 4,  # per step
+        "shots": 0,  # support rows of a task, and query rows; 0 = min(8, k), at least 2
+        "inner_steps": 1,
+        "inner_rate": 0.05,  # where Meta-SGD starts from
+        "adapt_steps": 1,  # inner steps on the k supports after training; 0 = none
+    }
+    c.learning_rate = 1e-3  # of Adam
+    c.batch = 0  # images per step; 0 = min(8, k)
+    c.steps = 0  # optimisation steps; 0: see `training_steps`
+    c.validations = 20  # times in training that the fold models are validated; 0 = never
+    c.checkpoint_every = 100  # steps
+    c.tensorboard = False  # event files in the workdir; needs the extra `tensorboard`
+
+
+def _scoring(c: ConfigDict) -> None:
+    c.branches = ("learned", "memory", "zero_shot_image")  # of method ours, fused with equal weight
+    c.memory_coreset = 1.0  # share of the supports' patches that the memory keeps
+    c.score = {
+        "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
+        "passes": 20,  # MC-dropout passes for the uncertainty
+        "tiles": 1,  # per side, overlapping, scored with the whole image: 1 (off), 2, 3
+        # outlier suppression of the maps, "" = off: median (window, odd), min_area_mm2,
+        # min_area_pixels (where the spacing is unknown), sigma (pixels), ceiling (quantile of the
+        # supports' maps): "median=3,min_area_mm2=20,sigma=1.5,ceiling=0.99"
+        "map_filter": "",
+    }
+    c.calibration = {
+        "alpha": 0.1,  # false-alarm rate asked for
+        "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
+    }
+    c.explanation = {
+        "method": "grad_cam",  # grad_cam | grad_cam_pp
+        "layer": -1,  # which of the tapped layers, from 0; -1 = the last
+        "count": 8,  # abnormal test images whose explanations are checked, up to 32; 0 = none
+        "randomised": False,  # also compare with an encoder of random weights (slow)
+    }
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A copy with the method's preset applied and derived values filled in.
+
+    Raises:
+      ConfigError: a value or a combination that cannot be used.
     """
     c = config.copy_and_resolve_references()
     if c.k == 0 and c.method == "ours":
-        c.method = "zero_shot"  # all that is left of the branches
+        c.method = "zero_shot"  # the only branch that needs no support
     c.update(PRESETS.get(c.method, {}))
-    check(c)
+    config_validation.check(c)
     c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
-    c.meta.query = c.meta.query or c.meta.shots
-    c.steps = c.steps or training_steps(c)
-    if c.method in FIXED:
-        c.steps = 0
-    learned_parts.check(c)
+    c.steps = 0 if c.method in FIXED_METHODS else c.steps or training_steps(c)
+    config_validation.check_learned(c)
     c.cache = str(cache_folder(c.cache))
     return c
 
 
-def check(c: ConfigDict) -> None:
-    """Raise ConfigError naming the first field whose value cannot be used."""
-    for name, value in flat(c):
-        if name in CHOICES and value not in CHOICES[name]:
-            said = ", ".join(map(str, CHOICES[name]))
-            raise ConfigError(f"config.{name} is {value!r}: give one of {said}")
-        # written so that NaN is refused
-        if name in LEAST and not value >= LEAST[name]:
-            raise ConfigError(f"config.{name} is {value}: give {LEAST[name]} or more")
-        if name in SHARES and not SHARES[name][0] <= value <= SHARES[name][1]:
-            raise ConfigError(f"config.{name} is {value}: give {SHARES[name][2]}")
-    if c.k == 0 and c.method != "zero_shot":
-        raise ConfigError(f"config.k is 0, but method {c.method} needs an image: give k=1 or more")
-    given = set(c.fusion.branches)
-    if given - set(BRANCHES) or not given - {"zero_shot_image"} or len(given & {*BRANCHES[2:]}) > 1:
-        raise ConfigError(
-            f"config.fusion.branches is {tuple(c.fusion.branches)}: give any of {BRANCHES}, the "
-            "last (plain prompts in the image score alone) beside another, not beside zero_shot"
-        )
-    score_fields.check(c)
-    if c.meta.shots == 1:
-        raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
-    if not c.meta.inner_rate > 0:
-        raise ConfigError(f"config.meta.inner_rate is {c.meta.inner_rate}: give more than 0")
-
-
 def training_steps(c: ConfigDict) -> int:
-    """STEPS, or as many as `epochs` need: epochs * ceil(k / batch) gradients, see `gradients`."""
-    if not c.epochs and c.learner == "joint":
+    """STEPS for joint training; else as many steps as EPOCHS passes over the supports take.
+
+    An epoch is ceil(k / batch) gradients, see `gradients`. Published methods keep their epochs.
+    """
+    if c.learner == "joint" and c.method not in ("mediclip", "paper"):
         return STEPS
-    return max(1, (c.epochs or EPOCHS) * -(-c.k // c.batch) // gradients(c))
+    return max(1, EPOCHS * -(-c.k // c.batch) // gradients(c))
 
 
 def gradients(c: ConfigDict) -> int:
     """Gradients of the loss (forward and backward over one set of rows) in one optimisation step.
 
-    Where `epochs` are given, steps are derived so that all learners take as many of them, and so
-    they are compared. The Hessian-vector products of exact second order are not counted: they are
-    the price of exactness.
+    Steps are derived so that all learners take as many of them, and so they are compared. The
+    Hessian-vector products of exact second order are not counted.
     """
     return 1 if c.learner == "joint" else c.meta.tasks * (c.meta.inner_steps + 1)
 
 
-def cache_folder(named: str) -> Path:
+def cache_folder(name: str) -> Path:
     """Where prepared data and tokens are kept between runs."""
-    chosen = named or os.environ.get("MEDCLIP_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    folder = name or os.environ.get("MEDCLIP_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "medclip_jax"
 

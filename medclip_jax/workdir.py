@@ -1,12 +1,15 @@
-"""The folder of a run: whose it is, the split it was started with, and whether it is finished."""
+"""The folder of a run: its lock, its settings, the split it began with, and whether it is finished.
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from medclip_jax import files
@@ -14,54 +17,80 @@ from medclip_jax.data import splits
 from medclip_jax.data.records import Record, Split
 from medclip_jax.errors import WorkdirError
 
-# where, how often and by how many is not what
-PLACES = ("cache", "log_every", "validations", "explained", "checkpoint_every") + (
-    "distributed",
-    "cluster",
+LOCK = ".lock"
+# settings that may change between two commands of one run
+PLACES = (
+    *("cache", "validations", "explanation", "checkpoint_every", "tensorboard"),
+    *("distributed", "join_timeout"),
 )
-LEFT = ("predictions.npz", "scorer.json", "scorer.safetensors")  # by a finished run, before metrics
+RESULTS = ("predictions.npz", "scorer.json", "scorer.safetensors")  # written before metrics.json
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it until the block is left.
+
+    The kernel holds the lock for as long as the process lives, so a dead one leaves none behind.
+
+    Raises:
+      WorkdirError: the folder cannot be made or written, or another run is in it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(workdir / LOCK, timeout=0)
+        with lock:
+            yield
+    except Timeout:
+        raise WorkdirError(
+            f"{workdir} is in use by another run: wait until it ends or give another --workdir"
+        ) from None
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        if error.filename is None or Path(error.filename) not in (workdir, workdir / LOCK):
+            raise
+        raise WorkdirError(
+            f"{workdir} cannot be written ({error.strerror}): give another --workdir"
+        ) from None
 
 
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
-    """Make the workdir this run's own, or refuse one that holds a run with other settings.
+    """Write config.json, or refuse a folder that holds a run with other settings.
 
     Of several processes only the `main` one writes.
     """
     path = workdir / "config.json"
     settings = json.loads(c.to_json_best_effort())
     try:
-        held = json.loads(path.read_text()) if path.is_file() else None
+        stored = json.loads(path.read_text()) if path.is_file() else None
     except ValueError:
-        held = None  # never whole: written in one piece since
+        stored = None  # a foreign or corrupt file: ours appears in one piece
     except OSError as error:
         raise WorkdirError(
-            f"{path} cannot be read ({error.strerror}): give another workdir"
+            f"{path} cannot be read ({error.strerror}): give another --workdir"
         ) from None
-    if held is not None:
-        for place in PLACES:
-            held[place] = settings[place]
-        differs = [name for name in settings if settings[name] != held.get(name)]
-        if differs:
-            name = differs[0]
-            raise WorkdirError(
-                f"{workdir} holds a run with {name} = {held.get(name)}, not {settings[name]}: "
-                "give another workdir, or the settings it was started with"
-            )
+    if stored is not None:
+        compared = [name for name in settings if name not in PLACES]
+        for name in compared:
+            if settings[name] != stored.get(name):
+                raise WorkdirError(
+                    f"{workdir} holds a run with {name} = {stored.get(name)}, not "
+                    f"{settings[name]}: give another --workdir, or the settings it began with"
+                )
     if main:
+        workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(path, settings)
 
 
-def keep_split(workdir: Path, drawn: Split, c: ConfigDict, main: bool = True) -> None:
+def keep_split(workdir: Path, split: Split, c: ConfigDict, main: bool = True) -> None:
     """Write split.json, or check that the data still match the one that is there."""
     path = workdir / "split.json"
     if path.is_file():
-        splits.check_split(path, drawn)
+        splits.check_split(path, split)
     elif main:
-        splits.write_split(drawn, path, name=c.data.name, seed=c.seed, kind=c.data.split)
+        splits.write_split(split, path, name=c.data.name, seed=c.seed, kind=c.data.split)
 
 
-def known_of(test: Sequence[Record]) -> list[list[Any]]:
-    """All that a result reads of test images, for its key: a mended mask or label is another."""
+def truth_of(test: Sequence[Record]) -> list[list[Any]]:
+    """All that a result reads of test images, for its key: a corrected label or mask changes it."""
     return [
         [r.id, r.sha256, int(r.label), r.patient, [_sha256(Path(mask)) for mask in r.masks]]
         for r in test
@@ -70,19 +99,19 @@ def known_of(test: Sequence[Record]) -> list[list[Any]]:
 
 def seal(workdir: Path, key: str) -> dict[str, Any]:
     """What metrics.json says of a finished run: what it was made from, and the files it left."""
-    return {"key": key, "files": {name: _sha256(workdir / name) for name in LEFT}}
+    return {"key": key, "files": {name: _sha256(workdir / name) for name in RESULTS}}
 
 
 def finished(workdir: Path, key: str) -> dict[str, Any] | None:
     """metrics.json of a run that was finished with this key and whose files are whole, or None."""
     try:
-        held = json.loads((workdir / "metrics.json").read_bytes())
-        if held["finished"] != seal(workdir, key):
+        metrics = json.loads((workdir / "metrics.json").read_bytes())
+        if metrics["finished"] != seal(workdir, key):
             return None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not finished, spoilt, or of an older version: it is made
-    logging.info("%s is finished: nothing is made again (--mode evaluate scores anew)", workdir)
-    return held
+        return None  # not finished, or corrupt: the run is repeated
+    logging.info("%s is finished: nothing to do (--mode evaluate scores it again)", workdir)
+    return metrics
 
 
 def _sha256(path: Path) -> str:

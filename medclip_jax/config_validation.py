@@ -1,0 +1,216 @@
+"""Which values and combinations of configuration fields can be used; other code trusts them."""
+
+from typing import Any
+
+from medclip_jax.errors import ConfigError
+
+METHODS = ("ours", "paper", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
+FIXED_METHODS = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing is trained
+PIXEL_METHODS = ("thumbnails", "grey_level")  # without a CLIP
+FUSED_METHODS = ("ours", "joint")  # combine several branches
+BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image")
+LEARNERS = ("joint", "maml", "fomaml", "anil", "meta_sgd")
+
+CHOICES = {
+    "method": METHODS,
+    "learner": LEARNERS,
+    "data.fit": ("stretch", "pad"),
+    "data.split": ("peer", "clean"),
+    "data.uncertain": ("exclude", "positive", "negative"),
+    "clip.dtype": ("float32", "bfloat16"),
+    "clip.implementation": ("fused", "transformers"),
+    "prompts.phrases": ("templates", "words", "ontology"),
+    "prompts.position": ("end", "middle", "front"),
+    "synthesis.preset": ("medclip", "mediclip"),
+    "model.form": ("softmax", "distance"),
+    "score.tiles": (1, 2, 3),
+    "explanation.method": ("grad_cam", "grad_cam_pp"),
+}
+RANGES: dict[str, tuple[float, float]] = {  # both ends included
+    "k": (0, 1 << 20),
+    "seed": (0, 1 << 31),
+    "data.pool": (1, 1 << 20),
+    "prompts.context": (0, 64),
+    "model.dropout": (0, 0.99),
+    "synthesis.variants": (1, 10_000),
+    **{f"loss.{x}": (0, 1e6) for x in ("focal", "dice", "align", "prompt", "simclr", "distill")},
+    "meta.tasks": (1, 10_000),
+    "meta.shots": (0, 10_000),
+    "meta.inner_steps": (0, 1000),
+    "meta.inner_rate": (1e-9, 1e3),
+    "meta.adapt_steps": (0, 1000),
+    "learning_rate": (0, 1e3),
+    "batch": (0, 1 << 20),
+    "steps": (0, 1 << 30),
+    "validations": (0, 1 << 20),
+    "checkpoint_every": (1, 1 << 30),
+    "memory_coreset": (0.001, 1),
+    "score.top": (0, 1),
+    "score.passes": (1, 10_000),
+    "calibration.alpha": (0.0001, 0.9999),
+    "calibration.pixel_rate": (0.0001, 0.9999),
+    "explanation.count": (0, 32),
+    "join_timeout": (1, 86_400),
+}
+AUGMENT: dict[str, tuple[float, float]] = {
+    "flip": (0, 1),
+    "rotate": (0, 180),
+    "intensity": (0, 1),
+    "elastic": (0, 0.05),
+}
+MAP_FILTER: dict[str, tuple[float, float]] = {
+    "median": (1, 99),
+    "min_area_mm2": (0, 1e6),
+    "min_area_pixels": (0, 1e6),
+    "sigma": (0, 100),
+    "ceiling": (0.0001, 1),
+}
+
+
+def settings(field: str, text: str, ranges: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """`name=value,name=value` of a field -> values; {} for "".
+
+    Raises:
+      ConfigError: an unknown name, a value that is no number or outside its range.
+    """
+    values: dict[str, float] = {}
+    for piece in filter(None, text.replace(" ", "").split(",")):
+        name, _, number = piece.partition("=")
+        if name not in ranges:
+            known = ", ".join(f"{n}=…" for n in ranges)
+            raise ConfigError(f"config.{field} has {piece!r}: give any of {known}")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise ConfigError(f"config.{field} has {piece!r}: give {name}=NUMBER") from None
+        _in_range(f"{field} {name}", values[name], ranges[name])
+    return values
+
+
+def augment(c: Any) -> dict[str, float]:
+    """The strengths of config.augment; {} where nothing is augmented."""
+    return {n: x for n, x in settings("augment", c.augment, AUGMENT).items() if x}
+
+
+def map_filter(c: Any) -> dict[str, float]:
+    """The steps of config.score.map_filter; {} where it is off."""
+    return settings("score.map_filter", c.score.map_filter, MAP_FILTER)
+
+
+def cluster(text: str, field: str = "distributed") -> dict[str, Any] | None:
+    """HOST:PORT,PROCESS/PROCESSES -> coordinator, process, processes; None for "", {} for auto.
+
+    Raises:
+      ConfigError: anything else.
+    """
+    if not text:
+        return None
+    if text == "auto":
+        return {}
+    coordinator, _, place = text.partition(",")
+    process, _, processes = place.partition("/")
+    port = coordinator.rpartition(":")[2]
+    if ":" in coordinator and all(x.isascii() and x.isdigit() for x in (port, process, processes)):
+        if int(process) < int(processes):
+            return {
+                "coordinator": coordinator,
+                "process": int(process),
+                "processes": int(processes),
+            }
+    raise ConfigError(
+        f"config.{field} is {text!r}: give auto, or HOST:PORT,PROCESS/PROCESSES such as "
+        "localhost:9876,0/2 with processes counted from 0"
+    )
+
+
+def check(c: Any) -> None:
+    """Raise ConfigError naming the first field whose value cannot be used."""
+    for name, choices in CHOICES.items():
+        if (value := _field(c, name)) not in choices:
+            raise ConfigError(
+                f"config.{name} is {value!r}: give one of {', '.join(map(str, choices))}"
+            )
+    for name, limits in RANGES.items():
+        _in_range(name, _field(c, name), limits)
+    augment(c)
+    cluster(c.distributed)
+    if c.k == 0 and c.method != "zero_shot":
+        raise ConfigError(f"config.k is 0, but method {c.method} needs an image: give k=1 or more")
+    branches = set(c.branches)
+    plain = len(branches & {"zero_shot", "zero_shot_image"})
+    if branches - set(BRANCHES) or not branches - {"zero_shot_image"} or plain > 1:
+        raise ConfigError(
+            f"config.branches is {tuple(c.branches)}: give any of {', '.join(BRANCHES)}; "
+            "zero_shot_image speaks for the image score alone and needs another branch, "
+            "not zero_shot"
+        )
+    if c.meta.shots == 1:
+        raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
+    check_map_filter(c)
+    check_tiles(c)
+
+
+def check_map_filter(c: Any) -> None:
+    """Raise ConfigError for steps of the map filter that cannot be used together."""
+    steps = map_filter(c)
+    if steps.get("median", 1) % 2 != 1:
+        raise ConfigError(
+            f"config.score.map_filter has median={steps['median']:g}: give an odd number"
+        )
+    ceiling, least = steps.get("ceiling", 1), 1 - c.calibration.pixel_rate
+    if ceiling <= least:
+        raise ConfigError(
+            f"config.score.map_filter has ceiling={ceiling:g}, so that no pixel could be abnormal: "
+            f"give more than 1 - config.calibration.pixel_rate, {least:g}"
+        )
+    if c.k == 0 and ceiling < 1:
+        raise ConfigError(
+            "config.score.map_filter has a ceiling, a quantile of the supports, and config.k is 0: "
+            "give k=1 or more, or leave it out"
+        )
+
+
+def check_tiles(c: Any) -> None:
+    """Raise ConfigError where tiles cannot be scored."""
+    if c.score.tiles == 1:
+        return
+    if c.k == 0:
+        raise ConfigError(
+            "config.score.tiles needs supports to standardise on and config.k is 0: "
+            "give k=1 or more, or tiles=1"
+        )
+    if c.model.refine:
+        raise ConfigError("config.score.tiles and model.refine exclude each other: give tiles=1")
+    if c.method in PIXEL_METHODS:
+        raise ConfigError(f"config.score.tiles is not for method {c.method}: give tiles=1")
+
+
+def check_learned(c: Any) -> None:
+    """Raise ConfigError if a learned part that is on lacks what it needs. c: resolved steps."""
+    if c.model.language_tuned and not c.model.language:
+        raise ConfigError(
+            "config.model.language_tuned is on and there is no adapter to tune: give "
+            "config.model.language, such as fresh"
+        )
+    if c.steps and c.loss.simclr and not augment(c):
+        raise ConfigError(
+            f"config.loss.simclr is {c.loss.simclr} and nothing augments the supports: give "
+            "config.augment, such as rotate=10, or simclr 0"
+        )
+    if c.teacher and c.meta.data:
+        raise ConfigError(
+            "config.teacher teaches the target's images alone: leave config.meta.data empty"
+        )
+
+
+def _field(c: Any, name: str) -> Any:
+    for part in name.split("."):
+        c = c[part]
+    return c
+
+
+def _in_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    low, high = limits
+    if not low <= value <= high:  # written so that NaN is refused
+        wanted = f"{low:g} or more" if high >= 1e5 else f"a value from {low:g} to {high:g}"
+        raise ConfigError(f"config.{name} is {value}: give {wanted}")
