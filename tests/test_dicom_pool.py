@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from medclip_jax.io import dicom_pool, dicom_write
+from medclip_jax.io import dicom_write
 
 from .test_predict import dicom
 
@@ -33,7 +33,7 @@ def work(tmp_path):
     return [str(path)], "key", marked, np.zeros((*shape, 3), np.uint8), 0, False
 
 
-def timeless(made: dicom_write.Made) -> dict[str, str]:
+def timeless(made: dicom_write.DicomObjects) -> dict[str, str]:
     assert set(made.files) == {"seg", "capture"} and not made.notes
     held = {}
     for name, raw in made.files.items():
@@ -48,20 +48,20 @@ def workers(of: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{of}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
-            if b"loky.backend.popen_loky" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(child)
     return found
 
 
 def test_few_files_are_built_in_line():
-    with dicom_pool.builder(dicom_pool.WORTH - 1) as build:
+    with dicom_write.builder(dicom_write.MIN_FILES - 1) as build:
         assert build is dicom_write.build
 
 
 def test_processes_build_the_same_and_their_death_is_no_loss(work):
     expected = timeless(dicom_write.build(*work))
     assert len(expected["seg"]) > 1000
-    with dicom_pool.builder(dicom_pool.WORTH) as build:
+    with dicom_write.builder(dicom_write.MIN_FILES) as build:
         assert timeless(build(*work)) == expected
         started = workers(os.getpid())
         assert started
@@ -74,8 +74,8 @@ def test_processes_build_the_same_and_their_death_is_no_loss(work):
 PROGRAM = """
 import sys, time
 import numpy as np
-from medclip_jax.io import dicom_pool
-with dicom_pool.builder(dicom_pool.WORTH) as build:
+from medclip_jax.io import dicom_write
+with dicom_write.builder(dicom_write.MIN_FILES) as build:
     build([sys.argv[1]], "k", np.zeros((1, 4, 4), bool), np.zeros((4, 4, 3), np.uint8), 0, False)
     print("ready", flush=True)
     time.sleep(600)

@@ -16,7 +16,8 @@ from medclip_jax.explain import boxes
 from medclip_jax.inference import image_results, loading, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Scores
-from medclip_jax.io import overlay, png
+from medclip_jax.io import overlay
+from medclip_jax.io.pillow import encode_png
 
 
 def blobs(seed: int, shape=(60, 70)) -> np.ndarray:
@@ -80,7 +81,7 @@ def test_png_files_hold_the_pixels(shape, dtype):
         return  # no such result
     whole = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype)
     for pixels in (whole, whole[::-1], np.zeros_like(whole)):
-        image = PIL.Image.open(io.BytesIO(png.encode(pixels)))
+        image = PIL.Image.open(io.BytesIO(encode_png(pixels)))
         assert np.array_equal(np.asarray(image), pixels) and image.format == "PNG"
         assert image.mode == {3: "RGB"}.get(len(shape), "L" if dtype == np.uint8 else "I;16")
 

@@ -32,7 +32,7 @@ from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, loading, pipeline, predictor, results
 from medclip_jax.inference.loading import Job
 from medclip_jax.inference.results import Result
-from medclip_jax.io import dicom_pool, dicom_write
+from medclip_jax.io import dicom_write
 
 FORMAT = 2  # of the outputs; another number makes finished items anew
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
@@ -99,7 +99,7 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
         console=Console(stderr=True),
     )
     most = 4 * predictor.batch_size(model)  # so that the encoder does not wait for writers
-    objects = dicom_pool.builder(sum(item.kind == "dicom" for item in chosen))
+    objects = dicom_write.builder(sum(item.kind == "dicom" for item in chosen))
     with objects as build, _threads() as pools:  # threads end first: they wait for objects
         with results.tables(table) as tell, runtime.sigterm() as asked, bar:
             shown = bar.add_task("predict", total=len(chosen))
@@ -155,7 +155,7 @@ class _Rate(ProgressColumn):
 
 
 def _write(
-    model: predictor.Trained, job: Job, output: Path, pseudonymise: bool, build: dicom_pool.Build
+    model: predictor.Trained, job: Job, output: Path, pseudonymise: bool, build: dicom_write.Build
 ) -> list[dict]:
     loaded = job.read()
     result = Result(

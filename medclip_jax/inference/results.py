@@ -24,7 +24,8 @@ from medclip_jax import files
 from medclip_jax.inference import image_results
 from medclip_jax.inference.image_results import Marks
 from medclip_jax.inference.inputs import Item
-from medclip_jax.io import dicom_write, nifti_write, overlay, png, read
+from medclip_jax.io import dicom_write, nifti_write, overlay, read
+from medclip_jax.io.pillow import encode_png
 
 COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
@@ -52,11 +53,11 @@ def write(
     item: Item,
     result: Result,
     pseudonymise: bool,
-    build: Callable[..., dicom_write.Made] = dicom_write.build,
+    build: dicom_write.Build = dicom_write.build,
 ) -> list[dict[str, Any]]:
     """Write all files of one item; returns its rows of the table, one per frame.
 
-    build: as dicom_objects.build, wherever it runs.
+    build: as dicom_write.build, wherever it runs.
     Raises WorkdirError if the disk refuses them.
     """
     height, width = result.pixels.shape[1:]
@@ -100,19 +101,19 @@ def _write_files(
     picture: np.ndarray,
     top: int,
     pseudonymise: bool,
-    build: Callable[..., dicom_write.Made],
+    build: dicom_write.Build,
 ) -> tuple[dict[str, str], list[str]]:
     """Names of what was written for an item beside its JSON, and why something is missing.
 
     picture: the overlay of frame `top`.
     """
-    made: dict[str, bytes] = {"overlay.png": png.encode(picture)}
+    made: dict[str, bytes] = {"overlay.png": encode_png(picture)}
     left, notes = {}, []
     if item.kind == "nifti":
         left["map"] = f"{item.output}.map.nii.gz"
         nifti_write.write(output / left["map"], Path(item.paths[0]), result.codes)
     elif len(result.codes) == 1:
-        made["map.png"] = png.encode(result.codes[0])
+        made["map.png"] = encode_png(result.codes[0])
     else:
         made["map.npz"] = _compressed(result.marks)
     if item.kind == "dicom":

@@ -1,13 +1,13 @@
 """Parsing DICOM files and refusing by the header what must not be decoded.
 
-Nothing a file says about its patient leaves this room: texts of pydicom's own errors and warnings
-may quote an element, so they are not passed on.
+Nothing that a file says about its patient leaves this module: texts of pydicom's own errors and
+warnings may quote an element, so they are not passed on.
 """
 
 import logging
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -24,11 +24,7 @@ from medclip_jax.io.dicom_pixels import COLOUR, GREY, PALETTE
 from medclip_jax.io.image import MAX_BYTES, check_size, load_bytes
 from medclip_jax.io.jpeg_header import stated_size
 
-STARTS = (
-    b"\x02\x00",
-    b"\x08\x00",
-    b"\x00\x08",
-)  # group 0002 or 0008 first, where "DICM" is missing
+STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # group 0002 or 0008, where "DICM" is missing
 BITS = {1, 8, 16, 32, 64}
 JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
 JPEG_LS = {uid.JPEGLSLossless, uid.JPEGLSNearLossless}
@@ -49,13 +45,13 @@ def is_dicom(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
-        return False  # the reader that the suffix names will say why
+        return False  # the reader for its suffix will say why
 
 
 def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
     """The data set of a file; with `tags` only those elements and no pixels.
 
-    Files without preamble are taken if they start with group 0002 or 0008; the encoding of files
+    Files without preamble are accepted if they start with group 0002 or 0008; the encoding of files
     that do not name their transfer syntax is the one pydicom finds.
 
     Raises:
@@ -92,8 +88,8 @@ def check(path: Path, ds: Dataset) -> None:
     check_size(path, columns, rows, frames)
     samples, bits = count(path, ds, "SamplesPerPixel"), count(path, ds, "BitsAllocated")
     kind = ds.get("PhotometricInterpretation")
-    wanted = 3 if kind in COLOUR else 1
-    if kind not in GREY | COLOUR | {PALETTE} or samples != wanted or bits not in BITS:
+    channels = 3 if kind in COLOUR else 1
+    if kind not in GREY | COLOUR | {PALETTE} or samples != channels or bits not in BITS:
         raise DataError(
             f"{path} has {samples} sample(s) of {bits} bits per pixel in a colour space that does "
             "not fit or is not read: save it as MONOCHROME2 or RGB."
@@ -116,7 +112,7 @@ def check(path: Path, ds: Dataset) -> None:
 
 
 def count(path: Path, ds: Dataset, name: str) -> int:
-    """A whole number of the header; the number of frames is 1 where it is not given.
+    """A whole number of the header; the number of frames is 1 where it is missing.
 
     Raises:
       DataError: missing, or not a number.
@@ -141,7 +137,7 @@ def syntax_name(ds: Dataset) -> str:
 def plugin(path: Path, ds: Dataset) -> str:
     """The one decoder for a file; "" where pydicom itself reads uncompressed pixels.
 
-    Left alone, pydicom tries all that are there, in an order that depends on the files before.
+    Left alone, pydicom tries all that are installed, in an order that depends on earlier files.
     CharLS refuses damaged JPEG-LS, libjpeg does not. pydicom's own RLE decoder is slow, but the
     fast one panics on damaged segments. libjpeg is an extra, for its licence; 8-bit JPEG goes
     without it.
@@ -188,25 +184,22 @@ def _check_deflated(path: Path, raw: bytes) -> None:
             )
 
 
-def _check_streams(path: Path, ds: Dataset, wanted: tuple[int, int, int], frames: int) -> None:
+def _check_streams(path: Path, ds: Dataset, size: tuple[int, int, int], frames: int) -> None:
     """Each compressed frame must state the size that the header states: its decoder believes it."""
-    for stream in _streams(ds, frames):
-        found = stated_size(stream)
-        if found is None:
+    table = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
+    streams = pydicom.encaps.generate_frames(
+        ds.PixelData, number_of_frames=frames, extended_offsets=table if all(table) else None
+    )
+    for stream in streams:
+        stated = stated_size(stream)
+        if stated is None:
             raise DataError(
                 f"{path} holds no {syntax_name(ds)} stream where its header says so: "
                 "it is damaged, copy it again or remove it."
             )
-        if tuple(found) != wanted:
+        if tuple(stated) != size:
             raise DataError(
-                f"{path} says {wanted[0]} x {wanted[1]} x {wanted[2]} in its header and "
-                f"{found.width} x {found.height} x {found.components} in its {syntax_name(ds)} "
+                f"{path} says {size[0]} x {size[1]} x {size[2]} in its header and "
+                f"{stated.width} x {stated.height} x {stated.components} in its {syntax_name(ds)} "
                 "stream: it is damaged, copy it again or remove it."
             )
-
-
-def _streams(ds: Dataset, frames: int) -> Iterator[bytes]:
-    table = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
-    return pydicom.encaps.generate_frames(
-        ds.PixelData, number_of_frames=frames, extended_offsets=table if all(table) else None
-    )

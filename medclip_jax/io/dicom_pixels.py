@@ -1,7 +1,7 @@
-"""From what a DICOM file stores to what a screen would show: modality LUT, window, colour.
+"""From the stored values of a DICOM file to those on a screen: modality LUT, window, colour.
 
 DICOM PS3.3: C.11.1 modality LUT, C.11.2 VOI LUT and window, C.7.6.3.1.2 photometric interpretation,
-C.7.9 palettes, C.7.6.16 functional groups. Nothing here looks at who the patient is.
+C.7.9 palettes, C.7.6.16 functional groups. Nothing here reads who the patient is.
 """
 
 from collections.abc import Iterator
@@ -12,34 +12,37 @@ from jaxtyping import Float, Num
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
-from medclip_jax.io.image import LUMA
+from medclip_jax.io.image import LUMA, Window
 
 GREY = {"MONOCHROME1", "MONOCHROME2"}
 COLOUR = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
 PALETTE = "PALETTE COLOR"
 CM, REGION_2D = 3, 1  # PS3.3 C.8.5.5: unit code of centimetres, spatial format of a 2-D image
 MAX_PALETTE = 1 << 16
+HOUNSFIELD = ("", "HU", "HU_MOD", "US")  # Rescale Type of CT: none, as many scanners, or these
 
 
 class GreyError(ValueError):
     """A header that says nothing sensible about its grey values; the text names no patient."""
 
 
-def shown(
-    ds: Dataset, stored: Num[np.ndarray, "h w *c"], frame: int
+def display_values(
+    ds: Dataset, stored: Num[np.ndarray, "h w *c"], frame: int, window: Window | None = None
 ) -> tuple[Float[np.ndarray, "h w"], bool]:
-    """One frame as it should look.
+    """One frame as a screen would show it.
 
     Args:
       stored: as pydicom decodes it; colour as RGB.
       frame: its number from 0, to find its own window in an enhanced file.
+      window: of Hounsfield units, in place of the file's own; see `lacks_hounsfield`.
 
     Returns:
-      (values float64, done): done means in [0, 1] with black 0, by a window, a VOI LUT or colour.
-      Else values are in the modality's units, for the caller to stretch and (MONOCHROME1) invert.
+      (values float64, scaled): scaled means in [0, 1] with black 0, by a window, a VOI LUT or
+      colour. Else values are in the modality's units, for the caller to stretch and (MONOCHROME1)
+      invert.
 
     Raises:
-      GreyError: no such window, look-up table or palette can be.
+      GreyError: an impossible window, look-up table or palette.
     """
     kind = ds.PhotometricInterpretation
     if kind in COLOUR:
@@ -49,10 +52,25 @@ def shown(
         looked_up = apply_color_lut(stored, ds)
         return _luma(looked_up, float(np.iinfo(looked_up.dtype).max)), True
     values = _modality(ds, stored, frame)
+    if window:
+        return window.apply(values), True
     unit = _voi(ds, values, frame)
     if unit is None:
         return values, False
     return 1 - unit if kind == "MONOCHROME1" else unit, True
+
+
+def lacks_hounsfield(ds: Dataset) -> str:
+    """Why the values of a file after rescaling are no Hounsfield units; "" if they are."""
+    if str(ds.get("Modality", "")).strip() != "CT":
+        return "it is not CT"
+    if ds.PhotometricInterpretation not in GREY or ds.get("ModalityLUTSequence"):
+        return "its pixels are not on a linear grey scale"
+    rescale = _item(ds, "PixelValueTransformationSequence", 0)
+    if rescale.get("RescaleSlope") is None or rescale.get("RescaleIntercept") is None:
+        return "it has no rescale slope and intercept"
+    known = str(rescale.get("RescaleType") or "").strip() in HOUNSFIELD
+    return "" if known else "its rescale type is another"
 
 
 def spacing(ds: Dataset) -> tuple[float, float] | None:
@@ -61,18 +79,18 @@ def spacing(ds: Dataset) -> tuple[float, float] | None:
     Pixel Spacing, of the first frame in enhanced files; else that of the detector, divided by the
     estimated magnification; else the one that all calibrated 2-D regions of an ultrasound agree on.
     """
-    found = _item(ds, "PixelMeasuresSequence", 0).get("PixelSpacing")
-    if not found:
-        found = ds.get("ImagerPixelSpacing") or ds.get("NominalScannedPixelSpacing")
+    sizes = _item(ds, "PixelMeasuresSequence", 0).get("PixelSpacing")
+    if not sizes:
+        sizes = ds.get("ImagerPixelSpacing") or ds.get("NominalScannedPixelSpacing")
         zoom = float(ds.get("EstimatedRadiographicMagnificationFactor") or 1)
-        found = [float(x) / zoom for x in found] if found and zoom > 0 else _calibrated(ds)
-    if not found or len(found) != 2:
+        sizes = [float(x) / zoom for x in sizes] if sizes and zoom > 0 else _ultrasound_spacing(ds)
+    if not sizes or len(sizes) != 2:
         return None
-    row, column = (float(x) for x in found)
+    row, column = (float(x) for x in sizes)
     return (row, column) if 0 < row < np.inf and 0 < column < np.inf else None
 
 
-def _calibrated(ds: Dataset) -> list[float] | None:
+def _ultrasound_spacing(ds: Dataset) -> list[float] | None:
     regions = ds.get("SequenceOfUltrasoundRegions") or []
     pairs = {
         (abs(float(r.PhysicalDeltaY)) * 10, abs(float(r.PhysicalDeltaX)) * 10)
@@ -86,8 +104,8 @@ def _calibrated(ds: Dataset) -> list[float] | None:
 
 
 def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "h w"]:
-    mixed = sum(w * colour[..., i].astype(np.float64) for i, w in enumerate(LUMA))
-    return np.clip(mixed / white, 0, 1)
+    luminance = sum(w * colour[..., i].astype(np.float64) for i, w in enumerate(LUMA))
+    return np.clip(luminance / white, 0, 1)
 
 
 def _modality(ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int) -> Float[np.ndarray, "h w"]:
@@ -142,10 +160,10 @@ def _look_up(
     table = np.atleast_1d(np.asarray(data, np.float64))
     if not 1 <= bits <= 16 or not 0 < entries <= len(table):
         raise GreyError("its look-up table is shorter than it says")
-    at = np.clip(np.floor(values.astype(np.float64)) - first, 0, entries - 1)
-    if not np.isfinite(at).all():
+    index = np.clip(np.floor(values.astype(np.float64)) - first, 0, entries - 1)
+    if not np.isfinite(index).all():
         raise GreyError("it has pixels that are NaN")
-    return np.minimum(table[at.astype(np.int64)], 2.0**bits - 1), bits
+    return np.minimum(table[index.astype(np.int64)], 2.0**bits - 1), bits
 
 
 def _check_palette(ds: Dataset) -> None:
@@ -163,19 +181,22 @@ def _check_palette(ds: Dataset) -> None:
 
 def _segment_lengths(words: Num[np.ndarray, " n"]) -> Iterator[int]:
     """Entries of each discrete (0) or linear (1) segment; indirect ones could unroll for ever."""
-    at = 0
-    while at + 1 < len(words):
-        kind, length = int(words[at]), int(words[at + 1])
+    offset = 0
+    while offset + 1 < len(words):
+        kind, length = int(words[offset]), int(words[offset + 1])
         if kind > 1:
             raise GreyError("its segmented palette has indirect segments, which are not read")
         yield length
-        at += 2 + (length if kind == 0 else 1)
+        offset += 2 + (length if kind == 0 else 1)
 
 
 def _item(ds: Dataset, name: str, frame: int) -> Dataset:
     """Where to look for an attribute: the frame's group, the shared one, else the file itself."""
-    own = ds.get("PerFrameFunctionalGroupsSequence") or []
-    for group in (*own[frame : frame + 1], *(ds.get("SharedFunctionalGroupsSequence") or [])[:1]):
+    groups = ds.get("PerFrameFunctionalGroupsSequence") or []
+    for group in (
+        *groups[frame : frame + 1],
+        *(ds.get("SharedFunctionalGroupsSequence") or [])[:1],
+    ):
         if group.get(name):
             return group[name][0]
     return ds

@@ -1,27 +1,39 @@
-"""DICOM results: a Segmentation of what the maps mark, and a secondary capture of the overlay.
+"""DICOM results: a Segmentation of the alarmed pixels, and a secondary capture of the overlay.
 
 Both lie in the study of their source and refer to it. Of the source only what these objects must
-share with it is kept (PS3.3 C.7.1.1 Patient and C.7.2.1 General Study, type 1 and 2, and geometry);
-names of people beside the patient, institutions, comments and private data are not.
+share with it is copied (PS3.3 C.7.1.1 Patient and C.7.2.1 General Study, type 1 and 2, and
+geometry); other people's names, institutions, comments and private data are not.
 """
 
 import io
 import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from medclip_jax import __version__
 
-MAKER, MODEL = "medclip_jax", "medclip-jax"
+DEVICE = {
+    "manufacturer": "medclip_jax",
+    "manufacturer_model_name": "medclip-jax",
+    "software_versions": __version__,
+}
 # type 2: present, empty where the source does not say
 PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
 STUDY = ("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName")
@@ -31,50 +43,107 @@ GEOMETRY = (
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
     *("SpacingBetweenSlices", "PositionReferenceIndicator", "PatientOrientation"),
     *("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
-    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
-GROUPS = ("PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence")
+GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+GROUP_GEOMETRY = ("PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence")
+MIN_FILES = 128  # for fewer, processes would start for longer than they work
 
 
-class Made(NamedTuple):
+class DicomObjects(NamedTuple):
     """Objects by name, and why one is missing."""
 
     files: dict[str, bytes]
     notes: list[str]
 
 
+Build = Callable[..., DicomObjects]  # as `build`
+
+
 def build(
     paths: Sequence[str],
     key: str,
-    marked: Bool[np.ndarray, "f h w"],
-    picture: np.ndarray,
+    mask: Bool[np.ndarray, "f h w"],
+    picture: UInt8[np.ndarray, "a b 3"],
     top: int,
     pseudonymise: bool,
-) -> Made:
-    """`seg` and `capture` of one DICOM file or of the files of a series, in order.
+) -> DicomObjects:
+    """Build `seg` and `capture` of one DICOM file or of the files of a series, in order.
 
-    key: names the result; the objects' own UIDs follow from it. marked: of every frame.
-    picture: RGB overlay [a, b, 3] of frame `top`. pseudonymise: empty patient and study fields, and
-    every UID of the source replaced by one derived from it.
+    Args:
+      paths: the source files.
+      key: names the result; the objects' own UIDs follow from it.
+      mask: alarmed pixels of every frame.
+      picture: RGB overlay of frame `top`.
+      pseudonymise: empty patient and study fields, and every UID of the source replaced by one
+        derived from it.
+
+    Returns:
+      The objects as files; a header that highdicom refuses costs its object, with a note.
     """
-    made, notes = {}, []
+    built, notes = {}, []
 
     @cache
     def sources() -> list[Dataset]:
         return [source(Path(p), pseudonymise) for p in paths]
 
     jobs = {
-        "seg": lambda: _segmentation(sources(), key, marked),
+        "seg": lambda: _segmentation(sources(), key, mask),
         "capture": lambda: _capture(sources()[min(top, len(paths) - 1)], key, picture),
     }
     for name, job in jobs.items():
         try:
-            held = io.BytesIO()
-            job().save_as(held)
-            made[name] = held.getvalue()
+            buffer = io.BytesIO()
+            job().save_as(buffer)
+            built[name] = buffer.getvalue()
         except Exception as error:  # highdicom raises many types on broken headers
             notes.append(f"no {name}: the source's header forbids it ({type(error).__name__})")
-    return Made(made, notes)
+    return DicomObjects(built, notes)
+
+
+@contextmanager
+def builder(count: int) -> Iterator[Build]:
+    """A `build` for `count` files: in processes, or in the caller's thread for few.
+
+    highdicom and pydicom are Python, so threads that build objects delay each other and the encoder
+    of the caller. Where a process is killed, the objects are built in the caller's thread from then
+    on. All processes have ended when the block is left, or when this process was killed.
+    """
+    if count < MIN_FILES or not _main_can_be_imported():
+        yield build
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang
+    pool = ProcessPoolExecutor(mp_context=context, initializer=_start_worker)
+
+    def build_in_process(*args: Any) -> DicomObjects:
+        try:
+            return pool.submit(build, *args).result()
+        except (BrokenProcessPool, OSError) as error:
+            logging.debug("no process to build DICOM objects (%s)", type(error).__name__)
+            return build(*args)
+
+    try:
+        yield build_in_process
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _main_can_be_imported() -> bool:
+    """Whether a new process may import __main__: a user's script without a guard would run again."""
+    main = sys.modules["__main__"]
+    command = Path(getattr(main, "__file__", None) or "medclip-jax").stem == "medclip-jax"
+    return command or getattr(main, "__spec__", None) is not None
+
+
+def _start_worker() -> None:
+    """A worker prints nothing of headers, and leaves Ctrl-C, which reaches it too, to its caller."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quieten()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def quieten() -> None:
@@ -87,44 +156,40 @@ def quieten() -> None:
 def source(path: Path, pseudonymise: bool) -> Dataset:
     """What derived objects need of one source, and no more; no pixels."""
     whole = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    kept = Dataset()
+    copy = Dataset()
     for name in (*UIDS, *GEOMETRY):
         if name in whole:
-            kept[name] = whole[name]
+            copy[name] = whole[name]
     for name in (*PATIENT, *STUDY):
-        setattr(kept, name, "" if pseudonymise else whole.get(name, ""))
-    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        if name in kept:
-            kept[name] = _plain_groups(kept[name])
+        setattr(copy, name, "" if pseudonymise else whole.get(name, ""))
+    for name in GROUPS:
+        if name in whole:
+            setattr(copy, name, [_only(group, GROUP_GEOMETRY) for group in whole[name].value])
     if pseudonymise:
         for name in UIDS:
-            if name in kept:
-                kept[name].value = generate_uid(entropy_srcs=[str(kept[name].value)])
-    kept.file_meta = pydicom.dataset.FileMetaDataset()
+            if name in copy:
+                copy[name].value = generate_uid(entropy_srcs=[str(copy[name].value)])
+    copy.file_meta = pydicom.dataset.FileMetaDataset()
     syntax = getattr(whole, "file_meta", {}).get("TransferSyntaxUID")
-    kept.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ImplicitVRLittleEndian
-    return kept
+    copy.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ImplicitVRLittleEndian
+    return copy
 
 
-def _plain_groups(element) -> pydicom.DataElement:
-    """Functional groups with their geometry alone."""
-    items = []
-    for group in element.value:
-        plain = Dataset()
-        for name in GROUPS:
-            if name in group:
-                plain[name] = group[name]
-        items.append(plain)
-    return pydicom.DataElement(element.tag, "SQ", pydicom.Sequence(items))
+def _only(group: Dataset, names: Sequence[str]) -> Dataset:
+    part = Dataset()
+    for name in names:
+        if name in group:
+            part[name] = group[name]
+    return part
 
 
-def _segmentation(sources: list[Dataset], key: str, marked: Bool[np.ndarray, "f h w"]):
+def _segmentation(sources: list[Dataset], key: str, mask: Bool[np.ndarray, "f h w"]):
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.sr.codedict import codes
 
     algorithm = AlgorithmIdentificationSequence(
-        MODEL, codes.cid7162.ArtificialIntelligence, __version__
+        DEVICE["manufacturer_model_name"], codes.cid7162.ArtificialIntelligence, __version__
     )
     segment = SegmentDescription(
         1,
@@ -138,16 +203,14 @@ def _segmentation(sources: list[Dataset], key: str, marked: Bool[np.ndarray, "f 
     )
     return Segmentation(
         source_images=sources,
-        pixel_array=marked.astype(np.uint8),
+        pixel_array=mask.astype(np.uint8),
         segmentation_type="BINARY",
         segment_descriptions=[segment],
         series_instance_uid=generate_uid(entropy_srcs=[key, "seg series"]),
         series_number=9001,
         sop_instance_uid=generate_uid(entropy_srcs=[key, "seg"]),
         instance_number=1,
-        manufacturer=MAKER,
-        manufacturer_model_name=MODEL,
-        software_versions=__version__,
+        **DEVICE,
         device_serial_number="0",
         content_label="ANOMALY",
         content_description="Anomaly by few-shot detection; research only",
@@ -158,7 +221,7 @@ def _segmentation(sources: list[Dataset], key: str, marked: Bool[np.ndarray, "f 
 def _capture(source: Dataset, key: str, picture: np.ndarray):
     from highdicom.sc import SCImage
 
-    made = SCImage.from_ref_dataset(
+    capture = SCImage.from_ref_dataset(
         source,
         pixel_array=np.ascontiguousarray(picture),
         photometric_interpretation="RGB",
@@ -169,16 +232,14 @@ def _capture(source: Dataset, key: str, picture: np.ndarray):
         series_number=9002,
         sop_instance_uid=generate_uid(entropy_srcs=[key, "capture"]),
         instance_number=1,
-        manufacturer=MAKER,
-        manufacturer_model_name=MODEL,
-        software_versions=__version__,
+        **DEVICE,
         transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
     )
-    made.SeriesDescription = "Anomaly overlay, research only"
-    made.DerivationDescription = "Overlay of an anomaly map; research only, not a diagnosis"
-    made.BurnedInAnnotation = "NO"
-    if "Laterality" not in made:
-        made.Laterality = source.get("Laterality", "")
+    capture.SeriesDescription = "Anomaly overlay, research only"
+    capture.DerivationDescription = "Overlay of an anomaly map; research only, not a diagnosis"
+    capture.BurnedInAnnotation = "NO"
+    if "Laterality" not in capture:
+        capture.Laterality = source.get("Laterality", "")
     reference = Dataset()
     reference.ReferencedSOPClassUID = source.SOPClassUID
     reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
@@ -186,21 +247,21 @@ def _capture(source: Dataset, key: str, picture: np.ndarray):
     purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
     purpose.CodeMeaning = "Source image for image processing operation"
     reference.PurposeOfReferenceCodeSequence = [purpose]
-    made.SourceImageSequence = [reference]
-    return made
+    capture.SourceImageSequence = [reference]
+    return capture
 
 
 def _orientation(source: Dataset) -> tuple[str, str]:
     """Where rows and columns point in the patient; ("L", "P") where the source does not say."""
-    given = source.get("PatientOrientation")
-    if given and len(given) == 2 and all(given):
-        return tuple(given)
-    look = source.get("ImageOrientationPatient")
-    if not look or len(look) != 6:
+    stated = source.get("PatientOrientation")
+    if stated and len(stated) == 2 and all(stated):
+        return tuple(stated)
+    cosines = source.get("ImageOrientationPatient")
+    if not cosines or len(cosines) != 6:
         return "L", "P"
 
     def letter(vector) -> str:
         axis = int(np.argmax(np.abs(vector)))
         return ("LPH", "RAF")[int(vector[axis] < 0)][axis]
 
-    return letter(np.array(look[:3], float)), letter(np.array(look[3:], float))
+    return letter(np.array(cosines[:3], float)), letter(np.array(cosines[3:], float))

@@ -1,12 +1,4 @@
-"""What the rooms of the house hand to one another.
-
-Shape letters, used in every annotation:
-  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
-  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
-  c prompts   t text positions
-
-Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
-"""
+"""What all readers share: the image they return, limits of size, CT windows, choice of frames."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax.errors import DataError
+from medclip_jax.errors import ConfigError, DataError
 
 
 class Image(NamedTuple):
@@ -25,10 +17,59 @@ class Image(NamedTuple):
     meta: dict[str, str]  # format and modality only, never identity
 
 
+class Window(NamedTuple):
+    """A CT window, Hounsfield units."""
+
+    centre: float
+    width: float  # above 0
+
+    def apply(self, hounsfield: Float[np.ndarray, "*n h w"]) -> Float[np.ndarray, "*n h w"]:
+        """Map centre - width/2 to 0 and centre + width/2 to 1, clipped (DICOM LINEAR_EXACT)."""
+        return np.clip((hounsfield - self.centre) / self.width + 0.5, 0, 1)
+
+
+# Murphy et al., "Windowing (CT)", Radiopaedia.org; soft tissue as of head and neck there
+WINDOWS = {
+    "brain": Window(40, 80),
+    "lung": Window(-600, 1500),
+    "soft_tissue": Window(40, 400),
+    "bone": Window(400, 1800),
+}
 MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
 MAX_VOXELS = 1 << 28  # of all frames of a file or series: 1 GiB as float32
 MAX_BYTES = 1 << 30  # of a file, packed or unpacked
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: red, green, blue
+
+
+def parse_window(text: str | None) -> Window | None:
+    """The CT window that a text names: a key of WINDOWS or "centre/width"; None for "" or None.
+
+    Raises:
+      ConfigError: any other text.
+    """
+    if not text:
+        return None
+    if text in WINDOWS:
+        return WINDOWS[text]
+    centre, _, width = text.partition("/")
+    try:
+        window = Window(float(centre), float(width))
+    except ValueError:
+        window = Window(0, 0)
+    if not (np.isfinite(window).all() and window.width > 0):
+        raise ConfigError(
+            f"config.data.window is {text!r}: give one of {', '.join(WINDOWS)}, or centre/width "
+            "in Hounsfield units such as 40/80"
+        )
+    return window
+
+
+def no_hounsfield(path: Path, reason: str) -> DataError:
+    """The error for a window on an image that does not hold Hounsfield units."""
+    return DataError(
+        f"{path} has no Hounsfield units ({reason}), which a CT window needs: "
+        "give CT as DICOM or NIfTI, or set config.data.window to ''."
+    )
 
 
 def load_bytes(path: Path) -> bytes:
@@ -45,14 +86,14 @@ def load_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: check the path or restore the file.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from error
     if not raw:
         raise DataError(f"{path} is empty: copy it again or remove it.")
     return raw
 
 
 def check_size(path: Path, width: int, height: int, frames: int = 1) -> None:
-    """Refuse by the header alone what would be dear to decode.
+    """Refuse by its header alone what would take too much memory to decode.
 
     Raises:
       DataError: no pixels, more than 64 million in a frame, or more than 2^28 in all frames.
@@ -68,9 +109,9 @@ def check_size(path: Path, width: int, height: int, frames: int = 1) -> None:
         )
 
 
-def too_large(path: Path, what: str) -> str:
+def too_large(path: Path, size: str) -> str:
     return (
-        f"{path} has {what} pixels and at most {MAX_PIXELS:,} are read: "
+        f"{path} has {size} pixels and at most {MAX_PIXELS:,} are read: "
         "scale it down or remove it if it is not yours."
     )
 
@@ -86,16 +127,16 @@ def stretch_to_unit(values: Float[np.ndarray, "f h w"], low: float, high: float)
         np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
 
 
-def choose(path: Path, found: int, frames: tuple[int, int] | None) -> slice:
-    """The wanted frames as a slice; `frames` is (first, end), end not included, None for all.
+def choose(path: Path, count: int, frames: tuple[int, int] | None) -> slice:
+    """The requested frames of `count` as a slice; `frames` is (first, end), None for all.
 
     Raises:
       DataError: the range is empty or leaves the file.
     """
-    first, end = frames or (0, found)
-    if not 0 <= first < end <= found:
+    first, end = frames or (0, count)
+    if not 0 <= first < end <= count:
         raise DataError(
-            f"{path} has {found} frame(s) and {first} to {end} (end not included) were asked for: "
-            f"give a range from 0 to {found}."
+            f"{path} has {count} frame(s) and {first} to {end} (end not included) were requested: "
+            f"give a range from 0 to {count}."
         )
     return slice(first, end)

@@ -31,26 +31,26 @@ def stated_size(stream: bytes) -> Size | None:
 
 def _jpeg(stream: bytes) -> Size | None:
     """Walk the segments up to the frame header; entropy-coded data come only after it."""
-    at = 2
-    while at + 4 <= len(stream):
-        if stream[at] != 0xFF:
+    offset = 2
+    while offset + 4 <= len(stream):
+        if stream[offset] != 0xFF:
             return None
-        marker = stream[at + 1]
+        marker = stream[offset + 1]
         if marker == 0xFF:  # fill byte
-            at += 1
+            offset += 1
             continue
         if marker in ALONE:
-            at += 2
+            offset += 2
             continue
         if marker in JPEG_FRAMES:
-            head = stream[at + 4 : at + 10]
+            head = stream[offset + 4 : offset + 10]
             if len(head) < 6:
                 return None
             height, width = int.from_bytes(head[1:3]), int.from_bytes(head[3:5])
             return Size(width, height, head[5])
         if marker == 0xDA:  # a scan before any frame
             return None
-        at += 2 + max(2, int.from_bytes(stream[at + 2 : at + 4]))
+        offset += 2 + max(2, int.from_bytes(stream[offset + 2 : offset + 4]))
     return None
 
 

@@ -1,7 +1,7 @@
 """NIfTI-1 and NIfTI-2 through nibabel: volumes in canonical orientation, and their slices.
 
 The header is checked before the voxels are unpacked, and a gzip stream is read to its end, so that
-its checksum is verified. Free text of a header (it may name a patient) is never kept.
+its checksum is verified. Free text of a header (it may name a patient) is never returned.
 """
 
 import gzip
@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 import nibabel
 import numpy as np
-from isal import igzip, igzip_lib
 from jaxtyping import Float, Num
 from nibabel import orientations
 
@@ -23,9 +22,11 @@ from medclip_jax.io.image import (
     LUMA,
     MAX_BYTES,
     Image,
+    Window,
     check_size,
     choose,
     load_bytes,
+    no_hounsfield,
     stretch_to_unit,
 )
 
@@ -39,7 +40,7 @@ MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 SINGLE, PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")  # magic letters of NIfTI-1 and NIfTI-2
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 
-# nibabel prints what it mends in a header to stderr, without the file's name: of no use to anyone.
+# nibabel prints what it repairs in a header to stderr, without the file's name: of no use to anyone
 nibabel.imageglobals.logger.setLevel(logging.CRITICAL)
 
 
@@ -47,48 +48,62 @@ class Volume(NamedTuple):
     """A NIfTI volume in RAS+ order: axes permuted and flipped, nothing resampled."""
 
     voxels: Float[np.ndarray, "x y z *t"]  # float32, slope and intercept applied
-    affine: Float[np.ndarray, "4 4"]  # voxel index -> mm, float64
-    header: nibabel.Nifti1Header  # codes and units alone, no text: to save a map beside the volume
+    affine: Float[np.ndarray, "4 4"]  # voxel index -> position, float64
+    unit: float  # mm per unit of the affine
 
 
-def read_nifti(path: Path, axis: Axis = "axial", frames: tuple[int, int] | None = None) -> Image:
+def read_nifti(
+    path: Path,
+    axis: Axis = "axial",
+    frames: tuple[int, int] | None = None,
+    window: Window | None = None,
+) -> Image:
     """Slices of a volume as a radiologist sees them.
-
-    Values are stretched to [0, 1] by the least and the largest value of the whole volume (all time
-    points), whichever slices are wanted; a constant volume becomes zeros.
 
     Args:
       axis: "axial": row 0 anterior, column 0 patient right, slices from foot to head. "coronal":
         row 0 superior, column 0 patient right, slices from back to front. "sagittal": row 0
         superior, column 0 anterior, slices from left to right. Oblique volumes are not resampled.
-      frames: (first, end) of the slices wanted, end not included. A 4-D volume has all slices of
-        time 0, then those of time 1, and so on.
+      frames: (first, end) of the slices to return, end not included. A 4-D volume has all slices
+        of time 0, then those of time 1, and so on.
+      window: maps Hounsfield units to [0, 1]. Without one, values are stretched by the least and
+        the largest value of the whole volume (all time points), whichever slices are returned; a
+        constant volume becomes zeros.
 
     Returns:
       pixels [f, h, w] in [0, 1]; spacing from the affine.
 
     Raises:
-      DataError: as `nifti_volume`; NaN or infinite voxels; a range that leaves the volume.
+      DataError: as `nifti_volume`; NaN or infinite voxels; a range that leaves the volume; a window
+        on voxels of 8 bits or in colour, which hold no Hounsfield units.
     """
-    volume = nifti_volume(path)
-    broken = volume.voxels.size - np.count_nonzero(np.isfinite(volume.voxels))
-    if broken:
+    volume = nifti_volume(path, hounsfield=window is not None)
+    bad = volume.voxels.size - np.count_nonzero(np.isfinite(volume.voxels))
+    if bad:
         raise DataError(
-            f"{path} has {broken:,} voxels that are NaN, infinite or beyond float32: "
+            f"{path} has {bad:,} voxels that are NaN, infinite or beyond float32: "
             "set them to a number first."
         )
     pixels = slices(volume.voxels, axis)
-    stretch_to_unit(pixels, float(pixels.min()), float(pixels.max()))
-    scale = MM[volume.header.get_xyzt_units()[0]]
-    sizes = np.sqrt((volume.affine[:3, :3] ** 2).sum(0)) * scale
+    low, high = float(pixels.min()), float(pixels.max())
+    if window is None:
+        stretch_to_unit(pixels, low, high)
+    else:
+        if low >= 0:
+            logging.warning("%s has no value below 0: are these Hounsfield units?", path)
+        pixels = window.apply(pixels)
+    sizes = np.sqrt((volume.affine[:3, :3] ** 2).sum(0)) * volume.unit
     row, column = (float(sizes[a]) for a in AXES[axis][1:])
     known = np.isfinite((row, column)).all() and min(row, column) > 0
-    wanted = choose(path, len(pixels), frames)
-    return Image(pixels[wanted], (row, column) if known else None, {"format": "NIfTI"})
+    selected = choose(path, len(pixels), frames)
+    return Image(pixels[selected], (row, column) if known else None, {"format": "NIfTI"})
 
 
-def nifti_volume(path: Path) -> Volume:
+def nifti_volume(path: Path, hounsfield: bool = False) -> Volume:
     """Read .nii, .nii.gz, or a pair .hdr and .img (either may be named).
+
+    Args:
+      hounsfield: refuse voxels that cannot be Hounsfield units.
 
     Returns:
       The volume, 3-D or 4-D (a 2-D image has one slice); NaN and infinities as they are stored.
@@ -99,10 +114,10 @@ def nifti_volume(path: Path) -> Volume:
         complex voxels.
     """
     try:
-        return _volume(path)
+        return _volume(path, hounsfield)
     except DataError:
         raise
-    except Exception as error:  # nibabel and numpy fed hostile bytes may throw anything
+    except Exception as error:  # nibabel and numpy may raise anything for hostile bytes
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
             f"{path} cannot be read as NIfTI ({reason}): the file is damaged or of another "
@@ -123,37 +138,20 @@ def stack(frames: Num[np.ndarray, "f h w"], axis: Axis) -> Num[np.ndarray, "x y 
     return np.moveaxis(frames[:, ::-1, ::-1], (0, 1, 2), AXES[axis])
 
 
-def save_map(path: Path, heat: Float[np.ndarray, "f h w"], axis: Axis, like: Volume) -> None:
-    """Write maps of all slices along `axis` as NIfTI that lies over the volume they were made of.
-
-    Args:
-      path: .nii or .nii.gz.
-      heat: one map per slice, in the image's own frame, any range.
-      like: the volume as read.
-
-    Raises:
-      DataError: the maps do not fill the volume.
-    """
-    voxels = stack(heat.astype(np.float32), axis)
-    if voxels.shape != like.voxels.shape[:3]:
-        raise DataError(
-            f"{path} would hold {voxels.shape} voxels and its volume {like.voxels.shape[:3]}: "
-            "give a map of every slice."
-        )
-    nibabel.Nifti1Image(voxels, like.affine, like.header).to_filename(path)
-
-
-def _volume(path: Path) -> Volume:
+def _volume(path: Path, hounsfield: bool) -> Volume:
     header, data = _stored(path)
+    slope, intercept = header.get_slope_inter()
+    scaled = slope is not None and (slope, intercept) != (1, 0)
+    if hounsfield and (data.dtype.fields or (data.dtype.itemsize == 1 and not scaled)):
+        raise no_hounsfield(path, "its voxels have 8 bits")
     if data.dtype.fields:
         bands = [w * data[b].astype(np.float32) for w, b in zip(LUMA, "RGB", strict=True)]
         data = bands[0] + bands[1] + bands[2]
     elif data.dtype.kind not in "iuf":
         raise DataError(f"{path} holds voxels of kind '{data.dtype}': save real numbers.")
-    slope, intercept = header.get_slope_inter()
-    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32: infinite, told by caller
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32: infinite, for the caller
         voxels = data.astype(np.float32)
-        if slope is not None and (slope, intercept) != (1, 0):
+        if scaled:
             voxels *= np.float32(slope)
             voxels += np.float32(intercept)
     if not (header["qform_code"] or header["sform_code"]):
@@ -161,23 +159,14 @@ def _volume(path: Path) -> Volume:
     affine = header.get_best_affine()
     turn = orientations.io_orientation(affine)
     if np.isnan(turn).any():
-        raise DataError(f"{path} has an affine that flattens space: mend its header.")
+        raise DataError(f"{path} has an affine that flattens space: fix its header.")
     canonical = orientations.apply_orientation(voxels, turn)
     back = orientations.inv_ornt_aff(turn, voxels.shape[:3])
-    return Volume(canonical, affine @ back, _plain_header(header))
-
-
-def _plain_header(header: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
-    plain = nibabel.Nifti1Header()
-    plain.set_data_dtype(np.float32)
-    plain["qform_code"], plain["sform_code"] = header["qform_code"], header["sform_code"]
-    units = header.get_xyzt_units()[0]
-    plain.set_xyzt_units(xyz=units if units in MM else "unknown")
-    return plain
+    return Volume(canonical, affine @ back, MM.get(header.get_xyzt_units()[0], 1.0))
 
 
 def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
-    """Header and stored voxels, 3-D or 4-D; unpacked only after the header was found harmless.
+    """Header and stored voxels, 3-D or 4-D; unpacked only after the header proved harmless.
 
     Extensions (they may hold a whole DICOM header) are not even parsed.
     """
@@ -188,13 +177,13 @@ def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
         raw = load_bytes(path.with_suffix(".IMG" if upper else ".img"))
     elif path.name.lower().endswith(".gz"):
         header = _header(path, _unpack(path, raw, HEADER_BYTES), SINGLE)
-        raw = _unpack(path, raw, _promised(path, header), to_the_end=True)
+        raw = _unpack(path, raw, _size(path, header), to_the_end=True)
     else:
         header = _header(path, raw, SINGLE)
-    promised, shape = _promised(path, header), header.get_data_shape()
-    if len(raw) < promised:
+    size, shape = _size(path, header), header.get_data_shape()
+    if len(raw) < size:
         raise DataError(
-            f"{path} holds {len(raw):,} of the {promised:,} bytes that its header promises: "
+            f"{path} holds {len(raw):,} of the {size:,} bytes that its header states: "
             "it is truncated, copy it again."
         )
     kind, offset = header.get_data_dtype(), int(header.get_data_offset())
@@ -203,7 +192,7 @@ def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
 
 
 def _header(path: Path, raw: bytes, magics: tuple[bytes, bytes]) -> nibabel.Nifti1Header:
-    """The header of the NIfTI that the magic letters tell, with a harmless shape."""
+    """The header of the NIfTI version that the magic letters name, with a harmless shape."""
     if raw[344:347] == magics[0]:
         header = nibabel.Nifti1Header(raw[:348])
     elif raw[4:7] == magics[1]:
@@ -217,24 +206,24 @@ def _header(path: Path, raw: bytes, magics: tuple[bytes, bytes]) -> nibabel.Nift
     return header
 
 
-def _promised(path: Path, header: nibabel.Nifti1Header) -> int:
+def _size(path: Path, header: nibabel.Nifti1Header) -> int:
     """Bytes up to the last voxel; too many are refused."""
     voxels = math.prod(int(n) for n in header.get_data_shape())
     offset = int(header.get_data_offset())
-    promised = offset + voxels * header.get_data_dtype().itemsize
-    if not 0 <= offset <= promised <= MAX_BYTES:
+    size = offset + voxels * header.get_data_dtype().itemsize
+    if not 0 <= offset <= size <= MAX_BYTES:
         raise DataError(
-            f"{path} says it holds {promised:,} bytes and at most {MAX_BYTES:,} are read: "
+            f"{path} says it holds {size:,} bytes and at most {MAX_BYTES:,} are read: "
             "save it in parts or remove it if it is not yours."
         )
-    return promised
+    return size
 
 
-def _unpack(path: Path, raw: bytes, wanted: int, to_the_end: bool = False) -> bytes:
-    """The first `wanted` bytes of a gzip stream; the rest is read (for its checksum), not kept."""
+def _unpack(path: Path, raw: bytes, count: int, to_the_end: bool = False) -> bytes:
+    """The first `count` bytes of a gzip stream; the rest is read for its checksum alone."""
     try:
-        with igzip.IGzipFile(fileobj=BytesIO(raw)) as stream:  # reads in a third of the time
-            head = stream.read(wanted)
+        with gzip.GzipFile(fileobj=BytesIO(raw)) as stream:
+            head = stream.read(count)
             total = len(head)
             while to_the_end and (more := len(stream.read(1 << 20))):
                 total += more
@@ -246,5 +235,5 @@ def _unpack(path: Path, raw: bytes, wanted: int, to_the_end: bool = False) -> by
             return head
     except gzip.BadGzipFile as error:
         raise DataError(f"{path} is not gzip or is damaged ({error}): copy it again.") from error
-    except (EOFError, zlib.error, igzip_lib.error) as error:  # type: ignore[misc] # its stub errs
+    except (EOFError, zlib.error) as error:
         raise DataError(f"{path} is a damaged or truncated gzip: copy it again.") from error

@@ -1,17 +1,18 @@
 """PNG, JPEG, BMP and TIFF through Pillow: grey, colour, palette, CMYK, alpha, 8 and 16 bit, pages.
 
-The header is checked before anything is decoded, and whatever a decoder throws at broken bytes
+The header is checked before anything is decoded, and whatever a decoder raises for broken bytes
 becomes one `DataError` that names the file.
 """
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import PIL.ImageSequence
-from jaxtyping import Float
+from jaxtyping import Float, UInt8, UInt16
 
 from medclip_jax.errors import DataError
 from medclip_jax.io.image import LUMA, Image, check_size, too_large
@@ -34,8 +35,8 @@ def read_pillow(path: Path) -> Image:
     """
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
-            kind = image.format or "unknown"
-            return Image(_pages(path, image, kind), None, {"format": kind})
+            file_format = image.format or "unknown"
+            return Image(_pages(path, image, file_format), None, {"format": file_format})
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -46,7 +47,7 @@ def read_pillow(path: Path) -> Image:
         ) from error
     except PIL.Image.DecompressionBombError as error:
         raise DataError(too_large(path, "far more")) from error
-    except Exception as error:  # a decoder fed hostile bytes may throw anything
+    except Exception as error:  # a decoder of hostile bytes may raise anything
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
             f"{path} cannot be decoded ({reason}): the file is damaged or truncated, "
@@ -54,26 +55,31 @@ def read_pillow(path: Path) -> Image:
         ) from error
 
 
-def _pages(path: Path, image: PIL.Image.Image, kind: str) -> Float[np.ndarray, "f h w"]:
+def encode_png(pixels: UInt8[np.ndarray, "h w *_"] | UInt16[np.ndarray, "h w"]) -> bytes:
+    """A PNG of grey (8 or 16 bits) or RGB [h, w, 3] (8 bits) pixels, compressed for speed."""
+    buffer = BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _pages(path: Path, image: PIL.Image.Image, file_format: str) -> Float[np.ndarray, "f h w"]:
     """Pages of a TIFF, all of one size; of other formats the one image (no MPO, no APNG)."""
     size = image.size
     check_size(path, *size)
-    if kind != "TIFF":
-        return _luminance(path, PIL.ImageOps.exif_transpose(image), kind)[None]
-    pages = getattr(image, "n_frames", 1)
-    check_size(path, *size, pages)
-    found = []
+    if file_format != "TIFF":
+        return _luminance(path, PIL.ImageOps.exif_transpose(image), file_format)[None]
+    check_size(path, *size, getattr(image, "n_frames", 1))
+    pages = []
     for page in PIL.ImageSequence.Iterator(image):
         if page.size != size:
             raise DataError(f"{path} has pages of several sizes: save each page as its own file.")
-        found.append(_luminance(path, PIL.ImageOps.exif_transpose(page), kind))
-    return np.stack(found)
+        pages.append(_luminance(path, PIL.ImageOps.exif_transpose(page), file_format))
+    return np.stack(pages)
 
 
-def _luminance(path: Path, image: PIL.Image.Image, kind: str) -> Float[np.ndarray, "h w"]:
+def _luminance(path: Path, image: PIL.Image.Image, file_format: str) -> Float[np.ndarray, "h w"]:
     """Scale by the stored type's full range; transparent pixels fade to black."""
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG")
-    if deep:
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG"):
         return np.asarray(image).astype(np.float32) / 65535
     if image.mode == "F":
         return _unit_float(path, np.asarray(image, np.float32))
@@ -91,13 +97,13 @@ def _luminance(path: Path, image: PIL.Image.Image, kind: str) -> Float[np.ndarra
 
 
 def _mix(colour: Iterable[PIL.Image.Image]) -> Float[np.ndarray, "h w"]:
-    """Weighted sum of the bands, one at a time: three float bands at once would be dear."""
+    """Weighted sum of the bands, one at a time: three float bands at once would take much memory."""
     bands = zip(LUMA, colour, strict=True)
     return np.minimum(sum(w * np.asarray(band, np.float32) for w, band in bands) / 255, 1)
 
 
 def _unit_float(path: Path, pixels: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
-    """Floating-point files say nothing about their white: only [0, 1] is taken."""
+    """Floating-point files say nothing about their white: only [0, 1] is accepted."""
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise DataError(f"{path} holds floats outside [0, 1] or NaN: scale them to [0, 1] first.")
     return pixels

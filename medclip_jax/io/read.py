@@ -1,6 +1,6 @@
-"""Reading images and masks: one door, `read(path)`, whatever the format.
+"""Reading images and masks: one function, `read(path)`, whatever the format.
 
-Files are untrusted: limits are in `sources`, and every broken file is one `DataError` naming it.
+Files are untrusted: limits are in `image`, and every broken file is one `DataError` naming it.
 """
 
 from collections.abc import Iterable
@@ -12,23 +12,12 @@ from jaxtyping import Bool
 from medclip_jax.errors import DataError
 from medclip_jax.io.dicom import read_dicom, read_series
 from medclip_jax.io.dicom_header import is_dicom
-from medclip_jax.io.image import Image, choose
+from medclip_jax.io.image import Image, choose, no_hounsfield, parse_window
 from medclip_jax.io.nifti import Axis, read_nifti
 from medclip_jax.io.pillow import read_pillow
-from medclip_jax.io.resize import Mode, fit, fit_mask, fit_spacing, to_frame
+from medclip_jax.io.resize import Mode, fit, fit_mask, to_frame
 
-__all__ = [
-    "SUFFIXES",
-    "Axis",
-    "Mode",
-    "fit",
-    "fit_mask",
-    "fit_spacing",
-    "read",
-    "read_mask",
-    "read_series",
-    "to_frame",
-]
+__all__ = ["SUFFIXES", "Axis", "Mode", "fit", "fit_mask", "read", "read_mask", "to_frame"]
 
 MASK_THRESHOLD = 127  # of 255: JPEG-like noise round 0 and 255 stays on its side
 PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -37,14 +26,21 @@ NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
 SUFFIXES = PILLOW + DICOM + NIFTI  # besides these, any file with the letters DICM at byte 128
 
 
-def read(path: Path, axis: Axis = "axial", frames: tuple[int, int] | None = None) -> Image:
+def read(
+    path: Path,
+    axis: Axis = "axial",
+    frames: tuple[int, int] | None = None,
+    window: str | None = None,
+) -> Image:
     """Read an image file by its suffix, a DICOM file whatever its suffix, or a DICOM folder.
 
     Args:
       path: PNG, JPEG, BMP, TIFF, DICOM, NIfTI (.nii, .nii.gz, a pair), or a folder with one DICOM
         series.
-      axis: along which a NIfTI volume is sliced; of no meaning to the rest.
-      frames: (first, end) of the frames, pages or slices wanted, end not included; None for all.
+      axis: along which a NIfTI volume is sliced; ignored for other formats.
+      frames: (first, end) of the frames, pages or slices to return, end not included; None for all.
+      window: CT window in place of the file's own: "brain", "lung", "soft_tissue", "bone" or
+        "centre/width" in Hounsfield units; None or "" for none.
 
     Returns:
       pixels float32 [f, h, w] in [0, 1], luminance, upright; spacing in mm or None; meta with
@@ -52,18 +48,22 @@ def read(path: Path, axis: Axis = "axial", frames: tuple[int, int] | None = None
       `read_pillow`, `read_dicom`, `read_nifti`.
 
     Raises:
-      DataError: missing, empty, truncated, too large or of a kind that cannot be read.
+      DataError: missing, empty, truncated, too large, of a kind that cannot be read, or without
+        Hounsfield units where a window needs them.
+      ConfigError: no such window.
     """
-    name = path.name.lower()
+    name, ct_window = path.name.lower(), parse_window(window)
     if path.is_dir():
-        return read_series(path, frames)
+        return read_series(path, frames, ct_window)
     if name.endswith(PILLOW):
         image = read_pillow(path)
+        if ct_window:
+            raise no_hounsfield(path, image.meta["format"])
         return image._replace(pixels=image.pixels[choose(path, len(image.pixels), frames)])
     if name.endswith(NIFTI):
-        return read_nifti(path, axis, frames)
+        return read_nifti(path, axis, frames, ct_window)
     if name.endswith(DICOM) or is_dicom(path):
-        return read_dicom(path, frames)
+        return read_dicom(path, frames, ct_window)
     raise DataError(
         f"{path} has the suffix '{path.suffix}', which cannot be read, and is not DICOM: "
         f"give one of {', '.join(SUFFIXES)}."
