@@ -1,19 +1,86 @@
-"""TODO."""
+"""From the configuration to objects: CLIP, data, prompts, model, training data, detector.
+
+Nothing further in knows the configuration: functions take the values they need.
+"""
 
 from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medclip_jax import score_fields
+from medclip_jax import config_validation
 from medclip_jax.clip import text_adapter, vit
+from medclip_jax.config_validation import FUSED_METHODS
+from medclip_jax.data import augmentation, datasets, preprocessing, splits, synthetic_variants
+from medclip_jax.data.records import Split
 from medclip_jax.detectors import by_name, detector, ensemble, map_filter, pixel_baselines, tiling
 from medclip_jax.evaluation import evaluate
-from medclip_jax.models import model, token_refinement
+from medclip_jax.features import auxiliary, cache, encoder, training_pool
+from medclip_jax.models import model, prompt_sets, token_refinement
 from medclip_jax.models.anomaly_map import to_pixels
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.training import distillation
+
+FOLDS = 4  # parts of the supports, each held out from the training of one fold model
+SYNONYMS = 3  # words per anatomy, condition and modality that the ontology adds
+
+
+def load_clip(c: ConfigDict) -> vit.Clip:
+    """The frozen CLIP with the layers tapped that the configuration names."""
+    return vit.load(c.clip.checkpoint, tuple(c.clip.layers), c.clip.dtype, c.model.refine)
+
+
+def load_split(c: ConfigDict) -> Split:
+    """Supports and test images of the data set."""
+    root = Path(c.data.root) if c.data.root else None
+    policy = (c.data.uncertain, "negative")
+    records = datasets.load(c.data.name, root, Path(c.cache), c.k, policy)
+    return splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
+
+
+def open_cache(c: ConfigDict, clip: vit.Clip, mesh) -> cache.FeatureCache:
+    """Where tokens of this CLIP and preprocessing are kept."""
+    recipe = preprocessing.steps(c.data.recipe)
+    return cache.open_cache(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, recipe)
+
+
+def synthesis(c: ConfigDict) -> synthetic_variants.Synthesis:
+    """How the anomalous variants of the supports are made."""
+    copies = augmentation.chosen(config_validation.augment(c), c.data.modality)
+    partner = "support" if c.synthesis.preset == "mediclip" else "self"
+    return synthetic_variants.Synthesis(
+        c.synthesis.preset,
+        c.synthesis.variants if c.steps else 0,
+        c.seed if partner == "support" else 0,
+        partner,
+        *copies,
+    )
+
+
+def encode(c: ConfigDict, clip: vit.Clip, split: Split, others, mesh):
+    """Encode what the feature cache lacks; returns it and the training pools."""
+    feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
+    pools = [training_pool.open_pool(feature_cache, split.support, variants)]
+    pools += auxiliary.open_pools(others, c, split, feature_cache, variants)
+    encoder.encode_images(feature_cache, split.test)
+    if c.score.tiles > 1:
+        tiling.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)
+    if c.teacher and c.steps:
+        teacher = distillation.load(c, clip, split.test, build)
+        pools = [distillation.pool(teacher, pools[0], feature_cache, split.support, variants)]
+    return feature_cache, pools
+
+
+def design_of(c: ConfigDict, clip: vit.Clip, others) -> tuple[model.Design, dict]:
+    """The model of a run, with the prompts of auxiliary data sets, and its frozen parameters."""
+    design, frozen = build(c, clip)
+    if others and c.steps:
+        own = [phrases(c, clip, c.prompts.context, **other.words) for other in others]
+        design = design._replace(sets=prompt_sets.stack([design.prompts, *own]))
+    return design, frozen
 
 
 def assemble(
@@ -34,9 +101,9 @@ def assemble(
         branch = partial(branch_of, c=c, params=params, **given)
     if c.method in pixel_baselines.METHODS:
         return pixel_baselines.build(c.method, feature_cache, supports), None
-    if c.method not in ensemble.METHODS:
+    if c.method not in FUSED_METHODS:
         return branch(c.method), None
-    branches = {name: branch(name) for name in c.fusion.branches}
+    branches = {name: branch(name) for name in c.branches}
     if len(branches) == 1:
         return next(iter(branches.values())), None
     return ensemble.fuse(
@@ -44,8 +111,8 @@ def assemble(
         feature_cache,
         supports,
         modality=c.data.modality,
-        weights=c.fusion.weights,
-        variants=c.fusion.probes,
+        weights="equal",
+        variants=1,
         seed=c.seed,
         image_scores=evaluate.scorer(feature_cache.clip.size, c.score.top),
         tiles=c.score.tiles,
@@ -58,22 +125,23 @@ def branch_of(
     """The detector of one branch, or of a method that has but one."""
     name = name.removesuffix(ensemble.IMAGE_ONLY)
     shape = design if name != "zero_shot" else build(c, feature_cache.clip, context=0)[0]
-    like = c.memory.coreset, c.memory.mirror
+    like = c.memory_coreset, False
     made = by_name.build(name, params, frozen, shape, feature_cache, supports, groups, *like)
     if c.score.tiles == 1:
         return made
-    return tiling.build(name, made, feature_cache, supports, c.score.tiles, c.memory.coreset)
+    return tiling.build(name, made, feature_cache, supports, c.score.tiles, c.memory_coreset)
 
 
 def quieter(c: ConfigDict, built, feature_cache, supports) -> map_filter.Learned | None:
     """Outlier suppression as the supports' maps teach it; None if it is off."""
-    if not score_fields.suppresses(c):
+    steps = config_validation.map_filter(c)
+    if not steps:
         return None
     size = feature_cache.clip.size
     maps = np.asarray(to_pixels(jnp.asarray(built.held_out), size))
     areas = list(map_filter.areas(supports, size, feature_cache.fit))
     areas = areas * len(maps) if c.k == 1 else areas  # views of the one support
-    return map_filter.learn(c.score.suppress.to_dict(), maps, areas)
+    return map_filter.learn(steps, maps, areas)
 
 
 def build(c: ConfigDict, tower: vit.Clip, context: int | None = None) -> tuple[model.Design, dict]:
@@ -97,8 +165,8 @@ def build(c: ConfigDict, tower: vit.Clip, context: int | None = None) -> tuple[m
         kept,
     )
     text = dict(tower.text)
-    if named := c.model.get("language", ""):  # absent in older workdirs
-        text["language"] = text_adapter.load(named, tower.digest, tower.joint)
+    if c.model.language:
+        text["language"] = text_adapter.load(c.model.language, tower.digest, tower.joint)
     return design, {"text": text, "logit_scale": jnp.asarray(tower.logit_scale)}
 
 
@@ -116,7 +184,7 @@ def phrases(
         context=context,
         position=c.prompts.position,
         init=c.prompts.init,
-        synonyms=c.prompts.synonyms,
+        synonyms=SYNONYMS,
         ontology_file=c.prompts.ontology_file,
         positions=len(tower.text["position"]),
     )

@@ -1,4 +1,4 @@
-"""The door: flags, then one call.
+"""Command line: flags, then one call for each mode.
 
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
                            [--mode train|evaluate|check|report] [--config.field=value ...]
@@ -6,8 +6,8 @@ python -m medclip_jax.main --mode predict --workdir TRAINED --input PATH ... --o
                            [--part i/n] [--pseudonymise]
 python -m medclip_jax.main --mode export --workdir TRAINED --output FILE
 
-Exit code 0 on success, 2 on something the user can mend (one sentence on stderr), 1 on our fault,
-130 on Ctrl-C, 143 on SIGTERM while training: the state is saved then, the same command goes on.
+Exit code 0 on success, 2 on a user's mistake (one sentence on stderr), 1 on our own,
+130 on Ctrl-C, 143 on SIGTERM while training: the state is saved, the same command resumes.
 """
 
 import errno
@@ -20,55 +20,57 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config, lock
+from medclip_jax import config, config_validation, workdir
 from medclip_jax.distributed.runtime import EXIT_CODE, Preempted
-from medclip_jax.errors import ConfigError, UserError, WorkdirError
+from medclip_jax.errors import ConfigError, UserError
 
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)  # of the disk
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 MODES = {
     "train": "train or resume, score, report",
     "evaluate": "score a trained workdir again",
-    "check": "print one table of what is in the data and what is wrong with it; no --workdir",
+    "check": "print one table of what is in the data and its problems; no --workdir",
     "predict": "score files, folders, globs, DICOM series and NIfTI volumes with a trained workdir",
-    "export": "write a trained scorer as one file that runs with jax and numpy alone",
+    "export": "write a trained detector as one file that runs with jax and numpy alone",
     "report": "rebuild figures and report.html from the workdir's files",
 }
-APART = ("predict", "export")  # modes that use a trained workdir and take no config
+TRAINED_MODES = ("predict", "export")  # use a trained workdir and take no config
 
 
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    workdir, code = None, 2
+    folder, code = None, 2
     try:
         if {"-h", "-help", "--help"} & set(argv[1:]):
             print(usage(), flush=True)
             return 0
-        given = parse(argv)
-        workdir = Path(given.workdir or ".").expanduser()
-        if given.mode in APART:
-            use(given, workdir)
+        args = parse(argv)
+        folder = Path(args.workdir or ".").expanduser()
+        if args.mode in TRAINED_MODES:
+            use(args, folder)
+        elif args.mode == "check":
+            check(args.config)
         else:
-            run(given.mode, given.config, workdir)
+            run(args.mode, args.config, folder)
     except UserError as error:
-        said = str(error)
-    except BrokenPipeError:  # the reader of what is printed, such as head, has seen enough
+        message = str(error)
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if error.errno not in DISK_ERRORS:
             raise
-        said = f"{error.filename or workdir}: {error.strerror}; free space or mend it"
-    except Preempted as stopped:
-        said, code = f"{stopped}; the same command goes on from there", EXIT_CODE
+        message = f"{error.filename or folder}: {error.strerror}; free space or change permissions"
+    except Preempted as stop:
+        message, code = f"{stop}. Re-run the same command to resume.", EXIT_CODE
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        print("Interrupted. Re-run the same command to resume.", file=sys.stderr)
         return 130
     else:
         return 0
-    # out of the handlers: with the error gone, progress bars are closed and this is the last line
-    print(f"error: {said}" if code == 2 else said, file=sys.stderr)
+    # outside the handlers: with the error gone, progress bars are closed and this is the last line
+    print(f"error: {message}" if code == 2 else message, file=sys.stderr)
     return code
 
 
@@ -80,111 +82,114 @@ def usage() -> str:
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """Read the flags: config, workdir and mode. Raises ConfigError for anything wrong in them."""
-    argv = packaged(argv)
-    given = flags.FlagValues()
+    """Read the flags. Raises ConfigError for anything wrong in them."""
+    argv = with_packaged_config(argv)
+    args = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, FILE[:k=16,...].", flag_values=given, sys_argv=argv
+        "config", None, "Config file, FILE[:k=16,...].", flag_values=args, sys_argv=argv
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=given)
-    flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=given)
-    flags.DEFINE_multi_string("input", [], "What to score; PATH ... .", flag_values=given)
-    flags.DEFINE_string("output", None, "Where results go.", flag_values=given)
-    flags.DEFINE_string("part", "", "i/n: the i-th of n shares.", flag_values=given)
-    flags.DEFINE_boolean("pseudonymise", False, "No name or id of a source.", flag_values=given)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=args)
+    flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=args)
+    flags.DEFINE_multi_string("input", [], "What to score; PATH ... .", flag_values=args)
+    flags.DEFINE_string("output", None, "Where results go.", flag_values=args)
+    flags.DEFINE_string("part", "", "i/n: the i-th of n shares.", flag_values=args)
+    flags.DEFINE_boolean("pseudonymise", False, "No name or id of a source.", flag_values=args)
     try:
-        rest = given(argv)
+        rest = args(argv)
     except (
         *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
         *(OSError, ImportError, SyntaxError),  # of the config file
     ) as error:
         check_config_file(argv)
-        raise ConfigError(f"{plain(error)} (see --help)") from error
-    if given.mode in APART:
-        given["input"].value = [*given.input, *rest[1:]]  # --input A B C
-        return complete(given)
+        raise ConfigError(f"{one_line(error)} (see --help)") from error
+    if args.mode in TRAINED_MODES:
+        args["input"].value = [*args.input, *rest[1:]]  # --input A B C
+        return complete(args)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
-    if given.config is None or not (given.workdir or given.mode == "check"):
+    if args.config is None or not (args.workdir or args.mode == "check"):
         raise ConfigError("--config and --workdir are needed: see --help")
-    if not isinstance(given.config, ConfigDict):  # ml_collections keeps quiet until it is used
+    if not isinstance(args.config, ConfigDict):  # ml_collections says nothing until it is used
         check_config_file(argv)
         raise ConfigError("the config file gives no settings: see configs/folder.py")
-    return given
+    return args
 
 
 def check_config_file(argv: list[str]) -> None:
     """Raise ConfigError if --config names a file that is not there."""
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        flag, equals, given = flag.partition("=")
-        name = (given if equals else value).partition(":")[0]
+        flag, equals, inline = flag.partition("=")
+        name = (inline if equals else value).partition(":")[0]
         if flag in ("--config", "-config") and not Path(name).is_file():
             raise ConfigError(f"config file {name} cannot be read: give one that exists")
 
 
-def packaged(argv: list[str]) -> list[str]:
+def with_packaged_config(argv: list[str]) -> list[str]:
     """The same flags, with a config that is not a file here taken from the installed package.
 
     `--config configs/busi.py:k=16`, `busi.py:k=16` and `busi:k=16` then mean the same.
     """
     argv = list(argv)
-    here = Path(__file__).parent
+    package = Path(__file__).parent
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if flag not in ("--config", "-config"):
             continue
         place = i if equals else i + 1
-        given = value if equals else "".join(argv[place : place + 1])
-        name, colon, arguments = given.partition(":")
-        for folder in (here / "configs", here.parent / "configs"):
-            file = folder / f"{Path(name).stem}.py"
-            ours = Path(name).parent.name in ("", "configs") and not Path(name).is_absolute()
-            if name and ours and not Path(name).is_file() and file.is_file():
-                argv[place] = (
-                    f"{flag}={file}{colon}{arguments}" if equals else (f"{file}{colon}{arguments}")
-                )
+        text = value if equals else "".join(argv[place : place + 1])
+        name, colon, arguments = text.partition(":")
+        ours = Path(name).parent.name in ("", "configs") and not Path(name).is_absolute()
+        if not (name and ours) or Path(name).is_file():
+            continue
+        for folder in (package / "configs", package.parent / "configs"):
+            if (file := folder / f"{Path(name).stem}.py").is_file():
+                text = f"{file}{colon}{arguments}"
+                argv[place] = f"{flag}={text}" if equals else text
                 break
     return argv
 
 
-def complete(given: flags.FlagValues) -> flags.FlagValues:
-    """The flags of predict and export, or a ConfigError naming what they lack."""
-    needed = ("workdir", "input", "output") if given.mode == "predict" else ("workdir", "output")
-    lacking = [f"--{name}" for name in needed if not given[name].value]
-    if lacking:
-        raise ConfigError(f"--mode {given.mode} needs {' and '.join(lacking)}: see --help")
-    if given.config is not None:
+def complete(args: flags.FlagValues) -> flags.FlagValues:
+    """The flags of predict and export, or a ConfigError naming what is missing."""
+    needed = ("workdir", "input", "output") if args.mode == "predict" else ("workdir", "output")
+    missing = [f"--{name}" for name in needed if not args[name].value]
+    if missing:
+        raise ConfigError(f"--mode {args.mode} needs {' and '.join(missing)}: see --help")
+    if args.config is not None:
         raise ConfigError(
-            f"--mode {given.mode} takes no --config: the settings are those of the workdir"
+            f"--mode {args.mode} takes no --config: the settings are those of the workdir"
         )
-    return given
+    return args
 
 
-def use(given: flags.FlagValues, workdir: Path) -> None:
+def one_line(error: Exception) -> str:
+    """The message of an error on one line."""
+    message = str(error)
+    if message.startswith("'"):  # a KeyError prints the repr of its message
+        message = message.strip("'").replace("\\n", " ").replace("\\'", "")
+    return " ".join(message.split())
+
+
+# One function for each kind of mode. Imports are inside so that --help is quick.
+
+
+def use(args: flags.FlagValues, folder: Path) -> None:
     """Predict with, or export, a trained workdir."""
-    devices()
-    output = Path(given.output).expanduser()
-    if given.mode == "export":
+    log_devices()
+    output = Path(args.output).expanduser()
+    if args.mode == "export":
         from medclip_jax.inference import export
 
-        size = export.save(workdir, output)
+        size = export.save(folder, output)
         logging.info("%s: %.1f MB", output, size / 1e6)
         return
     from medclip_jax.inference import predict
 
-    done = predict.run(workdir, given.input, output, given.part, given.pseudonymise)
+    summary = predict.run(folder, args.input, output, args.part, args.pseudonymise)
     logging.info(
         "%d scored, %d finished before, %d unreadable, %d alarm(s): %s",
-        *done,
+        *summary,
     )
-
-
-def plain(error: Exception) -> str:
-    """The message of an error on one line."""
-    said = str(error)
-    if said.startswith("'"):  # a KeyError prints the repr of its message
-        said = said.strip("'").replace("\\n", " ").replace("\\'", "")
-    return " ".join(said.split())
 
 
 def check(fields: ConfigDict) -> None:
@@ -198,69 +203,43 @@ def check(fields: ConfigDict) -> None:
         seed=c.seed,
         pool_size=c.data.pool,
         kind=c.data.split,
-        policy=(c.data.uncertain, c.data.blank),
+        policy=(c.data.uncertain, "negative"),
     )
 
 
-def run(mode: str, fields: ConfigDict, workdir: Path) -> None:
-    """One call per mode. Imports are here so that --help is quick."""
-    if mode == "check":
-        return check(fields)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WorkdirError(
-            f"{workdir} cannot be made ({error.strerror}): give another --workdir"
-        ) from None
-    if not os.access(workdir, os.W_OK):
-        raise WorkdirError(f"{workdir} is not writable: give another --workdir")
+def run(mode: str, fields: ConfigDict, folder: Path) -> None:
+    """Train, evaluate or report in a workdir that no other run uses meanwhile."""
+    from medclip_jax import train
+
     # processes of one run share their workdir on purpose
-    with nullcontext() if fields.distributed else lock.hold(workdir):
-        work(mode, fields, workdir)
-
-
-def work(mode: str, fields: ConfigDict, workdir: Path) -> None:
-    """Train, evaluate or report in a workdir that is ours."""
-    from rich.console import Console
-
-    from medclip_jax.report import html
-
-    if mode != "report":
-        from medclip_jax import train
+    with nullcontext() if fields.distributed else workdir.locked(folder):
+        if mode == "report":
+            train.write_report(folder)
+            return
         from medclip_jax.distributed import multihost
 
         with multihost.exit_together():
             join(fields)
-            devices()
-            result = train.run(fields, workdir, train=mode == "train")
-        if result is None:
-            return  # of several processes only the main one reports
-        logging.info("%s", summary(result))
-        if not result["calibration"]["attainable"]:
-            logging.warning("%s", result["calibration"]["message"])
-    with Console(stderr=True).status("report"):
-        page = html.write(workdir)
-    logging.info("report: %s", page)
+            log_devices()
+            metrics = train.run(fields, folder, train=mode == "train")
+    if metrics is None:
+        return  # of several processes only the main one reports
+    logging.info("%s", headline(metrics))
+    if not metrics["calibration"]["attainable"]:
+        logging.warning("%s", metrics["calibration"]["message"])
 
 
 def join(fields: ConfigDict) -> None:
     """Join the other processes of the run, if there are any; the first thing that touches JAX."""
     from medclip_jax.distributed import multihost
 
-    cluster = fields.cluster
-    address = (
-        cluster.coordinator or None,
-        cluster.processes or None,
-        None if cluster.process < 0 else cluster.process,
-    )
-    if fields.distributed:
-        multihost.start(*address, timeout=cluster.timeout, heartbeat=cluster.heartbeat)
-    elif address != (None, None, None):
-        raise ConfigError("config.cluster needs config.distributed=True: set it")
+    address = config_validation.cluster(fields.distributed)
+    if address is not None:
+        multihost.start(**address, timeout=fields.join_timeout)
 
 
-def devices() -> None:
-    """Say what the run computes on."""
+def log_devices() -> None:
+    """Log what the run computes on."""
     import jax
 
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not of absent TPUs
@@ -268,13 +247,13 @@ def devices() -> None:
     logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
 
 
-def summary(result: dict) -> str:
-    """One line of the headline numbers."""
-    pixel = result["pixel"] or {}
-    parts = {"image AUROC": result["image"]["auroc"], "pixel AUROC": pixel.get("auroc")}
+def headline(metrics: dict) -> str:
+    """One line of the main numbers."""
+    pixel = metrics["pixel"] or {}
+    parts = {"image AUROC": metrics["image"]["auroc"], "pixel AUROC": pixel.get("auroc")}
     parts |= {"AUPRO": pixel.get("aupro"), "Dice": pixel.get("dice")}
     shown = ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if value is not None)
-    return f"{result['dataset']} K={result['k']} {result['method']}: {shown}"
+    return f"{metrics['dataset']} K={metrics['k']} {metrics['method']}: {shown}"
 
 
 def cli() -> None:

@@ -1,131 +1,193 @@
-"""One run, top to bottom: images -> tokens -> training -> scores -> report."""
+"""One run, read from top to bottom: prepare, encode, fit, score, measure, report."""
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from medclip_jax import __version__, build, files
 from medclip_jax import config as config_module
-from medclip_jax.clip import text_adapter, vit
-from medclip_jax.data import augmentation, datasets, preprocessing, splits, synthetic_variants
-from medclip_jax.detectors import saved, tiling
+from medclip_jax import workdir as workdirs
+from medclip_jax.clip import text_adapter
+from medclip_jax.data.records import Split
+from medclip_jax.detectors import saved
 from medclip_jax.distributed import multihost, runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
-from medclip_jax.features import auxiliary, cache, encoder, training_pool
-from medclip_jax.models import prompt_sets
-from medclip_jax.training import distillation, loop
-from medclip_jax.workdir import claim, finished, keep_split, known_of, seal
+from medclip_jax.features import auxiliary, cache
+from medclip_jax.training import loop
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
-def run(
-    config: ConfigDict, workdir: Path, train: bool = True, pictures: bool = True
-) -> dict[str, Any] | None:
-    """Train (or resume), score the test set, write everything but the report; returns metrics.json.
+class Prepared(NamedTuple):
+    """What a run works on: settings, CLIP, supports and test images, model."""
 
-    Of several processes only the main one writes; the others return None, and so do all where
-    there is no test set.
-    A finished run is not made again. With `train` False a finished training is required, and the
-    test set is scored anew; with `pictures` False the small copies of
-    test images that only the report shows are left out.
-    Raises a UserError for what a user can mend.
+    config: ConfigDict  # resolved
+    clip: Any
+    split: Split
+    auxiliary: tuple  # data sets that are trained on with the target's
+    design: Any  # static parts of the model
+    frozen: dict  # parameters that no step changes
+    mesh: Mesh
+
+
+class Encoded(NamedTuple):
+    """Tokens, on disk and opened for training."""
+
+    feature_cache: cache.FeatureCache
+    pools: list  # training pools: the supports', then those of the auxiliary data sets
+
+
+class Fitted(NamedTuple):
+    """What was learned."""
+
+    params: Any  # leaves [1 + folds, ...]: of all supports, then without each fold
+    folds: list  # indices of the supports of each fold
+
+
+class Scored(NamedTuple):
+    """The detector and the test set that it scored."""
+
+    detector: Any
+    mix: Any  # how branches are fused; None where there is one
+    map_filter: Any  # outlier suppression of the maps, None: off
+    calibration: Any  # thresholds from the held-out supports
+    test: Any  # predictions.Scored; None without test images
+    explanations: dict | None  # whether they agree with the model
+
+
+def run(
+    config: ConfigDict, workdir: Path, *, train: bool = True, report: bool = True
+) -> dict[str, Any] | None:
+    """Train or resume, score the test set, write everything; returns metrics.json.
+
+    A finished run is not repeated.
+
+    Args:
+      config: as `config.base` gives it.
+      workdir: folder of the run, made if it is not there.
+      train: False requires a finished training and scores the test set again.
+      report: False leaves out report.html, figures and the small copies of images that they show.
+
+    Returns:
+      None where there is no test set, and in all processes but the main one.
+
+    Raises:
+      UserError: what a user can correct, in one sentence.
     """
     timing: dict[str, float] = {}
-    c = config_module.resolve(config)
-    recipe = preprocessing.steps(c.data.recipe)
-    augmented = augmentation.chosen(c.augment, c.data.modality)
-    beside = auxiliary.read(c)
-    main = sharding.is_main()
-    runtime.keep_compiled(Path(c.cache))
-    mesh = sharding.mesh()
-
     with stage(timing, "load", shown=True):
-        tower = vit.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, c.model.refine)
-        policy = (c.data.uncertain, c.data.blank)
-        records = datasets.load(c.data.name, _root(c), Path(c.cache), c.k, policy)
-        drawn = splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
-
-    # before the long part: a word that the ontology lacks stops the run here
-    design, frozen = build.build(c, tower)
-    if beside and c.steps:
-        own = [build.phrases(c, tower, c.prompts.context, **other.words) for other in beside]
-        design = design._replace(sets=prompt_sets.stack([design.prompts, *own]))
-    claim(workdir, c, main)  # only now: settings that cannot be used leave no claim
-    keep_split(workdir, drawn, c, main)
-    versions = {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS}
-    words = text_adapter.digest(c.model.get("language", "")), design.prompts.text
-    made_from = tower.digest, words, known_of(drawn.test), c.explained, pictures, versions
-    key = cache.digest(*made_from)
-    made = finished(workdir, key) if train else None
-    if not multihost.any_process(made is None).any():
-        return made if main else None
-
+        prepared = prepare(config)
+    c, main = prepared.config, sharding.is_main()
+    workdirs.claim(workdir, c, main)  # only now: settings that cannot be used leave no claim
+    workdirs.keep_split(workdir, prepared.split, c, main)
+    key = key_of(prepared, report)
+    finished = workdirs.finished(workdir, key) if train else None
+    if not multihost.any_process(finished is None).any():
+        return finished if main else None
     with stage(timing, "encode"):
-        feature_cache = cache.open_cache(
-            Path(c.cache), tower, c.data.fit, c.cache_dtype, mesh, recipe
-        )
-        synthesis = synthetic_variants.Synthesis(
-            c.synthesis.preset,
-            c.synthesis.variants if c.steps else 0,
-            c.seed if c.synthesis.partner == "support" else 0,
-            c.synthesis.partner,
-            *augmented,
-        )
-        pools = [training_pool.open_pool(feature_cache, drawn.support, synthesis)]
-        pools += auxiliary.open_pools(beside, c, drawn, feature_cache, synthesis)
-        encoder.encode_images(feature_cache, drawn.test)
-        if c.score.tiles > 1:
-            tiling.encode_images(feature_cache, [*drawn.support, *drawn.test], c.score.tiles)
-        if c.distill.teacher and c.steps:
-            teacher = distillation.load(c, tower, drawn.test, build.build)
-            pools = [distillation.pool(teacher, pools[0], feature_cache, drawn.support, synthesis)]
-
-    groups = loop.folds(c.k, c.calibration.folds)
+        encoded = encode(prepared)
     with stage(timing, "train"):
-        params = loop.run(c, workdir, tower, design, frozen, pools, groups, mesh, train)
-
+        fitted = fit(prepared, encoded, workdir, train)
     with stage(timing, "score"):
-        built, mix = build.assemble(c, params, frozen, design, feature_cache, drawn.support, groups)
-        quiet = build.quieter(c, built, feature_cache, drawn.support)
-        asked = (c.score.top, c.calibration.alpha, c.calibration.pixel_rate)
-        if not drawn.test:
-            found = evaluate.calibrated(built, tower.size, *asked, quiet)
-            unmeasured(workdir, c, feature_cache, params, drawn.support, found, mix, quiet)
-            return None
-        scored = evaluate.score_images(
-            built,
-            feature_cache,
-            drawn.test,
-            top=c.score.top,
-            alpha=c.calibration.alpha,
-            pixel_rate=c.calibration.pixel_rate,
-            passes=c.score.passes,
-            seed=c.seed,
-            quiet=quiet,
-            folder=workdir,
-        )
-        # labels are read from here on
-        support = drawn.support[0] if drawn.support else None
-        held = built, feature_cache, support, drawn.test, scored.limits
-        checks = faithfulness.of_model(*held, top=c.score.top, count=c.explained, seed=c.seed)
+        scored = score(prepared, encoded, fitted, workdir)
     if not main:
         return None  # all scores are with the main process, which measures and writes
+    saved.write(
+        *(workdir, c, encoded.feature_cache, fitted.params, prepared.split.support),
+        *(scored.calibration, scored.mix, scored.map_filter),
+    )
+    if scored.test is None:
+        return unmeasured(workdir, c)
+    metrics = measure(prepared, scored, workdir, timing, key, pictures=report)
+    if report:
+        write_report(workdir)
+    return metrics
+
+
+def prepare(config: ConfigDict) -> Prepared:
+    """Load everything that may refuse: settings, CLIP, data set, prompts. Writes nothing."""
+    c = config_module.resolve(config)
+    others = auxiliary.read(c)
+    build.synthesis(c)
+    runtime.keep_compiled(Path(c.cache))
+    clip, split = build.load_clip(c), build.load_split(c)
+    design, frozen = build.design_of(c, clip, others)
+    return Prepared(c, clip, split, others, design, frozen, sharding.mesh())
+
+
+def encode(prepared: Prepared) -> Encoded:
+    """Images and synthetic variants through the image encoder, once ever; opens what was kept."""
+    c, clip, split, others, *_, mesh = prepared
+    return Encoded(*build.encode(c, clip, split, others, mesh))
+
+
+def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True) -> Fitted:
+    """Learn from the training pools, or resume; with `train` False only read what was learned."""
+    c, clip, _, _, design, frozen, mesh = prepared
+    folds = loop.folds(c.k, build.FOLDS)
+    params = loop.run(c, workdir, clip, design, frozen, encoded.pools, folds, mesh, train)
+    return Fitted(params, folds)
+
+
+def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | None) -> Scored:
+    """Calibrate on the held-out supports and score the test set; its labels are not read.
+
+    Only the check of the explanations, which comes last, reads which test images are abnormal.
+    """
+    c, feature_cache, split = prepared.config, encoded.feature_cache, prepared.split
+    given = (c, fitted.params, prepared.frozen, prepared.design, feature_cache, split.support)
+    detector, mix = build.assemble(*given, fitted.folds)
+    filtered = build.quieter(c, detector, feature_cache, split.support)
+    rates = {"alpha": c.calibration.alpha, "pixel_rate": c.calibration.pixel_rate}
+    if not split.test:
+        found = evaluate.calibrated(
+            detector, prepared.clip.size, c.score.top, quiet=filtered, **rates
+        )
+        return Scored(detector, mix, filtered, found, None, None)
+    scored = evaluate.score_images(
+        *(detector, feature_cache, split.test),
+        top=c.score.top,
+        passes=c.score.passes,
+        seed=c.seed,
+        quiet=filtered,
+        folder=workdir,
+        **rates,
+    )
+    support = split.support[0] if split.support else None
+    checks = faithfulness.of_model(
+        *(detector, feature_cache, support, split.test, scored.limits),
+        top=c.score.top,
+        count=c.explanation.count,
+        seed=c.seed,
+    )
+    return Scored(detector, mix, filtered, scored.limits, scored, checks)
+
+
+def measure(
+    prepared: Prepared,
+    scored: Scored,
+    workdir: Path,
+    timing: dict[str, float],
+    key: str,
+    pictures: bool = True,
+) -> dict[str, Any]:
+    """Read labels and masks; write predictions.npz and metrics.json."""
+    c, test = prepared.config, prepared.split.test
     with stage(timing, "metrics", shown=True):
-        result = evaluate.measure(scored, drawn.test, c.data.fit, workdir)
+        result = evaluate.measure(scored.test, test, c.data.fit, workdir)
         counts = result.pop("pixel_counts")
         predictions.write_predictions(
-            workdir, scored, drawn.test, c.data.fit, c.seed, counts, pictures
+            workdir, scored.test, test, c.data.fit, c.seed, counts, pictures
         )
-        saved.write(workdir, c, feature_cache, params, drawn.support, scored.limits, mix, quiet)
-
     result = {
         "dataset": c.data.name,
         "k": c.k,
@@ -134,40 +196,55 @@ def run(
         "method": c.method,
         "learner": c.learner,
         "gradients": c.steps * config_module.gradients(c),
-        "backbone": f"{c.clip.checkpoint} ({tower.digest})",
+        "backbone": f"{c.clip.checkpoint} ({prepared.clip.digest})",
         **result,
-        "explanations": {**(result["explanations"] or {}), **(checks or {})} or None,
-        "fusion": mix and mix.shares(),
+        "explanations": {**(result["explanations"] or {}), **(scored.explanations or {})} or None,
+        "fusion": scored.mix and scored.mix.shares(),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
-        "versions": versions,
-        "finished": seal(workdir, key),
+        "versions": versions(),
+        "finished": workdirs.seal(workdir, key),
     }
     files.write_json(workdir / "metrics.json", result)
     return result
 
 
-def unmeasured(workdir: Path, c: ConfigDict, *trained) -> None:
-    """Keep the trained scorer of a folder without test images, and say that nothing was measured.
+def write_report(workdir: Path) -> Path:
+    """report.html and figures from the files of a workdir; returns the page."""
+    from medclip_jax.report import html  # matplotlib: only where it is needed
 
-    trained: what scorer.write takes after the config.
-    """
-    if sharding.is_main():
-        saved.write(workdir, c, *trained)
+    with Console(stderr=True).status("report"):
+        page = html.write(workdir)
+    logging.info("report: %s", page)
+    return page
+
+
+def unmeasured(workdir: Path, c: ConfigDict) -> None:
+    """Say that a folder without test images was trained on but not measured."""
     logging.warning(
         "trained, but not measured: %s has no folder test; --mode predict scores new images with "
-        "this workdir; to measure, add test/good and test/<kind> and give a new --workdir",
-        c.data.root,
+        "%s; to measure, add test/good and test/<kind> and give a new --workdir",
+        *(c.data.root, workdir),
     )
 
 
+def key_of(prepared: Prepared, report: bool) -> str:
+    """Names what a result is made from, so that a finished run is recognised."""
+    c = prepared.config
+    adapter = text_adapter.digest(c.model.language)
+    truth = workdirs.truth_of(prepared.split.test)
+    made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
+    return cache.digest(*made_from, c.explanation.to_dict(), report, versions())
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"medclip-jax": __version__} | {name: version(name) for name in VERSIONS}
+
+
 @contextmanager
-def stage(timing: dict[str, float], name: str, shown: bool = False):
+def stage(timing: dict[str, float], name: str, shown: bool = False) -> Iterator[None]:
     """Add the seconds of a stage; `shown` on the terminal where it has no steps to count."""
     begin = time.perf_counter()
     with Console(stderr=True).status(name) if shown else nullcontext():
         yield
     timing[name] = timing.get(name, 0.0) + time.perf_counter() - begin
-
-
-def _root(c: ConfigDict) -> Path | None:
-    return Path(c.data.root) if c.data.root else None

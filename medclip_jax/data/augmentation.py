@@ -26,6 +26,7 @@ VERSION = 1  # raise when the result of a key changes: feature_caches are named 
 ELASTIC = re.compile(r"ultraso|sonogra|\bmri?\b|magnetic resonance", re.IGNORECASE)
 SMOOTH = 1 / 16  # of the side: standard deviation of the Gaussian that smooths displacements
 CHUNK = 16  # images per compiled call of `batch`
+COPIES = 8  # augmented copies per support
 STREAM = 47  # keeps these draws apart from others of the same seed
 
 
@@ -54,12 +55,10 @@ def permitted(strengths: Strengths, modality: str) -> None:
 
 
 def chosen(fields: Any, modality: str) -> tuple[int, Strengths]:
-    """(copies, strengths) from the mapping config.augment; without a strength no copies."""
-    given = dict(fields)
-    count = given.pop("copies")
-    strengths = Strengths(**{name: float(value) for name, value in given.items()})
+    """(copies, strengths) from the named strengths; without a strength no copies."""
+    strengths = Strengths(**{name: float(value) for name, value in dict(fields).items()})
     permitted(strengths, modality)
-    return (count if any(strengths) else 0), strengths
+    return (COPIES if any(strengths) else 0), strengths
 
 
 def sample(

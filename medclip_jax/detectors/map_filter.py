@@ -22,13 +22,12 @@ Maps = Float[np.ndarray, "n s s"]
 
 
 class Steps(NamedTuple):
-    """The settings of config.score.suppress without the quantiles, which `floor` etc. stand for."""
+    """The settings of config.score.map_filter, with the ceiling as a value of the map."""
 
     median: int = 0  # pixels, odd; 0 = off
-    smallest_mm2: float = 0.0
-    smallest_pixels: int = 0
+    min_area_mm2: float = 0.0
+    min_area_pixels: int = 0
     sigma: float = 0.0  # pixels
-    floor: float = -math.inf  # value of the map; -inf = off
     ceiling: float = math.inf  # value of the map; inf = off
 
 
@@ -42,19 +41,16 @@ class Learned(NamedTuple):
 def learn(settings: dict, held_out: Maps, mm2: Sequence[float | None] | None = None) -> Learned:
     """Learn the clipping from the supports' maps and treat these maps.
 
-    settings: the fields of config.score.suppress. held_out: raw maps of the supports, each held
+    settings: the fields of config.score.map_filter. held_out: raw maps of the supports, each held
     out. mm2: area of a pixel of each, as `areas` gives; None: unknown for all. The quantiles are
     those of the maps after the steps before the clipping.
     """
-    given = dict(settings)
-    floor, ceiling = given.pop("floor"), given.pop("ceiling")
-    steps = Steps(**given)
+    ceiling = settings.get("ceiling", 1)
+    steps = Steps(**{name: value for name, value in settings.items() if name != "ceiling"})
     maps = treat(held_out, steps, mm2)
-    if floor > 0:
-        steps = steps._replace(floor=float(np.quantile(maps, floor)))
     if ceiling < 1:
         steps = steps._replace(ceiling=float(np.quantile(maps, ceiling)))
-    return Learned(steps, np.clip(maps, steps.floor, steps.ceiling))
+    return Learned(steps, np.minimum(maps, steps.ceiling))
 
 
 def treat(maps: Maps, steps: Steps, mm2: Sequence[float | None] | None = None) -> Maps:
@@ -72,7 +68,7 @@ def treat(maps: Maps, steps: Steps, mm2: Sequence[float | None] | None = None) -
             heat = open_area(heat, smallest)
         if steps.sigma > 0:
             heat = ndimage.gaussian_filter(heat, steps.sigma, mode="nearest")
-        out[i] = np.clip(heat, steps.floor, steps.ceiling)
+        out[i] = np.minimum(heat, steps.ceiling)
     return out
 
 
@@ -88,12 +84,12 @@ def open_area(heat: Float[np.ndarray, "s s"], smallest: int) -> Float[np.ndarray
 def pixels(steps: Steps, mm2: float | None) -> int:
     """Least number of pixels that a component needs to stay; 0: all stay.
 
-    A component of exactly `smallest_mm2` stays.
+    A component of exactly `min_area_mm2` stays.
     """
     if mm2 is None:
-        return int(steps.smallest_pixels)
+        return int(steps.min_area_pixels)
     # 2 mm² of pixels of 0.1 mm² are 20, whatever rounding says
-    return math.ceil(steps.smallest_mm2 / mm2 - 1e-9)
+    return math.ceil(steps.min_area_mm2 / mm2 - 1e-9)
 
 
 def areas(records: Iterable[Record], size: int, fit: read.Mode) -> Iterator[float | None]:

@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 from medclip_jax import __version__, files
 from medclip_jax.clip import text_adapter
 from medclip_jax.clip.outputs import Features
-from medclip_jax.detectors import calibration, ensemble, map_filter, memory_bank
+from medclip_jax.detectors import calibration, ensemble, map_filter
 from medclip_jax.detectors.limits import Limits
 from medclip_jax.errors import WorkdirError
 from medclip_jax.features import cache
@@ -61,13 +61,10 @@ def write(
     """
     tensors = flatten(jax.tree.map(lambda x: np.asarray(x)[0], params), "params")
     if supports and remembers(c):
-        if c.memory.mirror:
-            tokens = memory_bank.mirrored(feature_cache, supports)
-        else:
-            (tokens,) = cache.load_images(feature_cache, supports, len(supports))
+        (tokens,) = cache.load_images(feature_cache, supports, len(supports))
         tensors |= flatten(tokens._replace(inputs=())._asdict(), "tokens")
     settings = json.loads(c.to_json_best_effort())
-    settings["distill"]["teacher"] = ""
+    settings["teacher"] = ""
     settings["cache"] = settings["data"]["root"] = ""  # where things lay is not needed
     raw = save({name: np.array(value, order="C") for name, value in tensors.items()})
     files.write_bytes(workdir / TENSORS, raw)
@@ -75,7 +72,7 @@ def write(
         "format": FORMAT,
         "medclip-jax": __version__,
         "checkpoint": feature_cache.clip.digest,
-        "language": text_adapter.digest(c.model.get("language", "")),
+        "language": text_adapter.digest(c.model.language),
         "supports": [r.sha256 for r in supports],
         "sha256": hashlib.sha256(raw).hexdigest(),
         "limits": {
@@ -133,7 +130,7 @@ def read(workdir: Path) -> Stored:
 
 def remembers(c) -> bool:
     """Whether scoring compares with the supports' own tokens."""
-    return c.method == "memory" or (c.method in ensemble.METHODS and "memory" in c.fusion.branches)
+    return c.method == "memory" or (c.method in ensemble.METHODS and "memory" in c.branches)
 
 
 def _finite(steps: map_filter.Steps) -> dict[str, float]:

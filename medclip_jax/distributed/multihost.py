@@ -29,11 +29,11 @@ LOST = ("gloo", "connection closed", "connection reset", "socket", "unavailable"
 
 
 def start(
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-    timeout: int,
-    heartbeat: int,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    timeout: int = 300,
+    heartbeat: int = 100,
 ) -> None:
     """Join the other processes of the run; call it once, before anything else touches JAX.
 

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medclip_jax import config_validation
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.catalog import PRESETS, RECIPES
 from medclip_jax.data.records import Record, Split
 from medclip_jax.data.synthetic_variants import Synthesis
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import cache, training_pool
+
+IMAGES = 32  # healthy images of each auxiliary data set
 
 
 class Other(NamedTuple):
@@ -30,11 +33,11 @@ class Other(NamedTuple):
 def read(c) -> tuple[Other, ...]:
     """The data sets that config.meta.data names, without the target.
 
-    config.meta.recipe decides on preprocessing. Where config.augment.elastic may not deform a
+    Each set takes the recipe of its own modality where the target has one. Where config.augment.elastic may not deform a
     modality, it is off for that data set and a warning says so. Raises ConfigError for an unknown
     name.
     """
-    _, strengths = augmentation.chosen(c.augment, c.data.modality)
+    _, strengths = augmentation.chosen(config_validation.augment(c), c.data.modality)
     return tuple(_other(given, c, strengths) for given in c.meta.data if given != c.data.name)
 
 
@@ -51,7 +54,7 @@ def _other(given: str, c, strengths: augmentation.Strengths) -> Other:
             c.data.modality,
         )
         preset = {n: c.data[n] for n in ("modality", "anatomy", "conditions")}
-    elif c.meta.recipe == "own":
+    elif recipe:
         recipe = RECIPES[name]
     if strengths.elastic and not augmentation.deforms(preset["modality"]):
         logging.warning(
@@ -68,9 +71,9 @@ def _other(given: str, c, strengths: augmentation.Strengths) -> Other:
 
 def records(other: Other, c, drawn: Split) -> tuple[Record, ...]:
     """Healthy images of a data set beside the target, none of them in the target's split."""
-    policy = (c.data.uncertain, c.data.blank)  # only CheXpert asks for it
+    policy = (c.data.uncertain, "negative")  # only CheXpert asks for it
     found = datasets.load(other.name, other.root, Path(c.cache), policy=policy)
-    return splits.healthy(found, drawn, c.meta.images, c.seed)
+    return splits.healthy(found, drawn, IMAGES, c.seed)
 
 
 def open_pools(

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
-from medclip_jax import build, score_fields
+from medclip_jax import build
 from medclip_jax.clip import vit
 from medclip_jax.clip.outputs import Features
 from medclip_jax.data import preprocessing
@@ -29,7 +28,6 @@ from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features.batch import Batch
 from medclip_jax.io import read as io_read
-from medclip_jax.learned_parts import refines
 from medclip_jax.models import anomaly_map, model
 from medclip_jax.synthesis import generate
 from medclip_jax.training import checkpoints, episodes, loop, maml, step
@@ -70,10 +68,10 @@ def load(workdir: Path) -> Start:
         raise WorkdirError(f"{workdir} holds no run ({error}): give one that was trained") from None
     if c.learner == "joint":
         raise ConfigError(f"{workdir} learned jointly: train one with --config.learner=maml")
-    tower = vit.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, refines(c))
+    tower = vit.load(c.clip.checkpoint, tuple(c.clip.layers), c.clip.dtype, c.model.refine)
     design, frozen = build.build(c, tower)
-    optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
-    copies = 1 + len(loop.folds(c.k, c.calibration.folds))
+    optimizer = loop.adam(c.learning_rate)
+    copies = 1 + len(loop.folds(c.k, build.FOLDS))
     manager = checkpoints.open(workdir)
     with checkpoints.finishing(manager):
         state = checkpoints.restore(manager, loop.start(c, tower, design, optimizer, copies))
@@ -84,8 +82,8 @@ def load(workdir: Path) -> Start:
 
 def prepare(c: ConfigDict, tower: vit.Clip, design: model.Design, frozen: dict, params) -> Start:
     """The same from a params at hand (a maml.MetaSGD if its rates were learned)."""
-    if score_fields.suppresses(c) or score_fields.tiles(c) > 1:
-        raise ConfigError("a site has no config.score.suppress and tiles: train without them")
+    if c.score.map_filter or c.score.tiles > 1:
+        raise ConfigError("a site has no config.score.map_filter and tiles: train without them")
     rate = None if isinstance(params, maml.MetaSGD) else c.meta.inner_rate
     inner = step.inner(c.learner, c.meta.adapt_steps, rate, rate is None)
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
@@ -110,7 +108,7 @@ def adapt(start: Start | Path, images: Sequence[Path]) -> Ready:
         raise ConfigError(f"{len(images)} images to adapt to: give {LEAST} or more")
     c, k = start.config, len(images)
     rows = altered_rows(start, images)
-    groups = loop.folds(k, c.calibration.folds)
+    groups = loop.folds(k, build.FOLDS)
     held = np.stack([np.isin(np.arange(k), g) for g in groups])  # [fold, image]
     own = np.concatenate([np.ones((1, k), bool), ~held])  # [copy, image]
     valid = np.tile(own, (1, len(rows.label) // k))

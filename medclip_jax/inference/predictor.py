@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
-from medclip_jax import build, score_fields
+from medclip_jax import build
 from medclip_jax.clip import text_adapter, vit
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors import (
@@ -30,7 +30,6 @@ from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features import cache, encoder
-from medclip_jax.learned_parts import refines
 from medclip_jax.models.anomaly_map import to_pixels
 
 
@@ -86,24 +85,24 @@ def load(workdir: Path) -> Trained:
             f"{workdir} holds the baseline {c.method}, which is made for comparison in tables and "
             "not kept for other images: train with method=ours"
         )
-    if score_fields.tiles(c) > 1:
+    if c.score.tiles > 1:
         raise ConfigError(
             f"{workdir} scores tiles (config.score.tiles), which --mode predict cannot: "
             "train with tiles=1"
         )
-    tower = vit.load(c.clip.checkpoint, tuple(c.clip.levels), c.clip.dtype, refines(c))
+    tower = vit.load(c.clip.checkpoint, tuple(c.clip.layers), c.clip.dtype, c.model.refine)
     if tower.digest != held.checkpoint:
         raise CheckpointError(
             f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
             f"({held.checkpoint}, not {tower.digest}): restore that one"
         )
-    if text_adapter.digest(c.model.get("language", "")) != held.language:
+    if text_adapter.digest(c.model.language) != held.language:
         raise CheckpointError(
             f"{workdir} was trained with another language adapter than {c.model.language} is now: "
             "restore that one"
         )
     mesh = sharding.mesh()
-    like = (tower, c.data.fit, c.cache_dtype, mesh, c.data.get("recipe", ""))
+    like = (tower, c.data.fit, c.clip.dtype, mesh, c.data.recipe)
     feature_cache = cache.open_cache(workdir, *like)
     keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
     readings = Readings(
@@ -133,7 +132,7 @@ def _detector(c, held: saved.Stored, tower: vit.Clip, readings: Readings) -> det
         name = name.removesuffix(ensemble.IMAGE_ONLY)
         if name == "memory":
             tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), held.tokens)
-            return memory_bank.remember(tokens, c.memory.coreset)
+            return memory_bank.remember(tokens, c.memory_coreset)
         if name == "zero_shot":
             design, frozen = build.build(c, tower, context=0)
             return zero_shot.zero_shot(params, frozen, design, tower, None)
@@ -141,7 +140,7 @@ def _detector(c, held: saved.Stored, tower: vit.Clip, readings: Readings) -> det
         return prompt_detector.learned(params, frozen, design, blank, [])
 
     if held.mix is None:
-        return branch(c.fusion.branches[0] if c.method in ensemble.METHODS else c.method)
+        return branch(c.branches[0] if c.method in ensemble.METHODS else c.method)
     nothing = ensemble.Evidence(
         np.zeros((1, rows)), np.zeros(1), np.zeros((1, 1, rows)), np.zeros((1, 1))
     )

@@ -24,7 +24,6 @@ from medclip_jax.data.records import Record
 from medclip_jax.detectors import saved
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import cache, training_pool
-from medclip_jax.learned_parts import refines
 from medclip_jax.models import model
 
 BATCH = 16  # images per call of the teacher's tower
@@ -39,24 +38,26 @@ class Teacher(NamedTuple):
 
 
 def load(c, tower: vit.Clip, test: Sequence[Record], build: Callable) -> Teacher:
-    """The teacher config.distill.teacher of a run with config `c`.
+    """The teacher config.teacher of a run with config `c`.
 
     tower: of the run. build: (config, tower) -> (model.Design, frozen), as train.build. Raises
     WorkdirError if the workdir holds no scorer, CheckpointError if its CLIP cannot be had,
     ConfigError if it cannot teach this run.
     """
-    workdir = Path(c.distill.teacher).expanduser()
+    workdir = Path(c.teacher).expanduser()
     held = saved.read(workdir)
     theirs = ConfigDict(held.config)
     refuse(workdir, theirs, held.params, c, test)
     other = tower
-    same = held.checkpoint == tower.digest and refines(theirs) == refines(c)
-    if not same or tuple(theirs.clip.levels) != tuple(c.clip.levels):
+    same = held.checkpoint == tower.digest and theirs.model.refine == c.model.refine
+    if not same or tuple(theirs.clip.layers) != tuple(c.clip.layers):
         checkpoint = theirs.clip.checkpoint
-        other = vit.load(checkpoint, tuple(theirs.clip.levels), theirs.clip.dtype, refines(theirs))
+        other = vit.load(
+            checkpoint, tuple(theirs.clip.layers), theirs.clip.dtype, theirs.model.refine
+        )
         if other.digest != held.checkpoint:
             raise ConfigError(
-                f"config.distill.teacher {workdir} was trained with another CLIP than {checkpoint} "
+                f"config.teacher {workdir} was trained with another CLIP than {checkpoint} "
                 f"is now ({held.checkpoint}, not {other.digest}): restore that one"
             )
     design, frozen = build(theirs, other)
@@ -74,7 +75,7 @@ def load(c, tower: vit.Clip, test: Sequence[Record], build: Callable) -> Teacher
 
 def refuse(workdir: Path, theirs: ConfigDict, params: Any, c, test: Sequence[Record]) -> None:
     """Raise ConfigError if this teacher cannot teach a run with config `c`."""
-    said = f"config.distill.teacher {workdir}"
+    said = f"config.teacher {workdir}"
     if not theirs.steps or "adapters" not in params:
         raise ConfigError(f"{said} learned nothing (method {theirs.method}): give a trained one")
     for name in ("name", "fit"):

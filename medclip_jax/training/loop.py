@@ -22,6 +22,13 @@ from medclip_jax.training import checkpoints, episodes, maml, metrics_log, valid
 from medclip_jax.training import step as training_step
 from medclip_jax.training.state import TrainState
 
+LOG_EVERY = 10  # steps
+
+
+def adam(learning_rate: float) -> optax.GradientTransformation:
+    """The optimiser of every run; its betas are those of the closest published code."""
+    return optax.adam(learning_rate, b1=0.5, b2=0.999)
+
 
 def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     """Train params, one copy on all supports and one per held-out fold, side by side on axis 0.
@@ -29,8 +36,10 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     The copies see the same schedule; copy 0 scores the test set, copy 1 + f scores fold f. The
     first pool holds the supports; learners other than joint end by adapting to them.
     """
-    inner = training_step.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
-    optimizer = optax.adam(c.optimizer.learning_rate, b1=c.optimizer.b1, b2=c.optimizer.b2)
+    inner = training_step.inner(
+        c.learner, c.meta.inner_steps, c.meta.inner_rate, c.learner == "meta_sgd"
+    )
+    optimizer = adam(c.learning_rate)
     state = sharding.replicate(start(c, tower, design, optimizer, 1 + len(groups)), mesh)
     if not c.steps:
         if sharding.is_main():
@@ -45,9 +54,8 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
             f"{workdir}: training stands at step {first} of {c.steps}; run --mode train first"
         )
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
-    if c.distill.teacher:
-        given = {name: c.distill[name] for name in losses.Distill._fields}
-        loss = partial(loss, distill=losses.Distill(**given))
+    if c.teacher:
+        loss = partial(loss, distill=losses.Distill(weight=c.loss.distill))
     joint = c.learner == "joint"
     copied = sharding.replicated(mesh)
     learnt = loss if joint else training_step.episodic(loss, inner)
@@ -71,8 +79,8 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
             state, parts = step(state, frozen, batch)
             if waiting is not None:  # one step late, so that the device never waits for the host
                 report(log, *waiting)
-            due = (i + 1) % c.log_every == 0 or i + 1 == c.steps
-            if judged and validation.due(i + 1, c.steps, c.validations, c.log_every):
+            due = (i + 1) % LOG_EVERY == 0 or i + 1 == c.steps
+            if judged and validation.due(i + 1, c.steps, c.validations, LOG_EVERY):
                 parts |= judged(adapted(state.params, frozen), frozen)
             waiting = (i + 1, parts) if due else None
             save = (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps
@@ -132,15 +140,15 @@ def told(asked) -> bool:
 def start(c, tower, design, optimizer, copies: int) -> TrainState:
     """Step 0; all copies of params are equal."""
     key = jax.random.key(c.seed)
-    tuned = c.model.get("language_tuned", False)
+    tuned = c.model.language_tuned
 
     def init(_):
         like = dict(context=c.prompts.context, shared=c.prompts.shared)
-        like["contrast"] = bool(c.loss.get("simclr", 0))  # absent in older workdirs
+        like["contrast"] = bool(c.loss.simclr)
         if tuned:
             like["language"] = text_adapter.load(c.model.language, tower.digest, tower.joint)
         params = model.init(key, model=tower, design=design, **like)
-        learned = c.learner != "joint" and c.meta.learn_rate
+        learned = c.learner == "meta_sgd"
         return maml.meta_sgd(params, c.meta.inner_rate) if learned else params
 
     params = jax.vmap(init)(jnp.arange(copies))
@@ -174,7 +182,7 @@ def reader(c, pools, groups, mesh) -> Callable[[int], Any]:
             c.batch,
         )
     episodes.check(pool.kinds)
-    sizes = dict(tasks=c.meta.tasks, k=c.k, shots=c.meta.shots, query=c.meta.query)
+    sizes = dict(tasks=c.meta.tasks, k=c.k, shots=c.meta.shots, query=c.meta.shots)
     return spread(
         lambda i, rows: training_step.episodes_at(i, pool, members, c.seed, rows, views, **sizes),
         c.meta.tasks,
