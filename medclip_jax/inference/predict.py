@@ -103,7 +103,7 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
     with objects as build, _threads() as pools:  # threads end first: they wait for objects
         with results.tables(table) as tell, runtime.sigterm() as asked, bar:
             shown = bar.add_task("predict", total=len(chosen))
-            reading = loading.prefetch(pools[0], chosen, model, output, stamp, asked)
+            reading = loading.ahead(pools[0], chosen, model, output, stamp, asked)
             writing: collections.deque[tuple[Job, Future | None]] = collections.deque()
 
             def full(most: int) -> bool:
