@@ -127,7 +127,7 @@ class World(NamedTuple):
 def world(base: Path) -> World:
     sys.path[:0] = [str(ROOT)]
     from medclip_jax.data import phantom
-    from tests.test_clip import tiny_checkpoint
+    from tests.support.checkpoints import tiny_checkpoint
 
     data = phantom.write_folder(base / "data", "ultrasound", 0, 64, 8, 6, 6)
     clip, *_ = tiny_checkpoint(base / "clip")

@@ -3,7 +3,7 @@
 OpenAI's ModifiedResNet (Radford et al. 2021): a stem of three convolutions, average pooling in
 place of strides, and an attention pool. Weights come under OpenAI's or open_clip's names
 (`visual.…`, see openclip.py); the sizes follow from the tensors. Equal to open_clip's module on
-random weights (tests/test_clip_resnet.py). The batch norms are those of inference, with their
+random weights (tests/clip/test_resnet.py). The batch norms are those of inference, with their
 running statistics.
 """
 

@@ -1,7 +1,7 @@
 """The frozen CLIP: image tower to tokens of every tapped level, text tower with learnable context.
 
 Both towers are plain functions over the parameters that `weights.read` loads; they equal
-transformers' FlaxCLIPModel (tests/test_clip.py). The image tower runs once per image and never
+transformers' FlaxCLIPModel (tests/clip/test_vit.py). The image tower runs once per image and never
 inside a gradient; the text tower runs in every training step, causal and cut after the last
 end-of-text token, since what comes later cannot change the result.
 """

@@ -1,0 +1,96 @@
+"""The table of a data set's problems."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from rich.console import Console
+
+from medclip_jax import main
+from medclip_jax.data import check
+from medclip_jax.errors import DataError
+from tests.support.folders import ROOT, png, write_busi, write_folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "mine")
+
+
+def table(name: str, root: Path, k: int = 4, **options) -> tuple[dict, str]:
+    """Rows by what they say, and the printed text."""
+    text = io.StringIO()
+    shown = Console(file=text, width=200)
+    rows = check.run(name, root, root.parent / "cache", k, console=shown, **options)
+    return {row.what: row for row in rows}, text.getvalue()
+
+
+def test_a_sound_folder(folder):
+    rows, text = table("folder", folder)
+    assert rows["train healthy"].images == 6 and rows["test healthy"].images == 6
+    assert rows["with mask"].images == 6 and "9 x 7" not in text and "7 x 9" in text
+    assert {row.state for row in rows.values()} == {"ok"}
+    assert not (folder.parent / "cache").exists()
+
+
+def test_what_is_worth_a_look(folder):
+    copied = (folder / "train" / "good" / "0.png").read_bytes()
+    (folder / "test" / "stain" / "0.png").write_bytes(copied)
+    array = np.asarray(PIL.Image.open(folder / "train" / "good" / "1.png"))
+    PIL.Image.fromarray(array // 2).save(folder / "test" / "good" / "1.png")
+    PIL.Image.fromarray(np.full((9, 7), 8, np.uint8)).save(folder / "test" / "good" / "2.png")
+    PIL.Image.fromarray(array // 32).save(folder / "test" / "stain" / "3.png")
+    rows, _ = table("folder", folder)
+    look = {what: row.images for what, row in rows.items() if row.state == "look"}
+    assert look == {
+        "exact duplicate across the split": 1,
+        "near-duplicate across the split": 2,
+        "near-duplicates that contradict": 5,
+        "constant image": 1,
+        "contrast below 0.1": 1,
+    }
+    clean, _ = table("folder", folder, kind="clean")
+    assert not [what for what in clean if "across" in what]
+
+
+def test_what_cannot_be_used_is_all_in_one_table(folder):
+    (folder / "ground_truth" / "crack" / "1_mask.png").unlink()
+    png(folder / "ground_truth" / "crack" / "3_mask.png", 0, size=(5, 4), mask=True)
+    (folder / "test" / "good" / "[0].png").write_bytes(b"no image")
+    text = io.StringIO()
+    with pytest.raises(DataError, match=r"cannot be used: mend the 5 problem\(s\) of the table"):
+        shown = Console(file=text, width=300)
+        check.run("folder", folder, folder.parent, 8, console=shown)
+    for words in ("1.png has no mask", "is 4 x 5 pixels", "[0].png", "K = 8"):
+        assert words in text.getvalue()
+
+
+def test_folder_without_test_part(folder):
+    (folder / "test").rename(folder.parent / "test")
+    (folder / "ground_truth").rename(folder.parent / "truth")
+    rows, _ = table("folder", folder)
+    assert rows["test set"].state == "look" and "no folder test" in rows["test set"].detail
+
+
+def test_long_lists_are_cut(tmp_path):
+    root = write_busi(tmp_path / "busi")
+    for n in range(30, 45):
+        png(root / "benign" / f"benign ({n}).png", n)
+    text = io.StringIO()
+    with pytest.raises(DataError, match="15 problem"):
+        check.run("busi", root, tmp_path, 4, pool_size=8, console=Console(file=text, width=200))
+    assert text.getvalue().count("has no mask") == 10 and "more" in text.getvalue()
+
+
+def test_mode_check_needs_no_workdir(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MEDCLIP_CACHE", str(tmp_path / "cache"))
+    argv = ["main", f"--config=configs/folder.py:k=4,root={folder}", "--mode=check"]
+    assert main.main(argv) == 0
+    assert "train healthy" in capsys.readouterr().out
+    (folder / "test" / "good" / "0.png").write_bytes(b"no image")
+    assert main.main(argv) == 2
+    held = capsys.readouterr()
+    assert "stop" in held.out and held.err.count("cannot be used") == 1

@@ -1,0 +1,131 @@
+"""CheXpert's layout and label policy, on a folder that the test writes in that layout."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from medclip_jax.data import chexpert, datasets, splits
+from medclip_jax.data.chexpert import COLUMNS, FINDINGS, Policy
+from medclip_jax.errors import ConfigError, DataError
+from tests.support.folders import png
+
+OTHERS = ("Sex", "Age", "AP/PA", "Support Devices")
+
+
+def row(patient: int, view: str = "Frontal", part: str = "train", **labels: str) -> dict:
+    path = f"CheXpert-v1.0-small/{part}/patient{patient:05d}/study1/view1_{view.lower()}.jpg"
+    labels = {name.replace("_", " "): value for name, value in labels.items()}
+    return {"Path": path, "Frontal/Lateral": view} | labels
+
+
+def write(root: Path, name: str, rows: list[dict], columns=(*COLUMNS, *OTHERS)) -> None:
+    for n, held in enumerate(rows):
+        png(root / held["Path"].partition("/")[2], n + 100 * (name == "valid"))
+    with (root / f"{name}.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+
+
+TRAIN = [
+    *(row(n, No_Finding="1.0") for n in range(6)),
+    row(6, No_Finding="1.0", Support_Devices="1.0"),  # a device is no finding
+    row(7, No_Finding="1.0", Edema="-1.0"),
+    row(8, Edema="1.0", Pneumonia="-1.0"),
+    row(9, Pneumonia="-1.0"),
+    row(10, Support_Devices="1.0"),  # nothing said of health
+    row(11, view="Lateral", No_Finding="1.0"),
+    row(20, No_Finding="1.0"),  # whose other film is in valid.csv
+    row(12, No_Finding="1.0", **dict.fromkeys(FINDINGS, "0.0")),
+]
+ZERO = dict.fromkeys(FINDINGS, "0.0")
+VALID = [
+    row(20, part="valid", No_Finding="1.0", **ZERO),
+    row(21, part="valid", No_Finding="1.0", **ZERO),
+    row(22, part="valid", No_Finding="0.0", **(ZERO | {"Cardiomegaly": "1.0"})),
+    row(23, part="valid", No_Finding="0.0", **ZERO),
+]
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    place = tmp_path / "data" / "CheXpert-v1.0-small"
+    place.mkdir(parents=True)
+    write(place, "train", TRAIN)
+    write(place, "valid", VALID)
+    return place
+
+
+def held(root: Path, policy=chexpert.DEFAULT) -> tuple[set[int], set[int]]:
+    """Patients of the train part by label."""
+    listed = [e for e in chexpert.layout(root, policy).examples if e.part == "train"]
+    return tuple({int(e.patient[-5:]) for e in listed if e.label == label} for label in (0, 1))
+
+
+@pytest.mark.parametrize(
+    "policy, healthy, abnormal",
+    [
+        (Policy(), {0, 1, 2, 3, 4, 5, 6, 12, 20}, {8}),
+        (Policy("positive"), {0, 1, 2, 3, 4, 5, 6, 12, 20}, {7, 8, 9}),
+        (Policy("negative"), {0, 1, 2, 3, 4, 5, 6, 7, 12, 20}, {8}),
+        (Policy("exclude", "exclude"), {12}, {8}),
+    ],
+)
+def test_policies(root, policy, healthy, abnormal):
+    assert held(root, policy) == (healthy, abnormal)
+
+
+def test_records_and_split_by_patient(root, tmp_path):
+    cache = tmp_path / "cache"
+    records = datasets.load("chexpert", root.parent, cache)
+    assert all(r.id.endswith("frontal.jpg") for r in records)
+    assert {r.patient for r in records if r.part == "test"} == {
+        f"patient{n:05d}" for n in (20, 21, 22)
+    }
+    for kind in splits.KINDS:
+        drawn = splits.split(records, 6, 0, kind=kind)
+        assert not splits.patients(drawn.support) & splits.patients(drawn.test)
+        assert [r.label for r in drawn.test] == [0, 0, 1]
+        with pytest.raises(ConfigError, match="give K from 0 to 8"):  # patient 20 is out
+            splits.split(records, 9, 0, kind=kind)
+    more = datasets.load("chexpert", root, cache, policy=("positive", "negative"))
+    assert sum(r.label for r in more) == sum(r.label for r in records) + 2
+
+
+def test_missing_column_is_named(root):
+    write(root, "valid", VALID, [c for c in COLUMNS if c != "Edema"])
+    with pytest.raises(DataError, match=r"valid\.csv has no column 'Edema': give the table"):
+        chexpert.layout(root)
+
+
+def test_row_without_file_is_named(root, tmp_path):
+    (root / "train" / "patient00003" / "study1" / "view1_frontal.jpg").unlink()
+    with pytest.raises(DataError, match=r"train\.csv names 1 image.*patient00003.* in line 5"):
+        datasets.load("chexpert", root, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"Edema": "maybe"}, r"'maybe' in line 2 where a label is 1, 0, -1"),
+        ({"Path": "../../etc/train/passwd"}, "is no path of CheXpert"),
+        ({"Path": "elsewhere.jpg"}, "is no path of CheXpert"),
+    ],
+)
+def test_rows_that_are_none(root, change, said):
+    rows = [TRAIN[0] | change]
+    with (root / "train.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, (*COLUMNS, *OTHERS), restval="")
+        table.writeheader()
+        table.writerows(rows)
+    with pytest.raises(DataError, match=said):
+        chexpert.layout(root)
+
+
+def test_unknown_policy_and_missing_set(root, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.data\.uncertain"):
+        chexpert.layout(root, Policy("perhaps"))
+    (root / "valid.csv").unlink()
+    with pytest.raises(DataError, match=r"no CheXpert below .*valid\.csv"):
+        datasets.load("chexpert", root, tmp_path)

@@ -1,0 +1,291 @@
+"""Preparing data sets, what is refused, downloads: on folders the tests make."""
+
+import functools
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from medclip_jax.data import datasets, layouts, tfds_builders
+from medclip_jax.errors import ConfigError, DataError, WorkdirError
+from tests.support.folders import ROOT, png, write_busi, write_folder
+
+
+@pytest.fixture
+def busi(tmp_path) -> Path:
+    return write_busi(tmp_path / "data" / "Dataset_BUSI_with_GT")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "mine")
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def no_named_root(monkeypatch):
+    monkeypatch.delenv("MEDCLIP_DATA", raising=False)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_missing_root_says_where_and_what_to_do(tmp_path, cache):
+    for name in ("busi", "folder"):
+        with pytest.raises(DataError, match=r"nowhere.*--config\.data\.root or \$MEDCLIP_DATA"):
+            datasets.load(name, tmp_path / "nowhere", cache)
+        with pytest.raises(DataError, match=r"--config\.data\.root or \$MEDCLIP_DATA"):
+            datasets.load(name, tmp_path, cache)
+    with pytest.raises(DataError, match="no folder was named"):
+        datasets.load("folder", None, cache)
+    with pytest.raises(ConfigError, match="give one of busi, folder"):
+        datasets.load("bussi", tmp_path, cache)
+
+
+def test_busi_missing_and_orphan_masks_are_listed_together(busi, cache):
+    (busi / "benign" / "benign (3)_mask.png").unlink()
+    (busi / "malignant" / "malignant (2).png").unlink()
+    (busi / "normal" / "normal (4)_mask.png").unlink()  # nothing to mask there
+    (busi / "normal" / "notes.txt").touch()
+    with pytest.raises(DataError) as caught:
+        datasets.load("busi", busi, cache)
+    message = str(caught.value)
+    assert "has 3 problem(s)" in message
+    assert "benign/benign (3).png has no mask benign (3)_mask.png" in message
+    assert "mask malignant/malignant (2)_mask.png has no image" in message
+    assert "normal/notes.txt has the suffix '.txt'" in message
+
+
+def test_folder_problems_are_listed_together(folder, cache):
+    (folder / "ground_truth" / "crack" / "1_mask.png").unlink()
+    (folder / "test" / "crack" / "2.png").unlink()
+    png(folder / "ground_truth" / "dent" / "0_mask.png", 0, mask=True)
+    png(folder / "train" / "bad" / "0.png", 0)
+    png(folder / "ground_truth" / "crack" / "3_mask.png", 0, size=(5, 4), mask=True)
+    (folder / "test" / "good" / "0.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        datasets.load("folder", folder, cache, k=8)
+    message = str(caught.value)
+    for words in (
+        "test/crack/1.png has no mask ground_truth/crack/1_mask.png",
+        "mask ground_truth/crack/2_mask.png has no image",
+        "mask ground_truth/dent/0_mask.png has no image",
+        "only train/good is trained on",
+        "only 6 healthy images where K = 8",
+        "3_mask.png is 4 x 5 pixels but its image is 7 x 9",
+        "test/good/0.png is empty or is not a PNG",
+    ):
+        assert words in message
+
+
+def test_files_that_do_not_decode_are_listed_before_anything_runs(folder, cache):
+    (folder / "test" / "good" / "0.png").write_bytes(b"no image")
+    whole = (folder / "test" / "good" / "1.png").read_bytes()
+    (folder / "test" / "good" / "1.png").write_bytes(whole[:50])
+    png(folder / "ground_truth" / "crack" / "3_mask.png", 0, size=(5, 4), mask=True)
+    with pytest.raises(DataError) as caught:
+        datasets.load("folder", folder, cache)
+    message = str(caught.value)
+    assert "has 3 problem(s)" in message and "not a PNG" in message and "truncated" in message
+    assert "3_mask.png is 4 x 5 pixels but its image is 7 x 9" in message
+
+
+def test_at_most_ten_problems_are_spelled_out(busi, cache):
+    for path in [*busi.glob("*ign*/*_mask.png")]:
+        path.unlink()
+    for n in range(10, 15):
+        png(busi / "benign" / f"benign ({n}).png", n)
+    (busi / "benign" / "benign (2)_mask_1.png").unlink()
+    with pytest.raises(DataError, match=r"has 13 problem\(s\).*; and 3 more") as caught:
+        datasets.load("busi", busi, cache)
+    assert str(caught.value).count("has no mask") == 10
+
+
+def test_file_name_that_is_no_text(folder, cache):
+    odd = os.fsencode(folder / "train" / "good") + b"/\xff.png"
+    os.rename(folder / "train" / "good" / "0.png", odd)
+    with pytest.raises(DataError, match="not a UTF-8 file name"):
+        datasets.load("folder", folder, cache)
+
+
+def test_cache_that_cannot_be_written(busi, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkdirError, match="give another cache folder"):
+        datasets.load("busi", busi, tmp_path / "file" / "cache")
+
+
+# ---------------------------------------------------------------- preparation
+
+
+def test_changed_data_are_prepared_anew(busi, cache):
+    before = datasets.load("busi", busi, cache)
+    assert datasets.load("busi", busi, cache) == before
+    path = busi / "normal" / "normal (1).png"
+    stat = path.stat()
+    path.write_bytes(path.read_bytes() + b"\0")  # other size, same time
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    grown = datasets.load("busi", busi, cache)
+    assert [a.id for a, b in zip(before, grown, strict=True) if a != b] == ["normal/normal (1).png"]
+    png(path, 12345)  # other time
+    changed = datasets.load("busi", busi, cache)
+    assert changed[-12].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    png(busi / "normal" / "normal (13).png", 13)
+    assert len(datasets.load("busi", busi, cache)) == 21
+    (busi / "normal" / "normal (13).png").unlink()
+    assert len(datasets.load("busi", busi, cache)) == 20
+    (busi / "benign" / "benign (2)_mask_1.png").unlink()
+    assert len(datasets.load("busi", busi, cache)[1].masks) == 1
+
+
+def test_prepared_data_are_not_decoded_again(busi, cache, monkeypatch):
+    first = datasets.load("busi", busi, cache)
+    monkeypatch.setattr(datasets.read, "read", lambda path: pytest.fail("read again"))
+    assert datasets.load("busi", busi, cache) == first
+
+
+def run(code: str, *arguments, check=True) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=60,
+    )
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from medclip_jax.data import datasets
+assert "tensorflow_datasets" not in sys.modules, "slow import at the top"
+print(len(datasets.load("busi", Path(sys.argv[1]), Path(sys.argv[2]))))
+assert "tensorflow_datasets" in sys.modules
+assert not {"tensorflow", "torch"} & set(sys.modules)
+"""
+
+DIE = """
+import os, sys
+from pathlib import Path
+from medclip_jax.data import datasets, tfds_builders
+tfds_builders._sha256 = lambda path: os._exit(9) if path.name == "normal (5).png" else "0"
+datasets.load("busi", Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_no_tensorflow_and_no_chatter(busi, cache):
+    done = run(LOAD, busi, cache)
+    assert done.stdout == "20\n" and done.stderr == ""
+
+
+def test_preparing_leaves_nothing_in_the_temporary_folder(folder, cache, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    assert len(datasets.load("folder", folder, cache)) == 24
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_killed_preparation_is_not_taken_for_whole(busi, cache):
+    assert run(DIE, busi, cache, check=False).returncode == 9
+    assert any(cache.rglob("*"))
+    records = datasets.load("busi", busi, cache)
+    assert len(records) == 20 and all(len(r.sha256) == 64 for r in records)
+
+
+def test_what_killed_preparations_left_is_swept_when_it_is_a_day_old(busi, cache):
+    assert run(DIE, busi, cache, check=False).returncode == 9
+    (left,) = cache.rglob("incomplete.*")
+    young = left.with_name("incomplete.YOUNG0_1.1.0")
+    young.mkdir()  # may be another process's, at work now
+    os.utime(left, (0, 0))
+    assert len(datasets.load("busi", busi, cache)) == 20
+    assert not left.exists() and young.is_dir()
+
+
+def test_the_slower_of_two_preparations_takes_the_quicker_one(busi, cache, monkeypatch):
+
+    layout = layouts.busi(busi)
+    hashed = tfds_builders._sha256
+
+    def overtaken(path):
+        monkeypatch.setattr(tfds_builders, "_sha256", hashed)
+        tfds_builders.records("busi", layout, cache)
+        return hashed(path)
+
+    monkeypatch.setattr(tfds_builders, "_sha256", overtaken)
+    assert len(tfds_builders.records("busi", layout, cache)) == 20
+
+
+def test_builders_say_where_they_come_from(tmp_path):
+
+    info = tfds_builders.Busi(data_dir=str(tmp_path)).info
+    assert "104863" in info.citation and "CC BY 4.0" in info.description
+    assert info.homepage.startswith("https://scholar.cu.edu.eg/") and info.release_notes
+    assert tfds_builders.FolderAD(data_dir=str(tmp_path)).info.citation
+
+
+# ---------------------------------------------------------------- download
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server on this machine in place of the official one; yields (folder, requests)."""
+
+    (tmp_path / "web").mkdir()
+    asked = []
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            asked.append(self.path)
+
+    handler = functools.partial(Quiet, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{running.server_port}/Dataset_BUSI.zip"
+        monkeypatch.setattr(tfds_builders, "BUSI_URL", url)
+        yield tmp_path / "web", asked
+        running.shutdown()
+
+
+def test_busi_is_downloaded_once(busi, cache, server):
+    web, asked = server
+    with zipfile.ZipFile(web / "Dataset_BUSI.zip", "w") as archive:
+        for path in busi.rglob("*.png"):
+            archive.write(path, path.relative_to(busi.parent))
+    first = datasets.load("busi", None, cache)
+    assert [r.id for r in first] == [r.id for r in datasets.load("busi", busi, cache)]
+    assert all(r.path.is_relative_to(cache) for r in first)
+    assert datasets.load("busi", None, cache) == first and len(asked) == 1
+
+
+def test_builder_downloads_by_itself(busi, cache, server):
+
+    web, _ = server
+    with zipfile.ZipFile(web / "Dataset_BUSI.zip", "w") as archive:
+        for path in busi.rglob("*.png"):
+            archive.write(path, path.relative_to(busi.parent))
+    builder = tfds_builders.Busi(data_dir=str(cache))
+    builder.download_and_prepare()
+    source = builder.as_data_source(split="full")
+    assert len(source) == 20 and {row["label"] for row in source} == {0, 1}
+
+
+def test_failed_and_broken_downloads_say_how_to_fetch_by_hand(cache, server):
+    web, _ = server
+    with pytest.raises(DataError, match=r"could not be downloaded.*fetch it by hand.*data\.root"):
+        datasets.load("busi", None, cache)
+    (web / "Dataset_BUSI.zip").write_bytes(b"<html>moved</html>")
+    for _ in range(2):  # the broken archive is not kept
+        with pytest.raises(DataError, match=r"broken archive.*fetch it by hand"):
+            datasets.load("busi", None, cache)

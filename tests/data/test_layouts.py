@@ -1,0 +1,181 @@
+"""The layouts of the shipped data sets: on folders the tests make, and on the real ones."""
+
+import hashlib
+import runpy
+from pathlib import Path
+
+import pytest
+
+from medclip_jax.data import datasets, layouts, splits
+from medclip_jax.data.catalog import ABOUT, PRESETS
+from medclip_jax.errors import DataError
+from tests.support.folders import ROOT, real, write_brain, write_busi, write_chest, write_folder
+
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture
+def busi(tmp_path) -> Path:
+    return write_busi(tmp_path / "data" / "Dataset_BUSI_with_GT")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "mine")
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def no_named_root(monkeypatch):
+    monkeypatch.delenv("MEDCLIP_DATA", raising=False)
+
+
+@pytest.fixture
+def brain(tmp_path) -> Path:
+    return write_brain(tmp_path / "data" / "brain_mri")
+
+
+@pytest.fixture
+def chest(tmp_path) -> Path:
+    return write_chest(tmp_path / "data" / "chest_xray")
+
+
+def test_busi_records(busi, cache):
+    records = datasets.load("busi", busi, cache)
+    assert [r.id for r in records[:6]] == [f"benign/benign ({n}).png" for n in range(1, 6)] + [
+        "malignant/malignant (1).png"
+    ]
+    assert records[-1].id == "normal/normal (12).png"  # natural order: 12 after 2
+    assert [sum(r.label == label for r in records) for label in (0, 1)] == [12, 8]
+    assert all(r.part == "" and r.path.is_file() and r.path.is_absolute() for r in records)
+    two = records[1]
+    assert [m.name for m in two.masks] == ["benign (2)_mask.png", "benign (2)_mask_1.png"]
+    assert all(r.sha256 == hashlib.sha256(r.path.read_bytes()).hexdigest() for r in records)
+
+
+def test_busi_is_found_one_or_two_levels_below(busi, cache):
+    (busi.parent / "busi").mkdir()
+    expected = datasets.load("busi", busi, cache)
+    assert datasets.load("busi", busi.parent, cache) == expected
+    busi.rename(busi.parent / "busi" / busi.name)
+    above = datasets.load("busi", busi.parent, cache)
+    assert [r.id for r in above] == [r.id for r in expected]
+
+
+def test_root_from_the_environment(busi, cache, monkeypatch):
+    monkeypatch.setenv("MEDCLIP_DATA", str(busi))
+    assert datasets.load("busi", None, cache) == datasets.load("busi", busi, cache)
+
+
+def test_folder_records(folder, cache):
+    records = datasets.load("folder", folder, cache)
+    rows = {r.id: (r.label, r.part, len(r.masks)) for r in records}
+    assert len(rows) == 24
+    assert rows["train/good/3.png"] == (0, "train", 0)
+    assert rows["test/good/3.png"] == (0, "test", 0)
+    assert rows["test/crack/3.png"] == (1, "test", 1)
+    assert rows["test/stain/3.png"] == (1, "test", 0)
+
+
+def test_natural_order_is_total_and_numeric():
+    names = ["b2", "a10", "a2", "a02", "10", "9", "a", ""]
+    assert sorted(names, key=layouts.natural) == ["", "9", "10", "a", "a02", "a2", "a10", "b2"]
+
+
+def test_brain_mri_records(brain, cache):
+    records = datasets.load("brain_mri", brain, cache)
+    rows = {r.id: (r.label, r.part, r.masks) for r in records}
+    assert rows["no/3 no.jpg"] == (0, "", ()) and rows["yes/Y3.JPG"] == (1, "", ())
+    drawn = splits.split(records, 2, 0, pool_size=4)
+    assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == [2, 6]
+    assert all(r.label == 0 for r in drawn.support)
+
+
+def test_chest_xray_supports_come_from_train_and_test_is_the_archives(chest, cache):
+    records = datasets.load("chest_xray", chest, cache)
+    drawn = splits.split(records, 4, 0)
+    assert {r.path.parent for r in drawn.support} == {chest / "train" / "NORMAL"}
+    assert sorted(r.id.rpartition("/")[0] for r in drawn.test) == (
+        ["test/NORMAL"] * 4 + ["test/PNEUMONIA"] * 4
+    )
+
+
+@pytest.mark.parametrize(
+    "name, inner", [("brain_mri", "brain_tumor_dataset"), ("chest_xray", "chest_xray")]
+)
+def test_root_may_stand_one_or_two_levels_above(name, inner, brain, chest):
+    place = {"brain_mri": brain, "chest_xray": chest}[name]
+    listed = datasets.LAYOUTS[name](place).examples
+    assert datasets.LAYOUTS[name](place.parent).examples == listed
+    place.rename(place.parent / "aside")
+    (place.parent / name).mkdir()
+    (place.parent / "aside").rename(place.parent / name / inner)
+    for root in (place.parent / name, place.parent):
+        assert datasets.LAYOUTS[name](root) == (place.parent / name / inner, listed, ())
+
+
+@pytest.mark.parametrize("name", ["brain_mri", "chest_xray"])
+def test_missing_sets_say_where_they_come_from(name, tmp_path, cache):
+    with pytest.raises(DataError, match=rf"below {tmp_path}.*{name}.*data\.root"):
+        datasets.load(name, tmp_path, cache)
+    with pytest.raises(DataError, match=r"no folder was named.*https://.*unpack"):
+        datasets.load(name, None, cache)
+
+
+def test_builders_ask_for_a_download_by_hand(brain, chest, tmp_path):
+    from medclip_jax.data import tfds_builders
+
+    info = tfds_builders.BrainMri(data_dir=str(tmp_path / "a")).info
+    assert ABOUT["brain_mri"].licence in info.redistribution_info.license and info.citation
+    for name, place, count in (("brain_mri", brain, 12), ("chest_xray", chest, 13)):
+        builder = tfds_builders.BUILDERS[name](data_dir=str(tmp_path / "a"))
+        assert "unpack" in builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        manual = tfds_builders.tfds.download.DownloadConfig(manual_dir=str(place))
+        builder.download_and_prepare(download_config=manual)
+        assert len(builder.as_data_source(split="full")) == count
+
+
+@pytest.mark.parametrize("name", ["busi", "brain_mri", "chest_xray", "phantom"])
+def test_config_files_take_their_texts_from_the_presets(name):
+    c = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]("k=4,root=/data")
+    assert (c.k, c.data.root) == (4, "/data")
+    assert c.data.name in (*datasets.LAYOUTS, *datasets.PHANTOMS)
+    for field, value in PRESETS[c.data.name].items():
+        assert c.data[field] == value
+
+
+def test_every_data_set_has_its_texts():
+    from medclip_jax.data import tfds_builders
+
+    assert set(datasets.LAYOUTS) == set(tfds_builders.BUILDERS) == set(ABOUT)
+    assert set(PRESETS) == (set(datasets.LAYOUTS) - {"folder"}) | set(datasets.PHANTOMS)
+
+
+@pytest.mark.parametrize(
+    "name, pool, test", [("brain_mri", 98, [66, 155]), ("chest_xray", 64, [234, 390])]
+)
+def test_real_counts(name, pool, test, cache):
+    records = datasets.load(name, real(name), cache)
+    assert sum(r.label == 0 and r.part != "test" for r in records) == pool
+    for k in (4, 32):
+        drawn = splits.split(records, k, seed=0)
+        assert len(drawn.support) == k
+        assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == test
+
+
+def test_real_busi_counts(cache):
+    records = datasets.load("busi", real("busi"), cache)
+    kinds = [r.id.split("/")[0] for r in records]
+    counts = {kind: kinds.count(kind) for kind in layouts.BUSI_LABELS}
+    assert counts == {"benign": 437, "malignant": 210, "normal": 133}
+    assert sum(len(r.masks) for r in records) == 798
+    for k in (4, 32):
+        drawn = splits.split(records, k, seed=0)
+        assert len(drawn.support) == k
+        assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == [101, 647]
+    twins = {r.id for r in records if r.sha256 == records[432].sha256}
+    assert twins == {"benign/benign (433).png", "malignant/malignant (145).png"}

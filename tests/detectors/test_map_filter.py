@@ -1,0 +1,168 @@
+"""Outlier suppression: known specks go, known lesions stay, supports are treated alike."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from medclip_jax import config
+from medclip_jax.detectors import calibration, map_filter
+from medclip_jax.errors import ConfigError
+from medclip_jax.evaluation import evaluate
+from medclip_jax.features import cache
+from medclip_jax.io.image import Image
+from medclip_jax.models import anomaly_map
+from tests.support.pictures import write_pictures
+from tests.support.scenes import SETTINGS
+
+OFF = map_filter.Steps()
+
+
+def speckled(size=40):
+    """Ground 1, a lesion of 8 x 8 at 5, and specks of 1, 2 and 6 pixels at 9."""
+    heat = np.ones((1, size, size), np.float32)
+    heat[0, 4:12, 4:12] = 5
+    heat[0, 30, 30] = heat[0, 20, 4] = heat[0, 21, 5] = 9
+    heat[0, 30:33, 10:12] = 9
+    return heat
+
+
+def test_off_changes_nothing():
+    heat = np.random.default_rng(0).normal(size=(3, 20, 20)).astype(np.float32)
+    np.testing.assert_array_equal(map_filter.treat(heat, OFF, [None, 1.0, 0.5]), heat)
+    learned = map_filter.learn(config.base().score.suppress.to_dict(), heat)
+    assert learned.steps == OFF
+    np.testing.assert_array_equal(learned.supports, heat)
+
+
+def test_the_median_removes_single_pixels_and_keeps_edges():
+    got = map_filter.treat(speckled(), OFF._replace(median=3))[0]
+    assert got[30, 30] == 1 and got[20, 4] == 1
+    assert got[5:11, 5:11].min() == 5 and got[:, 20].max() == 1
+
+
+@pytest.mark.parametrize("smallest, left", [(1, 3), (2, 2), (3, 1), (6, 1), (7, 0)])
+def test_components_under_the_area_go(smallest, left):
+    """Corners connect: (20, 4) and (21, 5) are one speck of two pixels."""
+    heat = speckled()
+    got = map_filter.treat(heat, OFF._replace(smallest_pixels=smallest))
+    specks = [got[0, 30, 30] == 9, got[0, 20, 4] == 9, got[0, 31, 10] == 9]
+    assert sum(specks) == left
+    lesion = np.s_[0, 4:12, 4:12]
+    np.testing.assert_array_equal(got[lesion], heat[lesion])
+    assert set(np.unique(got)) <= {1, 5, 9}
+
+
+def test_a_speck_on_a_lesion_is_lowered_to_the_lesion():
+    heat = np.ones((1, 20, 20), np.float32)
+    heat[0, 5:15, 5:15] = 4
+    heat[0, 8, 8] = 9
+    got = map_filter.treat(heat, OFF._replace(smallest_pixels=5))
+    assert got[0, 8, 8] == 4 and got.max() == 4 and (got == 4).sum() == 100
+
+
+def test_the_area_is_in_square_millimetres_where_the_spacing_is_known():
+    steps = OFF._replace(smallest_mm2=2.0, smallest_pixels=7)
+    assert map_filter.pixels(steps, 0.1) == 20 and map_filter.pixels(steps, 0.3) == 7
+    assert map_filter.pixels(steps, 2.0) == 1 and map_filter.pixels(steps, None) == 7
+    # 6 pixels of 0.5 mm² are 3 mm², of 0.25 mm² they are 1.5 mm²
+    coarse, fine = map_filter.treat(np.repeat(speckled(), 2, 0), steps, [0.5, 0.25])
+    assert coarse[31, 10] == 9 and coarse[30, 30] == 1  # 0.5 mm²
+    assert fine[31, 10] == 1 and fine[5, 5] == 5  # 16 mm²
+
+
+@pytest.mark.parametrize("fit, wanted", [("stretch", 0.5 * 30 / 60 * 0.2), ("pad", 0.5 * 0.2)])
+def test_a_pixel_of_the_frame_covers_what_it_covered(fit, wanted):
+    """An image of 30 x 60 pixels of 0.5 x 0.2 mm in a frame of 60."""
+    assert map_filter.area((0.5, 0.2), 30, 60, 60, fit) == pytest.approx(wanted)
+    assert map_filter.area(None, 30, 60, 60, fit) is None
+
+
+def test_areas_read_the_images(tmp_path, monkeypatch):
+    records = write_pictures(tmp_path, 2)
+    assert list(map_filter.areas(records, 32, "stretch")) == [None, None]
+    made = Image(np.zeros((1, 30, 40), np.float32), (0.4, 0.8), {})
+    monkeypatch.setattr(map_filter.read, "read", lambda path: made)
+    assert list(map_filter.areas(records[:1], 20, "stretch")) == [pytest.approx(0.6 * 1.6)]
+
+
+def test_smoothing_keeps_the_sum_and_lowers_the_peak():
+    heat = np.zeros((1, 41, 41), np.float32)
+    heat[0, 20, 20] = 1
+    got = map_filter.treat(heat, OFF._replace(sigma=2.0))
+    assert got.sum() == pytest.approx(1, abs=1e-4)
+    assert got.max() == pytest.approx(1 / (2 * math.pi * 4), rel=0.02)
+
+
+def test_the_clip_is_learned_from_the_treated_supports():
+    heat = np.random.default_rng(1).normal(size=(4, 30, 30)).astype(np.float32)
+    fields = config.base().score.suppress.to_dict() | {"sigma": 1.0, "floor": 0.2, "ceiling": 0.99}
+    made = map_filter.learn(fields, heat)
+    smooth = map_filter.treat(heat, OFF._replace(sigma=1.0))
+    assert made.steps.floor == pytest.approx(np.quantile(smooth, 0.2))
+    assert made.steps.ceiling == pytest.approx(np.quantile(smooth, 0.99))
+    # supports and new images go the same way
+    np.testing.assert_array_equal(made.supports, map_filter.treat(heat, made.steps))
+    low, high = np.float32(made.steps.floor), np.float32(made.steps.ceiling)
+    assert made.supports.min() == low and made.supports.max() == high
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"median": 4}, "median is 4: give an odd number"),
+        ({"median": -1}, "median is -1"),
+        ({"floor": 0.99, "ceiling": 0.985}, "give a lower floor"),
+        ({"ceiling": 0.98}, "no pixel could be abnormal"),
+        ({"sigma": float("nan")}, "sigma is nan"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, said):
+    c = config.base("k=4")
+    c.score.suppress.update(changes)
+    with pytest.raises(ConfigError, match=said):
+        config.resolve(c)
+
+
+def test_a_clip_needs_supports():
+    c = config.base("k=0")
+    c.score.suppress.floor = 0.5
+    with pytest.raises(ConfigError, match="quantiles of supports and config.k is 0"):
+        config.resolve(c)
+
+
+def test_the_peer_preset_switches_it_off():
+    c = config.base("k=4,method=mediclip")
+    c.score.suppress.sigma = 2.0
+    assert config.resolve(c).score.suppress.to_dict() == config.base().score.suppress.to_dict()
+
+
+def test_thresholds_come_from_supports_treated_the_same(scene):  # noqa: F811
+    feature_cache, supports, test, made = scene
+    plain = evaluate.score_images(made, feature_cache, test, **SETTINGS)
+    maps = np.asarray(anomaly_map.to_pixels(jax.numpy.asarray(made.held_out), 32))
+    fields = config.base().score.suppress.to_dict() | {"sigma": 3.0, "smallest_pixels": 9}
+    quiet = map_filter.learn(fields, maps, list(map_filter.areas(supports, 32, "stretch")))
+    got = evaluate.score_images(made, feature_cache, test, **SETTINGS, quiet=quiet)
+    assert got.limits.pixel == calibration.pixel_threshold(quiet.supports, SETTINGS["pixel_rate"])
+    assert got.limits.pixel.value < plain.limits.pixel.value
+    np.testing.assert_array_equal(got.predictions.score, plain.predictions.score)
+    # the whole, by hand
+    (tokens,) = cache.load_images(feature_cache, test, len(test))
+    raw = np.asarray(anomaly_map.to_pixels(made.patches(tokens), 32))
+    wanted = map_filter.treat(raw, quiet.steps)
+    unit = calibration.to_unit(wanted, got.limits.pixel.value, got.limits.pixel_width)
+    np.testing.assert_allclose(got.predictions.maps, unit, atol=2e-3)
+    neutral = map_filter.learn(config.base().score.suppress.to_dict(), maps)
+    off = evaluate.score_images(made, feature_cache, test, **SETTINGS, quiet=neutral)
+    np.testing.assert_array_equal(off.predictions.maps, plain.predictions.maps)
+
+
+def test_steps_survive_json():
+    from medclip_jax.detectors import saved
+
+    steps = OFF._replace(sigma=1.5, ceiling=0.7)
+    held = json.loads(json.dumps(saved._finite(steps), allow_nan=False))
+    assert map_filter.Steps(**held) == steps

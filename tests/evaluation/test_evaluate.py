@@ -1,0 +1,186 @@
+"""Scoring a test set: what it may depend on, what is measured, and what is written."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from medclip_jax.errors import DataError
+from medclip_jax.evaluation import evaluate, ground_truth, predictions
+from medclip_jax.features import cache
+from medclip_jax.io import read as io_read
+from tests.support.scenes import SETTINGS, perfect
+
+
+def test_scores_do_not_read_labels_or_masks(scene, scored):
+    feature_cache, _, test, made = scene
+    lied = [r._replace(label=1 - r.label, masks=()) for r in test]
+    again = evaluate.score_images(made, feature_cache, lied, **SETTINGS)
+    assert again.calibration == scored.calibration
+    for name in ("score", "p_value", "uncertainty", "maps"):
+        np.testing.assert_array_equal(
+            getattr(again.predictions, name), getattr(scored.predictions, name)
+        )
+
+
+def test_scores_depend_neither_on_order_nor_on_batches(scene, scored, monkeypatch):
+    feature_cache, _, test, made = scene
+    monkeypatch.setattr(evaluate, "BATCH", 3)
+    turned = evaluate.score_images(made, feature_cache, test[::-1], **SETTINGS)
+    assert turned.calibration == scored.calibration  # from supports alone
+    assert turned.predictions.id == scored.predictions.id[::-1]
+    for name in ("score", "p_value", "uncertainty", "maps"):
+        a, b = (np.array(getattr(x.predictions, name)) for x in (turned, scored))
+        np.testing.assert_allclose(a[::-1], b, atol=1e-3 if name == "maps" else 1e-5)
+    assert scored.predictions.uncertainty.min() > 0
+
+
+def test_decision_and_p_value_agree(scored):
+    p, found = scored.predictions, scored.calibration
+    assert found["k"] == 5
+    attained = 1 / 6  # the largest m / (k + 1) up to alpha = 0.2
+    np.testing.assert_array_equal(p.score >= 0.5, p.p_value <= attained + 1e-12)
+    assert 0 < (p.score >= 0.5).mean() <= 1 and (p.score > 0).all() and (p.score < 1).all()
+
+
+def test_no_passes_no_uncertainty(scene):
+    feature_cache, _, test, made = scene
+    got = evaluate.score_images(made, feature_cache, test[:2], **SETTINGS | {"passes": 0})
+    np.testing.assert_array_equal(got.predictions.uncertainty, 0)
+
+
+def test_a_score_that_is_not_finite_names_its_image(scene):
+    """Of the second batch's images the one with a strange token."""
+    feature_cache, _, test, made = scene
+    (odd,) = cache.load_images(feature_cache, test[6:], 1)
+
+    def broken(batch):
+        marked = jnp.isclose(batch.pooled[:, :1], odd.pooled[0, 0])
+        return jnp.where(marked, jnp.nan, made.patches(batch))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "BATCH", 4)
+        with pytest.raises(DataError, match=f"^{test[6].id}: its score or map is not finite"):
+            evaluate.score_images(made._replace(patches=broken), feature_cache, test, **SETTINGS)
+
+
+def test_half_precision_keeps_decisions():
+    heat = np.array([[[0.5, np.nextafter(0.5, 0), 0.49999, 0.2, 0.50001]]])
+    small = predictions.half_precision(heat)
+    assert small.dtype == np.float16
+    np.testing.assert_array_equal(small >= 0.5, heat >= 0.5)
+    np.testing.assert_allclose(small, heat, atol=5e-4)
+
+
+def test_the_truth_is_the_union_of_the_mask_files(scene):
+    _, _, test, _ = scene
+    wanted = np.zeros((30, 40), bool)
+    wanted[2:5, 2:5] = wanted[20:25, 20:25] = True
+    np.testing.assert_array_equal(ground_truth.truth(test[0]), wanted)
+    both = list(ground_truth.Truths(test[:3], 32, "pad"))
+    np.testing.assert_array_equal(both[0], io_read.fit_mask(wanted, 32, "pad"))
+    assert not both[2].any()
+
+
+def test_a_mask_of_another_size_is_refused(scene, tmp_path):
+    _, _, test, _ = scene
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "small.png")
+    with pytest.raises(DataError, match="small.png is 10 x 10 pixels but its image is 40 x 30"):
+        ground_truth.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
+
+
+def test_means_over_images_have_intervals(scene):
+    """One of two lesions is found six rows off: the mean distance lies within its interval."""
+    _, _, test, _ = scene
+    said = perfect(test)
+    wrong = np.array(said.predictions.maps)
+    first = [i for i, r in enumerate(test) if r.label][0]
+    wrong[first] = np.roll(wrong[first], 6, axis=0)
+    said = said._replace(predictions=said.predictions._replace(maps=wrong))
+    got = evaluate.measure(said, test, "stretch")
+    for name in ("hausdorff", "hausdorff95", "boundary_f1"):
+        low, high = got["intervals"]["pixel"][name]
+        assert low <= got["pixel"][name] <= high and low < high, name
+
+
+def test_measure_counts_healthy_images_as_empty_masks(scene):
+    _, _, test, _ = scene
+    got = evaluate.measure(perfect(test), test, "stretch")
+    assert got["image"]["auroc"] == got["pixel"]["auroc"] == got["pixel"]["dice"] == 1.0
+    pixels = sum(got["pixel"][name] for name in ("tp", "tn", "fp", "fn"))
+    assert pixels == len(test) * 32 * 32
+    assert got["calibration"]["n_healthy_test"] == 5
+
+
+def test_measure_leaves_out_abnormal_images_whose_mask_is_unknown(scene):
+    _, _, test, _ = scene
+    partly = [test[0]._replace(masks=()), *test[1:]]
+    got = evaluate.measure(perfect(test), partly, "stretch")["pixel"]
+    assert sum(got[name] for name in ("tp", "tn", "fp", "fn")) == (len(test) - 1) * 32 * 32
+    none = [r._replace(masks=()) for r in test]
+    got = evaluate.measure(perfect(test), none, "stretch")
+    assert got["pixel"] is None and got["image"]["auroc"] == 1.0
+
+
+# --- predictions.npz ----------------------------------------------------------------------------
+
+
+def test_predictions_come_back_without_pickle(scene, scored, tmp_path):
+    _, _, test, _ = scene
+    predictions.write_predictions(tmp_path, scored, test, "stretch", seed=0)
+    with np.load(tmp_path / "predictions.npz", allow_pickle=False) as file:
+        held = dict(file)
+    p = scored.predictions
+    assert held["id"].tolist() == list(p.id)
+    for name in ("label", "score", "p_value", "uncertainty", "maps"):
+        np.testing.assert_array_equal(held[name], getattr(p, name))
+    shown = held["gallery_index"]
+    assert shown[:2].tolist() == [0, 1] and len(shown) == 2 + 4 and len(set(shown)) == 6
+    for place, i in enumerate(shown):
+        pixels = io_read.read(test[i].path).pixels[0]
+        image, heat = held[f"gallery_image_{place}"], held[f"gallery_map_{place}"]
+        assert image.shape == heat.shape == held[f"gallery_mask_{place}"].shape == (30, 40)
+        np.testing.assert_allclose(image / 255, pixels, atol=0.5 / 255 + 1e-6)
+        wanted = io_read.to_frame(p.maps[i].astype(np.float32), 30, 40)
+        np.testing.assert_allclose(heat, wanted, atol=1e-3)
+    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, ground_truth.truth(test[0]))
+    assert not held["gallery_mask_5"].any()
+
+
+def test_an_unknown_mask_is_absent_from_the_gallery(scene, scored, tmp_path):
+    _, _, test, _ = scene
+    partly = [test[0]._replace(masks=()), *test[1:]]
+    predictions.write_predictions(tmp_path, scored, partly, "stretch", seed=0)
+    with np.load(tmp_path / "predictions.npz") as file:
+        assert "gallery_mask_0" not in file and "gallery_mask_1" in file
+
+
+@pytest.mark.parametrize("fit, wanted", [("stretch", (0.375, 1.0)), ("pad", (0.5, 1.0))])
+def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
+    scene, monkeypatch, fit, wanted
+):
+    """Images of 30 x 40 pixels of 0.4 x 0.8 mm in a frame of 32."""
+    _, _, test, _ = scene
+    plain = evaluate.measure(perfect(test), test, fit)["pixel"]
+    read = io_read.read
+    monkeypatch.setattr(io_read, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
+    assert ground_truth.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
+    said = perfect(test)
+    wrong = np.array(said.predictions.maps)
+    wrong[0] = np.roll(wrong[0], 2, axis=1)  # two columns off
+    said = said._replace(predictions=said.predictions._replace(maps=wrong))
+    got = evaluate.measure(said, test, "stretch")["pixel"]
+    assert (got["distance_unit"], plain["distance_unit"]) == ("mm", "px")
+    assert got["boundary_tolerance"] == plain["boundary_tolerance"] == 2
+    assert got["hausdorff"] == pytest.approx(2 * 1.0 / 2)  # mean with the second, exact image
+
+
+def test_one_image_without_spacing_makes_all_distances_pixels(scene, monkeypatch):
+    _, _, test, _ = scene
+    read, last = io_read.read, test[-1].path
+    monkeypatch.setattr(
+        io_read,
+        "read",
+        lambda path: read(path)._replace(spacing=None if path == last else (0.4, 0.8)),
+    )
+    assert ground_truth.spacings(test, 32, "stretch") is None

@@ -1,0 +1,85 @@
+"""Small copies of the images: size, aspect, masks, and that nothing is lost on the way."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medclip_jax.evaluation import thumbnails
+from medclip_jax.report import viewer
+from tests.support.pictures import write_pictures
+
+
+def test_pictures_come_back_small_and_in_their_aspect(tmp_path):
+    records = write_pictures(tmp_path, 2, start=50)  # 30 x 40 pixels
+    large = np.random.default_rng(0).integers(0, 256, (300, 600), dtype=np.uint8)
+    Image.fromarray(large).save(tmp_path / "large.png")
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:9, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    records[1] = records[1]._replace(masks=(tmp_path / "mask.png",))
+    records.append(records[0]._replace(path=tmp_path / "large.png"))
+    maps = np.zeros((3, 32, 32), np.float32)
+    maps[1, 8:16, 16:24] = 0.75
+    cams = np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 16)
+    arrays = thumbnails.pack(records, maps, "stretch", cams)
+    assert arrays["frame"].tolist() == [[30, 40], [30, 40], [300, 600]]
+    images = [np.asarray(Image.open(io.BytesIO(b))) for b in viewer.unpack(arrays, "thumb")]
+    assert [x.shape for x in images] == [(30, 40), (30, 40), (128, 256)]
+    masks = viewer.unpack(arrays, "thumb_mask")
+    assert masks[0] == masks[2] == b""
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(masks[1]))), mask > 0)
+    heat = [np.asarray(Image.open(io.BytesIO(b))) for b in viewer.unpack(arrays, "thumb_map")]
+    assert [x.shape for x in heat] == [(30, 40), (30, 40), (64, 128)] and heat[1].max() == 192
+    assert [len(b) > 50 for b in viewer.unpack(arrays, "thumb_cam")] == [True] * 3
+    rows = viewer.pictures(arrays, 3)
+    assert [row["frame"] for row in rows] == [[30, 40], [30, 40], [300, 600]]
+    assert [row["boxes"] for row in rows[::2]] == [[], []]
+    (box,) = rows[1]["boxes"]  # rows 7.5 to 15 and columns 20 to 30 of 30 x 40, bilinear
+    np.testing.assert_allclose(box, [7.5, 20, 15, 30, 0.752], atol=1)
+    assert rows[0]["mask"] == "" and rows[1]["mask"].startswith("data:image/png;base64,")
+
+
+def test_maps_above_the_threshold_have_bytes_above_it():
+    heat = np.array([[0.49999, 0.5, 0.0, 1.0]], np.float32)
+    codes = np.asarray(Image.open(io.BytesIO(thumbnails._grey(heat))))
+    assert codes.tolist() == [[127, 128, 0, 255]]
+
+
+def test_without_small_copies_there_are_no_pictures():
+    assert viewer.pictures({}, 5) == []
+    with pytest.raises(ValueError, match="one per image"):
+        held = {f"{n}{e}": np.zeros(0, np.uint8) for n in thumbnails.FILES for e in ("", "_end")}
+        viewer.pictures({**held, "frame": np.zeros((0, 2), int)}, 5)
+
+
+def test_json_cannot_leave_its_script():
+    said = viewer.as_script({"a": "</script><!--&"})
+    assert not set("<>&") & set(said) and json.loads(said) == {"a": "</script><!--&"}
+
+
+def test_a_spoilt_index_is_refused():
+    arrays = {"thumb": np.zeros(5, np.uint8), "thumb_end": np.array([2, 4])}
+    with pytest.raises(ValueError, match="thumb_end"):
+        viewer.unpack(arrays, "thumb")
+    assert viewer.unpack({"thumb": np.zeros(0, np.uint8), "thumb_end": np.array([])}, "thumb") == []
+
+
+def test_of_many_images_some_are_kept(tmp_path, monkeypatch):
+    """Those that seed draws; the report says of the others that no picture was kept."""
+    monkeypatch.setattr(thumbnails, "MOST", 4)
+    records = write_pictures(tmp_path, 9, start=50)
+    maps = np.zeros((9, 32, 32), np.float32)
+    arrays = thumbnails.pack(records, maps, "stretch", seed=3)
+    index = arrays["thumb_index"].tolist()
+    assert len(index) == 4 and index == sorted(set(index)) and arrays["frame"].shape == (4, 2)
+    assert index != thumbnails.pack(records, maps, "stretch", seed=4)["thumb_index"].tolist()
+    rows = viewer.pictures(arrays, 9)
+    assert [i for i, row in enumerate(rows) if row] == index
+    whole = viewer.pictures(thumbnails.pack(records[:4], maps[:4], "stretch"), 4)
+    first = viewer.pictures(thumbnails.pack([records[i] for i in index], maps[:4], "stretch"), 4)
+    assert all(whole) and [rows[i] for i in index] == first
+    with pytest.raises(ValueError, match="one per image"):
+        viewer.pictures(arrays, max(index))

@@ -1,0 +1,227 @@
+"""What the uncertainty is, by closed forms, and what it is worth, on cases worked out by hand."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import uncertainty
+
+from medclip_jax.detectors import prompt_detector
+from medclip_jax.evaluation import evaluate, predictions
+from medclip_jax.evaluation import uncertainty as evaluation_uncertainty
+from medclip_jax.features.batch import Batch
+from medclip_jax.models import model
+from tests.support.ensembles import moved_scores
+from tests.support.models import design_of, tokens
+from tests.support.scenes import SETTINGS, perfect
+
+
+def test_entropy_is_that_of_a_coin():
+    np.testing.assert_allclose(evaluation_uncertainty.entropy(np.array([0.5])), np.log(2))
+    np.testing.assert_array_equal(evaluation_uncertainty.entropy(np.array([0.0, 1.0])), 0)
+    p = 0.2
+    assert evaluation_uncertainty.entropy(np.array([p]))[0] == pytest.approx(
+        -p * np.log(p) - (1 - p) * np.log(1 - p)
+    )
+
+
+def test_passes_that_agree_have_no_mutual_information():
+    whole, shared = evaluation_uncertainty.of_passes(np.full((7, 3), 0.3))
+    np.testing.assert_allclose(whole, evaluation_uncertainty.entropy(np.array([0.3, 0.3, 0.3])))
+    np.testing.assert_array_equal(shared, 0)
+
+
+def test_sure_passes_that_contradict_have_nothing_else():
+    """Passes that say 0 and 1 by turns: one bit, all of it mutual."""
+    p = np.array([[0.0, 0.5], [1.0, 0.5]])
+    whole, shared = evaluation_uncertainty.of_passes(p)
+    np.testing.assert_allclose(whole, np.log(2))
+    np.testing.assert_allclose(shared, [np.log(2), 0], atol=1e-12)
+
+
+def test_mutual_information_lies_between_nothing_and_the_entropy():
+    p = np.random.default_rng(0).random((20, 50))
+    whole, shared = evaluation_uncertainty.of_passes(p)
+    assert (shared > 0).all() and (shared < whole).all() and (whole <= np.log(2) + 1e-12).all()
+
+
+def test_risk_falls_where_the_uncertain_are_wrong():
+    wrong, uncertainty = np.array([1, 0, 0, 1]), np.array([0.9, 0.1, 0.2, 0.5])
+    np.testing.assert_allclose(
+        evaluation_uncertainty.risk_coverage(wrong, uncertainty), [0, 0, 1 / 3, 1 / 2]
+    )
+
+
+def test_what_remains_is_measured():
+    score = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.4, 0.8, 0.9, 0.95, 0.45])
+    label = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
+    sd = np.array([1, 2, 3, 10, 4, 9, 5, 6, 7, 8.0])  # the two that are wrong last
+    found = evaluation_uncertainty.measure(score, label, {"sd": sd, "entropy": np.ones(10)})
+    assert found["coverage"] == [1.0, 0.9, 0.8, 0.7, 0.5]
+    assert set(found["measures"]) == {"sd", "distance"}  # a constant orders nothing
+    sure = found["measures"]["sd"]
+    assert sure["risk"] == [0.2, pytest.approx(1 / 9), 0, 0, 0]
+    # of 5 x 5 pairs two are wrong: 0.6 above 0.4, 0.45 above 0.4
+    assert sure["auroc"] == [pytest.approx(23 / 25), pytest.approx(19 / 20), 1.0, 1.0, 1.0]
+    assert sure["aurc"] == pytest.approx((1 / 9 + 0.2) / 10)
+    near = found["measures"]["distance"]  # 0.45 goes first, then 0.6 or 0.4
+    assert near["risk"][1] == pytest.approx(2 / 9)
+
+
+def test_one_class_alone_has_no_auroc():
+    found = evaluation_uncertainty.measure(
+        np.array([0.9, 0.8, 0.1]), np.array([1, 1, 0]), {"sd": np.arange(3.0)}
+    )
+    assert found["measures"]["sd"]["auroc"][-1] is None  # two abnormal images remain
+
+
+@pytest.mark.parametrize("measures", [{}, {"sd": np.zeros(4)}])
+def test_without_passes_nothing_is_measured(measures):
+    assert (
+        evaluation_uncertainty.measure(np.linspace(0, 1, 4), np.array([0, 0, 1, 1]), measures)
+        is None
+    )
+
+
+# --- in the whole -------------------------------------------------------------------------------
+
+
+def test_predictions_and_metrics_hold_the_measures(scene, scored, tmp_path):  # noqa: F811
+    _, _, test, _ = scene
+    assert set(scored.doubts) == set(evaluation_uncertainty.NAMES)
+    p, doubts = scored.predictions, scored.doubts
+    assert all(x.shape == p.score.shape for x in doubts.values())
+    assert (doubts["mutual_information"] >= 0).all() and doubts["ensemble"].min() > 0
+    assert (doubts["mutual_information"] <= doubts["entropy"]).all()
+    found = evaluate.measure(scored, test, "stretch")["uncertainty"]
+    assert set(found["measures"]) == {"sd", *evaluation_uncertainty.NAMES, "distance"}
+    plain = found["measures"]["sd"]
+    assert plain["auroc"][0] == evaluate.metrics.image_level(p.score, p.label)["auroc"]
+    predictions.write_predictions(tmp_path, scored, test, "stretch", seed=0)
+    with np.load(tmp_path / "predictions.npz", allow_pickle=False) as held:
+        for name in evaluation_uncertainty.NAMES:
+            np.testing.assert_array_equal(held[name], doubts[name])
+
+
+def test_without_passes_there_are_no_measures(scene, tmp_path):  # noqa: F811
+    feature_cache, _, test, made = scene
+    got = evaluate.score_images(made, feature_cache, test, **SETTINGS | {"passes": 0})
+    assert got.doubts is None
+    assert evaluate.measure(got, test, "stretch")["uncertainty"] is None
+    assert evaluate.measure(perfect(test), test, "stretch")["uncertainty"] is None
+
+
+def test_labels_are_read_after_scoring(scene, scored):  # noqa: F811
+    feature_cache, _, test, made = scene
+    lied = [r._replace(label=1 - r.label, masks=()) for r in test]
+    again = evaluate.score_images(made, feature_cache, lied, **SETTINGS)
+    for name, column in scored.doubts.items():
+        np.testing.assert_array_equal(again.doubts[name], column)
+
+
+def test_the_ensemble_is_the_held_out_copies(tiny):
+    design, frozen = design_of(tiny, dropout=0.2)
+    starts = [model.init(jax.random.key(i), tiny, design, 2, False) for i in range(3)]
+    params = jax.tree.map(lambda *x: jax.numpy.stack(x), *starts)
+    groups = [np.array([0, 2]), np.array([1, 3])]
+    made = prompt_detector.learned(params, frozen, design, tokens(4), groups)
+    new = tokens(2, seed=5)
+    each = np.asarray(made.copies(new))
+    assert each.shape == (2, 2, 16)
+    for values, support in zip(each, (0, 1), strict=True):
+        np.testing.assert_array_equal(values, made.without(support, new))
+    one = prompt_detector.learned(params, frozen, design, tokens(1), [])
+    assert one.copies is None
+
+
+def test_a_fused_ensemble_differs_by_the_learned_branch_alone(fused):  # noqa: F811
+    made, _, (whole, mix), *_ = fused
+    new = tokens(2)
+    drawn, plain = made["learned"].copies(new), made["learned"].patches(new)
+    at = mix.names.index("learned")
+    wanted = whole.patches(new)[None] + mix.patch_gain[at] * (drawn - plain[None])
+    np.testing.assert_allclose(whole.copies(new), wanted, atol=2e-4)
+    scores = moved_scores(mix, drawn, plain)
+    np.testing.assert_allclose(whole.image_copies(new), whole.image(new)[None] + scores, atol=2e-4)
+
+
+# --- MC-dropout itself (10) ---------------------------------------------------------------------
+
+
+def dropping(tiny, rate):
+    design, frozen = design_of(tiny, dropout=rate)
+    start = model.init(jax.random.key(1), tiny, design, 2, False)
+    params = jax.tree.map(lambda x: x[None], start)
+    made = prompt_detector.learned(params, frozen, design, tokens(1), [])
+    return made, design, frozen, start
+
+
+def test_rate_0_has_variance_exactly_0(tiny):
+    made, design, frozen, params = dropping(tiny, 0.0)
+    assert made.passes is None
+    text = model.text_features(params, frozen, design)
+    new = tokens(3, seed=4)
+    each = [
+        model.forward(params, text, new, design, key).logit
+        for key in jax.random.split(jax.random.key(0), 4)
+    ]
+    np.testing.assert_array_equal(np.stack(each).var(0), 0)
+    np.testing.assert_allclose(each[0], made.patches(new), rtol=2e-6, atol=2e-6)  # compiled or not
+
+
+def test_the_mean_of_passes_settles_as_one_over_root_t(tiny):
+    """The sd of means of T passes, over many such means, times sqrt(T) is one constant."""
+    made, *_ = dropping(tiny, 0.3)
+    drawn = np.asarray(made.passes(tokens(2, seed=4), jax.random.split(jax.random.key(2), 1024)))
+    drawn = drawn.mean(2)  # [t, n]
+    spread = {t: drawn.reshape(-1, t, 2).mean(1).std(0, ddof=1) for t in (1, 4, 16)}
+    for t in (4, 16):  # 256 and 64 means: the relative error of their sd is under 9%
+        np.testing.assert_allclose(spread[t] * np.sqrt(t), spread[1], rtol=0.3)
+
+
+def test_training_and_scoring_drop_at_the_same_rate(tiny, monkeypatch):
+    """Both read design.dropout: every mask that is drawn is drawn with it."""
+    made, design, frozen, params = dropping(tiny, 0.25)
+    rates, real = [], jax.random.bernoulli
+
+    def bernoulli(key, p=0.5, shape=None, **more):
+        rates.append(float(p))
+        return real(key, p, shape, **more)
+
+    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+    made.passes(tokens(2), jax.random.split(jax.random.key(3), 2))
+    scoring = list(rates)
+    rates.clear()
+    mask, label = np.zeros((2, 32, 32), np.float32), np.array([0, 1], np.int32)
+    rest = jax.tree.map(jax.numpy.asarray, (mask, label, np.ones(2, bool)))
+    batch = Batch(tokens(2), *rest)
+    weights = {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0}
+    model.loss(params, frozen, batch, jax.random.key(0), design=design, weights=weights)
+    assert scoring and rates and set(scoring) == set(rates) and len(set(rates)) == 1
+    assert rates[0] in (0.25, 0.75)
+
+
+def test_the_table_of_runs_pairs_draws_with_the_distance(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    areas = []
+    for i in range(3):
+        score, sd = rng.random(40), rng.random(40)
+        measured = evaluation_uncertainty.measure(
+            score, (rng.random(40) < 0.5).astype(int), {"sd": sd}
+        )
+        areas.append([measured["measures"][n]["aurc"] for n in ("sd", "distance")])
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "metrics.json").write_text(json.dumps({"uncertainty": measured}))
+    runs = [str(tmp_path / f"{i}") for i in range(3)]
+    monkeypatch.setattr(sys, "argv", ["uncertainty", *runs])
+    uncertainty.main()
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| sd"))
+    cells = [x.strip() for x in line.strip("|").split("|")]
+    assert cells[1].startswith(f"{np.mean(areas, 0)[0]:.3f} (")
+    assert cells[2].startswith(f"{np.subtract(*np.transpose(areas)).mean():+.3f} (")
+    monkeypatch.setattr(sys, "argv", ["uncertainty", *runs, str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        uncertainty.main()
+    assert "none: no metrics.json" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""Checks of explanations in a run: by hand, on a detector that is known, and through evaluate."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medclip_jax.clip.outputs import Features
+from medclip_jax.detectors import calibration
+from medclip_jax.detectors.detector import Detector
+from medclip_jax.detectors.limits import Limits
+from medclip_jax.explain import boxes, faithfulness
+from medclip_jax.features import cache
+
+
+def total(batch):
+    """Anomaly of a patch: the sum of its last level."""
+    return batch.levels[-1].sum(-1)
+
+
+def limits_of(value=0.0):
+    one = calibration.threshold(np.array([0.0, 1.0]), 0.5)
+    pixel = calibration.pixel_threshold(np.zeros((1, 2, 2)), 0.5)._replace(value=value)
+    return Limits(np.array([0.0, 1.0]), one, 1.0, pixel, 1.0)
+
+
+def test_pointing_of_map_and_grad_cam_by_hand():
+    maps, masks = np.zeros((3, 8, 8), np.float32), np.zeros((3, 8, 8), bool)
+    masks[:2, :4, :4] = True
+    maps[0, 1, 1] = maps[1, 7, 7] = 1
+    cams = np.zeros((3, 16), np.float32)
+    cams[:2, 0] = 1  # the upper left patch of 4 x 4
+    found = faithfulness.pointing(iter(maps), cams, masks)
+    assert found["map"] == {"hit": 0.5, "chance": 0.25, "n": 2}
+    assert found["grad_cam"] == {"hit": 1.0, "chance": 0.25, "n": 2}
+    assert set(faithfulness.pointing(maps, None, masks)) == {"map"}
+    assert faithfulness.pointing(maps, cams, np.zeros_like(masks)) is None
+
+
+def test_deletion_replaces_the_most_important_first():
+    rng = np.random.default_rng(0)
+    level = rng.random((2, 16, 3)).astype(np.float32)
+    tokens = Features(np.zeros((2, 4), np.float32), (level,))
+    healthy = Features(np.zeros((1, 4), np.float32), (np.zeros((1, 16, 3), np.float32),))
+    value = level.sum(-1)
+    orders = {"map": value, "worst": -value}
+    made = Detector(total, np.zeros((2, 16), np.float32), None)
+    found = faithfulness.deletion(made, tokens, healthy, orders, limits_of(), top=1.0)
+    assert found["share"] == [i / 8 for i in range(9)]
+    for name, sign in (("map", 1), ("worst", -1)):
+        order = np.argsort(-sign * value, axis=1)
+        wanted = []
+        for count in range(0, 17, 2):
+            left = value.copy()
+            np.put_along_axis(left, order[:, :count], 0, axis=1)
+            wanted.append(calibration.to_unit(left.mean(1), 0.0, 1.0).mean())
+        np.testing.assert_allclose(found[name], wanted, atol=1e-6)
+    assert found["map"][0] == found["worst"][0] and found["map"][-1] == found["worst"][-1]
+    assert np.mean(found["map"]) < np.mean(found["worst"])
+
+
+def test_coarse_levels_and_inputs_lose_the_same_place():
+    gone = np.zeros((2, 16), bool)
+    gone[1, [0, 1, 4]] = True  # three of the first 2 x 2 cell
+    fine, coarse = np.ones((1, 16, 2), np.float32), np.ones((1, 4, 2), np.float32)
+    inputs = np.ones((1, 17, 2), np.float32)
+    whole = Features(np.ones((1, 3), np.float32), (coarse, fine), (inputs,))
+    made = faithfulness.replaced(whole, whole._replace(
+        levels=(0 * coarse, 0 * fine), inputs=(0 * inputs,)), 0, gone)  # fmt: skip
+    assert made.pooled.shape == (2, 3)
+    np.testing.assert_array_equal(made.levels[1][..., 0], 1.0 - gone)
+    np.testing.assert_array_equal(made.levels[0][..., 0], [[1, 1, 1, 1], [0, 1, 1, 1]])
+    np.testing.assert_array_equal(made.inputs[0][1, :, 0], [1, *(1.0 - gone[1])])
+
+
+def test_of_model_on_a_bank(scene):
+    feature_cache, supports, test, made = scene
+    asked = dict(top=0.25, count=8, seed=0)
+    found = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
+    assert found["images"] == [r.id for r in test if r.label]
+    curves = found["deletion"]
+    assert set(curves) == {"share", "map", "grad_cam", "random"}
+    ends = np.array([[curves[n][0], curves[n][-1]] for n in ("map", "grad_cam", "random")])
+    np.testing.assert_allclose(ends, ends[[0, 0, 0]], atol=1e-6)
+    # all replaced: the support's own score
+    (own,) = cache.load_images(feature_cache, supports[:1], 1)
+    values = np.sort(np.asarray(made.patches(own)), axis=1)[:, -4:].mean()
+    unit = calibration.to_unit(np.array(values), 0.0, 1.0)
+    assert ends[0, 1] == pytest.approx(float(unit), abs=1e-5)
+    assert -1 <= found["spearman"] <= 1
+    for told in found["randomised"].values():
+        assert set(told) == {"map", "grad_cam"} and all(x < 0.999 for x in told.values())
+    again = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
+    assert again == found
+
+
+def test_where_there_is_nothing_to_check(scene):
+    feature_cache, supports, test, made = scene
+    asked = dict(top=0.25, seed=0)
+    held = feature_cache, supports[0], test, limits_of()
+    assert faithfulness.of_model(made, *held, count=0, **asked) is None
+    pixels = made._replace(load=lambda *_: iter(()))
+    assert faithfulness.of_model(pixels, *held, count=4, **asked) is None
+    healthy = [r for r in test if not r.label]
+    held = feature_cache, supports[0], healthy, limits_of()
+    assert faithfulness.of_model(made, *held, count=4, **asked) is None
+    flat = made._replace(patches=lambda b: jnp.zeros((len(b.pooled), 16)), choose=None, chosen=None)
+    held = feature_cache, supports[0], test, limits_of()
+    assert faithfulness.of_model(flat, *held, count=4, **asked) is None
+
+
+def test_an_explanation_without_gradient_after_the_draw_agrees_with_nothing():
+    def none():
+        raise boxes.NoGradientError("no gradient")
+
+    assert faithfulness.compared({"map": np.ones((1, 4))}, none) == {"map": 0.0}
+    ranks = {"map": np.arange(4.0)[None]}
+    assert faithfulness.compared(ranks, lambda: {"map": -ranks["map"]})["map"] == pytest.approx(-1)

@@ -1,0 +1,126 @@
+"""The exported scorer equals the one in the process, alone with jax and numpy; the API and lock."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import medclip_jax
+from medclip_jax import lock
+from medclip_jax.errors import CheckpointError, DataError, WorkdirError
+from medclip_jax.inference import export, predictor
+from medclip_jax.io import read
+from tests.support.paths import ROOT
+from tests.support.runs import finished
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return finished(tmp_path_factory.getbasetemp()).workdir
+
+
+@pytest.fixture(scope="module")
+def exported(whole, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "scorer.medclip"
+    assert export.save(whole, path) == path.stat().st_size
+    return path
+
+
+IMAGES = [np.random.default_rng(i).random((40 + 7 * i, 90 - i)).astype("float32") for i in range(3)]
+
+
+def test_it_equals_the_scorer_in_the_process(whole, exported):
+    model = predictor.load(whole)
+    frames = np.stack([read.fit(x, model.feature_cache.clip.size) for x in IMAGES])
+    mine, theirs = predictor.score(model, frames), export.load(exported)(IMAGES)
+    for name in mine._fields:
+        a, b = (np.asarray(getattr(x, name), float) for x in (mine, theirs))
+        np.testing.assert_allclose(b, a, atol=1e-5, err_msg=name)
+    assert len(export.load(exported)(IMAGES[:1]).score) == 1  # any batch size
+
+
+@pytest.mark.parametrize("mode", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (32, 32), (300, 47)])
+def test_its_frame_is_the_readers_own(shape, mode):
+    pixels = np.random.default_rng(0).random(shape).astype(np.float32)
+    np.testing.assert_allclose(export.fit(pixels, 32, mode), read.fit(pixels, 32, mode), atol=2e-6)
+
+
+def test_it_needs_jax_and_numpy_alone(exported):
+    code = (
+        "import sys, numpy\n"
+        "from medclip_jax.inference import export\n"
+        f"print(export.load({str(exported)!r})(numpy.zeros((2, 9, 9))).score.shape)\n"
+        "bad = {'flax', 'transformers', 'scipy', 'PIL', 'ml_collections', 'orbax', 'jaxtyping'}\n"
+        "assert not bad & set(sys.modules) - {'scipy'}, bad & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "(2,)" in done.stdout, done.stderr[-2000:]
+
+
+def test_foreign_and_damaged_files_are_refused(exported, tmp_path):
+    path = tmp_path / "x"
+    raw = bytearray(exported.read_bytes())
+    raw[len(raw) // 2] ^= 255
+    for spoilt in (b"", b"hello", bytes(raw), exported.read_bytes()[:5000]):
+        path.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match="not a whole exported scorer"):
+            export.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", '{"kind": "medclip_jax scorer", "format": 99}')
+    with pytest.raises(CheckpointError, match="format 99"):
+        export.load(path)
+
+
+def test_the_names_of_a_notebook(whole, tmp_path):
+    scorer = medclip_jax.load(whole)
+    results = scorer.predict(IMAGES)
+    assert [r.map.shape for r in results] == [x.shape for x in IMAGES]
+    assert all(r.alarm == (r.score >= 0.5) for r in results)
+    with pytest.raises(DataError, match="outside"):
+        scorer.predict([IMAGES[0] * 300])
+    with pytest.raises(DataError, match="NaN"):
+        scorer.predict([np.full((4, 4), np.nan)])
+    assert issubclass(DataError, medclip_jax.UserError)
+
+
+def test_importing_the_package_is_light():
+    code = "import medclip_jax, sys; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_spoilt_scorer_is_refused(whole, tmp_path):
+    for name in ("scorer.json", "scorer.safetensors"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    raw = bytearray((whole / "scorer.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "scorer.safetensors").write_bytes(raw)
+    with pytest.raises(WorkdirError, match="is damaged"):
+        predictor.load(tmp_path)
+    (tmp_path / "scorer.safetensors").unlink()
+    with pytest.raises(WorkdirError, match="holds no trained scorer"):
+        predictor.load(tmp_path)
+
+
+def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):
+    code = (
+        "import sys, time, pathlib; from medclip_jax import lock\n"
+        "with lock.hold(pathlib.Path(sys.argv[1])):\n print('in', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "in\n"
+        with pytest.raises(WorkdirError, match=f"in use by process {process.pid}"):
+            with lock.hold(tmp_path):
+                pass
+    finally:
+        process.kill()
+        process.communicate()  # closes the pipe, too
+    assert (tmp_path / lock.NAME).exists()  # the dead left its file, not its lock
+    with lock.hold(tmp_path):
+        pass
+    assert not (tmp_path / lock.NAME).exists()

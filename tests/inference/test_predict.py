@@ -1,0 +1,173 @@
+"""Prediction through the door: results, resume, hostile names, bad files, privacy, shares."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from medclip_jax import main
+from medclip_jax.inference import inputs, predictor
+from medclip_jax.io import read
+from tests.support.paths import ROOT
+from tests.support.predicting import PLANTED, dicom, noise, pages, run, table
+from tests.support.runs import predictions
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.getbasetemp()).data
+
+
+def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
+    """From the workdir alone, against what training wrote for the same images."""
+    held = predictions(whole)
+    model = predictor.load(whole)
+    size = model.feature_cache.clip.size
+    images = [read.fit(read.read(data / i).pixels[0], size) for i in held["id"]]
+    got = predictor.score(model, np.stack(images))
+    np.testing.assert_allclose(got.score, held["score"], atol=2e-3)
+    np.testing.assert_allclose(got.p_value, held["p_value"], atol=0.26)  # ties may break
+    np.testing.assert_allclose(got.maps, held["maps"].astype(float), atol=3e-3)
+    np.testing.assert_allclose(got.uncertainty, held["uncertainty"], atol=2e-3)
+    assert (got.alarm == (got.score >= 0.5)).all()
+
+
+def test_a_folder_without_test_images_leaves_the_same_scorer(data, tmp_path, tmp_path_factory):
+    here = make_world(tmp_path_factory.getbasetemp())
+    shutil.copytree(data / "train", tmp_path / "alone" / "train")
+    left = []
+    for name, given in (("measured", here), ("alone", here._replace(data=tmp_path / "alone"))):
+        assert given.main(tmp_path / f"run-{name}", arguments="k=4,method=memory") == 0
+        head = json.loads((tmp_path / f"run-{name}" / "scorer.json").read_text())
+        left.append([head["sha256"], head["limits"], head["mix"]])
+    assert left[0] == left[1]
+    assert not (tmp_path / "run-alone" / "metrics.json").exists()
+    assert run(tmp_path / "run-alone", tmp_path / "out", data / "test" / "good") == 0
+    assert len(table(tmp_path / "out")) == 6
+
+
+def test_results_bad_files_and_resume(whole, data, tmp_path, caplog):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "sub/b.png", "c\nd;=1.png", "x" * 200 + ".png")):
+        Image.fromarray(noise(i)).save(folder / name)
+    Image.fromarray(np.full((1, 1), 255, np.uint8)).save(folder / "one.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not for us")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    assert run(whole, output, folder, tmp_path / "absent.png") == 0
+    rows, bad = table(output), table(output, "unreadable.csv")
+    assert len(rows) == 5 and len(bad) == 2
+    assert {"in/broken.png", "absent.png"} == {row["source"] for row in bad}
+    assert all("\n" not in row["source"] for row in rows)
+    inside = {p.resolve().parent for p in output.rglob("*")}
+    assert inside == {output.resolve()} and max(len(p.name) for p in output.iterdir()) < 130
+    for page in pages(output):
+        heat = np.asarray(Image.open(output / page["files"]["map"]))
+        assert heat.shape == (page["height"], page["width"])
+        for box in page["frames"][0]["boxes"]:
+            part = heat[box["row0"] : box["row1"], box["col0"] : box["col1"]]
+            assert part.max() >= 32768 and "width_mm" not in box
+    before = {p.name: p.stat().st_mtime_ns for p in output.glob("*.json")}
+    Image.fromarray(noise(9)).save(folder / "a.png")  # other bytes
+    assert run(whole, output, folder) == 0
+    changed = {p.name for p in output.glob("*.json") if p.stat().st_mtime_ns != before[p.name]}
+    assert len(changed) == 1 and next(iter(changed)).startswith("in_a.png")
+
+
+def test_shares_cover_everything_once_and_join(whole, tmp_path):
+    for i in range(5):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(noise(i)).save(tmp_path / "in" / f"{i}.png")
+    output = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        assert run(whole, output, tmp_path / "in", more=[f"--part={part}"]) == 0
+    parts = [table(output, f"results.{i}-of-2.csv") for i in (1, 2)]
+    assert [len(p) for p in parts] == [3, 2]
+    assert run(whole, output, tmp_path / "in") == 0
+    joined = table(output)
+    assert sorted(r["source"] for r in joined) == sorted(r["source"] for p in parts for r in p)
+    assert {r["score"] for r in joined} == {r["score"] for p in parts for r in p}
+
+
+def test_nothing_to_read_is_the_users_to_mend(whole, tmp_path, capfd):
+    assert run(whole, tmp_path / "out", tmp_path / "absent.png") == 2
+    assert "none of the 1 item(s) could be read" in capfd.readouterr().err
+    assert run(whole, tmp_path / "out", tmp_path) == 2
+    assert run(whole, tmp_path / "out", tmp_path, more=["--part=3/2"]) == 2
+    assert run(tmp_path, tmp_path / "out", tmp_path) == 2
+    assert main.main(["main", "--mode=predict", f"--workdir={whole}"]) == 2
+
+
+@pytest.mark.parametrize("pseudonymise", [False, True])
+def test_a_dicom_series_gives_objects_without_identity(whole, tmp_path, caplog, pseudonymise):
+    for number in (2, 1, 3):
+        dicom(tmp_path / "in" / f"s{4 - number}.dcm", number)
+    output = tmp_path / "out"
+    more = ["--pseudonymise"] if pseudonymise else []
+    assert run(whole, output, tmp_path / "in", more=more) == 0
+    (page,) = pages(output)
+    assert len(page["frames"]) == 3 and page["spacing_mm"] == [0.5, 0.7] and not page["notes"]
+    seg = pydicom.dcmread(output / page["files"]["seg"])
+    capture = pydicom.dcmread(output / page["files"]["capture"])
+    assert seg.SOPClassUID == pydicom.uid.SegmentationStorage and (seg.Rows, seg.Columns) == (
+        40,
+        50,
+    )
+    referred = {
+        r.ReferencedSOPInstanceUID
+        for r in seg.ReferencedSeriesSequence[0]["ReferencedInstanceSequence"]
+    }
+    ours = {f"1.2.826.0.1.77.3.{n}" for n in (1, 2, 3)}
+    assert not referred & ours if pseudonymise else referred == ours
+    assert capture.BurnedInAnnotation == "NO" and capture.StudyInstanceUID == seg.StudyInstanceUID
+    # PS3.3 asks that objects of a study share the patient's name, id and birth date: no more
+    allowed = () if pseudonymise else PLANTED[:3]
+    for path in output.rglob("*"):
+        raw = path.read_bytes()
+        held = [p for p in PLANTED if p.encode() in raw]
+        assert set(held) <= set(allowed if path.suffix == ".dcm" else ()), (path.name, held)
+    assert not any(p in caplog.text for p in PLANTED)
+    if pseudonymise:
+        assert not any(u.encode() in p.read_bytes() for u in ours for p in output.rglob("*"))
+
+
+def test_a_header_with_several_values_for_one_is_a_slice_of_its_own(tmp_path):
+    path = dicom(tmp_path / "in" / "a.dcm")
+    whole = path.read_bytes()
+    dicom(tmp_path / "in" / "b.dcm", 2)
+    at = whole.index(b"\x28\x00\x10\x00US\x02\x00")  # Rows, of one value
+    rows = whole[at : at + 6] + b"\x04\x00" + whole[at + 8 : at + 10] * 2
+    path.write_bytes(whole[:at] + rows + whole[at + 10 :])
+    items = inputs.find([str(tmp_path / "in")])
+    assert [len(item.paths) for item in items] == [1, 1]
+
+
+def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 6)).astype(np.int16)
+    affine = np.array([[-1.5, 0, 0, 9], [0, 0, 2.0, -7], [0, 1.2, 0, 3], [0, 0, 0, 1]])
+    nibabel.Nifti1Image(voxels, affine).to_filename(tmp_path / "v.nii.gz")
+    assert run(whole, tmp_path / "out", tmp_path / "v.nii.gz") == 0
+    (page,) = pages(tmp_path / "out")
+    made = nibabel.load(tmp_path / "out" / page["files"]["map"])
+    np.testing.assert_allclose(made.affine, affine, atol=1e-5)
+    assert made.shape == voxels.shape and 0 <= made.get_fdata().min()
+    # axial slices run along the source's second axis, which is the patient's foot-to-head axis
+    tops = [made.get_fdata()[:, i].max() >= 0.5 for i in range(24)]
+    boxed = [bool(f["boxes"]) for f in page["frames"]]
+    assert len(boxed) == 24 and all(t or not b for t, b in zip(tops, boxed, strict=True))
+
+
+def test_a_config_by_name_is_the_packaged_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for given in ("configs/phantom.py:k=4", "phantom:k=4"):
+        argv = main.packaged(["main", f"--config={given}"])
+        assert argv[1] == f"--config={ROOT}/configs/phantom.py:k=4"
+    assert main.packaged(["main", "--config", "none.py"]) == ["main", "--config", "none.py"]

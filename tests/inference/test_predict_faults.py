@@ -1,0 +1,148 @@
+"""What hands, disks and clocks do to prediction: a sentence or a row in a table, no traceback."""
+
+import errno
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from medclip_jax import files
+from medclip_jax.inference import results
+from tests.support.predicting import noise, pages, run, table
+from tests.support.runs import finished
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return finished(tmp_path_factory.getbasetemp()).workdir
+
+
+def some(folder: Path, count: int = 3) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(noise(i)).save(folder / f"{i}.png")
+    return folder
+
+
+def huge_png(path: Path, side: int) -> Path:
+    """A whole PNG of side x side black pixels whose file is small."""
+    packer = zlib.compressobj(1)
+    row = bytes(1 + -(-side // 8))  # one bit a pixel
+    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, part in ((b"IHDR", head), (b"IDAT", data), (b"IEND", b"")):
+            check = zlib.crc32(kind + part)
+            file.write(struct.pack(">I", len(part)) + kind + part + struct.pack(">I", check))
+    return path
+
+
+def test_extreme_values_and_shapes_are_scored(whole, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, pixels in {
+        "black8": np.zeros((30, 40), np.uint8),
+        "white8": np.full((30, 40), 255, np.uint8),
+        "black16": np.zeros((30, 40), np.uint16),
+        "white16": np.full((30, 40), 65535, np.uint16),
+        "ends16": np.where(noise() > 127, 65535, 0).astype(np.uint16),
+        "dot": np.full((1, 1), 7, np.uint8),
+        "line": noise(1, (1, 300)),
+        "column": noise(2, (700, 1)),
+    }.items():
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    assert run(whole, tmp_path / "out", folder) == 0
+    rows = {row["source"].removeprefix("in/"): row for row in table(tmp_path / "out")}
+    assert len(rows) == 8
+    for row in rows.values():
+        assert all(0 <= float(row[name]) <= 1 for name in ("score", "p_value", "uncertainty"))
+    assert rows["black8.png"]["score"] == rows["black16.png"]["score"]
+    assert rows["white8.png"]["score"] == rows["white16.png"]["score"]
+
+
+def test_what_is_not_a_number_and_what_is_too_large_is_listed(whole, tmp_path):
+    folder = some(tmp_path / "in", 1)
+    for name, value in (("nan", np.nan), ("inf", np.inf), ("minus", -np.inf)):
+        pixels = np.full((30, 40), 0.5, np.float32)
+        pixels[3, 4] = value
+        Image.fromarray(pixels).save(folder / f"{name}.tif")
+        voxels = np.ones((8, 9, 2), np.float32)
+        voxels[1, 2, 1] = value
+        nibabel.Nifti1Image(voxels, np.eye(4)).to_filename(folder / f"{name}.nii.gz")
+    huge_png(folder / "huge.png", 20000)
+    assert (folder / "huge.png").stat().st_size < 1 << 20  # of 400 million pixels
+    assert run(whole, tmp_path / "out", folder) == 0
+    assert [row["source"] for row in table(tmp_path / "out")] == ["in/0.png"]
+    bad = {r["source"]: r["reason"] for r in table(tmp_path / "out", "unreadable.csv")}
+    assert len(bad) == 7
+    assert "pixels and at most 64,000,000 are read" in bad["in/huge.png"]
+    for name in ("nan", "inf", "minus"):
+        assert "NaN, infinite" in bad[f"in/{name}.nii.gz"]
+        assert "outside [0, 1] or NaN" in bad[f"in/{name}.tif"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_a_result_is_one_sentence(whole, tmp_path, capfd, monkeypatch, code):
+    """Full, read-only, forbidden: what was written before stays, and the same command goes on."""
+    folder, output = some(tmp_path / "in", 4), tmp_path / "out"
+
+    def replace(source, target):
+        if Path(target).name.startswith("in_2.png"):
+            raise OSError(code, os.strerror(code), str(target))
+        os.replace(source, target)
+
+    held = {name: getattr(os, name) for name in ("fsync", "getpid", "PathLike")}
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "os", SimpleNamespace(replace=replace, **held))
+        assert run(whole, output, folder) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: Cannot write ") and os.strerror(code) in last
+    assert not (output / "results.csv").exists() and not list(output.glob(".*"))
+    before = {p.name: p.stat().st_mtime_ns for p in output.glob("*.json")}
+    assert not [name for name in before if name.startswith("in_2")]
+    assert run(whole, output, folder) == 0
+    assert len(table(output)) == 4
+    assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
+
+
+def test_a_file_where_the_output_folder_should_be(whole, tmp_path, capfd):
+    (tmp_path / "out").write_text("mine")
+    assert run(whole, tmp_path / "out", some(tmp_path / "in", 1)) == 2
+    assert "Cannot write " in capfd.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_links_planted_in_the_output_are_replaced_not_followed(whole, tmp_path):
+    folder, output = some(tmp_path / "in", 1), tmp_path / "out"
+    assert run(whole, output, folder) == 0
+    (page,) = pages(output)
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    names = [*page["files"].values(), "results.csv", "unreadable.csv"]
+    for path in [*(output / n for n in names), *output.glob("*.json")]:
+        path.unlink(missing_ok=True)
+        path.symlink_to(outside)
+    assert run(whole, output, folder) == 0
+    assert outside.read_text() == "mine"
+    assert not any(p.is_symlink() for p in output.iterdir()) and pages(output) == [page]
+
+
+def test_a_clock_that_jumps_sweeps_no_file_that_is_being_written(tmp_path, monkeypatch):
+    """A day ahead, every temporary file looks old; one of a process that lives is left alone."""
+    mine, dead = tmp_path / f".a.json.{os.getpid()}.tmp", tmp_path / ".b.json.4194305.tmp"
+    for path in (mine, dead):
+        path.touch()
+    now = time.time()
+    monkeypatch.setattr(results, "time", SimpleNamespace(time=lambda: now - 9 * results.STALE))
+    assert results.sweep(tmp_path) == 0  # back: nothing is old
+    monkeypatch.setattr(results, "time", SimpleNamespace(time=lambda: now + 9 * results.STALE))
+    assert results.sweep(tmp_path) == 1  # no process has that number: it is above the largest
+    assert list(tmp_path.iterdir()) == [mine]

@@ -1,0 +1,89 @@
+"""SIGTERM and SIGINT while predicting: the same command ends as if nothing had happened."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.paths import ROOT
+from tests.support.runs import finished
+
+IMAGES = 300
+# where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
+PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from medclip_jax import main; main.cli()"
+)
+
+
+@pytest.fixture
+def start(tmp_path, tmp_path_factory):
+    """Predict IMAGES images into the named folder, in a process of its own."""
+    base = tmp_path_factory.getbasetemp()
+    workdir, rng = finished(base).workdir, np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(IMAGES):
+        pixels = rng.integers(0, 256, (60, 50), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(base / "world" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+    def run(output: str) -> subprocess.Popen:
+        flags = "--mode=predict", f"--workdir={workdir}", f"--input={tmp_path / 'in'}"
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *flags, f"--output={tmp_path / output}"],
+            cwd=ROOT,
+            env=os.environ | settings,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def kept(folder) -> dict[str, bytes]:
+    """What the files say."""
+    return {p.name: faults.said(p) for p in folder.iterdir()}
+
+
+def stopped(process: subprocess.Popen, folder: Path, with_: int, least: int) -> tuple[str, int]:
+    """Stop it once it has finished so many items; what it said, and how many it has finished."""
+    while process.poll() is None and len(list(folder.glob("*.json"))) < least:
+        time.sleep(0.002)
+    process.send_signal(with_)
+    _, stderr = process.communicate(timeout=300)
+    assert not (folder / "results.csv").exists()  # a table is of everything
+    assert not list(folder.glob(".*"))  # nothing half-written stays
+    done = len(list(folder.glob("*.json")))
+    assert least <= done < IMAGES
+    return stderr, done
+
+
+def test_signals_while_predicting_and_the_same_command_finishes(start, tmp_path):
+    undisturbed, cut = start("whole"), tmp_path / "cut"
+    process = start("cut")
+    stderr, done = stopped(process, cut, signal.SIGINT, 1)
+    assert process.returncode == 130, stderr[-3000:]
+    assert stderr.splitlines()[-1] == "stopped; the same command goes on from what is saved"
+    process = start("cut")
+    stderr, done = stopped(process, cut, signal.SIGTERM, done + 1)
+    assert process.returncode == 143, stderr[-3000:]
+    assert int(re.search(r"stopped by SIGTERM after (\d+) of 300 items", stderr)[1]) == done
+    process = start("cut")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+    _, stderr = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, stderr[-3000:]
+    ours, theirs = kept(cut), kept(tmp_path / "whole")
+    assert len(theirs) == 3 * IMAGES + 2 and ours == theirs

@@ -1,0 +1,295 @@
+"""The door: what a user can mend is one sentence on stderr and exit code 2."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medclip_jax import files, main
+from medclip_jax.features import cache as features_cache
+from tests.support.paths import ROOT
+from tests.support.runs import finished
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_world(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def data(tiny, tmp_path) -> Path:
+    """A copy of the data that a test may spoil."""
+    return Path(shutil.copytree(tiny.data, tmp_path / "data"))
+
+
+def sentence(capfd, code: int) -> str:
+    """The one sentence of a refusal."""
+    said = capfd.readouterr().err
+    assert code == 2, said
+    assert "Traceback" not in said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said.splitlines()[-1] == errors[0], said
+    return errors[0]
+
+
+def refused(capfd, tiny, tmp_path, *more: str, arguments: str = "k=4") -> str:
+    workdir = tmp_path / "run"
+    error = sentence(capfd, tiny.main(workdir, *more, arguments=arguments))
+    left = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
+    assert left <= {"config.json"}, left  # nothing that a later command would take for a result
+    return error
+
+
+# --- flags ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag, named",
+    [
+        ("--config.stepz=3", '"steps" instead of "stepz"'),
+        ("--config.data.rot=x", '"root" instead of "rot"'),
+        ("--config.steps=many", "config.steps=many"),
+        ("--config.seed=-1", "config.seed is -1: give 0 or more"),
+        ("--config.k=-1", "config.k is -1: give 0 or more"),
+        ("--config.k=9", "pool holds 8 healthy images|only 8 healthy images"),
+        ("--config.method=ous", "give one of ours, paper, mediclip, memory, zero_shot"),
+        ("--config.data.name=bussi", "'bussi': give one of busi, folder"),
+        ("--config.clip.levels=99", "need rising block numbers between 1 and 4"),
+        ("--mode=trian", "one of <train|evaluate|predict|export|check|report>"),
+        ("--stepz=3", "'stepz'"),
+        ("extra", "'extra' is not a flag"),
+    ],
+)
+def test_a_bad_flag_is_named(tiny, tmp_path, capfd, flag, named):
+    error = refused(capfd, tiny, tmp_path, flag)
+    assert re.search(named, error), error
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--config=configs/busi.py:kk=3", "--workdir=W"], "'kk' is unknown: give any of k"),
+        (["--config=configs/busi.py:k=many", "--workdir=W"], "k='many' is not a whole number"),
+        (["--config=configs/bus.py:k=3", "--workdir=W"], "configs/bus.py.* cannot be read"),
+        (["--config=configs/bus.py", "--workdir=W", "--config.k=3"], "file configs/bus.py cannot"),
+        (["--config=LICENSE", "--workdir=W"], "LICENSE|syntax"),
+        (["--config=configs/busi.py"], "--config and --workdir are needed"),
+        (["--workdir=W"], "--config and --workdir are needed"),
+        ([], "--config and --workdir are needed"),
+    ],
+)
+def test_a_command_that_cannot_start_says_why(argv, named, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    argv = [a.replace("=W", f"={tmp_path / 'run'}") for a in argv]
+    error = sentence(capfd, main.main(["main", *argv]))
+    assert re.search(named, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_ends_quietly_when_its_reader_leaves():
+    command = [sys.executable, "-m", "medclip_jax.main", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as head does
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_check_ends_quietly_when_its_reader_leaves(tiny):
+    command = [sys.executable, "-m", "medclip_jax.main", "--mode=check", *tiny.flags(tiny.base)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert b"Traceback" not in said and b"error" not in said
+
+
+def test_help_is_quick_and_imports_neither_jax_nor_transformers():
+    command = [sys.executable, "-X", "importtime", "-m", "medclip_jax.main", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for word in ("--config", "--workdir", "evaluate", "--config.data.root", "--config.steps"):
+        assert word in done.stdout
+    imported = set(re.findall(r"^import time:.*\| +(\w+)", done.stderr, re.MULTILINE))
+    assert "ml_collections" in imported
+    heavy = {"jax", "transformers", "flax", "orbax", "tensorflow_datasets", "sklearn", "numpy"}
+    assert not imported & heavy
+
+
+# --- the data -------------------------------------------------------------------------------
+
+
+def test_a_data_root_that_is_not_there(tiny, tmp_path, capfd):
+    error = refused(capfd, tiny, tmp_path, "--config.data.root=/no/such")
+    assert "there is no folder /no/such" in error and "--config.data.root" in error
+
+
+def test_a_data_set_without_any_root(tiny, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("MEDCLIP_DATA", raising=False)
+    error = refused(capfd, tiny, tmp_path, "--config.data.root=")
+    assert "no folder was named" in error and "$MEDCLIP_DATA" in error
+
+
+def spoil_missing_mask(data: Path) -> str:
+    path = next((data / "ground_truth/lesion").iterdir())
+    path.unlink()
+    return f"has no mask ground_truth/lesion/{path.name}"
+
+
+def spoil_image(data: Path) -> str:
+    path = next((data / "train/good").iterdir())
+    path.write_bytes(path.read_bytes()[:200])
+    return f"{path.name} cannot be decoded"
+
+
+def spoil_not_an_image(data: Path) -> str:
+    path = next((data / "test/good").iterdir())
+    path.write_bytes(b"hello")
+    return f"{path.name} is empty or is not a PNG"
+
+
+def spoil_mask_size(data: Path) -> str:
+    path = next((data / "ground_truth/lesion").iterdir())
+    Image.fromarray(np.zeros((10, 20), np.uint8)).save(path)
+    return f"mask .*{path.name} is .*20.* pixels but its image is .*64"
+
+
+def spoil_no_test(data: Path) -> str:
+    shutil.rmtree(data / "test")  # masks are left; with them gone too, a run trains only
+    return "mask ground_truth/lesion/0014_mask.png has no image"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_missing_mask, spoil_image, spoil_not_an_image, spoil_mask_size, spoil_no_test],
+    ids=lambda f: f.__name__,
+)
+def test_spoilt_data_are_named(tiny, data, tmp_path, capfd, spoil):
+    named = spoil(data)
+    error = refused(capfd, tiny, tmp_path, f"--config.data.root={data}")
+    assert re.search(named, error), error
+
+
+def test_data_that_changed_since_the_run(tiny, data, tmp_path, capfd):
+    """The split of a workdir belongs to the very bytes it was drawn from."""
+    memory, root = "k=4,method=memory", f"--config.data.root={data}"
+    assert tiny.main(tmp_path / "run", root, arguments=memory) == 0
+    capfd.readouterr()
+    path = next((data / "test/good").iterdir())
+    Image.fromarray(np.full((64, 64), 9, np.uint8)).save(path)
+    error = sentence(capfd, tiny.main(tmp_path / "run", root, arguments=memory))
+    assert f"test/good/{path.name} has other bytes" in error
+
+
+# --- the checkpoint -------------------------------------------------------------------------
+
+
+def test_an_unknown_checkpoint(tiny, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    error = refused(capfd, tiny, tmp_path, "--config.clip.checkpoint=/no/such/clip")
+    assert "/no/such/clip" in error
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (("vocab.json", "merges.txt"), "no tokenizer"),
+        (("flax_model.msgpack",), "no weights"),
+        (("config.json",), "config.json"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_file(tiny, tmp_path, capfd, names, said):
+    folder = Path(shutil.copytree(tiny.clip, tmp_path / "clip"))
+    for name in names:
+        (folder / name).unlink()
+    error = refused(capfd, tiny, tmp_path, f"--config.clip.checkpoint={folder}")
+    assert said in error and str(folder) in error
+
+
+# --- the workdir ----------------------------------------------------------------------------
+
+
+def test_a_workdir_that_cannot_be_made(tiny, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        error = sentence(capfd, tiny.main(place))
+        assert str(place) in error and "give another --workdir" in error
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc on this system")
+def test_a_workdir_that_cannot_be_written(tiny, capfd):
+    error = sentence(capfd, tiny.main(Path("/proc")))
+    assert "/proc" in error and "give another" in error
+
+
+def test_a_workdir_of_a_run_with_other_settings(tiny, tmp_path_factory, capfd):
+    whole = finished(tmp_path_factory.getbasetemp()).workdir
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    error = sentence(capfd, tiny.main(whole, "--config.seed=1"))
+    assert "holds a run with seed = 0, not 1" in error and "another workdir" in error
+    error = sentence(capfd, tiny.main(whole, "--config.model.dropout=0.5"))
+    assert re.search(r"model.*dropout.*0\.5", error)
+    assert before == {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+
+
+def test_a_report_of_nothing(tiny, tmp_path, capfd):
+    error = refused(capfd, tiny, tmp_path, "--mode=report")
+    assert "config.json is missing" in error
+
+
+# --- the disk -------------------------------------------------------------------------------
+
+
+def fill(monkeypatch, pattern: str, after: int = 0) -> list[str]:
+    """Let the disk be full for files whose name matches, after so many of them."""
+    seen: list[str] = []
+
+    def replace(source, target):
+        if re.search(pattern, Path(target).name):
+            seen.append(Path(target).name)
+            if len(seen) > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        os.replace(source, target)
+
+    held = {name: getattr(os, name) for name in ("fsync", "getpid", "PathLike")}
+    monkeypatch.setattr(files, "os", SimpleNamespace(replace=replace, **held))
+    return seen
+
+
+def test_a_full_disk_while_the_bank_is_written(tiny, tmp_path, capfd, caplog, monkeypatch):
+    cache = f"--config.cache={tmp_path / 'cache'}"
+    arguments = "k=4,method=memory"
+    with monkeypatch.context() as patch:
+        fill(patch, r"safetensors$", after=5)
+        code = tiny.main(tmp_path / "run", cache, arguments=arguments)
+    error = sentence(capfd, code)
+    assert "No space left" in error and "safetensors" in error and "free space" in error
+    held = list((tmp_path / "cache/feature_cache").rglob("*.*"))
+    assert len(held) == 5 and all(features_cache.whole(path) for path in held)
+    assert not (tmp_path / "run/metrics.json").exists()
+    held[0].write_bytes(held[0].read_bytes()[:100])  # a power cut may do this
+    assert tiny.main(tmp_path / "run", cache, arguments=arguments) == 0
+    assert f"{held[0].name} is damaged and will be made again" in caplog.text
+    assert all(
+        features_cache.whole(path) for path in (tmp_path / "cache/feature_cache").rglob("*.*")
+    )
+
+
+@pytest.mark.parametrize("name", ["predictions.npz", "metrics.json", "report.html", "split.json"])
+def test_a_full_disk_while_results_are_written(tiny, tmp_path, capfd, monkeypatch, name):
+    arguments = "k=4,method=memory"
+    with monkeypatch.context() as patch:
+        assert fill(patch, rf"^{name}$") == []
+        code = tiny.main(tmp_path / "run", arguments=arguments)
+    error = sentence(capfd, code)
+    assert name in error and "No space left" in error
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run" / name).exists()

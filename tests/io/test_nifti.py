@@ -1,0 +1,213 @@
+"""NIfTI against nibabel's arrays in the reference set, hostile headers, and saving maps."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from medclip_jax.errors import DataError
+from medclip_jax.io import nifti, nifti_write, read
+from tests.support.reference import data_files, reference_files
+
+EXPECTED = reference_files("io/expected.json")[0]
+CASES = json.loads(EXPECTED.read_text())["nifti"]
+ARRAYS = np.load(EXPECTED.with_suffix(".npz"))
+GOOD = [k for k, v in CASES.items() if v["status"] == "readable"]
+BAD = {  # what the message must say
+    "bad_truncated": "damaged or truncated gzip",
+    "bad_truncated_raw": "4,500 of the 5,500 bytes",
+    "bad_text_renamed": "not a NIfTI file",
+    "bad_text_renamed_gz": "not gzip",
+    "bad_empty": "is empty",
+    "bad_magic": "not a NIfTI file",
+    "bad_datatype": "4096 not recognized",
+    "bad_corrupt_gz": "CRC check failed",
+}
+
+
+def file(name: str) -> Path:
+    return EXPECTED.parent / CASES[name]["file"]
+
+
+def frames_first(volume: np.ndarray) -> np.ndarray:
+    """[z, rows, columns, t] -> [t * z, rows, columns]."""
+    if volume.ndim == 3:
+        return volume
+    return np.moveaxis(volume, 3, 0).reshape(-1, *volume.shape[1:3])
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_volume_equals_nibabels_canonical_one(name):
+    volume = nifti.nifti_volume(file(name))
+    wanted = ARRAYS[f"{name}__canonical"]
+    largest = np.abs(wanted[np.isfinite(wanted)]).max()
+    np.testing.assert_allclose(volume.voxels, wanted, rtol=1e-6, atol=1e-6 * largest)
+    np.testing.assert_allclose(volume.affine, ARRAYS[f"{name}__canonical_affine"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD if n != "nan_voxels_f32"])
+def test_slices_lie_as_a_radiologist_sees_them(name):
+    image = read.read(file(name))
+    wanted = frames_first(ARRAYS[f"{name}__axial_radiological"])
+    unit = (wanted - wanted.min()) / (wanted.max() - wanted.min())
+    np.testing.assert_allclose(image.pixels, unit, atol=1e-6)
+    affine = ARRAYS[f"{name}__canonical_affine"]
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    np.testing.assert_allclose(image.spacing, (sizes[1], sizes[0]), rtol=1e-6)
+    assert image.meta == {"format": "NIfTI"}
+
+
+@pytest.mark.parametrize("axis", nifti.AXES)
+def test_each_axis_against_its_definition(axis):
+    """Voxel by voxel: rows run away from anterior or superior, columns away from patient right."""
+    canonical = ARRAYS["permuted_flipped_i16__canonical"]
+    found = nifti.slices(canonical, axis)
+    x, y, z = (n - 1 for n in canonical.shape)
+    for f, r, c in ((0, 0, 0), (1, 2, 3), (-1, -1, -1)):
+        f, r, c = f % found.shape[0], r % found.shape[1], c % found.shape[2]
+        wanted = {
+            "axial": lambda f, r, c: canonical[x - c, y - r, f],
+            "coronal": lambda f, r, c: canonical[x - c, f, z - r],
+            "sagittal": lambda f, r, c: canonical[f, y - c, z - r],
+        }[axis]
+        assert found[f, r, c] == wanted(f, r, c)
+    np.testing.assert_array_equal(nifti.stack(found, axis), canonical)
+
+
+def test_a_range_of_slices_keeps_the_scale_of_the_whole():
+    path = file("fourd_f32")
+    whole = read.read(path, axis="coronal").pixels
+    np.testing.assert_array_equal(read.read(path, "coronal", (4, 12)).pixels, whole[4:12])
+    with pytest.raises(DataError, match="27 frame"):
+        read.read(path, "coronal", (4, 28))
+
+
+def test_nan_voxels_are_refused_by_number_and_kept_in_the_volume():
+    path = file("nan_voxels_f32")
+    count = int((~np.isfinite(ARRAYS["nan_voxels_f32__canonical"])).sum())
+    with pytest.raises(DataError, match=f"has {count} voxels that are NaN"):
+        read.read(path)
+    assert np.isnan(nifti.nifti_volume(path).voxels).any()
+
+
+def test_unknown_orientation_is_told(caplog):
+    with caplog.at_level(logging.WARNING):
+        read.read(file("no_form_f32"))
+    assert "no_form_f32.nii does not say how the patient lay" in caplog.text
+
+
+@pytest.mark.parametrize("name", [k for k in CASES if k not in GOOD])
+def test_malformed_files_are_told_apart(name):
+    with pytest.raises(DataError) as caught:
+        read.read(file(name))
+    message = str(caught.value)
+    assert BAD[name] in message and str(file(name)) in message and "\n" not in message
+
+
+def test_pairs_and_what_is_missing_of_them(tmp_path):
+    values = np.random.default_rng(0).integers(0, 99, (4, 5, 6)).astype(np.int16)
+    nibabel.Nifti1Pair(values, np.eye(4)).to_filename(tmp_path / "a.img")
+    wanted = nifti.slices(values / values.max(), "axial")
+    for name in ("a.hdr", "a.img"):
+        np.testing.assert_allclose(read.read(tmp_path / name).pixels, wanted, atol=1e-6)
+    (tmp_path / "a.img").unlink()
+    with pytest.raises(DataError, match=r"a\.img does not exist"):
+        read.read(tmp_path / "a.hdr")
+
+
+def test_units_are_mm(tmp_path):
+    for unit, scale in (("meter", 1000), ("mm", 1), ("micron", 0.001)):
+        image = nibabel.Nifti1Image(np.eye(4)[:, :, None], np.diag([2, 3, 4, 1.0]))
+        image.header.set_xyzt_units(unit)
+        image.to_filename(tmp_path / "a.nii")
+        np.testing.assert_allclose(
+            read.read(tmp_path / "a.nii").spacing, (3 * scale, 2 * scale), rtol=1e-6
+        )
+
+
+def header(shape, offset=352) -> bytes:
+    head = nibabel.Nifti1Header()
+    head.set_data_dtype(np.uint8)
+    head.set_data_shape(shape)
+    head["magic"], head["vox_offset"] = b"n+1", offset
+    return head.binaryblock + bytes(4)
+
+
+@pytest.mark.parametrize("shape", [(8001, 8001, 1), (4000, 4000, 20), (20000, 20000, 20000)])
+def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, shape):
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(header(shape) + bytes(10_000_000)))
+    sizes = []
+    real = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n=-1: sizes.append(n) or real(self, n))
+    with pytest.raises(DataError, match=r"at most (64,000,000|268,435,456)"):
+        read.read(tmp_path / "a.nii.gz")
+    assert sizes == [nifti.HEADER_BYTES]
+
+
+def test_a_gzip_that_unpacks_for_ever_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(nifti, "MAX_BYTES", 5_000_000)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(header((4, 4, 4)) + bytes(20_000_000)))
+    with pytest.raises(DataError, match="unpacks to more than 5,000,000 bytes"):
+        read.read(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(header((4, 4, 4), 2_000_000_000)))
+    with pytest.raises(DataError, match="says it holds 2,000,000,064 bytes"):
+        read.read(tmp_path / "b.nii.gz")
+
+
+def test_texts_of_a_header_stay_in_the_file(tmp_path):
+    image = nibabel.Nifti1Image(np.eye(5)[:, :, None], np.eye(4))
+    image.header["descrip"] = image.header["db_name"] = b"DOE^JANE"
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"DOE^JANE"))
+    image.to_filename(tmp_path / "a.nii")
+    assert b"DOE" in (tmp_path / "a.nii").read_bytes()
+    assert "DOE" not in str(read.read(tmp_path / "a.nii"))
+    nifti_write.write(tmp_path / "b.nii.gz", tmp_path / "a.nii", np.zeros((1, 5, 5), np.uint16))
+    assert b"DOE" not in gzip.decompress((tmp_path / "b.nii.gz").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "name", ["oblique_lefthanded_i16", "las_lefthanded_u8", "qform_only_f32", "fourd_f32"]
+)
+def test_a_saved_map_lies_over_its_volume(tmp_path, name):
+    codes = np.round(read.read(file(name)).pixels * 65535).astype(np.uint16)
+    nifti_write.write(tmp_path / "map.nii.gz", file(name), codes)
+    saved, source = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(file(name))
+    values = source.get_fdata()
+    unit = (values - values.min()) / (values.max() - values.min())
+    np.testing.assert_allclose(saved.get_fdata(), unit, atol=3e-5)
+    np.testing.assert_allclose(saved.affine, source.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", data_files("nifti/*"))
+def test_files_of_others(path):
+    """The volume nibabel reads, or a refusal for a reason that the file gives."""
+    refused = {
+        "analyze.hdr": "not a NIfTI",
+        "nifti1.hdr": "img does not exist",
+        "nifti2.hdr": "img does not exist",
+        "resampled_anat_moved.nii": "153 voxels that are NaN",
+        "row_major.dconn.nii": "6 axes",
+    }
+    if path.name in refused:
+        with pytest.raises(DataError, match=refused[path.name]):
+            read.read(path)
+        return
+    peer = nibabel.as_closest_canonical(nibabel.load(path))
+    wanted = peer.get_fdata()
+    volume = nifti.nifti_volume(path)
+    np.testing.assert_allclose(volume.voxels, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
+    np.testing.assert_allclose(volume.affine, peer.affine, atol=1e-5)
+    image = read.read(path)
+    assert image.pixels.min() == 0 and image.pixels.max() == 1
+    assert len(image.pixels) == int(np.prod(wanted.shape[2:]))
+
+
+def test_values_near_the_end_of_float32_still_fill_the_unit_range(tmp_path):
+    values = np.array([-3e38, 0, 1e38, 3e38], np.float32).reshape(2, 2, 1)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "a.nii")
+    found = nifti.stack(read.read(tmp_path / "a.nii").pixels, "axial")
+    np.testing.assert_allclose(found.ravel(), [0, 0.5, 4 / 6, 1], atol=1e-6)

@@ -1,0 +1,146 @@
+"""NT-Xent against optax, the reference and a published value; the head and its rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from medclip_jax.errors import ConfigError
+from medclip_jax.features import training_pool
+from medclip_jax.features.batch import Views
+from medclip_jax.models import contrastive, model
+from medclip_jax.training import loop, step
+from tests.support.pools import settings
+from tests.support.reference import reference_params
+
+FILES = reference_params("losses_*.npz")
+
+
+def whole(one, two, tau):
+    n = len(one)
+    return contrastive.ntxent(one, two, jnp.arange(n), jnp.ones(n, bool), tau)
+
+
+@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("tau", [0.1, 0.5])
+def test_ntxent_equals_the_reference_and_optax(path, tau):
+    ref = np.load(path)
+    both = jnp.asarray(ref["ntxent_z1"]), jnp.asarray(ref["ntxent_z2"])
+    value, grads = jax.value_and_grad(lambda a, b: whole(a, b, tau), argnums=(0, 1))(*both)
+    np.testing.assert_allclose(value, ref[f"ntxent_tau{tau}_loss"], rtol=2e-6)
+    for got, name in zip(grads, ("z1", "z2"), strict=True):
+        want = ref[f"ntxent_tau{tau}_grad_{name}"]
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    labels = jnp.tile(jnp.arange(len(both[0])), 2)
+    np.testing.assert_allclose(
+        value, optax.losses.ntxent(jnp.concatenate(both), labels, tau), rtol=2e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "value"),
+    [  # MONAI's ContrastiveLoss, temperature 0.5: tests/losses/test_contrastive_loss.py
+        ([[1, 1, 0, 0], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 1, 0, 0]], 1.0986),
+        ([[1, 2, 3, 4], [1, 1, 0, 0]], [[0, 0, 0, 0], [1, 1, 0, 0]], 0.8719),
+    ],
+)
+def test_ntxent_equals_monai(one, two, value):
+    got = whole(jnp.asarray(one, jnp.float32), jnp.asarray(two, jnp.float32), 0.5)
+    assert abs(float(got) - value) < 1e-4
+
+
+def test_rows_that_fill_and_rows_of_the_same_image_are_no_negatives():
+    one, two = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    image, valid = jnp.array([0, 1, 2, 2, 0]), jnp.array([1, 1, 1, 0, 0], bool)
+    got = contrastive.ntxent(one, two, image, valid)
+    np.testing.assert_allclose(got, whole(one[:3], two[:3], contrastive.TEMPERATURE), rtol=1e-6)
+    alike = contrastive.ntxent(one[:2], two[:2], jnp.array([7, 7]), valid[:2])
+    grad = jax.grad(lambda x: contrastive.ntxent(x, two[:1], image[:1], valid[:1]))(one[:1])
+    assert float(alike) == 0 and not np.asarray(grad).any()  # one support: nothing to tell apart
+    nothing = contrastive.ntxent(one, two, image, jnp.zeros(5, bool))
+    assert float(nothing) == 0
+
+
+def test_views_are_two_different_ones_and_a_function_of_the_step():
+    one, two = contrastive.draw(0, 3, (400,), 3)
+    assert set(one) == set(two) == {-1, -2, -3, -4} and (one != two).all()
+    again = contrastive.draw(0, 3, (400,), 3)
+    assert (one == again[0]).all() and (two == again[1]).all()
+    assert (one != contrastive.draw(0, 4, (400,), 3)[0]).any()
+
+
+def augmented(pool):  # noqa: F811
+    """The pool with its last three variants as augmented copies."""
+    return pool._replace(variants=pool.variants - 3, copies=3, kinds=pool.kinds[:, :-3])
+
+
+@pytest.mark.parametrize("read", ["joint", "episodes"])
+def test_rows_carry_views_of_their_image_only_where_asked(pool, read):  # noqa: F811
+    pool, own = augmented(pool), np.arange(4)  # noqa: F811
+
+    def at(views):
+        if read == "joint":
+            return step.batch_at(2, pool, [own, own[:3]], 4, 0, views=views)
+        sizes = dict(tasks=3, k=4, shots=4, query=2)
+        return step.episodes_at(2, pool, [[own], [own[:3]]], 0, None, views, **sizes).query
+
+    plain, viewed = at(False), at(True)
+    assert plain.views is None and isinstance(viewed.views, Views)
+    jax.tree.map(np.testing.assert_array_equal, plain, viewed._replace(views=None))
+    image = viewed.views.image
+    assert image.shape == viewed.valid.shape
+    for view in viewed.views[:2]:
+        for i in np.ndindex(image.shape):
+            held = [pool.clean[image[i]]("level0")[0], *pool.anomalous[image[i]]("level0")[-3:]]
+            assert any(np.array_equal(view.levels[0][i], x) for x in held)
+
+
+def test_weight_zero_leaves_theta_as_it_was_and_the_head_learns(tower, pool):  # noqa: F811
+    from medclip_jax import build
+
+    off, on = settings(), settings(**{"loss.simclr": 0.3, "augment.rotate": 10.0})
+    design, frozen = build.build(off, tower)
+    like = dict(key=jax.random.key(0), model=tower, design=design, context=2, shared=False)
+    bare, full = model.init(**like), model.init(**like, contrast=True)
+    assert set(full) - set(bare) == {"head"}
+    jax.tree.map(np.testing.assert_array_equal, bare, {n: full[n] for n in bare})
+
+    batch = step.batch_at(0, augmented(pool), [np.arange(4)], 4, 0, views=True)
+    batch = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), batch)
+
+    @jax.jit
+    def both(params):
+        grads = jax.grad(lambda t: value(t, on)[0])(params)
+        return value(params, on)[1], value(params, off)[1], grads
+
+    def value(params, c):
+        return model.loss(params, frozen, batch, None, design=design, weights=c.loss.to_dict())
+
+    with_head, without, grads = both(full)
+    assert "simclr" not in without and float(with_head["simclr"]) > 0
+    np.testing.assert_allclose(
+        with_head["loss"], without["loss"] + 0.3 * with_head["simclr"], rtol=1e-5
+    )
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads["head"]["hidden"]))
+    assert all(np.abs(p["kernel"]).max() > 0 for p in grads["adapters"])
+
+
+def test_simclr_needs_augmentation():
+    with pytest.raises(ConfigError, match=r"config\.loss\.simclr is 0\.1.*rotate=10"):
+        settings(**{"loss.simclr": 0.1})
+    assert settings(**{"loss.simclr": 0.1, "method": "memory"}).steps == 0
+
+
+def test_a_run_with_simclr_logs_it(tmp_path, tower, pool):  # noqa: F811
+    from medclip_jax import build
+    from medclip_jax.distributed import sharding
+
+    c = settings(**{"loss.simclr": 0.3, "augment.flip": 0.5, "steps": 2})
+    design, frozen = build.build(c, tower)
+    mesh = sharding.mesh()  # eight devices and four rows: half of the rows only fill
+    pools = [augmented(pool)]
+    params = loop.run(c, tmp_path, tower, design, frozen, pools, [], mesh, True)
+    assert np.isfinite(params["head"]["out"]["kernel"]).all()
+    assert '"simclr"' in (tmp_path / "metrics.jsonl").read_text()
+    assert isinstance(pools[0], training_pool.Pool)

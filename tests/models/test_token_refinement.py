@@ -1,0 +1,138 @@
+"""Refinement: exactly the identity at first, an attention by hand, learned in a whole run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medclip_jax import build, config
+from medclip_jax.clip import vit
+from medclip_jax.data import synthetic_variants
+from medclip_jax.detectors import saved
+from medclip_jax.distributed import sharding
+from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.features.batch import Batch
+from medclip_jax.inference import predictor
+from medclip_jax.models import model, token_refinement
+from tests.support.checkpoints import tiny_checkpoint
+
+LEVELS = [(1,), (2, 3), (1, 2, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("refine") / "clip")[0]
+
+
+def built(folder, levels, on=True):
+    tower = vit.load(str(folder), levels, inputs=on)
+    c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
+    c.update_from_flattened_dict({"prompts.context": 2, "model.refine": on, "model.dropout": 0.0})
+    design, frozen = build.build(config.resolve(c), tower)
+    params = model.init(jax.random.key(0), tower, design, 2, False)
+    return tower, design, frozen, params
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_fresh_refinement_is_exactly_the_identity(folder, levels):
+    pixels = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    tower, design, frozen, params = built(folder, levels)
+    plain, bare, _, start = built(folder, levels, on=False)
+    encode = jax.jit(vit.patch_features, static_argnames="tower")
+    tokens = encode(tower.vision, pixels, tower=tower.vision_tower)
+    without = encode(plain.vision, pixels, tower=plain.vision_tower)
+    assert without.inputs == () and bare.refinement is None
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        tokens._replace(inputs=()),
+        without,
+    )
+    assert set(params) - set(start) == {"refine"} and len(params["refine"]) == len(levels)
+    jax.tree.map(np.testing.assert_array_equal, start, {n: params[n] for n in start})
+
+    @jax.jit
+    def both(params, tokens):
+        text = model.text_features(params, frozen, design)
+        off = model.forward(start, text, tokens._replace(inputs=()), bare).logit
+        return model.forward(params, text, tokens, design).logit, off
+
+    on, off = both(params, tokens)
+    np.testing.assert_array_equal(on, off)
+    opened = [{**q, "gate": jnp.asarray(0.5)} for q in params["refine"]]
+    moved, _ = both({**params, "refine": tuple(opened)}, tokens)
+    assert np.abs(moved - off).max() > 1e-4
+
+
+def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
+    """With CLIP's own query in its place the result is the block's attention, level by level."""
+    tower, design, _, params = built(folder, (2, 4))
+    pixels = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
+    tokens = vit.patch_features(tower.vision, pixels, tower.vision_tower)
+    for i, number in enumerate((2, 4)):
+        block = design.refinement.blocks[i]
+        own, x = params["refine"][i], tokens.inputs[i]
+        d = x.shape[-1]
+        np.testing.assert_array_equal(own["kernel"], block["qkv"]["kernel"][:, 2 * d :])
+        asked = {"kernel": block["qkv"]["kernel"][:, :d], "bias": block["qkv"]["bias"][:d]}
+        held = design.refinement
+        got = token_refinement.attend(asked, block, x, held.heads, held.eps)
+        whole = jax.tree.map(lambda b, n=number: b[n - 1], tower.vision["blocks"])
+        y = vit.first_norm(tower.vision, x, number, tower.vision_tower)
+        want = vit._attention(y, whole, held.heads, None)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        # and the block's input is what its output comes from
+        after = vit.run_block(tower.vision, x, number, tower.vision_tower)
+        np.testing.assert_allclose(after[:, 1:], tokens.levels[i], atol=1e-5)
+
+
+def test_the_gate_learns_first_and_then_the_query(folder):
+    tower, design, frozen, params = built(folder, (1, 4))
+    pixels = jax.random.normal(jax.random.key(3), (2, 32, 32, 3))
+    tokens = vit.patch_features(tower.vision, pixels, tower.vision_tower)
+    mask = jnp.zeros((2, 32, 32)).at[1, :16].set(1.0)
+    batch = Batch(tokens, mask, jnp.array([0, 1]), jnp.ones(2, bool))
+    weights = config.base().loss.to_dict()
+
+    @jax.jit
+    def grads(params):
+        def value(t):
+            return model.loss(t, frozen, batch, None, design=design, weights=weights)[0]
+
+        return jax.grad(value)(params)["refine"]
+
+    for grad in grads(params):
+        assert float(grad["gate"]) != 0 and not np.asarray(grad["kernel"]).any()
+    opened = tuple({**q, "gate": jnp.asarray(0.3)} for q in params["refine"])
+    for grad in grads({**params, "refine": opened}):
+        assert np.asarray(grad["kernel"]).any()
+
+
+def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictures):  # noqa: F811
+    mesh = sharding.mesh(jax.devices()[:1])
+    feature_caches = [
+        cache.open_cache(
+            tmp_path, vit.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh
+        )
+        for on in (False, True)
+    ]
+    assert feature_caches[0].folder != feature_caches[1].folder
+    for feature_cache in feature_caches:
+        encoder.encode_images(feature_cache, pictures[:2])
+    plain, full = (next(cache.load_images(b, pictures[:2], 2)) for b in feature_caches)
+    assert plain.inputs == () and [x.shape for x in full.inputs] == [(2, 17, 32)] * 2
+    recipe = synthetic_variants.Synthesis("medclip", 2, 0, "self")
+    pool = training_pool.open_pool(feature_caches[1], pictures[:2], recipe)
+    taken = training_pool.take(pool, np.array([1, 0]), np.array([-1, 1])).features
+    np.testing.assert_array_equal(taken.inputs[1][0], full.inputs[1][1])
+    assert len(taken.inputs) == 2
+
+
+def test_a_whole_run_learns_it_and_its_scorer_reads_alike(tmp_path):
+    here = make_world(tmp_path)
+    run = tmp_path / "run"
+    assert here.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
+    held = saved.read(run)
+    assert all(q["gate"] != 0 for q in held.params["refine"])
+    ready = predictor.load(run)
+    got = predictor.score(ready, np.random.default_rng(0).random((2, 32, 32), np.float32))
+    assert np.isfinite(got.score).all() and got.maps.shape == (2, 32, 32)

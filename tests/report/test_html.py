@@ -1,0 +1,261 @@
+"""The report, from a made-up workdir: every figure, every number, nothing from outside."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medclip_jax import config
+from medclip_jax.data.catalog import PRESETS
+from medclip_jax.errors import WorkdirError
+from medclip_jax.report import html as report_html
+from medclip_jax.report.html import text
+from tests.support.workdirs import EVIL, edit, keep_pictures, make_workdir
+
+NAMES = ("loss", "roc", "scores", "calibration", "risk_coverage", "deletion", "gallery")
+
+
+class Page(HTMLParser):
+    """Tags, image sources, alt texts, exact values in tables by name, and the plain text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.sources, self.alts, self.values, self.words = [], [], [], [], []
+        self.feed(html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            self.sources.append(attrs["src"])
+            self.alts.append(attrs["alt"])
+        if tag == "data":
+            self.values.append(attrs["value"])
+
+    def handle_data(self, data):
+        if not self.tags or self.tags[-1] not in ("style", "script") or data.strip() == "":
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = make_workdir(tmp_path_factory.mktemp("run"))
+    report_html.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(workdir):
+    return (workdir / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_figure_is_a_real_png(workdir, name):
+    with Image.open(workdir / "figures" / f"{name}.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300
+        assert np.asarray(image.convert("L")).std() > 5  # more than an empty sheet
+
+
+def test_the_page_needs_nothing_from_outside(html):
+    page = Page(html)
+    assert "link" not in page.tags and "iframe" not in page.tags
+    assert page.tags.count("script") == 2  # data, and our own code, which the policy knows by hash
+    code = re.search(r"<script>(.*?)</script>", html, re.S)[1]
+    known = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{known}" in html or f"script-src 'sha256-{known}'" in html
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|url\(|@import""", html)
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert len(page.sources) == len(page.alts) == 8  # six charts and two pages of the gallery
+    assert all(len(alt) > 20 for alt in page.alts)
+    for source in page.sources:
+        Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).verify()
+
+
+def test_strings_from_files_are_escaped(html):
+    assert "<script>alert" not in html and "<i>" not in html and "<b>" not in html
+    text = Page(html).text
+    assert EVIL in text and "train/<i>3</i>.png" in text and "note <script>" in text
+
+
+def test_the_numbers_are_those_of_metrics_json(workdir, html):
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    page = Page(html)
+    for part in ("image", "pixel", "timing"):
+        for name, value in metrics[part].items():
+            if value is not None:
+                assert str(value) in page.values, (part, name)
+                assert text(value) in page.text, (part, name)
+    auroc = metrics["image"]["auroc"]
+    assert f"image AUROC {auroc:.4f}" in page.text
+    assert "flags 75.0% of the abnormal and 12.5% of the healthy images" in page.text
+    assert "tested on 60 images of phantom: 24 healthy, 36 abnormal" in page.text
+    assert "Matthews correlation undefined" in page.text
+    assert "Hausdorff distance, 95th percentile undefined" in page.text
+    assert "observed false-alarm rate is 0.0833" in page.text
+
+
+def test_intervals_stand_beside_their_metrics(html):
+    words = Page(html).text
+    assert "recall 0.7500 0.6123 to 0.8500" in words and "Dice 0.4321 0.4100 to 0.4567" in words
+
+
+def test_checks_of_explanations_are_a_table(html):
+    words = Page(html).text
+    for row in (
+        "(pointing game) 0.7125 0.5625 0.1234 by chance, 36 images with a mask",
+        "Mean score in deletion, less is better 0.4667 0.5000 0.5667 at random",
+        "Rank correlation of Grad-CAM and map – 0.8123",
+        "itself, all blocks of the tower drawn anew 0.0321 undefined near 1",
+    ):
+        assert row in words, row
+
+
+def test_page_names_run_supports_versions_and_limits(html):
+    words = Page(html).text
+    for phrase in (
+        "phantom, K = 16, seed 3",
+        "method maml",
+        "backbone compact",
+        "clean split",
+        "research use only, not a medical device",
+        "jax 0.10.2",
+        "data.name phantom",
+        "clip.levels [3, 6]",
+    ):
+        assert phrase.lower() in words.lower()
+
+
+def test_units_and_the_command_that_makes_the_run_again(tmp_path):
+    folder = make_workdir(tmp_path / "run")
+    assert "settings are of another version" in Page(report_html.write(folder).read_text()).text
+    held = json.loads((folder / "metrics.json").read_text())
+    edit(folder, pixel={**held["pixel"], "distance_unit": "px", "boundary_tolerance": 2})
+    c = config.resolve(config.base("k=4", name="busi", **PRESETS["busi"]))
+    c.calibration.alpha = 0.05
+    (folder / "config.json").write_text(c.to_json_best_effort())
+    words = Page(report_html.write(folder).read_text()).text
+    assert "unit of distances and tolerance px" in words
+    assert "tolerance of boundary F1 2" in words and "px are pixels of the square" in words
+    assert (
+        "python -m medclip_jax.main --config busi:k=4,seed=0,method=ours --workdir DIR "
+        "--config.calibration.alpha=0.05" in words
+    )
+
+
+def test_rebuilding_gives_the_same_bytes(workdir, html):
+    before = {p.name: p.read_bytes() for p in (workdir / "figures").iterdir()}
+    assert set(before) == {f"{name}.png" for name in NAMES}
+    report_html.write(workdir)
+    assert (workdir / "report.html").read_text() == html
+    assert {p.name: p.read_bytes() for p in (workdir / "figures").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("config.json", "train"),
+        ("metrics.jsonl", "train"),
+        ("split.json", "train"),
+        ("metrics.json", "evaluate"),
+        ("predictions.npz", "evaluate"),
+    ],
+)
+def test_a_missing_or_spoilt_file_is_named(tmp_path, name, command):
+    folder = make_workdir(tmp_path, n=10, shown=1)
+    (folder / name).write_bytes(b"\x00not what it should be\n")
+    with pytest.raises(WorkdirError, match=f"{name}.*run `{command}`|Line 1 of .*{name}"):
+        report_html.write(folder)
+    (folder / name).unlink()
+    with pytest.raises(WorkdirError, match=f"{name} is missing: run `{command}`"):
+        report_html.write(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_a_key_that_metrics_json_lacks_is_named(tmp_path):
+    folder = make_workdir(tmp_path, n=10, shown=1)
+    (folder / "metrics.json").write_text('{"dataset": "x"}')
+    with pytest.raises(WorkdirError, match="'k' is not in it"):
+        report_html.write(folder)
+
+
+def test_a_gallery_of_two_frames_is_refused(tmp_path):
+    folder = make_workdir(tmp_path, n=10, shown=1)
+    with np.load(folder / "predictions.npz") as held:
+        arrays = {**held, "gallery_map_0": np.zeros((8, 8), np.float16)}
+    np.savez(folder / "predictions.npz", **arrays)
+    with pytest.raises(WorkdirError, match="row 0 are not of one shape"):
+        report_html.write(folder)
+
+
+def test_without_masks_pixel_metrics_are_undefined(tmp_path):
+    folder = make_workdir(tmp_path, n=12, shown=0)
+    edit(folder, pixel=None, calibration=None, explanations=None)
+    text = Page(report_html.write(folder).read_text()).text
+    assert "Pixel metrics: undefined" in text and "no lesion masks" in text
+    assert "Calibration: undefined" in text
+    assert "Nothing was checked" in text
+    assert "Over pixels" not in text
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_one_class_is_said_not_hidden(tmp_path, only):
+    folder = make_workdir(tmp_path, label=np.full(9, only, np.int32), shown=1)
+    html = report_html.write(folder).read_text()
+    assert "image AUROC is undefined, as all test images are of one class" in Page(html).text
+    assert "AUROC undefined" in Page(html).text
+    assert all((folder / "figures" / f"{name}.png").exists() for name in NAMES)
+
+
+def test_images_without_a_picture_still_have_their_row(tmp_path):
+    folder = make_workdir(tmp_path, n=10, shown=1)
+    keep_pictures(folder, [2, 7])
+    html = report_html.write(folder).read_text()
+    assert "holds those of 2 images, drawn by seed" in Page(html).text
+    shown = json.loads(re.search(r'id="shown">(.*?)</script>', html)[1])["images"]
+    assert [i for i, row in enumerate(shown) if row] == [2, 7]
+    assert html.count('<td data-v="-1">–</td>') == 8 and "test/0009.png" in html
+
+
+def test_fewer_predictions_than_the_split_is_said(tmp_path):
+    folder = make_workdir(tmp_path, n=10, shown=1)
+    split = json.loads((folder / "split.json").read_text())
+    split["test"] += [{"id": "another", "sha256": "", "label": 0}]
+    (folder / "split.json").write_text(json.dumps(split))
+    assert "1 of the test images in split.json" in Page(report_html.write(folder).read_text()).text
+
+
+def test_no_jax_and_no_pyplot(workdir):
+    code = (
+        "import sys; from medclip_jax.report import html; html.write(sys.argv[1]); "
+        "bad = {'jax', 'flax', 'matplotlib.pyplot'} & set(sys.modules); print(sorted(bad))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(workdir)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (None, "undefined"),
+        (float("nan"), "undefined"),
+        (0.91236, "0.9124"),
+        (0.0, "0.0000"),
+        (2e-5, "2e-05"),
+        (31.25, "31.2500"),
+        (7, "7"),
+        (True, "yes"),
+    ],
+)
+def test_values_as_printed(value, shown):
+    assert text(value) == shown

@@ -1,0 +1,76 @@
+"""A random CLIP of a few thousand parameters as a checkpoint folder, and those of the reference."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPConfig
+from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
+
+from medclip_jax.clip import hf_weights, vit
+from tests.support.reference import reference_params
+
+PARITY = reference_params("mediclip_parity_*/parity112.npz", "mediclip_parity_*/parity224.npz")
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+END = (
+    len(json.loads((hf_weights.EMBEDDED / "vocab.json").read_text())) - 1
+)  # of text; the largest id
+START = END - 1
+
+
+def with_tokenizer(folder: Path, target: Path) -> Path:
+    """A copy of a checkpoint folder in one file of weights, with (the embedded) tokenizer too."""
+    target.mkdir()
+    tensors = {}
+    for part in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(part)
+    save_file(tensors, target / "model.safetensors")
+    shutil.copyfile(folder / "config.json", target / "config.json")
+    copy_tokenizer(target)
+    return target
+
+
+def copy_tokenizer(target: Path) -> None:
+    for name in TOKENIZER:
+        shutil.copyfile(hf_weights.EMBEDDED / name, target / name)
+
+
+def tiny_model(activation: str) -> tuple[FlaxCLIPModel, dict]:
+    """A small CLIP of transformers' own making and random parameters for it.
+
+    They are drawn here, biases too: transformers starts those at 0, which would hide a bias in the
+    wrong place. Nor is its own init compiled, which is slow.
+    """
+    tower = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, hidden_act=activation)
+    config = CLIPConfig(
+        projection_dim=16,
+        vision_config=dict(num_hidden_layers=4, image_size=32, patch_size=8, **tower),
+        text_config=dict(
+            num_hidden_layers=2, vocab_size=END + 1, bos_token_id=START, eos_token_id=END, **tower
+        ),
+    )
+    shape = (1, 77), (1, 32, 32, 3)
+    model = FlaxCLIPModel(config, input_shape=shape, _do_init=False)
+    shapes = jax.eval_shape(lambda key: model.init_weights(key, shape), jax.random.PRNGKey(0))
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        spread = 0.05 if name in ("bias", "scale") else 0.2
+        return (name == "scale") + spread * rng.normal(size=leaf.shape).astype(np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, dict(shapes))
+
+
+def tiny_checkpoint(target: Path, activation: str = "gelu") -> tuple[Path, FlaxCLIPModel, dict]:
+    """`tiny_model` saved as Flax msgpack, with a tokenizer."""
+    model, params = tiny_model(activation)
+    model.save_pretrained(target, params=params)
+    copy_tokenizer(target)
+    return target, model, params
+
+
+patch_features = jax.jit(vit.patch_features, static_argnames="tower")

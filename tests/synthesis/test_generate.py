@@ -1,0 +1,257 @@
+"""Synthetic anomalies: distributions against the peer's, and what our preset promises."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage as ndi
+
+from medclip_jax.data import phantom
+from medclip_jax.synthesis import generate, shapes
+from tests.support.reference import reference_files
+
+N = 200  # draws per kind and reference image
+NAMES = ("CutPaste", "GaussIntensityChange", "SourceDeformation")
+FILES = reference_files("medsyn_stats_*.json")
+MEASURED = (
+    *("area_frac_gt0", "n_comp", "cy", "cx", "bbox_h", "bbox_w", "mean_abs_in", "mean_signed_in"),
+    *("frac_changed_in", "frac_pos_of_changed_in", "max_abs"),
+)
+
+
+def measure(old, new, mask):
+    """The statistics of the fixtures for one draw; grey levels 0..255."""
+    change, inside = new.astype(int) - old.astype(int), mask > 0
+    rows, columns = np.nonzero(inside)
+    moved = change[inside][change[inside] != 0]
+    return {
+        "area_frac_gt0": inside.mean(),
+        "n_comp": ndi.label(inside, np.ones((3, 3)))[1],
+        "cy": rows.mean() / 224,
+        "cx": columns.mean() / 224,
+        "bbox_h": (np.ptp(rows) + 1) / 224,
+        "bbox_w": (np.ptp(columns) + 1) / 224,
+        "mean_abs_in": np.abs(change[inside]).mean(),
+        "mean_signed_in": change[inside].mean(),
+        "frac_changed_in": (change[inside] != 0).mean(),
+        "frac_pos_of_changed_in": (moved > 0).mean() if len(moved) else np.nan,
+        "max_abs": np.abs(change).max(),
+        "outside": np.abs(change[~inside]).sum(),
+    }
+
+
+@pytest.mark.skipif(not FILES, reason="no medsyn_stats_*.json among the reference fixtures")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("kind", range(3), ids=NAMES)
+def test_mediclip_preset_has_the_peers_distributions(path, kind):
+    """|mean1 - mean2| <= 4 sem and Kolmogorov distance below the 0.1% bound of the two samples."""
+    expected = json.loads(path.read_text())[NAMES[kind]]
+    grey = np.load(path.parent / path.name.replace("stats", "images").replace("json", "npz"))
+    grey = grey["images"]
+    images = grey.astype(np.float32) / 255
+    which = np.repeat(np.arange(3), N)
+    rng = np.random.default_rng(11 + kind)
+    keys = jax.random.split(jax.random.key(20 + kind), 3 * N)
+    partners = images[rng.integers(0, 3, 3 * N)]
+    new, masks = generate.batch(
+        keys, images[which], partners, np.full(3 * N, kind, np.int32), "mediclip"
+    )
+    levels = np.round(new * 255)
+    np.testing.assert_allclose(levels, new * 255, atol=1e-3, err_msg="8-bit grey levels")
+    wrong = []
+    for i in range(3):
+        rows = [measure(grey[i], levels[j], masks[j]) for j in np.flatnonzero(which == i)]
+        assert sum(r["outside"] for r in rows) <= (2000 if kind == 0 else 0)
+        for name in MEASURED:
+            mine = np.array([r[name] for r in rows], float)
+            wrong += compare(f"{NAMES[kind]} image{i} {name}", mine, expected[f"image{i}"][name])
+    assert not wrong, "\n".join(wrong)
+
+
+def compare(title, mine, expected):
+    """What is wrong with a sample beside the fixture's mean, sem and quantiles."""
+    mine = mine[np.isfinite(mine)]
+    z = (mine.mean() - expected["mean"]) / np.hypot(mine.std() / len(mine) ** 0.5, expected["sem"])
+    distance = max(
+        max(float(q) - (mine <= v + 1e-6).mean(), (mine < v - 1e-6).mean() - float(q))
+        for q, v in expected["quantiles"].items()
+        if 0 < float(q) < 1
+    )
+    bound = 1.95 * np.sqrt(1 / len(mine) + 1 / expected["n"])
+    return (
+        [f"{title}: z {z:.1f}, distance {distance:.3f}"] if abs(z) > 4 or distance > bound else []
+    )
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    parts = [phantom.generate(m, 4, 112, 1, 0.0)[0] for m in phantom.MODALITIES]
+    return np.concatenate(parts)
+
+
+@pytest.fixture(scope="module")
+def drawn(healthy):
+    """300 draws of our preset on phantoms of all modalities: originals, kinds, results."""
+    n = 300
+    images, partners = healthy[np.arange(n) % 12], healthy[(np.arange(n) * 5) % 12]
+    kinds = np.arange(n, dtype=np.int32) // 75
+    keys = jax.random.split(jax.random.key(3), n)
+    new, masks = generate.batch(keys, images, partners, kinds)
+    return images, kinds, new, masks
+
+
+def test_medclip_masks_are_binary_and_hardly_ever_empty(drawn):
+    _, kinds, _, masks = drawn
+    assert set(np.unique(masks)) == {0.0, 1.0}
+    area = masks.sum((1, 2))
+    assert (area[kinds < 3] >= generate.MIN_PIXELS).mean() >= 0.99
+    assert not area[kinds == 3].any()
+
+
+def test_medclip_label_marks_every_visible_change_and_little_else(drawn):
+    images, kinds, new, masks = drawn
+    visible = np.abs(new - images) > generate.VISIBLE
+    assert np.all(masks[visible] == 1.0), "every visible change is labelled"
+    share = [visible[i][masks[i] > 0].mean() for i in np.flatnonzero(kinds < 3)]
+    assert np.mean(share) > 0.8
+
+
+def test_medclip_anomalies_lie_on_the_body(drawn):
+    images, kinds, new, masks = drawn
+    bodies = np.asarray(jax.jit(jax.vmap(shapes.body_mask))(images))
+    for i in np.flatnonzero(kinds < 3):
+        body = bodies[i]
+        np.testing.assert_array_equal(new[i][~body], images[i][~body])
+        assert not masks[i][~body].any()
+
+
+def test_values_stay_in_range_and_identity_changes_nothing(drawn):
+    images, kinds, new, _ = drawn
+    assert new.min() >= 0 and new.max() <= 1 and new.dtype == np.float32
+    np.testing.assert_array_equal(new[kinds == 3], images[kinds == 3])
+
+
+def test_body_of_an_mri_is_the_head_with_its_dark_inside(healthy):
+    mri = healthy[4]
+    body = np.asarray(shapes.body_mask(jnp.asarray(mri)))
+    assert not body[:6].any() and not body[:, :6].any()
+    assert body[50:62, 50:62].all(), "ventricles belong to the body"
+    assert np.asarray(shapes.body_mask(jnp.zeros((64, 64)))).all()
+
+
+@pytest.mark.parametrize("kind, through", [(0, "vmap"), (2, "jit")])
+def test_single_vmapped_and_batched_draws_agree(healthy, kind, through):
+    images, partners = healthy[:4], healthy[4:8]
+    keys = jax.random.split(jax.random.key(5), 4)
+    new, masks = generate.batch(keys, images, partners, np.full(4, kind, np.int32))
+
+    def one(key, image, partner):
+        return generate.synthesise(key, image, partner, kind)  # a known kind: one branch compiled
+
+    if through == "vmap":
+        other, other_masks, kinds = jax.jit(jax.vmap(one))(keys, images, partners)
+    else:
+        alone = jax.jit(one)
+        rows = [alone(*row) for row in zip(keys, images, partners, strict=True)]
+        other, other_masks, kinds = (np.stack(part) for part in zip(*rows, strict=True))
+    assert np.all(kinds == kind)
+    # a value at the edge of the threshold may fall on either side
+    assert (np.abs(new - other) > 1e-5).mean() < 1e-3
+    assert (masks != other_masks).mean() < 1e-3
+
+
+def test_batch_does_not_depend_on_who_else_is_in_it(healthy):
+    n = generate.CHUNK + 3
+    images, kinds = healthy[np.arange(n) % 12], np.arange(n, dtype=np.int32) % 4
+    keys = jax.random.split(jax.random.key(9), n)
+    new, masks = generate.batch(keys, images, images[::-1], kinds)
+    part, part_masks = generate.batch(keys[-4:], images[-4:], images[::-1][-4:], kinds[-4:])
+    np.testing.assert_array_equal(new[-4:], part)
+    np.testing.assert_array_equal(masks[-4:], part_masks)
+
+
+def test_key_is_a_function_of_seed_image_and_variant():
+    def raw(*args):
+        return tuple(np.asarray(jax.random.key_data(generate.key_for(*args))))
+
+    digest = int("f3" * 32, 16)
+    assert raw(0, digest, 1) == raw(0, digest, 1)
+    keys = {raw(s, d, v) for s in (0, 1) for d in (digest, digest + 1, 1 << 40, 0) for v in (0, 1)}
+    assert len(keys) == 16
+
+
+def test_variants_differ(healthy):
+    keys = jnp.stack([generate.key_for(0, 77, v) for v in range(6)])
+    images = np.repeat(healthy[:1], 6, 0)
+    for kind in range(3):
+        _, masks = generate.batch(keys, images, images, np.full(6, kind, np.int32))
+        assert len({m.tobytes() for m in masks}) == 6
+
+
+def test_sample_draws_the_four_kinds_equally(healthy):
+    image = jnp.asarray(healthy[0])
+    kinds = jax.jit(jax.vmap(lambda key: generate.sample(key, image, image)[2]))(
+        jax.random.split(jax.random.key(1), 400)
+    )
+    counts = np.bincount(kinds, minlength=4)
+    assert np.all(np.abs(counts - 100) < 35), "4 sd of a binomial (400, 1/4)"
+
+
+def test_one_or_two_anomalies_equally_often():
+    """Source shapes far apart are separate components: two are seen in about a third of draws."""
+    image = np.random.default_rng(0).uniform(size=(224, 224)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(2), 200)
+    images = np.repeat(image[None], 200, 0)
+    _, masks = generate.batch(keys, images, images, np.full(200, 2, np.int32), "mediclip")
+    two = np.mean([ndi.label(m)[1] == 2 for m in masks])
+    assert 0.2 < two < 0.5
+
+
+def test_perlin_shapes_fill_a_fifth_of_their_box():
+    lo, hi = jnp.array([40.0, 40.0]), jnp.array([120.0, 120.0])
+
+    @jax.jit
+    @jax.vmap
+    def fill(key):
+        shape = shapes.draw_perlin(key, lo, hi)
+        points = shapes.grid_points(shape.box)
+        return shapes.in_perlin(shape, points[..., 0], points[..., 1]).mean()
+
+    share = np.asarray(fill(jax.random.split(jax.random.key(0), 1000)))
+    assert (share < shapes.MIN_FILL).mean() < 0.005
+    assert share.mean() == pytest.approx(0.375, abs=0.02), "the peer's accepted masks fill 37.5%"
+
+
+def test_distance_to_edge_ends_on_the_outline():
+    lo, hi, frame = jnp.array([20.0, 20.0]), jnp.array([80.0, 80.0]), jnp.array([128.0, 128.0])
+    angle = jnp.linspace(0, 2 * jnp.pi, 33)
+    dy, dx = jnp.sin(angle), jnp.cos(angle)
+
+    @jax.jit
+    @jax.vmap
+    def ends(key):
+        shape = shapes.draw_sheared(key, frame, lo, hi)
+        far = shapes.distance_to_edge(shape, jnp.array(1.0), jnp.array(-2.0), dy, dx)
+        qy, qx = shapes.unshear(shape, 1.0 + far * dy, -2.0 + far * dx)
+        qy, qx = qy / shape.half[0], qx / shape.half[1]
+        edge = jnp.maximum(jnp.abs(qy), jnp.abs(qx))
+        return jnp.where(shape.ellipse, jnp.hypot(qy, qx), edge), shape.ellipse
+
+    edge, ellipse = ends(jax.random.split(jax.random.key(0), 16))
+    assert 0 < ellipse.sum() < 16, "both outlines are drawn"
+    np.testing.assert_allclose(edge, 1.0, atol=1e-4)
+
+
+def test_closing_and_flood_agree_with_scipy():
+    mask = np.random.default_rng(3).uniform(size=(40, 50)) > 0.6
+    ring = np.ones((3, 3), bool)
+    wide = np.pad(mask, 3)
+    closed = ndi.binary_closing(wide, ring, border_value=0)[3:-3, 3:-3]
+    mine = np.asarray(shapes.close(jnp.asarray(mask), 1))
+    np.testing.assert_array_equal(mine[2:-2, 2:-2], closed[2:-2, 2:-2])
+    seed = np.zeros_like(mask)
+    seed[:, 0] = True
+    expected = ndi.binary_propagation(seed, ring, mask | seed)
+    np.testing.assert_array_equal(shapes.flood(jnp.asarray(seed), jnp.asarray(mask)), expected)

@@ -1,0 +1,147 @@
+"""Equation (13) against the reference; a teacher's logits reach the rows; who may not teach."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medclip_jax import config, main
+from medclip_jax.data import synthetic_variants
+from medclip_jax.detectors import saved
+from medclip_jax.distributed import sharding
+from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax.features import cache, training_pool
+from medclip_jax.models import losses
+from medclip_jax.training import distillation, step
+from tests.support.reference import reference_params
+
+
+@pytest.mark.parametrize("path", reference_params("losses_*.npz"))
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+@pytest.mark.parametrize("alpha", [0.3, 0.7])
+@pytest.mark.parametrize("squared", [False, True])
+def test_distill_equals_the_reference(path, temperature, alpha, squared):
+    ref = np.load(path)
+    student, teacher, label = (
+        jnp.asarray(ref[f"kd_{x}"]) for x in ("student_logits", "teacher_logits", "labels")
+    )
+    like = losses.Distill(1.0, alpha, float(temperature), squared)
+    value, grad = jax.value_and_grad(lambda s: losses.distill(s, teacher, label, like).mean())(
+        student
+    )
+    name = f"kd_T{temperature}_a{alpha}_{'T2' if squared else 'noT2'}"
+    np.testing.assert_allclose(value, ref[name], rtol=2e-6)
+    want = ref[f"{name}_grad_student"]
+    np.testing.assert_allclose(grad, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_patches_by_hand():
+    """One patch of two is masked; the second row only fills."""
+    student, teacher = jnp.array([[0.4, -1.0], [9.0, 9.0]]), jnp.array([[1.5, 0.2], [0.0, 0.0]])
+    share = jnp.array([[0.8, 0.1], [0.0, 0.0]])
+    like = losses.Distill(1.0, 0.25, 2.0, False)
+    got = losses.distill_patches(student, teacher, share, jnp.array([True, False]), like)
+
+    def sigmoid(z):
+        return 1 / (1 + np.exp(-z))
+
+    s, t = np.array([0.4, -1.0]), np.array([1.5, 0.2])
+    ce = -np.log([sigmoid(0.4), 1 - sigmoid(-1.0)])
+    q, p = sigmoid(t / 2), sigmoid(s / 2)
+    kl = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+    np.testing.assert_allclose(got, (0.25 * ce + 0.75 * kl).mean(), rtol=1e-5)
+
+
+def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures):  # noqa: F811
+    """A teacher that says the mean grey value of each patch."""
+    grid, size = tiny.grid, tiny.size
+
+    def logits(images):
+        tiles = images.reshape(-1, grid, size // grid, grid, size // grid)
+        return tiles.mean((2, 4)).reshape(len(images), -1)
+
+    feature_cache = cache.open_cache(
+        tmp_path, tiny, "stretch", "float32", sharding.mesh(jax.devices()[:1])
+    )
+    from medclip_jax.data.augmentation import Strengths
+
+    recipe = synthetic_variants.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
+    supports = pictures[:2]
+    plain = training_pool.open_pool(feature_cache, supports, recipe)
+    teacher = distillation.Teacher(tiny, (), logits)
+    pool = distillation.pool(teacher, plain, feature_cache, supports, recipe)
+    assert [x.shape for x in pool.teacher] == [(6, grid**2)] * 2
+    rows = np.array([0, 1, 1, 0, 1]), np.array([-1, 0, 2, -2, -3])
+    got, bare = training_pool.take(pool, *rows), training_pool.take(plain, *rows)
+    assert bare.teacher is None
+    jax.tree.map(np.testing.assert_array_equal, bare, got._replace(teacher=None))
+    for taught, s, at in zip(got.teacher, rows[0], (0, 1, 3, 4, 5), strict=True):
+        np.testing.assert_array_equal(taught, pool.teacher[s][at])
+    # an image that was only mirrored has mirrored patches
+    mirrored = pool.teacher[0][0].reshape(grid, grid)[:, ::-1].ravel()
+    np.testing.assert_allclose(pool.teacher[0][4], mirrored, atol=1e-5)
+    batch = step.batch_at(0, pool, [np.arange(2)], 2, 0)
+    assert batch.teacher.shape == (2, 1, grid**2)
+
+
+def test_another_frame_and_grid():
+    ramp = np.tile(np.arange(4.0, dtype=np.float32), (4, 1)).reshape(1, 16)
+    np.testing.assert_array_equal(distillation.to_grid(ramp, 4), ramp)
+    assert distillation.to_grid(ramp, 8).reshape(8, 8)[0] == pytest.approx(
+        [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    )
+    np.testing.assert_allclose(distillation.to_grid(np.ones((2, 49), np.float32), 4), 1, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A teacher of 30 steps and its student of 30, through the door."""
+    here = make_world(tmp_path_factory.mktemp("distil"))
+    teacher, student = here.base / "teacher", here.base / "student"
+    assert here.main(teacher, "--config.steps=30", "--mode=train") == 0
+    more = f"--config.distill.teacher={teacher}", "--config.distill.alpha=0.0"
+    assert here.main(student, "--config.steps=30", "--mode=train", *more) == 0
+    return here, teacher, student
+
+
+def test_a_workdir_teaches_another(taught):
+    _, teacher, student = taught
+    log = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    kept = [row["distill"] for row in log if "distill" in row]
+    assert kept and np.isfinite(kept).all() and kept[-1] != kept[0]
+    assert "distill" not in (teacher / "metrics.jsonl").read_text()
+    assert str(teacher) not in (student / saved.SETTINGS).read_text()
+
+
+def test_teachers_that_are_refused(taught, tmp_path, capsys):
+    here, teacher, _ = taught
+    with pytest.raises(WorkdirError):
+        distillation.saved.read(tmp_path)
+    c = config.resolve(config.base("k=4", name="folder"))
+    c.distill.teacher = str(teacher)
+    held = saved.read(teacher)
+    theirs = distillation.ConfigDict(held.config)
+
+    def refused(params, test=(), **changes):
+        mine = config.resolve(config.base("k=4", name="folder"))
+        mine.update_from_flattened_dict(changes)
+        distillation.refuse(teacher, theirs, params, mine, test)
+
+    refused(held.params)
+    with pytest.raises(ConfigError, match="learned nothing"):
+        refused({})
+    with pytest.raises(ConfigError, match="'folder' and this run has 'busi'"):
+        refused(held.params, **{"data.name": "busi"})
+    with pytest.raises(ConfigError, match="same form"):
+        refused(held.params, **{"model.form": "distance"})
+    supports = json.loads((teacher / saved.SETTINGS).read_text())["supports"]
+    from medclip_jax.data.records import Record
+
+    test = [Record("x", 0, "", tmp_path / "x.png", (), supports[0])]
+    with pytest.raises(ConfigError, match="1 of this run's test images"):
+        refused(held.params, test)
+    code = here.main(tmp_path / "run", f"--config.distill.teacher={tmp_path}", "--mode=train")
+    assert code == 2 and "holds no trained scorer" in capsys.readouterr().err
+    assert main is not None

@@ -1,0 +1,306 @@
+"""maml: closed form, torchmeta, learn2learn's properties, devices, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from medclip_jax.training.maml import Inner, adapt, meta_loss, meta_sgd, meta_step
+from medclip_jax.training.state import TrainState
+from tests.support.models import mlp
+
+
+def quadratic(params, centre):
+    loss = 0.5 * jnp.sum((params - centre) ** 2)
+    return loss, {"distance": loss}
+
+
+def linear(params, x):
+    """torchmeta's model: y = w.x, loss y^2 / 2."""
+    y = params @ x
+    return y**2 / 2, {"output": y}
+
+
+def gradient(params, episodes, **kwargs):
+    return jax.jit(jax.grad(lambda t: meta_loss(t, episodes, **kwargs)[0]))(params)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("steps, remat", [(0, True), (1, True), (5, True), (5, False)])
+def test_quadratic(steps, remat):
+    rate = 0.3
+    params, support, query = (jax.random.normal(jax.random.key(i), (4,)) for i in range(3))
+    adapted, losses = adapted_once(params, support, Inner(rate, steps, remat=remat), quadratic)
+    np.testing.assert_allclose(
+        adapted, support + (1 - rate) ** steps * (params - support), rtol=1e-5
+    )
+    start = 0.5 * jnp.sum((params - support) ** 2)
+    np.testing.assert_allclose(losses, start * (1 - rate) ** (2.0 * np.arange(steps)), rtol=1e-5)
+    for order, factor in (("exact", (1 - rate) ** steps), ("first", 1.0)):
+        grad = gradient(
+            params,
+            (support[None], query[None]),
+            loss=quadratic,
+            inner=Inner(rate, steps, order, remat=remat),
+        )
+        np.testing.assert_allclose(grad, factor * (adapted - query), rtol=2e-5, atol=1e-6)
+
+
+def test_meta_sgd_quadratic():
+    """params' = c + (1-r)^K d, so d loss / d r is -K (1-r)^(K-1) d . (params' - q), per tensor."""
+    steps = 3
+    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+    support = {"a": jnp.array([0.2, 0.3]), "b": jnp.array([-1.0])}
+    query = {"a": jnp.array([0.1, 0.9]), "b": jnp.array([2.0])}
+    rates = {"a": 0.1, "b": 0.4}
+
+    def loss(params, batch):
+        value = sum(quadratic(params[k], batch[k])[0] for k in params)
+        return value, {}
+
+    state = meta_sgd(params, 0.1)
+    state = state._replace(rate=state.rate | {"b": jnp.array(0.4)})
+    episodes = jax.tree.map(lambda x: x[None], (support, query))
+    for order in ("exact", "first"):
+        grad = gradient(state, episodes, loss=loss, inner=Inner(None, steps, order))
+        for k, r in rates.items():
+            d = params[k] - support[k]
+            away = support[k] + (1 - r) ** steps * d - query[k]
+            chain = (1 - r) ** steps if order == "exact" else 1.0
+            np.testing.assert_allclose(grad.params[k], chain * away, rtol=1e-5)
+            # First order: each step adds -g_k = -(1-r)^k d, and nothing flows through g_k.
+            each = [(1 - r) ** (steps - 1 if order == "exact" else k) for k in range(steps)]
+            np.testing.assert_allclose(grad.rate[k], -sum(each) * d @ away, rtol=1e-5)
+    fixed = gradient(params, episodes, loss=loss, inner=Inner(rates, steps))
+    learned = gradient(state, episodes, loss=loss, inner=Inner(None, steps))
+    jax.tree.map(np.testing.assert_array_equal, fixed, learned.params)
+
+
+def test_torchmeta():
+    w = jnp.array([2.0, 3.0, 5.0])
+    a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0])
+    adapted, losses = adapt(w, a, loss=linear, inner=Inner(0.5))
+    assert adapted.tolist() == [-9.5, -20, -29.5] and losses.tolist() == [264.5]
+    value, parts = meta_loss(w, (a[None], b[None]), loss=linear, inner=Inner(0.5))
+    assert value == 49612.5 and parts["output"] == -315
+    grad = gradient(w, (a[None], b[None]), loss=linear, inner=Inner(0.5))
+    assert grad.tolist() == [3780, 8505, 13230]
+
+    first = Inner(0.5, order="first")
+    adapted, losses = adapt(w, b, loss=linear, inner=first)
+    assert adapted.tolist() == [-104, -129.5, -154] and losses.tolist() == [1404.5]
+    assert meta_loss(w, (b[None], a[None]), loss=linear, inner=first)[0] == 340312.5
+    grad = gradient(w, (b[None], a[None]), loss=linear, inner=first)
+    assert grad.tolist() == [-825, -1650, -2475]
+
+
+def test_torchmeta_three_steps():
+    w = jnp.array([2.0, 3.0, 5.0])
+    a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0])
+    wanted = [[-21, -43, -64], [278, 555, 833], [-3609, -7219, -10828]]
+    for steps, values in enumerate(wanted, 1):
+        adapted, losses = adapt(w, a, loss=linear, inner=Inner(1.0, steps))
+        assert adapted.tolist() == values
+    assert losses.tolist() == [264.5, 44700.5, 7554384.5]
+
+    def output(w):
+        return adapt(w, a, loss=linear, inner=Inner(1.0, 3))[0] @ b
+
+    value, grad = jax.value_and_grad(output)(w)
+    assert value == -115499 and grad.tolist() == [-5020, -10043, -15066]
+
+
+# Properties (after learn2learn's tests) and switches
+
+
+def problem(tasks=4, width=8):
+    draw = np.random.default_rng(7).standard_normal
+    params = {
+        "body": {"W1": draw((2, width)), "b1": draw(width)},
+        "head": {"W2": draw((width, 1)), "b2": draw(1)},
+    }
+    support, query = ((draw((tasks, n, 2)), draw((tasks, n, 1))) for n in (5, 7))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, (support, query)))
+
+
+def nested(params, batch):
+    return mlp(params["body"] | params["head"], batch)
+
+
+def adapted_once(params, support, inner, loss=nested):
+    return jax.jit(functools.partial(adapt, loss=loss, inner=inner))(params, support)
+
+
+def first_task(batch):
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+def test_no_steps_is_a_clone_and_joint_training():
+    params, episodes = problem()
+    joint = Inner(0.1, steps=0)
+    clone, losses = adapted_once(params, first_task(episodes[0]), joint)
+    jax.tree.map(np.testing.assert_array_equal, clone, params)
+    assert losses.shape == (0,)
+    plain = jax.jit(jax.grad(lambda t: jax.vmap(lambda q: nested(t, q)[0])(episodes[1]).mean()))(
+        params
+    )
+    grad = gradient(params, episodes, loss=nested, inner=joint)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grad, plain)
+
+
+def test_first_order_is_the_plain_gradient_at_the_adapted_point():
+    params, episodes = problem(tasks=1)
+    inner = Inner(0.1, 3, "first")
+    adapted, _ = adapted_once(params, first_task(episodes[0]), inner)
+    plain = jax.jit(jax.grad(lambda t: nested(t, first_task(episodes[1]))[0]))(adapted)
+    grad = gradient(params, episodes, loss=nested, inner=inner)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grad, plain)
+
+
+def test_a_small_step_does_not_raise_the_support_loss():
+    params, (support, _) = problem()
+    run = functools.partial(adapt, loss=nested, inner=Inner(0.01, 5))
+    _, losses = jax.jit(jax.vmap(run, in_axes=(None, 0)))(params, support)
+    assert (jnp.diff(losses, axis=1) < 0).all()
+
+
+@pytest.mark.parametrize("order", ["exact", "first"])
+def test_every_parameter_gets_outer_gradient_and_unused_ones_are_allowed(order):
+    params, episodes = problem()
+    params["head"]["unused"] = jnp.ones(3)
+    grad = gradient(params, episodes, loss=nested, inner=Inner(0.1, 2, order))
+    assert (grad["head"].pop("unused") == 0).all()
+    assert all((g != 0).all() for g in jax.tree.leaves(grad))
+
+
+@pytest.mark.parametrize(
+    "adapts", [{"body": False, "head": True}, lambda path: path.startswith("head/")]
+)
+@pytest.mark.parametrize("order", ["exact", "first"])
+def test_anil(adapts, order):
+    """Only the head moves; the gradient is that of the same steps written out by hand."""
+    params, episodes = problem()
+    inner = Inner(0.1, 2, order, adapts)
+    adapted, _ = adapted_once(params, first_task(episodes[0]), inner)
+    jax.tree.map(np.testing.assert_array_equal, adapted["body"], params["body"])
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).all(), adapted["head"], params["head"]))
+    )
+
+    def by_hand(params, support, query):
+        head = params["head"]
+        for _ in range(2):
+            grads = jax.grad(lambda h: nested({"body": params["body"], "head": h}, support)[0])(
+                head
+            )
+            grads = jax.lax.stop_gradient(grads) if order == "first" else grads
+            head = jax.tree.map(lambda p, g: p - 0.1 * g, head, grads)
+        return nested({"body": params["body"], "head": head}, query)[0]
+
+    wanted = jax.jit(jax.grad(lambda t: jax.vmap(lambda s, q: by_hand(t, s, q))(*episodes).mean()))(
+        params
+    )
+    grad = gradient(params, episodes, loss=nested, inner=inner)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grad, wanted)
+
+
+def test_meta_step_learns_meta_sgd_rates():
+    params, episodes = problem()
+    params, optimizer = meta_sgd(params, 0.05), optax.adam(1e-2)
+    step = jax.jit(
+        functools.partial(meta_step, loss=nested, optimizer=optimizer, inner=Inner(None, 2))
+    )
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(0))
+    values = []
+    for _ in range(15):
+        state, parts = step(state, episodes)
+        values.append(float(parts["meta_loss"]))
+    assert values[-1] < values[0]
+    assert all(abs(r - 0.05) > 1e-3 for r in jax.tree.leaves(state.params.rate))
+    assert parts["grad_norm"] > 0
+
+
+def test_padded_tasks_weigh_nothing():
+    params, episodes = problem(tasks=4)
+    valid = np.array([True, True, True, False])
+    inner = Inner(0.1, 2)
+    three = jax.tree.map(lambda x: x[:3], episodes)
+
+    @jax.jit
+    def run(episodes, valid):
+        outer = jax.value_and_grad(meta_loss, has_aux=True)
+        return outer(params, episodes, loss=nested, inner=inner, valid=valid)
+
+    wanted, got = run(three, None), run(episodes, valid)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+    (none, _), _ = run(episodes, np.zeros(4, bool))
+    assert np.isnan(none)
+
+
+def test_mistakes_are_refused():
+    params, episodes = problem()
+    support = first_task(episodes[0])
+    with pytest.raises(ValueError, match="order 'second'"):
+        adapt(params, support, loss=nested, inner=Inner(order="second"))
+    with pytest.raises(ValueError, match="steps is -1"):
+        adapt(params, support, loss=nested, inner=Inner(steps=-1))
+    with pytest.raises(ValueError, match="belong together"):
+        adapt(params, support, loss=nested, inner=Inner(rate=None))
+    with pytest.raises(ValueError, match="belong together"):
+        adapt(meta_sgd(params, 0.1), support, loss=nested, inner=Inner(rate=0.1))
+    with pytest.raises(ValueError):  # a mask that does not fit params
+        adapt(params, support, loss=nested, inner=Inner(adapts={"torso": True, "head": True}))
+    state = TrainState(
+        jnp.zeros((), jnp.int32), params, optax.sgd(1.0).init(params), jax.random.key(0)
+    )
+    clash = lambda params, batch: (nested(params, batch)[0], {"meta_loss": 0.0 * batch[0].sum()})  # noqa: E731
+    with pytest.raises(ValueError, match="names a part"):
+        step = functools.partial(meta_step, loss=clash, optimizer=optax.sgd(1.0), inner=Inner())
+        jax.eval_shape(step, state, episodes)
+
+
+# Devices and memory
+
+
+@pytest.mark.parametrize("devices, order", [(1, "exact"), (2, "exact"), (8, "exact"), (8, "first")])
+def test_sharded_equals_unsharded(devices, order):
+    params, episodes = problem(tasks=8)
+    inner = Inner(0.1, 3, order)
+    mesh = jax.make_mesh((devices,), ("e",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    rows, copies = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("e",), ()))
+    run = jax.value_and_grad(functools.partial(meta_loss, loss=nested, inner=inner), has_aux=True)
+    alone = jax.jit(run)(params, episodes)
+    sharded = jax.jit(run, in_shardings=(copies, rows), out_shardings=copies)(
+        jax.device_put(params, copies), jax.device_put(episodes, rows)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), sharded, alone
+    )
+    assert all(len(g.sharding.device_set) == devices for g in jax.tree.leaves(sharded))
+
+
+def peak_memory(inner):
+    """Bytes of temporaries of one meta-gradient whose activations dwarf its parameters."""
+    layers, width, rows = 8, 32, 256
+    params = jnp.zeros((layers, width, width))
+
+    def loss(params, x):
+        out, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)
+        return jnp.mean(out**2), {}
+
+    batch = jnp.ones((2, rows, width))
+    run = jax.jit(jax.grad(lambda t, e: meta_loss(t, e, loss=loss, inner=inner)[0]))
+    return run.lower(params, (batch, batch)).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_slowly_with_steps():
+    one, five = (peak_memory(Inner(0.1, steps)) for steps in (1, 5))
+    plain = peak_memory(Inner(0.1, 5, remat=False))
+    assert five < 2.5 * one
+    assert five < plain / 2
