@@ -1,5 +1,6 @@
-"""Eight fake devices, strict ranks, the CLIPs that tests share; `support` holds the rest."""
+"""Eight fake devices, strict ranks, one cache of compiled programs; fixtures are in `support`."""
 
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
 pytest_plugins = [  # a plugin that imports another comes after it
     "tests.support.pictures",
     "tests.support.pools",
@@ -17,9 +19,23 @@ pytest_plugins = [  # a plugin that imports another comes after it
     "tests.support.ensembles",
 ]
 
+# Tests compile more than they compute. Programs are kept between runs, and shared by the workers
+# and by the processes that tests start: those read the environment, this one its settings.
+USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+COMPILED = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(USER_CACHE / "medclip_jax" / "test_programs")
+)
+SETTINGS = {
+    "jax_compilation_cache_dir": COMPILED,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_disable_most_optimizations": True,
+}
+for name, value in SETTINGS.items():
+    os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
+    jax.config.update(name, value)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # tests compile more than they compute
 
 
 @pytest.fixture

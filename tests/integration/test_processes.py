@@ -42,12 +42,7 @@ def flags(base: Path, workdir: str, *more: str) -> list[str]:
 def start(base: Path, workdir: str, *more: str, count: int = 2) -> list[subprocess.Popen]:
     """The same command in `count` processes that find one another on loopback."""
     port = free_port()
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(base / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 
     def one(i):
         address = ("--config.distributed=True", f"--config.cluster.coordinator=localhost:{port}")

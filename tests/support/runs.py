@@ -1,7 +1,6 @@
 """Whole runs through the command line, on a tiny CLIP and tiny phantoms."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import cache
@@ -42,16 +41,10 @@ class World(NamedTuple):
 
     def start(self, workdir: Path, *more: str, **options) -> subprocess.Popen:
         """The command as a user gives it, in a process of its own."""
-        compiled = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.base / "xla"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these runs compile more than they compute
-        }
         return subprocess.Popen(
             [sys.executable, *options.get("python", ()), "-m", "medclip_jax.main"]
             + self.flags(workdir, *more),
             cwd=ROOT,
-            env=os.environ | compiled,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
