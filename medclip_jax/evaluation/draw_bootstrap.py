@@ -30,8 +30,12 @@ def image(
     groups: Shaped[np.ndarray, " n"] | None = None,
     seed: int = 0,
     places: Places | None = None,
+    baselines: Sequence[Num[np.ndarray, " _"]] | None = None,
 ) -> dict[str, Interval]:
     """Of the means over draws of image metrics; {} unless both classes exist.
+
+    baselines: scores of another method on the same images; the intervals are then of the mean
+    differences to it.
 
     scores: of each draw, 0.5 is the threshold. labels, groups: of all images. places: which of
     them each draw was tested on; None: all draws on all, in this order. Beside those of
@@ -43,10 +47,19 @@ def image(
     weights = bootstrap.resample(truth, ROUNDS, seed, groups)
     rows = np.concatenate([np.ones((1, len(truth)), weights.dtype), weights])  # first as it is
     each = []
-    for one, at in zip(scores, _all_on_all(places, len(scores)), strict=True):
-        values = bootstrap.of_images(rows[:, at], one, truth[at], more=at_90)
-        each.append(values | {"false_alarm_rate": 1 - values["specificity"]})
+    others = [None] * len(scores) if baselines is None else baselines
+    for one, base, at in zip(scores, others, _all_on_all(places, len(scores)), strict=True):
+        values = _of_draw(rows[:, at], one, truth[at])
+        if base is not None:
+            of_base = _of_draw(rows[:, at], base, truth[at])
+            values = {name: x - of_base[name] for name, x in values.items()}
+        each.append(values)
     return _over_draws(each, seed)
+
+
+def _of_draw(rows: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    values = bootstrap.of_images(rows, scores, truth, more=at_90)
+    return values | {"false_alarm_rate": 1 - values["specificity"]}
 
 
 def pixel(

@@ -1,12 +1,8 @@
 """What the uncertainty is, by closed forms, and what it is worth, on cases worked out by hand."""
 
-import json
-import sys
-
 import jax
 import numpy as np
 import pytest
-import uncertainty
 
 from medclip_jax.detectors import prompt_detector
 from medclip_jax.evaluation import evaluate, predictions
@@ -201,27 +197,3 @@ def test_training_and_scoring_drop_at_the_same_rate(tiny, monkeypatch):
     model.loss(params, frozen, batch, jax.random.key(0), design=design, weights=weights)
     assert scoring and rates and set(scoring) == set(rates) and len(set(rates)) == 1
     assert rates[0] in (0.25, 0.75)
-
-
-def test_the_table_of_runs_pairs_draws_with_the_distance(tmp_path, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    areas = []
-    for i in range(3):
-        score, sd = rng.random(40), rng.random(40)
-        measured = evaluation_uncertainty.measure(
-            score, (rng.random(40) < 0.5).astype(int), {"sd": sd}
-        )
-        areas.append([measured["measures"][n]["aurc"] for n in ("sd", "distance")])
-        (tmp_path / f"{i}").mkdir()
-        (tmp_path / f"{i}" / "metrics.json").write_text(json.dumps({"uncertainty": measured}))
-    runs = [str(tmp_path / f"{i}") for i in range(3)]
-    monkeypatch.setattr(sys, "argv", ["uncertainty", *runs])
-    uncertainty.main()
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| sd"))
-    cells = [x.strip() for x in line.strip("|").split("|")]
-    assert cells[1].startswith(f"{np.mean(areas, 0)[0]:.3f} (")
-    assert cells[2].startswith(f"{np.subtract(*np.transpose(areas)).mean():+.3f} (")
-    monkeypatch.setattr(sys, "argv", ["uncertainty", *runs, str(tmp_path / "none")])
-    with pytest.raises(SystemExit):
-        uncertainty.main()
-    assert "none: no metrics.json" in capsys.readouterr().err

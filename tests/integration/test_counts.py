@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-import reproduce
+import sweep
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
+from variants import methods
 
 from medclip_jax import (
     config,
@@ -30,7 +31,7 @@ from medclip_jax.training import loop as training_loop
 from tests.support.checkpoints import tiny_checkpoint
 
 VARIANTS, EXPLAINED, STEPS = 2, 2, 4
-# config, K, method, draw: `ours` and `memory` share images and variants, `mediclip` has its own
+# K, method, draw: `ours` and `memory` share images and variants, `mediclip` has its own
 JOBS = [(1, "ours", 0), (4, "ours", 0), (4, "ours", 1), (4, "memory", 0), (3, "mediclip", 0)]
 
 
@@ -120,22 +121,24 @@ def passed(monkeypatch) -> list[int]:
 
 def test_a_whole_table_encodes_every_image_and_variant_once(world, fresh, passed, tmp_path):
     args = arguments(world, tmp_path / "cache", tmp_path / "runs")
-    jobs = [(reproduce.ROOT / "configs/folder.py", *job) for job in JOBS]
+    folder = Path(sweep.__file__).parents[1] / "configs/folder.py"
+    jobs = [sweep.Job(folder, *job) for job in JOBS]
     for job in jobs:
-        reproduce.finished(args, *job)
+        sweep.run(args, job)
     assert sum(passed) == wanted(args, jobs) == rows_of(tmp_path / "cache" / "feature_cache")
     passed.clear()
     again = SimpleNamespace(**{**vars(args), "runs": tmp_path / "again"})
     for job in (jobs[0], jobs[-1]):
-        reproduce.finished(again, *job)
-        assert (reproduce.folder(again, *job) / "scores.npz").is_file()
+        sweep.run(again, job)
+        assert sweep.done(again, job)
     assert passed == []
 
 
 def arguments(world: World, cache: Path, runs: Path) -> SimpleNamespace:
-    """As reproduce.py's own parser gives them, as far as a run needs them."""
+    """As sweep.py's own parser gives them, as far as a run needs them."""
     fields = world.fields(cache, **{"data.root": str(world.sets["ultrasound"])})
-    return SimpleNamespace(runs=runs, set=[f"{name}={value}" for name, value in fields.items()])
+    assignments = [f"{name}={value}" for name, value in fields.items()]
+    return SimpleNamespace(runs=runs, set=assignments, fields=methods.VARIANTS)
 
 
 def wanted(args, jobs) -> int:
@@ -143,7 +146,7 @@ def wanted(args, jobs) -> int:
     images, variants, viewed = set(), set(), set()
     for job in jobs:
         _, k, method, _ = job
-        split = json.loads((reproduce.folder(args, *job) / "split.json").read_text())
+        split = json.loads((args.runs / job.name / "split.json").read_text())
         support = tuple(row["sha256"] for row in split["support"])
         images |= {*support, *(row["sha256"] for row in split["test"])}
         shared = support if method == "mediclip" else ()  # its CutPaste takes from all supports

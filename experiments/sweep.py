@@ -1,0 +1,204 @@
+"""Run a table of variants on data sets x K x draws, and tabulate whatever is finished.
+
+python experiments/sweep.py --config configs/busi.py configs/brain_mri.py --variants methods \
+  --k 4 16 --draws 10 --runs runs/methods --out results --set data.root=/data
+
+--variants names a file of experiments/variants; its first variant is the base of all comparisons.
+Draw i is seed i for every variant, so all see the same supports; whole draws run first. A finished
+run is never repeated, and a stopped one resumes. Start the same command in several terminals to
+share the work: each run belongs to the process that locks it. Tokens, prepared data and compiled
+programs are shared through the cache (--set cache=FOLDER).
+
+Writes below --out: runs.csv (a line per run), summary.csv (a line per data set, K, variant and
+metric, with intervals, tests and published numbers) and tables.md.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import shutil
+import sys
+from ast import literal_eval
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import numpy as np
+import tables
+from ml_collections import ConfigDict
+
+from medclip_jax import config as config_module
+from medclip_jax import files, train
+from medclip_jax.errors import UserError, WorkdirError
+from medclip_jax.evaluation import metrics
+
+ARRAYS = ("id", "label", "score", "p_value", "uncertainty", "patient", "pixel_counts")  # kept
+TABULATED = ("id", "label", "score", "patient")  # of these, what tables read at once
+TEACHER = "{teacher}"  # in a variant: the folder of the variant `teacher` of the same draw
+
+
+class Job(NamedTuple):
+    """One run of a sweep."""
+
+    config: Path
+    k: int
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.stem}-k{self.k}-{self.variant}-{self.seed}"
+
+
+def main() -> None:
+    args = arguments()
+    jobs = [
+        Job(config, k, variant, seed)
+        for seed in range(args.draws)  # first: what is stopped early can be compared
+        for config in args.config
+        for k in args.k
+        for variant in args.only
+    ]
+    while any([run(args, job) for job in jobs]):  # once more for what others left unfinished
+        pass
+    results = {job: read(args.runs / job.name, job.seed) for job in jobs if done(args, job)}
+    print(f"{len(results)} of {len(jobs)} runs are finished", file=sys.stderr)
+    write(args.out, results)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; `fields`: those of each variant by name, `only`: the variants to run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, nargs="+", required=True, help="of the data sets")
+    parser.add_argument("--variants", default="methods", help="a file of experiments/variants")
+    parser.add_argument("--only", type=lambda x: x.split(","), help="variants of it, by comma")
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' workdirs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs"
+    )
+    args = parser.parse_args()
+    try:
+        args.fields = importlib.import_module(f"variants.{args.variants}").VARIANTS
+    except ModuleNotFoundError:
+        names = sorted(p.stem for p in Path(__file__).with_name("variants").glob("[a-z]*.py"))
+        parser.error(f"--variants {args.variants}: give one of {', '.join(names)}")
+    args.only = args.only or list(args.fields)
+    if unknown := [name for name in args.only if name not in args.fields]:
+        parser.error(f"--only {', '.join(unknown)}: give any of {', '.join(args.fields)}")
+    return args
+
+
+def settings(args: argparse.Namespace, job: Job) -> ConfigDict:
+    """The config of one run: the file's fields, then those of --set, then the variant's own."""
+    spec = importlib.util.spec_from_file_location("config_file", job.config)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = module.get_config(f"k={job.k},seed={job.seed}")
+    for assignment in args.set:
+        name, _, text = assignment.partition("=")
+        old = c
+        for part in name.split("."):
+            old = old[part]
+        c.update_from_flattened_dict({name: text if isinstance(old, str) else literal_eval(text)})
+    if job.seed:  # explanations are checked in the first draw alone: they take longest
+        c.explanation.count = 0
+    teacher = args.runs / job._replace(variant="teacher").name
+    c.update_from_flattened_dict(
+        {n: str(teacher) if x == TEACHER else x for n, x in args.fields[job.variant].items()}
+    )
+    return c
+
+
+def done(args: argparse.Namespace, job: Job) -> bool:
+    return (args.runs / job.name / "scores.npz").is_file()
+
+
+def run(args: argparse.Namespace, job: Job, wait: bool = False) -> bool:
+    """Finish one run; False if it was finished before or (unless `wait`) another process has it.
+
+    Raises:
+      WorkdirError: the folder holds a finished run with other settings.
+    """
+    c, workdir = settings(args, job), args.runs / job.name
+    if done(args, job):
+        refuse_other(workdir, c)
+        return False
+    if TEACHER in args.fields[job.variant].values():
+        run(args, job._replace(variant="teacher"), wait=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(f"{workdir}.lock", timeout=-1 if wait else 0):
+            if done(args, job):
+                return False
+            print(job.name, file=sys.stderr, flush=True)
+            train.run(c, workdir, report=False)
+            reduce(workdir)
+    except filelock.Timeout:
+        return False
+    return True
+
+
+def refuse_other(workdir: Path, c: ConfigDict) -> None:
+    """Raise WorkdirError if a finished run had other settings than `c`."""
+    settings = json.loads(config_module.resolve(c).to_json_best_effort())
+    stored = json.loads((workdir / "config.json").read_text())
+    for name, value in settings.items():
+        if name != "cache" and stored.get(name) != value:
+            raise WorkdirError(
+                f"{workdir} is a finished run with {name} = {stored.get(name)}, not {value}: give "
+                "another --runs folder, or the settings of the first sweep"
+            )
+
+
+def reduce(workdir: Path) -> None:
+    """Keep of a finished run what tables need; scores.npz, written last, says that it is whole."""
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as arrays:
+        scores = {name: arrays[name] for name in ARRAYS if name in arrays.files}
+    part = workdir / ".scores.npz"
+    np.savez_compressed(part, **scores)
+    (workdir / "predictions.npz").unlink()  # 75 MB of maps each
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    part.rename(workdir / "scores.npz")
+
+
+def read(workdir: Path, seed: int) -> dict[str, Any]:
+    """metrics.json of a finished run with its arrays; `pixel_counts` is read when it is called."""
+    result = json.loads((workdir / "metrics.json").read_text()) | {"seed": seed}
+    with np.load(workdir / "scores.npz", allow_pickle=False) as arrays:
+        result |= {name: arrays[name] for name in TABULATED if name in arrays.files}
+    result["pixel_counts"] = partial(pixel_counts, workdir)
+    score, label = result["score"], result["label"]
+    result["image"]["sensitivity_at_90"] = metrics.sensitivity_at(score, label, 0.9)
+    both = len(set(label.tolist())) == 2
+    result["oracle"] = {"f1": metrics.oracle_f1(score, label)[0] if both else None}
+    return result
+
+
+def pixel_counts(workdir: Path) -> np.ndarray | None:
+    """Counts of pixels by score and image; None where no lesion is outlined."""
+    with np.load(workdir / "scores.npz", allow_pickle=False) as arrays:
+        return arrays["pixel_counts"] if "pixel_counts" in arrays.files else None
+
+
+def write(out: Path, results: dict[Job, dict[str, Any]]) -> None:
+    """runs.csv, summary.csv and tables.md of finished runs."""
+    cells: dict[tuple[str, int], dict[str, list[dict]]] = {}
+    for job, result in results.items():
+        cell = cells.setdefault((job.config.stem, job.k), {})
+        cell.setdefault(job.variant, []).append(result)
+    summaries = {place: tables.summarise(cell) for place, cell in cells.items()}
+    files.write_bytes(out / "runs.csv", tables.runs_csv(cells))
+    files.write_bytes(out / "summary.csv", tables.summary_csv(cells, summaries))
+    files.write_bytes(out / "tables.md", tables.markdown(cells, summaries))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
