@@ -3,9 +3,13 @@
 Nothing further in knows the configuration: functions take the values they need.
 """
 
+import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -14,15 +18,25 @@ from medclip_jax import config_validation
 from medclip_jax.clip import text_adapter, vit
 from medclip_jax.config_validation import FUSED_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits, synthetic_variants
-from medclip_jax.data.records import Split
-from medclip_jax.detectors import by_name, detector, ensemble, map_filter, pixel_baselines, tiling
+from medclip_jax.data.records import Record, Split
+from medclip_jax.detectors import (
+    by_name,
+    detector,
+    ensemble,
+    map_filter,
+    pixel_baselines,
+    saved,
+    tiling,
+)
+from medclip_jax.errors import ConfigError
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features import auxiliary, cache, encoder, training_pool
-from medclip_jax.models import model, prompt_sets, token_refinement
+from medclip_jax.models import losses, model, prompt_sets, token_refinement
 from medclip_jax.models.anomaly_map import to_pixels
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
-from medclip_jax.training import distillation
+from medclip_jax.training import distillation, loop, validation
+from medclip_jax.training.step import Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
 SYNONYMS = 3  # words per anatomy, condition and modality that the ontology adds
@@ -44,7 +58,7 @@ def load_split(c: ConfigDict) -> Split:
 def open_cache(c: ConfigDict, clip: vit.Clip, mesh) -> cache.FeatureCache:
     """Where tokens of this CLIP and preprocessing are kept."""
     recipe = preprocessing.steps(c.data.recipe)
-    return cache.open_cache(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, recipe)
+    return cache.open(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, recipe)
 
 
 def synthesis(c: ConfigDict) -> synthetic_variants.Synthesis:
@@ -60,18 +74,101 @@ def synthesis(c: ConfigDict) -> synthetic_variants.Synthesis:
     )
 
 
+def auxiliary_datasets(c: ConfigDict) -> tuple[auxiliary.Auxiliary, ...]:
+    """What config.meta.data names beside the target."""
+    words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
+    _, strengths = augmentation.chosen(config_validation.augment(c), c.data.modality)
+    names = [name for name in c.meta.data if name != c.data.name]
+    return auxiliary.choose(names, words=words, recipe=c.data.recipe, strengths=strengths)
+
+
 def encode(c: ConfigDict, clip: vit.Clip, split: Split, others, mesh):
     """Encode what the feature cache lacks; returns it and the training pools."""
     feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
-    pools = [training_pool.open_pool(feature_cache, split.support, variants)]
-    pools += auxiliary.open_pools(others, c, split, feature_cache, variants)
+    pools = [training_pool.open(feature_cache, split.support, variants)]
+    policy = (c.data.uncertain, "negative")
+    target = (others, split, feature_cache, variants)
+    pools += auxiliary.open_pools(*target, folder=Path(c.cache), policy=policy, seed=c.seed)
     encoder.encode_images(feature_cache, split.test)
     if c.score.tiles > 1:
         tiling.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)
     if c.teacher and c.steps:
-        teacher = distillation.load(c, clip, split.test, build)
-        pools = [distillation.pool(teacher, pools[0], feature_cache, split.support, variants)]
+        teacher = load_teacher(c, clip, split.test)
+        pools = [distillation.add_logits(pools[0], teacher, feature_cache, split.support, variants)]
     return feature_cache, pools
+
+
+def load_teacher(c: ConfigDict, clip: vit.Clip, test: Sequence[Record]) -> distillation.Teacher:
+    """The trained model of the workdir config.teacher.
+
+    Raises:
+      WorkdirError: the workdir holds no trained model.
+      CheckpointError: its CLIP cannot be loaded.
+      ConfigError: it cannot teach this run.
+    """
+    workdir = Path(c.teacher).expanduser()
+    trained = saved.read(workdir)
+    own = ConfigDict(trained.config)
+    supports = json.loads((workdir / saved.SETTINGS).read_text())["supports"]
+    distillation.check(workdir, own, c, supports, [r.sha256 for r in test])
+    parts = ("layers", "dtype")
+    same = trained.checkpoint == clip.digest and own.model.refine == c.model.refine
+    if not same or any(own.clip[part] != c.clip[part] for part in parts):
+        clip = load_clip(own)
+    if clip.digest != trained.checkpoint:
+        raise ConfigError(
+            f"config.teacher {workdir} was trained with another CLIP than {own.clip.checkpoint} "
+            f"is now ({trained.checkpoint}, not {clip.digest}): restore that one"
+        )
+    design, frozen = build(own, clip)
+    params = jax.tree.map(jnp.asarray, trained.params)
+    text = jax.jit(partial(model.text_features, design=design))(params, frozen)
+
+    @jax.jit
+    def logits(images):
+        how = dict(tower=clip.vision_tower, mean=clip.mean, std=clip.std)
+        tokens = vit.encode_images(clip.vision, images, **how)
+        return model.forward(params, text, tokens, design).logit
+
+    return distillation.Teacher(clip.size, preprocessing.steps(own.data.recipe), logits)
+
+
+def fresh_params(c: ConfigDict, clip: vit.Clip, design: model.Design) -> dict:
+    """Params as training starts from them."""
+    language = None
+    if c.model.language_tuned:
+        language = text_adapter.load(c.model.language, clip.digest, clip.joint)
+    return model.init(
+        jax.random.key(c.seed),
+        clip,
+        design,
+        context=c.prompts.context,
+        shared=c.prompts.shared,
+        contrast=bool(c.loss.simclr),
+        language=language,
+    )
+
+
+def training(c: ConfigDict, design: model.Design) -> dict[str, Any]:
+    """What `training.loop.fit` takes by name, but for workdir and mesh."""
+    distill = losses.Distill(weight=c.loss.distill) if c.teacher else None
+    schedule = {name: c[name] for name in ("steps", "seed", "batch", "checkpoint_every")}
+    schedule |= {"tasks": c.meta.tasks, "shots": c.meta.shots, "validations": c.validations}
+    return {
+        "loss": partial(model.loss, design=design, weights=c.loss.to_dict(), distill=distill),
+        "optimizer": loop.adam(c.learning_rate),
+        "learner": learner(c),
+        "schedule": loop.Schedule(**schedule),
+        "score": validation.scorer(design, c.score.top),
+        "views": bool(c.loss.simclr),
+        "on_target": not c.meta.data or c.data.name in c.meta.data,
+        "tensorboard": c.tensorboard,
+    }
+
+
+def learner(c: ConfigDict) -> Learner:
+    """How params learn."""
+    return Learner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.adapt_steps)
 
 
 def design_of(c: ConfigDict, clip: vit.Clip, others) -> tuple[model.Design, dict]:

@@ -21,8 +21,8 @@ from medclip_jax.detectors import saved
 from medclip_jax.distributed import multihost, runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
-from medclip_jax.features import auxiliary, cache
-from medclip_jax.training import loop
+from medclip_jax.features import cache
+from medclip_jax.training import batches, loop
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
@@ -116,7 +116,7 @@ def run(
 def prepare(config: ConfigDict) -> Prepared:
     """Load everything that may refuse: settings, CLIP, data set, prompts. Writes nothing."""
     c = config_module.resolve(config)
-    others = auxiliary.read(c)
+    others = build.auxiliary_datasets(c)
     build.synthesis(c)
     runtime.keep_compiled(Path(c.cache))
     clip, split = build.load_clip(c), build.load_split(c)
@@ -133,8 +133,14 @@ def encode(prepared: Prepared) -> Encoded:
 def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True) -> Fitted:
     """Learn from the training pools, or resume; with `train` False only read what was learned."""
     c, clip, _, _, design, frozen, mesh = prepared
-    folds = loop.folds(c.k, build.FOLDS)
-    params = loop.run(c, workdir, clip, design, frozen, encoded.pools, folds, mesh, train)
+    folds = batches.folds(c.k, build.FOLDS)
+    params = loop.fit(
+        *(build.fresh_params(c, clip, design), frozen, encoded.pools, folds),
+        workdir=workdir,
+        mesh=mesh,
+        resume_only=not train,
+        **build.training(c, design),
+    )
     return Fitted(params, folds)
 
 

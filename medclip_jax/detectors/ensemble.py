@@ -23,7 +23,7 @@ from scipy import stats
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors import calibration, memory_bank, tiling
 from medclip_jax.detectors.detector import Detector
-from medclip_jax.features import cache, support_images
+from medclip_jax.features import cache, encoder, support_images
 from medclip_jax.io import read
 from medclip_jax.synthesis import probes
 
@@ -91,11 +91,8 @@ def fuse(
     size = feature_cache.clip.size
     images = support_images.healthy_images(feature_cache, supports, tiling.side(size, tiles))
     painted = probes.paint(images, probes.kinds_of(modality), variants, seed)
-    tokens = cache.encode(
-        feature_cache,
-        painted.images,
-        lambda x: tiling.encode(feature_cache, x, tiles),
-        f"{tiles} tiles",
+    tokens = encoder.encode_stacks(
+        feature_cache, painted.images, f"{tiles} tiles", partial(tiling.encode, tiles=tiles)
     )
     held = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in tokens]
     inside = covered(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,7 @@ def mirrored(feature_cache: cache.FeatureCache, supports: Sequence[Record]) -> F
     images = support_images.pixels(feature_cache, supports, feature_cache.clip.size)[
         :, None, :, ::-1
     ]
-    made = cache.encode(feature_cache, images, partial(encoder.encode, feature_cache), "mirrored")
+    made = encoder.encode_stacks(feature_cache, images, "mirrored")
     (tokens,) = cache.load_images(feature_cache, supports, len(supports))
     each = [jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(len(supports))]
     pairs = [x for pair in zip(each, made, strict=True) for x in pair]

@@ -65,15 +65,15 @@ def tiles_path(feature_cache: cache.FeatureCache, record: Record, tiles: int):
 
 def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record], tiles: int) -> int:
     """Fill the feature cache with the tiles of the images; returns how many images lacked them."""
-    missing = cache.lacking(records, lambda r: tiles_path(feature_cache, r, tiles))
+    missing = cache.missing(records, lambda r: tiles_path(feature_cache, r, tiles))
     size, count = feature_cache.clip.size, tiles**2
     arriving = data_records.read_all(missing, side(size, tiles), feature_cache.fit)
     per = max(1, encoder.batch_size(feature_cache) // count)
     for group in progress(batches(arriving, per), "encode tiles", -(-len(missing) // per)):
         tokens = encoder.encode(feature_cache, cut(np.stack([x for _, x in group]), size, tiles))
         for i, (record, _) in enumerate(group):
-            rows = slice(i * count, (i + 1) * count)
-            cache.write(tiles_path(feature_cache, record, tiles), feature_cache, tokens, rows)
+            own = jax.tree.map(lambda x, i=i: x[i * count : (i + 1) * count], tokens)
+            cache.write(tiles_path(feature_cache, record, tiles), own)
     multihost.wait_for_files([tiles_path(feature_cache, r, tiles) for r in missing])
     return len(missing)
 
@@ -90,7 +90,7 @@ def loader(tiles: int) -> Callable:
         whole = cache.load_images(feature_cache, records, size)
         for group, tokens in zip(batches(records, size), whole, strict=True):
             held = [cache.load(tiles_path(feature_cache, r, tiles)) for r in group]
-            parts = [np.stack([x[f"level{i}"] for x in held]) for i in range(len(tokens.levels))]
+            parts = [np.stack([x.levels[i] for x in held]) for i in range(len(tokens.levels))]
             yield pack(tokens, parts)
 
     return load
@@ -140,8 +140,8 @@ def build(
         images = support_images.healthy_images(
             feature_cache, supports, side(feature_cache.clip.size, tiles)
         )
-        how = partial(encode, feature_cache, tiles=tiles)
-        (held,) = cache.encode(feature_cache, images[None], how, f"{tiles} tiles")
+        how = partial(encode, tiles=tiles)
+        (held,) = encoder.encode_stacks(feature_cache, images[None], f"{tiles} tiles", how)
     tokens, shown = (side_by_side(x, tiles, grid**2) for x in (packed, held))
     if name == "memory":
         small = memory_bank.remember(tokens, coreset, shown if k == 1 else None, rows=count)

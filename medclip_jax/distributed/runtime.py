@@ -16,7 +16,7 @@ EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
 
 
 class Preempted(Exception):
-    """The run was stopped from outside and has saved its state; the message says where it stands."""
+    """The run was stopped from outside and has saved its state; the message says at which step."""
 
 
 def keep_compiled(cache: Path) -> None:

@@ -187,17 +187,18 @@ def randomised(
     )
     depth, told = grad_cam.depth(feature_cache.vision), {}
     for name, blocks in (("last_block", [depth]), ("all_blocks", range(1, depth + 1))):
-        how = partial(encode_drawn, feature_cache, list(blocks), seed)
-        (tokens,) = cache.encode(feature_cache, images[None], how, f"{name} drawn by seed {seed}")
+        how = partial(encode_drawn, blocks=list(blocks), seed=seed)
+        title = f"{name} drawn by seed {seed}"
+        (tokens,) = encoder.encode_stacks(feature_cache, images[None], title, how)
         told[name] = compared(own, partial(located, detector, tokens, slope))
     return told
 
 
 def encode_drawn(
     feature_cache: cache.FeatureCache,
+    images: Float[np.ndarray, "n s s"],
     blocks: Sequence[int],
     seed: int,
-    images: Float[np.ndarray, "n s s"],
 ) -> Features:
     """Tokens of the tower whose `blocks` are drawn anew."""
     vision = jax.tree.map(jnp.asarray, jax.device_get(feature_cache.vision))

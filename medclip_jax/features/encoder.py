@@ -1,19 +1,8 @@
-"""The feature cache: every image and every synthetic variant goes through the image tower once, ever.
+"""Images through the frozen encoder, spread over the devices; the feature cache is filled."""
 
-On disk, one safetensors file per source image, named by the content of everything that shaped it:
-
-  <cache>/feature_cache/<recipe>/<image sha256>.safetensors              the image as it is
-  <cache>/feature_cache/<recipe>/<image sha256>-<synthesis>.safetensors  its synthetic variants
-
-`recipe` is the digest of checkpoint, levels, frame, pixel mean, number format and preprocessing;
-`synthesis` of preset, seed, number of variants, partners and augmentation. So the feature cache serves every
-K, seed and method, and whatever changes tokens changes a name. A file appears whole (written
-beside, then renamed); one that is damaged is made again. Tensors: `pooled` [v, d], `level0` …
-[v, p, d], with refinement `input0` … [v, s, d], for variants also `mask` [v, bytes] (packed bits)
-and `kind` [v]; augmented copies follow the variants there.
-"""
-
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,69 +10,95 @@ from jaxtyping import Float
 
 from medclip_jax.clip import vit
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import preprocessing
-from medclip_jax.data import records as data_records
+from medclip_jax.data import preprocessing, records
 from medclip_jax.data.records import Record
 from medclip_jax.distributed import multihost, sharding
 from medclip_jax.distributed.runtime import batches, progress
 from medclip_jax.features import cache
+from medclip_jax.features.cache import FeatureCache
 
-ENCODE_BATCH = 16  # images per call of the tower and device; larger is not faster on a CPU
+DEVICE_BATCH = 16  # images per call of the encoder and device; larger is not faster on a CPU
+VERSION = 1  # raise when what `encode_stacks` computes changes
 
 
-# --- images as they are ---------------------------------------------------------------------
+def encode_images(feature_cache: FeatureCache, images: Sequence[Record]) -> int:
+    """Fill the feature cache with images from disk; returns how many had to be encoded.
 
-
-def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record]) -> int:
-    """Fill the feature cache with the given images; returns how many had to be encoded."""
-    missing = cache.lacking(records, lambda r: cache.image_path(feature_cache, r))
-    groups = list(batches(missing, batch_size(feature_cache)))
+    Raises DataError for an image that cannot be read, WorkdirError if the cache cannot be written.
+    """
+    todo = cache.missing(images, lambda r: cache.image_path(feature_cache, r))
+    groups = list(batches(todo, batch_size(feature_cache)))
     # this process's rows of each group, which is filled up by going round it again
-    rows = [
-        sharding.local_rows(batch_size(feature_cache), feature_cache.mesh) % len(group)
-        for group in groups
-    ]
-    wanted = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
-    images = data_records.read_all(wanted, feature_cache.clip.size, feature_cache.fit)
-    whole_groups = zip(groups, rows, strict=True)
-    for group, own in progress(whole_groups, "encode images", len(groups)):
-        pixels = {i: next(images)[1] for i in np.unique(own)}
-        features = encode_share(feature_cache, np.stack([pixels[i] for i in own]), len(group))
+    share = sharding.local_rows(batch_size(feature_cache), feature_cache.mesh)
+    rows = [share % len(group) for group in groups]
+    needed = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
+    arriving = records.read_all(needed, feature_cache.clip.size, feature_cache.fit)
+    work = zip(groups, rows, strict=True)
+    for group, own in progress(work, "encode images", len(groups)):
+        pixels = {i: next(arriving)[1] for i in np.unique(own)}
+        features = _encode_share(feature_cache, np.stack([pixels[i] for i in own]), len(group))
         for i, record in enumerate(group):
-            cache.write(
-                cache.image_path(feature_cache, record), feature_cache, features, slice(i, i + 1)
-            )
-    multihost.wait_for_files([cache.image_path(feature_cache, r) for r in missing])
-    return len(missing)
+            one = jax.tree.map(lambda x, i=i: x[i : i + 1], features)
+            cache.write(cache.image_path(feature_cache, record), one)
+    multihost.wait_for_files([cache.image_path(feature_cache, r) for r in todo])
+    return len(todo)
 
 
-# --- the tower and the files ----------------------------------------------------------------
-
-
-def encode(feature_cache: cache.FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
-    """Features of any number of images, on the host; rows spread over the devices."""
+def encode(feature_cache: FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
+    """Tokens of images in the encoder's frame, [0, 1], on the host; the cache is not read."""
     size = batch_size(feature_cache)
     rows, parts = sharding.local_rows(size, feature_cache.mesh), []
     for start in range(0, len(images), size):
         group = images[start : start + size]
-        parts.append(encode_share(feature_cache, group[rows % len(group)], len(group)))
+        parts.append(_encode_share(feature_cache, group[rows % len(group)], len(group)))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def encode_share(
-    feature_cache: cache.FeatureCache, images: Float[np.ndarray, "m s s"], real: int
+def encode_stacks(
+    feature_cache: FeatureCache,
+    stacks: Float[np.ndarray, "k v s s"],
+    name: str,
+    how: Callable[[FeatureCache, Float[np.ndarray, "v s s"]], Features] = encode,
+) -> list[Features]:
+    """Tokens of each stack of images, on the host, from the cache where they are known.
+
+    Args:
+      feature_cache: to read and to fill.
+      stacks: images, [0, 1].
+      name: of `how`; with the pixels and the cache's recipe it must determine the tokens.
+      how: turns the images of a stack into tokens.
+    """
+    paths = [stack_path(feature_cache, x, name) for x in stacks]
+    absent = multihost.any_process([not cache.is_whole(p) for p in paths])
+    for path, images, lacks in zip(paths, stacks, absent, strict=True):
+        if lacks:
+            cache.write(path, how(feature_cache, np.asarray(images)))
+    multihost.wait_for_files(paths)
+    return [cache.load(p) for p in paths]
+
+
+def stack_path(feature_cache: FeatureCache, images: Float[np.ndarray, "v s s"], name: str) -> Path:
+    """The file of a stack of images; equal pixels have one."""
+    pixels = np.ascontiguousarray(images, np.float32)
+    content = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return feature_cache.folder / f"{content}-{cache.digest('stack', VERSION, name)}.safetensors"
+
+
+def batch_size(feature_cache: FeatureCache) -> int:
+    """Images that are encoded together."""
+    return DEVICE_BATCH * feature_cache.mesh.size
+
+
+def _encode_share(
+    feature_cache: FeatureCache, images: Float[np.ndarray, "m s s"], real: int
 ) -> Features:
-    """Features of the `real` images of one batch, of which this process holds its share.
+    """Tokens of the `real` images of one batch, of which this process holds its share.
 
     The share has its full length, so there is one shape and one compilation.
     """
-    model, images = feature_cache.clip, preprocessing.batch(images, feature_cache.recipe)
+    clip, images = feature_cache.clip, preprocessing.batch(images, feature_cache.recipe)
     placed = sharding.place(images, feature_cache.mesh)
     features = vit.encode_images(
-        feature_cache.vision, placed, tower=model.vision_tower, mean=model.mean, std=model.std
+        feature_cache.vision, placed, tower=clip.vision_tower, mean=clip.mean, std=clip.std
     )
     return jax.tree.map(lambda x: x.astype(feature_cache.dtype), sharding.fetch(features, real))
-
-
-def batch_size(feature_cache: cache.FeatureCache) -> int:
-    return ENCODE_BATCH * feature_cache.mesh.size

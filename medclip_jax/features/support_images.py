@@ -1,7 +1,6 @@
 """TODO."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,7 @@ def healthy_tokens(
     tokens = healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tokens)
     if len(supports) == 1:
         images = healthy_images(feature_cache, supports)[None]
-        (made,) = cache.encode(
-            feature_cache, images, partial(encoder.encode, feature_cache), "views"
-        )
+        (made,) = encoder.encode_stacks(feature_cache, images, "views")
         healthy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)
     return tokens, healthy
 

@@ -30,7 +30,7 @@ from medclip_jax.features.batch import Batch
 from medclip_jax.io import read as io_read
 from medclip_jax.models import anomaly_map, model
 from medclip_jax.synthesis import generate
-from medclip_jax.training import checkpoints, episodes, loop, maml, step
+from medclip_jax.training import batches, checkpoints, episodes, loop, maml, state
 
 LEAST = 2  # images: each is held out once
 
@@ -70,22 +70,24 @@ def load(workdir: Path) -> Start:
         raise ConfigError(f"{workdir} learned jointly: train one with --config.learner=maml")
     tower = vit.load(c.clip.checkpoint, tuple(c.clip.layers), c.clip.dtype, c.model.refine)
     design, frozen = build.build(c, tower)
-    optimizer = loop.adam(c.learning_rate)
-    copies = 1 + len(loop.folds(c.k, build.FOLDS))
+    count = 1 + len(batches.folds(c.k, build.FOLDS))
+    params = build.fresh_params(c, tower, design)
+    if c.learner == "meta_sgd":
+        params = maml.meta_sgd(params, c.meta.inner_rate)
+    template = state.start(params, loop.adam(c.learning_rate), count, c.seed)
     manager = checkpoints.open(workdir)
-    with checkpoints.finishing(manager):
-        state = checkpoints.restore(manager, loop.start(c, tower, design, optimizer, copies))
-    if state is None:
+    with checkpoints.closing(manager):
+        newest = checkpoints.restore(manager, template)
+    if newest is None:
         raise CheckpointError(f"{workdir} has no checkpoint: run --mode train first")
-    return prepare(c, tower, design, frozen, jax.tree.map(lambda x: x[0], state.params))
+    return prepare(c, tower, design, frozen, jax.tree.map(lambda x: x[0], newest.params))
 
 
 def prepare(c: ConfigDict, tower: vit.Clip, design: model.Design, frozen: dict, params) -> Start:
     """The same from a params at hand (a maml.MetaSGD if its rates were learned)."""
     if c.score.map_filter or c.score.tiles > 1:
         raise ConfigError("a site has no config.score.map_filter and tiles: train without them")
-    rate = None if isinstance(params, maml.MetaSGD) else c.meta.inner_rate
-    inner = step.inner(c.learner, c.meta.adapt_steps, rate, rate is None)
+    inner = build.learner(c).inner(c.meta.adapt_steps)
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
     return Start(
         *(c, tower, frozen, params, design),
@@ -108,7 +110,7 @@ def adapt(start: Start | Path, images: Sequence[Path]) -> Ready:
         raise ConfigError(f"{len(images)} images to adapt to: give {LEAST} or more")
     c, k = start.config, len(images)
     rows = altered_rows(start, images)
-    groups = loop.folds(k, build.FOLDS)
+    groups = batches.folds(k, build.FOLDS)
     held = np.stack([np.isin(np.arange(k), g) for g in groups])  # [fold, image]
     own = np.concatenate([np.ones((1, k), bool), ~held])  # [copy, image]
     valid = np.tile(own, (1, len(rows.label) // k))

@@ -103,7 +103,7 @@ def load(workdir: Path) -> Trained:
         )
     mesh = sharding.mesh()
     like = (tower, c.data.fit, c.clip.dtype, mesh, c.data.recipe)
-    feature_cache = cache.open_cache(workdir, *like)
+    feature_cache = cache.open(workdir, *like)
     keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
     readings = Readings(
         jax.jit(partial(to_pixels, size=tower.size)), evaluate.scorer(tower.size, c.score.top)

@@ -24,17 +24,17 @@ def open(workdir: Path) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
     except OSError as error:
         raise WorkdirError(
-            f"{workdir}/checkpoints cannot be written ({error.strerror}): give another workdir"
+            f"{workdir}/checkpoints cannot be written ({error.strerror}): set another workdir"
         ) from error
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
     """Write the state of this step in the background.
 
-    Raises WorkdirError if the disk refuses it; that may be said of the save before.
+    Raises WorkdirError if the disk refuses it; that may be the error of the save before.
     """
     step = int(state.step)
-    with told(manager):
+    with _disk_errors(manager):
         if step in manager.all_steps():  # damaged, since the run resumed before it
             manager.delete(step)
         # forced, or nothing would be saved below the step of a damaged checkpoint
@@ -43,18 +43,41 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
 
 
 @contextmanager
-def finishing(manager: ocp.CheckpointManager) -> Iterator[None]:
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Wait for the last save and close. Raises WorkdirError if the disk refused it."""
     try:
         yield
     finally:
-        with told(manager):
+        with _disk_errors(manager):
             manager.wait_until_finished()
             manager.close()
 
 
+def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState | None:
+    """The newest whole state, with the shapes and placement of `template`; None if there is none.
+
+    A damaged checkpoint is skipped for the one before it, with a warning. Raises CheckpointError if
+    there are checkpoints and none can be read.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return manager.restore(step, args=args)["state"]
+        except Exception as error:  # orbax and tensorstore raise many types on damaged files
+            reason = str(error).splitlines()[0]
+            logging.warning("checkpoint %d cannot be read and is skipped (%s)", step, reason)
+    if steps:
+        raise CheckpointError(
+            f"{manager.directory}: none of the checkpoints {steps} can be read, or they are of "
+            "another model; remove that folder to train from the start"
+        )
+    return None
+
+
 @contextmanager
-def told(manager: ocp.CheckpointManager) -> Iterator[None]:
+def _disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turn what orbax and tensorstore raise on a full or read-only disk into a WorkdirError."""
     try:
         yield
@@ -68,28 +91,5 @@ def told(manager: ocp.CheckpointManager) -> Iterator[None]:
             raise
         raise WorkdirError(
             f"a checkpoint cannot be written to {manager.directory} ({reason}): free space there; "
-            "the same command goes on from the checkpoint before"
+            "the same command resumes from the checkpoint before"
         ) from error
-
-
-def restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
-    """The newest whole state, placed as `like`; None if there is none.
-
-    A damaged checkpoint is passed over for the one before it, with a warning. Raises
-    CheckpointError if there are checkpoints and none can be read.
-    """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
-        try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return manager.restore(step, args=args)["state"]
-        except Exception as error:  # orbax and tensorstore raise many types on damaged files
-            reason = str(error).splitlines()[0]
-            logging.warning("checkpoint %d cannot be read and is passed over (%s)", step, reason)
-    if steps:
-        raise CheckpointError(
-            f"{manager.directory}: none of the checkpoints {steps} can be read, or they are of "
-            "another model; remove that folder to train anew"
-        )
-    return None

@@ -1,27 +1,33 @@
-"""Episodes of meta-learning: which images, as they are or altered, ask and which answer.
+"""Episodes of meta-learning: which images, healthy or altered, are a task's support and query.
 
-A task (METHOD 4.6) is a synthesis kind, a data set, K healthy support images and a query. Support
-and query are rows of features.Pool, (image, variant) with variant -1 for the image as it is. Half
-of the rows are clean and half show the task's kind; all are clean in an Identity task.
+A task is a kind of synthetic anomaly, a dataset, K healthy images and their variants. Support and
+query are rows of the training pool, (image, variant) with variant -1 for the image as it is. Half
+of the rows are clean and half show the task's kind; all are clean in an identity task.
 
-Where the data set holds more than K images, the query is on other images than the support. Where
-it does not (the target, of which K is all there is), clean images and altered ones are dealt out
-to both sides, so that support and query never share a row; a single image can be clean on the
-support side only, its query is then altered, and it takes no part in Identity tasks.
+Where the dataset holds more than K images, the query is on other images than the support. Where it
+does not (the target, of which K is all there is), clean images and altered ones are dealt out to
+both sides, so that support and query never share a row; a single image can be clean on the support
+side only, its query is then altered, and it takes no part in identity tasks.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int
 
 from medclip_jax.errors import ConfigError
+from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.synthesis import generate
+from medclip_jax.training import batches
 
 IDENTITY = generate.KINDS.index("identity")
 LEAST = 2  # variants of each kind per image: one for the support, one for the query
-STREAM = 46  # keeps these draws apart from others of the same seed
+STREAM = 46  # keeps the tasks apart from other random numbers of the same seed
+
+Row = tuple[int, int]  # (image, variant)
 
 
 class Rows(NamedTuple):
@@ -36,8 +42,27 @@ class Tasks(NamedTuple):
 
     support: Rows
     query: Rows
-    kind: Int[np.ndarray, " e"]  # index into synthesis.KINDS
-    source: Int[np.ndarray, " e"]  # which of the data sets
+    kind: Int[np.ndarray, " e"]  # index into generate.KINDS
+    source: Int[np.ndarray, " e"]  # which of the datasets
+
+
+class Sizes(NamedTuple):
+    """How large the tasks of a step are."""
+
+    tasks: int
+    k: int  # largest number of support images of a task
+    shots: int  # rows of the support, and of the query; 2 or more
+
+
+class Episodes(NamedTuple):
+    """Rows of several tasks, as a step takes them: leaves are [task, 1 + folds, row, ...]."""
+
+    support: Batch
+    query: Batch
+    valid: Bool[Array, "e m"]
+
+
+# --- which rows -----------------------------------------------------------------------------
 
 
 def sample(
@@ -45,84 +70,37 @@ def sample(
     seed: int,
     members: Sequence[Int[np.ndarray, " _"]],
     kinds: Int[np.ndarray, "i v"],
-    *,
-    tasks: int,
-    k: int,
-    shots: int,
-    query: int,
+    sizes: Sizes,
     copies: int = 0,
 ) -> Tasks:
-    """Draw the tasks of a step: a function of the arguments alone, whatever the devices.
+    """Sample the tasks of a step: a function of the arguments alone, whatever the devices.
 
     Args:
-      members: of each data set, the images (indices into the pool) that may be used.
+      step: from 0. seed: of the run.
+      members: of each dataset, the images (indices into the pool) that may be used.
       kinds: of each image of the pool, the kind of each variant (`check` them once before).
-      tasks: how many; kind (probability 1/4 each) and data set are drawn for each.
-      k: largest number of support images of a task.
-      shots: rows of the support. query: rows of the query.
+      sizes: kind (probability 1/4 each) and dataset are sampled for each task.
       copies: augmented copies per image; a clean row is one of them or the image, at random.
     """
-    drawn = []
-    for task in range(tasks):
+    tasks = []
+    for task in range(sizes.tasks):
         rng = np.random.default_rng([seed, step, task, STREAM])
-        kind_at, source = rng.random(), int(rng.integers(len(members)))
+        kind_share, source = rng.random(), int(rng.integers(len(members)))
         own = rng.permutation(members[source])
-        known = [i for i in range(len(generate.KINDS)) if i != IDENTITY or len(own) > 1]
-        kind = known[int(kind_at * len(known))]
-        sides = deal(rng, own, kinds, kind, k)
-        counts = zip(sides, (shots, query), strict=True)
-        rows = [choose(bare, changed, n) for (bare, changed), n in counts]
+        possible = [i for i in range(len(generate.KINDS)) if i != IDENTITY or len(own) > 1]
+        kind = possible[int(kind_share * len(possible))]
+        sides = _deal(rng, own, kinds, kind, sizes.k)
+        rows = [_choose(clean, altered, sizes.shots) for clean, altered in sides]
         if copies:
-            rows = [augmented(rng, side, copies) for side in rows]
-        drawn.append((*rows, kind, source))
-    *sides_drawn, kinds_drawn, sources = (np.array(column) for column in zip(*drawn, strict=True))
-    support, asked = (Rows(*np.moveaxis(side, 2, 0)) for side in sides_drawn)
-    return Tasks(support, asked, kinds_drawn, sources)
-
-
-def deal(rng, own: np.ndarray, kinds: np.ndarray, kind: int, k: int):
-    """(clean rows, altered rows) of the support and of the query; the four share no row."""
-    if len(own) > k:
-        return [(clean(part), altered(rng, part, kinds, kind)) for part in (own[:k], own[k:])]
-    rows, bare = altered(rng, own, kinds, kind), clean(own)
-    half, middle = -(-len(bare) // 2), -(-len(rows) // 2)
-    return (bare[:half], rows[:middle]), (bare[half:], rows[middle:])
-
-
-def clean(images: np.ndarray) -> list[tuple[int, int]]:
-    return [(int(i), -1) for i in images]
-
-
-def altered(rng, images: np.ndarray, kinds: np.ndarray, kind: int) -> list[tuple[int, int]]:
-    """Rows of this kind in random order, image after image: each once before any comes again."""
-    per_image = [rng.permutation(np.flatnonzero(kinds[i] == kind)) for i in images]
-    rounds = max((len(v) for v in per_image), default=0)
-    # last image first: clean rows begin at the other end, so a short support shows every image
-    return [
-        (int(i), int(v[turn]))
-        for turn in range(rounds)
-        for i, v in zip(images[::-1], per_image[::-1], strict=True)
-        if turn < len(v)
-    ]
-
-
-def choose(bare: list, rows: list, n: int) -> list[tuple[int, int]]:
-    """n rows, half of them clean where there are both; repeated where there are too few."""
-    first = n if not rows else 0 if not bare else -(-n // 2)
-    picked = [bare[i % len(bare)] for i in range(first)]
-    return picked + [rows[i % len(rows)] for i in range(n - first)]
-
-
-def augmented(rng, rows: list[tuple[int, int]], copies: int) -> list[tuple[int, int]]:
-    """Clean rows replaced by the image or one of its augmented copies, variants -1 to -1 - copies.
-
-    Which images are on which side stays as it was dealt.
-    """
-    return [(i, v if v >= 0 else -1 - int(rng.integers(1 + copies))) for i, v in rows]
+            rows = [_augmented(rng, side, copies) for side in rows]
+        tasks.append((*rows, kind, source))
+    *sides, kind, source = (np.array(column) for column in zip(*tasks, strict=True))
+    support, query = (Rows(*np.moveaxis(side, 2, 0)) for side in sides)
+    return Tasks(support, query, kind, source)
 
 
 def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Rows:
-    """What a trained params adapts to: every image as it is and once with each kind; [1, 4 m]."""
+    """What trained params adapt to: every image as it is and once with each kind; [1, 4 m]."""
     rows = [(i, -1) for i in own]
     rows += [(i, np.flatnonzero(kinds[i] == k)[0]) for k in range(IDENTITY) for i in own]
     image, variant = np.array(rows).T
@@ -135,5 +113,100 @@ def check(kinds: Int[np.ndarray, "i v"]) -> None:
     if counts.min() < LEAST:
         raise ConfigError(
             f"config.synthesis.variants is {kinds.shape[1]}, which left an image with "
-            f"{counts.min()} of a kind where episodes need {LEAST}: give more, 50 is usual"
+            f"{counts.min()} of a kind where episodes need {LEAST}: set more, 50 is usual"
         )
+
+
+def _deal(rng, own: np.ndarray, kinds: np.ndarray, kind: int, k: int):
+    """(clean rows, altered rows) of the support and of the query; the four share no row."""
+    if len(own) > k:
+        return [(_clean(part), _altered(rng, part, kinds, kind)) for part in (own[:k], own[k:])]
+    altered, clean = _altered(rng, own, kinds, kind), _clean(own)
+    half, middle = -(-len(clean) // 2), -(-len(altered) // 2)
+    return (clean[:half], altered[:middle]), (clean[half:], altered[middle:])
+
+
+def _clean(images: np.ndarray) -> list[Row]:
+    return [(int(i), -1) for i in images]
+
+
+def _altered(rng, images: np.ndarray, kinds: np.ndarray, kind: int) -> list[Row]:
+    """Rows of this kind in random order, image after image: each once before any comes again."""
+    per_image = [rng.permutation(np.flatnonzero(kinds[i] == kind)) for i in images]
+    rounds = max((len(v) for v in per_image), default=0)
+    # last image first: clean rows begin at the other end, so a short support shows every image
+    return [
+        (int(i), int(v[turn]))
+        for turn in range(rounds)
+        for i, v in zip(images[::-1], per_image[::-1], strict=True)
+        if turn < len(v)
+    ]
+
+
+def _choose(clean: list[Row], altered: list[Row], n: int) -> list[Row]:
+    """n rows, half of them clean where there are both; repeated where there are too few."""
+    first = n if not altered else 0 if not clean else -(-n // 2)
+    chosen = [clean[i % len(clean)] for i in range(first)]
+    return chosen + [altered[i % len(altered)] for i in range(n - first)]
+
+
+def _augmented(rng, rows: list[Row], copies: int) -> list[Row]:
+    """Clean rows replaced by the image or one of its augmented copies, variants -1 to -1 - copies.
+
+    Which images are on which side stays as it was dealt.
+    """
+    return [(i, v if v >= 0 else -1 - int(rng.integers(1 + copies))) for i, v in rows]
+
+
+# --- their tokens ---------------------------------------------------------------------------
+
+
+def episodes_batch(
+    step: int,
+    pool: TrainingPool,
+    members: Sequence[Sequence[Int[np.ndarray, " _"]]],
+    seed: int,
+    sizes: Sizes,
+    rows: Int[np.ndarray, " _"] | None = None,
+    views: bool = False,
+) -> Episodes:
+    """The tasks of one step for every params of the stack, on the host.
+
+    Args:
+      members: images of each params and dataset (batches.members).
+      rows: which tasks are read (this process's share), None for all.
+      views: add two augmented views of every row's image, for SimCLR.
+      step, seed, sizes: as in `sample`.
+    """
+    rows = np.arange(sizes.tasks) if rows is None else rows
+    tasks = [sample(step, seed, own, pool.kinds, sizes, pool.copies) for own in members]
+    valid: Any = np.ones((len(rows), len(members)), bool)
+    sides = []
+    for i, name in enumerate(("support", "query")):
+        side = [getattr(t, name) for t in tasks]
+        shape = 2, len(side[0].image), len(side), side[0].image.shape[1]
+        pair = batches.sample_views(seed, step, shape, pool.copies) if views else ()
+        own = [jax.tree.map(lambda x: x[rows], x) for x in side]
+        sides.append(_take(pool, own, [view[i][rows] for view in pair]))
+    return Episodes(*sides, valid)
+
+
+def adaptation_batch(pool: TrainingPool, members: Sequence[Int[np.ndarray, " _"]]) -> Batch:
+    """What every params adapts to, [row, 1 + folds, ...]; rows that fill a shorter one are invalid.
+
+    pool: of the target's supports alone. members: of each params.
+    """
+    rows = [adaptation(own, pool.kinds) for own in members]
+    count = np.array([r.image.size for r in rows])
+    full = [Rows(*(np.resize(x, (1, count.max())) for x in r)) for r in rows]
+    batch = _take(pool, full)
+    batch = jax.tree.map(lambda x: x[0].swapaxes(0, 1), batch)
+    return batch._replace(valid=np.arange(count.max())[:, None] < count[None])
+
+
+def _take(pool: TrainingPool, rows: Sequence[Rows], views: Sequence[np.ndarray] = ()) -> Batch:
+    """Rows [task, row] of each params -> tokens [task, 1 + folds, row, ...]."""
+    image, variant = (np.stack(x, axis=1) for x in zip(*rows, strict=True))
+    batch = batches.take(pool, image, variant, views)
+    # a task has one dataset
+    return batch if batch.source is None else batch._replace(source=batch.source[..., 0])

@@ -1,26 +1,22 @@
-"""Training: params and its held-out copies, step by step, resumable at every checkpoint."""
+"""Training, step by step: the main params and the fold params, resumable at every checkpoint."""
 
 import contextlib
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.progress import track
 
-from medclip_jax.clip import text_adapter
 from medclip_jax.distributed import multihost, runtime, sharding
-from medclip_jax.distributed.runtime import prefetch
 from medclip_jax.errors import CheckpointError
 from medclip_jax.features import training_pool
-from medclip_jax.models import losses, model
-from medclip_jax.training import checkpoints, episodes, maml, metrics_log, validation
+from medclip_jax.features.training_pool import TrainingPool
+from medclip_jax.training import batches, checkpoints, episodes, maml, validation
 from medclip_jax.training import step as training_step
-from medclip_jax.training.state import TrainState
+from medclip_jax.training.metrics_log import MetricsLog
+from medclip_jax.training.state import start
 
 LOG_EVERY = 10  # steps
 
@@ -30,18 +26,69 @@ def adam(learning_rate: float) -> optax.GradientTransformation:
     return optax.adam(learning_rate, b1=0.5, b2=0.999)
 
 
-def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
-    """Train params, one copy on all supports and one per held-out fold, side by side on axis 0.
+class Schedule(NamedTuple):
+    """How long training runs, what a step reads, and how often something is written."""
 
-    The copies see the same schedule; copy 0 scores the test set, copy 1 + f scores fold f. The
-    first pool holds the supports; learners other than joint end by adapting to them.
+    steps: int  # 0: nothing is trained
+    seed: int
+    batch: int  # rows per step of the joint learner
+    tasks: int  # per step of the other learners
+    shots: int  # support rows of a task, and query rows
+    checkpoint_every: int  # steps
+    validations: int  # times in training; 0: never
+
+
+def fit(
+    params: Any,
+    frozen: Any,
+    pools: Sequence[TrainingPool],
+    folds: Sequence[np.ndarray],
+    *,
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    learner: training_step.Learner,
+    schedule: Schedule,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    score: validation.Score | None = None,
+    views: bool = False,
+    on_target: bool = True,
+    resume_only: bool = False,
+    tensorboard: bool = False,
+) -> Any:
+    """Train the main params on all supports and fold params on those outside each fold.
+
+    All see the same schedule. Learners other than joint end by adapting to the supports.
+
+    Args:
+      params: fresh ones; all of the stack start from them.
+      frozen: second argument of the loss.
+      pools: of the supports, then of each auxiliary dataset.
+      folds: of the supports (batches.folds).
+      loss: (params, frozen, batch, key) -> (scalar, parts).
+      optimizer: of each params.
+      learner, schedule: how, how long, and how often something is written.
+      workdir: for checkpoints and metrics.jsonl.
+      mesh: over whose devices rows are spread.
+      score: image scores for validation (validation.scorer); None: no validation.
+      views: batches carry two augmented views of each row's image, for SimCLR.
+      on_target: learn from the supports, too, where there are auxiliary datasets.
+      resume_only: a finished training is required.
+      tensorboard: write event files, too.
+
+    Returns:
+      Params [1 + folds, ...] on the host: the main params, then the fold params.
+
+    Raises:
+      CheckpointError: if checkpoints cannot be read, or training is not finished in `resume_only`.
+      FloatingPointError: for a part of the loss that is not finite, naming step and part.
+      runtime.Preempted: after SIGTERM, when the state is saved.
     """
-    inner = training_step.inner(
-        c.learner, c.meta.inner_steps, c.meta.inner_rate, c.learner == "meta_sgd"
-    )
-    optimizer = adam(c.learning_rate)
-    state = sharding.replicate(start(c, tower, design, optimizer, 1 + len(groups)), mesh)
-    if not c.steps:
+    steps, count = schedule.steps, 1 + len(folds)
+    if learner.name == "meta_sgd":
+        params = maml.meta_sgd(params, learner.inner_rate)
+    state = sharding.replicate(start(params, optimizer, count, schedule.seed), mesh)
+    if not steps:
         if sharding.is_main():
             (workdir / "metrics.jsonl").touch()
         return jax.device_get(state.params)
@@ -49,161 +96,139 @@ def run(c, workdir, tower, design, frozen, pools, groups, mesh, train) -> Any:
     manager = checkpoints.open(workdir)
     state = checkpoints.restore(manager, state) or state
     first = int(state.step)
-    if not train and first < c.steps:
+    if resume_only and first < steps:
         raise CheckpointError(
-            f"{workdir}: training stands at step {first} of {c.steps}; run --mode train first"
+            f"{workdir}: training stands at step {first} of {steps}; run --mode train first"
         )
-    loss = partial(model.loss, design=design, weights=c.loss.to_dict())
-    if c.teacher:
-        loss = partial(loss, distill=losses.Distill(weight=c.loss.distill))
-    joint = c.learner == "joint"
-    copied = sharding.replicated(mesh)
-    learnt = loss if joint else training_step.episodic(loss, inner)
-    step = training_step.make_step(learnt, optimizer, copied)
+    joint = learner.name == "joint"
+    inner = learner.inner(learner.inner_steps)
+    objective = loss if joint else training_step.meta_objective(loss, inner)
+    take_step = training_step.make_step(objective, optimizer, sharding.replicated(mesh))
     frozen = sharding.replicate(frozen, mesh)
-    read = reader(c, pools, groups, mesh)
-    adapted = _as_it_is if joint else adaptation(c, pools, groups, mesh, loss, inner)
-    judged = c.validations and validation.judge(pools[0], groups, design, c.score.top, mesh)
-    closing = checkpoints.finishing(manager)
-    todo = range(first, c.steps)
+    read = _reader(pools, folds, joint, schedule, mesh, views, on_target)
+    adapted = _unchanged if joint else _adaptation(pools[0], folds, loss, learner, mesh)
+    validate = None
+    if schedule.validations and score and len(folds) and pools[0].variants:
+        validate = validation.validator(pools[0], folds, score, mesh)
+
+    remaining = range(first, steps)
     with (
-        logbook(workdir, first) as log,
-        closing,
-        runtime.sigterm() as asked,
-        contextlib.closing(prefetch(read, todo)) as batches,
+        _open_log(workdir, first, tensorboard) as metrics_log,
+        checkpoints.closing(manager),
+        runtime.sigterm() as sigterm,
+        contextlib.closing(runtime.prefetch(read, remaining)) as inputs,
     ):
-        waiting = None
-        for i, batch in zip(
-            track(todo, "train", console=Console(stderr=True)), batches, strict=True
-        ):
-            state, parts = step(state, frozen, batch)
-            if waiting is not None:  # one step late, so that the device never waits for the host
-                report(log, *waiting)
-            due = (i + 1) % LOG_EVERY == 0 or i + 1 == c.steps
-            if judged and validation.due(i + 1, c.steps, c.validations, LOG_EVERY):
-                parts |= judged(adapted(state.params, frozen), frozen)
-            waiting = (i + 1, parts) if due else None
-            save = (i + 1) % c.checkpoint_every == 0 or i + 1 == c.steps
+        log = _DelayedLog(metrics_log)
+        for done, batch in enumerate(runtime.progress(inputs, "train", len(remaining)), first + 1):
+            state, parts = take_step(state, frozen, batch)
+            log.flush()
+            last = done == steps
+            if validate and validation.due(done, steps, schedule.validations, LOG_EVERY):
+                parts |= validate(adapted(state.params, frozen), frozen)
+            if logged := last or done % LOG_EVERY == 0:
+                log.write_later(done, parts)
+            save = last or done % schedule.checkpoint_every == 0
             # several processes agree where they wait for the device anyway
-            stop = told(asked) if due or save or not multihost.several() else False
+            stop = (logged or save or not multihost.several()) and _stopping(sigterm)
             if stop or save:
-                if waiting is not None:  # logged before it is saved: a resume does not repeat it
-                    report(log, *waiting)
-                    waiting = None
-                finite(i + 1, jax.device_get(parts))
+                log.flush()  # before it is saved: a resume does not repeat it
+                _check_finite(done, jax.device_get(parts))
                 checkpoints.save(manager, state)
             if stop:
                 break
-        if waiting is not None:
-            report(log, *waiting)
-    if told(asked):  # the manager has closed, so the checkpoint is whole
-        raise runtime.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {c.steps}")
-    if joint:
-        return jax.device_get(state.params)
-    return sharding.fetch(adapted(state.params, frozen), 1 + len(groups))
+        log.flush()
+    if _stopping(sigterm):  # the manager has closed, so the checkpoint is whole
+        raise runtime.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {steps}")
+    return sharding.fetch(adapted(state.params, frozen), count)
 
 
-def _as_it_is(params, _):
-    return params
+class _DelayedLog:
+    """Logs the parts of a step one step late, so that the device never waits for the host."""
+
+    def __init__(self, log: MetricsLog | None) -> None:
+        self._log = log
+        self._waiting: tuple[int, dict] | None = None
+
+    def write_later(self, step: int, parts: dict) -> None:
+        self._waiting = step, parts
+
+    def flush(self) -> None:
+        """Log what waits; a value that is not finite ends the run."""
+        if self._waiting is None:
+            return
+        step, values = self._waiting[0], jax.device_get(self._waiting[1])
+        self._waiting = None
+        if self._log:
+            self._log.write(step, values)
+        _check_finite(step, values)
 
 
-def adaptation(c, pools, groups, mesh, loss, inner) -> Callable[[Any, Any], Any]:
-    """(params, frozen) -> params after every copy has adapted to its supports, compiled once."""
-    rows = training_step.adaptation_rows(
-        training_pool.join(pools), training_step.supports(c.k, groups)
-    )
-    rows, valid = sharding.spread(rows, mesh)
-    rows = rows._replace(valid=rows.valid & valid[:, None])
-    inner = inner._replace(steps=c.meta.adapt_steps)
-
-    @jax.jit
-    def adapted(params, frozen, rows):
-        return training_step.adapt(params, frozen, rows, loss=loss, inner=inner)[0]
-
-    return lambda params, frozen: adapted(params, frozen, rows)
-
-
-def logbook(workdir, step: int) -> metrics_log.Writer | metrics_log.Silent:
+def _open_log(workdir: Path, step: int, tensorboard: bool):
     """metrics.jsonl, resumed at `step`; of several processes only the main one writes it."""
-    return (
-        metrics_log.Writer(workdir, resume_step=step)
-        if sharding.is_main()
-        else metrics_log.Silent()
-    )
+    if sharding.is_main():
+        return MetricsLog(workdir, step, tensorboard)
+    return contextlib.nullcontext()
 
 
-def told(asked) -> bool:
-    """Was this process, or any other of the run, asked to stop?"""
-    return bool(multihost.any_process(asked.is_set())[0])
+def _stopping(sigterm) -> bool:
+    """Has any process of the run received SIGTERM?"""
+    return bool(multihost.any_process(sigterm.is_set())[0])
 
 
-def start(c, tower, design, optimizer, copies: int) -> TrainState:
-    """Step 0; all copies of params are equal."""
-    key = jax.random.key(c.seed)
-    tuned = c.model.language_tuned
-
-    def init(_):
-        like = dict(context=c.prompts.context, shared=c.prompts.shared)
-        like["contrast"] = bool(c.loss.simclr)
-        if tuned:
-            like["language"] = text_adapter.load(c.model.language, tower.digest, tower.joint)
-        params = model.init(key, model=tower, design=design, **like)
-        learned = c.learner == "meta_sgd"
-        return maml.meta_sgd(params, c.meta.inner_rate) if learned else params
-
-    params = jax.vmap(init)(jnp.arange(copies))
-    opt = jax.vmap(optimizer.init)(params)
-    return TrainState(jnp.asarray(0), params, opt, jax.random.key_data(key))
-
-
-def reader(c, pools, groups, mesh) -> Callable[[int], Any]:
-    """What a step reads, as a function of the step: rows (joint) or episodes, on the devices.
-
-    Every process reads its share of them.
-    """
-    pool = training_pool.join(pools)
-
-    def spread(draw, n):
-        rows, valid = sharding.local_rows(n, mesh), sharding.valid_rows(n, mesh)
-
-        def read(step):
-            batch = sharding.place(draw(step, rows), mesh)
-            return batch._replace(valid=batch.valid & valid[:, None])
-
-        return read
-
-    target = not c.meta.data or c.data.name in c.meta.data
-    members = training_step.members(c.k, groups, [len(p.clean) for p in pools[1:]], target)
-    views = bool(c.loss.simclr)
-    if c.learner == "joint":
-        own = [np.concatenate(sets) for sets in members]
-        return spread(
-            lambda i, rows: training_step.batch_at(i, pool, own, c.batch, c.seed, rows, views),
-            c.batch,
-        )
-    episodes.check(pool.kinds)
-    sizes = dict(tasks=c.meta.tasks, k=c.k, shots=c.meta.shots, query=c.meta.shots)
-    return spread(
-        lambda i, rows: training_step.episodes_at(i, pool, members, c.seed, rows, views, **sizes),
-        c.meta.tasks,
-    )
-
-
-def folds(k: int, parts: int) -> list[np.ndarray]:
-    """Supports in up to `parts` disjoint groups of nearly equal size; none if k is 1."""
-    parts = min(parts, k)
-    return [] if parts < 2 else [np.arange(k)[i::parts] for i in range(parts)]
-
-
-def report(log: metrics_log.Writer | metrics_log.Silent, step: int, parts: dict) -> None:
-    """Log the parts of a step; a value that is not finite ends the run."""
-    values = jax.device_get(parts)
-    log.scalars(step, values)
-    finite(step, values)
-
-
-def finite(step: int, values: dict) -> None:
+def _check_finite(step: int, values: dict) -> None:
     """Raise FloatingPointError naming the step and the parts that are not finite."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite")
+
+
+def _unchanged(params, _):
+    return params
+
+
+def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any, Any], Any]:
+    """(params, frozen) -> params, all of the stack adapted to their supports; compiled once."""
+    own = batches.supports(len(pool.clean), folds)
+    rows, valid = sharding.spread(episodes.adaptation_batch(pool, own), mesh)
+    rows = rows._replace(valid=rows.valid & valid[:, None])
+    inner = learner.inner(learner.adapt_steps)
+
+    @jax.jit
+    def adapted(params, frozen, rows):
+        return training_step.adapt(params, frozen, rows, loss=loss, inner=inner)
+
+    return lambda params, frozen: adapted(params, frozen, rows)
+
+
+def _reader(
+    pools: Sequence[TrainingPool],
+    folds: Sequence[np.ndarray],
+    joint: bool,
+    schedule: Schedule,
+    mesh: jax.sharding.Mesh,
+    views: bool,
+    on_target: bool,
+) -> Callable[[int], Any]:
+    """What a step reads, as a function of the step: rows (joint) or episodes, on the devices.
+
+    Every process reads its share of them.
+    """
+    pool, k = training_pool.join(pools), len(pools[0].clean)
+    members = batches.members(k, folds, [len(p.clean) for p in pools[1:]], on_target)
+    n = schedule.batch if joint else schedule.tasks
+    rows, valid = sharding.local_rows(n, mesh), sharding.valid_rows(n, mesh)
+    every = [np.concatenate(sets) for sets in members]
+    sizes = episodes.Sizes(schedule.tasks, k, schedule.shots)
+    if not joint:
+        episodes.check(pool.kinds)
+
+    def read(step: int):
+        seed = schedule.seed
+        if joint:
+            batch = batches.joint_batch(step, pool, every, n, seed, rows, views)
+        else:
+            batch = episodes.episodes_batch(step, pool, members, seed, sizes, rows, views)
+        batch = sharding.place(batch, mesh)
+        return batch._replace(valid=batch.valid & valid[:, None])
+
+    return read

@@ -1,23 +1,29 @@
-"""What the rooms of the house hand to one another.
-
-Shape letters, used in every annotation:
-  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
-  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
-  c prompts   t text positions
-
-Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
-"""
+"""The state of training."""
 
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Int, PRNGKeyArray
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
 
 
 class TrainState(NamedTuple):
-    """All that a resumed run needs: everything random is a function of (key, step)."""
+    """All that a resumed run needs: everything random is a function of (key, step).
+
+    params and opt are stacked, [1 + folds, ...]: the main params, then the fold params.
+    """
 
     step: Int[Array, ""]
     params: Any
     opt: Any
-    key: PRNGKeyArray | jax.Array
+    key: jax.Array  # jax.random.key_data
+
+
+def start(
+    params: Any, optimizer: optax.GradientTransformation, count: int, seed: int
+) -> TrainState:
+    """Step 0: `count` equal copies of `params`, each with its own optimiser state."""
+    stacked = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * count), params)
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.asarray(0), stacked, jax.vmap(optimizer.init)(stacked), key)
