@@ -164,7 +164,7 @@ def test_off_by_default_and_bad_strengths_are_refused():
 
 def test_copies_are_clean_rows_behind_the_variants(feature_cache, pictures):  # noqa: F811
     recipe = SYNTHESIS._replace(variants=5, copies=2, strengths=ALL)
-    pool = training_pool.open_pool(feature_cache, pictures[:2], recipe)
+    pool = training_pool.open(feature_cache, pictures[:2], recipe)
     assert pool.copies == 2 and pool.kinds.shape == (2, 5)
     support, variant = np.array([0, 0, 1, 1]), np.array([-1, -2, -3, 4])
     batch = training_pool.take(pool, support, variant)
@@ -201,8 +201,8 @@ def test_clean_rows_take_turns_and_episodes_draw():
     from medclip_jax.training import step as training_step
 
     own = np.arange(4)
-    rows = [training_step.rows_at(step, own, 4, 0, 10, 2) for step in range(60)]
-    plain = [training_step.rows_at(step, own, 4, 0, 10) for step in range(60)]
+    rows = [training_batches.joint_rows(step, own, 4, 0, 10, 2) for step in range(60)]
+    plain = [training_batches.joint_rows(step, own, 4, 0, 10) for step in range(60)]
     clean = np.concatenate([v for _, v in rows])
     assert set(clean[clean < 0]) == {-1, -2, -3}
     for (s, v), (s0, v0) in zip(rows, plain, strict=True):

@@ -100,7 +100,7 @@ def test_views_are_gentle():
 
 def test_a_mirrored_memory_knows_its_supports_either_way(tmp_path, tiny):
     supports = write_pictures(tmp_path, 3, start=7)
-    feature_cache = cache.open_cache(tmp_path, tiny, "stretch", "float32", one_device())
+    feature_cache = cache.open(tmp_path, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, supports)
     images = support_images.pixels(feature_cache, supports, tiny.size)
     own, turned = (

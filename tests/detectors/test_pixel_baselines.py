@@ -16,7 +16,7 @@ from tests.support.pictures import one_device, write_pictures
 def scene(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("scene")
     pictures = write_pictures(folder, 9, start=300)
-    feature_cache = cache.open_cache(folder, tiny, "stretch", "float32", one_device())
+    feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     return feature_cache, pictures[:4], pictures[4:]
 
 

@@ -77,7 +77,7 @@ def wide(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("wide")
     pictures = write_pictures(folder, 6, start=300)
     supports, test = pictures[:4], pictures[4:]
-    feature_cache = cache.open_cache(folder, tiny, "stretch", "float32", one_device())
+    feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, pictures)
     assert tiling.encode_images(feature_cache, pictures, 2) == 6
     design, frozen = design_of(tiny, dropout=0.2)
@@ -204,8 +204,8 @@ def test_kept_tokens_are_named_by_pixels_and_way(wide, calls):  # noqa: F811
     assert len(calls) == count
     np.testing.assert_array_equal(first[0].levels[0], again[1].levels[0])
     np.testing.assert_array_equal(first[1].pooled, encoder.encode(feature_cache, images[1]).pooled)
-    assert cache.place(feature_cache, images[0], "a") != cache.place(feature_cache, images[0], "b")
-    assert cache.place(feature_cache, images[0], "a") != cache.place(
+    assert encoder.stack_path(feature_cache, images[0], "a") != encoder.stack_path(feature_cache, images[0], "b")
+    assert encoder.stack_path(feature_cache, images[0], "a") != encoder.stack_path(
         feature_cache, images[0] + 0.01, "a"
     )
 

@@ -95,7 +95,7 @@ def test_nothing_is_encoded_twice(feature_cache, pictures, calls):
 
 
 def test_more_supports_encode_only_the_new_ones(feature_cache, pictures):
-    training_pool.open_pool(feature_cache, pictures[:4], SYNTHESIS)
+    training_pool.open(feature_cache, pictures[:4], SYNTHESIS)
     stamps = {p: p.stat().st_mtime_ns for p in feature_cache.folder.iterdir()}
     assert len(stamps) == 8
     assert encoder.encode_images(feature_cache, pictures[:8]) == 4
@@ -203,12 +203,12 @@ def test_a_truncated_file_is_made_again(feature_cache, pictures, keep, caplog):
 
 
 def test_a_pool_mends_a_damaged_shard(feature_cache, pictures):
-    training_pool.open_pool(feature_cache, pictures[:2], SYNTHESIS)
+    training_pool.open(feature_cache, pictures[:2], SYNTHESIS)
     path = training_pool.variant_path(feature_cache, pictures[0], pictures[:2], SYNTHESIS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     cache.image_path(feature_cache, pictures[1]).write_bytes(b"")
-    training_pool.open_pool(feature_cache, pictures[:2], SYNTHESIS)
+    training_pool.open(feature_cache, pictures[:2], SYNTHESIS)
     assert path.read_bytes() == whole
     assert encoder.encode_images(feature_cache, pictures[:2]) == 0
 
@@ -240,7 +240,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(feature_cache, pictures,
 
 def test_take_gives_the_rows_that_were_asked_for(feature_cache, pictures):
     supports = pictures[:3]
-    pool = training_pool.open_pool(feature_cache, supports, SYNTHESIS)
+    pool = training_pool.open(feature_cache, supports, SYNTHESIS)
     support, variant = np.array([2, 0, 2, 1]), np.array([1, -1, 0, -1])
     batch = training_pool.take(pool, support, variant)
     assert batch.label.tolist() == [1, 0, 1, 0] and batch.valid.all()
@@ -268,7 +268,7 @@ def test_take_gives_the_rows_that_were_asked_for(feature_cache, pictures):
 def test_no_variants_is_a_pool_of_clean_images(feature_cache, pictures):
     none = SYNTHESIS._replace(variants=0)
     assert training_pool.encode_variants(feature_cache, pictures[:2], none) == 0
-    pool = training_pool.open_pool(feature_cache, pictures[:2], none)
+    pool = training_pool.open(feature_cache, pictures[:2], none)
     assert pool.anomalous == () and len(list(feature_cache.folder.iterdir())) == 2
     batch = training_pool.take(pool, np.array([0, 1]), np.array([-1, -1]))
     assert batch.label.tolist() == [0, 0] and not batch.mask.any()
@@ -283,7 +283,7 @@ def test_masks_come_back_from_their_bits(size):
         "level0": np.zeros((3, 4, 4), np.float32),
         "mask": np.packbits(masks.reshape(3, -1), axis=1),
     }
-    pool = training_pool.Pool(
+    pool = training_pool.TrainingPool(
         (held.__getitem__,), (held.__getitem__,), 1, size, 3, np.zeros((1, 3), int)
     )
     batch = training_pool.take(pool, np.zeros(4, int), np.array([2, -1, 0, 1]))

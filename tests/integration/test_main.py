@@ -274,13 +274,13 @@ def test_a_full_disk_while_the_bank_is_written(tiny, tmp_path, capfd, caplog, mo
     error = sentence(capfd, code)
     assert "No space left" in error and "safetensors" in error and "free space" in error
     held = list((tmp_path / "cache/feature_cache").rglob("*.*"))
-    assert len(held) == 5 and all(features_cache.whole(path) for path in held)
+    assert len(held) == 5 and all(features_cache.is_whole(path) for path in held)
     assert not (tmp_path / "run/metrics.json").exists()
     held[0].write_bytes(held[0].read_bytes()[:100])  # a power cut may do this
     assert tiny.main(tmp_path / "run", cache, arguments=arguments) == 0
     assert f"{held[0].name} is damaged and will be made again" in caplog.text
     assert all(
-        features_cache.whole(path) for path in (tmp_path / "cache/feature_cache").rglob("*.*")
+        features_cache.is_whole(path) for path in (tmp_path / "cache/feature_cache").rglob("*.*")
     )
 
 

@@ -37,7 +37,7 @@ def train_step(tower, learner):
     design, frozen = build.build(c, tower)
     loss, optimizer = partial(model.loss, design=design, weights=WEIGHTS), optax.adam(1e-3)
     inner = step.inner(c.learner, 1, 0.1, False)
-    objective = loss if learner == "joint" else step.episodic(loss, inner)
+    objective = loss if learner == "joint" else step.meta_objective(loss, inner)
     lead = (2, 1) if learner == "joint" else (2, 1, 2)
     levels = tuple(np.zeros((*lead, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
     batch = Batch(

@@ -63,11 +63,11 @@ def test_rows_that_fill_and_rows_of_the_same_image_are_no_negatives():
 
 
 def test_views_are_two_different_ones_and_a_function_of_the_step():
-    one, two = contrastive.draw(0, 3, (400,), 3)
+    one, two = batches.sample_views(0, 3, (400,), 3)
     assert set(one) == set(two) == {-1, -2, -3, -4} and (one != two).all()
-    again = contrastive.draw(0, 3, (400,), 3)
+    again = batches.sample_views(0, 3, (400,), 3)
     assert (one == again[0]).all() and (two == again[1]).all()
-    assert (one != contrastive.draw(0, 4, (400,), 3)[0]).any()
+    assert (one != batches.sample_views(0, 4, (400,), 3)[0]).any()
 
 
 def augmented(pool):  # noqa: F811
@@ -81,9 +81,9 @@ def test_rows_carry_views_of_their_image_only_where_asked(pool, read):  # noqa: 
 
     def at(views):
         if read == "joint":
-            return step.batch_at(2, pool, [own, own[:3]], 4, 0, views=views)
+            return batches.joint_batch(2, pool, [own, own[:3]], 4, 0, views=views)
         sizes = dict(tasks=3, k=4, shots=4, query=2)
-        return step.episodes_at(2, pool, [[own], [own[:3]]], 0, None, views, **sizes).query
+        return episodes.episodes_batch(2, pool, [[own], [own[:3]]], 0, None, views, **sizes).query
 
     plain, viewed = at(False), at(True)
     assert plain.views is None and isinstance(viewed.views, Views)
@@ -106,7 +106,7 @@ def test_weight_zero_leaves_theta_as_it_was_and_the_head_learns(tower, pool):  #
     assert set(full) - set(bare) == {"head"}
     jax.tree.map(np.testing.assert_array_equal, bare, {n: full[n] for n in bare})
 
-    batch = step.batch_at(0, augmented(pool), [np.arange(4)], 4, 0, views=True)
+    batch = batches.joint_batch(0, augmented(pool), [np.arange(4)], 4, 0, views=True)
     batch = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), batch)
 
     @jax.jit
@@ -143,4 +143,4 @@ def test_a_run_with_simclr_logs_it(tmp_path, tower, pool):  # noqa: F811
     params = loop.run(c, tmp_path, tower, design, frozen, pools, [], mesh, True)
     assert np.isfinite(params["head"]["out"]["kernel"]).all()
     assert '"simclr"' in (tmp_path / "metrics.jsonl").read_text()
-    assert isinstance(pools[0], training_pool.Pool)
+    assert isinstance(pools[0], training_pool.TrainingPool)

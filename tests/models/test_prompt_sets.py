@@ -128,7 +128,7 @@ def test_rows_of_one_batch_may_be_of_different_sets(tiny):
     assert abs(float(each[1]["focal"] - wrong["focal"])) > 1e-6
 
 
-def pool_of(batch: Batch, sizes) -> training_pool.Pool:
+def pool_of(batch: Batch, sizes) -> training_pool.TrainingPool:
     """Pools in memory whose images are all rows of the batch, joined as those of several sets."""
 
     def one(count):
@@ -138,7 +138,7 @@ def pool_of(batch: Batch, sizes) -> training_pool.Pool:
         altered = {name: x[[2, 3] * 6] for name, x in held.items()} | {"mask": bits}
         rows = (held.__getitem__,) * count, (altered.__getitem__,) * count
         kinds = np.tile(np.arange(12) % 3, (count, 1))
-        return training_pool.Pool(*rows, len(level), batch.mask.shape[1], 12, kinds)
+        return training_pool.TrainingPool(*rows, len(level), batch.mask.shape[1], 12, kinds)
 
     return training_pool.join([one(n) for n in sizes])
 
@@ -146,7 +146,7 @@ def pool_of(batch: Batch, sizes) -> training_pool.Pool:
 def episode_losses(design, params, frozen, episodes):
     """The query loss of every task after its inner step, task by task."""
     loss = partial(model.loss, design=design, weights=WEIGHTS)
-    objective = step.episodic(loss, step.inner("maml", 1, 0.05, False))
+    objective = step.meta_objective(loss, step.inner("maml", 1, 0.05, False))
 
     def one(task):
         only = jnp.arange(len(episodes.valid)) == task
@@ -160,9 +160,9 @@ def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     sets, design, params, frozen, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2, 3))
     assert pool.source.tolist() == [0, 0, 1, 1, 1]
-    members = step.members(2, [], (3,), target=True)
+    members = batches.members(2, [], (3,), target=True)
     sizes = dict(tasks=6, k=2, shots=2, query=2)
-    episodes = step.episodes_at(0, pool, members, 0, **sizes)
+    episodes = episodes.episodes_batch(0, pool, members, 0, **sizes)
     source = episodes.support.source[:, 0]
     assert episodes.support.source.shape == (6, 1) and set(source.tolist()) == {0, 1}
     np.testing.assert_array_equal(episodes.query.source, episodes.support.source)
@@ -180,11 +180,11 @@ def test_one_data_set_carries_no_source(tiny):
     *_, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2,))
     assert pool.source is None
-    drawn = step.batch_at(0, pool, [np.arange(2)], 2, 0)
+    drawn = batches.joint_batch(0, pool, [np.arange(2)], 2, 0)
     assert drawn.source is None and len(jax.tree.leaves(drawn)) == 6
     joined = pool_of(batch, (2, 3))
-    assert step.batch_at(0, joined, [np.arange(5)], 5, 0).source.shape == (5, 1)
-    assert step.adaptation_rows(joined, [np.arange(2)]).source is None
+    assert batches.joint_batch(0, joined, [np.arange(5)], 5, 0).source.shape == (5, 1)
+    assert episodes.adaptation_batch(joined, [np.arange(2)]).source is None
 
 
 # --- which words, preprocessing and augmentation each data set gets ------------------------------
@@ -265,7 +265,7 @@ def test_two_phantoms_in_one_run(tmp_path, monkeypatch):
         "medclip_jax.data.datasets.PHANTOMS",
         {f"phantom-{m}": (m, 4, 2, 2) for m in ("ultrasound", "mri")},
     )
-    opened, built, recipes = training_pool.open_pool, [], []
+    opened, built, recipes = training_pool.open, [], []
     monkeypatch.setattr(
         training_pool,
         "open_pool",

@@ -110,7 +110,7 @@ def test_the_gate_learns_first_and_then_the_query(folder):
 def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictures):  # noqa: F811
     mesh = sharding.mesh(jax.devices()[:1])
     feature_caches = [
-        cache.open_cache(
+        cache.open(
             tmp_path, vit.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh
         )
         for on in (False, True)
@@ -121,7 +121,7 @@ def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictu
     plain, full = (next(cache.load_images(b, pictures[:2], 2)) for b in feature_caches)
     assert plain.inputs == () and [x.shape for x in full.inputs] == [(2, 17, 32)] * 2
     recipe = synthetic_variants.Synthesis("medclip", 2, 0, "self")
-    pool = training_pool.open_pool(feature_caches[1], pictures[:2], recipe)
+    pool = training_pool.open(feature_caches[1], pictures[:2], recipe)
     taken = training_pool.take(pool, np.array([1, 0]), np.array([-1, 1])).features
     np.testing.assert_array_equal(taken.inputs[1][0], full.inputs[1][1])
     assert len(taken.inputs) == 2

@@ -18,7 +18,7 @@ from tests.support.pictures import one_device, write_pictures
 def fused(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("fused")
     supports = write_pictures(folder, 4, start=40)
-    feature_cache = cache.open_cache(folder, tiny, "stretch", "float32", one_device())
+    feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, supports)
     design, frozen = design_of(tiny, dropout=0.2)
     plain, _ = design_of(tiny, context=0)

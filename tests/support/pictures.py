@@ -45,7 +45,7 @@ def one_device():
 
 
 def opened(folder: Path, tiny, fit="stretch", dtype="float32", mesh=None) -> cache.FeatureCache:
-    return cache.open_cache(folder, tiny, fit, dtype, mesh or one_device())
+    return cache.open(folder, tiny, fit, dtype, mesh or one_device())
 
 
 @pytest.fixture

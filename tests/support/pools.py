@@ -17,7 +17,7 @@ def tower(tmp_path_factory) -> vit.Clip:
 
 
 @pytest.fixture(scope="module")
-def pool(tower) -> training_pool.Pool:
+def pool(tower) -> training_pool.TrainingPool:
     """Four images; a variant's left or right half is anomalous, its tokens moved by a vector."""
     rng = np.random.default_rng(0)
     grid, size, width = tower.grid, tower.size, tower.widths[0]
@@ -38,7 +38,7 @@ def pool(tower) -> training_pool.Pool:
             held["pooled"] = np.zeros((n, tower.joint), np.float32)
             into.append((held | {"mask": np.packbits(mask, axis=1)}).__getitem__)
     kinds = np.tile(np.arange(VARIANTS) % 3, (4, 1))
-    return training_pool.Pool(tuple(clean), tuple(anomalous), levels, size, VARIANTS, kinds)
+    return training_pool.TrainingPool(tuple(clean), tuple(anomalous), levels, size, VARIANTS, kinds)
 
 
 def settings(**fields):

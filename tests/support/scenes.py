@@ -32,7 +32,7 @@ def scene(tmp_path_factory, tiny):
             Image.fromarray(mask).save(path)
             masks.append(path)
         test[i] = test[i]._replace(label=1, masks=tuple(masks))
-    feature_cache = cache.open_cache(folder, tiny, "stretch", "float32", one_device())
+    feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, pictures)
     design, frozen = design_of(tiny, dropout=0.2)
     start = model.init(jax.random.key(0), tiny, design, 2, False)

@@ -26,7 +26,7 @@ def state(step: int, n: int = 6) -> TrainState:
 
 def written(workdir: Path, *steps: int) -> Path:
     manager = checkpoints.open(workdir)
-    with checkpoints.finishing(manager):
+    with checkpoints.closing(manager):
         for step in steps:
             checkpoints.save(manager, state(step))
     return workdir / "checkpoints"
@@ -34,7 +34,7 @@ def written(workdir: Path, *steps: int) -> Path:
 
 def restored(workdir: Path, like: TrainState | None = None) -> TrainState | None:
     manager = checkpoints.open(workdir)
-    with checkpoints.finishing(manager):
+    with checkpoints.closing(manager):
         return checkpoints.restore(manager, like or state(0))
 
 
@@ -70,7 +70,7 @@ def test_what_is_saved_is_not_touched_by_a_donated_step(tmp_path):
     big = {"a": jnp.zeros((1_000_000,))}
     now = TrainState(jnp.asarray(0), big, (), jax.random.key_data(jax.random.key(0)))
     manager = checkpoints.open(tmp_path)
-    with checkpoints.finishing(manager):
+    with checkpoints.closing(manager):
         for _ in range(3):
             now = step(now)
             checkpoints.save(manager, now)
@@ -84,7 +84,7 @@ def test_a_damaged_newest_is_passed_over_and_replaced(tmp_path, caplog):
     folder = written(tmp_path, 10, 20)
     damage(folder / "20")
     manager = checkpoints.open(tmp_path)
-    with checkpoints.finishing(manager), caplog.at_level(logging.WARNING):
+    with checkpoints.closing(manager), caplog.at_level(logging.WARNING):
         assert_equal(checkpoints.restore(manager, state(0)), state(10))
         assert "checkpoint 20 cannot be read and is passed over" in caplog.text
         checkpoints.save(manager, state(15))  # below the damaged one, saved all the same
@@ -129,7 +129,7 @@ def test_a_disk_that_refuses_a_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(WorkdirError, match="checkpoint cannot be written .*too large"):
-            with checkpoints.finishing(manager):
+            with checkpoints.closing(manager):
                 checkpoints.save(manager, state(20, n=100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -141,7 +141,7 @@ def test_a_state_of_eight_devices_goes_on_with_one(tmp_path):
     eight, one = sharding.mesh(), sharding.mesh(jax.devices()[:1])
     for name, saved, wanted in (("down", eight, one), ("up", one, eight)):
         manager = checkpoints.open(tmp_path / name)
-        with checkpoints.finishing(manager):
+        with checkpoints.closing(manager):
             checkpoints.save(manager, sharding.replicate(state(10), saved))
         held = restored(tmp_path / name, sharding.replicate(state(0), wanted))
         assert_equal(jax.device_get(held), jax.device_get(state(10)))

@@ -62,14 +62,14 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
         tiles = images.reshape(-1, grid, size // grid, grid, size // grid)
         return tiles.mean((2, 4)).reshape(len(images), -1)
 
-    feature_cache = cache.open_cache(
+    feature_cache = cache.open(
         tmp_path, tiny, "stretch", "float32", sharding.mesh(jax.devices()[:1])
     )
     from medclip_jax.data.augmentation import Strengths
 
     recipe = synthetic_variants.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
     supports = pictures[:2]
-    plain = training_pool.open_pool(feature_cache, supports, recipe)
+    plain = training_pool.open(feature_cache, supports, recipe)
     teacher = distillation.Teacher(tiny, (), logits)
     pool = distillation.pool(teacher, plain, feature_cache, supports, recipe)
     assert [x.shape for x in pool.teacher] == [(6, grid**2)] * 2
@@ -82,7 +82,7 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
     # an image that was only mirrored has mirrored patches
     mirrored = pool.teacher[0][0].reshape(grid, grid)[:, ::-1].ravel()
     np.testing.assert_allclose(pool.teacher[0][4], mirrored, atol=1e-5)
-    batch = step.batch_at(0, pool, [np.arange(2)], 2, 0)
+    batch = batches.joint_batch(0, pool, [np.arange(2)], 2, 0)
     assert batch.teacher.shape == (2, 1, grid**2)
 
 

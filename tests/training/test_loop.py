@@ -70,13 +70,13 @@ def step_of(c, loss, optimizer, **changes):
     inner = training_step.inner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.learn_rate)
     inner = inner._replace(**changes)
     return training_step.make_step(
-        loss if c.learner == "joint" else training_step.episodic(loss, inner), optimizer
+        loss if c.learner == "joint" else training_step.meta_objective(loss, inner), optimizer
     ), inner
 
 
 def at(pool, step, copies=((0, 1, 2, 3),), **sizes):
     members = [[np.array(own)] for own in copies]
-    return training_step.episodes_at(step, pool, members, 0, **(SIZES | sizes))
+    return training_episodes.episodes_batch(step, pool, members, 0, **(SIZES | sizes))
 
 
 def close(a, b, rtol):
@@ -93,7 +93,7 @@ def test_every_learner_learns_and_adapting_helps(tower, pool, learner, learned):
     fields = {"learner": learner, "meta.learn_rate": learned, "meta.inner_rate": 0.05}
     c, frozen, loss, state = set_up(tower, optimizer, **fields)
     step, inner = step_of(c, loss, optimizer)
-    rows = training_step.adaptation_rows(pool, [np.arange(4)])
+    rows = training_episodes.adaptation_batch(pool, [np.arange(4)])
     flat = jax.tree.map(lambda x: x[:, 0], rows)
 
     def value(params):
@@ -105,7 +105,7 @@ def test_every_learner_learns_and_adapting_helps(tower, pool, learner, learned):
     before, held = value(plain(state.params)), jax.tree.map(np.array, state.params)
     for i in range(15):
         if learner == "joint":
-            batch = training_step.batch_at(i, pool, [np.arange(4)], 4, 0)
+            batch = training_batches.joint_batch(i, pool, [np.arange(4)], 4, 0)
         else:
             batch = at(pool, i)
         state, parts = step(state, frozen, batch)
@@ -177,7 +177,7 @@ def test_eight_devices_equal_one_with_dropout_and_uneven_tasks(tower, pool, lear
         step, _ = step_of(c, loss, optimizer)
         state, frozen = sharding.replicate((state, frozen), mesh)
         if learner == "joint":
-            host = training_step.batch_at(0, pool, [np.array(own) for own in copies], 3, 0)
+            host = training_batches.joint_batch(0, pool, [np.array(own) for own in copies], 3, 0)
         else:
             host = at(pool, 0, copies)
         batch, valid = sharding.spread(host, mesh)
@@ -204,9 +204,9 @@ def test_a_copy_sees_its_own_images_alone(tower, pool):
     optimizer = optax.sgd(0.1)
     c, frozen, loss, state = set_up(tower, optimizer, 2, learner="maml")
     step, inner = step_of(c, loss, optimizer)
-    copies = training_step.members(4, [np.array([0])], (), target=True)
-    state, _ = step(state, frozen, training_step.episodes_at(0, pool, copies, 0, **SIZES))
-    rows = training_step.adaptation_rows(pool, training_step.supports(4, [np.array([0])]))
+    copies = training_batches.members(4, [np.array([0])], (), target=True)
+    state, _ = step(state, frozen, training_episodes.episodes_batch(0, pool, copies, 0, **SIZES))
+    rows = training_episodes.adaptation_batch(pool, training_batches.supports(4, [np.array([0])]))
     adapted, _ = training_step.adapt(state.params, frozen, rows, loss=loss, inner=inner)
     for params in (state.params, adapted):
         finite = np.isfinite(params["adapters"][0]["kernel"]).all((1, 2))
@@ -216,10 +216,10 @@ def test_a_copy_sees_its_own_images_alone(tower, pool):
 def test_rows_that_fill_a_shorter_copy_do_not_count(tower, pool):
     c, frozen, loss, state = set_up(tower, optax.sgd(0.1), 2, learner="maml")
     inner = training_step.inner("maml", 2, 0.1, False)
-    both = training_step.adaptation_rows(pool, [np.arange(4), np.array([1, 3])])
+    both = training_episodes.adaptation_batch(pool, [np.arange(4), np.array([1, 3])])
     assert both.valid.sum(0).tolist() == [16, 8]
     padded, _ = training_step.adapt(state.params, frozen, both, loss=loss, inner=inner)
-    alone = training_step.adaptation_rows(pool, [np.array([1, 3])])
+    alone = training_episodes.adaptation_batch(pool, [np.array([1, 3])])
     own = jax.tree.map(lambda x: x[1:], state.params)
     exact, _ = training_step.adapt(own, frozen, alone, loss=loss, inner=inner)
     close(jax.tree.map(lambda x: x[1:], padded), exact, 1e-6)
@@ -227,13 +227,13 @@ def test_rows_that_fill_a_shorter_copy_do_not_count(tower, pool):
 
 def test_members_of_other_data_sets_follow_the_supports():
     groups = [np.array([0, 2]), np.array([1])]
-    copies = training_step.members(3, groups, (4, 2), target=True)
+    copies = training_batches.members(3, groups, (4, 2), target=True)
     assert [[x.tolist() for x in sets] for sets in copies] == [
         [[0, 1, 2], [3, 4, 5, 6], [7, 8]],
         [[1], [3, 4, 5, 6], [7, 8]],
         [[0, 2], [3, 4, 5, 6], [7, 8]],
     ]
-    assert [len(sets) for sets in training_step.members(3, groups, (4, 2), target=False)] == [
+    assert [len(sets) for sets in training_batches.members(3, groups, (4, 2), target=False)] == [
         2,
         2,
         2,

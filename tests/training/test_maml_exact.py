@@ -67,7 +67,7 @@ def by_hand(loss, frozen, episodes, learner):
 @pytest.mark.parametrize("learner", ["maml", "fomaml", "anil"])
 def test_the_gradient_of_the_models_loss_is_that_of_the_steps_written_out(given, learner):
     loss, params, frozen, episodes = given
-    objective = step.episodic(loss, step.inner(learner, 2, RATE, False))
+    objective = step.meta_objective(loss, step.inner(learner, 2, RATE, False))
 
     @jax.jit
     def ours(params):

@@ -23,7 +23,7 @@ from medclip_jax.workdir import claim
 
 
 def schedule(own, size, steps, seed=0, variants=5):
-    rows = [step.rows_at(i, np.asarray(own), size, seed, variants) for i in range(steps)]
+    rows = [batches.joint_rows(i, np.asarray(own), size, seed, variants) for i in range(steps)]
     support, variant = (np.concatenate(x) for x in zip(*rows, strict=True))
     return support, variant
 
@@ -41,7 +41,7 @@ def test_every_support_comes_once_per_epoch(k, size):
 
 def test_rows_are_a_function_of_the_position_alone():
     support, variant = schedule(range(10), 4, steps=9)
-    again = step.rows_at(7, np.arange(10), 4, 0, 5)
+    again = batches.joint_rows(7, np.arange(10), 4, 0, 5)
     assert np.array_equal(again[0], support[28:32]) and np.array_equal(again[1], variant[28:32])
     halves = schedule(range(10), 2, steps=18)
     assert np.array_equal(halves[0], support) and np.array_equal(halves[1], variant)
@@ -66,13 +66,13 @@ def test_without_variants_all_rows_are_identity():
     "k, parts, sizes", [(8, 4, [2] * 4), (5, 4, [2, 1, 1, 1]), (3, 4, [1] * 3)]
 )
 def test_folds_partition_the_supports(k, parts, sizes):
-    groups = loop.folds(k, parts)
+    groups = batches.folds(k, parts)
     assert [len(g) for g in groups] == sizes
     assert sorted(np.concatenate(groups)) == list(range(k))
 
 
 def test_one_support_or_one_part_has_no_folds():
-    assert loop.folds(1, 4) == [] and loop.folds(8, 0) == [] and loop.folds(8, 1) == []
+    assert batches.folds(1, 4) == [] and batches.folds(8, 0) == [] and batches.folds(8, 1) == []
 
 
 # --- a step on a tiny problem -----------------------------------------------------------------
@@ -88,16 +88,16 @@ def tensor(name: str, support: int):
 @pytest.fixture
 def pool():
     rows = tuple(partial(tensor, support=s) for s in range(4))
-    return training_pool.Pool(rows, rows, 1, 8, 8, np.zeros((len(rows), 8), int))
+    return training_pool.TrainingPool(rows, rows, 1, 8, 8, np.zeros((len(rows), 8), int))
 
 
 def test_a_batch_holds_the_rows_of_every_copy(pool):
     members = [np.arange(4), np.array([1, 2, 3])]
-    batch = step.batch_at(3, pool, members, 2, seed=0)
+    batch = batches.joint_batch(3, pool, members, 2, seed=0)
     assert batch.features.levels[0].shape == (2, 2, 4, 3)  # row, copy, patch, width
     assert batch.mask.shape == (2, 2, 8, 8) and batch.label.shape == (2, 2)
     for copy, own in enumerate(members):
-        support, variant = step.rows_at(3, own, 2, 0, 8)
+        support, variant = batches.joint_rows(3, own, 2, 0, 8)
         expected = support + np.maximum(variant, 0) / 10
         np.testing.assert_allclose(batch.features.levels[0][:, copy, 0, 0], expected, rtol=1e-6)
         assert (batch.label[:, copy] == (variant >= 0)).all()
@@ -156,7 +156,7 @@ def test_one_step_is_plain_gradient_descent():
 
 
 def test_a_loss_that_is_not_finite_names_step_and_part(tmp_path):
-    with metrics_log.Writer(tmp_path) as log:
+    with metrics_log.MetricsLog(tmp_path) as log:
         loop.report(log, 10, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(0.5)})
         with pytest.raises(FloatingPointError, match=r"step 20: dice is not finite"):
             loop.report(log, 20, {"loss": jnp.asarray(1.0), "dice": jnp.asarray(jnp.nan)})
@@ -185,7 +185,7 @@ def fitted(workdir: Path, pool, monkeypatch, scale=1.0, steps=30):
     from medclip_jax.distributed import sharding
 
     mesh = sharding.mesh(jax.devices()[:1])
-    groups = loop.folds(4, 2)
+    groups = batches.folds(4, 2)
     design = SimpleNamespace(sets=())  # prompts are the loss's own matter
     args = (c, workdir, SimpleNamespace(), design, {}, [pool], groups, mesh, True)
     return loop.run(*args)

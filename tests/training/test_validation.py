@@ -35,7 +35,7 @@ def pool(tiny):
         return get
 
     clean, altered = (tuple(tensors(s, a) for s in range(4)) for a in (False, True))
-    return training_pool.Pool(clean, altered, 2, 32, 3, np.zeros((4, 3), int))
+    return training_pool.TrainingPool(clean, altered, 2, 32, 3, np.zeros((4, 3), int))
 
 
 def test_rows_are_the_fold_its_variants_and_the_others(pool):
@@ -53,7 +53,7 @@ def test_numbers_equal_scikit_learn_fold_by_fold():
     scores = np.round(rng.normal(0.2, 1, (3, 30)), 1).astype(np.float32)  # with ties
     role = rng.integers(1, 4, (3, 30))
     role[2, 15:] = 0
-    got = validation.numbers(jnp.asarray(scores), jnp.asarray(role))
+    got = validation.held_out_metrics(jnp.asarray(scores), jnp.asarray(role))
     truth, called, each, pairs = [], [], [], []
     for s, r in zip(scores, role, strict=True):
         asked = (r == 1) | (r == 2)
@@ -63,7 +63,7 @@ def test_numbers_equal_scikit_learn_fold_by_fold():
         pairs.append((r == 1).sum() * (r == 2).sum())
     assert float(got["held_out_accuracy"]) == pytest.approx(balanced_accuracy_score(truth, called))
     assert float(got["held_out_auroc"]) == pytest.approx(np.average(each, weights=pairs))
-    flat = validation.numbers(jnp.zeros((3, 30)), jnp.asarray(role))
+    flat = validation.held_out_metrics(jnp.zeros((3, 30)), jnp.asarray(role))
     assert {n: float(x) for n, x in flat.items()} == {
         "held_out_accuracy": 0.5,
         "held_out_auroc": 0.5,
@@ -72,10 +72,10 @@ def test_numbers_equal_scikit_learn_fold_by_fold():
 
 def test_each_fold_is_scored_by_the_copy_that_never_saw_it(tiny, pool):
     design, frozen = design_of(tiny)
-    groups, mesh = loop.folds(4, 2), sharding.mesh(jax.devices()[:1])
+    groups, mesh = batches.folds(4, 2), sharding.mesh(jax.devices()[:1])
     start = model.init(jax.random.key(0), tiny, design, 2, False)
     params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -1.5 * x]), start)
-    judged = validation.judge(pool, groups, design, 0.25, mesh)
+    judged = validation.validator(pool, groups, design, 0.25, mesh)
     tokens, role = validation.rows(pool, groups)
     scores = []
     for f in range(2):
@@ -85,7 +85,7 @@ def test_each_fold_is_scored_by_the_copy_that_never_saw_it(tiny, pool):
         text = model.text_features(own, frozen, design)
         logit = np.sort(model.forward(own, text, batch, design).logit, axis=1)
         scores.append(logit[:, -4:].mean(1))
-    wanted = validation.numbers(jnp.stack(scores), jnp.asarray(role))
+    wanted = validation.held_out_metrics(jnp.stack(scores), jnp.asarray(role))
     other = jax.tree.map(lambda x: x.at[0].set(7.0), params)  # copy 0 has no say
     for got in (judged(params, frozen), judged(other, frozen)):
         assert set(got) == {"held_out_accuracy", "held_out_auroc"}
@@ -96,9 +96,9 @@ def test_each_fold_is_scored_by_the_copy_that_never_saw_it(tiny, pool):
 def test_nothing_held_out_is_nothing_to_validate(tiny, pool):
     design, _ = design_of(tiny)
     mesh = sharding.mesh(jax.devices()[:1])
-    assert validation.judge(pool, [], design, 0.1, mesh) is None
+    assert validation.validator(pool, [], design, 0.1, mesh) is None
     bare = pool._replace(variants=0)
-    assert validation.judge(bare, loop.folds(4, 2), design, 0.1, mesh) is None
+    assert validation.validator(bare, batches.folds(4, 2), design, 0.1, mesh) is None
 
 
 @pytest.mark.parametrize(
