@@ -1,6 +1,6 @@
 """Few-shot medical anomaly detection from healthy images: frozen CLIP, learned prompts, JAX."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Prediction", "Scorer", "UserError", "__version__", "load"]
 
 
