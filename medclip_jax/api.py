@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from medclip_jax.detectors import map_filter
 from medclip_jax.errors import ConfigError, DataError
+from medclip_jax.evaluation import predictions
 from medclip_jax.explain import boxes as explain_boxes
 from medclip_jax.inference import adapt as inference_adapt
 from medclip_jax.inference import predict as inference_predict
@@ -119,13 +120,13 @@ def _prediction(
     scores: predictor.Scores, i: int, shape: tuple[int, ...], fit: io_read.Mode
 ) -> Prediction:
     height, width = shape
-    heat = io_read.to_frame(scores.maps[i].astype(np.float32), height, width, fit)
-    boxes = explain_boxes.boxes(heat, 0.5, min_area=max(1, heat.size // 2000))
+    small = predictions.half_precision(scores.maps[i]).astype(np.float32)  # as in files
+    heat = io_read.to_frame(small, height, width, fit)
     return Prediction(
         float(scores.score[i]),
         float(scores.p_value[i]),
         bool(scores.alarm[i]),
         float(scores.uncertainty[i]),
         heat,
-        tuple(boxes),
+        tuple(explain_boxes.boxes_of(heat)),
     )

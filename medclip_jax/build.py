@@ -30,6 +30,7 @@ from medclip_jax.detectors import (
 )
 from medclip_jax.errors import ConfigError
 from medclip_jax.evaluation import evaluate
+from medclip_jax.explain import grad_cam
 from medclip_jax.features import auxiliary, cache, encoder, training_pool
 from medclip_jax.models import losses, model, prompt_sets, token_refinement
 from medclip_jax.models.anomaly_map import to_pixels
@@ -80,6 +81,17 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[auxiliary.Auxiliary, ...]:
     _, strengths = augmentation.chosen(config_validation.augment(c), c.data.modality)
     names = [name for name in c.meta.data if name != c.data.name]
     return auxiliary.choose(names, words=words, recipe=c.data.recipe, strengths=strengths)
+
+
+def explanation(c: ConfigDict, clip: vit.Clip) -> grad_cam.Explanation:
+    """How scores are explained. Raises ConfigError for a layer that is not tapped."""
+    layers = len(clip.widths)
+    if not -layers <= c.explanation.layer < layers:
+        raise ConfigError(
+            f"config.explanation.layer is {c.explanation.layer}: give 0 to {layers - 1}, one of "
+            f"the {layers} tapped layers (config.clip.layers), or -1 for the last"
+        )
+    return grad_cam.Explanation(c.explanation.method, c.explanation.layer, c.score.top)
 
 
 def encode(c: ConfigDict, clip: vit.Clip, split: Split, others, mesh):

@@ -120,6 +120,7 @@ def prepare(config: ConfigDict) -> Prepared:
     build.synthesis(c)
     runtime.keep_compiled(Path(c.cache))
     clip, split = build.load_clip(c), build.load_split(c)
+    build.explanation(c, clip)
     design, frozen = build.design_of(c, clip, others)
     return Prepared(c, clip, split, others, design, frozen, sharding.mesh())
 
@@ -153,6 +154,7 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
     given = (c, fitted.params, prepared.frozen, prepared.design, feature_cache, split.support)
     detector, mix = build.assemble(*given, fitted.folds)
     filtered = build.quieter(c, detector, feature_cache, split.support)
+    how = build.explanation(c, prepared.clip)
     rates = {"alpha": c.calibration.alpha, "pixel_rate": c.calibration.pixel_rate}
     if not split.test:
         found = evaluate.calibrated(
@@ -165,14 +167,15 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
         passes=c.score.passes,
         seed=c.seed,
         quiet=filtered,
+        how=how,
         folder=workdir,
         **rates,
     )
     support = split.support[0] if split.support else None
     checks = faithfulness.of_model(
-        *(detector, feature_cache, support, split.test, scored.limits),
-        top=c.score.top,
+        *(detector, feature_cache, support, split.test, scored.limits, how),
         count=c.explanation.count,
+        randomised=c.explanation.randomised,
         seed=c.seed,
     )
     return Scored(detector, mix, filtered, scored.limits, scored, checks)

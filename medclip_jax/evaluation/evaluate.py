@@ -48,6 +48,7 @@ def score_images(
     passes: int,
     seed: int,
     quiet: map_filter.Learned | None = None,
+    how: grad_cam.Explanation | None = None,
     folder: Path | None = None,
 ) -> evaluation_predictions.Scored:
     """Scores of the test set, calibrated on the held-out supports alone. Labels are not read.
@@ -55,13 +56,14 @@ def score_images(
     top: share of the largest patches whose mean is the image score (0: the map's maximum).
     alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
     quiet: outlier suppression of the maps, learned on these supports.
+    how: Grad-CAM of each image; None for the default.
     folder: on whose disk the maps lie until they are written; None for the temporary folder.
     """
     size = feature_cache.clip.size
     maps, image_scores = jax.jit(partial(anomaly_map.to_pixels, size=size)), scorer(size, top)
     found = calibrated(detector, size, top, alpha, pixel_rate, quiet)
     keys = jax.random.split(jax.random.key(seed), passes)
-    cams = grad_cam.explainer(detector, top)
+    how = how or grad_cam.Explanation(top=top)
 
     rows, doubt, why = [], [], []
     mine = [test[i] for i in multihost.process_rows(len(test))]
@@ -83,7 +85,7 @@ def score_images(
         heat = detectors_calibration.to_unit(heat, found.pixel.value, found.pixel_width)
         out.put(i * BATCH, evaluation_predictions.half_precision(heat))
         doubt.append(doubts(detector, batch, keys, image_scores, found)[:real])
-        why.append(cams(batch)[:real])
+        why.append(grad_cam.cam_or_zeros(detector, batch, how)[:real])
     held = (np.concatenate(rows), np.concatenate(doubt), np.concatenate(why))
     raw, doubt, why = multihost.gather(held, len(test))
     predictions = Predictions(

@@ -45,7 +45,7 @@ class Scored(NamedTuple):
     doubts: dict[str, np.ndarray] | None = None  # measures of rejection, beside the sd; MC-dropout
 
 
-def half_precision(heat: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:
+def half_precision(heat: Float[np.ndarray, "*n h w"]) -> Float[np.ndarray, "*n h w"]:
     """Unit maps as float16; what is below 0.5 stays below, so every decision stays the same."""
     below = np.nextafter(np.float16(0.5), np.float16(0))
     small = heat.astype(np.float16)

@@ -16,7 +16,7 @@ import PIL.Image
 from jaxtyping import Float
 
 from medclip_jax.data.records import Record
-from medclip_jax.explain import boxes
+from medclip_jax.explain import grad_cam
 from medclip_jax.io import read
 
 SIDE = 256  # pixels of the longer side
@@ -44,7 +44,7 @@ def pack(
         kept = np.sort(np.random.default_rng(seed).permutation(len(records))[:MOST])
 
     def one(i: int):
-        cam = None if cams is None else boxes.to_square(cams[i : i + 1], MAP_SIDE)[0]
+        cam = None if cams is None else grad_cam.to_square(cams[i : i + 1], MAP_SIDE)[0]
         return _one(records[i], maps[i], cam, fit)
 
     with ThreadPoolExecutor() as pool:

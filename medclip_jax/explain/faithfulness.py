@@ -5,21 +5,21 @@
                  support's, most important first; an explanation that the model uses lets it fall
                  faster than a random order
     spearman     rank correlation of Grad-CAM and map over the patches
-    randomised   rank correlation of each with itself after the tower's last block, or all blocks,
-                 are drawn anew; what stays near 1 does not explain the model (Adebayo et al. 2018)
+    randomised   rank correlation of each with itself after the encoder's last block, or all blocks,
+                 are re-initialised; what stays near 1 does not explain the model (Adebayo, 2018)
 
 Labels and masks are read here: call it after scoring. The score of the map is the mean of its top
 share, which Grad-CAM explains, as a unit value: 0.5 is the pixel threshold.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 
 from medclip_jax.clip.outputs import Features
 from medclip_jax.data import records as data_records
@@ -28,13 +28,12 @@ from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import Detector
 from medclip_jax.detectors.limits import Limits
 from medclip_jax.distributed import sharding
-from medclip_jax.explain import boxes, grad_cam
+from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder
 from medclip_jax.models import anomaly_map
 
 STEPS = 8  # of a deletion curve
 ROWS = 32  # of a scoring call, as evaluate.BATCH: nothing is compiled twice
-LOCATED = ("map", "grad_cam")
 
 
 def pointing(
@@ -42,19 +41,32 @@ def pointing(
     cams: Float[np.ndarray, "n p"] | None,
     masks: Iterable[Bool[np.ndarray, "h w"]],
 ) -> dict[str, dict[str, float | int]] | None:
-    """Of map and Grad-CAM (patches): hit, chance, n; None if no image has a lesion mask."""
-    held: dict[str, list[tuple[float, float]]] = {name: [] for name in LOCATED}
+    """Of map and Grad-CAM: hit, chance, n; None if no image has a lesion mask.
+
+    Hit is the mean share of a map's largest values that lie in the mask, chance the mean share of
+    the image that the mask covers (Zhang, 2018).
+
+    Args:
+        maps: unit scores, in the frame of the masks.
+        cams: a value per patch, None where there is no Grad-CAM.
+        masks: True in lesions; an image without any is left out.
+    """
+    hits: dict[str, list[float]] = {"map": [], "grad_cam": []}
+    chances = []
     for i, (heat, mask) in enumerate(zip(maps, masks, strict=True)):
         if not mask.any():
             continue
-        shown = {"map": heat}
+        chances.append(mask.mean())
+        hits["map"].append(mask[heat == heat.max()].mean())
         if cams is not None:
-            shown["grad_cam"] = boxes.to_square(cams[i : i + 1], len(mask))[0]
-        for name, values in shown.items():
-            held[name].append(boxes.pointing_game(values[None], mask[None]))
-    found = {name: np.mean(rows, axis=0).tolist() for name, rows in held.items() if rows}
-    told = {n: {"hit": x, "chance": c, "n": len(held[n])} for n, (x, c) in found.items()}
-    return told or None
+            cam = grad_cam.to_square(cams[i : i + 1], len(mask))[0]
+            hits["grad_cam"].append(mask[cam == cam.max()].mean())
+    chance = float(np.mean(chances)) if chances else 0.0
+    return {
+        name: {"hit": float(np.mean(values)), "chance": chance, "n": len(values)}
+        for name, values in hits.items()
+        if values
+    } or None
 
 
 def of_model(
@@ -63,57 +75,68 @@ def of_model(
     support: Record | None,
     test: Sequence[Record],
     limits: Limits,
+    how: grad_cam.Explanation,
     *,
-    top: float,
     count: int,
+    randomised: bool,
     seed: int,
 ) -> dict[str, Any] | None:
-    """Deletion, spearman and randomised of `count` abnormal test images, drawn by seed.
+    """Deletion, spearman and, if asked for, randomised of `count` abnormal test images.
 
-    support: whose tokens replace others. None where the detector does not read one token per patch
-    (baselines on pixels, tiles), without support or abnormal test image, and where count is 0.
     All processes of a run must call it.
+
+    Args:
+        support: whose tokens replace others.
+        test: of which the abnormal images are sampled by seed.
+
+    Returns:
+        Values for metrics.json; None where the detector does not read one token per patch
+        (baselines on pixels, tiles), its score does not depend on the layer, there is no support
+        or no abnormal test image, and where count is 0.
     """
     abnormal = [r for r in test if r.label]
     if detector.load is not None or support is None or not (abnormal and count):
         return None
     rng = np.random.default_rng(seed)
-    chosen = [abnormal[i] for i in sorted(rng.permutation(len(abnormal))[:count])]
-    (tokens,) = cache.load_images(feature_cache, chosen, len(chosen))
+    records = [abnormal[i] for i in sorted(rng.permutation(len(abnormal))[:count])]
+    (tokens,) = cache.load_images(feature_cache, records, len(records))
     (healthy,) = cache.load_images(feature_cache, [support], 1)
-    slope = grad_cam.slopes(detector, top)
     try:
-        own = located(detector, tokens, slope)
-    except boxes.NoGradientError:
-        return None  # evaluate.cams has said so
-    agreed = boxes.agreement(own["map"], own["grad_cam"])
-    orders = {**own, "random": rng.random(own["map"].shape)}
-    return {
-        "images": [r.id for r in chosen],
-        "spearman": mean(agreed),
-        "deletion": deletion(detector, tokens, healthy, orders, limits, top),
-        "randomised": randomised(detector, feature_cache, chosen, own, slope, seed),
+        maps = explain(detector, tokens, how)
+    except grad_cam.NoGradientError:
+        return None  # scoring has warned of it
+    orders = {**maps, "random": rng.random(maps["map"].shape)}
+    checks = {
+        "images": [r.id for r in records],
+        "spearman": mean(rank_correlation(maps["map"], maps["grad_cam"])),
+        "deletion": deletion(detector, tokens, healthy, orders, limits, how.top),
     }
+    if randomised:
+        checks["randomised"] = randomise(detector, feature_cache, records, maps, how, seed)
+    return checks
 
 
-def located(detector: Detector, tokens: Features, slope: Callable) -> dict[str, np.ndarray]:
-    """Map and Grad-CAM of each image, [n, p]; slope: attribution.slopes of the detector."""
+def explain(
+    detector: Detector, tokens: Features, how: grad_cam.Explanation
+) -> dict[str, np.ndarray]:
+    """Map and Grad-CAM of each image, [n, p]."""
     batch, n = filled(tokens)
-    cams = grad_cam.weigh(batch, slope(batch))[:n]
+    cams = grad_cam.cam(detector, batch, **how._asdict())[:n]
     return {"map": np.asarray(detector.patches(batch), np.float64)[:n], "grad_cam": cams}
 
 
 def filled(tokens: Features, rows: int = ROWS) -> tuple[Features, int]:
     """The rows on this process's devices, the last repeated up to a multiple of `rows`; how many.
 
-    Raises ValueError for more than `rows`.
+    Raises:
+        ValueError: there are more than `rows`.
     """
     n = len(tokens.pooled)
     if n > rows:
         raise ValueError(f"{n} rows do not fit in {rows}")
-    at = np.minimum(np.arange(rows), n - 1)
+    index = np.minimum(np.arange(rows), n - 1)
     local = sharding.mesh(jax.local_devices())
-    return sharding.spread(jax.tree.map(lambda x: np.asarray(x)[at], tokens), local)[0], n
+    return sharding.spread(jax.tree.map(lambda x: np.asarray(x)[index], tokens), local)[0], n
 
 
 def deletion(
@@ -124,9 +147,14 @@ def deletion(
     limits: Limits,
     top: float,
 ) -> dict[str, list[float]]:
-    """Mean unit score of the map after each share of the patches is replaced, by order.
+    """Mean unit score of the map after each share of the patches is replaced (Petsiuk, 2018).
 
-    `share` [STEPS + 1] runs from nothing to everything. healthy: tokens of one image.
+    Args:
+        healthy: tokens of one image.
+        orders: importance of each patch by name; the most important is replaced first.
+
+    Returns:
+        `share` from nothing to everything, [STEPS + 1], and the scores of each order.
     """
     patches = next(iter(orders.values())).shape[1]
     counts = np.round(np.linspace(0, patches, STEPS + 1)).astype(int)
@@ -140,8 +168,8 @@ def deletion(
         unit = calibration.to_unit(raw, limits.pixel.value, limits.pixel_width)
         curves.append(unit.reshape(len(orders), -1))
     means = np.mean(curves, axis=0)
-    told = {name: row.tolist() for name, row in zip(orders, means, strict=True)}
-    return {"share": (counts / patches).tolist(), **told}
+    scores = {name: row.tolist() for name, row in zip(orders, means, strict=True)}
+    return {"share": (counts / patches).tolist(), **scores}
 
 
 def replaced(
@@ -149,7 +177,7 @@ def replaced(
 ) -> Features:
     """Image i once per row of `gone`, whose patches come from the healthy image.
 
-    Levels on a coarser grid (ResNet) lose a cell where more than half of its patches are gone.
+    Layers on a coarser grid (ResNet) lose a cell where more than half of its patches are gone.
     """
 
     def one(level, other):
@@ -170,54 +198,81 @@ def replaced(
     return Features(jnp.repeat(tokens.pooled[i : i + 1], many, 0), levels, inputs)
 
 
-def randomised(
+def randomise(
     detector: Detector,
     feature_cache: cache.FeatureCache,
     records: Sequence[Record],
-    own: dict[str, np.ndarray],
-    slope: Callable,
+    maps: dict[str, Float[np.ndarray, "n p"]],
+    how: grad_cam.Explanation,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Mean rank correlation of each explanation with itself after blocks are drawn anew.
+    """Mean rank correlation of each explanation with itself after blocks are re-initialised.
 
-    Tokens of the drawn towers are kept in the feature cache, by seed. slope: as of `located`.
+    Tokens of the two encoders are kept in the feature cache, by seed.
     """
     images = np.stack(
         [x for _, x in data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)]
     )
-    depth, told = grad_cam.depth(feature_cache.vision), {}
-    for name, blocks in (("last_block", [depth]), ("all_blocks", range(1, depth + 1))):
-        how = partial(encode_drawn, blocks=list(blocks), seed=seed)
-        title = f"{name} drawn by seed {seed}"
-        (tokens,) = encoder.encode_stacks(feature_cache, images[None], title, how)
-        told[name] = compared(own, partial(located, detector, tokens, slope))
-    return told
+    correlations = {}
+    for name, last in (("last_block", True), ("all_blocks", False)):
+        encode = partial(encode_randomised, last=last, seed=seed)
+        title = f"{name} random, seed {seed}"
+        (tokens,) = encoder.encode_stacks(feature_cache, images[None], title, encode)
+        try:
+            again = explain(detector, tokens, how)
+        except grad_cam.NoGradientError:
+            correlations[name] = dict.fromkeys(maps, 0.0)  # no explanation is left at all
+        else:
+            correlations[name] = {n: mean(rank_correlation(maps[n], again[n])) for n in maps}
+    return correlations
 
 
-def encode_drawn(
-    feature_cache: cache.FeatureCache,
-    images: Float[np.ndarray, "n s s"],
-    blocks: Sequence[int],
-    seed: int,
+def encode_randomised(
+    feature_cache: cache.FeatureCache, images: Float[np.ndarray, "n s s"], *, last: bool, seed: int
 ) -> Features:
-    """Tokens of the tower whose `blocks` are drawn anew."""
+    """Tokens of the encoder whose `last` block, or every block, is re-initialised."""
     vision = jax.tree.map(jnp.asarray, jax.device_get(feature_cache.vision))
-    drawn = grad_cam.randomised(vision, jax.random.key(seed), blocks)
+    vision = reinitialised(vision, jax.random.key(seed), last)
     return encoder.encode(
-        feature_cache._replace(vision=sharding.replicate(drawn, feature_cache.mesh)), images
+        feature_cache._replace(vision=sharding.replicate(vision, feature_cache.mesh)), images
     )
 
 
-def compared(own: dict, again: Callable[[], dict]) -> dict[str, float]:
-    """Mean rank correlation of each explanation with its second version."""
-    try:
-        new = again()
-    except boxes.NoGradientError:
-        return dict.fromkeys(own, 0.0)  # no explanation is left at all
-    return {name: mean(boxes.agreement(own[name], new[name])) for name in own}
+def reinitialised(vision: dict, key: jax.Array, last: bool) -> dict:
+    """The encoder with the `last` block, or every block (ResNet: stage), re-initialised.
+
+    Every weight matrix or kernel gets normal values of its own standard deviation; norms and
+    biases stay.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(vision)
+
+    def fresh(i: int, path, x):
+        noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        if path[0].key == "blocks" and x.ndim == 3:  # of a ViT, [block, in, out]
+            first = len(x) - 1 if last else 0
+            return x.at[first:].set((x.std((1, 2), keepdims=True) * noise)[first:])
+        if path[0].key == "stages" and x.ndim == 4:  # of a ResNet, [h, w, in, out]
+            stages = len(vision["stages"])
+            return x.std() * noise if path[1].idx >= (stages - 1 if last else 0) else x
+        return x
+
+    return jax.tree.unflatten(tree, [fresh(i, *leaf) for i, leaf in enumerate(flat)])
+
+
+def rank_correlation(
+    a: Num[np.ndarray, "n p"], b: Num[np.ndarray, "n p"]
+) -> Float[np.ndarray, " n"]:
+    """Spearman's of two maps of each image; NaN where one is constant."""
+    from scipy import stats
+
+    ranks = [stats.rankdata(x, axis=1) for x in (a, b)]
+    centred = [r - r.mean(1, keepdims=True) for r in ranks]
+    below = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
+    above = (centred[0] * centred[1]).sum(1)
+    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
 
 
 def mean(values: Float[np.ndarray, " n"]) -> float:
     """Mean of what is defined (a constant map has no ranks); NaN if nothing is."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    defined = values[np.isfinite(values)]
+    return float(defined.mean()) if len(defined) else float("nan")

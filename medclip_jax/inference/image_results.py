@@ -14,9 +14,6 @@ from medclip_jax.inference.predictor import Scores
 from medclip_jax.io import read
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
-MOST_BOXES = 10  # of one frame
-SPECK = 2000  # a box holds at least one pixel in this many of its image
-BELOW = float(np.nextafter(np.float32(0.5), np.float32(0)))  # maps say "at least", boxes "above"
 
 
 class Marks(NamedTuple):
@@ -62,14 +59,13 @@ def sixteen_bits(heat: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:
 
 
 def _frame(scores: Scores, i: int, number: int, heat, spacing) -> dict[str, Any]:
-    found = boxes.boxes(heat, BELOW, min_area=max(1, heat.size // SPECK), n=MOST_BOXES)
     return {
         "frame": number,
         "score": float(scores.score[i]),
         "p_value": float(scores.p_value[i]),
         "alarm": bool(scores.alarm[i]),
         "uncertainty": float(scores.uncertainty[i]),
-        "boxes": [_box(box, spacing) for box in found],
+        "boxes": [_box(box, spacing) for box in boxes.boxes_of(heat)],
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medclip_jax.report.load import MAX_BOXES, SPECK, Files
+from medclip_jax.explain.boxes import MOST, SMALLEST
+from medclip_jax.report.load import Files
 
 
 class Picture(NamedTuple):
@@ -115,7 +116,7 @@ def pictures(
             "the table below names them.",
             "Heat maps share one scale: 0.5, the white line, is the pixel threshold; the colours "
             "are blended with the image. Boxes surround what is above 0.5, "
-            f"at most {MAX_BOXES}, specks below 1/{SPECK} of the image left out.",
+            f"at most {MOST}, specks below 1/{SMALLEST} of the image left out.",
             tuple(map(_uri, sheets)),
             bool(files.panels),
         ),

@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medclip_jax.errors import WorkdirError
-from medclip_jax.explain.boxes import boxes
+from medclip_jax.explain.boxes import boxes_of
 from medclip_jax.report import gallery, viewer
 from medclip_jax.training.metrics_log import read_steps
-
-MAX_BOXES = 5  # of one gallery row
-SPECK = 2000  # a gallery box holds at least one pixel in this many of its image
 
 
 class Files(NamedTuple):
@@ -112,7 +109,6 @@ def _panels(
             mask = file[name] if name in file else None
             if any(a is not None and a.shape != image.shape for a in (map, mask)):
                 raise ValueError(f"image, map and mask of row {row} are not of one shape")
-            least = max(1, map.size // SPECK)
             kind = "abnormal" if predictions["label"][i] else "healthy"
             score, p_value = predictions["score"][i], predictions["p_value"][i]
             panels.append(
@@ -121,7 +117,7 @@ def _panels(
                     image,
                     map,
                     mask,
-                    tuple(boxes(map, 0.5, min_area=least, n=MAX_BOXES)),
+                    tuple(boxes_of(map)),
                 )
             )
     return index, panels

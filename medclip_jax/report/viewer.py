@@ -11,13 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from medclip_jax.explain.boxes import boxes
+from medclip_jax.explain.boxes import boxes_of
 
 FILES = {"image": "thumb", "mask": "thumb_mask", "map": "thumb_map", "cam": "thumb_cam"}
 KINDS = {"image": "jpeg", "mask": "png", "map": "png", "cam": "png"}
-MAX_BOXES = 5
-SPECK = 2000  # a box holds at least one pixel in this many of its map
-MARKED = 127.5  # bytes above are what the pixel threshold marks
 
 
 def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[dict[str, Any] | None]:
@@ -74,13 +71,12 @@ def _boxes(png: bytes, height: int, width: int) -> list[list[float]]:
 
     codes = np.asarray(Image.open(io.BytesIO(png)), np.float32)
     rows, columns = height / codes.shape[0], width / codes.shape[1]
-    found = boxes(codes, MARKED, min_area=max(1, codes.size // SPECK), n=MAX_BOXES)
     return [
         [
             *(round(x) for x in (b.row0 * rows, b.col0 * columns, b.row1 * rows, b.col1 * columns)),
-            round((b.score + 0.5) / 256, 3),
+            round(b.score + 0.5 / 256, 3),
         ]
-        for b in found
+        for b in boxes_of(codes / 256)
     ]
 
 

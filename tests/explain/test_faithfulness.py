@@ -1,15 +1,22 @@
 """Checks of explanations in a run: by hand, on a detector that is known, and through evaluate."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from scipy import stats
 
+from medclip_jax.clip import resnet
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import Detector
 from medclip_jax.detectors.limits import Limits
-from medclip_jax.explain import boxes, faithfulness
+from medclip_jax.explain import faithfulness, grad_cam
 from medclip_jax.features import cache
+from tests.support.paths import REFERENCE
+
+RESNET = REFERENCE / "clip_resnet"
 
 
 def total(batch):
@@ -74,7 +81,8 @@ def test_coarse_levels_and_inputs_lose_the_same_place():
 
 def test_of_model_on_a_bank(scene):
     feature_cache, supports, test, made = scene
-    asked = dict(top=0.25, count=8, seed=0)
+    how = grad_cam.Explanation(top=0.25)
+    asked = dict(how=how, count=8, randomised=True, seed=0)
     found = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
     assert found["images"] == [r.id for r in test if r.label]
     curves = found["deletion"]
@@ -91,11 +99,14 @@ def test_of_model_on_a_bank(scene):
         assert set(told) == {"map", "grad_cam"} and all(x < 0.999 for x in told.values())
     again = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
     assert again == found
+    plain = asked | {"randomised": False}
+    plain = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **plain)
+    assert plain == {name: x for name, x in found.items() if name != "randomised"}
 
 
 def test_where_there_is_nothing_to_check(scene):
     feature_cache, supports, test, made = scene
-    asked = dict(top=0.25, seed=0)
+    asked = dict(how=grad_cam.Explanation(top=0.25), randomised=False, seed=0)
     held = feature_cache, supports[0], test, limits_of()
     assert faithfulness.of_model(made, *held, count=0, **asked) is None
     pixels = made._replace(load=lambda *_: iter(()))
@@ -108,10 +119,33 @@ def test_where_there_is_nothing_to_check(scene):
     assert faithfulness.of_model(flat, *held, count=4, **asked) is None
 
 
-def test_an_explanation_without_gradient_after_the_draw_agrees_with_nothing():
-    def none():
-        raise boxes.NoGradientError("no gradient")
+def test_rank_correlation_is_spearman():
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 5, (3, 20)), rng.random((3, 20))
+    wanted = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(faithfulness.rank_correlation(a, b), wanted)
+    assert np.isnan(faithfulness.rank_correlation(np.zeros((1, 4)), b[:1, :4])).all()
 
-    assert faithfulness.compared({"map": np.ones((1, 4))}, none) == {"map": 0.0}
-    ranks = {"map": np.arange(4.0)[None]}
-    assert faithfulness.compared(ranks, lambda: {"map": -ranks["map"]})["map"] == pytest.approx(-1)
+
+def test_randomised_encoders_keep_norms_and_other_blocks(tiny):
+    key = jax.random.key(5)
+    for last, kept in ((True, 3), (False, 0)):
+        vision = faithfulness.reinitialised(tiny.vision, key, last)
+        old, new = (x["blocks"]["fc1"]["kernel"] for x in (tiny.vision, vision))
+        np.testing.assert_array_equal(old[:kept], new[:kept])
+        assert (old[kept:] != new[kept:]).mean() > 0.99
+        assert float(new[-1].std()) == pytest.approx(float(old[-1].std()), rel=0.1)
+        np.testing.assert_array_equal(
+            *(x["blocks"]["norm1"]["scale"] for x in (tiny.vision, vision))
+        )
+
+
+def test_randomised_stages_of_a_resnet():
+    params, _ = resnet.read(load_file(RESNET / "tower.safetensors"))
+    params = jax.tree.map(jnp.asarray, params)
+    new = faithfulness.reinitialised(params, jax.random.key(0), True)
+    stages = zip(params["stages"], new["stages"], strict=True)
+    for stage, pair in enumerate(stages, 1):
+        leaves = zip(*map(jax.tree.leaves, pair), strict=True)
+        changed = {a.ndim: bool((a != b).any()) for a, b in leaves}
+        assert changed == {4: stage == 4, 1: False}
