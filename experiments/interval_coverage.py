@@ -1,13 +1,13 @@
 """Do the 95% intervals hold the truth 95 times in 100? Simulations with a known truth.
 
-python experiments/interval_coverage.py [--runs 2000] [--only image,pixel,draws,table,varying]
+python experiments/interval_coverage.py [--runs 2000] [--only image,pixel,table,varying]
   [--seed 0]
 
-    image   intervals.image: AUROC, sensitivity, specificity, accuracy of 80 + 80 images
-    pixel   intervals.pixel: AUROC, recall, Dice of the pixels of 60 + 60 images; the pixels of an
+    image   bootstrap.image: AUROC, sensitivity, specificity, accuracy of 80 + 80 images
+    pixel   bootstrap.pixel: AUROC, recall, Dice of the pixels of 60 + 60 images; the pixels of an
             image share a shift, so that they are not independent
-    draws   stats.bootstrap_interval: mean AUROC over 5 support draws on the same 60 + 60 images
-    table   draws.image, as reproduce.py uses it: AUROC, recall and false alarms of the same
+    table   draw_bootstrap.image: AUROC, recall and false alarms of 5 support draws on the same
+            60 + 60 images
     varying the same where each draw is tested on 40 of 60 healthy images, as where pools are drawn
             anew
 
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import binom, norm
 
-from medclip_jax.evaluation import bootstrap, draw_bootstrap, significance
+from medclip_jax.evaluation import bootstrap, draw_bootstrap, pixel_metrics
 
 WANTED = (0.93, 0.97)  # of a nominal 95%
 
@@ -52,32 +52,23 @@ def pixel(rng: np.random.Generator, run: int, n: int = 60, side: int = 12) -> di
         "recall": hit,
         "dice": 2 * tp / (2 * tp + fp + fn),
     }
-    return holds(bootstrap.pixel(maps, masks, label, seed=run), truth)
-
-
-def draws(rng: np.random.Generator, run: int, rounds: int = 400) -> dict[str, bool]:
-    """Five draws whose separation varies with sd 0.2 around 1, on images that they share.
-
-    A score is (image + noise of the draw) / sqrt(2) + separation * label, all normal; the truth
-    is the mean of Phi(separation / sqrt(2)) over separations, Phi(1 / sqrt(2 + 0.04)).
-    """
-    scores, label = five_draws(rng)
-    found = significance.bootstrap_interval(
-        scores, label, np.random.default_rng(run), rounds=rounds
-    )
-    return holds({"mean auroc": [found.low, found.high]}, {"mean auroc": norm.cdf(2.04**-0.5)})
+    measured = pixel_metrics.PixelMetrics()
+    histograms = [measured.add(*pair) for pair in zip(maps, masks, strict=True)]
+    return holds(bootstrap.pixel(histograms, label, seed=run), truth)
 
 
 def table(rng: np.random.Generator, run: int, tested: int = 60) -> dict[str, bool]:
-    """The same scores; at the threshold 0.5 a recall is the mean of Phi(separation - 1/2).
+    """Five draws whose separation varies with sd 0.2 around 1.
 
-    tested: healthy images that each draw is tested on, of 60.
+    A score is (image + noise of the draw) / sqrt(2) + separation * label, all normal: the mean
+    AUROC over separations is Phi(1 / sqrt(2 + 0.04)), and at the threshold 0.5 a recall is the mean
+    of Phi(separation - 1/2). tested: healthy images that each draw is tested on, of 60.
     """
     scores, label = five_draws(rng)
     ill = np.flatnonzero(label)
     places = [np.concatenate([rng.permutation(60)[:tested], ill]) for _ in scores]
     own = [one[at] for one, at in zip(scores, places, strict=True)]
-    found = draw_bootstrap.image(own, label, seed=run, places=places)
+    found = draw_bootstrap.image(own, label, seed=run, indices=places)
     truth = {
         "auroc": norm.cdf(2.04**-0.5),
         "recall": norm.cdf(0.5 / 1.04**0.5),
@@ -95,7 +86,6 @@ def five_draws(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 CASES = {
     "image": image,
     "pixel": pixel,
-    "draws": draws,
     "table": table,
     "varying": partial(table, tested=40),
 }

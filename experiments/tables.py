@@ -104,7 +104,7 @@ def numbers(runs: Sequence[Run]) -> dict[str, Number]:
 def intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
     """Two-level 95% limits of the means by metric; draws may be tested on different images."""
     places, labels, patients = images(runs)
-    of_image = draw_bootstrap.image([r["score"] for r in runs], labels, patients, places=places)
+    of_image = draw_bootstrap.image([r["score"] for r in runs], labels, patients, indices=places)
     limits = {f"image {name}": x for name, x in of_image.items()}
     if "false_alarm_rate" in of_image:
         limits["calibration false_alarm_rate"] = of_image["false_alarm_rate"]
@@ -113,7 +113,7 @@ def intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
         masks = [c.any((1, 2)) for c in counts]  # of images whose lesions are outlined
         counts = [c[known] for c, known in zip(counts, masks, strict=True)]
         outlined = [place[known] for place, known in zip(places, masks, strict=True)]
-        of_pixel = draw_bootstrap.pixel(counts, labels, patients, places=outlined)
+        of_pixel = draw_bootstrap.pixel(counts, labels, patients, indices=outlined)
         limits |= {f"pixel {name}": x for name, x in of_pixel.items()}
     # with few draws the limits would reach beyond what a rate can be
     return {name: (max(x.low, 0.0), min(x.high, 1.0)) for name, x in limits.items()}
@@ -123,7 +123,7 @@ def images(runs: Sequence[Run]):
     """Places of each draw's images among those of all draws; their labels and patients or None."""
     columns = ["label", "patient"] if all("patient" in r for r in runs) else ["label"]
     values = ([r[name] for r in runs] for name in columns)
-    places, (labels, *patients) = draw_bootstrap.together([r["id"] for r in runs], *values)
+    places, (labels, *patients) = draw_bootstrap.union([r["id"] for r in runs], *values)
     return places, labels, patients[0] if patients else None
 
 
@@ -176,7 +176,7 @@ def two_level(pairs: Sequence[tuple[Run, Run]]) -> tuple[float, float | None, fl
         [r["score"] for r in variant],
         labels,
         patients,
-        places=places,
+        indices=places,
         baselines=[r["score"] for r in base],
     )
     a, b = aurocs(pairs)

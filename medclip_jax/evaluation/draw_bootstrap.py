@@ -1,27 +1,33 @@
-"""Two-level bootstrap of all metrics of a table: draws of the supports x test images.
+"""Two-level bootstrap of all metrics of a table: draws of the support images x test images.
 
-As stats.bootstrap_interval, for every metric at once: a round draws images (whole patients where
-they are known) within their class, the same for all draws, and then draws with replacement. Every
-metric comes from counts by level (see `intervals`), so no score is sorted twice.
-
-Where the pool of healthy images is drawn anew, each draw is tested on images of its own, most of
-them shared. Then the images of all draws together are resampled, and each draw counts its own.
-What images add to one draw alone shows between the draws already: only what they move in all draws
-together counts beside that (see `standard_error`).
+A round resamples the test images (whole patients where they are known) within their class, the
+same for all draws, and then the draws. Where the pool of healthy images changes with the draw, each
+draw is tested on images of its own, most of them shared: then the images of all draws together are
+resampled, and each draw counts its own. What images add to one draw alone shows between the draws
+already; only what they move in all draws together counts beside that (see `standard_error`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
+from scipy import stats as st
 
 from medclip_jax.errors import DataError
 from medclip_jax.evaluation import bootstrap
-from medclip_jax.evaluation.significance import Interval, widening
 
-Places = Sequence[Int[np.ndarray, " _"]]
-ROUNDS = 1000
-LEVEL = 0.95
+Indices = Sequence[Int[np.ndarray, " _"]]
+TAILS = np.array(bootstrap.TAILS)
+
+
+class Estimate(NamedTuple):
+    """A mean over draws with its standard error and 95% confidence limits."""
+
+    value: float
+    se: float
+    low: float
+    high: float
 
 
 def image(
@@ -29,121 +35,88 @@ def image(
     labels: Shaped[np.ndarray, " n"],
     groups: Shaped[np.ndarray, " n"] | None = None,
     seed: int = 0,
-    places: Places | None = None,
+    indices: Indices | None = None,
     baselines: Sequence[Num[np.ndarray, " _"]] | None = None,
-) -> dict[str, Interval]:
-    """Of the means over draws of image metrics; {} unless both classes exist.
+) -> dict[str, Estimate]:
+    """Means over draws of image metrics.
 
-    baselines: scores of another method on the same images; the intervals are then of the mean
-    differences to it.
+    Args:
+      scores: of each draw, [0, 1]; 0.5 is the threshold.
+      labels: of all images, 0 or 1.
+      groups: patient of each image, or None.
+      seed: of the resampling.
+      indices: which of all images each draw was tested on; None: every draw on all, in order.
+      baselines: scores of another method on the same images; the estimates are then of the mean
+        differences to it.
 
-    scores: of each draw, 0.5 is the threshold. labels, groups: of all images. places: which of
-    them each draw was tested on; None: all draws on all, in this order. Beside those of
-    intervals.measures: sensitivity_at_90 (specificity) and false_alarm_rate.
+    Returns:
+      The metrics of bootstrap.measure_images and false_alarm_rate; {} unless both classes exist.
     """
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
         return {}
-    weights = bootstrap.resample(truth, ROUNDS, seed, groups)
-    rows = np.concatenate([np.ones((1, len(truth)), weights.dtype), weights])  # first as it is
-    each = []
-    others = [None] * len(scores) if baselines is None else baselines
-    for one, base, at in zip(scores, others, _all_on_all(places, len(scores)), strict=True):
-        values = _of_draw(rows[:, at], one, truth[at])
-        if base is not None:
-            of_base = _of_draw(rows[:, at], base, truth[at])
-            values = {name: x - of_base[name] for name, x in values.items()}
-        each.append(values)
-    return _over_draws(each, seed)
+    weights = _weights(truth, groups, seed)
 
+    def draws(of: Sequence) -> Iterator[dict[str, np.ndarray]]:
+        for own, at in zip(of, indices or [slice(None)] * len(of), strict=True):
+            values = bootstrap.measure_images(weights[:, at], own, truth[at])
+            yield values | {"false_alarm_rate": 1 - values["specificity"]}
 
-def _of_draw(rows: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    values = bootstrap.of_images(rows, scores, truth, more=at_90)
-    return values | {"false_alarm_rate": 1 - values["specificity"]}
+    if baselines is None:
+        return _over_draws([*draws(scores)], seed)
+    pairs = zip(draws(scores), draws(baselines), strict=True)
+    return _over_draws([{name: a[name] - b[name] for name in a} for a, b in pairs], seed)
 
 
 def pixel(
-    counts: Sequence[Float[np.ndarray, "_ 3 b"]],
+    histograms: Sequence[Float[np.ndarray, "_ 3 b"]],
     labels: Shaped[np.ndarray, " n"],
     groups: Shaped[np.ndarray, " n"] | None = None,
     seed: int = 0,
-    places: Places | None = None,
-) -> dict[str, Interval]:
-    """Of the means over draws of pixel metrics, from intervals.pixel_counts of each draw.
+    indices: Indices | None = None,
+) -> dict[str, Estimate]:
+    """Means over draws of pixel metrics; histograms of each draw as in bootstrap.pixel.
 
     The rest as in `image`.
     """
-    weights = bootstrap.resample(np.asarray(labels) == 1, ROUNDS, seed, groups)
-    rows = np.concatenate([np.ones((1, len(labels)), weights.dtype), weights])
-    half = bootstrap.BINS // 2
-    own = zip(counts, _all_on_all(places, len(counts)), strict=True)
-    each = [bootstrap.measures(bootstrap.sums(rows[:, at], c), half) for c, at in own]
-    return _over_draws(each, seed)
+    weights = _weights(np.asarray(labels) == 1, groups, seed)
+    draws = zip(histograms, indices or [slice(None)] * len(histograms), strict=True)
+    return _over_draws([bootstrap.measure_pixels(weights[:, at], own) for own, at in draws], seed)
 
 
-def together(
+def union(
     ids: Sequence[Shaped[np.ndarray, " _"]], *columns: Sequence[Shaped[np.ndarray, " _"]]
-) -> tuple[Places, tuple[Shaped[np.ndarray, " n"], ...]]:
-    """Places of each draw's images among all of them, and each column of all of them.
+) -> tuple[Indices, tuple[Shaped[np.ndarray, " n"], ...]]:
+    """Indices of each draw's images among all of them, and each column of all of them.
 
     ids, and every column: an array per draw. Raises DataError if the draws give an image different
     values.
     """
     flat = np.concatenate(ids)
-    names, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")  # as they first come
-    rank = np.argsort(order)
-    places = np.split(rank[inverse], np.cumsum([len(one) for one in ids])[:-1])
-    found = []
+    _, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")  # in order of appearance
+    rank = np.argsort(order)[inverse]
+    indices = np.split(rank, np.cumsum([len(own) for own in ids])[:-1])
+    merged = []
     for column in columns:
         values = np.concatenate(column)
-        kept = values[first[order]]
-        if bad := flat[kept[rank[inverse]] != values].tolist():
-            raise DataError(f"{bad[0]} differs between draws: its runs are of different data")
-        found.append(kept)
-    return places, tuple(found)
-
-
-def _all_on_all(places: Places | None, draws: int) -> Sequence:
-    return [slice(None)] * draws if places is None else places
-
-
-def at_90(counts: Float[np.ndarray, "r 2 b"]) -> dict[str, np.ndarray]:
-    return {"sensitivity_at_90": sensitivity_at(counts, 0.9)}
-
-
-def sensitivity_at(counts: Float[np.ndarray, "r 2 b"], specificity: float) -> np.ndarray:
-    """Highest sensitivity of each row among thresholds with at least this specificity."""
-    alarms, hits = (np.pad(counts[:, i, ::-1].cumsum(1), ((0, 0), (1, 0))) for i in (0, 1))
-    allowed = alarms <= (1 - specificity + 1e-12) * alarms[:, -1:]
-    return np.where(allowed, hits, 0).max(1) / hits[:, -1]
-
-
-def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, Interval]:
-    """Values [1 + rounds] of each draw by name -> interval of the mean over draws."""
-    rng = np.random.default_rng([seed, len(each)])
-    chosen = rng.integers(0, len(each), (ROUNDS, len(each)))
-    found = {}
-    for name in each[0]:
-        values = np.stack([one[name] for one in each])
-        if not np.isfinite(values).all():
-            continue  # undefined in some round
-        means = values[chosen.T, 1 + np.arange(ROUNDS)].mean(0)
-        own = values[:, 0]
-        se, drawn = standard_error(values), float(means.std(ddof=1))
-        stretch = widening(se, own, LEVEL) * se / drawn if drawn else 1.0
-        tails = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-        low, high = own.mean() + stretch * (tails - own.mean())
-        found[name] = Interval(float(own.mean()), se, float(low), float(high))
-    return found
+        unique = values[first[order]]
+        if differing := flat[unique[rank] != values].tolist():
+            raise DataError(
+                f"{differing[0]} differs between draws: they were run on different data. "
+                "Run all draws of a table on the same data set."
+            )
+        merged.append(unique)
+    return indices, tuple(merged)
 
 
 def standard_error(values: Float[np.ndarray, "d r"]) -> float:
-    """Of the mean over draws; values: of each draw as it is, then with its images resampled.
+    """Of the mean over draws.
 
-    Two crossed random effects (Brennan, Generalizability Theory, 2001): the variance between draws
-    over d, which holds what draws and their own images add, and the covariance that shared images
-    give two draws. One draw: that of its images.
+    values: of each draw as it is (first column), then with its images resampled. Two crossed random
+    effects (Brennan, Generalizability Theory, 2001): the variance between draws over d, which holds
+    what draws and their own images add, and the covariance that shared images give two draws.
+    One draw: that of its images.
     """
     d, rounds = len(values), values[:, 1:]
     if d == 1:
@@ -151,3 +124,41 @@ def standard_error(values: Float[np.ndarray, "d r"]) -> float:
     covariance = np.cov(rounds)
     shared = (covariance.sum() - np.trace(covariance)) / (d * (d - 1))
     return float(values[:, 0].var(ddof=1) / d + max(shared, 0.0)) ** 0.5
+
+
+def _weights(truth, groups, seed: int) -> np.ndarray:
+    """All images once, then ROUNDS resamples of them."""
+    rows = bootstrap.resample(truth, bootstrap.ROUNDS, seed, groups)
+    return np.concatenate([np.ones((1, len(truth)), rows.dtype), rows])
+
+
+def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, Estimate]:
+    """Values [1 + rounds] of each draw by name -> estimate of the mean over draws.
+
+    A percentile interval of few draws is too narrow: its width is scaled to the standard error and
+    to Student's t (Hesterberg, The American Statistician 69, 2015, "expanded percentile").
+    """
+    rounds = bootstrap.ROUNDS
+    resampled = np.random.default_rng([seed, len(each)]).integers(0, len(each), (rounds, len(each)))
+    found = {}
+    for name in each[0]:
+        values = np.stack([one[name] for one in each])
+        if not np.isfinite(values).all():
+            continue  # undefined in some round
+        means = values[resampled.T, 1 + np.arange(rounds)].mean(0)
+        own, se, spread = values[:, 0], standard_error(values), float(means.std(ddof=1))
+        scale = _student(se, own) * se / spread if spread else 1.0
+        low, high = own.mean() + scale * (np.quantile(means, TAILS) - own.mean())
+        found[name] = Estimate(float(own.mean()), se, float(low), float(high))
+    return found
+
+
+def _student(se: float, values: Float[np.ndarray, " d"]) -> float:
+    """Student's t over the normal quantile, with Satterthwaite's degrees of freedom.
+
+    se: of the mean of `values`, of which the draws are the part that few draws estimate.
+    """
+    d = len(values)
+    between = float(values.var(ddof=1)) / d if d > 1 else 0.0
+    df = (d - 1) * (se**2 / between) ** 2 if between else np.inf
+    return float(st.t.ppf(TAILS[1], df) / st.norm.ppf(TAILS[1]))

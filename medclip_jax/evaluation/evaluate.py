@@ -26,7 +26,7 @@ from medclip_jax.evaluation import (
     uncertainty,
 )
 from medclip_jax.evaluation import predictions as evaluation_predictions
-from medclip_jax.evaluation.pixels import MetricError
+from medclip_jax.evaluation.metrics import MetricError
 from medclip_jax.evaluation.predictions import Predictions
 from medclip_jax.explain import faithfulness, grad_cam
 from medclip_jax.features import cache
@@ -181,13 +181,13 @@ def measure(
     image = metrics.image_level(p.score, p.label)
     pixel, each, counts, points = of_pixels(scored, test, fit, folder)
     of = ground_truth.patients(test)
-    sure = {"image": bootstrap.image(p.score, p.label, groups=of), "pixel": {}}
+    intervals = {"image": bootstrap.image(p.score, p.label, groups=of), "pixel": {}}
     if counts is not None:
         known = [i for i in range(len(test)) if counts[i].any()]
         among = None if of is None else of[known]
-        held = ground_truth.Chosen(counts, known)
-        sure["pixel"] = bootstrap.of_counts(held, p.label[known], groups=among)
-        sure["pixel"] |= bootstrap.of_means(each, p.label[known], groups=among)
+        rows = ground_truth.Rows(counts, known)
+        intervals["pixel"] = bootstrap.pixel(rows, p.label[known], groups=among)
+        intervals["pixel"] |= bootstrap.means(each, p.label[known], groups=among)
     kept = dict(scored.calibration)
     k, alpha = kept.pop("k"), kept.pop("alpha")
     summary: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def measure(
     calibration = {**summary, **kept}
     doubts = {"sd": p.uncertainty, **scored.doubts} if scored.doubts else {}
     doubt = {"uncertainty": uncertainty.measure(p.score, p.label, doubts)}
-    found = {"image": image, "pixel": pixel, "calibration": calibration, "intervals": sure}
+    found = {"image": image, "pixel": pixel, "calibration": calibration, "intervals": intervals}
     told = {"explanations": points and {"pointing": points}, "pixel_counts": counts}
     return found | doubt | told
 
@@ -209,8 +209,8 @@ def of_pixels(
     fit: read.Mode,
     folder: Path | None = None,
 ):
-    """Pixel metrics, those of each image that has masks (metrics.pixel_level_each),
-    intervals.pixel_counts and the pointing game; None for all without masks.
+    """Pixel metrics, distances of each image that has masks (PixelMetrics.averaged), each image's
+    histograms (PixelMetrics.add) and the pointing game; None for all without masks.
 
     Healthy images count as empty masks; an abnormal image whose mask is unknown is left out, and
     its counts are 0.
@@ -219,17 +219,18 @@ def of_pixels(
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     if not any(test[i].label for i in known):
         return None, None, None, None
-    measured, maps = [test[i] for i in known], ground_truth.Chosen(p.maps, known)
-    masks = ground_truth.Truths(measured, p.maps.shape[-1], fit)
-    mm = ground_truth.spacings(measured, p.maps.shape[-1], fit)
-    found, each = pixel_metrics.pixel_level_each(maps, masks, spacing=mm, tolerance=TOLERANCE)
-    # px: of the tower frame; one image without spacing makes all distances so
-    pixel: dict[str, Any] = found | {
+    records, maps = [test[i] for i in known], ground_truth.Rows(p.maps, known)
+    masks = ground_truth.Masks(records, p.maps.shape[-1], fit)
+    mm = ground_truth.spacings(records, p.maps.shape[-1], fit)
+    measured = pixel_metrics.PixelMetrics(tolerance=TOLERANCE)
+    counts = spool.Rows(len(test), (3, pixel_metrics.IMAGE_BINS), np.float32, folder)
+    sizes = mm or [(1.0, 1.0)] * len(known)
+    for i, values, mask, size in zip(known, maps, masks, sizes, strict=True):
+        counts.put(i, measured.add(values, mask, size)[None])
+    # px: of the encoder frame; one image without spacing makes all distances so
+    pixel: dict[str, Any] = measured.pooled() | {
         "distance_unit": "mm" if mm else "px",
         "boundary_tolerance": TOLERANCE,
     }
     why = None if scored.cams is None else scored.cams[known]
-    counts = spool.Rows(len(test), (3, bootstrap.BINS), np.float32, folder)
-    for i, held in zip(known, bootstrap.each_counts(maps, masks), strict=True):
-        counts.put(i, held[None])
-    return pixel, each, counts, faithfulness.pointing(maps, why, masks)
+    return pixel, measured.averaged(), counts, faithfulness.pointing(maps, why, masks)

@@ -1,84 +1,80 @@
-"""Image- and pixel-level metrics on host arrays.
+"""Metrics of image scores, and the formulas that images and pixels share.
 
-A score equal to the threshold counts as positive (`score >= threshold`). Ratios with nothing to
-divide: precision, recall, F1 and MCC are 0, as in scikit-learn; TPR, FPR, specificity, balanced
-accuracy, AUROC and AUPRC are NaN when the class they need is absent. Infinite or undefined scores
-raise `MetricError`, which names the image.
+Every metric is a function of how many negatives and positives have each score, or of the four
+counts at a threshold. The formulas take rows of counts, so that a bootstrap measures all its
+resamples at once and no score is sorted twice.
+
+A score equal to the threshold is positive (`score >= threshold`). Without anything to divide by,
+precision, recall, F1 and MCC are 0, as in scikit-learn; all other ratios are NaN.
 """
 
-import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 from sklearn import metrics as sk
 
-from medclip_jax.evaluation.pixels import MetricError
+from medclip_jax.errors import DataError
 
 NAN = float("nan")
+Array = np.ndarray
+
+
+class MetricError(DataError, ValueError):
+    """Scores, labels, maps or masks that cannot be measured."""
 
 
 def image_level(
-    scores: Num[np.ndarray, "_"], labels: Shaped[np.ndarray, "_"], threshold: float = 0.5
+    scores: Num[Array, "_"], labels: Shaped[Array, "_"], threshold: float = 0.5
 ) -> dict[str, float]:
-    """Metrics of image scores [n] (any finite range) against labels [n] (0 or 1).
+    """Metrics of the images of a test set.
 
-    AUPRC is the average precision, sum of (R_k - R_{k-1}) P_k; 1.0 when all labels are 1.
-    Raises MetricError for empty input, unequal lengths, other labels, or NaN and inf (by index).
+    Args:
+      scores: one per image, any finite range, larger = more anomalous.
+      labels: one per image, 0 healthy or 1 abnormal.
+      threshold: scores from here on are called abnormal.
+
+    Returns:
+      auroc; auprc, the average precision sum of (R_k - R_{k-1}) P_k; accuracy, precision, recall,
+      f1, specificity, balanced_accuracy, mcc, fpr, tpr; and the threshold. AUROC, AUPRC, TPR and
+      FPR are NaN where the class that they need is absent.
+
+    Raises:
+      MetricError: empty input, unequal lengths, labels other than 0 and 1, NaN or infinite scores.
     """
     scores, truth = _checked(scores, labels)
-    predicted = scores >= threshold
-    both = truth.any() and not truth.all()
-    tp, tn, fp, fn = _counts(predicted, truth)
-    rates = _rates(tp, tn, fp, fn)
-    return {
-        "auroc": float(sk.roc_auc_score(truth, scores)) if both else NAN,
-        "auprc": float(sk.average_precision_score(truth, scores)) if truth.any() else NAN,
-        **rates,
-        "fpr": fp / (fp + tn) if fp + tn else NAN,
-        "tpr": rates["recall"] if truth.any() else NAN,
-        "threshold": float(threshold),
-    }
+    found = {name: float(x[0]) for name, x in ranking(by_score(scores, truth)[0]).items()}
+    tp, tn, fp, fn = confusion(scores >= threshold, truth)
+    found |= {name: float(x) for name, x in rates(tp, tn, fp, fn).items()}
+    fpr, tpr = float(_ratio(fp, fp + tn)), float(_ratio(tp, tp + fn))
+    return found | {"fpr": fpr, "tpr": tpr, "threshold": float(threshold)}
 
 
 def roc(
-    scores: Num[np.ndarray, "_"], labels: Shaped[np.ndarray, "_"]
-) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
+    scores: Num[Array, "_"], labels: Shaped[Array, "_"]
+) -> tuple[Float[Array, " t"], Float[Array, " t"], Float[Array, " t"]]:
     """FPR, TPR and thresholds at every distinct score, from (0, 0) at inf. Needs both classes."""
-    scores, truth = _two_classes(scores, labels)
+    scores, truth = _checked(scores, labels, both=True)
     return sk.roc_curve(truth, scores, drop_intermediate=False)
 
 
 def precision_recall(
-    scores: Num[np.ndarray, "_"], labels: Shaped[np.ndarray, "_"]
-) -> tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"], Float[np.ndarray, " t"]]:
+    scores: Num[Array, "_"], labels: Shaped[Array, "_"]
+) -> tuple[Float[Array, " _"], Float[Array, " _"], Float[Array, " t"]]:
     """Precision, recall (t + 1 values, ending at 1, 0) and thresholds. Needs both classes."""
-    scores, truth = _two_classes(scores, labels)
+    scores, truth = _checked(scores, labels, both=True)
     return sk.precision_recall_curve(truth, scores)
 
 
 def sensitivity_at(
-    scores: Num[np.ndarray, "_"], labels: Shaped[np.ndarray, "_"], specificity: float = 0.9
+    scores: Num[Array, "_"], labels: Shaped[Array, "_"], specificity: float = 0.9
 ) -> float:
     """Highest sensitivity among thresholds with at least this specificity; NaN for one class."""
-    scores, truth = _checked(scores, labels)
-    if truth.all() or not truth.any():
-        return NAN
-    fpr, tpr, _ = roc(scores, truth)
-    return float(tpr[fpr <= 1 - specificity + 1e-12].max())
+    counts, _ = by_score(*_checked(scores, labels))
+    return float(sensitivity(counts, specificity)[0])
 
 
-def fpr_at(
-    scores: Num[np.ndarray, "_"], labels: Shaped[np.ndarray, "_"], tpr: float = 0.95
-) -> float:
-    """Lowest FPR among thresholds with at least this TPR; NaN for one class."""
-    scores, truth = _checked(scores, labels)
-    if truth.all() or not truth.any():
-        return NAN
-    alarms, hits, _ = roc(scores, truth)
-    return float(alarms[hits >= tpr - 1e-12].min())
-
-
-def oracle_f1(scores: Num[np.ndarray, "_"], labels: Shaped[np.ndarray, "_"]) -> tuple[float, float]:
+def oracle_f1(scores: Num[Array, "_"], labels: Shaped[Array, "_"]) -> tuple[float, float]:
     """Best F1 over all thresholds, and that threshold. It reads test labels: never a result."""
     precision, recall, thresholds = precision_recall(scores, labels)
     total = precision + recall
@@ -87,8 +83,122 @@ def oracle_f1(scores: Num[np.ndarray, "_"], labels: Shaped[np.ndarray, "_"]) -> 
     return float(f1[best]), float(thresholds[best])
 
 
-def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores as float64 and labels as bool, or a MetricError."""
+# --- counts by score ----------------------------------------------------------------------------
+
+
+def by_score(
+    scores: Num[Array, " n"], truth: Bool[Array, " n"], weights: Num[Array, "r n"] | None = None
+) -> tuple[Float[Array, "r 2 b"], Float[Array, " b"]]:
+    """Negatives and positives at each distinct score, and these scores, ascending.
+
+    weights: how often each image counts, a row per resample; None: one row of ones.
+    """
+    order = np.argsort(scores, kind="stable")
+    values = np.asarray(scores)[order]
+    starts = np.flatnonzero(np.append(True, np.diff(values) != 0))
+    weights = np.ones((1, len(values))) if weights is None else weights
+    sides = np.stack([~truth, truth]).astype(float)[:, order]
+    return np.add.reduceat(weights[:, None, order] * sides, starts, axis=2), values[starts]
+
+
+def ranking(counts: Num[Array, "r c b"]) -> dict[str, Float[Array, " r"]]:
+    """Threshold-free metrics of each row of counts, ascending by score.
+
+    counts: negatives, positives and, for AUPRO, coverage (see `pro_curve`). AUROC is
+    P(positive > negative) + P(equal) / 2, AUPRC the average precision.
+    """
+    negative, positive = counts[:, 0, ::-1], counts[:, 1, ::-1]
+    alarms, hits = negative.cumsum(1), positive.cumsum(1)
+    precision = _ratio(hits, hits + alarms, 0.0)
+    found = {
+        "auroc": _ratio(((hits - positive / 2) * negative).sum(1), hits[:, -1] * alarms[:, -1]),
+        "auprc": _ratio((positive * precision).sum(1), hits[:, -1]),
+    }
+    if counts.shape[1] == 3:
+        found["aupro"] = aupro(*pro_curve(counts))
+    return {name: np.minimum(x, 1.0) for name, x in found.items()}
+
+
+def pro_curve(counts: Num[Array, "r 3 b"]) -> tuple[Float[Array, "r t"], Float[Array, "r t"]]:
+    """False-positive rate over all normal pixels and per-region overlap, from (0, 0) to (1, 1).
+
+    The third channel is the coverage: each lesion pixel weighs 1 / area of its component, so that
+    a running sum is the mean overlap times the number of components.
+    """
+    running = counts[:, ::2, ::-1].cumsum(2)
+    x, y = np.pad(_ratio(running, running[:, :, -1:]), ((0, 0), (0, 0), (1, 0))).swapaxes(0, 1)
+    return x, y
+
+
+def aupro(
+    fpr: Float[Array, "r t"], overlap: Float[Array, "r t"], limit: float = 0.3
+) -> Float[Array, " r"]:
+    """Area under the PRO curve up to the false-positive rate `limit`, divided by it.
+
+    Linear interpolation at the limit (Bergmann et al., MVTec AD, IJCV 2021). NaN without
+    components or without normal pixels.
+    """
+    width, rise = np.diff(fpr), np.diff(overlap)
+    used = np.clip(limit - fpr[:, :-1], 0, width)
+    end = overlap[:, :-1] + rise * _ratio(used, width, 0.0)
+    return (used * (overlap[:, :-1] + end) / 2).sum(1) / limit
+
+
+def sensitivity(counts: Num[Array, "r 2 b"], specificity: float) -> Float[Array, " r"]:
+    """Highest sensitivity of each row among thresholds with at least this specificity."""
+    alarms, hits = (np.pad(counts[:, i, ::-1].cumsum(1), ((0, 0), (1, 0))) for i in (0, 1))
+    allowed = alarms <= (1 - specificity + 1e-12) * alarms[:, -1:]
+    total = np.where(alarms[:, -1] > 0, hits[:, -1], 0)
+    return _ratio(np.where(allowed, hits, 0).max(1), total)
+
+
+# --- counts at a threshold ----------------------------------------------------------------------
+
+
+def confusion(predicted: Bool[Array, "*_"], truth: Bool[Array, "*_"]) -> tuple[int, ...]:
+    """True positives, true negatives, false positives, false negatives."""
+    tp = int(np.count_nonzero(predicted & truth))
+    fp = int(np.count_nonzero(predicted)) - tp
+    fn = int(np.count_nonzero(truth)) - tp
+    return tp, truth.size - tp - fp - fn, fp, fn
+
+
+def confusion_from(counts: Num[Array, "r c b"], start: int) -> tuple[Float[Array, " r"], ...]:
+    """As `confusion`, of each row of counts by score: bins from `start` on are called positive."""
+    below, above = counts[:, :2, :start].sum(2), counts[:, :2, start:].sum(2)
+    return above[:, 1], below[:, 0], above[:, 0], below[:, 1]
+
+
+def rates(tp: Any, tn: Any, fp: Any, fn: Any) -> dict[str, Float[Array, "*r"]]:
+    """Accuracy, precision, recall, F1, specificity, balanced accuracy and MCC of counts [r]."""
+    tp, tn, fp, fn = (np.asarray(x, float) for x in (tp, tn, fp, fn))
+    recall, specificity = _ratio(tp, tp + fn, 0.0), _ratio(tn, tn + fp)
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return {
+        "accuracy": _ratio(tp + tn, tp + tn + fp + fn),
+        "precision": _ratio(tp, tp + fp, 0.0),
+        "recall": recall,
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn, 0.0),
+        "specificity": specificity,
+        "balanced_accuracy": np.where(tp + fn > 0, (recall + specificity) / 2, NAN),
+        "mcc": _ratio(tp * tn - fp * fn, np.sqrt(product), 0.0),
+    }
+
+
+def overlap(tp: Any, fp: Any, fn: Any) -> dict[str, Float[Array, "*r"]]:
+    """IoU and Dice of counts [r]; NaN where nothing is marked and nothing predicted."""
+    tp, marked = np.asarray(tp, float), np.asarray(tp, float) + fp + fn
+    return {"iou": _ratio(tp, marked), "dice": _ratio(2 * tp, marked + tp)}
+
+
+def _ratio(part: Any, whole: Any, empty: float = NAN) -> np.ndarray:
+    """part / whole, and `empty` where the whole is 0."""
+    part, whole = np.broadcast_arrays(np.asarray(part, float), whole)
+    return np.divide(part, whole, out=np.full(part.shape, empty), where=whole > 0)
+
+
+def _checked(scores: Array, labels: Array, both: bool = False) -> tuple[Array, Array]:
+    """Scores as float64 and labels as bool, or a MetricError; both: two classes are needed."""
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
     if len(scores) == 0 or len(scores) != len(labels):
         raise MetricError(
@@ -102,35 +212,6 @@ def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     bad = np.flatnonzero((labels != 0) & (labels != 1))
     if len(bad):
         raise MetricError(f"The label of image {bad[0]} is {labels[bad[0]]}; use 0 and 1.")
-    return scores, labels == 1
-
-
-def _two_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, truth = _checked(scores, labels)
-    if truth.all() or not truth.any():
+    if both and np.ptp(labels) == 0:
         raise MetricError("All labels are equal; a curve needs healthy and abnormal images.")
-    return scores, truth
-
-
-def _counts(predicted: Bool[np.ndarray, "*_"], truth: Bool[np.ndarray, "*_"]) -> tuple[int, ...]:
-    """True positives, true negatives, false positives, false negatives."""
-    tp = int(np.count_nonzero(predicted & truth))
-    fp = int(np.count_nonzero(predicted)) - tp
-    fn = int(np.count_nonzero(truth)) - tp
-    return tp, truth.size - tp - fp - fn, fp, fn
-
-
-def _rates(tp: int, tn: int, fp: int, fn: int) -> dict[str, float]:
-    """Everything that follows from the four counts (see the module for empty classes)."""
-    recall = tp / (tp + fn) if tp + fn else 0.0
-    specificity = tn / (tn + fp) if tn + fp else NAN
-    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return {
-        "accuracy": (tp + tn) / (tp + tn + fp + fn),
-        "precision": tp / (tp + fp) if tp + fp else 0.0,
-        "recall": recall,
-        "f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0,
-        "specificity": specificity,
-        "balanced_accuracy": (recall + specificity) / 2 if tp + fn else NAN,
-        "mcc": (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0,
-    }
+    return scores, labels == 1

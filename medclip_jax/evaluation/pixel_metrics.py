@@ -1,135 +1,155 @@
-"""TODO."""
+"""Metrics of anomaly maps against lesion masks, one image at a time.
+
+Pixels are counted in bins of their value, so memory does not grow with the number of images.
+Pixels of one bin are ties: AUROC, AUPRC and AUPRO are exact for maps of 8 and 16 bits, and within
+2^-20 of a map's range otherwise. Maps lie in [0, 1].
+"""
 
 from collections.abc import Iterable
+from itertools import repeat
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Float, Num, Shaped
+from scipy import ndimage
 
-from medclip_jax.evaluation import metrics
-from medclip_jax.evaluation.pixels import MetricError, Spacing, bounds, read
-from medclip_jax.evaluation.ranking import PixelRanks
-from medclip_jax.evaluation.surface_distance import (
-    hausdorff,
-    hausdorff95,
-    outline_scores,
-    surface_distances,
-)
+from medclip_jax.evaluation import metrics, surface_distance
+from medclip_jax.evaluation.metrics import MetricError
 
-PER_IMAGE = ("tp", "tn", "fp", "fn", "iou", "dice", "hausdorff", "hausdorff95", "boundary_f1")
+BINS = 2**20  # of all images together; 24 MB
+IMAGE_BINS = 512  # of one image's histogram, for the bootstrap; 0.5 is an edge
+DISTANCES = ("hausdorff", "hausdorff95", "boundary_f1")
+COLUMNS = ("tp", "tn", "fp", "fn", *DISTANCES)
+
+
+class PixelMetrics:
+    """Takes image after image; see `pixel_level` for what is measured."""
+
+    def __init__(self, threshold: float = 0.5, tolerance: float = 2.0):
+        self.threshold, self.tolerance = np.float64(threshold), tolerance
+        self.counts = np.zeros((3, BINS))  # normal pixels, lesion pixels, coverage by value
+        self.components = 0  # lesions, 8-connected
+        self.rows: list[tuple[float, ...]] = []
+
+    def add(
+        self,
+        values: Num[np.ndarray, "_ _"],
+        mask: Shaped[np.ndarray, "_ _"],
+        spacing: tuple[float, float] = (1.0, 1.0),
+    ) -> Float[np.ndarray, "3 b"]:
+        """Count one image.
+
+        Args:
+          values: anomaly map, [0, 1].
+          mask: True (or 1) where the lesion is.
+          spacing: size of a pixel (row, column), in mm or pixels.
+
+        Returns:
+          The image's own histogram of IMAGE_BINS bins: normal pixels, lesion pixels, and lesion
+          pixels weighed by 1 / area of their 8-connected component (see metrics.pro_curve).
+
+        Raises:
+          MetricError: a map or mask that cannot be measured, by the number of the image.
+        """
+        values, mask = _checked(values, mask, len(self.rows))
+        codes = np.minimum((values.astype(np.float64) * BINS).astype(np.intp), BINS - 1)
+        lesion, normal = codes[mask], codes[~mask]
+        owners, count = ndimage.label(mask, np.ones((3, 3), int))
+        owners = owners[mask]
+        self.components += count
+        weights = 1.0 / np.bincount(owners)[owners] if count else np.zeros(0)
+        for row, (where, weight) in enumerate([(normal, 1.0), (lesion, 1.0), (lesion, weights)]):
+            np.add.at(self.counts[row], where, weight)
+        predicted = values >= self.threshold
+        distances = surface_distance.surface_distances(predicted, mask, spacing)
+        self.rows.append(
+            (
+                *metrics.confusion(predicted, mask),
+                surface_distance.hausdorff(distances),
+                surface_distance.hausdorff95(distances),
+                surface_distance.boundary_f1(distances, self.tolerance),
+            )
+        )
+        coarse = BINS // IMAGE_BINS
+        parts = (normal, None), (lesion, None), (lesion, weights)
+        return np.stack([np.bincount(at // coarse, w, IMAGE_BINS) for at, w in parts]).astype(float)
+
+    def per_image(self) -> dict[str, Num[np.ndarray, " n"]]:
+        """tp, tn, fp, fn, iou, dice, hausdorff, hausdorff95 and boundary_f1 of each image.
+
+        Both empty: iou, dice and distances NaN, boundary F1 1. One empty: iou, dice and boundary F1
+        0, hausdorff inf, hausdorff95 NaN.
+        """
+        if not self.rows:
+            raise MetricError("There are no maps to measure; give at least one map and mask.")
+        each = {name: np.array([row[i] for row in self.rows]) for i, name in enumerate(COLUMNS)}
+        return each | metrics.overlap(each["tp"], each["fp"], each["fn"])
+
+    def averaged(self) -> dict[str, Float[np.ndarray, " n"]]:
+        """DISTANCES of each image, NaN for an image that does not count in the mean."""
+        each = self.per_image()
+        both = np.isfinite(each["hausdorff"])
+        either = each["tp"] + each["fp"] + each["fn"] > 0
+        counted = dict(zip(DISTANCES, (both, both, either), strict=True))
+        return {name: np.where(used, each[name], np.nan) for name, used in counted.items()}
+
+    def pooled(self) -> dict[str, float]:
+        """Metrics of all images, as `pixel_level` returns them."""
+        each = self.per_image()
+        total = {name: int(each[name].sum()) for name in COLUMNS[:4]}
+        used = self.counts[None, :, self.counts[:2].any(0)]
+        tp, tn, fp, fn = total.values()
+        found = metrics.rates(tp, tn, fp, fn) | metrics.overlap(tp, fp, fn)
+        found |= {name: x[0] for name, x in metrics.ranking(used).items()}
+        for name, values in self.averaged().items():
+            known = values[~np.isnan(values)]
+            found[name] = known.mean() if len(known) else metrics.NAN
+        return total | {name: float(x) for name, x in found.items()}
 
 
 def pixel_level(
     maps: Iterable[np.ndarray],
     masks: Iterable[np.ndarray],
     threshold: float = 0.5,
-    spacing: Spacing = None,
-    tolerance: float = 2,
-    value_range: tuple[float, float] | None = None,
+    spacing: Iterable[tuple[float, float]] | None = None,
+    tolerance: float = 2.0,
 ) -> dict[str, float]:
-    """Metrics of anomaly maps against masks (0 or 1), pooled over all pixels of all images.
+    """Metrics pooled over all pixels of all images.
 
-    maps, masks: [n h w], or iterables of 2-D arrays whose sizes may differ; read one at a time,
-    so memory-mapped arrays and generators stay on disk. spacing: mm (row, column), one pair for
-    all images or one per image; distances and `tolerance` are in mm then, else in pixels.
+    Args:
+      maps: [n h w], or an iterable of 2-D maps whose sizes may differ, in [0, 1]; read one at a
+        time and once, so memory-mapped arrays and generators stay where they are.
+      masks: as many, of the same sizes, 0 or 1.
+      threshold: values from here on are predicted lesion.
+      spacing: size of each image's pixels (row, column) in mm; None: distances are in pixels.
+      tolerance: of the boundary F1, in the unit of the distances.
 
-    IoU and Dice come from pooled counts (NaN if nothing is marked or predicted). Hausdorff
-    distances are means over the images where mask and prediction are both non-empty. Boundary F1
-    is the mean over images where either is non-empty; a miss or a false alarm counts 0. AUPRO:
-    up to a false-positive rate of 0.3, 8-connected components.
+    Returns:
+      AUROC, AUPRC, tp, tn, fp, fn and the rates of metrics.rates, IoU and Dice from the pooled
+      counts; AUPRO up to a false-positive rate of 0.3, 8-connected lesions; means over images of
+      the Hausdorff distances (where mask and prediction are both non-empty) and of the boundary F1
+      (where either is; a miss or a false alarm counts 0). NaN where nothing counts.
 
-    AUROC, AUPRC and AUPRO use 2^20 bins between the smallest and largest value (see `ranking`).
-    Generators can be read only once: for them the range is [0, 1] unless `value_range` is given.
-    Raises MetricError, with the index of the image, for what cannot be measured.
+    Raises:
+      MetricError: maps or masks that cannot be measured.
     """
-    return pixel_level_each(maps, masks, threshold, spacing, tolerance, value_range)[0]
+    measured = PixelMetrics(threshold, tolerance)
+    sizes = repeat((1.0, 1.0)) if spacing is None else spacing
+    for (values, mask), size in zip(zip(maps, masks, strict=True), sizes, strict=False):
+        measured.add(values, mask, size)
+    return measured.pooled()
 
 
-def pixel_level_each(
-    maps: Iterable[np.ndarray],
-    masks: Iterable[np.ndarray],
-    threshold: float = 0.5,
-    spacing: Spacing = None,
-    tolerance: float = 2,
-    value_range: tuple[float, float] | None = None,
-) -> tuple[dict[str, float], dict[str, Float[np.ndarray, " n"]]]:
-    """`pixel_level`, and what it takes means of: each image's hausdorff, hausdorff95 and
-    boundary_f1, NaN for an image that does not count in that mean.
-    """
-    low, high = value_range or bounds(maps)
-    ranks = PixelRanks(low, high)
-    rows = []
-    for index, (values, mask, mm) in enumerate(read(maps, masks, spacing)):
-        if not low <= float(values.min()) <= float(values.max()) <= high:
-            raise MetricError(f"Map {index} leaves [{low}, {high}]; give its value_range.")
-        ranks.add(values, mask)
-        rows.append(_one_image(values >= np.float64(threshold), mask, mm, tolerance))
-    if not rows:
-        raise MetricError("There are no maps to measure; give at least one map and mask.")
-    each = _columns(rows)
-    tp, tn, fp, fn = (int(each[name].sum()) for name in PER_IMAGE[:4])
-    marked = each["tp"] + each["fp"] + each["fn"] > 0
-    finite = np.isfinite(each["hausdorff"])
-    counted = {"hausdorff": finite, "hausdorff95": finite, "boundary_f1": marked}
-    of_images = {name: np.where(used, each[name], metrics.NAN) for name, used in counted.items()}
-    found = {
-        "auroc": ranks.auroc(),
-        "auprc": ranks.average_precision(),
-        **metrics._rates(tp, tn, fp, fn),
-        **_overlap(tp, fp, fn),
-        "tp": tp,
-        "tn": tn,
-        "fp": fp,
-        "fn": fn,
-        **{name: _mean(each[name][used]) for name, used in counted.items()},
-        "aupro": ranks.aupro(0.3),
-    }
-    return found, of_images
-
-
-def per_image(
-    maps: Iterable[np.ndarray],
-    masks: Iterable[np.ndarray],
-    threshold: float = 0.5,
-    spacing: Spacing = None,
-    tolerance: float = 2,
-) -> dict[str, Num[np.ndarray, " n"]]:
-    """tp, tn, fp, fn, iou, dice, hausdorff, hausdorff95 and boundary_f1 of each image.
-
-    Both empty: iou, dice and distances NaN, boundary F1 1. One empty: iou, dice and boundary F1
-    0, hausdorff inf, hausdorff95 NaN (MONAI). Arguments and errors as in `pixel_level`.
-    """
-    rows = [
-        _one_image(values >= np.float64(threshold), mask, mm, tolerance)
-        for values, mask, mm in read(maps, masks, spacing)
-    ]
-    return _columns(rows)
-
-
-def _columns(rows: list[tuple[float, ...]]) -> dict[str, Num[np.ndarray, " n"]]:
-    return {name: np.array([row[i] for row in rows]) for i, name in enumerate(PER_IMAGE)}
-
-
-def _overlap(tp: int, fp: int, fn: int) -> dict[str, float]:
-    marked = tp + fp + fn
-    return {
-        "iou": tp / marked if marked else metrics.NAN,
-        "dice": 2 * tp / (marked + tp) if marked else metrics.NAN,
-    }
-
-
-def _one_image(
-    predicted: Bool[np.ndarray, "h w"],
-    mask: Bool[np.ndarray, "h w"],
-    spacing: tuple[float, float],
-    tolerance: float,
-) -> tuple[float, ...]:
-    """The values named in PER_IMAGE."""
-    tp, tn, fp, fn = metrics._counts(predicted, mask)
-    distances = surface_distances(predicted, mask, spacing)
-    f1 = outline_scores(distances, tolerance)[2]
-    overlap = _overlap(tp, fp, fn).values()
-    return (tp, tn, fp, fn, *overlap, hausdorff(distances), hausdorff95(distances), f1)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else metrics.NAN
+def _checked(values: np.ndarray, mask: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Map and boolean mask of image number `index`, or a MetricError."""
+    values, mask = np.asarray(values), np.asarray(mask)
+    if values.ndim != 2 or values.size == 0:
+        raise MetricError(f"Map {index} has shape {values.shape}; maps must be height x width.")
+    if mask.shape != values.shape:
+        raise MetricError(
+            f"Mask {index} has shape {mask.shape} but its map {values.shape}; resize one."
+        )
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise MetricError(f"Map {index} has values outside [0, 1], or NaN; scale the maps first.")
+    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
+        raise MetricError(f"Mask {index} has values other than 0 and 1; threshold it first.")
+    return values, mask == 1

@@ -67,8 +67,8 @@ def write_predictions(
     gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
     If `pictures`, for the report: the arrays of `thumbnails.pack`, of every image or of
     thumbnails.MOST drawn by seed. For tables:
-    `pixel_counts` (intervals.pixel_counts, where masks are known) and `patient`, where some has
-    several images.
+    `pixel_counts` (histograms of PixelMetrics.add, where masks are known) and `patient`, where some
+    has several images.
     """
     p = scored.predictions
     rng = np.random.default_rng(seed)
@@ -85,7 +85,9 @@ def write_predictions(
         gallery[f"gallery_image_{place}"] = np.round(255 * pixels).astype(np.uint8)
         gallery[f"gallery_map_{place}"] = heat.astype(np.float16)
         if test[i].masks or test[i].label == 0:
-            mask = ground_truth.truth(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
+            mask = (
+                ground_truth.lesion_mask(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
+            )
             gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
     gallery |= {} if counts is None else {"pixel_counts": counts}
     of = ground_truth.patients(test)

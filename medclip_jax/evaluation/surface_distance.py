@@ -1,17 +1,11 @@
-"""Outlines of 2-D masks and the distances between them."""
+"""Distances between the outlines of two 2-D masks, with MONAI's conventions for empty masks."""
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 Distances = tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]]
-
-
-def outline(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Foreground pixels with a 4-neighbour that is background or outside the image."""
-    padded = np.pad(mask, 1)
-    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inside
 
 
 def surface_distances(
@@ -21,42 +15,39 @@ def surface_distances(
 ) -> Distances:
     """Distance of each predicted outline pixel to the mask's outline, and the reverse.
 
-    Euclidean between pixel centres, in the unit of `spacing` (row, column). Where only one of
-    the two is empty the distances of the other are inf; an empty one has no distances.
+    An outline pixel has a 4-neighbour that is background or outside the image. Distances are
+    Euclidean between pixel centres, in the unit of `spacing` (row, column). Where one of the two
+    is empty the distances of the other are inf; an empty one has no distances.
     """
-    a = np.argwhere(outline(predicted)) * np.asarray(spacing, float)
-    b = np.argwhere(outline(mask)) * np.asarray(spacing, float)
+    a, b = (np.argwhere(x & ~ndimage.binary_erosion(x)) * spacing for x in (predicted, mask))
     if len(a) == 0 or len(b) == 0:
         return np.full(len(a), np.inf), np.full(len(b), np.inf)
     return cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]
 
 
 def hausdorff(distances: Distances) -> float:
-    """Largest of both directions. As in MONAI: inf if one mask is empty, NaN if both are."""
-    pooled = np.concatenate(distances)
-    return float(pooled.max()) if len(pooled) else float("nan")
+    """Largest of both directions: inf if one mask is empty, NaN if both are."""
+    return float(np.concatenate(distances).max()) if any(map(len, distances)) else float("nan")
 
 
 def hausdorff95(distances: Distances) -> float:
-    """Larger of the two 95th percentiles (linear interpolation), as in MONAI.
+    """Larger of the two 95th percentiles (linear interpolation); NaN if either mask is empty.
 
-    NaN if either mask is empty. Pooling both directions first (medpy) gives another number.
+    Pooling both directions first, as medpy does, gives another number.
     """
-    if any(len(d) == 0 for d in distances):
+    if not all(map(len, distances)):
         return float("nan")
     return float(max(np.percentile(d, 95) for d in distances))
 
 
-def outline_scores(distances: Distances, tolerance: float) -> tuple[float, float, float]:
-    """Precision, recall and F1 of the outline within `tolerance` (same unit as the distances).
+def boundary_f1(distances: Distances, tolerance: float) -> float:
+    """F1 of the outline within `tolerance` (unit of the distances), [0, 1].
 
-    Precision is the share of predicted outline pixels near the mask's outline, recall the
-    reverse. F1 is 1 if both masks are empty and 0 if one is; precision and recall are NaN then.
+    Precision is the share of predicted outline pixels near the mask's outline, recall the reverse.
+    1 if both masks are empty, 0 if one is.
     """
-    to_mask, to_predicted = distances
-    if len(to_mask) == 0 or len(to_predicted) == 0:
-        return float("nan"), float("nan"), float(len(to_mask) == len(to_predicted))
-    precision = float(np.mean(to_mask <= tolerance))
-    recall = float(np.mean(to_predicted <= tolerance))
+    if not all(map(len, distances)):
+        return float(not any(map(len, distances)))
+    precision, recall = (float(np.mean(d <= tolerance)) for d in distances)
     total = precision + recall
-    return precision, recall, 2 * precision * recall / total if total else 0.0
+    return 2 * precision * recall / total if total else 0.0

@@ -2,14 +2,15 @@
 
 Measures of one image's uncertainty, larger is less certain; p_t is its unit score in pass t:
 
-    sd                  standard deviation of p_t over the MC-dropout passes
+    sd                  standard deviation of p_t over the MC-dropout passes (equation 10)
     entropy             predictive entropy H(mean p_t), H(p) = -p ln p - (1 - p) ln(1 - p), nats
-    mutual_information  H(mean p_t) - mean H(p_t): what the passes disagree about, nats
-    ensemble            standard deviation over the held-out copies of params, one per fold
-    distance            -|score - 0.5|: the nearness to the threshold, which costs nothing
+    mutual_information  H(mean p_t) - mean H(p_t), on which the passes disagree, nats (BALD,
+                        Houlsby et al. 2011)
+    ensemble            standard deviation over the fold params
+    distance            -|score - 0.5|, the nearness to the threshold, which costs nothing
 
-The first three are METHOD's (10) and Gal's decomposition (Houlsby et al. 2011, BALD); the last two
-are the baselines they have to beat. Unit scores are no frequencies: 0.5 is the threshold.
+The last two are the baselines that the others have to beat. Unit scores are no frequencies: 0.5 is
+the threshold.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ def of_passes(p: Float[np.ndarray, "t n"]) -> tuple[Column, Column]:
 
 
 def named(columns: Float[np.ndarray, "n 3"]) -> dict[str, Column]:
-    """Columns in the order of NAMES under their names, without those that were not made (NaN)."""
+    """Columns in the order of NAMES under their names, without those that are undefined (NaN)."""
     found = dict(zip(NAMES, np.asarray(columns).T, strict=True))
     return {name: x for name, x in found.items() if not np.isnan(x).any()}
 
@@ -49,17 +50,26 @@ def named(columns: Float[np.ndarray, "n 3"]) -> dict[str, Column]:
 def measure(
     score: Column, label: Int[np.ndarray, " n"], uncertainty: Mapping[str, Column]
 ) -> dict[str, Any] | None:
-    """Risk against coverage and the AUROC of what remains, per measure; None without passes.
+    """Risk against coverage and the AUROC of the images that remain, per measure.
 
-    score: [0, 1], abnormal from 0.5 on. uncertainty: of the measures above those that there are;
-    one that is the same for all images orders nothing and is left out, and without `sd` or with a
-    constant one nothing is measured. Labels are read here: call it after scoring.
+    Labels are read here: call it after scoring.
+
+    Args:
+      score: [0, 1], abnormal from 0.5 on.
+      label: 0 or 1.
+      uncertainty: any of the measures above but `distance`, which is added. One that is the same
+        for all images orders nothing and is left out.
+
+    Returns:
+      coverage, the shares of images that remain, and per measure: risk (share of wrong decisions)
+      and auroc at each coverage (None where one class alone remains), and aurc, the mean risk over
+      all coverages, [0, 1]. None without `sd`, or with a constant one.
     """
     if "sd" not in uncertainty or np.ptp(uncertainty["sd"]) == 0:
         return None
-    named = {**uncertainty, "distance": -np.abs(np.asarray(score, np.float64) - 0.5)}
+    every = {**uncertainty, "distance": -np.abs(np.asarray(score, np.float64) - 0.5)}
     wrong = (np.asarray(score) >= 0.5) != (np.asarray(label) == 1)
-    measures = {n: _one(score, label, wrong, u) for n, u in named.items() if np.ptp(u) > 0}
+    measures = {n: _rejection(score, label, wrong, u) for n, u in every.items() if np.ptp(u) > 0}
     return {"coverage": list(COVERAGE), "measures": measures}
 
 
@@ -69,17 +79,16 @@ def risk_coverage(wrong: np.ndarray, uncertainty: Column) -> Column:
     return np.cumsum(np.asarray(wrong, float)[order]) / np.arange(1, len(order) + 1)
 
 
-def _one(score, label, wrong, uncertainty) -> dict[str, Any]:
-    """`aurc` is the mean of the risk over all coverages, [0, 1]; `risk` and `auroc` at COVERAGE."""
+def _rejection(score, label, wrong, uncertainty) -> dict[str, Any]:
+    """aurc, risk and auroc of one measure; see `measure`."""
     curve = risk_coverage(wrong, uncertainty)
     order = np.argsort(uncertainty, kind="stable")
-    kept = [order[: max(1, round(share * len(order)))] for share in COVERAGE]
+    remaining = [order[: max(1, round(share * len(order)))] for share in COVERAGE]
     return {
         "aurc": float(curve.mean()),
-        "risk": [float(curve[len(rows) - 1]) for rows in kept],
-        # null where one class alone remains
+        "risk": [float(curve[len(rows) - 1]) for rows in remaining],
         "auroc": [
             float(roc_auc_score(label[rows], score[rows])) if np.ptp(label[rows]) else None
-            for rows in kept
+            for rows in remaining
         ],
     }

@@ -1,65 +1,62 @@
-"""Intervals of one run: the point they surround, their coverage, their edges."""
+"""Intervals of one run: the values they surround, their width, their coverage, their edges."""
 
-import interval_coverage as coverage
 import numpy as np
 import pytest
+from scipy.stats import norm
 
-from medclip_jax.evaluation import bootstrap, metrics, pixel_metrics
+from medclip_jax.evaluation import bootstrap, metrics
+from medclip_jax.evaluation.pixel_metrics import PixelMetrics
 
 
-def scene(rng, healthy, abnormal, shift=1.0):
+def scene(rng, healthy: int, abnormal: int) -> tuple[np.ndarray, np.ndarray]:
     label = np.repeat([0, 1], [healthy, abnormal])
-    return rng.normal(shift * label, 1.0), label
+    return rng.normal(label, 1.0), label
 
 
-def test_measures_of_the_sample_itself_are_those_of_metrics():
-    rng = np.random.default_rng(0)
-    score, label = scene(rng, 40, 60)
-    score = np.round(score, 1)  # ties
-    levels, place = np.unique(score, return_inverse=True)
-    counts = np.zeros((1, 2, len(levels)))
-    np.add.at(counts, (0, label, place), 1)
-    got = bootstrap.measures(counts, int(np.searchsorted(levels, 0.5)))
-    wanted = metrics.image_level(score, label)
-    for name in set(got) & set(wanted):
-        assert got[name][0] == pytest.approx(wanted[name], abs=1e-12), name
+def test_intervals_surround_the_metrics_of_the_sample():
+    score, label = scene(np.random.default_rng(0), 40, 60)
+    found, wanted = bootstrap.image(np.round(score, 1), label), metrics.image_level(score, label)
+    assert set(found) == set(wanted) - {"threshold"}
+    for name, (low, high) in found.items():
+        assert low < wanted[name] < high, name
+    assert bootstrap.image(score, label) == bootstrap.image(score, label)
+    assert bootstrap.image(score, label, seed=1) != bootstrap.image(score, label)
 
 
-def test_pixel_measures_are_those_of_metrics():
+def test_the_width_of_an_accuracy_is_the_binomial_one():
+    """Accuracy of resampled images within classes: variance sum of n_c p_c (1 - p_c) / n^2."""
+    score, label = scene(np.random.default_rng(0), 200, 300)
+    low, high = bootstrap.image(score, label)["accuracy"]
+    hits = (score >= 0.5) == label
+    variance = sum(len(x) * x.var() for x in (hits[:200], hits[200:])) / 500**2
+    assert high - low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
+
+
+def test_perfect_rates_are_not_certain():
+    limits = bootstrap.image(np.array([0.1] * 10 + [0.9] * 10), np.repeat([0, 1], 10))
+    assert limits["recall"] == pytest.approx((0.722, 1), abs=1e-3)
+    assert limits["fpr"] == pytest.approx((0, 0.278), abs=1e-3)
+    assert limits["auroc"] == (1, 1)
+    assert bootstrap.image(np.array([0.1, 0.2]), np.array([0, 0])) == {}
+
+
+def test_pixels_are_resampled_by_image():
     rng = np.random.default_rng(1)
-    maps = (rng.integers(0, 512, (6, 20, 30)) / 512).astype(np.float32)
+    maps = rng.random((6, 20, 30)).astype(np.float32)
     masks = rng.random((6, 20, 30)) < 0.2 + 0.4 * maps
-    counts = np.stack([bootstrap.histograms(*pair) for pair in zip(maps, masks, strict=True)])
-    got = bootstrap.measures(counts.sum(0)[None], bootstrap.BINS // 2)
-    wanted = pixel_metrics.pixel_level(maps, masks)
-    for name in set(got) & set(wanted):
-        assert got[name][0] == pytest.approx(wanted[name], abs=1e-9), name
-    limits = bootstrap.pixel(maps, masks, np.array([0, 0, 1, 1, 1, 1]))
+    measured = PixelMetrics()
+    histograms = [measured.add(*pair) for pair in zip(maps, masks, strict=True)]
+    limits = bootstrap.pixel(histograms, np.array([0, 0, 1, 1, 1, 1]))
+    wanted = measured.pooled()
+    assert {"auroc", "auprc", "aupro", "dice", "iou"} < set(limits)
     assert all(limits[n][0] <= wanted[n] <= limits[n][1] for n in ("auroc", "dice", "recall"))
 
 
-def test_means_over_images_are_of_the_images_that_count():
-    """Neither mask nor prediction, one of them, and both."""
-    maps, masks = np.zeros((5, 12, 12), np.float32), np.zeros((5, 12, 12), bool)
-    maps[1:4, 2:5, 2:5], masks[2:, 2:6, 3:8] = 0.9, True
-    pooled, each = pixel_metrics.pixel_level_each(maps, masks)
-    assert pooled == pixel_metrics.pixel_level(maps, masks)
-    single = pixel_metrics.per_image(maps, masks)
-    for name, used in (
-        ("hausdorff", [2, 3]),
-        ("hausdorff95", [2, 3]),
-        ("boundary_f1", [1, 2, 3, 4]),
-    ):
-        assert np.flatnonzero(np.isfinite(each[name])).tolist() == used
-        np.testing.assert_array_equal(each[name][used], single[name][used])
-        assert pooled[name] == pytest.approx(np.nanmean(each[name]))
-
-
-def test_means_over_images_leave_out_what_does_not_count():
+def test_means_leave_out_images_that_do_not_count():
     """Every second image has no distance; the standard error is that of the others' mean."""
     rng, label = np.random.default_rng(4), np.repeat([0, 1], 100)
     values = np.where(np.arange(200) % 2, rng.normal(10, 3, 200), np.nan)
-    limits = bootstrap.of_means({"hausdorff": values, "none": np.full(200, np.nan)}, label)
+    limits = bootstrap.means({"hausdorff": values, "none": np.full(200, np.nan)}, label)
     assert set(limits) == {"hausdorff"}
     low, high = limits["hausdorff"]
     known = values[np.isfinite(values)]
@@ -67,51 +64,43 @@ def test_means_over_images_leave_out_what_does_not_count():
     assert low < known.mean() < high and high - low == pytest.approx(wide, rel=0.15)
 
 
-@pytest.mark.parametrize(
-    ("case", "runs"), [("image", 300), ("pixel", 60), ("draws", 60), ("table", 60), ("varying", 60)]
-)
-def test_coverage_by_simulation(case, runs):
-    """Within what 93 to 97% would show in so few runs; interval_coverage.py makes more."""
-    low, high = coverage.band(runs)
-    for name, share in coverage.coverage(case, runs).items():
-        assert low <= share <= high, (name, share)
+def test_patients_are_resampled_whole():
+    label, patient = np.repeat([0, 1], [100, 200]), np.repeat(np.arange(30), 10)
+    weights = bootstrap.resample(label == 1, 20, 0, patient)
+    assert (weights.reshape(20, 30, 10) == weights[:, ::10, None]).all()
+    assert (weights[:, :100].sum(1) == 100).all() and (weights[:, 100:].sum(1) == 200).all()
+    score = np.repeat(scene(np.random.default_rng(3), 10, 20)[0], 10)
+    whole = bootstrap.image(score, label, groups=patient)
+    assert np.ptp(whole["auroc"]) > 2 * np.ptp(bootstrap.image(score, label)["auroc"])
+    assert whole["recall"] == whole["tpr"]
+    assert whole["fpr"].low == pytest.approx(1 - whole["specificity"].high)
 
 
-def test_the_band_is_that_of_the_binomial():
-    low, high = coverage.band(1500)
-    assert low < 0.93 and high > 0.97  # 3.3 standard errors beyond
-    assert (low, high) == pytest.approx((0.93 - 3.3 * 0.0066, 0.97 + 3.3 * 0.0044), abs=3e-3)
-
-
-def test_perfect_rates_are_not_certain():
-    limits = bootstrap.image(np.array([0.1] * 10 + [0.9] * 10), np.repeat([0, 1], 10))
-    assert limits["recall"][0] == pytest.approx(0.722, abs=1e-3) and limits["recall"][1] == 1
-    assert limits["fpr"] == pytest.approx([0, 0.278], abs=1e-3)
-    assert limits["auroc"] == [1, 1]
-    assert bootstrap.image(np.array([0.1, 0.2]), np.array([0, 0])) == {}
-
-
-def test_the_same_seed_gives_the_same_limits():
-    score, label = scene(np.random.default_rng(3), 20, 30)
-    assert bootstrap.image(score, label) == bootstrap.image(score, label)
-    assert bootstrap.image(score, label, seed=1) != bootstrap.image(score, label)
-
-
-def test_the_roc_band_holds_the_curve_and_its_own_share():
-    """At FPR 0.2 the TPR of N(1, 1) against N(0, 1) is Phi(1 - z(0.8)); test sets of 80 + 80."""
-    from scipy.stats import norm
+def test_the_roc_band_surrounds_the_curve():
     from sklearn.metrics import roc_curve
 
-    rng, label = np.random.default_rng(3), np.repeat([0, 1], 80)
-    truth, held = norm.cdf(1 - norm.ppf(0.8)), 0
-    for run in range(60):
-        scores = rng.normal(label, 1.0)
-        low, high = bootstrap.roc_band(scores, label, np.array([0.2]), seed=run)
-        held += bool(low[0] <= truth <= high[0])
-    assert 50 <= held <= 60  # of 57 expected, sd 1.7
+    score, label = scene(np.random.default_rng(3), 80, 80)
     grid = np.linspace(0, 1, 21)
-    low, high = bootstrap.roc_band(np.round(scores), label, grid)
-    fpr, tpr, _ = roc_curve(label, np.round(scores), drop_intermediate=False)
+    low, high = bootstrap.roc_band(np.round(score), label, grid)
+    fpr, tpr, _ = roc_curve(label, np.round(score), drop_intermediate=False)
     curve = np.interp(grid, fpr, tpr)
     assert (low <= curve + 1e-9).all() and (curve <= high + 1e-9).all()
     assert high[-1] == 1.0 and (np.diff(low) >= 0).all() and (high - low)[5] > 0.02
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_truth_95_times_in_100():
+    """Test sets of 80 + 80; the truth of N(1, 1) against N(0, 1) is a closed form."""
+    rng, label = np.random.default_rng(3), np.repeat([0, 1], 80)
+    truth = {name: norm.cdf(0.5) for name in ("recall", "specificity", "accuracy")}
+    truth["auroc"] = norm.cdf(2**-0.5)
+    tpr, counts = norm.cdf(1 - norm.ppf(0.8)), dict.fromkeys([*truth, "band"], 0)  # at FPR 0.2
+    for run in range(100):
+        score = rng.normal(label, 1.0)
+        limits = bootstrap.image(score, label, seed=run)
+        for name, value in truth.items():
+            counts[name] += limits[name].low <= value <= limits[name].high
+        low, high = bootstrap.roc_band(score, label, np.array([0.2]), seed=run)
+        counts["band"] += bool(low[0] <= tpr <= high[0])
+    for name, count in counts.items():
+        assert 87 <= count <= 100, (name, count)  # 95 expected, sd 2.2

@@ -1,13 +1,15 @@
-"""Two-level intervals of a table: what they surround, and that they are those of stats."""
+"""Two-level intervals of a table: the means they surround and the standard error they have."""
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from medclip_jax.errors import DataError
-from medclip_jax.evaluation import bootstrap, draw_bootstrap, metrics, pixel_metrics, significance
+from medclip_jax.evaluation import bootstrap, draw_bootstrap, metrics
+from medclip_jax.evaluation.pixel_metrics import PixelMetrics
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runs():
     """Scores of 5 draws on the same 50 + 70 images, in (0, 1), with ties."""
     rng, label = np.random.default_rng(0), np.repeat([0, 1], [50, 70])
@@ -30,17 +32,21 @@ def test_values_are_means_of_the_draws_metrics(runs):
     assert draw_bootstrap.image(scores, np.ones(120)) == {}
 
 
-def test_auroc_interval_has_the_error_of_crossed_effects(runs):
+def test_auroc_has_the_error_of_crossed_effects(runs):
     """Variance between draws, and DeLong's covariance of two draws on the same images."""
     scores, label = runs
     got = draw_bootstrap.image(scores, label)["auroc"]
-    values, covariance = significance._delong_covariance(np.stack(scores), label)
+    wins = []
+    for x in scores:
+        above, below = x[label == 1, None], x[None, label == 0]
+        wins.append((above > below) + 0.5 * (above == below))
+    wins = np.stack(wins)  # [draw, abnormal, healthy]
+    covariance = np.cov(wins.mean(2)) / 70 + np.cov(wins.mean(1)) / 50
+    values = wins.mean((1, 2))
     shared = (covariance.sum() - np.trace(covariance)) / 20
     wanted = (values.var(ddof=1) / 5 + shared) ** 0.5
     assert got.value == pytest.approx(values.mean())
     assert got.se == pytest.approx(wanted, rel=0.06)  # of 1000 rounds
-    general = significance.bootstrap_interval(np.stack(scores), label, np.random.default_rng(1))
-    assert got.se < 1.05 * general.se  # which counts a draw's own images twice
     assert got.low < got.value - 1.7 * wanted and got.high > got.value + 1.7 * wanted
 
 
@@ -61,66 +67,79 @@ def test_draws_tested_on_other_images(runs):
     """Values are those of each draw's own images; all images on all draws is the plain case."""
     scores, label = runs
     rng = np.random.default_rng(5)
-    places = [np.sort(rng.permutation(120)[:90]) for _ in scores]
-    own = [s[at] for s, at in zip(scores, places, strict=True)]
-    found = draw_bootstrap.image(own, label, places=places)
-    each = [metrics.image_level(s, label[at]) for s, at in zip(own, places, strict=True)]
+    indices = [np.sort(rng.permutation(120)[:90]) for _ in scores]
+    own = [s[at] for s, at in zip(scores, indices, strict=True)]
+    found = draw_bootstrap.image(own, label, indices=indices)
+    each = [metrics.image_level(s, label[at]) for s, at in zip(own, indices, strict=True)]
+    plain = draw_bootstrap.image(scores, label)
     for name in ("auroc", "recall", "specificity"):
         assert found[name].value == pytest.approx(np.mean([m[name] for m in each])), name
-        assert found[name].low < found[name].value < found[name].high
-    assert found["auroc"].se > draw_bootstrap.image(scores, label)["auroc"].se  # fewer images each
+    assert found["auroc"].se > plain["auroc"].se  # fewer images each
     whole = [np.arange(120)] * 5
-    assert draw_bootstrap.image(scores, label, places=whole) == draw_bootstrap.image(scores, label)
-    masks = np.zeros((120, 8, 8), bool)
-    masks[label == 1, 2:5, 2:5] = True
-    noise = rng.normal(0.4, 0.1, masks.shape)
-    counts = bootstrap.pixel_counts(np.clip(noise + 0.1 * masks, 0, 0.99), masks)
-    same = draw_bootstrap.pixel([counts] * 5, label, places=whole)
-    assert same == draw_bootstrap.pixel([counts] * 5, label)
-    part = draw_bootstrap.pixel([counts[at] for at in places], label, places=places)["dice"]
-    assert part.low < part.value < part.high and part.value != same["dice"].value
+    assert draw_bootstrap.image(scores, label, indices=whole) == plain
 
 
-def test_images_of_all_draws_together():
+def test_all_images_of_the_draws():
     ids = [np.array(["b", "a"]), np.array(["a", "c"])]
-    places, (label, patient) = draw_bootstrap.together(
+    indices, (label, patient) = draw_bootstrap.union(
         ids, [np.array([0, 1]), np.array([1, 0])], [np.array(["x", "y"]), np.array(["y", "z"])]
     )
-    assert [p.tolist() for p in places] == [[0, 1], [1, 2]]
+    assert [at.tolist() for at in indices] == [[0, 1], [1, 2]]
     assert label.tolist() == [0, 1, 0] and patient.tolist() == ["x", "y", "z"]
     with pytest.raises(DataError, match="a differs between draws"):
-        draw_bootstrap.together(ids, [np.array([0, 1]), np.array([0, 0])])
+        draw_bootstrap.union(ids, [np.array([0, 1]), np.array([0, 0])])
 
 
-def test_patients_are_drawn_whole(runs):
-    """Ten equal images of a patient are worth one: the interval widens by about sqrt(10)."""
+def test_ten_equal_images_of_a_patient_are_worth_one(runs):
     scores, label = runs
-    many, patient = [np.repeat(s, 10) for s in scores[:1]], np.repeat(np.arange(120), 10)
+    many, patient = [np.repeat(scores[0], 10)], np.repeat(np.arange(120), 10)
     labels = np.repeat(label, 10)
     whole = draw_bootstrap.image(many, labels, patient)["auroc"]
     single = draw_bootstrap.image(scores[:1], label)["auroc"]
-    naive = draw_bootstrap.image(many, labels)["auroc"]
     assert whole.se == pytest.approx(single.se, rel=0.1)
+    naive = draw_bootstrap.image(many, labels)["auroc"]
     assert naive.se == pytest.approx(single.se / 10**0.5, rel=0.2)
-    weights = bootstrap.resample(labels == 1, 20, 0, patient)
-    assert (weights.reshape(20, 120, 10) == weights[:, ::10, None]).all()
-    run = bootstrap.image(many[0], labels, groups=patient)
-    alone = bootstrap.image(many[0], labels)
-    assert np.ptp(run["auroc"]) > 2 * np.ptp(alone["auroc"])
-    assert run["recall"] == run["tpr"] and run["fpr"][0] == pytest.approx(1 - run["specificity"][1])
 
 
 def test_pixel_metrics_from_histograms():
     rng, label = np.random.default_rng(2), np.repeat([0, 1], [4, 8])
     masks = np.zeros((12, 20, 20), bool)
     masks[4:, 3:9, 3:9] = masks[4:, 14:18, 12:19] = True
-    maps = [
-        (np.clip(rng.normal(0.4 + 0.2 * masks, 0.1), 0, 0.99) * 512 // 1 / 512).astype(np.float32)
-        for _ in range(3)
-    ]
-    found = draw_bootstrap.pixel([bootstrap.pixel_counts(m, masks) for m in maps], label)
-    each = [pixel_metrics.pixel_level(m, masks) for m in maps]
+    wanted, histograms = [], []
+    for _ in range(3):
+        measured = PixelMetrics()
+        maps = np.clip(rng.normal(0.4 + 0.2 * masks, 0.1), 0, 0.99) * 512 // 1 / 512
+        rows = [measured.add(*pair) for pair in zip(maps, masks, strict=True)]
+        histograms.append(np.stack(rows))
+        wanted.append(measured.pooled())
+    found = draw_bootstrap.pixel(histograms, label)
     for name in ("auroc", "auprc", "aupro", "dice"):
-        wanted = np.mean([m[name] for m in each])
-        assert found[name].value == pytest.approx(wanted, abs=1e-6), name
-        assert found[name].low < wanted < found[name].high
+        value = np.mean([m[name] for m in wanted])
+        assert found[name].value == pytest.approx(value, abs=1e-6), name
+        assert found[name].low < value < found[name].high
+    part = [np.arange(9), np.arange(3, 12), np.arange(12)]
+    own = [h[at] for h, at in zip(histograms, part, strict=True)]
+    assert draw_bootstrap.pixel(own, label, indices=part)["dice"].value != found["dice"].value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tested", [60, 40])
+def test_intervals_hold_the_truth_95_times_in_100(tested, monkeypatch):
+    """Five draws whose separation varies with sd 0.2 around 1, on 60 abnormal and `tested` of 60
+    healthy images: the mean AUROC is Phi(1 / sqrt(2.04)), a recall Phi(0.5 / sqrt(1.04)).
+    """
+    monkeypatch.setattr(bootstrap, "ROUNDS", 300)
+    rng, label = np.random.default_rng(7), np.repeat([0, 1], 60)
+    truth = {"auroc": norm.cdf(2.04**-0.5), "recall": norm.cdf(0.5 / 1.04**0.5)}
+    truth["false_alarm_rate"] = norm.cdf(-0.5)
+    counts = dict.fromkeys(truth, 0)
+    for run in range(80):
+        parts = rng.normal(size=(1, 120)) + rng.normal(size=(5, 120))
+        scores = parts / 2**0.5 + rng.normal(1, 0.2, (5, 1)) * label
+        indices = [np.append(rng.permutation(60)[:tested], np.arange(60, 120)) for _ in scores]
+        own = [s[at] for s, at in zip(scores, indices, strict=True)]
+        found = draw_bootstrap.image(own, label, seed=run, indices=indices)
+        for name, value in truth.items():
+            counts[name] += found[name].low <= value <= found[name].high
+    for name, count in counts.items():
+        assert 69 <= count <= 80, (name, count)  # 76 expected, sd 1.9

@@ -76,8 +76,8 @@ def test_the_truth_is_the_union_of_the_mask_files(scene):
     _, _, test, _ = scene
     wanted = np.zeros((30, 40), bool)
     wanted[2:5, 2:5] = wanted[20:25, 20:25] = True
-    np.testing.assert_array_equal(ground_truth.truth(test[0]), wanted)
-    both = list(ground_truth.Truths(test[:3], 32, "pad"))
+    np.testing.assert_array_equal(ground_truth.lesion_mask(test[0]), wanted)
+    both = list(ground_truth.Masks(test[:3], 32, "pad"))
     np.testing.assert_array_equal(both[0], io_read.fit_mask(wanted, 32, "pad"))
     assert not both[2].any()
 
@@ -86,7 +86,7 @@ def test_a_mask_of_another_size_is_refused(scene, tmp_path):
     _, _, test, _ = scene
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(DataError, match="small.png is 10 x 10 pixels but its image is 40 x 30"):
-        ground_truth.truth(test[0]._replace(masks=(tmp_path / "small.png",)))
+        ground_truth.lesion_mask(test[0]._replace(masks=(tmp_path / "small.png",)))
 
 
 def test_means_over_images_have_intervals(scene):
@@ -143,7 +143,7 @@ def test_predictions_come_back_without_pickle(scene, scored, tmp_path):
         np.testing.assert_allclose(image / 255, pixels, atol=0.5 / 255 + 1e-6)
         wanted = io_read.to_frame(p.maps[i].astype(np.float32), 30, 40)
         np.testing.assert_allclose(heat, wanted, atol=1e-3)
-    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, ground_truth.truth(test[0]))
+    np.testing.assert_array_equal(held["gallery_mask_0"] > 0, ground_truth.lesion_mask(test[0]))
     assert not held["gallery_mask_5"].any()
 
 

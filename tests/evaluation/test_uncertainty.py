@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.detectors import prompt_detector
-from medclip_jax.evaluation import evaluate, predictions
-from medclip_jax.evaluation import uncertainty as evaluation_uncertainty
+from medclip_jax.evaluation import evaluate, predictions, uncertainty
 from medclip_jax.features.batch import Batch
 from medclip_jax.models import model
 from tests.support.ensembles import moved_scores
@@ -15,59 +14,52 @@ from tests.support.scenes import SETTINGS, perfect
 
 
 def test_entropy_is_that_of_a_coin():
-    np.testing.assert_allclose(evaluation_uncertainty.entropy(np.array([0.5])), np.log(2))
-    np.testing.assert_array_equal(evaluation_uncertainty.entropy(np.array([0.0, 1.0])), 0)
-    p = 0.2
-    assert evaluation_uncertainty.entropy(np.array([p]))[0] == pytest.approx(
-        -p * np.log(p) - (1 - p) * np.log(1 - p)
-    )
+    p = np.array([0.5, 0.0, 1.0, 0.2])
+    wanted = [np.log(2), 0, 0, -0.2 * np.log(0.2) - 0.8 * np.log(0.8)]
+    np.testing.assert_allclose(uncertainty.entropy(p), wanted, atol=1e-15)
 
 
-def test_passes_that_agree_have_no_mutual_information():
-    whole, shared = evaluation_uncertainty.of_passes(np.full((7, 3), 0.3))
-    np.testing.assert_allclose(whole, evaluation_uncertainty.entropy(np.array([0.3, 0.3, 0.3])))
-    np.testing.assert_array_equal(shared, 0)
+def test_mutual_information_is_what_the_passes_disagree_about():
+    """Passes that agree have none; passes that say 0 and 1 by turns have nothing else."""
+    p = np.array([[0.0, 0.5, 0.3], [1.0, 0.5, 0.3]])
+    whole, mutual = uncertainty.of_passes(p)
+    np.testing.assert_allclose(whole[:2], np.log(2))
+    np.testing.assert_allclose(mutual, [np.log(2), 0, 0], atol=1e-12)
+    assert mutual[2] == 0
+    whole, mutual = uncertainty.of_passes(np.random.default_rng(0).random((20, 50)))
+    assert (mutual > 0).all() and (mutual < whole).all() and (whole <= np.log(2) + 1e-12).all()
 
 
-def test_sure_passes_that_contradict_have_nothing_else():
-    """Passes that say 0 and 1 by turns: one bit, all of it mutual."""
-    p = np.array([[0.0, 0.5], [1.0, 0.5]])
-    whole, shared = evaluation_uncertainty.of_passes(p)
-    np.testing.assert_allclose(whole, np.log(2))
-    np.testing.assert_allclose(shared, [np.log(2), 0], atol=1e-12)
-
-
-def test_mutual_information_lies_between_nothing_and_the_entropy():
-    p = np.random.default_rng(0).random((20, 50))
-    whole, shared = evaluation_uncertainty.of_passes(p)
-    assert (shared > 0).all() and (shared < whole).all() and (whole <= np.log(2) + 1e-12).all()
+def test_measures_that_are_undefined_are_left_out():
+    columns = np.array([[0.1, 0.2, np.nan], [0.3, 0.4, np.nan]])
+    found = uncertainty.named(columns)
+    assert list(found) == ["entropy", "mutual_information"]
+    np.testing.assert_array_equal(found["mutual_information"], [0.2, 0.4])
 
 
 def test_risk_falls_where_the_uncertain_are_wrong():
-    wrong, uncertainty = np.array([1, 0, 0, 1]), np.array([0.9, 0.1, 0.2, 0.5])
-    np.testing.assert_allclose(
-        evaluation_uncertainty.risk_coverage(wrong, uncertainty), [0, 0, 1 / 3, 1 / 2]
-    )
+    wrong, values = np.array([1, 0, 0, 1]), np.array([0.9, 0.1, 0.2, 0.5])
+    np.testing.assert_allclose(uncertainty.risk_coverage(wrong, values), [0, 0, 1 / 3, 1 / 2])
 
 
 def test_what_remains_is_measured():
     score = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.4, 0.8, 0.9, 0.95, 0.45])
     label = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
     sd = np.array([1, 2, 3, 10, 4, 9, 5, 6, 7, 8.0])  # the two that are wrong last
-    found = evaluation_uncertainty.measure(score, label, {"sd": sd, "entropy": np.ones(10)})
+    found = uncertainty.measure(score, label, {"sd": sd, "entropy": np.ones(10)})
     assert found["coverage"] == [1.0, 0.9, 0.8, 0.7, 0.5]
     assert set(found["measures"]) == {"sd", "distance"}  # a constant orders nothing
-    sure = found["measures"]["sd"]
-    assert sure["risk"] == [0.2, pytest.approx(1 / 9), 0, 0, 0]
+    by_sd = found["measures"]["sd"]
+    assert by_sd["risk"] == [0.2, pytest.approx(1 / 9), 0, 0, 0]
     # of 5 x 5 pairs two are wrong: 0.6 above 0.4, 0.45 above 0.4
-    assert sure["auroc"] == [pytest.approx(23 / 25), pytest.approx(19 / 20), 1.0, 1.0, 1.0]
-    assert sure["aurc"] == pytest.approx((1 / 9 + 0.2) / 10)
-    near = found["measures"]["distance"]  # 0.45 goes first, then 0.6 or 0.4
-    assert near["risk"][1] == pytest.approx(2 / 9)
+    assert by_sd["auroc"] == [pytest.approx(23 / 25), pytest.approx(19 / 20), 1.0, 1.0, 1.0]
+    assert by_sd["aurc"] == pytest.approx((1 / 9 + 0.2) / 10)
+    by_distance = found["measures"]["distance"]  # 0.45 goes first, then 0.6 or 0.4
+    assert by_distance["risk"][1] == pytest.approx(2 / 9)
 
 
 def test_one_class_alone_has_no_auroc():
-    found = evaluation_uncertainty.measure(
+    found = uncertainty.measure(
         np.array([0.9, 0.8, 0.1]), np.array([1, 1, 0]), {"sd": np.arange(3.0)}
     )
     assert found["measures"]["sd"]["auroc"][-1] is None  # two abnormal images remain
@@ -75,10 +67,8 @@ def test_one_class_alone_has_no_auroc():
 
 @pytest.mark.parametrize("measures", [{}, {"sd": np.zeros(4)}])
 def test_without_passes_nothing_is_measured(measures):
-    assert (
-        evaluation_uncertainty.measure(np.linspace(0, 1, 4), np.array([0, 0, 1, 1]), measures)
-        is None
-    )
+    score, label = np.linspace(0, 1, 4), np.array([0, 0, 1, 1])
+    assert uncertainty.measure(score, label, measures) is None
 
 
 # --- in the whole -------------------------------------------------------------------------------
@@ -86,18 +76,18 @@ def test_without_passes_nothing_is_measured(measures):
 
 def test_predictions_and_metrics_hold_the_measures(scene, scored, tmp_path):  # noqa: F811
     _, _, test, _ = scene
-    assert set(scored.doubts) == set(evaluation_uncertainty.NAMES)
+    assert set(scored.doubts) == set(uncertainty.NAMES)
     p, doubts = scored.predictions, scored.doubts
     assert all(x.shape == p.score.shape for x in doubts.values())
     assert (doubts["mutual_information"] >= 0).all() and doubts["ensemble"].min() > 0
     assert (doubts["mutual_information"] <= doubts["entropy"]).all()
     found = evaluate.measure(scored, test, "stretch")["uncertainty"]
-    assert set(found["measures"]) == {"sd", *evaluation_uncertainty.NAMES, "distance"}
+    assert set(found["measures"]) == {"sd", *uncertainty.NAMES, "distance"}
     plain = found["measures"]["sd"]
     assert plain["auroc"][0] == evaluate.metrics.image_level(p.score, p.label)["auroc"]
     predictions.write_predictions(tmp_path, scored, test, "stretch", seed=0)
     with np.load(tmp_path / "predictions.npz", allow_pickle=False) as held:
-        for name in evaluation_uncertainty.NAMES:
+        for name in uncertainty.NAMES:
             np.testing.assert_array_equal(held[name], doubts[name])
 
 

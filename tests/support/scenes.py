@@ -54,7 +54,7 @@ def scored(scene):
 def perfect(test, size=32) -> predictions.Scored:
     """Predictions that say the truth."""
     label = np.array([r.label for r in test])
-    maps = 0.1 + 0.8 * np.stack([*ground_truth.Truths(test, size, "stretch")]).astype(np.float16)
+    maps = 0.1 + 0.8 * np.stack([*ground_truth.Masks(test, size, "stretch")]).astype(np.float16)
     said = Predictions(
         tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
     )
