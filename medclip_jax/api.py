@@ -49,7 +49,7 @@ class Scorer:
 
         Raises DataError for what cannot be read or is no such array.
         """
-        held = [_pixels(image) for image in images]
+        held = [_pixels(image, self._trained.config.data.window) for image in images]
         if not held:
             return []
         pixels, spacings = zip(*held, strict=True)
@@ -98,10 +98,10 @@ def load(workdir: str | Path) -> Scorer:
     return Scorer(workdir)
 
 
-def _pixels(image) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:
+def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:
     """Pixels and spacing; that of an array is not known."""
     if isinstance(image, str | Path):
-        read = io_read.read(Path(image))
+        read = io_read.read(Path(image), window=window)
         if len(read.pixels) != 1:
             raise DataError(
                 f"{image} holds {len(read.pixels)} frames: use predict_files for volumes"

@@ -51,15 +51,16 @@ def load_clip(c: ConfigDict) -> vit.Clip:
 def load_split(c: ConfigDict) -> Split:
     """Supports and test images of the data set."""
     root = Path(c.data.root) if c.data.root else None
-    policy = (c.data.uncertain, "negative")
-    records = datasets.load(c.data.name, root, Path(c.cache), c.k, policy)
+    meaning = {"uncertain": c.data.uncertain, "window": c.data.window}
+    records = datasets.load(c.data.name, root, Path(c.cache), c.k, **meaning)
     return splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
 
 
 def open_cache(c: ConfigDict, clip: vit.Clip, mesh) -> cache.FeatureCache:
     """Where tokens of this CLIP and preprocessing are kept."""
     recipe = preprocessing.steps(c.data.recipe)
-    return cache.open(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, recipe)
+    reading = recipe, c.data.window
+    return cache.open(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, *reading)
 
 
 def synthesis(c: ConfigDict) -> synthetic_variants.Synthesis:
@@ -80,7 +81,8 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[auxiliary.Auxiliary, ...]:
     words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
     _, strengths = augmentation.chosen(config_validation.augment(c), c.data.modality)
     names = [name for name in c.meta.data if name != c.data.name]
-    return auxiliary.choose(names, words=words, recipe=c.data.recipe, strengths=strengths)
+    reading = {"recipe": c.data.recipe, "window": c.data.window}
+    return auxiliary.choose(names, words=words, strengths=strengths, **reading)
 
 
 def explanation(c: ConfigDict, clip: vit.Clip) -> grad_cam.Explanation:
@@ -98,9 +100,9 @@ def encode(c: ConfigDict, clip: vit.Clip, split: Split, others, mesh):
     """Encode what the feature cache lacks; returns it and the training pools."""
     feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
     pools = [training_pool.open(feature_cache, split.support, variants)]
-    policy = (c.data.uncertain, "negative")
+    where = {"folder": Path(c.cache), "uncertain": c.data.uncertain}
     target = (others, split, feature_cache, variants)
-    pools += auxiliary.open_pools(*target, folder=Path(c.cache), policy=policy, seed=c.seed)
+    pools += auxiliary.open_pools(*target, **where, seed=c.seed)
     encoder.encode_images(feature_cache, split.test)
     if c.score.tiles > 1:
         tiling.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)

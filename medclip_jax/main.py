@@ -203,7 +203,8 @@ def check(fields: ConfigDict) -> None:
         seed=c.seed,
         pool_size=c.data.pool,
         kind=c.data.split,
-        policy=(c.data.uncertain, "negative"),
+        uncertain=c.data.uncertain,
+        window=c.data.window,
     )
 
 

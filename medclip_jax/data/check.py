@@ -5,15 +5,16 @@ Every image and mask is decoded once. Nothing is written.
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from medclip_jax.data import datasets, layouts, near_duplicates, splits
@@ -21,26 +22,29 @@ from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError
 from medclip_jax.io import read
 
-CONTRAST = 0.1  # of the full scale, between the 1st and the 99th percentile
-STYLES = {"stop": "bold red", "look": "yellow", "ok": "green"}
+LOW_CONTRAST = 0.1  # of the full scale, between the 1st and the 99th percentile
+STYLES = {"error": "bold red", "warning": "yellow", "ok": "green"}
 
 
 class Row(NamedTuple):
     """One line of the table."""
 
-    state: str  # stop: cannot be used | look: usable, but know it | ok
-    what: str
+    state: str  # error: cannot be used | warning: usable, but know it | ok
+    subject: str
     images: int
     detail: str
 
 
-class Seen(NamedTuple):
-    """What one image is like."""
+class Examined(NamedTuple):
+    """What one image looks like."""
 
     shape: tuple[int, int]  # height, width
     contrast: float  # 99th less 1st percentile, of the full scale
     thumbnail: Float[np.ndarray, " p"]
     sha256: str
+
+
+Readable = Sequence[tuple[layouts.Example, Examined]]
 
 
 class Screen(Console):
@@ -59,39 +63,46 @@ def run(
     seed: int = 0,
     pool_size: int = 32,
     kind: str = "peer",
-    policy: tuple[str, str] = ("exclude", "negative"),
+    uncertain: str = "exclude",
+    window: str = "",
     console: Console | None = None,
 ) -> tuple[Row, ...]:
     """Examine a data set and print the table; arguments as those of datasets.load and split.
 
+    Returns:
+      The rows, errors first.
+
     Raises:
       DataError: the data set cannot be used, after the table is printed; or there is none.
     """
-    _, layout = datasets.listed(name, root, cache, policy)
-    seen = examine(layout)
-    good = [(e, s) for e, s in zip(layout.examples, seen, strict=True) if isinstance(s, Seen)]
-    rows = [Row("stop", "name", 1, text) for text in datasets.problems(layout, k)]
-    rows += [Row("stop", "file", 1, text) for text in seen if isinstance(text, str)]
-    rows += contents(layout.examples) + appearance(good)
+    _, layout = datasets.find(name, root, cache, uncertain)
+    results = examine(layout, window)
+    pairs = zip(layout.examples, results, strict=True)
+    readable = [(example, image) for example, image in pairs if isinstance(image, Examined)]
+    rows = [Row("error", "name", 1, text) for text in datasets.problems(layout, k)]
+    rows += [Row("error", "file", 1, text) for text in results if isinstance(text, str)]
+    rows += contents(layout.examples) + appearance(readable)
     records = [
-        Record(e.id, e.label, e.part, layout.root / e.id, (), s.sha256, e.patient) for e, s in good
+        Record(e.id, e.label, e.part, layout.root / e.id, (), image.sha256, e.patient)
+        for e, image in readable
     ]
-    groups = same(good)
-    rows += sides(records, groups, seed, pool_size, kind, k)
+    rows += split_rows(records, duplicate_groups(readable), seed, pool_size, kind, k)
     rows.sort(key=lambda row: list(STYLES).index(row.state))
     show(rows, f"{name}: {layout.root}", console or Screen())
-    if stops := sum(row.state == "stop" for row in rows):
-        raise DataError(f"{layout.root} cannot be used: mend the {stops} problem(s) of the table.")
+    if errors := sum(row.state == "error" for row in rows):
+        raise DataError(
+            f"{layout.root} cannot be used: {errors} problem(s) in the table, fix these first."
+        )
     return tuple(rows)
 
 
-def examine(layout: layouts.Layout) -> list[Seen | str]:
-    """Decode every image with its masks, on threads; what is wrong with a file as a sentence."""
+def examine(layout: layouts.Layout, window: str = "") -> list[Examined | str]:
+    """Decode every image with its masks, on threads; a sentence where a file is wrong."""
 
-    def look(example: layouts.Example) -> Seen | str:
+    def one(example: layouts.Example) -> Examined | str:
         path = layout.root / example.id
         try:
-            frames = read.read(path).pixels
+            frames = read.read(path, window=window).pixels
             read.read_mask([layout.root / mask for mask in example.masks], frames.shape[1:])
         except DataError as error:
             return str(error).rstrip(".")
@@ -101,17 +112,17 @@ def examine(layout: layouts.Layout) -> list[Seen | str]:
         thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Seen(frames.shape[1:], float(high - low), thumbnail, digest)
+        return Examined(frames.shape[1:], float(high - low), thumbnail, digest)
 
-    found: list[Seen | str] = []
+    results: list[Examined | str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(layout.examples), datasets.WAITING):
-            found += pool.map(look, layout.examples[start : start + datasets.WAITING])
-    return found
+        for start in range(0, len(layout.examples), datasets.CHUNK):
+            results += pool.map(one, layout.examples[start : start + datasets.CHUNK])
+    return results
 
 
 def contents(examples: Sequence[layouts.Example]) -> list[Row]:
-    """How many images of each part and class, and whether both answers can be measured."""
+    """How many images of each part and class, and whether both classes can be measured."""
     counts = Counter((e.part, ("healthy", "abnormal")[e.label], e.kind) for e in examples)
     rows = [
         Row("ok", " ".join(filter(None, (part, label))), count, kind)
@@ -119,101 +130,100 @@ def contents(examples: Sequence[layouts.Example]) -> list[Row]:
     ]
     masks = sum(bool(e.masks) for e in examples)
     rows.append(Row("ok", "with mask", masks, "" if masks else "no pixel results"))
-    own_parts = any(e.part for e in examples)
-    tested = [e for e in examples if e.part == "test" or not own_parts]
+    has_parts = any(e.part for e in examples)
+    tested = [e for e in examples if e.part == "test" or not has_parts]
     if not tested:
         lacks = "no folder test: a run trains but measures nothing"
-        return [*rows, Row("look", "test set", 0, lacks)]
+        return [*rows, Row("warning", "test set", 0, lacks)]
     for label, word in enumerate(("healthy", "abnormal")):
         if all(e.label != label for e in tested):
-            rows.append(Row("stop", "test set", 0, f"no {word} image to test on"))
+            rows.append(Row("error", "test set", 0, f"no {word} image to test on"))
     return rows
 
 
-def appearance(good: Sequence[tuple[layouts.Example, Seen]]) -> list[Row]:
+def appearance(readable: Readable) -> list[Row]:
     """Sizes and intensities."""
-    if not good:
+    if not readable:
         return []
-    sizes = Counter(s.shape for _, s in good)
+    sizes = Counter(image.shape for _, image in readable)
     areas = sorted(sizes, key=lambda shape: shape[0] * shape[1])
     span = " to ".join(dict.fromkeys(f"{w} x {h}" for h, w in (areas[0], areas[-1])))
-    contrasts = [s.contrast for _, s in good]
+    contrasts = [image.contrast for _, image in readable]
     low, middle = np.min(contrasts), np.median(contrasts)
     rows = [
         Row("ok", "sizes", len(sizes), f"{span} pixels (width x height)"),
-        Row("ok", "contrast", len(good), f"median {middle:.2f}, least {low:.2f} of full scale"),
+        Row("ok", "contrast", len(readable), f"median {middle:.2f}, least {low:.2f} of full scale"),
     ]
-    flat = [e.id for e, s in good if not s.thumbnail.any()]
-    dull = [e.id for e, s in good if s.thumbnail.any() and s.contrast < CONTRAST]
-    if flat:
-        rows.append(Row("look", "constant image", len(flat), f"first {flat[0]}"))
-    if dull:
-        rows.append(Row("look", f"contrast below {CONTRAST}", len(dull), f"first {dull[0]}"))
+    flat = [e.id for e, image in readable if not image.thumbnail.any()]
+    dull = [e.id for e, i in readable if i.thumbnail.any() and i.contrast < LOW_CONTRAST]
+    for subject, ids in (("constant image", flat), (f"contrast below {LOW_CONTRAST}", dull)):
+        if ids:
+            rows.append(Row("warning", subject, len(ids), f"first {ids[0]}"))
     return rows
 
 
-def same(good: Sequence[tuple[layouts.Example, Seen]]) -> np.ndarray:
-    """Groups of near-duplicates, as twins.of has them."""
-    if not good:
+def duplicate_groups(readable: Readable) -> Int[np.ndarray, " n"]:
+    """Groups of near-duplicates, as near_duplicates.groups has them."""
+    if not readable:
         return np.zeros(0, np.int64)
-    hashes = [s.sha256 for _, s in good]
+    hashes = [image.sha256 for _, image in readable]
     _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
-    return near_duplicates.first_seen(
-        near_duplicates.group(np.stack([good[i][1].thumbnail for i in first]))[back]
-    )
+    thumbnails = np.stack([readable[i][1].thumbnail for i in first])
+    return near_duplicates.first_seen(near_duplicates.correlated(thumbnails)[back])
 
 
-def sides(
-    records: Sequence[Record], groups: np.ndarray, seed: int, pool_size: int, kind: str, k: int
+def split_rows(
+    records: Sequence[Record],
+    groups: Int[np.ndarray, " n"],
+    seed: int,
+    pool_size: int,
+    kind: str,
+    k: int,
 ) -> list[Row]:
     """What stands on both sides of the split: the whole pool that supports come from, and test."""
-    clean = kind == "clean"
-    drawn = splits.clean(records, seed, groups) if clean else splits.peer(records, seed, pool_size)
-    pool, test = drawn
+    if kind == "clean":
+        pool, test = splits.clean(records, seed, groups)
+    else:
+        pool, test = splits.peer(records, seed, pool_size)
     rows = [Row("ok", f"{kind} split", len(records), f"pool {len(pool)}, test {len(test)}")]
     if len(pool) < k:
-        rows.append(Row("stop", "pool", len(pool), f"fewer than K = {k} healthy images"))
+        rows.append(Row("error", "pool", len(pool), f"fewer than K = {k} healthy images"))
     group = {r.id: int(g) for r, g in zip(records, groups, strict=True)}
-    labels: dict[int, set[int]] = {}
+    labels: dict[int, set[int]] = defaultdict(set)
     for record in records:
-        labels.setdefault(group[record.id], set()).add(record.label)
-    torn = [r.id for r in records if len(labels[group[r.id]]) > 1]
-    if torn:
-        detail = f"healthy in one, abnormal in another, first {torn[0]}"
-        rows.append(Row("look", "near-duplicates that contradict", len(torn), detail))
-    hashes, near = {r.sha256 for r in pool}, {group[r.id] for r in pool}
-    both = {
+        labels[group[record.id]].add(record.label)
+    contradicting = [r.id for r in records if len(labels[group[r.id]]) > 1]
+    if contradicting:
+        detail = f"healthy in one, abnormal in another, first {contradicting[0]}"
+        rows.append(Row("warning", "near-duplicates that contradict", len(contradicting), detail))
+    hashes, pool_groups = {r.sha256 for r in pool}, {group[r.id] for r in pool}
+    shared = {
         "exact duplicate across the split": [r.id for r in test if r.sha256 in hashes],
         "near-duplicate across the split": [
-            r.id for r in test if group[r.id] in near and r.sha256 not in hashes
+            r.id for r in test if group[r.id] in pool_groups and r.sha256 not in hashes
         ],
         "patient across the split": list(splits.shared_patients(pool, test)),
     }
     hint = "; --config.data.split=clean keeps them apart"
     return rows + [
-        Row("look", what, len(found), f"first {found[0]}{hint}")
-        for what, found in both.items()
-        if found
+        Row("warning", subject, len(ids), f"first {ids[0]}{hint}")
+        for subject, ids in shared.items()
+        if ids
     ]
 
 
 def show(rows: Sequence[Row], title: str, console: Console) -> None:
     """Print the table; of one kind of problem at most ten lines."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", "what", "images", "detail"):
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("", "subject", "images", "detail"):
         table.add_column(column, justify="right" if column == "images" else "left", overflow="fold")
-    told: Counter[tuple[str, str]] = Counter()
+    printed: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        told[row.state, row.what] += 1
-        if told[row.state, row.what] <= datasets.LISTED or row.state == "ok":
-            cells = (row.state, row.what, str(row.images), row.detail)
-            table.add_row(*(_plain(cell) for cell in cells), style=STYLES[row.state])
-    for (state, what), count in told.items():
+        printed[row.state, row.subject] += 1
+        if printed[row.state, row.subject] <= datasets.LISTED or row.state == "ok":
+            cells = (row.state, row.subject, str(row.images), row.detail)
+            table.add_row(*map(escape, cells), style=STYLES[row.state])
+    for (state, subject), count in printed.items():
         if state != "ok" and count > datasets.LISTED:
-            table.add_row(state, what, str(count - datasets.LISTED), "more", style=STYLES[state])
+            table.add_row(state, subject, str(count - datasets.LISTED), "more", style=STYLES[state])
     console.print(table)
-
-
-def _plain(text: str) -> str:
-    """Brackets in file names are no markup."""
-    return text.replace("[", "\\[")

@@ -7,14 +7,13 @@ mentioned. What counts:
   healthy    "No Finding" is 1, and of FINDINGS none is present or undecided
   left out   everything else
 
-A Policy says what uncertain and blank are: "positive" present, "negative" absent, "exclude"
-undecided. Supports come from train.csv, the test set is valid.csv (labelled by radiologists).
+Uncertain counts as present ("positive"), absent ("negative") or undecided ("exclude"); blank as
+absent. Supports come from train.csv, the test set is valid.csv (labelled by radiologists).
 """
 
 import csv
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from medclip_jax.data.layouts import Example, Layout, find, natural
 from medclip_jax.errors import ConfigError, DataError
@@ -27,42 +26,30 @@ FINDINGS = (
 COLUMNS = ("Path", "Frontal/Lateral", "No Finding", *FINDINGS)
 PARTS = {"train": "train", "valid": "test"}  # file and folder of the archive -> part
 UNDECIDED = None
-MEANINGS = {"positive": 1, "negative": 0, "exclude": UNDECIDED}
-UNCERTAIN = ("exclude", "positive", "negative")
-BLANK = ("negative", "exclude")
+UNCERTAIN = {"exclude": UNDECIDED, "positive": 1, "negative": 0}
 
 
-class Policy(NamedTuple):
-    """What is made of labels that say neither yes nor no."""
-
-    uncertain: str = "exclude"  # -1: UNCERTAIN
-    blank: str = "negative"  # not mentioned: BLANK
-
-
-DEFAULT = Policy()
-
-
-def layout(root: Path, policy: Policy = DEFAULT) -> Layout:
-    """List the frontal films that have a label under the policy.
+def layout(root: Path, uncertain: str = "exclude") -> Layout:
+    """List the frontal films that have a label.
 
     Args:
       root: the folder of train.csv and valid.csv, or one or two levels above it.
+      uncertain: what the label -1 means, a key of UNCERTAIN.
 
     Raises:
-      ConfigError: unknown policy.
+      ConfigError: unknown meaning.
       DataError: no such folder, a column is missing, or a value is no label.
     """
-    if policy.uncertain not in UNCERTAIN or policy.blank not in BLANK:
+    if uncertain not in UNCERTAIN:
         raise ConfigError(
-            f"config.data.uncertain, config.data.blank are '{policy.uncertain}', '{policy.blank}': "
-            f"give one of {', '.join(UNCERTAIN)} and one of {', '.join(BLANK)}"
+            f"config.data.uncertain is '{uncertain}': give one of {', '.join(UNCERTAIN)}"
         )
     tables = tuple(f"{name}.csv" for name in PARTS)
     root = find(root, "CheXpert", "chexpert", "CheXpert-v1.0-small", tables)
     examples, problems = [], []
     for name, part in PARTS.items():
         missing = []
-        for line, example in _rows(root, name, part, policy):
+        for line, example in _rows(root, name, part, uncertain):
             if (root / example.id).is_file():
                 examples.append(example)
             else:
@@ -79,29 +66,29 @@ def layout(root: Path, policy: Policy = DEFAULT) -> Layout:
     return Layout(root, tuple(sorted(examples, key=lambda e: natural(e.id))), tuple(problems))
 
 
-def label_of(row: dict[str, str], policy: Policy) -> tuple[int | None, str]:
-    """(0 healthy, 1 abnormal or None for undecided, what was found) of a row of the tables.
+def label_of(row: dict[str, str], uncertain: str) -> tuple[int | None, str]:
+    """(0 healthy, 1 abnormal or None for undecided, the finding) of a row of the tables.
 
     Raises:
       KeyError: a value that is neither a label nor blank.
     """
     meaning = {
         **{"1.0": 1, "1": 1, "0.0": 0, "0": 0},
-        **{value: MEANINGS[policy.uncertain] for value in ("-1.0", "-1")},
-        "": MEANINGS[policy.blank],
+        **{value: UNCERTAIN[uncertain] for value in ("-1.0", "-1")},
+        "": 0,
     }
-    found = {name: meaning[(row[name] or "").strip()] for name in FINDINGS}
-    present = [name for name in FINDINGS if found[name] == 1]
+    findings = {name: meaning[(row[name] or "").strip()] for name in FINDINGS}
+    present = [name for name in FINDINGS if findings[name] == 1]
     if present:
         return 1, present[0]
     healthy = meaning[(row["No Finding"] or "").strip()] == 1
-    if healthy and UNDECIDED not in found.values():
+    if healthy and UNDECIDED not in findings.values():
         return 0, "No Finding"
     return None, ""
 
 
-def _rows(root: Path, name: str, part: str, policy: Policy) -> Iterator[tuple[int, Example]]:
-    """(line, example) of every frontal film that the policy decides."""
+def _rows(root: Path, name: str, part: str, uncertain: str) -> Iterator[tuple[int, Example]]:
+    """(line, example) of every frontal film that has a label."""
     table = root / f"{name}.csv"
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
@@ -116,7 +103,7 @@ def _rows(root: Path, name: str, part: str, policy: Policy) -> Iterator[tuple[in
                     continue
                 below = _below(table, rows.line_num, row["Path"] or "", name)
                 try:
-                    label, kind = label_of(row, policy)
+                    label, kind = label_of(row, uncertain)
                 except KeyError as error:
                     raise DataError(
                         f"{table} holds {error} in line {rows.line_num} where a label is 1, 0, -1 "

@@ -1,10 +1,9 @@
-"""Data sets by name, healthy-only support pools, and splits kept with ids and hashes."""
+"""Data sets by name: where they lie, what is wrong with them, and their records."""
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from medclip_jax.data import chexpert, layouts, phantom
 from medclip_jax.data.catalog import ABOUT
@@ -24,15 +23,7 @@ DOWNLOADABLE = ("busi",)
 PHANTOMS = {f"phantom-{m}": (m, 32, 40, 40) for m in ("ultrasound", "mri", "xray")}
 PHANTOM_SIZE = (224, 256)
 LISTED = 10  # problems named in one message
-WAITING = 1024  # files handed to the threads at a time
-
-
-class Entry(NamedTuple):
-    """One image of a stored split."""
-
-    id: str
-    sha256: str
-    label: int  # 0 healthy, 1 abnormal
+CHUNK = 1024  # files handed to the threads at a time
 
 
 def load(
@@ -40,37 +31,45 @@ def load(
     root: Path | None,
     cache: Path,
     k: int = 1,
-    policy: tuple[str, str] = chexpert.DEFAULT,
+    *,
+    uncertain: str = "exclude",
+    window: str = "",
 ) -> tuple[Record, ...]:
     """Records of a data set, in natural order of their ids.
 
     The first call for a state of the data decodes every image and mask once, hashes the images
-    and keeps the list in `cache`; a changed, added or removed file makes a new list.
+    and stores the list in `cache`; a changed, added or removed file makes a new list.
 
     Args:
       name: one of LAYOUTS ("folder" is the MVTec-AD layout) or PHANTOMS (simulated on first use).
       root: where the data lie; None takes $MEDCLIP_DATA, and failing that BUSI is downloaded.
       cache: folder for prepared lists and downloads.
       k: healthy images that will be needed; fewer is listed with the other problems.
-      policy: CheXpert's labels that say neither yes nor no, see chexpert.Policy.
+      uncertain: what CheXpert's label -1 means, one of chexpert.UNCERTAIN.
+      window: CT window that the records are read with, see io.read.
 
     Raises:
-      ConfigError: unknown name or policy.
+      ConfigError: unknown name or meaning.
       DataError: no data there, the download failed, or all problems of the data together.
       WorkdirError: `cache` cannot be written.
     """
     from medclip_jax.data import tfds_builders  # imports tensorflow_datasets, too slow for --help
 
-    name, layout = listed(name, root, cache, policy)
-    found = problems(layout, k)
+    name, layout = find(name, root, cache, uncertain)
+    wrong = problems(layout, k)
     if not tfds_builders.prepared(name, layout, cache):
-        found += broken(layout)
-    _refuse(layout.root, found)
-    return tfds_builders.records(name, layout, cache)
+        wrong += unreadable(layout, window)
+    if wrong:
+        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise DataError(
+            f"{layout.root}: {len(wrong)} problem(s) found, fix these first: "
+            f"{'; '.join(wrong[:LISTED])}{more}."
+        )
+    return tuple(r._replace(window=window) for r in tfds_builders.records(name, layout, cache))
 
 
-def listed(
-    name: str, root: Path | None, cache: Path, policy: tuple[str, str] = chexpert.DEFAULT
+def find(
+    name: str, root: Path | None, cache: Path, uncertain: str = "exclude"
 ) -> tuple[str, layouts.Layout]:
     """Name (a phantom becomes a "folder") and layout of a data set, no image opened; see `load`."""
     if name not in (*LAYOUTS, *PHANTOMS):
@@ -80,7 +79,8 @@ def listed(
         modality, *counts = PHANTOMS[name]
         root = phantom.write_folder(cache / name, modality, 0, PHANTOM_SIZE, *counts)
         name = "folder"
-    root = root or _environment_root()
+    if root is None and (variable := os.environ.get("MEDCLIP_DATA")):
+        root = Path(variable)
     if root is None and name in DOWNLOADABLE:
         from medclip_jax.data import tfds_builders
 
@@ -91,21 +91,19 @@ def listed(
     root = root.expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
-    if name == "chexpert":
-        return name, chexpert.layout(root, chexpert.Policy(*policy))
-    return name, LAYOUTS[name](root)
+    return name, chexpert.layout(root, uncertain) if name == "chexpert" else LAYOUTS[name](root)
 
 
 def problems(layout: layouts.Layout, k: int = 1) -> tuple[str, ...]:
     """What is wrong with the names: masks without image, images without mask, too few healthy."""
-    own_parts = any(e.part for e in layout.examples)
-    healthy = sum(e.label == 0 and (e.part == "train" or not own_parts) for e in layout.examples)
+    has_parts = any(e.part for e in layout.examples)
+    healthy = sum(e.label == 0 and (e.part == "train" or not has_parts) for e in layout.examples)
     if healthy >= k:
         return layout.problems
     return (*layout.problems, f"only {healthy} healthy images where K = {k} are needed")
 
 
-def broken(layout: layouts.Layout) -> tuple[str, ...]:
+def unreadable(layout: layouts.Layout, window: str = "") -> tuple[str, ...]:
     """What is wrong with the files: images and masks that cannot be read or differ in size.
 
     Decodes everything once, on threads.
@@ -113,27 +111,13 @@ def broken(layout: layouts.Layout) -> tuple[str, ...]:
 
     def check(example: layouts.Example) -> str | None:
         try:
-            shape = read.read(layout.root / example.id).pixels.shape[1:]
+            shape = read.read(layout.root / example.id, window=window).pixels.shape[1:]
             read.read_mask([layout.root / mask for mask in example.masks], shape)
         except DataError as error:
             return str(error).rstrip(".")
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        every = range(0, len(layout.examples), WAITING)  # or all the files would wait at once
-        parts = (layout.examples[i : i + WAITING] for i in every)
-        return tuple(found for part in parts for found in pool.map(check, part) if found)
-
-
-def _environment_root() -> Path | None:
-    named = os.environ.get("MEDCLIP_DATA")
-    return Path(named) if named else None
-
-
-def _refuse(root: Path, found: tuple[str, ...]) -> None:
-    """One DataError for all problems, at most ten of them spelled out."""
-    if found:
-        more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
-        raise DataError(
-            f"{root} has {len(found)} problem(s) to mend first: {'; '.join(found[:LISTED])}{more}."
-        )
+        starts = range(0, len(layout.examples), CHUNK)  # or all the files would wait at once
+        parts = (layout.examples[i : i + CHUNK] for i in starts)
+        return tuple(error for part in parts for error in pool.map(check, part) if error)

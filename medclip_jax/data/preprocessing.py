@@ -25,7 +25,6 @@ SPREAD = 3.0  # standard deviations that fill half of [0, 1]
 WAVELET = "db4"
 LEVELS = 2  # of the wavelet transform; noise lives in the finest ones
 NORMAL = 0.6744897501960817  # third quartile of N(0, 1): median of |x| over its sd
-WINDOWS = {"brain": (40.0, 80.0), "lung": (-600.0, 1500.0), "soft tissue": (40.0, 400.0)}
 
 Pixels = Float[np.ndarray, "h w"]
 
@@ -94,12 +93,6 @@ def wavelet_denoise(
     return whole[..., :height, :width]  # an odd side comes back one pixel longer
 
 
-def window(hounsfield: Shaped[np.ndarray, "*n h w"], name: str) -> Float[np.ndarray, "*n h w"]:
-    """CT window, Hounsfield units -> [0, 1]; `name` is a key of WINDOWS (centre, width)."""
-    centre, width = WINDOWS[name]
-    return np.clip((hounsfield - centre) / width + 0.5, 0, 1)
-
-
 # --- steps: [0, 1] to [0, 1] ----------------------------------------------------------------
 
 
@@ -115,7 +108,7 @@ STEPS: dict[str, Callable[[Pixels], Pixels]] = {
     "clahe": clahe,
 }
 
-# METHOD.md, "Input". CT is windowed before, where Hounsfield units are known (`window`).
+# CT is windowed by its reader, where Hounsfield units are known: config.data.window.
 RECIPES = {
     "ultrasound": ("wavelet", "clahe", "zscore"),
     "mri": ("zscore", "wavelet"),

@@ -34,6 +34,7 @@ class Record(NamedTuple):
     masks: tuple[Path, ...]  # their union is the lesion mask; empty if there is none
     sha256: str  # of the image file's bytes
     patient: str = ""  # whose image, where the data set says so; a code, never a name
+    window: str = ""  # CT window that the image is read with, see io.read
 
 
 class Split(NamedTuple):
@@ -60,22 +61,22 @@ def read_all(
     waiting = iter(records)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running = collections.deque(
-            (record, pool.submit(_read_fit, record.path, size, mode))
+            (record, pool.submit(_read_fit, record, size, mode))
             for record in itertools.islice(waiting, 4 * workers)
         )
         while running:
             record, future = running.popleft()
             pixels = future.result()
             for follower in itertools.islice(waiting, 1):
-                running.append((follower, pool.submit(_read_fit, follower.path, size, mode)))
+                running.append((follower, pool.submit(_read_fit, follower, size, mode)))
             yield record, pixels
 
 
-def _read_fit(path: Path, size: int, mode: Mode) -> Float[np.ndarray, "s s"]:
-    pixels = read.read(path).pixels
+def _read_fit(record: Record, size: int, mode: Mode) -> Float[np.ndarray, "s s"]:
+    pixels = read.read(record.path, window=record.window).pixels
     if pixels.shape[0] != 1:
         raise DataError(
-            f"{path} holds {pixels.shape[0]} frames where one image is needed: "
+            f"{record.path} holds {pixels.shape[0]} frames where one image is needed: "
             "save the frames as files of their own."
         )
     return fit(pixels[0], size, mode)

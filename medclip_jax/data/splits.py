@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from medclip_jax import files
-from medclip_jax.data import datasets, near_duplicates
+from medclip_jax.data import near_duplicates
 from medclip_jax.data.records import Record, Split
 from medclip_jax.errors import ConfigError, DataError
 
@@ -103,6 +103,14 @@ def _with_parts(units: dict[int, list[Record]]) -> tuple[list[Record], list[Reco
 KINDS = ("peer", "clean")
 
 
+class Entry(NamedTuple):
+    """One image of a stored split."""
+
+    id: str
+    sha256: str
+    label: int  # 0 healthy, 1 abnormal
+
+
 class StoredSplit(NamedTuple):
     """What split.json holds."""
 
@@ -110,8 +118,8 @@ class StoredSplit(NamedTuple):
     kind: str
     k: int
     seed: int
-    support: tuple[datasets.Entry, ...]
-    test: tuple[datasets.Entry, ...]
+    support: tuple[Entry, ...]
+    test: tuple[Entry, ...]
 
 
 def split(
@@ -146,7 +154,7 @@ def split(
     if kind not in KINDS:
         raise ConfigError(f"config.data.split is '{kind}': give one of {', '.join(KINDS)}.")
     if kind == "clean":
-        pool, test = clean(records, seed, near_duplicates.of(records, cache))
+        pool, test = clean(records, seed, near_duplicates.groups(records, cache))
     else:
         pool, test = peer(records, seed, pool_size)
     if not 0 <= k <= len(pool):
@@ -195,7 +203,7 @@ def write_split(drawn: Split, path: Path, *, name: str, seed: int, kind: str = "
       WorkdirError: the folder cannot be written.
     """
     rows = {
-        part: [datasets.Entry(r.id, r.sha256, r.label)._asdict() for r in getattr(drawn, part)]
+        part: [Entry(r.id, r.sha256, r.label)._asdict() for r in getattr(drawn, part)]
         for part in Split._fields
     }
     head = {"dataset": name, "kind": kind, "k": len(drawn.support), "seed": seed}
@@ -211,7 +219,7 @@ def read_split(path: Path) -> StoredSplit:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         entries = {
-            part: tuple(datasets.Entry(**row) for row in held.pop(part)) for part in Split._fields
+            part: tuple(Entry(**row) for row in held.pop(part)) for part in Split._fields
         }
         return StoredSplit(**(held | entries))
     except OSError as error:
@@ -241,7 +249,7 @@ def check_split(path: Path, drawn: Split) -> None:
                 )
 
 
-def _difference(old: datasets.Entry | None, new: Record | None) -> str:
+def _difference(old: Entry | None, new: Record | None) -> str:
     if old is None:
         return f"{new.id} is in the data only" if new else ""
     if new is None:

@@ -79,7 +79,7 @@ def write_predictions(
     ]
     gallery: dict[str, Any] = {"gallery_index": np.array(shown)}
     for place, i in enumerate(shown):
-        pixels = read.read(test[i].path).pixels[0]
+        pixels = read.read(test[i].path, window=test[i].window).pixels[0]
         height, width = pixels.shape
         heat = read.to_frame(p.maps[i].astype(np.float32), height, width, fit)
         gallery[f"gallery_image_{place}"] = np.round(255 * pixels).astype(np.uint8)

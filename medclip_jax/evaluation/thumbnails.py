@@ -57,7 +57,7 @@ def pack(
 
 
 def _one(record: Record, heat, cam, fit: read.Mode) -> tuple[tuple[int, int], tuple[bytes, ...]]:
-    pixels = read.read(record.path).pixels[0]
+    pixels = read.read(record.path, window=record.window).pixels[0]
     frame = (pixels.shape[0], pixels.shape[1])
     image = PIL.Image.fromarray(np.round(255 * pixels).astype(np.uint8))
     mask = b""

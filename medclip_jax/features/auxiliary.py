@@ -29,6 +29,7 @@ class Auxiliary(NamedTuple):
     words: dict[str, Any]  # modality, anatomy and conditions, for the prompts
     recipe: tuple[str, ...]  # preprocessing.STEPS
     strengths: augmentation.Strengths
+    window: str  # of CT: the target's for a dataset without words of its own
 
 
 def choose(
@@ -37,6 +38,7 @@ def choose(
     words: dict[str, Any],
     recipe: str,
     strengths: augmentation.Strengths,
+    window: str = "",
 ) -> tuple[Auxiliary, ...]:
     """The auxiliary datasets of these names ("name" or "name=folder").
 
@@ -47,6 +49,7 @@ def choose(
       words: of the target: modality, anatomy, conditions.
       recipe: of the target; where it has one, each dataset takes that of its own modality.
       strengths: of augmentation.
+      window: CT window of the target.
 
     Raises:
       ConfigError: for an unknown name.
@@ -75,7 +78,8 @@ def choose(
             )
             changes = strengths._replace(elastic=0.0)
         root = Path(root) if root else None
-        chosen.append(Auxiliary(name, root, own, preprocessing.steps(steps), changes))
+        ct = "" if name in PRESETS else window
+        chosen.append(Auxiliary(name, root, own, preprocessing.steps(steps), changes, ct))
     return tuple(chosen)
 
 
@@ -86,7 +90,7 @@ def open_pools(
     synthesis: Synthesis,
     *,
     folder: Path,
-    policy: tuple[str, str],
+    uncertain: str,
     seed: int,
 ) -> list[TrainingPool]:
     """A pool of healthy images of each dataset, none of them in the target's split.
@@ -96,14 +100,15 @@ def open_pools(
       target: the target's split.
       feature_cache, synthesis: the target's.
       folder: of prepared data (config.cache).
-      policy: CheXpert's, for uncertain and blank labels.
+      uncertain: what CheXpert's label -1 means.
       seed: of the sample of images.
     """
     pools = []
     for dataset in auxiliary:
-        records = datasets.load(dataset.name, dataset.root, folder, policy=policy)
+        meaning = {"uncertain": uncertain, "window": dataset.window}
+        records = datasets.load(dataset.name, dataset.root, folder, **meaning)
         images = splits.healthy(records, target, IMAGES, seed)
-        own = cache.with_recipe(feature_cache, dataset.recipe)
+        own = cache.with_recipe(feature_cache, dataset.recipe, dataset.window)
         changes = synthesis._replace(strengths=dataset.strengths)
         pools.append(training_pool.open(own, images, changes))
     return pools

@@ -32,6 +32,7 @@ from medclip_jax.data.records import Record, unique
 from medclip_jax.distributed import multihost, sharding
 from medclip_jax.distributed.runtime import batches
 from medclip_jax.io import read
+from medclip_jax.io.image import parse_window
 
 
 class FeatureCache(NamedTuple):
@@ -46,23 +47,28 @@ class FeatureCache(NamedTuple):
     recipe: tuple[str, ...] = ()  # preprocessing.STEPS that images go through before the encoder
 
 
-def open(folder: Path, clip: vit.Clip, fit: Any, dtype: str, mesh, recipe="") -> FeatureCache:
+def open(
+    folder: Path, clip: vit.Clip, fit: Any, dtype: str, mesh, recipe="", window: str = ""
+) -> FeatureCache:
     """The feature cache below `folder`; the other arguments are FeatureCache's fields.
 
-    Raises ConfigError for an unknown recipe.
+    `window` is the CT window that images are read with. Raises ConfigError for an unknown recipe.
     """
     vision = sharding.replicate(clip.vision, mesh)
     unnamed = FeatureCache(folder / "feature_cache" / "-", clip, fit, dtype, mesh, vision)
-    return with_recipe(unnamed, recipe)
+    return with_recipe(unnamed, recipe, window)
 
 
-def with_recipe(feature_cache: FeatureCache, recipe: str | Sequence[str]) -> FeatureCache:
+def with_recipe(
+    feature_cache: FeatureCache, recipe: str | Sequence[str], window: str = ""
+) -> FeatureCache:
     """The same for images that are preprocessed otherwise. Raises ConfigError if it is unknown."""
     clip, encoder = feature_cache.clip, feature_cache.clip.vision_tower
     pixels = clip.size, clip.mean, clip.std, feature_cache.fit
     steps = preprocessing.steps(recipe)
     named: list[Any] = [(preprocessing.VERSION, steps)] if steps else []
     named += ["inputs"] if encoder.inputs else []
+    named += [parse_window(window)] if window else []
     name = digest(
         2, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
     )

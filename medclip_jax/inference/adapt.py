@@ -126,7 +126,8 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
     tower, c = start.tower, start.config
 
     def read(path):
-        return io_read.fit(io_read.read(path).pixels[0], tower.size, c.data.fit)
+        image = io_read.read(path, window=c.data.window)
+        return io_read.fit(image.pixels[0], tower.size, c.data.fit)
 
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read, images))).astype(np.float32)

@@ -134,7 +134,7 @@ def save(workdir: str | Path, path: str | Path) -> int:
         "format": FORMAT,
         "medclip-jax": __version__,
         "jax": jax.__version__,
-        "recipe": {"size": size, "fit": model.config.data.fit, "range": [0, 1], "grey": True},
+        "recipe": {"size": size, "fit": model.config.data.fit, "range": [0, 1], "grey": True, "window": model.config.data.window},
         "limits": head["limits"],
         "k": head["k"],
         "alpha": model.limits.image._asdict(),

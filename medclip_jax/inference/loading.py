@@ -21,7 +21,7 @@ from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, predictor, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.io import dicom, read
-from medclip_jax.io.image import Image
+from medclip_jax.io.image import Image, parse_window
 
 LARGE = 16 << 20  # bytes; a larger file is read alone
 LIMIT = 1 << 28  # bytes of images that were read and wait for the scorer
@@ -165,7 +165,7 @@ def load(item: Item, model: predictor.Trained, output: Path, stamp: str) -> Job:
         if held is not None:
             return Job(item, rows=held)
         with _turn(item):
-            image = _image(item)
+            image = _image(item, model.config.data.window)
         size, mode = model.feature_cache.clip.size, model.config.data.fit
         fitted = [read.fit(frame, size, mode) for frame in image.pixels]
         if not np.isfinite(fitted).all():
@@ -199,10 +199,11 @@ def _pixels(path: str) -> int:
         return 0
 
 
-def _image(item: Item) -> Image:
-    if len(item.paths) > 1:
-        return dicom.read_slices([Path(p) for p in item.paths], Path(item.paths[0]).parent)
-    return read.read(Path(item.paths[0]))
+def _image(item: Item, window: str) -> Image:
+    paths = [Path(p) for p in item.paths]
+    if len(paths) > 1:
+        return dicom.read_slices(paths, paths[0].parent, parse_window(window))
+    return read.read(paths[0], window=window)
 
 
 def _content(item: Item) -> str:

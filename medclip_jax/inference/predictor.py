@@ -102,7 +102,7 @@ def load(workdir: Path) -> Trained:
             "restore that one"
         )
     mesh = sharding.mesh()
-    like = (tower, c.data.fit, c.clip.dtype, mesh, c.data.recipe)
+    like = (tower, c.data.fit, c.clip.dtype, mesh, c.data.recipe, c.data.window)
     feature_cache = cache.open(workdir, *like)
     keys = jax.random.split(jax.random.key(c.seed), c.score.passes)
     readings = Readings(

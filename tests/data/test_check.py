@@ -24,7 +24,7 @@ def table(name: str, root: Path, k: int = 4, **options) -> tuple[dict, str]:
     text = io.StringIO()
     shown = Console(file=text, width=200)
     rows = check.run(name, root, root.parent / "cache", k, console=shown, **options)
-    return {row.what: row for row in rows}, text.getvalue()
+    return {row.subject: row for row in rows}, text.getvalue()
 
 
 def test_a_sound_folder(folder):
@@ -43,8 +43,8 @@ def test_what_is_worth_a_look(folder):
     PIL.Image.fromarray(np.full((9, 7), 8, np.uint8)).save(folder / "test" / "good" / "2.png")
     PIL.Image.fromarray(array // 32).save(folder / "test" / "stain" / "3.png")
     rows, _ = table("folder", folder)
-    look = {what: row.images for what, row in rows.items() if row.state == "look"}
-    assert look == {
+    warnings = {what: row.images for what, row in rows.items() if row.state == "warning"}
+    assert warnings == {
         "exact duplicate across the split": 1,
         "near-duplicate across the split": 2,
         "near-duplicates that contradict": 5,
@@ -60,7 +60,7 @@ def test_what_cannot_be_used_is_all_in_one_table(folder):
     png(folder / "ground_truth" / "crack" / "3_mask.png", 0, size=(5, 4), mask=True)
     (folder / "test" / "good" / "[0].png").write_bytes(b"no image")
     text = io.StringIO()
-    with pytest.raises(DataError, match=r"cannot be used: mend the 5 problem\(s\) of the table"):
+    with pytest.raises(DataError, match=r"cannot be used: 5 problem\(s\) in the table, fix these first"):
         shown = Console(file=text, width=300)
         check.run("folder", folder, folder.parent, 8, console=shown)
     for words in ("1.png has no mask", "is 4 x 5 pixels", "[0].png", "K = 8"):
@@ -71,7 +71,7 @@ def test_folder_without_test_part(folder):
     (folder / "test").rename(folder.parent / "test")
     (folder / "ground_truth").rename(folder.parent / "truth")
     rows, _ = table("folder", folder)
-    assert rows["test set"].state == "look" and "no folder test" in rows["test set"].detail
+    assert rows["test set"].state == "warning" and "no folder test" in rows["test set"].detail
 
 
 def test_long_lists_are_cut(tmp_path):
@@ -93,4 +93,4 @@ def test_mode_check_needs_no_workdir(folder, capsys, monkeypatch, tmp_path):
     (folder / "test" / "good" / "0.png").write_bytes(b"no image")
     assert main.main(argv) == 2
     held = capsys.readouterr()
-    assert "stop" in held.out and held.err.count("cannot be used") == 1
+    assert "error" in held.out and held.err.count("cannot be used") == 1

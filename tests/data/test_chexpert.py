@@ -1,4 +1,4 @@
-"""CheXpert's layout and label policy, on a folder that the test writes in that layout."""
+"""CheXpert's layout and labels, on a folder that the test writes in that layout."""
 
 import csv
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from medclip_jax.data import chexpert, datasets, splits
-from medclip_jax.data.chexpert import COLUMNS, FINDINGS, Policy
+from medclip_jax.data.chexpert import COLUMNS, FINDINGS
 from medclip_jax.errors import ConfigError, DataError
 from tests.support.folders import png
 
@@ -57,23 +57,22 @@ def root(tmp_path) -> Path:
     return place
 
 
-def held(root: Path, policy=chexpert.DEFAULT) -> tuple[set[int], set[int]]:
+def held(root: Path, uncertain="exclude") -> tuple[set[int], set[int]]:
     """Patients of the train part by label."""
-    listed = [e for e in chexpert.layout(root, policy).examples if e.part == "train"]
+    listed = [e for e in chexpert.layout(root, uncertain).examples if e.part == "train"]
     return tuple({int(e.patient[-5:]) for e in listed if e.label == label} for label in (0, 1))
 
 
 @pytest.mark.parametrize(
-    "policy, healthy, abnormal",
+    "uncertain, healthy, abnormal",
     [
-        (Policy(), {0, 1, 2, 3, 4, 5, 6, 12, 20}, {8}),
-        (Policy("positive"), {0, 1, 2, 3, 4, 5, 6, 12, 20}, {7, 8, 9}),
-        (Policy("negative"), {0, 1, 2, 3, 4, 5, 6, 7, 12, 20}, {8}),
-        (Policy("exclude", "exclude"), {12}, {8}),
+        ("exclude", {0, 1, 2, 3, 4, 5, 6, 12, 20}, {8}),
+        ("positive", {0, 1, 2, 3, 4, 5, 6, 12, 20}, {7, 8, 9}),
+        ("negative", {0, 1, 2, 3, 4, 5, 6, 7, 12, 20}, {8}),
     ],
 )
-def test_policies(root, policy, healthy, abnormal):
-    assert held(root, policy) == (healthy, abnormal)
+def test_uncertain_labels(root, uncertain, healthy, abnormal):
+    assert held(root, uncertain) == (healthy, abnormal)
 
 
 def test_records_and_split_by_patient(root, tmp_path):
@@ -89,7 +88,7 @@ def test_records_and_split_by_patient(root, tmp_path):
         assert [r.label for r in drawn.test] == [0, 0, 1]
         with pytest.raises(ConfigError, match="give K from 0 to 8"):  # patient 20 is out
             splits.split(records, 9, 0, kind=kind)
-    more = datasets.load("chexpert", root, cache, policy=("positive", "negative"))
+    more = datasets.load("chexpert", root, cache, uncertain="positive")
     assert sum(r.label for r in more) == sum(r.label for r in records) + 2
 
 
@@ -123,9 +122,9 @@ def test_rows_that_are_none(root, change, said):
         chexpert.layout(root)
 
 
-def test_unknown_policy_and_missing_set(root, tmp_path):
+def test_unknown_meaning_and_missing_set(root, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.data\.uncertain"):
-        chexpert.layout(root, Policy("perhaps"))
+        chexpert.layout(root, "perhaps")
     (root / "valid.csv").unlink()
     with pytest.raises(DataError, match=r"no CheXpert below .*valid\.csv"):
         datasets.load("chexpert", root, tmp_path)

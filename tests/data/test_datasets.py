@@ -61,7 +61,7 @@ def test_busi_missing_and_orphan_masks_are_listed_together(busi, cache):
     with pytest.raises(DataError) as caught:
         datasets.load("busi", busi, cache)
     message = str(caught.value)
-    assert "has 3 problem(s)" in message
+    assert "3 problem(s) found, fix these first" in message
     assert "benign/benign (3).png has no mask benign (3)_mask.png" in message
     assert "mask malignant/malignant (2)_mask.png has no image" in message
     assert "normal/notes.txt has the suffix '.txt'" in message
@@ -97,7 +97,7 @@ def test_files_that_do_not_decode_are_listed_before_anything_runs(folder, cache)
     with pytest.raises(DataError) as caught:
         datasets.load("folder", folder, cache)
     message = str(caught.value)
-    assert "has 3 problem(s)" in message and "not a PNG" in message and "truncated" in message
+    assert "3 problem(s) found, fix these first" in message and "not a PNG" in message and "truncated" in message
     assert "3_mask.png is 4 x 5 pixels but its image is 7 x 9" in message
 
 
@@ -107,7 +107,7 @@ def test_at_most_ten_problems_are_spelled_out(busi, cache):
     for n in range(10, 15):
         png(busi / "benign" / f"benign ({n}).png", n)
     (busi / "benign" / "benign (2)_mask_1.png").unlink()
-    with pytest.raises(DataError, match=r"has 13 problem\(s\).*; and 3 more") as caught:
+    with pytest.raises(DataError, match=r"13 problem\(s\).*; and 3 more") as caught:
         datasets.load("busi", busi, cache)
     assert str(caught.value).count("has no mask") == 10
 

@@ -126,13 +126,6 @@ def test_denoising_removes_noise_and_keeps_the_image():
     np.testing.assert_allclose(stack[0], preprocessing.wavelet_denoise(noisy), atol=1e-6)
 
 
-def test_ct_windows():
-    hounsfield = np.array([[-1000.0, 0, 40, 80, 300]])
-    np.testing.assert_allclose(preprocessing.window(hounsfield, "brain"), [[0, 0, 0.5, 1, 1]])
-    lung = preprocessing.window(hounsfield, "lung")
-    np.testing.assert_allclose(lung[0, :2], [0.5 - 400 / 1500, 0.9])
-
-
 # --- recipes ------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,7 @@ def test_split_file_round_trip_and_refusal(busi, cache, tmp_path):
     assert [p.name for p in tmp_path.glob("split.json*")] == ["split.json"]
     stored = splits.read_split(path)
     assert (stored.dataset, stored.kind, stored.k, stored.seed) == ("busi", "peer", 4, 1)
-    assert stored.support == tuple(datasets.Entry(r.id, r.sha256, r.label) for r in drawn.support)
+    assert stored.support == tuple(splits.Entry(r.id, r.sha256, r.label) for r in drawn.support)
     assert len(stored.test) == len(drawn.test)
     splits.check_split(path, drawn)
 
@@ -157,7 +157,7 @@ def test_groups_are_closed_and_bounded_blocks_change_nothing():
     )
     expected = [0, 1, 1, 1, 2, 2, 3, 4, 5, 6]  # contrast-free images are nobody's twin
     for cells in (1, 7, 30, 2**24):
-        assert near_duplicates.group(found, cells=cells).tolist() == expected
+        assert near_duplicates.correlated(found, cells=cells).tolist() == expected
 
 
 def test_merged_partitions_are_transitive():
@@ -217,7 +217,7 @@ def test_clean_split_of_files(busi, cache, caplog):
     used = {r.id for part in drawn for r in part}
     assert not used & {"normal/normal (1).png", "malignant/malignant (1).png"}
     assert splits.split(records, 4, 0, kind="clean", cache=cache) == drawn
-    kept = list(cache.glob("twins-*.bin"))
+    kept = list(cache.glob("near-duplicates-*.bin"))
     assert len(kept) == 1 and "byte for byte" not in caplog.text
     kept[0].write_bytes(b"half")  # not taken for whole
     assert splits.split(records, 4, 0, kind="clean", cache=cache) == drawn
@@ -253,7 +253,7 @@ def manifest(name: str, records) -> tuple[np.ndarray, dict]:
 def test_groups_agree_with_the_manifest(name, more, cache):
     """Ours (24 x 24, > .97) hold every pair of the manifest's (32 x 32, > .98) and few others."""
     records = datasets.load(name, real(name), cache)
-    ours, theirs = near_duplicates.of(records), manifest(name, records)[0]
+    ours, theirs = near_duplicates.groups(records), manifest(name, records)[0]
     upper = np.triu_indices(len(records), 1)
     one, other = ((g[:, None] == g[None])[upper] for g in (ours, theirs))
     assert not (other & ~one).any() and 0 < (one & ~other).sum() < more
@@ -268,9 +268,9 @@ def test_groups_agree_with_the_manifest(name, more, cache):
 )
 def test_clean_split_of_real_sets(name, pool, test, cache):
     records = datasets.load(name, real(name), cache)
-    groups = dict(zip((r.id for r in records), near_duplicates.of(records, cache), strict=True))
+    groups = dict(zip((r.id for r in records), near_duplicates.groups(records, cache), strict=True))
     for seed in (0, 1):
-        supports, rest = splits.clean(records, seed, near_duplicates.of(records, cache))
+        supports, rest = splits.clean(records, seed, near_duplicates.groups(records, cache))
         assert len(supports) >= pool and len(rest) + len(supports) < len(records)
         assert test[0] <= sum(r.label == 0 for r in rest) <= test[1]
         sides = [{groups[r.id] for r in part} for part in (supports, rest)]

@@ -250,9 +250,9 @@ def test_chexpert_takes_its_policy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(auxiliary.datasets, "load", load)
     monkeypatch.setattr(auxiliary.datasets, "healthy", lambda *given: ())
-    c = settings("chexpert", **{"data.uncertain": "positive", "data.blank": "exclude"})
+    c = settings("chexpert", **{"data.uncertain": "positive", "data.window": "lung"})
     auxiliary.records(auxiliary.read(c)[0], c, Split((), ()))
-    assert seen == {"name": "chexpert", "policy": ("positive", "exclude")}
+    assert seen == {"name": "chexpert", "uncertain": "positive", "window": ""}
 
 
 # --- end to end ----------------------------------------------------------------------------------
