@@ -218,9 +218,7 @@ def read_split(path: Path) -> StoredSplit:
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        entries = {
-            part: tuple(Entry(**row) for row in held.pop(part)) for part in Split._fields
-        }
+        entries = {part: tuple(Entry(**row) for row in held.pop(part)) for part in Split._fields}
         return StoredSplit(**(held | entries))
     except OSError as error:
         raise DataError(
