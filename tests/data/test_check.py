@@ -60,7 +60,9 @@ def test_what_cannot_be_used_is_all_in_one_table(folder):
     png(folder / "ground_truth" / "crack" / "3_mask.png", 0, size=(5, 4), mask=True)
     (folder / "test" / "good" / "[0].png").write_bytes(b"no image")
     text = io.StringIO()
-    with pytest.raises(DataError, match=r"cannot be used: 5 problem\(s\) in the table, fix these first"):
+    with pytest.raises(
+        DataError, match=r"cannot be used: 5 problem\(s\) in the table, fix these first"
+    ):
         shown = Console(file=text, width=300)
         check.run("folder", folder, folder.parent, 8, console=shown)
     for words in ("1.png has no mask", "is 4 x 5 pixels", "[0].png", "K = 8"):

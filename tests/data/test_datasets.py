@@ -97,7 +97,11 @@ def test_files_that_do_not_decode_are_listed_before_anything_runs(folder, cache)
     with pytest.raises(DataError) as caught:
         datasets.load("folder", folder, cache)
     message = str(caught.value)
-    assert "3 problem(s) found, fix these first" in message and "not a PNG" in message and "truncated" in message
+    assert (
+        "3 problem(s) found, fix these first" in message
+        and "not a PNG" in message
+        and "truncated" in message
+    )
     assert "3_mask.png is 4 x 5 pixels but its image is 7 x 9" in message
 
 

@@ -8,36 +8,23 @@ import numpy as np
 import PIL.Image
 import pydicom
 import pytest
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from medclip_jax.data import check, datasets, records
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
 from medclip_jax.io.image import WINDOWS, Window, parse_window
+from tests.support.dicom import film, save
+from tests.support.reference import data_files
 
 HOUNSFIELD = np.array([[-1024, -1000, -600, -160, 0, 40], [60, 80, 240, 400, 1300, 3000]])
-DATA = Path("/work/shared/data")
 
 
-def ct(path: Path, **changes) -> Path:
-    """A CT slice of HOUNSFIELD, stored with intercept -1024 and a window of its own."""
-    ds = Dataset()
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    ds.Modality, ds.PhotometricInterpretation = "CT", "MONOCHROME2"
-    ds.Rows, ds.Columns = HOUNSFIELD.shape
-    ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
-    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, -1024, "HU"
-    ds.WindowCenter, ds.WindowWidth = 0, 2000
-    ds.PixelData = (HOUNSFIELD + 1024).astype(np.uint16).tobytes()
-    for name, value in changes.items():
-        setattr(ds, name, value)
-    ds.save_as(path, enforce_file_format=True)
-    return path
+def ct(path: Path, values=HOUNSFIELD, **changes) -> Path:
+    """A CT slice stored with intercept -1024 and a window of its own."""
+    stored = (values + 1024).astype(np.uint16)
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024, "RescaleType": "HU"}
+    window = {"WindowCenter": 0, "WindowWidth": 2000}
+    return save(path, film(stored, **({"Modality": "CT"} | rescale | window | changes)))
 
 
 def nifti(path: Path, voxels=HOUNSFIELD) -> Path:
@@ -112,7 +99,7 @@ def test_a_data_set_in_a_window(tmp_path):
         (root / part).mkdir(parents=True)
         for i in range(2):
             noise = np.random.default_rng(len(part) + i).integers(0, 80, HOUNSFIELD.shape)
-            ct(root / part / f"{i}.dcm", PixelData=(noise + 1024).astype(np.uint16).tobytes())
+            ct(root / part / f"{i}.dcm", noise)
     loaded = datasets.load("folder", root, tmp_path / "cache", window="brain")
     for record, pixels in records.read_all(loaded, 6):
         assert record.window == "brain"
@@ -134,23 +121,25 @@ def test_a_data_set_in_a_window(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_files_in_a_window():
-    """Real CT gives what pydicom and nibabel say its values are."""
-    files = []
-    for path in sorted((DATA / "dicom" / "good").glob("*")):
-        try:
-            pixels = read.read(path, window="soft_tissue").pixels
-        except DataError as error:
-            assert "Hounsfield" in str(error)
-            continue
-        ds = pydicom.dcmread(path)
-        stored = ds.pixel_array.astype(np.float64).reshape(pixels.shape)
-        values = stored * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
-        np.testing.assert_allclose(pixels, np.clip((values + 160) / 400, 0, 1), atol=1e-6)
-        files.append(path.name)
-    assert len(files) >= 3
-    path = next((DATA / "volumes").rglob("*FLAIR*.nii*"))
+@pytest.mark.parametrize("path", data_files("dicom/good/*"))
+def test_real_dicom(path):
+    """Real CT gives what pydicom says its values are; everything else is refused."""
+    ds = pydicom.dcmread(path, force=True)
+    if ds.get("Modality") != "CT" or ds.get("RescaleSlope") is None:
+        with pytest.raises(DataError, match="no Hounsfield units|without an image|not a DICOM"):
+            read.read(path, window="soft_tissue")
+        return
+    pixels = read.read(path, window="soft_tissue").pixels
+    stored = ds.pixel_array.astype(np.float64).reshape(pixels.shape)
+    values = stored * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+    np.testing.assert_allclose(pixels, np.clip((values + 160) / 400, 0, 1), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", data_files("volumes/*flair.nii.gz"))
+def test_real_nifti(path):
+    """No CT, but its values are windowed as nibabel reads them."""
     values = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata()
+    expected = np.transpose(np.clip((values - 75) / 50, 0, 1), (2, 1, 0))[:, ::-1, ::-1]
     pixels = read.read(path, window="100/50").pixels
-    expected = np.moveaxis(np.clip((values - 75) / 50, 0, 1), (2, 1, 0), (0, 1, 2))[:, ::-1, ::-1]
     np.testing.assert_allclose(pixels, expected, atol=1e-5)
