@@ -128,14 +128,14 @@ def builder(count: int) -> Iterator[Build]:
 
 
 def _main_can_be_imported() -> bool:
-    """Whether a new process may import __main__: a user's script without a guard would run again."""
+    """Whether a new process may import __main__: a script without a guard would run again."""
     main = sys.modules["__main__"]
     command = Path(getattr(main, "__file__", None) or "medclip-jax").stem == "medclip-jax"
     return command or getattr(main, "__spec__", None) is not None
 
 
 def _start_worker() -> None:
-    """A worker prints nothing of headers, and leaves Ctrl-C, which reaches it too, to its caller."""
+    """A worker prints nothing of headers, and leaves Ctrl-C to its caller."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quieten()
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -97,7 +97,7 @@ def _luminance(path: Path, image: PIL.Image.Image, file_format: str) -> Float[np
 
 
 def _mix(colour: Iterable[PIL.Image.Image]) -> Float[np.ndarray, "h w"]:
-    """Weighted sum of the bands, one at a time: three float bands at once would take much memory."""
+    """Weighted sum of the bands, one at a time, since three as floats would take much memory."""
     bands = zip(LUMA, colour, strict=True)
     return np.minimum(sum(w * np.asarray(band, np.float32) for w, band in bands) / 255, 1)
 
