@@ -32,7 +32,6 @@ class World(NamedTuple):
             f"--config.cache={self.base / 'cache'}",
             f"--config.clip.checkpoint={self.clip}",
             "--config.synthesis.variants=2",
-            "--config.calibration.folds=2",
             "--config.score.passes=2",
             f"--config.steps={STEPS}",
             f"--config.checkpoint_every={EVERY}",

@@ -1,4 +1,4 @@
-"""Training state on disk: whole, or absent, or passed over."""
+"""Training state on disk: whole, or absent, or skipped."""
 
 import logging
 import resource
@@ -32,10 +32,10 @@ def written(workdir: Path, *steps: int) -> Path:
     return workdir / "checkpoints"
 
 
-def restored(workdir: Path, like: TrainState | None = None) -> TrainState | None:
+def restored(workdir: Path, template: TrainState | None = None) -> TrainState | None:
     manager = checkpoints.open(workdir)
     with checkpoints.closing(manager):
-        return checkpoints.restore(manager, like or state(0))
+        return checkpoints.restore(manager, template or state(0))
 
 
 def damage(folder: Path) -> None:
@@ -80,13 +80,13 @@ def test_what_is_saved_is_not_touched_by_a_donated_step(tmp_path):
     assert int(held.step) == 11 and np.unique(held.params["a"]).tolist() == [11.0]
 
 
-def test_a_damaged_newest_is_passed_over_and_replaced(tmp_path, caplog):
+def test_a_damaged_newest_is_skipped_and_replaced(tmp_path, caplog):
     folder = written(tmp_path, 10, 20)
     damage(folder / "20")
     manager = checkpoints.open(tmp_path)
     with checkpoints.closing(manager), caplog.at_level(logging.WARNING):
         assert_equal(checkpoints.restore(manager, state(0)), state(10))
-        assert "checkpoint 20 cannot be read and is passed over" in caplog.text
+        assert "checkpoint 20 cannot be read and is skipped" in caplog.text
         checkpoints.save(manager, state(15))  # below the damaged one, saved all the same
         checkpoints.save(manager, state(20))
     caplog.clear()
@@ -136,7 +136,7 @@ def test_a_disk_that_refuses_a_checkpoint(tmp_path):
     assert_equal(restored(tmp_path), state(10))
 
 
-def test_a_state_of_eight_devices_goes_on_with_one(tmp_path):
+def test_a_state_of_eight_devices_resumes_on_one(tmp_path):
     """And back: what is restored has the values that were saved, on the devices asked for."""
     eight, one = sharding.mesh(), sharding.mesh(jax.devices()[:1])
     for name, saved, wanted in (("down", eight, one), ("up", one, eight)):

@@ -1,20 +1,19 @@
 """Equation (13) against the reference; a teacher's logits reach the rows; who may not teach."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, main
+from medclip_jax import config, train
 from medclip_jax.data import synthetic_variants
-from medclip_jax.detectors import saved
-from medclip_jax.distributed import sharding
-from medclip_jax.errors import ConfigError, WorkdirError
-from medclip_jax.features import cache, training_pool
+from medclip_jax.data.augmentation import Strengths
+from medclip_jax.errors import ConfigError
+from medclip_jax.features import training_pool
 from medclip_jax.models import losses
-from medclip_jax.training import distillation, step
+from medclip_jax.training import batches, distillation
+from medclip_jax.training.metrics_log import read_steps
+from tests.support.pictures import opened
 from tests.support.reference import reference_params
 
 
@@ -54,31 +53,27 @@ def test_patches_by_hand():
     np.testing.assert_allclose(got, (0.25 * ce + 0.75 * kl).mean(), rtol=1e-5)
 
 
-def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures):  # noqa: F811
-    """A teacher that says the mean grey value of each patch."""
+def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures):
+    """A teacher whose logit is the mean grey value of each patch."""
     grid, size = tiny.grid, tiny.size
 
     def logits(images):
         tiles = images.reshape(-1, grid, size // grid, grid, size // grid)
         return tiles.mean((2, 4)).reshape(len(images), -1)
 
-    feature_cache = cache.open(
-        tmp_path, tiny, "stretch", "float32", sharding.mesh(jax.devices()[:1])
-    )
-    from medclip_jax.data.augmentation import Strengths
-
+    feature_cache = opened(tmp_path, tiny)
     recipe = synthetic_variants.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
     supports = pictures[:2]
     plain = training_pool.open(feature_cache, supports, recipe)
-    teacher = distillation.Teacher(tiny, (), logits)
-    pool = distillation.pool(teacher, plain, feature_cache, supports, recipe)
+    teacher = distillation.Teacher(size, (), logits)
+    pool = distillation.add_logits(plain, teacher, feature_cache, supports, recipe)
     assert [x.shape for x in pool.teacher] == [(6, grid**2)] * 2
     rows = np.array([0, 1, 1, 0, 1]), np.array([-1, 0, 2, -2, -3])
     got, bare = training_pool.take(pool, *rows), training_pool.take(plain, *rows)
     assert bare.teacher is None
     jax.tree.map(np.testing.assert_array_equal, bare, got._replace(teacher=None))
-    for taught, s, at in zip(got.teacher, rows[0], (0, 1, 3, 4, 5), strict=True):
-        np.testing.assert_array_equal(taught, pool.teacher[s][at])
+    for logit, s, row in zip(got.teacher, rows[0], (0, 1, 3, 4, 5), strict=True):
+        np.testing.assert_array_equal(logit, pool.teacher[s][row])
     # an image that was only mirrored has mirrored patches
     mirrored = pool.teacher[0][0].reshape(grid, grid)[:, ::-1].ravel()
     np.testing.assert_allclose(pool.teacher[0][4], mirrored, atol=1e-5)
@@ -95,53 +90,33 @@ def test_another_frame_and_grid():
     np.testing.assert_allclose(distillation.to_grid(np.ones((2, 49), np.float32), 4), 1, rtol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory):
-    """A teacher of 30 steps and its student of 30, through the door."""
-    here = make_world(tmp_path_factory.mktemp("distil"))
-    teacher, student = here.base / "teacher", here.base / "student"
-    assert here.main(teacher, "--config.steps=30", "--mode=train") == 0
-    more = f"--config.distill.teacher={teacher}", "--config.distill.alpha=0.0"
-    assert here.main(student, "--config.steps=30", "--mode=train", *more) == 0
-    return here, teacher, student
+def test_a_workdir_teaches_another(world, whole, tmp_path):
+    """Its patch logits reach the loss; the run that it came from is the shared one."""
+    c = config.base("k=4", name="folder", root=str(world.data))
+    changes = {"clip.checkpoint": str(world.clip), "cache": str(world.base / "cache"), "steps": 2}
+    changes |= {"synthesis.variants": 2, "teacher": str(whole), "validations": 0}
+    c.update_from_flattened_dict(changes)
+    prepared = train.prepare(c)
+    encoded = train.encode(prepared)
+    train.fit(prepared, encoded, tmp_path)
+    (line,) = read_steps(tmp_path / "metrics.jsonl")
+    assert np.isfinite(line["distill"])
 
 
-def test_a_workdir_teaches_another(taught):
-    _, teacher, student = taught
-    log = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
-    kept = [row["distill"] for row in log if "distill" in row]
-    assert kept and np.isfinite(kept).all() and kept[-1] != kept[0]
-    assert "distill" not in (teacher / "metrics.jsonl").read_text()
-    assert str(teacher) not in (student / saved.SETTINGS).read_text()
+CONFIG = {"steps": 5, "method": "ours", "data": {"name": "folder", "fit": "pad"}}
+CONFIG |= {"model": {"form": "softmax"}}
 
 
-def test_teachers_that_are_refused(taught, tmp_path, capsys):
-    here, teacher, _ = taught
-    with pytest.raises(WorkdirError):
-        distillation.saved.read(tmp_path)
-    c = config.resolve(config.base("k=4", name="folder"))
-    c.distill.teacher = str(teacher)
-    held = saved.read(teacher)
-    theirs = distillation.ConfigDict(held.config)
-
-    def refused(params, test=(), **changes):
-        mine = config.resolve(config.base("k=4", name="folder"))
-        mine.update_from_flattened_dict(changes)
-        distillation.refuse(teacher, theirs, params, mine, test)
-
-    refused(held.params)
-    with pytest.raises(ConfigError, match="learned nothing"):
-        refused({})
-    with pytest.raises(ConfigError, match="'folder' and this run has 'busi'"):
-        refused(held.params, **{"data.name": "busi"})
-    with pytest.raises(ConfigError, match="same form"):
-        refused(held.params, **{"model.form": "distance"})
-    supports = json.loads((teacher / saved.SETTINGS).read_text())["supports"]
-    from medclip_jax.data.records import Record
-
-    test = [Record("x", 0, "", tmp_path / "x.png", (), supports[0])]
-    with pytest.raises(ConfigError, match="1 of this run's test images"):
-        refused(held.params, test)
-    code = here.main(tmp_path / "run", f"--config.distill.teacher={tmp_path}", "--mode=train")
-    assert code == 2 and "holds no trained scorer" in capsys.readouterr().err
-    assert main is not None
+@pytest.mark.parametrize(
+    "teacher, test, message",
+    [
+        ({"steps": 0}, [], "learned nothing"),
+        ({"data": {"name": "busi", "fit": "pad"}}, [], "'busi' and this run has 'folder'"),
+        ({"model": {"form": "distance"}}, [], "same form"),
+        ({}, ["a"], "1 of this run's test images"),
+    ],
+)
+def test_teachers_that_are_refused(tmp_path, teacher, test, message):
+    distillation.check(tmp_path, CONFIG, CONFIG, ["a", "b"], ["c"])
+    with pytest.raises(ConfigError, match=f"config.teacher .*{message}"):
+        distillation.check(tmp_path, CONFIG | teacher, CONFIG, ["a", "b"], test)

@@ -12,6 +12,7 @@ from medclip_jax.clip.outputs import Features
 from medclip_jax.features.batch import Batch
 from medclip_jax.models import model
 from medclip_jax.training import step
+from medclip_jax.training.episodes import Episodes
 
 WEIGHTS = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.5)
 TASKS, ROWS, RATE = 2, 2, 0.3
@@ -37,7 +38,7 @@ def given(tiny):
         rows = Batch(Features(normal(tiny.joint), levels), mask, label, np.ones_like(label, bool))
         return jax.tree.map(jnp.asarray, rows)
 
-    episodes = step.Episodes(side(), side(), jnp.ones(TASKS, bool))
+    episodes = Episodes(side(), side(), jnp.ones(TASKS, bool))
     return partial(model.loss, design=design, weights=WEIGHTS), params, frozen, episodes
 
 
@@ -67,7 +68,7 @@ def by_hand(loss, frozen, episodes, learner):
 @pytest.mark.parametrize("learner", ["maml", "fomaml", "anil"])
 def test_the_gradient_of_the_models_loss_is_that_of_the_steps_written_out(given, learner):
     loss, params, frozen, episodes = given
-    objective = step.meta_objective(loss, step.inner(learner, 2, RATE, False))
+    objective = step.meta_objective(loss, step.Learner(learner, inner_rate=RATE).inner(2))
 
     @jax.jit
     def ours(params):

@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from medclip_jax.distributed import sharding
 from medclip_jax.features import training_pool
 from medclip_jax.models import model
-from medclip_jax.training import loop, validation
+from medclip_jax.training import batches, validation
 from tests.support.models import design_of
 
 
@@ -42,10 +42,10 @@ def test_rows_are_the_fold_its_variants_and_the_others(pool):
     tokens, role = validation.rows(pool, [np.array([0, 2]), np.array([1])])
     np.testing.assert_array_equal(role[0], [1, 2, 2, 2, 1, 2, 2, 2, 3, 3])
     np.testing.assert_array_equal(role[1], [1, 2, 2, 2, 0, 0, 0, 0, 3, 3])
-    told = np.floor(np.asarray(tokens.pooled)[..., 0] + 1e-3)
-    np.testing.assert_array_equal(told[0], [0, 10, 20, 30, 2, 12, 22, 32, 1, 1])
-    np.testing.assert_array_equal(told[1], [1, 11, 21, 31, 1, 11, 21, 31, 0, 2])
-    np.testing.assert_array_equal(np.floor(tokens.levels[1][..., 3, 1] + 1e-3), told)
+    marks = np.floor(np.asarray(tokens.pooled)[..., 0] + 1e-3)
+    np.testing.assert_array_equal(marks[0], [0, 10, 20, 30, 2, 12, 22, 32, 1, 1])
+    np.testing.assert_array_equal(marks[1], [1, 11, 21, 31, 1, 11, 21, 31, 0, 2])
+    np.testing.assert_array_equal(np.floor(tokens.levels[1][..., 3, 1] + 1e-3), marks)
 
 
 def test_numbers_equal_scikit_learn_fold_by_fold():
@@ -56,10 +56,10 @@ def test_numbers_equal_scikit_learn_fold_by_fold():
     got = validation.held_out_metrics(jnp.asarray(scores), jnp.asarray(role))
     truth, called, each, pairs = [], [], [], []
     for s, r in zip(scores, role, strict=True):
-        asked = (r == 1) | (r == 2)
-        truth += (r[asked] == 2).tolist()
-        called += (s[asked] > s[r == 3].max()).tolist()
-        each.append(roc_auc_score(r[asked] == 2, s[asked]))
+        scored = (r == 1) | (r == 2)
+        truth += (r[scored] == 2).tolist()
+        called += (s[scored] > s[r == 3].max()).tolist()
+        each.append(roc_auc_score(r[scored] == 2, s[scored]))
         pairs.append((r == 1).sum() * (r == 2).sum())
     assert float(got["held_out_accuracy"]) == pytest.approx(balanced_accuracy_score(truth, called))
     assert float(got["held_out_auroc"]) == pytest.approx(np.average(each, weights=pairs))
@@ -70,42 +70,33 @@ def test_numbers_equal_scikit_learn_fold_by_fold():
     }
 
 
-def test_each_fold_is_scored_by_the_copy_that_never_saw_it(tiny, pool):
+def test_each_fold_is_scored_by_params_that_never_saw_it(tiny, pool):
     design, frozen = design_of(tiny)
-    groups, mesh = batches.folds(4, 2), sharding.mesh(jax.devices()[:1])
-    start = model.init(jax.random.key(0), tiny, design, 2, False)
-    params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -1.5 * x]), start)
-    judged = validation.validator(pool, groups, design, 0.25, mesh)
-    tokens, role = validation.rows(pool, groups)
+    folds, mesh = batches.folds(4, 2), sharding.mesh(jax.devices()[:1])
+    fresh = model.init(jax.random.key(0), tiny, design, 2, False)
+    params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -1.5 * x]), fresh)
+    validate = validation.validator(pool, folds, validation.scorer(design, 0.25), mesh)
+    features, role = validation.rows(pool, folds)
     scores = []
     for f in range(2):
-        own, batch = jax.tree.map(lambda x, f=f: x[1 + f], params), jax.tree.map(
-            lambda x, f=f: jnp.asarray(x[f]), tokens
-        )  # fmt: skip
+        own = jax.tree.map(lambda x, f=f: x[1 + f], params)
+        batch = jax.tree.map(lambda x, f=f: jnp.asarray(x[f]), features)
         text = model.text_features(own, frozen, design)
         logit = np.sort(model.forward(own, text, batch, design).logit, axis=1)
         scores.append(logit[:, -4:].mean(1))
     wanted = validation.held_out_metrics(jnp.stack(scores), jnp.asarray(role))
-    other = jax.tree.map(lambda x: x.at[0].set(7.0), params)  # copy 0 has no say
-    for got in (judged(params, frozen), judged(other, frozen)):
-        assert set(got) == {"held_out_accuracy", "held_out_auroc"}
+    other = jax.tree.map(lambda x: x.at[0].set(7.0), params)  # the main params have no say
+    for found in (validate(params, frozen), validate(other, frozen)):
+        assert set(found) == {"held_out_accuracy", "held_out_auroc"}
         for name, value in wanted.items():
-            assert float(got[name]) == pytest.approx(float(value)), name
-
-
-def test_nothing_held_out_is_nothing_to_validate(tiny, pool):
-    design, _ = design_of(tiny)
-    mesh = sharding.mesh(jax.devices()[:1])
-    assert validation.validator(pool, [], design, 0.1, mesh) is None
-    bare = pool._replace(variants=0)
-    assert validation.validator(bare, batches.folds(4, 2), design, 0.1, mesh) is None
+            assert float(found[name]) == pytest.approx(float(value)), name
 
 
 @pytest.mark.parametrize(
     "steps, times, log_every, count", [(400, 20, 10, 20), (200, 20, 10, 20), (7, 20, 2, 4)]
 )
 def test_when(steps, times, log_every, count):
-    at = [i for i in range(1, steps + 1) if validation.due(i, steps, times, log_every)]
-    assert len(at) == count and at[-1] == steps
-    assert all(i % log_every == 0 for i in at[:-1])
+    due = [i for i in range(1, steps + 1) if validation.due(i, steps, times, log_every)]
+    assert len(due) == count and due[-1] == steps
+    assert all(i % log_every == 0 for i in due[:-1])
     assert not any(validation.due(i, steps, 0, log_every) for i in range(1, steps + 1))
