@@ -28,7 +28,6 @@ SHAPES = {
     "rid": (r"RID\d+", "a RadLex id is RID and digits"),
     "doid": (r"DOID:\d+", "a Disease Ontology id is DOID: and digits"),
 }
-MEMORY = "expert knowledge, check before clinical use"
 
 
 class Concept(NamedTuple):
@@ -54,7 +53,7 @@ class Ontology(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What fills prompt templates; the word that was asked for stands first in each group."""
+    """What fills prompt templates; the word of the configuration stands first in each group."""
 
     anatomy: tuple[str, ...]
     conditions: tuple[str, ...]
@@ -64,9 +63,9 @@ class Words(NamedTuple):
 def load(extra: str = "") -> Ontology:
     """The shipped table, with `extra` merged in: a CSV, a MRCONSO.RRF or an RF2 folder.
 
-    A CSV has the columns kind and name, and any of COLUMNS; synonyms are parted by "|". A row whose
-    name is known adds its synonyms and replaces the codes it gives. Raises ConfigError for a file
-    that is not there, misses a column, or holds a code that cannot be one.
+    A CSV has the columns kind and name, and any of COLUMNS; synonyms are separated by "|". A row
+    whose name is known adds its synonyms and replaces the codes that it has. Raises ConfigError for
+    a file that does not exist, lacks a column, or has a malformed code.
     """
     folder = resources.files("medclip_jax") / "assets" / "ontology"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".csv")), key=lambda f: f.name)
@@ -75,7 +74,7 @@ def load(extra: str = "") -> Ontology:
         return indexed(concepts)
     path = Path(extra).expanduser()
     if not path.exists():
-        raise ConfigError(f"prompts.ontology_file {extra}: there is no such file; give its path")
+        raise ConfigError(f"prompts.ontology_file {extra}: no such file; correct the path")
     if (path / "MRCONSO.RRF").is_file():
         path = path / "MRCONSO.RRF"
     if path.is_dir():
@@ -94,9 +93,9 @@ def find(ontology: Ontology, term: str, kind: str | None = None) -> Concept:
 
     Raises ConfigError with the nearest terms if there is none of this `kind`.
     """
-    found = ontology.by_name.get(key(term))
-    if found is not None and kind in (None, found.kind):
-        return found
+    concept = ontology.by_name.get(key(term))
+    if concept is not None and kind in (None, concept.kind):
+        return concept
     known = [t for t, c in ontology.by_name.items() if kind in (None, c.kind)]
     near = difflib.get_close_matches(key(term), known, n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -109,27 +108,26 @@ def find(ontology: Ontology, term: str, kind: str | None = None) -> Concept:
 def expand(
     ontology: Ontology, conditions: Sequence[str], anatomy: str, modality: str, most: int = 0
 ) -> Words:
-    """Synonyms of what a data set shows, at most `most` words each (0 = all).
+    """Words for what a data set shows, at most `most` for each concept (0 = all).
 
     A condition is first looked up within its anatomy: "tumor" of the breast is "breast tumor".
     Raises ConfigError for an unknown word.
     """
 
-    def words(asked: str, concept: Concept) -> list[str]:
-        every = {key(w): w for w in (concept.name, *concept.synonyms)} | {key(asked): asked}
-        rest = [w for k, w in every.items() if k != key(asked)]
-        return [asked, *rest][: most or None]
+    def words(term: str, concept: Concept) -> list[str]:
+        synonyms = {key(w): w for w in (concept.name, *concept.synonyms) if key(w) != key(term)}
+        return [term, *synonyms.values()][: most or None]
 
-    def condition(asked: str) -> Concept:
-        there = ontology.by_name.get(key(f"{anatomy} {asked}"))
-        if there is not None and there.kind == "finding":
-            return there
-        return find(ontology, asked, "finding")
+    def condition(term: str) -> Concept:
+        specific = ontology.by_name.get(key(f"{anatomy} {term}"))
+        if specific is not None and specific.kind == "finding":
+            return specific
+        return find(ontology, term, "finding")
 
-    found = [w for c in conditions for w in words(c, condition(c))]
+    of_conditions = [w for c in conditions for w in words(c, condition(c))]
     return Words(
         tuple(words(anatomy, find(ontology, anatomy, "anatomy"))),
-        tuple({key(w): w for w in found}.values()),
+        tuple({key(w): w for w in of_conditions}.values()),
         tuple(words(modality, find(ontology, modality, "modality"))),
     )
 
@@ -139,16 +137,8 @@ def sources(concept: Concept) -> dict[str, str]:
     return dict(piece.split(": ", 1) for piece in concept.source.split("; ") if ": " in piece)
 
 
-def verified(concept: Concept) -> tuple[str, ...]:
-    """The code fields that came from a file, and not from memory or quotation."""
-    said = sources(concept)
-    return tuple(
-        f for f in CODES if getattr(concept, f) and "check before" not in said.get(f, MEMORY)
-    )
-
-
 def key(term: str) -> str:
-    """How terms are compared."""
+    """Normal form in which terms are compared."""
     return re.sub(r"[\s_-]+", " ", term).strip().casefold()
 
 
@@ -182,12 +172,13 @@ def concept(where: str, row: dict) -> Concept:
         raise ConfigError(f"{where} has no name: give one")
     for field, (shape, rule) in SHAPES.items():
         code = cell[field]
-        good = not code or re.fullmatch(shape, code, re.ASCII)
-        if not good or (code and field == "sctid" and not check_digit(code)):
+        if not code:
+            continue
+        if not re.fullmatch(shape, code, re.ASCII) or (field == "sctid" and not check_digit(code)):
             raise ConfigError(f"{where}: {field} {code!r} is not a code, {rule}; correct it")
     words = tuple(w.strip() for w in cell.pop("synonyms").split("|") if w.strip())
-    given = [f for f in ("words", *CODES) if f == "words" or cell[f]]
-    source = cell.pop("source") or "; ".join(f"{f}: {where}" for f in given)
+    fields = ["words", *(f for f in CODES if cell[f])]
+    source = cell.pop("source") or "; ".join(f"{f}: {where}" for f in fields)
     return Concept(**cell, synonyms=words, source=source)
 
 
@@ -208,11 +199,11 @@ def merge(concepts: list[Concept], new: list[Concept]) -> list[Concept]:
     for c in new:
         old = merged.get((c.kind, key(c.name)))
         if old is not None:
-            given = {f: v for f in (*CODES, "parent", "site") if (v := getattr(c, f))}
-            new_said = sources(c)
-            said = sources(old) | {f: new_said.get(f, c.source) for f in given if f in CODES}
-            source = "; ".join(f"{f}: {text}" for f, text in said.items())
-            c = old._replace(**given, synonyms=(*old.synonyms, *c.synonyms), source=source)
+            fields = {f: v for f in (*CODES, "parent", "site") if (v := getattr(c, f))}
+            own = sources(c)
+            joined = sources(old) | {f: own.get(f, c.source) for f in fields if f in CODES}
+            source = "; ".join(f"{f}: {text}" for f, text in joined.items())
+            c = old._replace(**fields, synonyms=(*old.synonyms, *c.synonyms), source=source)
         merged[c.kind, key(c.name)] = c
     return list(merged.values())
 
@@ -239,36 +230,34 @@ def codes(concepts: list[Concept], field: str) -> frozenset[str]:
     return frozenset(filter(None, (getattr(c, field) for c in concepts)))
 
 
-def licensed(concepts: list[Concept], field: str, found: dict[str, umls_snomed.Entry]) -> Ontology:
+def licensed(
+    concepts: list[Concept], field: str, release: dict[str, umls_snomed.Entry]
+) -> Ontology:
     """Words (and SNOMED CT ids) of a licensed release added to the concepts that carry its codes.
 
-    A word that already names another concept is left out. What the release does not know, or maps
-    otherwise than the table, is logged as a warning.
+    A word that already names another concept is left out. Codes that the release lacks, or maps to
+    another SNOMED CT id than the table, are logged as warnings.
     """
     taken = set(indexed(concepts).by_name)
-    result = []
+    merged = []
     for c in concepts:
-        entry = found.get(getattr(c, field))
+        entry = release.get(code := getattr(c, field))
         if entry is None:
-            if getattr(c, field):
-                logging.warning("the release does not know %s (%s)", getattr(c, field), c.name)
-            result.append(c)
+            if code:
+                logging.warning("the release does not know %s (%s)", code, c.name)
+            merged.append(c)
             continue
         new = {key(w): w for w in entry.words if key(w) not in taken}
         taken |= set(new)
         c = c._replace(synonyms=(*c.synonyms, *new.values()))
-        if entry.sctids and not c.sctid and len(entry.sctids) == 1:
-            (sctid,) = entry.sctids
-            if sctid not in taken:
-                taken.add(sctid)
-                c = c._replace(sctid=sctid, source=f"{c.source}; sctid: UMLS MRCONSO")
-        elif entry.sctids and c.sctid and c.sctid not in entry.sctids:
+        if c.sctid and entry.sctids and c.sctid not in entry.sctids:
             logging.warning(
                 "the release maps %s (%s) to SNOMED CT %s, the table to %s",
-                c.name,
-                c.cui,
-                ", ".join(sorted(entry.sctids)),
-                c.sctid,
+                *(c.name, c.cui, ", ".join(sorted(entry.sctids)), c.sctid),
             )
-        result.append(c)
-    return indexed(result)
+        elif not c.sctid and len(entry.sctids) == 1 and not entry.sctids & taken:
+            taken |= entry.sctids
+            (sctid,) = entry.sctids
+            c = c._replace(sctid=sctid, source=f"{c.source}; sctid: UMLS MRCONSO")
+        merged.append(c)
+    return indexed(merged)

@@ -1,11 +1,7 @@
-"""What the rooms of the house hand to one another.
+"""Prompts: token ids with slots for learnable context, and the phrases they are filled from.
 
-Shape letters, used in every annotation:
-  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
-  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
-  c prompts   t text positions
-
-Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
+Shape letters of the package: e episodes or tasks, n images, h w pixels, p patches (g x g grid,
+row-major), l layers, d width, c prompts, t text positions.
 """
 
 from collections.abc import Sequence
@@ -40,8 +36,8 @@ ABNORMAL = (
     "{modality} of a diseased {anatomy}",
     "{modality} of a {anatomy} with {condition}",
 )
-# MediCLIP's form: bare words, 10 and 11 of them. The peer's own lists are in its repository; these
-# start as they do and are ours from the fourth word on.
+# In the form of MediCLIP (Zhang et al. 2024): bare words, 10 and 11 of them. Its lists are in its
+# repository; these begin with the same three words and are ours from the fourth on.
 WORDS_HEALTHY = (
     *("normal", "healthy", "negative", "unremarkable", "clear", "asymptomatic"),
     *("typical", "regular", "undiseased", "intact"),
@@ -60,7 +56,7 @@ PHRASES = {
 def fill(
     templates: Sequence[str], anatomy: str, conditions: Sequence[str], modality: str
 ) -> list[str]:
-    """Every template with every condition it mentions; duplicates once, order kept."""
+    """Every template with every condition it mentions; duplicates once, in order."""
     filled = [
         t.format(anatomy=anatomy, condition=condition, modality=modality)
         for t in templates
@@ -69,12 +65,12 @@ def fill(
     return list(dict.fromkeys(filled))
 
 
-def fill_words(templates: Sequence[str], words: ontology.Words) -> list[str]:
-    """`fill` with synonyms: conditions all; anatomy and modality one at a time, not every pair."""
+def fill_synonyms(templates: Sequence[str], words: ontology.Words) -> list[str]:
+    """`fill` with synonyms: all conditions; anatomy and modality one at a time, not every pair."""
     anatomy, modality = words.anatomy[0], words.modality[0]
     filled = fill(templates, anatomy, words.conditions, modality)
-    for other in words.anatomy[1:]:
-        filled += fill(templates, other, (), modality)
-    for other in words.modality[1:]:
-        filled += fill(templates, anatomy, (), other)
+    for synonym in words.anatomy[1:]:
+        filled += fill(templates, synonym, (), modality)
+    for synonym in words.modality[1:]:
+        filled += fill(templates, anatomy, (), synonym)
     return list(dict.fromkeys(filled))

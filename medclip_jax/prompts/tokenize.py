@@ -1,9 +1,11 @@
-"""TODO."""
+"""Phrases become token ids of one length, with slots for learnable context (equation 4)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
+from jaxtyping import Int
 
 from medclip_jax.errors import ConfigError
 from medclip_jax.prompts import ontology, prompts
@@ -13,7 +15,7 @@ POSITIONS = 77
 
 
 def build(
-    tokenizer,
+    tokenizer: Any,
     eos_id: int,
     *,
     phrases: str,
@@ -27,30 +29,38 @@ def build(
     ontology_file: str = "",
     positions: int = POSITIONS,
 ) -> Prompts:
-    """Healthy prompts first, then abnormal ones.
+    """All prompts of a data set, healthy ones first.
 
-    With `phrases` "ontology", at most `synonyms` words (0 = all) stand for each anatomy, condition
-    and modality, from the shipped table and `ontology_file`. `positions` is the length of the text
-    tower. Raises ConfigError for an unknown choice, or a word that the ontology does not know.
+    Args:
+      tokenizer: of transformers, of the CLIP in use.
+      eos_id: end-of-text token of its configuration (see `end_of_text`).
+      phrases: key of prompts.PHRASES.
+      anatomy, conditions, modality: what fills the templates.
+      context: number of learnable vectors.
+      position: where the phrase stands, "end", "front" or in the "middle" of the context.
+      init: "random", or a phrase whose tokens the vectors start from.
+      synonyms: with phrases "ontology", the most words of each concept; 0 = all.
+      ontology_file: the user's own words and codes, see ontology.load.
+      positions: length of the text encoder.
+
+    Raises:
+      ConfigError: a word that the ontology lacks, or a context that leaves no room for a phrase.
     """
-    if phrases not in prompts.PHRASES:
-        raise ConfigError(
-            f"prompts.phrases {phrases!r}: choose one of {', '.join(prompts.PHRASES)}"
-        )
+    templates = prompts.PHRASES[phrases]
     if phrases == "ontology":
         table = ontology.load(ontology_file)
         words = ontology.expand(table, conditions, anatomy, modality, synonyms)
-        healthy, abnormal = (prompts.fill_words(t, words) for t in prompts.PHRASES[phrases])
+        healthy, abnormal = (prompts.fill_synonyms(t, words) for t in templates)
     else:
-        healthy, abnormal = (
-            prompts.fill(t, anatomy, conditions, modality) for t in prompts.PHRASES[phrases]
-        )
+        healthy, abnormal = (prompts.fill(t, anatomy, conditions, modality) for t in templates)
     label = np.array([0] * len(healthy) + [1] * len(abnormal))
     built = tokenise(tokenizer, eos_id, [*healthy, *abnormal], label, context, position, positions)
     return built._replace(start=start_ids(tokenizer, init, context, position))
 
 
-def start_ids(tokenizer, init: str, context: int, position: str) -> np.ndarray:
+def start_ids(
+    tokenizer: Any, init: str, context: int, position: str
+) -> Int[np.ndarray, " {context}"]:
     """The token whose embedding each context vector starts from; -1: a random one (equation 4).
 
     The words of a phrase such as "a photo of a" stand next to the prompt's own phrase: last before
@@ -71,10 +81,10 @@ def start_ids(tokenizer, init: str, context: int, position: str) -> np.ndarray:
 
 
 def tokenise(
-    tokenizer,
+    tokenizer: Any,
     eos_id: int,
     phrases: Sequence[str],
-    label: np.ndarray,
+    label: Int[np.ndarray, " c"],
     context: int,
     position: str,
     positions: int = POSITIONS,
@@ -84,49 +94,37 @@ def tokenise(
     A phrase that does not fit in `positions` is shortened, and a warning names it. Raises
     ConfigError if the context leaves no room for one token of a phrase.
     """
-    if position not in ("end", "front", "middle"):
-        raise ConfigError(f"prompts.position {position!r}: choose one of end, front, middle")
-    names = [tokenizer(p, add_special_tokens=False).input_ids for p in phrases]
     dot = tokenizer(".", add_special_tokens=False).input_ids
     room = positions - context - len(dot) - 2
     if room < 1:
         raise ConfigError(
-            f"prompts.context is {context}: the text tower has {positions} positions, "
+            f"prompts.context is {context}: the text encoder has {positions} positions, "
             f"give {positions - len(dot) - 3} or less"
         )
-    for phrase, name in zip(phrases, names, strict=True):
-        if len(name) > room:
+    ids = np.full((len(phrases), positions), tokenizer.pad_token_id, np.int32)
+    slots = np.full((len(phrases), positions), -1, np.int32)
+    for i, phrase in enumerate(phrases):
+        tokens = tokenizer(phrase, add_special_tokens=False).input_ids
+        if len(tokens) > room:
             logging.warning(
-                "prompt %r is shortened to its first %d of %d tokens: the text tower has %d "
+                "prompt %r is shortened to its first %d of %d tokens: the text encoder has %d "
                 "positions, %d of them context",
-                phrase,
-                room,
-                len(name),
-                positions,
-                context,
+                *(phrase, room, len(tokens), positions, context),
             )
-    rows = [
-        arrange(tokenizer.bos_token_id, name[:room], dot, tokenizer.eos_token_id, context, position)
-        for name in names
-    ]
-    ids = np.full((len(rows), positions), tokenizer.pad_token_id, np.int32)
-    slots = np.full((len(rows), positions), -1, np.int32)
-    for i, (row_ids, row_slots) in enumerate(rows):
-        ids[i, : len(row_ids)], slots[i, : len(row_ids)] = row_ids, row_slots
+        body, of_body = arrange(tokens[:room], context, position)
+        row = [tokenizer.bos_token_id, *body, *dot, tokenizer.eos_token_id]
+        ids[i, : len(row)], slots[i, 1 : 1 + len(body)] = row, of_body
     return Prompts(ids, slots, end_of_text(ids, eos_id), np.asarray(label), tuple(phrases))
 
 
-def arrange(
-    bos: int, name: list[int], rest: list[int], eos: int, context: int, position: str
-) -> tuple[list[int], list[int]]:
-    """One row: token ids and, beside them, the context vector that stands there (-1: the token)."""
+def arrange(phrase: list[int], context: int, position: str) -> tuple[list[int], list[int]]:
+    """Token ids of phrase and context, and the context vector at each place (-1: the token)."""
     before = {"end": context, "front": 0, "middle": context // 2}[position]
-    slots = list(range(context))
-    ids = [bos, *[0] * before, *name, *[0] * (context - before), *rest, eos]
-    where = [-1, *slots[:before], *[-1] * len(name), *slots[before:], *[-1] * (len(rest) + 1)]
-    return ids, where
+    vectors = list(range(context))
+    ids = [*[0] * before, *phrase, *[0] * (context - before)]
+    return ids, [*vectors[:before], *[-1] * len(phrase), *vectors[before:]]
 
 
-def end_of_text(ids: np.ndarray, eos_id: int) -> np.ndarray:
+def end_of_text(ids: Int[np.ndarray, "c t"], eos_id: int) -> Int[np.ndarray, " c"]:
     """Where transformers reads the text feature: the first EOS, or the largest id if EOS is 2."""
     return ids.argmax(-1) if eos_id == 2 else (ids == eos_id).argmax(-1)

@@ -1,6 +1,6 @@
-"""Licensed releases of UMLS and SNOMED CT, read line by line: only what is asked for is kept.
+"""Licensed releases of UMLS and SNOMED CT, read line by line for some codes only.
 
-Both have gigabytes of text; memory grows with the number of codes asked for, not with the file.
+Both have gigabytes of text; memory grows with the number of codes, not with the file.
 Formats: UMLS Reference Manual, chapter 3 (MRCONSO.RRF, 18 columns each ended by a bar); SNOMED CT
 Release File Specification (RF2 Snapshot, tab separated with a header line).
 """
@@ -23,7 +23,7 @@ LONGEST = 1 << 20  # characters of a line; a release has none over 10,000
 
 
 class Entry(NamedTuple):
-    """What a release says of one code: its words, first seen first, and its SNOMED CT ids."""
+    """Words of one code in order of appearance, and its SNOMED CT ids."""
 
     words: tuple[str, ...]
     sctids: frozenset[str]
@@ -58,13 +58,13 @@ def umls(path: Path, cuis: Collection[str], language: str = "ENG") -> dict[str, 
 def snomed(folder: Path, sctids: Collection[str], language: str = "en") -> dict[str, Entry]:
     """Active names and synonyms of the wanted concepts that are active, from an RF2 Snapshot.
 
-    A fully specified name loses its tag. Raises ConfigError if the folder holds no Snapshot or a
+    A fully specified name loses its tag. Raises ConfigError if the folder has no Snapshot or a
     file lacks a column.
     """
     descriptions = sorted(folder.rglob("sct2_Description_Snapshot*.txt"))
     if not descriptions:
         raise ConfigError(
-            f"{folder} holds no sct2_Description_Snapshot*.txt: give the folder of an unpacked "
+            f"{folder} has no sct2_Description_Snapshot*.txt: give the folder of an unpacked "
             "SNOMED CT RF2 release"
         )
     inactive = {
@@ -97,7 +97,7 @@ def tabbed(
         raise ConfigError(
             f"{path} has no column {', '.join(missing)}: give a file of an RF2 release, unchanged"
         )
-    at = header.index(by)
+    column = header.index(by)
     for number, line in enumerate(file, 2):
         fields = line.split("\t")
         if len(fields) != len(header):
@@ -105,7 +105,7 @@ def tabbed(
                 f"{path} line {number} has {len(fields)} columns, its header {len(header)}: "
                 "unpack the release again"
             )
-        if fields[at] in wanted:
+        if fields[column] in wanted:
             yield dict(zip(header, fields, strict=True))
 
 

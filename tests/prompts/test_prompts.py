@@ -11,7 +11,6 @@ from medclip_jax.errors import ConfigError
 from medclip_jax.models import model
 from medclip_jax.prompts import ontology, prompts, tokenize
 
-BOS, EOS, DOT = 1, 9, 5
 POSITIONS = ("end", "front", "middle")
 
 
@@ -60,19 +59,14 @@ def test_fill_says_each_sentence_once():
 @pytest.mark.parametrize(
     "position, ids, slots",
     [
-        ("end", [BOS, 0, 0, 0, 7, 8, DOT, EOS], [-1, 0, 1, 2, -1, -1, -1, -1]),
-        ("front", [BOS, 7, 8, 0, 0, 0, DOT, EOS], [-1, -1, -1, 0, 1, 2, -1, -1]),
-        ("middle", [BOS, 0, 7, 8, 0, 0, DOT, EOS], [-1, 0, -1, -1, 1, 2, -1, -1]),
+        ("end", [0, 0, 0, 7, 8], [0, 1, 2, -1, -1]),
+        ("front", [7, 8, 0, 0, 0], [-1, -1, 0, 1, 2]),
+        ("middle", [0, 7, 8, 0, 0], [0, -1, -1, 1, 2]),
     ],
 )
 def test_arrange_puts_the_phrase_in_its_place(position, ids, slots):
-    assert tokenize.arrange(BOS, [7, 8], [DOT], EOS, 3, position) == (ids, slots)
-
-
-def test_arrange_without_context_is_the_sentence():
-    for position in ("end", "front", "middle"):
-        got = tokenize.arrange(BOS, [7, 8], [DOT], EOS, 0, position)
-        assert got == ([BOS, 7, 8, DOT, EOS], [-1] * 5)
+    assert tokenize.arrange([7, 8], 3, position) == (ids, slots)
+    assert tokenize.arrange([7, 8], 0, position) == ([7, 8], [-1, -1])
 
 
 def test_tokenise_pads_and_finds_the_end_of_text():
@@ -140,7 +134,7 @@ def test_a_prompt_that_fills_all_positions_fits_and_one_more_is_shortened(warnin
     assert "liver liver" in warning and "first 69 of 70 tokens" in warning and "sick" not in warning
 
 
-def test_the_length_of_the_text_tower_is_kept(warnings):
+def test_prompts_have_the_length_of_the_text_encoder(warnings):
     got = tokenize.tokenise(Words(), 6, ["normal liver sick"], np.array([0]), 2, "end", positions=7)
     assert got.ids.tolist() == [[1, 0, 0, 2, 4, 5, 6]] and len(warnings) == 1
 
@@ -154,7 +148,7 @@ def test_a_context_that_leaves_no_room_is_refused():
 def test_synonyms_make_prompts_of_both_classes(tokenizer):
     """One anatomy, condition and modality, two words of each."""
     words = ontology.Words(("breast", "bosom"), ("mass", "lump"), ("ultrasound", "sonogram"))
-    assert prompts.fill_words(prompts.HEALTHY, words) == [
+    assert prompts.fill_synonyms(prompts.HEALTHY, words) == [
         "no signs of mass",
         "no signs of lump",
         "normal breast appearance",
@@ -166,7 +160,7 @@ def test_synonyms_make_prompts_of_both_classes(tokenizer):
         "sonogram of a healthy breast",
         "sonogram of a normal breast",
     ]
-    got = build(tokenizer, phrases="ontology", conditions=("mass", "lesion"), synonyms=2)
+    got = build(tokenizer, phrases="ontology", conditions=("mass", "lesion"))
     plain = build(tokenizer, conditions=("mass", "lesion"))
     assert set(plain.text) < set(got.text)
     assert "signs of breast mass" in got.text and "no signs of breast lesion" in got.text
@@ -174,12 +168,6 @@ def test_synonyms_make_prompts_of_both_classes(tokenizer):
         {t for t, y in zip(got.text, got.label, strict=True) if y == s} for s in (0, 1)
     )
     assert len(healthy) + len(abnormal) == len(got.text) and not healthy & abnormal
-
-
-def test_one_word_each_is_the_templates_alone(tokenizer):
-    one = build(tokenizer, phrases="ontology", conditions=("mass", "lesion"), synonyms=1)
-    plain = build(tokenizer, conditions=("mass", "lesion"))
-    assert one.text == plain.text and (one.ids == plain.ids).all()
 
 
 def test_a_word_that_the_ontology_lacks_is_named(tokenizer):
@@ -250,13 +238,13 @@ def test_slots_without_a_word_of_the_phrase_start_as_ever(tiny, key):
 def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
     """A condition of the user's own table; the context starts from a phrase."""
     own = tmp_path / "own.csv"
-    own.write_text("kind,name,synonyms\nfinding,blob,bright blob|round blob\n")
+    own.write_text("kind,name,synonyms\nfinding,blob,bright blob|round blob|dim blob\n")
     c = config.base("k=2", conditions=("blob",))
-    given = {"phrases": "ontology", "ontology_file": str(own), "init": "photo", "synonyms": 2}
+    given = {"phrases": "ontology", "ontology_file": str(own), "init": "photo"}
     c.prompts.update(given)
     design, _ = build_module.build(config.resolve(c), tiny)
     assert {"signs of blob", "signs of bright blob"} < set(design.prompts.text)
-    assert "signs of round blob" not in design.prompts.text
+    assert "signs of dim blob" not in design.prompts.text
     start = tokenize.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")
     np.testing.assert_array_equal(design.prompts.start, start)
     assert design.prompts.ids.shape[1] == len(tiny.text["position"])
@@ -266,12 +254,3 @@ def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
 
 def test_without_context_no_phrase_is_needed(tokenizer):
     assert build(tokenizer, context=0, init="a photo of a").start.shape == (0,)
-
-
-def test_unknown_choices_are_refused(tokenizer):
-    with pytest.raises(
-        ConfigError, match="prompts.phrases 'poems': choose one of templates, words, ontology"
-    ):
-        build(tokenizer, phrases="poems")
-    with pytest.raises(ConfigError, match="prompts.position 'top': choose one of end, front, mid"):
-        build(tokenizer, position="top")

@@ -141,7 +141,7 @@ def test_what_is_not_a_release_is_named(tmp_path):
     path.write_bytes(atom("C0000001", "x").encode() + b"C0032285|ENG|\xff\xfe\n")
     with pytest.raises(ConfigError, match="cannot be read"):
         umls_snomed.umls(path, {PNEUMONIA})
-    with pytest.raises(ConfigError, match="holds no sct2_Description_Snapshot"):
+    with pytest.raises(ConfigError, match="has no sct2_Description_Snapshot"):
         umls_snomed.snomed(tmp_path, {"233604007"})
     folder = rf2(tmp_path / "rf2", [("101013", "20170731", "1")])
     with pytest.raises(ConfigError, match="line 2 has 3 columns, its header 9"):
