@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const at = (id) => document.getElementById(id);
-  const held = JSON.parse(at("shown").textContent);
+  const report = JSON.parse(at("viewer-data").textContent);
   const body = at("images").tBodies[0];
   const rows = [...body.rows];
   const label = rows.map((r) => r.dataset.label === "1");
@@ -63,7 +63,7 @@
   }
 
   // --- one image -------------------------------------------------------------------------------
-  const colours = new Uint8Array(held.colours.match(/../g).map((h) => parseInt(h, 16)));
+  const colours = new Uint8Array(report.colours.match(/../g).map((h) => parseInt(h, 16)));
 
   function picture(uri) {
     return new Promise((done, failed) => {
@@ -128,10 +128,11 @@
     const alpha = Number(at("opacity").value) / 100;
     at("opacity-value").textContent = at("opacity").value + "%";
     if (!loaded) return;
-    const { base, map, mask, cam, entry } = loaded;
+    const { base, map, mask, cam, deviation, entry } = loaded;
     paint("view-image", base);
     paint("view-map", base, map, alpha);
     paint("view-cam", base, cam, alpha);
+    paint("view-deviation", base, deviation, alpha);
     const context = paint("view-boxes", base, mask, 1);
     const sy = base.height / entry.frame[0], sx = base.width / entry.frame[1];
     for (const [top, left, bottom, right] of entry.boxes) {
@@ -146,7 +147,7 @@
 
   async function show(i) {
     current = i;
-    const entry = held.images[i], cells = rows[i].cells;
+    const entry = report.images[i], cells = rows[i].cells;
     at("viewer-name").textContent = cells[0].textContent;
     let facts = `${cells[1].textContent} · ${cells[6].textContent} · score ` +
       `${cells[2].textContent} · p-value ${cells[3].textContent} · ` +
@@ -160,12 +161,13 @@
     loaded = null;
     if (!at("viewer").open) at("viewer").showModal();
     if (!entry) return;
-    const parts = ["image", "map", "mask", "cam"].map((name) => picture(entry[name]));
-    const [base, map, mask, cam] = await Promise.all(parts);
-    if (current !== i) return; // another image was asked for meanwhile
+    const parts = ["image", "map", "mask", "cam", "deviation"].map((name) => picture(entry[name]));
+    const [base, map, mask, cam, deviation] = await Promise.all(parts);
+    if (current !== i) return; // another image was opened meanwhile
     loaded = { base, entry, map: map && coloured(map), mask: mask && outline(mask),
-      cam: cam && coloured(cam) };
-    at("cam-caption").textContent = cam ? "Grad-CAM" : "Grad-CAM: this method has none";
+      cam: cam && coloured(cam), deviation: deviation && coloured(deviation) };
+    at("cam-caption").textContent = cam ? report.cam : `${report.cam}: this method has none`;
+    at("deviation-panel").hidden = !deviation;
     draw();
     at("viewer").dataset.shown = i;
   }
@@ -180,7 +182,7 @@
   // --- wiring ----------------------------------------------------------------------------------
   const scale = at("scale").getContext("2d");
   for (let x = 0; x < 256; x++) {
-    scale.fillStyle = "#" + held.colours.substr(6 * x, 6);
+    scale.fillStyle = "#" + report.colours.substr(6 * x, 6);
     scale.fillRect(x, 0, 1, 12);
   }
   at("live").addEventListener("submit", (event) => event.preventDefault());

@@ -34,9 +34,6 @@ class Predictions(NamedTuple):
     maps: Float[np.ndarray, "n h w"] | Any
 
 
-GALLERY = (8, 4)  # abnormal and healthy images shown, drawn by seed
-
-
 class Scored(NamedTuple):
     predictions: Predictions
     calibration: dict[str, Any]
@@ -61,38 +58,17 @@ def write_predictions(
     counts: spool.Rows | None = None,
     pictures: bool = True,
 ) -> None:
-    """predictions.npz: one row per image, maps in the tower frame, and a gallery in image frames.
+    """predictions.npz: one row per image, maps in the encoder's frame.
 
-    Gallery arrays: gallery_index (rows shown), gallery_image_i uint8, gallery_map_i float16,
-    gallery_mask_i uint8 (absent where no mask is known), i = 0, 1, ...
-    If `pictures`, for the report: the arrays of `thumbnails.pack`, of every image or of
-    thumbnails.MOST drawn by seed. For tables:
-    `pixel_counts` (histograms of PixelMetrics.add, where masks are known) and `patient`, where some
-    has several images.
+    Args:
+        counts: for tables, `pixel_counts` of the images whose masks are known.
+        pictures: also the arrays of `thumbnails.pack`, for the report.
     """
     p = scored.predictions
-    rng = np.random.default_rng(seed)
-    shown = [
-        i
-        for label, count in zip((1, 0), GALLERY, strict=True)
-        for i in sorted(rng.permutation(np.flatnonzero(p.label == label))[:count])
-    ]
-    gallery: dict[str, Any] = {"gallery_index": np.array(shown)}
-    for place, i in enumerate(shown):
-        pixels = read.read(test[i].path, window=test[i].window).pixels[0]
-        height, width = pixels.shape
-        heat = read.to_frame(p.maps[i].astype(np.float32), height, width, fit)
-        gallery[f"gallery_image_{place}"] = np.round(255 * pixels).astype(np.uint8)
-        gallery[f"gallery_map_{place}"] = heat.astype(np.float16)
-        if test[i].masks or test[i].label == 0:
-            mask = (
-                ground_truth.lesion_mask(test[i]) if test[i].label else np.zeros(pixels.shape, bool)
-            )
-            gallery[f"gallery_mask_{place}"] = mask.astype(np.uint8)
-    gallery |= {} if counts is None else {"pixel_counts": counts}
-    of = ground_truth.patients(test)
-    gallery |= {} if of is None else {"patient": of}
+    more: dict[str, Any] = {} if counts is None else {"pixel_counts": counts}
+    patients = ground_truth.patients(test)
+    more |= {} if patients is None else {"patient": patients}  # where one has several images
     if pictures:
-        gallery |= thumbnails.pack(test, p.maps, fit, scored.cams, seed)
+        more |= thumbnails.pack(test, p.maps, fit, cams=scored.cams, seed=seed)
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
-    spool.write_npz(workdir / "predictions.npz", arrays | gallery)
+    spool.write_npz(workdir / "predictions.npz", arrays | more)

@@ -1,29 +1,37 @@
-"""Small copies of test images, masks, maps and Grad-CAMs, kept with the predictions for the report.
+"""Small copies of test images, masks and maps, kept with the predictions for the report.
 
-JPEG for the image and 1-bit PNG for the mask, at most 256 pixels a side; 8-bit PNG for map and
-Grad-CAM, at most 128; all in the aspect of the original. A byte of a map is its value times 256,
-rounded down, so 128 and more is what the pixel threshold marks. All files of a kind stand one
-after another in one uint8 array and `_end` says where each ends, so that nothing needs pickle.
+JPEG for the image and 1-bit PNG for the mask, at most 256 pixels a side; 8-bit PNG for the maps, at
+most 128; all in the aspect of the original. All files of a kind stand one after another in one
+uint8 array and `_end` says where each ends, so that nothing needs pickle.
 """
 
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
 from medclip_jax.data.records import Record
-from medclip_jax.explain import grad_cam
+from medclip_jax.explain import boxes, grad_cam
 from medclip_jax.io import read
 
 SIDE = 256  # pixels of the longer side
 MAP_SIDE = 128  # of maps, which are smooth
 QUALITY = 80  # of JPEG
 MOST = 1000  # images in a report, which opens in seconds then and stays below 40 MB
-FILES = ("thumb", "thumb_mask", "thumb_map", "thumb_cam")
+
+
+class Copies(NamedTuple):
+    """Files of one image, b"" where there is none."""
+
+    thumb: bytes
+    thumb_mask: bytes
+    thumb_map: bytes
+    thumb_cam: bytes
+    thumb_deviation: bytes
 
 
 def pack(
@@ -31,42 +39,66 @@ def pack(
     maps: Float[np.ndarray, "n s s"] | Any,
     fit: read.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
+    deviations: Float[np.ndarray, "n p"] | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Arrays thumb, thumb_mask, thumb_map, thumb_cam, each with its _end, and frame [n, 2].
+    """Arrays for predictions.npz, of every image or of MOST sampled by seed.
 
-    maps: tower frame, [0, 1]. cams: per patch, [0, 1]. `frame` is the size (rows, columns) of the
-    original. There is no mask file where no lesion is known, no cam file without `cams`.
-    Of more than MOST images so many are kept, drawn by seed: `thumb_index` says which.
+    Args:
+        maps: anomaly maps in the encoder's frame, [0, 1].
+        cams: Grad-CAM of each patch, [0, 1].
+        deviations: standard deviation of each patch's unit score over MC-dropout passes.
+
+    Returns:
+        `thumb_index` [m], rows of `records`; the fields of `Copies`, each with its `_end`; `frame`
+        [m, 2], rows and columns of the original; `boxes` [b, 6], the fields of Box in the original,
+        with `boxes_end`; `deviation_scale`, what grey level 255 of `thumb_deviation` stands for.
     """
-    kept = np.arange(len(records))
+    index = np.arange(len(records))
     if len(records) > MOST:
-        kept = np.sort(np.random.default_rng(seed).permutation(len(records))[:MOST])
+        index = np.sort(np.random.default_rng(seed).permutation(len(records))[:MOST])
+    scale = 0.0 if deviations is None else float(deviations.max())
 
     def one(i: int):
-        cam = None if cams is None else grad_cam.to_square(cams[i : i + 1], MAP_SIDE)[0]
-        return _one(records[i], maps[i], cam, fit)
+        cam = None if cams is None else cams[i]
+        deviation = deviations[i] / scale if deviations is not None and scale else None
+        return _one(records[i], maps[i].astype(np.float32), (cam, deviation), fit)
 
     with ThreadPoolExecutor() as pool:
-        made = list(pool.map(one, kept.tolist()))
-    frames = np.array([frame for frame, _ in made], np.int32).reshape(-1, 2)
-    arrays: dict[str, np.ndarray] = {"frame": frames, "thumb_index": kept}
-    for i, name in enumerate(FILES):
-        arrays |= _joined(name, [parts[i] for _, parts in made])
-    return arrays
+        rows = list(pool.map(one, index.tolist()))
+    frames = np.array([frame for frame, _, _ in rows], np.int32).reshape(-1, 2)
+    found = [box for _, each, _ in rows for box in each]
+    arrays: dict[str, np.ndarray] = {
+        "thumb_index": index,
+        "frame": frames,
+        "boxes": np.array(found, np.float32).reshape(-1, len(boxes.Box._fields)),
+        "boxes_end": np.cumsum([len(each) for _, each, _ in rows], dtype=np.int64),
+    }
+    for name in Copies._fields:
+        arrays |= joined(name, [getattr(copies, name) for _, _, copies in rows])
+    return arrays | ({"deviation_scale": np.float64(scale)} if scale else {})
 
 
-def _one(record: Record, heat, cam, fit: read.Mode) -> tuple[tuple[int, int], tuple[bytes, ...]]:
+def joined(name: str, parts: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """The files of one kind as two arrays."""
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return {name: np.frombuffer(b"".join(parts), np.uint8), f"{name}_end": ends}
+
+
+def _one(record: Record, map, patches, fit: read.Mode):
+    """Frame, boxes and copies of an image; patches: Grad-CAM and deviation [p], None if absent."""
     pixels = read.read(record.path, window=record.window).pixels[0]
     frame = (pixels.shape[0], pixels.shape[1])
     image = PIL.Image.fromarray(np.round(255 * pixels).astype(np.uint8))
     mask = b""
     if record.masks:
         lesion = read.read_mask(record.masks, frame)
-        mask = _file(PIL.Image.fromarray(lesion.astype(np.uint8) * 255), "PNG")
+        mask = small(PIL.Image.fromarray(lesion.astype(np.uint8) * 255), "PNG")
+    squares = [x if x is None else grad_cam.to_square(x[None], MAP_SIDE)[0] for x in patches]
     sides = small_size(*frame, MAP_SIDE)
-    grey = [b"" if x is None else _grey(read.to_frame(x, *sides, fit)) for x in (heat, cam)]
-    return frame, (_file(image, "JPEG"), mask, *grey)
+    greys = [b"" if x is None else grey(read.to_frame(x, *sides, fit)) for x in (map, *squares)]
+    marked = boxes.boxes_of(read.to_frame(map, *frame, fit))
+    return frame, marked, Copies(small(image, "JPEG"), mask, *greys)
 
 
 def small_size(height: int, width: int, side: int) -> tuple[int, int]:
@@ -75,25 +107,22 @@ def small_size(height: int, width: int, side: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _grey(unit: Float[np.ndarray, "h w"]) -> bytes:
-    held = io.BytesIO()
+def grey(unit: Float[np.ndarray, "h w"]) -> bytes:
+    """PNG of values in [0, 1], times 256 and rounded down: 128 is what the threshold marks."""
+    file = io.BytesIO()
     codes = np.clip(np.floor(256 * unit), 0, 255).astype(np.uint8)
-    PIL.Image.fromarray(codes).save(held, "PNG", optimize=True)
-    return held.getvalue()
+    PIL.Image.fromarray(codes).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
-def _file(image: PIL.Image.Image, kind: str) -> bytes:
+def small(image: PIL.Image.Image, kind: str) -> bytes:
+    """A copy of at most SIDE pixels; a PNG is 1-bit, a mask."""
     size = small_size(image.height, image.width, SIDE)[::-1]
-    how = PIL.Image.Resampling.NEAREST if kind == "PNG" else PIL.Image.Resampling.BILINEAR
-    small = image.resize(size, how)
-    held = io.BytesIO()
+    resample = PIL.Image.Resampling.NEAREST if kind == "PNG" else PIL.Image.Resampling.BILINEAR
+    copy = image.resize(size, resample)
+    file = io.BytesIO()
     if kind == "PNG":
-        small.convert("1", dither=PIL.Image.Dither.NONE).save(held, kind, optimize=True)
+        copy.convert("1", dither=PIL.Image.Dither.NONE).save(file, kind, optimize=True)
     else:
-        small.save(held, kind, quality=QUALITY, optimize=True)
-    return held.getvalue()
-
-
-def _joined(name: str, parts: Sequence[bytes]) -> dict[str, np.ndarray]:
-    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-    return {name: np.frombuffer(b"".join(parts), np.uint8), f"{name}_end": ends}
+        copy.save(file, kind, quality=QUALITY, optimize=True)
+    return file.getvalue()

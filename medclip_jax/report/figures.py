@@ -26,7 +26,7 @@ VALIDATION = "held_out"
 def loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
     """One panel per logged part over the steps; a value that was not finite leaves a gap.
 
-    What the held-out copies say of synthetic anomalies (see validation) comes last, from 0 to 1.
+    Validation of the fold models on synthetic anomalies comes last, from 0 to 1.
     """
     names = list(dict.fromkeys(name for row in steps for name in row if name not in NOT_PARTS))
     names.sort(key=lambda name: name.startswith(VALIDATION))
@@ -38,10 +38,10 @@ def loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     for axes, name in zip(grid, names, strict=False):
         logged = [row for row in steps if name in row]
-        at = np.array([row["step"] for row in logged])
+        step = np.array([row["step"] for row in logged])
         values = np.array([row[name] for row in logged], dtype=float)
         marker = "o" if np.isfinite(values).sum() < 30 else None
-        axes.plot(at, values, color=HEALTHY, lw=1.2, marker=marker, ms=3)
+        axes.plot(step, values, color=HEALTHY, lw=1.2, marker=marker, ms=3)
         axes.set_title(name.replace("_", " "), fontsize=10, parse_math=False)
         if name.startswith(VALIDATION):
             axes.axhline(0.5, color=NEUTRAL, lw=1, ls=":")  # chance
@@ -80,8 +80,8 @@ def roc(
     name = "ROC" if auroc is None else f"ROC, AUROC {auroc:.3f}"
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="chance")
     if band is not None:
-        at, low, high = band
-        axes.fill_between(at, low, high, color=HEALTHY, alpha=0.2, lw=0, label="95% pointwise")
+        rate, low, high = band
+        axes.fill_between(rate, low, high, color=HEALTHY, alpha=0.2, lw=0, label="95% pointwise")
     axes.plot(fpr, tpr, color=HEALTHY, lw=2, label=name)
     chosen = score > 0.5
     point = chosen[label == 0].mean(), chosen[label == 1].mean()
@@ -112,17 +112,17 @@ def scores(label: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> byte
 def calibration(
     p_value: Float[np.ndarray, " n"], k: int | None, alpha: float | None, attained: float | None
 ) -> bytes:
-    """Observed against expected false alarms on healthy test images, over all levels.
+    """Observed against expected false alarms on healthy test images, over all rates.
 
     p_value: of healthy test images only, finite. With k calibration scores, the band holds 95%
-    of the observed rates that exchangeable data would give at each attainable level j/(k+1): the
+    of the observed rates that exchangeable data would give at each attainable rate j/(k+1): the
     count of alarms is beta-binomial(n, j, k+1-j), as the coverage of split conformal prediction is
     Beta distributed (Vovk 2012; Angelopoulos and Bates 2021, section 3.2).
     """
     n = p_value.size
     if n == 0:
         return message("Calibration is undefined: no p-value of a healthy test image.")
-    figure, axes = chart("level: expected false-alarm rate", "observed on healthy test images")
+    figure, axes = chart("expected false-alarm rate", "observed on healthy test images")
     if k:
         from scipy.stats import betabinom
 
@@ -136,8 +136,8 @@ def calibration(
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="exact")
     axes.ecdf(np.clip(p_value, 0, 1), color=HEALTHY, lw=2, label=f"observed (n = {n})")
     if attained is not None and 0 <= attained <= 1:
-        name = f"level used: {attained:.3f}"
-        name += "" if alpha is None or alpha == attained else f" (asked: {alpha:.3f})"
+        name = f"attained: {attained:.3f}"
+        name += "" if alpha is None or alpha == attained else f" (requested: {alpha:.3f})"
         axes.axvline(attained, color=ABNORMAL, lw=1.5, ls="--", label=name)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     _legend_above(figure, 2)
@@ -172,15 +172,13 @@ def risk_coverage(
     return png(figure)
 
 
-def deletion(curves: Mapping[str, Sequence[float]]) -> bytes:
+def deletion(curves: Mapping[str, Sequence[float]], cam: str) -> bytes:
     """The map's score while patches are replaced by healthy ones, by whose order comes first."""
     figure, axes = chart("share of the patches replaced by healthy ones", "score of the map")
-    kinds = (("map", HEALTHY, "-", "o"), ("grad_cam", ABNORMAL, "--", "s"))
-    for name, colour, line, marker in (*kinds, ("random", NEUTRAL, ":", "^")):
-        mean = float(np.mean(curves[name]))
-        label = f"{name.replace('_', ' ')} first (mean {mean:.3f})"
-        look: dict[str, Any] = dict(color=colour, ls=line, marker=marker, ms=5, lw=1.8, label=label)
-        axes.plot(curves["share"], curves[name], **look)
+    kinds = (("map", "map", HEALTHY, "-o"), ("grad_cam", cam, ABNORMAL, "--s"))
+    for key, name, colour, style in (*kinds, ("random", "random", NEUTRAL, ":^")):
+        label = f"{name} first (mean {np.mean(curves[key]):.3f})"
+        axes.plot(curves["share"], curves[key], style, color=colour, ms=5, lw=1.8, label=label)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     _legend_above(figure, 1)

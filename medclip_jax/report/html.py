@@ -1,9 +1,9 @@
-"""report.html and its figures, from the files of a workdir alone: no model, no data set, no JAX."""
+"""Writes report.html and figures/*.png."""
 
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,41 +11,14 @@ import jinja2
 import numpy as np
 
 from medclip_jax.evaluation import bootstrap
+from medclip_jax.explain import boxes
 from medclip_jax.files import write_bytes
-from medclip_jax.report import captions, figures, gallery, rerun_command, viewer
+from medclip_jax.report import captions, figures, load, viewer
 from medclip_jax.report.captions import text
-from medclip_jax.report.load import Files, read
+from medclip_jax.report.load import Files
 
-ROOT = Path(__file__).parents[1] / "assets"
-
-NAMES = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "f1": "F1",
-    "iou": "IoU",
-    "dice": "Dice",
-    "mcc": "Matthews correlation",
-    "fpr": "false-positive rate",
-    "tpr": "true-positive rate",
-    "tp": "true positives",
-    "tn": "true negatives",
-    "fp": "false positives",
-    "fn": "false negatives",
-    "hausdorff": "Hausdorff distance",
-    "hausdorff95": "Hausdorff distance, 95th percentile",
-    "boundary_f1": "boundary F1",
-    "aupro": "AUPRO, false-positive rate up to 0.3",
-    "boundary_tolerance": "tolerance of boundary F1",
-    "distance_unit": "unit of distances and tolerance",
-    "alpha_requested": "level asked for (α)",
-    "alpha_attained": "level attained",
-    "k": "K",
-    "n_healthy_test": "healthy test images",
-    "least_attainable": "least level attainable with K images",
-    "false_alarm_rate": "observed false-alarm rate",
-    "expected_low": "expected of such a draw (95%), from",
-    "expected_high": "expected of such a draw (95%), to",
-}
+ASSETS = Path(__file__).parents[1] / "assets"
+GALLERY = ((1, 8), (0, 4))  # how many abnormal and healthy images, sampled by seed
 
 
 class Cell(NamedTuple):
@@ -61,17 +34,22 @@ def write(workdir: str | Path) -> Path:
     """Write figures/*.png and a self-contained report.html into the workdir; returns its path.
 
     Reads config.json, metrics.jsonl, split.json, metrics.json and predictions.npz.
-    The same files give the same bytes. Raises WorkdirError if one is missing or unreadable, or if
-    the workdir cannot be written.
+
+    Raises:
+        WorkdirError: one of them is missing or corrupt, or the workdir cannot be written.
     """
     workdir = Path(workdir)
-    files = read(workdir)
-    pngs = draw(files)
-    sheets = gallery.pages(files.panels) or [figures.message("No image was kept for the gallery.")]
-    for name, png in {**pngs, "gallery": gallery.stack(sheets)}.items():
+    files = load.read(workdir)
+    charts = draw(files)
+    rows = gallery_rows(files)
+    shown = [picture for i in rows if (picture := files.pictures[i])]
+    labels = [_label(files.predictions, i, number) for number, i in enumerate(rows, start=1)]
+    pages = viewer.gallery(shown, labels, captions.cam_name(files.config))
+    pages = pages or [figures.message("This run left no small copies of its images.")]
+    for name, png in {**charts, "gallery": viewer.stacked(pages)}.items():
         write_bytes(workdir / "figures" / f"{name}.png", png)
     path = workdir / "report.html"
-    write_bytes(path, page(files, pngs, sheets).encode())
+    write_bytes(path, page(files, charts, pages, rows).encode())
     return path
 
 
@@ -86,28 +64,34 @@ def draw(files: Files) -> dict[str, bytes]:
     if np.unique(label).size == 2:
         band = (grid, *bootstrap.roc_band(score, label, grid))
     curves = (files.metrics.get("explanations") or {}).get("deletion")
-    alarms = p_value[(label == 0) & np.isfinite(p_value)]
     return {
         "loss": figures.loss(files.steps),
         "roc": figures.roc(label, score, files.metrics["image"].get("auroc"), band),
         "scores": figures.scores(label, score),
         "calibration": figures.calibration(
-            alarms,
+            p_value[(label == 0) & np.isfinite(p_value)],
             calibration.get("k"),
             calibration.get("alpha_requested"),
             calibration.get("alpha_attained"),
         ),
         "risk_coverage": figures.risk_coverage(label, score, uncertainty),
-        "deletion": figures.deletion(curves)
+        "deletion": figures.deletion(curves, captions.cam_name(files.config))
         if curves
         else figures.message("No deletion curve was measured in this run."),
     }
 
 
-def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
-    """The whole report as one HTML text; whatever comes from a file is escaped."""
+def page(
+    files: Files, charts: Mapping[str, bytes], gallery: Sequence[bytes], rows: Sequence[int]
+) -> str:
+    """The whole report as one HTML text; whatever comes from a file is escaped.
+
+    Args:
+        charts: PNG by name.
+        gallery: pages of the gallery, which shows the test images `rows`.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ROOT),
+        loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -115,10 +99,9 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
     )
     metrics, predictions = files.metrics, files.predictions
     label = predictions["label"]
-    pictures = dict(captions.pictures(files, charts, sheets))
-    sure = metrics.get("intervals") or {}
-    script = (ROOT / "report.js").read_text(encoding="utf-8")
-    shown = {"colours": viewer.colours(), "images": files.pictures}
+    intervals = metrics.get("intervals") or {}
+    cam = captions.cam_name(files.config)
+    script = (ASSETS / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.jinja").render(
         metrics=metrics,
         support=files.split["support"],
@@ -128,31 +111,68 @@ def page(files: Files, charts: Mapping[str, bytes], sheets: list[bytes]) -> str:
         abnormal=int((label == 1).sum()),
         missing=len({row["id"] for row in files.split["test"]} - set(predictions["id"].tolist())),
         text=text,
-        image_table=_table(metrics["image"], limits=sure.get("image")),
-        pixel_table=_table(metrics.get("pixel") or {}, limits=sure.get("pixel")),
-        sure=bool(sure.get("image") or sure.get("pixel")),
+        cam=cam,
+        steps=len(files.steps),
+        deviation_scale=files.deviation_scale,
+        image_table=_table(metrics["image"], limits=intervals.get("image")),
+        pixel_table=_table(metrics.get("pixel") or {}, limits=intervals.get("pixel")),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        shown=viewer.as_script(shown),
-        everything=_all_rows(files),
+        viewer_data=viewer.as_script(files.pictures, cam=cam),
+        images=list(_rows(files)),
         pictured=sum(x is not None for x in files.pictures),
-        explanations=captions.checks(metrics.get("explanations") or {}),
-        command=rerun_command.again(files.config),
+        explanations=captions.checks(metrics.get("explanations") or {}, cam),
         calibration=metrics.get("calibration") or {},
         calibration_table=_table(metrics.get("calibration") or {}, skip=("message",)),
         timing_table=_table(metrics.get("timing") or {}, names={}),
         version_table=_table(metrics.get("versions") or {}, names={}),
         config_table=_table(dict(_flat(files.config)), names={}),
-        pictures=pictures,
-        rows=_gallery_rows(files),
+        charts={name: viewer.uri(png) for name, png in charts.items()},
+        gallery=[viewer.uri(png) for png in gallery],
+        gallery_ids=[predictions["id"][i].item() for i in rows],
+        most_boxes=boxes.MOST,
+        smallest_box=boxes.SMALLEST,
     )
+
+
+def gallery_rows(files: Files) -> list[int]:
+    """Images of the gallery, abnormal ones first."""
+    rng = np.random.default_rng(files.metrics["seed"])
+    pictured = np.array([picture is not None for picture in files.pictures], bool)
+    if not pictured.any():
+        return []
+    return [
+        int(i)
+        for label, count in GALLERY
+        for i in sorted(
+            rng.permutation(np.flatnonzero(pictured & (files.predictions["label"] == label)))[
+                :count
+            ]
+        )
+    ]
+
+
+def _label(predictions: Mapping[str, np.ndarray], i: int, number: int) -> str:
+    kind = "abnormal" if predictions["label"][i] else "healthy"
+    p = predictions["p_value"][i]
+    return f"{number}\n{kind}\nscore {predictions['score'][i]:.3f}" + (
+        "" if np.isnan(p) else f"\np {p:.3f}"
+    )
+
+
+def _rows(files: Files) -> Iterator[dict[str, Any]]:
+    """One row per test image; boxes are None where no small copy was kept."""
+    for i in range(len(files.predictions["id"])):
+        picture = files.pictures[i] if files.pictures else None
+        row = {name: files.predictions[name][i].item() for name in load.COLUMNS}
+        yield row | {"boxes": None if picture is None else len(picture.boxes)}
 
 
 def _table(
     values: Mapping[str, Any],
     *,
     skip: tuple[str, ...] = (),
-    names: Mapping[str, str] = NAMES,
+    names: Mapping[str, str] = captions.NAMES,
     limits: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """Rows for the plain values; curves and other lists are drawn, not listed."""
@@ -174,23 +194,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def _all_rows(files: Files) -> list[dict[str, Any]]:
-    """One row per test image for the table; boxes are None where no small copy was kept."""
-    columns = ("id", "label", "score", "p_value", "uncertainty")
-    rows = []
-    for i in range(len(files.predictions["id"])):
-        row = {name: files.predictions[name][i].item() for name in columns}
-        kept = files.pictures[i] if files.pictures else None
-        rows.append({**row, "boxes": len(kept["boxes"]) if kept else None})
-    return rows
-
-
-def _gallery_rows(files: Files) -> list[dict[str, Any]]:
-    columns = ("id", "label", "score", "p_value", "uncertainty")
-    rows = []
-    for number, (i, panel) in enumerate(zip(files.places, files.panels, strict=True), start=1):
-        row = {name: files.predictions[name][i].item() for name in columns}
-        rows.append({**row, "number": number, "boxes": len(panel.boxes)})
-    return rows

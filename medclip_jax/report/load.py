@@ -2,16 +2,17 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from medclip_jax.errors import WorkdirError
-from medclip_jax.explain.boxes import boxes_of
-from medclip_jax.report import gallery, viewer
+from medclip_jax.report import viewer
 from medclip_jax.training.metrics_log import read_steps
+
+COLUMNS = ("id", "label", "score", "p_value", "uncertainty")
 
 
 class Files(NamedTuple):
@@ -21,40 +22,37 @@ class Files(NamedTuple):
     steps: list[dict[str, Any]]
     split: dict[str, Any]
     metrics: dict[str, Any]
-    predictions: dict[str, np.ndarray]  # id, label, score, p_value, uncertainty: all of length n
-    places: list[int]  # of each panel's image in the predictions
-    panels: list[gallery.Panel]
-    pictures: list[dict[str, Any] | None]  # see viewer; empty if none was kept
+    predictions: dict[str, np.ndarray]  # COLUMNS, all of length n
+    pictures: list[viewer.Picture | None]  # one per image; empty if the run left none
+    deviation_scale: float | None  # of Picture.deviation: what its grey level 255 stands for
 
 
 def read(workdir: Path) -> Files:
-    """The files of a workdir. Raises WorkdirError naming the first that is missing or spoilt."""
+    """The files of a workdir.
+
+    Raises:
+        WorkdirError: names the first that is missing or corrupt.
+    """
     config = _load(workdir, "config.json", "train", _json)
     steps = _load(workdir, "metrics.jsonl", "train", read_steps)
     split = _load(workdir, "split.json", "train", _split)
     keys = ("dataset", "k", "seed", "split", "method", "backbone", "image")
     metrics = _load(workdir, "metrics.json", "evaluate", lambda path: _json(path, *keys))
     predictions = _load(workdir, "predictions.npz", "evaluate", _predictions)
-    index, panels = _load(
-        workdir, "predictions.npz", "evaluate", lambda path: _panels(path, predictions)
-    )
-    pictures = _load(
-        workdir, "predictions.npz", "evaluate", lambda path: _pictures(path, len(predictions["id"]))
-    )
-    return Files(config, steps, split, metrics, predictions, index, panels, pictures)
+    return Files(config, steps, split, metrics, *predictions)
 
 
-def _load(workdir: Path, name: str, command: str, parse: Callable[[Path], Any]) -> Any:
+def _load(workdir: Path, name: str, mode: str, parse: Callable[[Path], Any]) -> Any:
     path = workdir / name
+    if not path.exists():
+        raise WorkdirError(
+            f"{path} is missing: run --mode {mode} with this workdir before --mode report"
+        )
     try:
         return parse(path)
-    except FileNotFoundError as error:
-        raise WorkdirError(
-            f"{path} is missing: run `{command}` with this workdir before `report`."
-        ) from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise WorkdirError(
-            f"{path} cannot be used ({error}): run `{command}` with this workdir again."
+            f"{path} cannot be used ({error}): run --mode {mode} with this workdir again"
         ) from error
 
 
@@ -75,53 +73,18 @@ def _json(path: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
-def _predictions(path: Path) -> dict[str, np.ndarray]:
+def _predictions(path: Path) -> tuple[dict, list[viewer.Picture | None], float | None]:
     # the maps stay on disk: the report never needs them all
     with np.load(path, allow_pickle=False) as file:
-        columns = {name: file[name] for name in ("id", "label", "score", "p_value", "uncertainty")}
+        columns = {name: file[name] for name in COLUMNS}
+        small = ("thumb", "frame", "boxes", "deviation_scale")
+        arrays = {name: file[name] for name in file.files if name.startswith(small)}
     if len({column.shape for column in columns.values()}) != 1 or columns["id"].ndim != 1:
         raise ValueError("its columns are not of one length")
     for name in ("score", "p_value", "uncertainty"):
         columns[name] = columns[name].astype(np.float64)
     if not np.isfinite(columns["score"]).all():
         raise ValueError("some scores are not finite")
-    return columns
-
-
-def _pictures(path: Path, n: int) -> list[dict[str, Any] | None]:
-    with np.load(path, allow_pickle=False) as file:
-        held = {name: file[name] for name in file.files if name.startswith(("thumb", "frame"))}
-    return viewer.pictures(held, n)
-
-
-def _panels(
-    path: Path, predictions: Mapping[str, np.ndarray]
-) -> tuple[list[int], list[gallery.Panel]]:
-    with np.load(path, allow_pickle=False) as file:
-        index = [int(i) for i in file["gallery_index"]]
-        if any(not 0 <= i < len(predictions["id"]) for i in index):
-            raise ValueError("its gallery shows an image that it does not hold")
-        panels = []
-        for row, i in enumerate(index):
-            image = file[f"gallery_image_{row}"]
-            map = file[f"gallery_map_{row}"].astype(np.float32)
-            name = f"gallery_mask_{row}"
-            mask = file[name] if name in file else None
-            if any(a is not None and a.shape != image.shape for a in (map, mask)):
-                raise ValueError(f"image, map and mask of row {row} are not of one shape")
-            kind = "abnormal" if predictions["label"][i] else "healthy"
-            score, p_value = predictions["score"][i], predictions["p_value"][i]
-            panels.append(
-                gallery.Panel(
-                    f"{row + 1}\n{kind}\nscore {score:.3f}\n{_p(p_value)}",
-                    image,
-                    map,
-                    mask,
-                    tuple(boxes_of(map)),
-                )
-            )
-    return index, panels
-
-
-def _p(value: float) -> str:
-    return "p undefined" if np.isnan(value) else f"p {value:.3f}"
+    scale = arrays.get("deviation_scale")
+    pictures = viewer.pictures(arrays, len(columns["id"]))
+    return columns, pictures, None if scale is None else float(scale)

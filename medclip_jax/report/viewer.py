@@ -1,84 +1,158 @@
-"""What the report's script needs to show any test image: pictures as data URIs, and boxes.
+"""Test images on the page: data for the viewer's script, and a gallery that can be printed.
 
-Reads the arrays that `thumbnails.pack` left in predictions.npz; no JAX, no data set.
+Reads the arrays that `evaluation.thumbnails.pack` left in predictions.npz.
 """
 
 import base64
 import io
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from medclip_jax.explain.boxes import boxes_of
+from medclip_jax.explain.boxes import Box
+from medclip_jax.io import overlay
 
-FILES = {"image": "thumb", "mask": "thumb_mask", "map": "thumb_map", "cam": "thumb_cam"}
-KINDS = {"image": "jpeg", "mask": "png", "map": "png", "cam": "png"}
+FILES = {  # of a Picture -> of predictions.npz
+    "image": "thumb",
+    "map": "thumb_map",
+    "mask": "thumb_mask",
+    "cam": "thumb_cam",
+    "deviation": "thumb_deviation",
+}
+ROWS = 4  # of the gallery on one printed page
+CELL, LABEL, HEAD = 256, 120, 28  # pixels: side of an image, width of the labels, height of titles
+GROUND, INK, OUTLINE = "#1b1b1b", "#dcdcdc", "#56B4E9"
 
 
-def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[dict[str, Any] | None]:
-    """Of each of n images: data URIs of image, mask, map, cam ("" where absent), boxes, frame.
+class Picture(NamedTuple):
+    """Small copies of a test image, PNG or JPEG; b"" where there is none."""
 
-    Boxes are [row0, col0, row1, col1, score] in the original frame, score in [0, 1]. None for an
-    image whose small copies were not kept; empty if the workdir was written without any. Raises
-    ValueError for arrays that do not fit.
+    image: bytes
+    map: bytes  # grey level / 256 is the unit score
+    mask: bytes
+    cam: bytes
+    deviation: bytes  # grey level 255 is the largest of the test set
+    frame: tuple[int, int]  # rows and columns of the original
+    boxes: list[Box]  # in the original
+
+
+def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[Picture | None]:
+    """Of each of n images; None for those without small copies, no entry if there are none at all.
+
+    Raises:
+        ValueError: the arrays do not fit together.
     """
     if "frame" not in arrays:
         return []
-    frames = arrays["frame"]
-    files = {name: unpack(arrays, held) for name, held in FILES.items()}
-    index = arrays["thumb_index"] if "thumb_index" in arrays else np.arange(n)
-    right = index.ndim == 1 and ((index >= 0) & (index < n)).all()
-    if frames.shape != (len(index), 2) or any(len(x) != len(index) for x in files.values()):
-        right = False
-    if not right:
+    frames, index, boxes = arrays["frame"], arrays["thumb_index"], arrays["boxes"]
+    files = {name: unpack(arrays, stored) for name, stored in FILES.items()}
+    ends = arrays["boxes_end"]
+    columns = (frames, ends, *files.values())
+    if any(len(x) != len(index) for x in columns) or not set(index.tolist()) <= set(range(n)):
         raise ValueError("its small copies are not one per image")
-    rows: list[dict[str, Any] | None] = [None] * n
-    for place, (i, (height, width)) in enumerate(zip(index, frames.tolist(), strict=True)):
-        row = {name: _uri(files[name][place], KINDS[name]) for name in FILES}
-        found = _boxes(files["map"][place], height, width)
-        rows[i] = {**row, "boxes": found, "frame": [height, width]}
+    rows: list[Picture | None] = [None] * n
+    for place, i in enumerate(index):
+        own = boxes[ends[place - 1] if place else 0 : ends[place]].tolist()
+        copies = {name: files[name][place] for name in FILES}
+        height, width = frames[place].tolist()
+        each = [Box(*map(int, box[:4]), round(box[4], 3), int(box[5])) for box in own]
+        rows[i] = Picture(**copies, frame=(height, width), boxes=each)
     return rows
 
 
 def unpack(arrays: Mapping[str, np.ndarray], name: str) -> list[bytes]:
     """The files that were joined under `name`, b"" where there is none."""
-    data, ends = arrays[name].tobytes(), [int(x) for x in arrays[f"{name}_end"]]
+    data, ends = arrays[name].tobytes(), arrays[f"{name}_end"].tolist()
     starts = [0, *ends[:-1]] if ends else []
     if any(a > b for a, b in zip(starts, ends, strict=True)) or ends[-1:] not in ([], [len(data)]):
         raise ValueError(f"the files of {name!r} are not where {name}_end says")
     return [data[a:b] for a, b in zip(starts, ends, strict=True)]
 
 
-def colours(name: str = "cividis") -> str:
-    """256 colours of a map that colour-blind readers can read, as 6 hex digits each."""
+def as_script(pictures: Sequence[Picture | None], **more: Any) -> str:
+    """JSON for the viewer; it can stand inside a script element, whatever its strings hold."""
     from matplotlib import colormaps
 
-    return "".join(bytes(row[:3]).hex() for row in colormaps[name](np.arange(256), bytes=True))
-
-
-def as_script(value: Any) -> str:
-    """JSON that can stand inside a script element, whatever its strings hold."""
+    palette = colormaps["inferno"](np.arange(256), bytes=True)[:, :3].tobytes().hex()
+    entries = [p and {**p._asdict(), **{name: uri(getattr(p, name)) for name in FILES}}
+               for p in pictures]  # fmt: skip
+    value = {"colours": palette, "images": entries, **more}
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
 
 
-def _boxes(png: bytes, height: int, width: int) -> list[list[float]]:
-    from PIL import Image
-
-    codes = np.asarray(Image.open(io.BytesIO(png)), np.float32)
-    rows, columns = height / codes.shape[0], width / codes.shape[1]
-    return [
-        [
-            *(round(x) for x in (b.row0 * rows, b.col0 * columns, b.row1 * rows, b.col1 * columns)),
-            round(b.score + 0.5 / 256, 3),
-        ]
-        for b in boxes_of(codes / 256)
-    ]
-
-
-def _uri(data: bytes, kind: str) -> str:
+def uri(data: bytes) -> str:
+    """A PNG or JPEG as a data URI, "" for none."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if data else ""
+
+
+def gallery(pictures: Sequence[Picture], labels: Sequence[str], cam: str) -> list[bytes]:
+    """Pages of at most ROWS rows: image, map with boxes, outline of the mask, Grad-CAM (PNG).
+
+    Args:
+        labels: lines beside each row.
+        cam: title of the last column.
+    """
+    rows = list(zip(pictures, labels, strict=True))
+    return [_page(rows[i : i + ROWS], cam) for i in range(0, len(rows), ROWS)]
+
+
+def stacked(pages: Sequence[bytes]) -> bytes:
+    """The pages below one another as one PNG."""
+    images = [Image.open(io.BytesIO(page)) for page in pages]
+    sheet = Image.new("RGB", (images[0].width, sum(i.height for i in images)), GROUND)
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return _png(sheet)
+
+
+def _page(rows: Sequence[tuple[Picture, str]], cam: str) -> bytes:
+    sheet = Image.new("RGB", (LABEL + 4 * CELL, HEAD + len(rows) * CELL), GROUND)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, title in enumerate(("image", "map and boxes", "mask outline", cam)):
+        place = (LABEL + (column + 0.5) * CELL, HEAD / 2)
+        pen.text(place, title, INK, font, anchor="mm")
+    for row, (picture, label) in enumerate(rows):
+        top = HEAD + row * CELL
+        pen.multiline_text((8, top + CELL / 2), label, INK, font, anchor="lm", spacing=6)
+        for column, cell in enumerate(_cells(picture)):
+            cell.thumbnail((CELL - 6, CELL - 6))
+            left = LABEL + column * CELL + (CELL - cell.width) // 2
+            sheet.paste(cell, (left, top + (CELL - cell.height) // 2))
+    return _png(sheet)
+
+
+def _cells(picture: Picture) -> list[Image.Image]:
+    image = Image.open(io.BytesIO(picture.image)).convert("L")
+    scale = image.height / picture.frame[0], image.width / picture.frame[1]
+    boxes = [
+        {name: getattr(box, name) * scale[name.startswith("col")] for name in Box._fields[:4]}
+        for box in picture.boxes
+    ]
+    outlined = image.convert("RGB")
+    if picture.mask:
+        mask = Image.open(io.BytesIO(picture.mask)).convert("L")
+        edge = ImageChops.difference(mask.filter(ImageFilter.MaxFilter(5)), mask)
+        outlined.paste(OUTLINE, mask=edge)
+    cells = [image.convert("RGB"), _blend(image, picture.map, boxes), outlined]
+    return cells + ([_blend(image, picture.cam, [])] if picture.cam else [])
+
+
+def _blend(image: Image.Image, grey: bytes, boxes: list[dict]) -> Image.Image:
+    heat = Image.open(io.BytesIO(grey)).resize(image.size, Image.Resampling.BILINEAR)
+    unit = np.asarray(heat, np.float32) / 256
+    return Image.fromarray(overlay.draw(np.asarray(image), unit, boxes))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

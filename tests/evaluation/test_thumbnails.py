@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from medclip_jax.evaluation import thumbnails
+from medclip_jax.explain.boxes import boxes_of
+from medclip_jax.io import read
 from medclip_jax.report import viewer
 from tests.support.pictures import write_pictures
 
@@ -24,7 +26,7 @@ def test_pictures_come_back_small_and_in_their_aspect(tmp_path):
     maps = np.zeros((3, 32, 32), np.float32)
     maps[1, 8:16, 16:24] = 0.75
     cams = np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 16)
-    arrays = thumbnails.pack(records, maps, "stretch", cams)
+    arrays = thumbnails.pack(records, maps, "stretch", cams, cams / 2)
     assert arrays["frame"].tolist() == [[30, 40], [30, 40], [300, 600]]
     images = [np.asarray(Image.open(io.BytesIO(b))) for b in viewer.unpack(arrays, "thumb")]
     assert [x.shape for x in images] == [(30, 40), (30, 40), (128, 256)]
@@ -33,42 +35,44 @@ def test_pictures_come_back_small_and_in_their_aspect(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(masks[1]))), mask > 0)
     heat = [np.asarray(Image.open(io.BytesIO(b))) for b in viewer.unpack(arrays, "thumb_map")]
     assert [x.shape for x in heat] == [(30, 40), (30, 40), (64, 128)] and heat[1].max() == 192
-    assert [len(b) > 50 for b in viewer.unpack(arrays, "thumb_cam")] == [True] * 3
+    for name in ("thumb_cam", "thumb_deviation"):
+        grey = [np.asarray(Image.open(io.BytesIO(b))) for b in viewer.unpack(arrays, name)]
+        assert grey[2].shape == (64, 128) and grey[2].max() == 255 > grey[1].max() > grey[0].max()
+    assert arrays["deviation_scale"] == 0.5
     rows = viewer.pictures(arrays, 3)
-    assert [row["frame"] for row in rows] == [[30, 40], [30, 40], [300, 600]]
-    assert [row["boxes"] for row in rows[::2]] == [[], []]
-    (box,) = rows[1]["boxes"]  # rows 7.5 to 15 and columns 20 to 30 of 30 x 40, bilinear
-    np.testing.assert_allclose(box, [7.5, 20, 15, 30, 0.752], atol=1)
-    assert rows[0]["mask"] == "" and rows[1]["mask"].startswith("data:image/png;base64,")
+    assert [row.frame for row in rows] == [(30, 40), (30, 40), (300, 600)]
+    assert rows[0].boxes == rows[2].boxes == [] and rows[0].mask == b""
+    whole = boxes_of(read.to_frame(maps[1], 30, 40))  # of the original, not of the small copy
+    assert rows[1].boxes == whole and len(whole) == 1
 
 
 def test_maps_above_the_threshold_have_bytes_above_it():
     heat = np.array([[0.49999, 0.5, 0.0, 1.0]], np.float32)
-    codes = np.asarray(Image.open(io.BytesIO(thumbnails._grey(heat))))
+    codes = np.asarray(Image.open(io.BytesIO(thumbnails.grey(heat))))
     assert codes.tolist() == [[127, 128, 0, 255]]
 
 
 def test_without_small_copies_there_are_no_pictures():
     assert viewer.pictures({}, 5) == []
     with pytest.raises(ValueError, match="one per image"):
-        held = {f"{n}{e}": np.zeros(0, np.uint8) for n in thumbnails.FILES for e in ("", "_end")}
-        viewer.pictures({**held, "frame": np.zeros((0, 2), int)}, 5)
+        viewer.pictures(thumbnails.pack([], np.zeros((0, 4, 4)), "stretch") | {"frame": [1]}, 5)
 
 
 def test_json_cannot_leave_its_script():
-    said = viewer.as_script({"a": "</script><!--&"})
-    assert not set("<>&") & set(said) and json.loads(said) == {"a": "</script><!--&"}
+    script = viewer.as_script([None], cam="</script><!--&")
+    assert not set("<>&") & set(script)
+    assert json.loads(script)["cam"] == "</script><!--&" and json.loads(script)["images"] == [None]
 
 
-def test_a_spoilt_index_is_refused():
+def test_a_corrupt_index_is_refused():
     arrays = {"thumb": np.zeros(5, np.uint8), "thumb_end": np.array([2, 4])}
     with pytest.raises(ValueError, match="thumb_end"):
         viewer.unpack(arrays, "thumb")
     assert viewer.unpack({"thumb": np.zeros(0, np.uint8), "thumb_end": np.array([])}, "thumb") == []
 
 
-def test_of_many_images_some_are_kept(tmp_path, monkeypatch):
-    """Those that seed draws; the report says of the others that no picture was kept."""
+def test_of_many_images_some_are_sampled(tmp_path, monkeypatch):
+    """By seed; the viewer has no picture of the others."""
     monkeypatch.setattr(thumbnails, "MOST", 4)
     records = write_pictures(tmp_path, 9, start=50)
     maps = np.zeros((9, 32, 32), np.float32)

@@ -122,6 +122,7 @@ def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, scores):
     assert "abnormal" in by(browser, "viewer-facts").text
     assert "p-value" in by(browser, "viewer-facts").text
     assert by(browser, "cam-caption").text == "Grad-CAM"
+    assert by(browser, "view-deviation").is_displayed()
     image, heat, boxes = (
         np.array(browser.execute_script(PIXELS, f"view-{n}")).reshape(-1, 4)
         for n in ("image", "map", "boxes")

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import config
-from medclip_jax.data.catalog import PRESETS
 from medclip_jax.errors import WorkdirError
 from medclip_jax.report import html as report_html
 from medclip_jax.report.html import text
@@ -74,7 +72,7 @@ def test_the_page_needs_nothing_from_outside(html):
     assert f"script-src &#39;sha256-{known}" in html or f"script-src 'sha256-{known}'" in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|url\(|@import""", html)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert len(page.sources) == len(page.alts) == 8  # six charts and two pages of the gallery
+    assert len(page.sources) == len(page.alts) == 9  # six charts and three pages of the gallery
     assert all(len(alt) > 20 for alt in page.alts)
     for source in page.sources:
         Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).verify()
@@ -112,9 +110,9 @@ def test_checks_of_explanations_are_a_table(html):
     words = Page(html).text
     for row in (
         "(pointing game) 0.7125 0.5625 0.1234 by chance, 36 images with a mask",
-        "Mean score in deletion, less is better 0.4667 0.5000 0.5667 at random",
+        "Mean score in deletion, less is better 0.4667 0.5000 0.5667 random",
         "Rank correlation of Grad-CAM and map – 0.8123",
-        "itself, all blocks of the tower drawn anew 0.0321 undefined near 1",
+        "itself, all blocks of the encoder randomised 0.0321 undefined near 1",
     ):
         assert row in words, row
 
@@ -129,26 +127,25 @@ def test_page_names_run_supports_versions_and_limits(html):
         "research use only, not a medical device",
         "jax 0.10.2",
         "data.name phantom",
-        "clip.levels [3, 6]",
+        "clip.layers [3, 6]",
     ):
         assert phrase.lower() in words.lower()
 
 
-def test_units_and_the_command_that_makes_the_run_again(tmp_path):
-    folder = make_workdir(tmp_path / "run")
-    assert "settings are of another version" in Page(report_html.write(folder).read_text()).text
-    held = json.loads((folder / "metrics.json").read_text())
-    edit(folder, pixel={**held["pixel"], "distance_unit": "px", "boundary_tolerance": 2})
-    c = config.resolve(config.base("k=4", name="busi", **PRESETS["busi"]))
-    c.calibration.alpha = 0.05
-    (folder / "config.json").write_text(c.to_json_best_effort())
-    words = Page(report_html.write(folder).read_text()).text
+def test_units_of_distances_and_the_name_of_the_explanation(tmp_path):
+    folder = make_workdir(tmp_path / "run", n=10)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    edit(folder, pixel={**metrics["pixel"], "distance_unit": "px", "boundary_tolerance": 2})
+    config = json.loads((folder / "config.json").read_text())
+    config["explanation"] = {"method": "grad_cam_pp", "layer": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    html = report_html.write(folder).read_text()
+    words = Page(html).text
     assert "unit of distances and tolerance px" in words
     assert "tolerance of boundary F1 2" in words and "px are pixels of the square" in words
-    assert (
-        "python -m medclip_jax.main --config busi:k=4,seed=0,method=ours --workdir DIR "
-        "--config.calibration.alpha=0.05" in words
-    )
+    assert "Rank correlation of Grad-CAM++, layer 1 and map" in words
+    assert '"cam":"Grad-CAM++, layer 1"' in html
+    assert "over MC-dropout, 0 to 0.0625" in words
 
 
 def test_rebuilding_gives_the_same_bytes(workdir, html):
@@ -170,34 +167,25 @@ def test_rebuilding_gives_the_same_bytes(workdir, html):
     ],
 )
 def test_a_missing_or_spoilt_file_is_named(tmp_path, name, command):
-    folder = make_workdir(tmp_path, n=10, shown=1)
+    folder = make_workdir(tmp_path, n=10)
     (folder / name).write_bytes(b"\x00not what it should be\n")
-    with pytest.raises(WorkdirError, match=f"{name}.*run `{command}`|Line 1 of .*{name}"):
+    with pytest.raises(WorkdirError, match=f"{name}.*run --mode {command}|Line 1 of .*{name}"):
         report_html.write(folder)
     (folder / name).unlink()
-    with pytest.raises(WorkdirError, match=f"{name} is missing: run `{command}`"):
+    with pytest.raises(WorkdirError, match=f"{name} is missing: run --mode {command}"):
         report_html.write(folder)
     assert not (folder / "report.html").exists()
 
 
 def test_a_key_that_metrics_json_lacks_is_named(tmp_path):
-    folder = make_workdir(tmp_path, n=10, shown=1)
+    folder = make_workdir(tmp_path, n=10)
     (folder / "metrics.json").write_text('{"dataset": "x"}')
     with pytest.raises(WorkdirError, match="'k' is not in it"):
         report_html.write(folder)
 
 
-def test_a_gallery_of_two_frames_is_refused(tmp_path):
-    folder = make_workdir(tmp_path, n=10, shown=1)
-    with np.load(folder / "predictions.npz") as held:
-        arrays = {**held, "gallery_map_0": np.zeros((8, 8), np.float16)}
-    np.savez(folder / "predictions.npz", **arrays)
-    with pytest.raises(WorkdirError, match="row 0 are not of one shape"):
-        report_html.write(folder)
-
-
 def test_without_masks_pixel_metrics_are_undefined(tmp_path):
-    folder = make_workdir(tmp_path, n=12, shown=0)
+    folder = make_workdir(tmp_path, n=12)
     edit(folder, pixel=None, calibration=None, explanations=None)
     text = Page(report_html.write(folder).read_text()).text
     assert "Pixel metrics: undefined" in text and "no lesion masks" in text
@@ -208,7 +196,7 @@ def test_without_masks_pixel_metrics_are_undefined(tmp_path):
 
 @pytest.mark.parametrize("only", [0, 1])
 def test_one_class_is_said_not_hidden(tmp_path, only):
-    folder = make_workdir(tmp_path, label=np.full(9, only, np.int32), shown=1)
+    folder = make_workdir(tmp_path, label=np.full(9, only, np.int32))
     html = report_html.write(folder).read_text()
     assert "image AUROC is undefined, as all test images are of one class" in Page(html).text
     assert "AUROC undefined" in Page(html).text
@@ -216,17 +204,17 @@ def test_one_class_is_said_not_hidden(tmp_path, only):
 
 
 def test_images_without_a_picture_still_have_their_row(tmp_path):
-    folder = make_workdir(tmp_path, n=10, shown=1)
+    folder = make_workdir(tmp_path, n=10)
     keep_pictures(folder, [2, 7])
     html = report_html.write(folder).read_text()
-    assert "holds those of 2 images, drawn by seed" in Page(html).text
-    shown = json.loads(re.search(r'id="shown">(.*?)</script>', html)[1])["images"]
+    assert "shows 2 images, sampled by seed" in Page(html).text
+    shown = json.loads(re.search(r'id="viewer-data">(.*?)</script>', html)[1])["images"]
     assert [i for i, row in enumerate(shown) if row] == [2, 7]
     assert html.count('<td data-v="-1">–</td>') == 8 and "test/0009.png" in html
 
 
 def test_fewer_predictions_than_the_split_is_said(tmp_path):
-    folder = make_workdir(tmp_path, n=10, shown=1)
+    folder = make_workdir(tmp_path, n=10)
     split = json.loads((folder / "split.json").read_text())
     split["test"] += [{"id": "another", "sha256": "", "label": 0}]
     (folder / "split.json").write_text(json.dumps(split))

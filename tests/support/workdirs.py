@@ -6,6 +6,10 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from medclip_jax.evaluation import thumbnails
+from medclip_jax.explain.boxes import boxes_of
+from medclip_jax.report import viewer
+
 EVIL = "benign/<script>alert(1)</script> & $x_1$.png"
 
 
@@ -22,40 +26,31 @@ def image_with_lesion(rng, h, w, abnormal):
 
 def small_copies(rng, label):
     """As thumbnails.pack leaves them, from images in memory."""
-    from medclip_jax.evaluation import thumbnails
-
-    files = {name: [] for name in thumbnails.FILES}
-    frames = []
+    files, frames, boxes, ends = [], [], [], []
     for i, y in enumerate(label):
         image, map, mask = image_with_lesion(rng, *((90, 120), (120, 80), (100, 100))[i % 3], y)
+        heat = map.astype(np.float32)
+        grey = thumbnails.grey(heat)
         frames.append(image.shape)
-        files["thumb"].append(thumbnails._file(Image.fromarray(image), "JPEG"))
-        lesion = thumbnails._file(Image.fromarray(mask * 255), "PNG") if y else b""
-        files["thumb_mask"].append(lesion)
-        grey = thumbnails._grey(map.astype(np.float32))
-        files["thumb_map"].append(grey)
-        files["thumb_cam"].append(grey if i % 2 else b"")
-    joined = {}
-    for name, parts in files.items():
-        joined |= thumbnails._joined(name, parts)
-    return {**joined, "frame": np.array(frames)}
+        boxes += boxes_of(heat)
+        ends.append(len(boxes))
+        lesion = thumbnails.small(Image.fromarray(mask * 255), "PNG") if y else b""
+        image = thumbnails.small(Image.fromarray(image), "JPEG")
+        files.append(thumbnails.Copies(image, lesion, grey, grey if i % 2 else b"", grey))
+    arrays = {"frame": np.array(frames), "thumb_index": np.arange(len(label))}
+    arrays |= {"boxes": np.array(boxes, np.float32).reshape(-1, 6), "boxes_end": np.array(ends)}
+    for name in thumbnails.Copies._fields:
+        arrays |= thumbnails.joined(name, [getattr(copies, name) for copies in files])
+    return arrays | {"deviation_scale": 0.0625}
 
 
-def write_arrays(folder, rng, label, score, shown):
+def write_arrays(folder, rng, label, score):
     n = len(label)
     k = 16
     calibration = rng.normal(0.4, 0.08, k)
     p_value = (1 + (calibration[None] >= score[:, None]).sum(1)) / (k + 1)
     ids = np.array([f"test/{i:04d}.png" for i in range(n)], dtype="U80")
     ids[0] = EVIL
-    chosen = np.unique(np.linspace(0, n - 1, shown).astype(int))
-    arrays = {"gallery_index": chosen, **small_copies(rng, label)}
-    for row, i in enumerate(chosen):
-        shape = ((90, 120), (120, 80), (100, 100))[row % 3]
-        image, map, mask = image_with_lesion(rng, *shape, label[i])
-        arrays |= {f"gallery_image_{row}": image, f"gallery_map_{row}": map}
-        if row % 4 != 3:
-            arrays[f"gallery_mask_{row}"] = mask
     np.savez(
         folder / "predictions.npz",
         id=ids,
@@ -64,7 +59,7 @@ def write_arrays(folder, rng, label, score, shown):
         p_value=p_value.astype(np.float32),
         uncertainty=np.abs(0.1 - np.abs(score - 0.5) / 5) + rng.uniform(0, 0.02, n),
         maps=np.zeros((n, 4, 4), np.float16),
-        **arrays,
+        **small_copies(rng, label),
     )
     return ids
 
@@ -113,13 +108,13 @@ def metrics_of(label, score):
     }
 
 
-def make_workdir(folder, *, n=60, label=None, shown=5):
+def make_workdir(folder, *, n=60, label=None):
     """A workdir as train and evaluate leave it."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     label = (np.arange(n) % 5 > 1).astype(np.int32) if label is None else label
     score = np.clip(rng.normal(0.42 + 0.2 * label, 0.1), 0.01, 0.99)
-    ids = write_arrays(folder, rng, label, score, shown)
+    ids = write_arrays(folder, rng, label, score)
     rows = [
         {"step": s, "loss": 5 * np.exp(-s / 60) + 0.5, "focal": 1 / (1 + s), "dice": 0.9 - s / 500}
         for s in range(0, 200, 10)
@@ -138,7 +133,8 @@ def make_workdir(folder, *, n=60, label=None, shown=5):
     split = {"dataset": "phantom", "k": 16, "seed": 3, "kind": "clean", "support": support}
     (folder / "split.json").write_text(json.dumps({**split, "test": test}))
     (folder / "metrics.json").write_text(json.dumps(metrics_of(label, score)))
-    config = {"data": {"name": "phantom", "k": 16}, "clip": {"levels": [3, 6]}, "note": "<script>"}
+    config = {"data": {"name": "phantom", "k": 16}, "clip": {"layers": [3, 6]}, "note": "<script>"}
+    config["explanation"] = {"method": "grad_cam", "layer": -1}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -150,13 +146,13 @@ def edit(folder, **changes):
 
 def keep_pictures(folder, rows):
     """Leave the small copies of some images alone, as of a test set that has too many."""
-    from medclip_jax.evaluation import thumbnails
-    from medclip_jax.report import viewer
-
     path = folder / "predictions.npz"
     with np.load(path) as held:
         arrays = {name: held[name] for name in held.files}
-    for name in thumbnails.FILES:
+    for name in thumbnails.Copies._fields:
         files = viewer.unpack(arrays, name)
-        arrays |= thumbnails._joined(name, [files[i] for i in rows])
+        arrays |= thumbnails.joined(name, [files[i] for i in rows])
+    boxes = np.split(arrays["boxes"], arrays["boxes_end"][:-1])
+    arrays["boxes"] = np.concatenate([boxes[i] for i in rows])
+    arrays["boxes_end"] = np.cumsum([len(boxes[i]) for i in rows])
     np.savez(path, **{**arrays, "frame": arrays["frame"][rows], "thumb_index": np.array(rows)})

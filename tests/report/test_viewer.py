@@ -1,0 +1,47 @@
+"""The printed gallery: one scale for all images, boxes and outlines where they are."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from medclip_jax.evaluation import thumbnails
+from medclip_jax.explain.boxes import Box
+from medclip_jax.report import viewer
+
+
+def picture(map, mask=None, boxes=()):
+    """Of a black image of 400 x 400 pixels."""
+    image = thumbnails.small(Image.new("L", (400, 400)), "JPEG")
+    lesion = b"" if mask is None else thumbnails.small(Image.fromarray(mask), "PNG")
+    return viewer.Picture(image, thumbnails.grey(map), lesion, b"", b"", (400, 400), list(boxes))
+
+
+def cells(pictures):
+    """The cells of the one page [row, column, 250, 250, 3], without the gap around them."""
+    (page,) = viewer.gallery(pictures, ["a"] * len(pictures), "Grad-CAM")
+    sheet = np.asarray(Image.open(io.BytesIO(page)).convert("RGB")).astype(int)
+    assert Image.open(io.BytesIO(viewer.stacked([page, page]))).height == 2 * len(sheet)
+    sheet = sheet[viewer.HEAD :, viewer.LABEL :]
+    sheet = sheet.reshape(len(pictures), viewer.CELL, 4, viewer.CELL, 3).swapaxes(1, 2)
+    return sheet[:, :, 3:-3, 3:-3]
+
+
+def test_a_value_has_the_same_colour_in_every_row():
+    low = np.full((64, 64), 0.25, np.float32)
+    high = low.copy()
+    high[:16, :16] = 1.0
+    maps = cells([picture(low), picture(high)])[:, 1]
+    np.testing.assert_array_equal(maps[0, 200, 200], maps[1, 200, 200])
+    assert maps[1, 20, 20].sum() > 2 * maps[1, 200, 200].sum()
+
+
+def test_boxes_and_outlines_are_where_they_belong():
+    mask = np.zeros((400, 400), np.uint8)
+    mask[80:240, 160:320] = 255
+    box = Box(80, 160, 240, 320, 0.9, 25600)
+    row = cells([picture(np.zeros((64, 64), np.float32), mask, [box])])[0]
+    for column, colour in ((1, (230, 159, 0)), (2, (86, 180, 233))):
+        rows, columns = np.nonzero(np.abs(row[column] - np.array(colour)).sum(2) < 60)
+        edges = np.array([rows.min(), rows.max(), columns.min(), columns.max()]) / 250
+        np.testing.assert_allclose(edges, (0.2, 0.6, 0.4, 0.8), atol=0.02)
