@@ -56,9 +56,10 @@ def image(
     if truth.all() or not truth.any():
         return {}
     weights = _weights(truth, groups, seed)
+    rows = indices or [np.arange(len(truth))] * len(scores)
 
     def draws(of: Sequence) -> Iterator[dict[str, np.ndarray]]:
-        for own, at in zip(of, indices or [slice(None)] * len(of), strict=True):
+        for own, at in zip(of, rows, strict=True):
             values = bootstrap.measure_images(weights[:, at], own, truth[at])
             yield values | {"false_alarm_rate": 1 - values["specificity"]}
 
@@ -80,7 +81,8 @@ def pixel(
     The rest as in `image`.
     """
     weights = _weights(np.asarray(labels) == 1, groups, seed)
-    draws = zip(histograms, indices or [slice(None)] * len(histograms), strict=True)
+    rows = indices or [np.arange(len(labels))] * len(histograms)
+    draws = zip(histograms, rows, strict=True)
     return _over_draws([bootstrap.measure_pixels(weights[:, at], own) for own, at in draws], seed)
 
 

@@ -7,6 +7,7 @@ Pixels of one bin are ties: AUROC, AUPRC and AUPRO are exact for maps of 8 and 1
 
 from collections.abc import Iterable
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num, Shaped
@@ -98,7 +99,7 @@ class PixelMetrics:
         total = {name: int(each[name].sum()) for name in COLUMNS[:4]}
         used = self.counts[None, :, self.counts[:2].any(0)]
         tp, tn, fp, fn = total.values()
-        found = metrics.rates(tp, tn, fp, fn) | metrics.overlap(tp, fp, fn)
+        found: dict[str, Any] = metrics.rates(tp, tn, fp, fn) | metrics.overlap(tp, fp, fn)
         found |= {name: x[0] for name, x in metrics.ranking(used).items()}
         for name, values in self.averaged().items():
             known = values[~np.isnan(values)]
