@@ -208,8 +208,8 @@ def _promise(k: int, alpha: float) -> tuple[int, bool, str]:
         return 1, False, sentence
     alarms = min(alarms, k)
     sentence = (
-        f"with {images} the false-alarm rate, averaged over draws of supports, is at most "
-        f"{_percent(alarms / (k + 1))}, asked for {_percent(alpha)}"
+        f"with {images} a false-alarm rate of about {_percent(alarms / (k + 1))} is to be expected "
+        f"(more where few supports teach the model), asked for {_percent(alpha)}"
     )
     return alarms, True, sentence
 
