@@ -49,12 +49,11 @@ def busi(root: Path) -> Layout:
     for kind, label in BUSI_LABELS.items():
         files = _files(root / kind)
         masks = _masks(files)
-        images = [f for f in files if not MASK.fullmatch(f.stem)]
-        for image in images:
-            own = masks.pop(image.stem, [])
-            if label and not own:
+        for image in (f for f in files if not MASK.fullmatch(f.stem)):
+            lesions = masks.pop(image.stem, [])
+            if label and not lesions:
                 problems.append(f"{kind}/{image.name} has no mask {image.stem}_mask.png")
-            examples.append(_example(root, image, label, kind, "", own))
+            examples.append(_example(root, image, label, kind, "", lesions))
         problems += _orphans(root, masks)
     return Layout(root, _sorted(examples), tuple(problems))
 
@@ -83,7 +82,7 @@ def chest_xray(root: Path) -> Layout:
     """List the open paediatric chest films: `{train,test}/{NORMAL,PNEUMONIA}/*`.
 
     Supports come from `train/NORMAL`; the archive's own `test` is the test set. Its `val` folder
-    (16 films) is not used. The set has no masks. Patients are told by the file names:
+    (16 films) is not used. The set has no masks. File names name the patients:
     `[NORMAL2-]IM-<patient>-<image>` and `person<patient>_<cause>_<image>`.
 
     Args:
@@ -125,8 +124,8 @@ def folder(root: Path) -> Layout:
         if extra.name != "good":
             problems.append(f"train/{extra.name} is not allowed: only train/good is trained on")
     for kind in _folders(root / "test"):
-        found, wrong = _kind(root, kind)
-        examples += found
+        of_kind, wrong = _kind(root, kind)
+        examples += of_kind
         problems += wrong
     for truth in _folders(root / "ground_truth"):
         if not (root / "test" / truth.name).is_dir():
@@ -189,31 +188,27 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     label = 0 if kind.name == "good" else 1
     examples, problems = [], []
     for image in _files(kind):
-        own = masks.pop(image.stem, [])
-        if label and not own and truth.is_dir():
+        lesions = masks.pop(image.stem, [])
+        if label and not lesions and truth.is_dir():
             problems.append(
                 f"test/{kind.name}/{image.name} has no mask "
                 f"ground_truth/{kind.name}/{image.stem}_mask.png"
             )
-        examples.append(_example(root, image, label, kind.name, "test", own))
+        examples.append(_example(root, image, label, kind.name, "test", lesions))
     return examples, problems + _orphans(root, masks)
 
 
 def _chest_patient(image: Path) -> str:
-    match = CHEST_PATIENT.match(image.name)
-    return match[1] if match else ""
+    return match[1] if (match := CHEST_PATIENT.match(image.name)) else ""
 
 
 def _files(place: Path) -> list[Path]:
     """Files of a folder, in natural order, without what file browsers leave behind."""
     if not place.is_dir():
         return []
-    kept = (
-        p
-        for p in place.iterdir()
-        if not p.is_dir() and not p.name.startswith(".") and p.name.lower() not in DESKTOP_FILES
-    )
-    return sorted(kept, key=lambda p: natural(p.name))
+    files = (p for p in place.iterdir() if not p.is_dir() and not p.name.startswith("."))
+    images = (p for p in files if p.name.lower() not in DESKTOP_FILES)
+    return sorted(images, key=lambda p: natural(p.name))
 
 
 def _folders(place: Path) -> list[Path]:
@@ -224,12 +219,11 @@ def _folders(place: Path) -> list[Path]:
 
 def _masks(files: list[Path]) -> dict[str, list[Path]]:
     """Mask files by the stem of the image they belong to."""
-    found: dict[str, list[Path]] = {}
+    masks: dict[str, list[Path]] = {}
     for file in files:
-        match = MASK.fullmatch(file.stem)
-        if match:
-            found.setdefault(match["name"], []).append(file)
-    return found
+        if match := MASK.fullmatch(file.stem):
+            masks.setdefault(match["name"], []).append(file)
+    return masks
 
 
 def _orphans(root: Path, masks: dict[str, list[Path]]) -> list[str]:

@@ -1,11 +1,9 @@
-"""What the rooms of the house hand to one another.
+"""One image of a data set as a record, the split of records, and reading many of them.
 
-Shape letters, used in every annotation:
-  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
-  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
+Shape letters, used in every annotation of the package:
+  e episodes/tasks   n images   h w pixels (the encoder's input unless said otherwise)   f frames
+  p patches (g x g grid, row-major)   l layers (tapped blocks)   d width
   c prompts   t text positions
-
-Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
 """
 
 import collections
@@ -47,28 +45,30 @@ class Split(NamedTuple):
 def read_all(
     records: Iterable[Record], size: int, mode: Mode = "stretch", workers: int | None = None
 ) -> Iterator[tuple[Record, Float[np.ndarray, "s s"]]]:
-    """Read and fit many images, in order, on threads (Pillow decodes outside the GIL).
+    """Read and resize many images, in order, on threads (Pillow decodes outside the GIL).
 
-    At most four images per worker are held at a time, however slowly the caller takes them.
+    At most four images per worker are in memory, however slowly the caller consumes them.
 
     Yields:
       (record, pixels [size, size] in [0, 1]).
 
     Raises:
-      DataError: as `read`, at the broken image's turn.
+      DataError: as `io.read`, at the broken image's turn.
     """
     workers = workers or os.cpu_count() or 1
     waiting = iter(records)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        running = collections.deque(
-            (record, pool.submit(_read_fit, record, size, mode))
-            for record in itertools.islice(waiting, 4 * workers)
-        )
+        running: collections.deque = collections.deque()
+
+        def submit(count: int) -> None:
+            for record in itertools.islice(waiting, count):
+                running.append((record, pool.submit(_read_fit, record, size, mode)))
+
+        submit(4 * workers)
         while running:
             record, future = running.popleft()
             pixels = future.result()
-            for follower in itertools.islice(waiting, 1):
-                running.append((follower, pool.submit(_read_fit, follower, size, mode)))
+            submit(1)
             yield record, pixels
 
 

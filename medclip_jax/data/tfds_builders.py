@@ -13,14 +13,14 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from medclip_jax.data import chexpert, layouts
-from medclip_jax.data.catalog import ABOUT
+from medclip_jax.data.catalog import ABOUT, About
 from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError, WorkdirError
 
@@ -37,41 +37,34 @@ class Info(tfds.core.DatasetInfo):
 
 
 class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Builder over a listed layout; its examples hold paths below `layout.root`."""
+    """Builder over a listed layout; its examples hold paths below `layout.root`.
+
+    Without a layout, the files that were fetched by hand are listed.
+    """
 
     VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {
-        "1.0.0": "Paths, labels and SHA-256 of the image files.",
-        "1.1.0": "Patients, where the data set names them.",
-    }
+    RELEASE_NOTES = {"1.1.0": "Paths, labels, patients and SHA-256 of the image files."}
+    ABOUT: About
+    list_files: Callable[[Path], layouts.Layout]
 
     def __init__(self, *, layout: layouts.Layout | None = None, **kwargs: Any):
         self.layout = layout
         super().__init__(file_format="array_record", **kwargs)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        layout = self.layout or self.download(dl_manager)
+        layout = self.layout or type(self).list_files(self.fetch(dl_manager))
         return {"full": self._generate_examples(layout)}
+
+    def fetch(self, dl_manager: tfds.download.DownloadManager) -> Path:
+        return Path(dl_manager.manual_dir)
 
     def _generate_examples(self, layout: layouts.Layout) -> Iterator[tuple[str, dict[str, Any]]]:
         for example in layout.examples:
-            yield (
-                example.id,
-                {
-                    "id": example.id,
-                    "label": example.label,
-                    "kind": example.kind,
-                    "part": example.part,
-                    "image": example.id,
-                    "masks": list(example.masks),
-                    "patient": example.patient,
-                    "sha256": _sha256(layout.root / example.id),
-                },
-            )
+            fields = example._asdict() | {"masks": list(example.masks), "image": example.id}
+            yield example.id, fields | {"sha256": _sha256(layout.root / example.id)}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
-        about = ABOUT[next(name for name, own in BUILDERS.items() if own is type(self))]
+        text, about = tfds.features.Text, self.ABOUT
         return Info(
             builder=self,
             description=f"{about.description} Licence: {about.licence}.",
@@ -96,42 +89,38 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 class Busi(PathBuilder):
     """Breast Ultrasound Images: 437 benign, 210 malignant, 133 normal."""
 
-    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
-        return layouts.busi(fetch(dl_manager, BUSI_URL))
+    ABOUT, list_files = ABOUT["busi"], layouts.busi
+
+    def fetch(self, dl_manager: tfds.download.DownloadManager) -> Path:
+        return fetch(dl_manager, BUSI_URL)
 
 
 class BrainMri(PathBuilder):
     """Brain MRI slices: 98 without and 155 with a tumour."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["brain_mri"].by_hand
-
-    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
-        return layouts.brain_mri(Path(dl_manager.manual_dir))
+    ABOUT, list_files = ABOUT["brain_mri"], layouts.brain_mri
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT.by_hand
 
 
 class ChestXray(PathBuilder):
     """Chest films of children: healthy or pneumonia."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["chest_xray"].by_hand
-
-    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
-        return layouts.chest_xray(Path(dl_manager.manual_dir))
+    ABOUT, list_files = ABOUT["chest_xray"], layouts.chest_xray
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT.by_hand
 
 
 class Chexpert(PathBuilder):
     """Frontal chest films with labels taken from reports."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT["chexpert"].by_hand
-
-    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
-        return chexpert.layout(Path(dl_manager.manual_dir))
+    ABOUT, list_files = ABOUT["chexpert"], chexpert.layout
+    MANUAL_DOWNLOAD_INSTRUCTIONS = ABOUT.by_hand
 
 
 class FolderAD(PathBuilder):
     """A user's own images in the MVTec-AD layout; nothing to download."""
 
-    def download(self, dl_manager: tfds.download.DownloadManager) -> layouts.Layout:
-        raise DataError(f"no folder was named: {layouts.GIVE_ROOT}.")
+    ABOUT, list_files = ABOUT["folder"], layouts.folder
+    MANUAL_DOWNLOAD_INSTRUCTIONS = layouts.GIVE_ROOT
 
 
 BUILDERS: dict[str, type[PathBuilder]] = {
@@ -175,15 +164,15 @@ def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> Path:
         try:
             _unpack(archive, unpacked)
         except (zipfile.BadZipFile, EOFError) as error:
-            archive.unlink()  # or the broken download would be taken from the cache for ever
+            archive.unlink()  # or the broken download would be reused for ever
             raise DataError(f"{url} gave a broken archive ({error}): {by_hand}.") from error
     return unpacked
 
 
 def prepared(name: str, layout: layouts.Layout, cache: Path) -> bool:
-    """True if this very state of the data was prepared before, wholly."""
+    """Whether this very state of the data was prepared before, completely."""
     place = _place(layout, cache) / BUILDERS[name].name / str(BUILDERS[name].VERSION)
-    # TFDS writes into a folder of another name and renames it when it is whole.
+    # TFDS writes into a folder of another name and renames it when it is complete
     return (place / "dataset_info.json").is_file()
 
 
@@ -205,15 +194,11 @@ def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...
                     raise
     with _quiet():
         source = BUILDERS[name](data_dir=str(place)).as_data_source(split="full")
-        # TFDS's own door to many rows at a time; a batch bounds what is held undecoded
-        starts = range(0, len(source), BATCH)
-        rows = [
-            row
-            for i in starts
-            for row in source.__getitems__(range(i, min(i + BATCH, len(source))))
-        ]
-    found = (_record(row, layout.root) for row in rows)
-    return tuple(sorted(found, key=lambda record: layouts.natural(record.id)))
+        rows: list[dict[str, Any]] = []
+        for i in range(0, len(source), BATCH):  # a batch bounds what is in memory undecoded
+            rows += source.__getitems__(range(i, min(i + BATCH, len(source))))
+    unsorted = (_record(row, layout.root) for row in rows)
+    return tuple(sorted(unsorted, key=lambda record: layouts.natural(record.id)))
 
 
 def make_folder(place: Path) -> None:
@@ -229,7 +214,7 @@ def make_folder(place: Path) -> None:
 
 
 def _sweep(place: Path) -> None:
-    """Delete what preparations of this data that were killed a day ago or more left."""
+    """Delete what preparations of this data left that were killed a day ago or more."""
     for path in place.glob("*/incomplete.*"):
         with contextlib.suppress(OSError):  # another process was faster
             if path.is_dir() and path.stat().st_mtime < time.time() - STALE:
@@ -258,7 +243,7 @@ def _sha256(path: Path) -> str:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """Unpack beside the target and rename, so that half an archive is never taken for whole."""
+    """Unpack beside the target and rename, so that half an archive is never used."""
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix="unpacking."))
     try:
         with zipfile.ZipFile(archive) as opened:

@@ -33,7 +33,7 @@ def healthy_images(
 ) -> Float[np.ndarray, "m s s"]:
     """Pixels of the images that calibrate, in the tower frame; size: another side of it."""
     images = pixels(feature_cache, supports, size or feature_cache.clip.size)
-    return augmentation.of(images[0]) if len(supports) == 1 else images
+    return augmentation.crops(images[0]) if len(supports) == 1 else images
 
 
 def pixels(

@@ -155,6 +155,7 @@ def test_every_data_set_has_its_texts():
     assert set(PRESETS) == (set(datasets.LAYOUTS) - {"folder"}) | set(datasets.PHANTOMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, pool, test", [("brain_mri", 98, [66, 155]), ("chest_xray", 64, [234, 390])]
 )
@@ -167,6 +168,7 @@ def test_real_counts(name, pool, test, cache):
         assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == test
 
 
+@pytest.mark.slow
 def test_real_busi_counts(cache):
     records = datasets.load("busi", real("busi"), cache)
     kinds = [r.id.split("/")[0] for r in records]
@@ -177,5 +179,5 @@ def test_real_busi_counts(cache):
         drawn = splits.split(records, k, seed=0)
         assert len(drawn.support) == k
         assert [sum(r.label == label for r in drawn.test) for label in (0, 1)] == [101, 647]
-    twins = {r.id for r in records if r.sha256 == records[432].sha256}
-    assert twins == {"benign/benign (433).png", "malignant/malignant (145).png"}
+    duplicates = {r.id for r in records if r.sha256 == records[432].sha256}
+    assert duplicates == {"benign/benign (433).png", "malignant/malignant (145).png"}

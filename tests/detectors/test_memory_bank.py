@@ -90,8 +90,8 @@ def test_one_support_is_compared_with_its_views():
 def test_views_are_gentle():
     y, x = np.mgrid[:64, :64] / 63
     image = (0.5 + 0.4 * np.sin(4 * x) * np.cos(3 * y)).astype(np.float32)
-    made = augmentation.of(image)
-    assert made.shape == (augmentation.COUNT, 64, 64) and made.dtype == np.float32
+    made = augmentation.crops(image)
+    assert made.shape == (10, 64, 64) and made.dtype == np.float32
     assert made.min() >= image.min() - 1e-6 and made.max() <= image.max() + 1e-6
     np.testing.assert_array_equal(made[:5, :, ::-1], made[5:])
     assert 0 < np.abs(made[:5] - image).mean() < 0.1

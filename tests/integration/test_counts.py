@@ -152,7 +152,7 @@ def wanted(args, jobs) -> int:
         shared = support if method == "mediclip" else ()  # its CutPaste takes from all supports
         variants |= {(s, method == "mediclip", shared) for s in support if method != "memory"}
         viewed |= {*support} if k == 1 else set()
-    gentle = len(augmentation.of(np.zeros((8, 8), np.float32)))
+    gentle = len(augmentation.crops(np.zeros((8, 8), np.float32)))
     drawn = 2 * EXPLAINED  # the towers that are drawn anew, for draw 0 of every K and method
     assert len(variants) > 7 and len(viewed) == 1
     return len(images) + VARIANTS * len(variants) + gentle * len(viewed) + drawn
