@@ -18,7 +18,7 @@ def desk(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     here, folder = make_world(base), tmp_path_factory.mktemp("desk")
     flags = ("--config.learner=maml", "--config.steps=4", "--config.synthesis.variants=16")
-    flags += ("--config.fusion.branches=('learned',)",)
+    flags += ("--config.branches=('learned',)",)
     assert here.main(folder / "runs" / "maml", *flags) == 0
     (folder / "runs" / "mine").symlink_to(finished(base).workdir)
     for name, kind in (("scan", "test/lesion"), ("a", "train/good"), ("b", "train/good")):
