@@ -93,7 +93,7 @@ def uri(data: bytes) -> str:
 
 
 def gallery(pictures: Sequence[Picture], labels: Sequence[str], cam: str) -> list[bytes]:
-    """Pages of at most ROWS rows: image, map with boxes, outline of the mask, Grad-CAM (PNG).
+    """Pages of at most ROWS rows: image, map, boxes and outline of the mask, Grad-CAM (PNG).
 
     Args:
         labels: lines beside each row.
@@ -117,7 +117,7 @@ def stacked(pages: Sequence[bytes]) -> bytes:
 def _page(rows: Sequence[tuple[Picture, str]], cam: str) -> bytes:
     sheet = Image.new("RGB", (LABEL + 4 * CELL, HEAD + len(rows) * CELL), GROUND)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for column, title in enumerate(("image", "map and boxes", "mask outline", cam)):
+    for column, title in enumerate(("image", "anomaly map", "boxes and true mask", cam)):
         place = (LABEL + (column + 0.5) * CELL, HEAD / 2)
         pen.text(place, title, INK, font, anchor="mm")
     for row, (picture, label) in enumerate(rows):
@@ -132,24 +132,25 @@ def _page(rows: Sequence[tuple[Picture, str]], cam: str) -> bytes:
 
 def _cells(picture: Picture) -> list[Image.Image]:
     image = Image.open(io.BytesIO(picture.image)).convert("L")
-    scale = image.height / picture.frame[0], image.width / picture.frame[1]
-    boxes = [
-        {name: getattr(box, name) * scale[name.startswith("col")] for name in Box._fields[:4]}
-        for box in picture.boxes
-    ]
-    outlined = image.convert("RGB")
+    marked = image.convert("RGB")
     if picture.mask:
         mask = Image.open(io.BytesIO(picture.mask)).convert("L")
         edge = ImageChops.difference(mask.filter(ImageFilter.MaxFilter(5)), mask)
-        outlined.paste(OUTLINE, mask=edge)
-    cells = [image.convert("RGB"), _blend(image, picture.map, boxes), outlined]
-    return cells + ([_blend(image, picture.cam, [])] if picture.cam else [])
+        marked.paste(OUTLINE, mask=edge)
+    pen = ImageDraw.Draw(marked)
+    y, x = image.height / picture.frame[0], image.width / picture.frame[1]
+    for box in picture.boxes:
+        corners = (box.col0 * x, box.row0 * y, box.col1 * x - 1, box.row1 * y - 1)
+        pen.rectangle(corners, outline="black", width=3)
+        pen.rectangle(corners, outline=overlay.BOX, width=2)
+    cells = [image.convert("RGB"), _blend(image, picture.map), marked]
+    return cells + ([_blend(image, picture.cam)] if picture.cam else [])
 
 
-def _blend(image: Image.Image, grey: bytes, boxes: list[dict]) -> Image.Image:
+def _blend(image: Image.Image, grey: bytes) -> Image.Image:
     heat = Image.open(io.BytesIO(grey)).resize(image.size, Image.Resampling.BILINEAR)
     unit = np.asarray(heat, np.float32) / 256
-    return Image.fromarray(overlay.draw(np.asarray(image), unit, boxes))
+    return Image.fromarray(overlay.draw(np.asarray(image), unit, []))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -38,10 +38,11 @@ def test_a_value_has_the_same_colour_in_every_row():
 
 def test_boxes_and_outlines_are_where_they_belong():
     mask = np.zeros((400, 400), np.uint8)
-    mask[80:240, 160:320] = 255
+    mask[240:320, 160:320] = 255
     box = Box(80, 160, 240, 320, 0.9, 25600)
     row = cells([picture(np.zeros((64, 64), np.float32), mask, [box])])[0]
-    for column, colour in ((1, (230, 159, 0)), (2, (86, 180, 233))):
-        rows, columns = np.nonzero(np.abs(row[column] - np.array(colour)).sum(2) < 60)
+    places = ((230, 159, 0), (0.2, 0.6, 0.4, 0.8)), ((86, 180, 233), (0.6, 0.8, 0.4, 0.8))
+    for colour, wanted in places:
+        rows, columns = np.nonzero(np.abs(row[2] - np.array(colour)).sum(2) < 60)
         edges = np.array([rows.min(), rows.max(), columns.min(), columns.max()]) / 250
-        np.testing.assert_allclose(edges, (0.2, 0.6, 0.4, 0.8), atol=0.02)
+        np.testing.assert_allclose(edges, wanted, atol=0.02)
