@@ -10,12 +10,10 @@ import time
 import faults
 
 from medclip_jax.inference import results
-from tests.support.runs import finished
 
 
-def test_kills_lose_nothing(tmp_path, tmp_path_factory):
-    trained = finished(tmp_path_factory.getbasetemp()).workdir
-    found = faults.run(tmp_path, 2, seed=1, stages=("predict",), trained=trained)
+def test_kills_lose_nothing(tmp_path, whole):
+    found = faults.run(tmp_path, 2, seed=1, stages=("predict",), trained=whole)
     assert found["losses"] == []
     assert found["kills"] == {"predict": 2}
 

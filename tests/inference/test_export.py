@@ -14,12 +14,6 @@ from medclip_jax.errors import CheckpointError, DataError, WorkdirError
 from medclip_jax.inference import export, predictor
 from medclip_jax.io import read
 from tests.support.paths import ROOT
-from tests.support.runs import finished
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return finished(tmp_path_factory.getbasetemp()).workdir
 
 
 @pytest.fixture(scope="module")

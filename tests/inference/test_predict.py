@@ -20,8 +20,8 @@ from tests.support.runs import predictions
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.getbasetemp()).data
+def data(world) -> Path:
+    return world.data
 
 
 def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
@@ -38,11 +38,10 @@ def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     assert (got.alarm == (got.score >= 0.5)).all()
 
 
-def test_a_folder_without_test_images_leaves_the_same_scorer(data, tmp_path, tmp_path_factory):
-    here = make_world(tmp_path_factory.getbasetemp())
+def test_a_folder_without_test_images_leaves_the_same_scorer(world, data, tmp_path):
     shutil.copytree(data / "train", tmp_path / "alone" / "train")
     left = []
-    for name, given in (("measured", here), ("alone", here._replace(data=tmp_path / "alone"))):
+    for name, given in (("measured", world), ("alone", world._replace(data=tmp_path / "alone"))):
         assert given.main(tmp_path / f"run-{name}", arguments="k=4,method=memory") == 0
         head = json.loads((tmp_path / f"run-{name}" / "scorer.json").read_text())
         left.append([head["sha256"], head["limits"], head["mix"]])

@@ -16,12 +16,6 @@ from PIL import Image
 from medclip_jax import files
 from medclip_jax.inference import results
 from tests.support.predicting import noise, pages, run, table
-from tests.support.runs import finished
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return finished(tmp_path_factory.getbasetemp()).workdir
 
 
 def some(folder: Path, count: int = 3) -> Path:

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from tests.support.paths import ROOT
-from tests.support.runs import finished
 
 IMAGES = 300
 # where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
@@ -24,17 +23,16 @@ PROGRAM = (
 
 
 @pytest.fixture
-def start(tmp_path, tmp_path_factory):
+def start(tmp_path, whole):
     """Predict IMAGES images into the named folder, in a process of its own."""
-    base = tmp_path_factory.getbasetemp()
-    workdir, rng = finished(base).workdir, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for i in range(IMAGES):
         pixels = rng.integers(0, 256, (60, 50), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
 
     def run(output: str) -> subprocess.Popen:
-        flags = "--mode=predict", f"--workdir={workdir}", f"--input={tmp_path / 'in'}"
+        flags = "--mode=predict", f"--workdir={whole}", f"--input={tmp_path / 'in'}"
         return subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *flags, f"--output={tmp_path / output}"],
             cwd=ROOT,

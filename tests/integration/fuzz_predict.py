@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.damaged import broken, seeds
+from tests.support.runs import make_world
 
 NAMES = ("a", "b c", "=cmd()", "x" * 150, "né\u202e", "n\nl", "..", "-rf", "%s{0}", "\udcff")
 
@@ -53,7 +54,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def trained(base: Path) -> Path:
     """A tiny scorer, trained in a process of its own."""
     workdir = base / "run"
-    process = make_world(base).start(workdir, "--config.steps=5")
+    process = make_world(base / "world").start(workdir, "--config.steps=5")
     _, said = process.communicate(timeout=600)
     if process.returncode:
         raise RuntimeError(said[-3000:])

@@ -1,11 +1,10 @@
-"""Whole runs through the door, on a tiny CLIP and tiny phantoms: files, kill and resume, modes."""
+"""Whole runs by the command line, on a tiny CLIP and tiny phantoms: files, kill and resume, modes."""
 
 import json
 import re
 import shutil
 import signal
 import time
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from medclip_jax import files, train
 from medclip_jax.evaluation import metrics, pixel_metrics
 from medclip_jax.io import read
-from tests.support.runs import EVERY, STEPS, finished, log, predictions
+from tests.support.runs import EVERY, EXPLAINED, STEPS, log, predictions
 
 IMAGE = "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc fpr tpr"
 PIXEL = (
@@ -81,8 +80,8 @@ def test_metrics_json_has_the_keys_of_the_contract(whole):
     assert held["versions"]["medclip-jax"] and held["versions"]["jax"]
 
 
-def test_a_level_that_cannot_be_held_is_said_on_the_terminal(tmp_path_factory):
-    said = finished(tmp_path_factory.getbasetemp()).stderr.splitlines()
+def test_an_unattainable_rate_is_a_warning_on_the_terminal(finished):
+    said = finished.stderr.splitlines()
     sentence = "with 4 healthy images the least attainable false-alarm rate is 20%, asked for 10%"
     assert said.count(sentence) == 1
 
@@ -119,9 +118,8 @@ def test_support_and_test_of_split_json_are_apart(whole):
     assert test == set(predictions(whole)["id"])
 
 
-def test_a_run_imports_neither_tensorflow_nor_torch(whole, tmp_path_factory):
-    stderr = finished(tmp_path_factory.getbasetemp()).stderr
-    imported = set(re.findall(r"^import time:.*\| +(\w+)", stderr, re.MULTILINE))
+def test_a_run_imports_neither_tensorflow_nor_torch(finished):
+    imported = set(re.findall(r"^import time:.*\| +(\w+)", finished.stderr, re.MULTILINE))
     assert {"jax", "transformers", "orbax", "tensorflow_datasets"} <= imported
     assert not imported & {"tensorflow", "torch", "tf_keras", "keras"}
 
@@ -129,12 +127,11 @@ def test_a_run_imports_neither_tensorflow_nor_torch(whole, tmp_path_factory):
 # --- kill, resume, modes --------------------------------------------------------------------
 
 
-@cache
-def killed(base: Path) -> Path:
-    """A run that was killed after its first checkpoint."""
-    workdir = make_world(base).base / "killed"
-    finished(base)  # fills feature_cache and compilation cache, so that this one starts at once
-    process = make_world(base).start(workdir)
+@pytest.fixture(scope="module")
+def killed(world, whole, tmp_path_factory) -> Path:
+    """A run like `whole`, killed after its first checkpoint."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    process = world.start(workdir, *EXPLAINED)
     deadline = time.monotonic() + 200
     while not (workdir / "checkpoints" / str(EVERY)).is_dir():
         assert process.poll() is None and time.monotonic() < deadline
@@ -145,20 +142,19 @@ def killed(base: Path) -> Path:
     return workdir
 
 
-def test_evaluate_refuses_an_unfinished_run_and_leaves_it_alone(world, tmp_path_factory, capfd):
-    workdir = killed(tmp_path_factory.getbasetemp())
-    assert world.main(workdir, "--mode=evaluate") == 2
-    assert re.search(
-        r"training stands at step \d+ of 150; run --mode train", capfd.readouterr().err
-    )
-    assert not (workdir / "predictions.npz").exists()
+def test_evaluate_refuses_an_unfinished_run_and_leaves_it_alone(world, killed, tmp_path, capfd):
+    copy = shutil.copytree(killed, tmp_path / "copy")
+    assert world.main(copy, *EXPLAINED, "--mode=evaluate") == 2
+    said = r"training stands at step \d+ of 150; run --mode train"
+    assert re.search(said, capfd.readouterr().err)
+    assert not (copy / "predictions.npz").exists()
 
 
-def test_a_killed_run_resumes_bit_for_bit(world, whole, tmp_path_factory):
-    workdir = killed(tmp_path_factory.getbasetemp())
+def test_a_killed_run_resumes_bit_for_bit(world, whole, killed, tmp_path):
+    workdir = shutil.copytree(killed, tmp_path / "copy")
     at = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit())
     assert EVERY <= at < STEPS
-    process = world.start(workdir)
+    process = world.start(workdir, *EXPLAINED)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr[-3000:]
     ours, theirs = leaves(state(workdir, STEPS)), leaves(state(whole, STEPS))
@@ -171,72 +167,73 @@ def test_a_killed_run_resumes_bit_for_bit(world, whole, tmp_path_factory):
 
 def test_sigterm_while_meta_training_saves_and_the_same_command_finishes(world, tmp_path):
     flags = ("--config.learner=maml", "--config.steps=100", "--config.synthesis.variants=16")
-    flags = (
-        *flags,
-        "--config.meta.tasks=2",
-        "--config.log_every=2",
-        "--config.checkpoint_every=90",
-    )
+    flags += ("--config.meta.tasks=2", "--config.checkpoint_every=90")
     workdir = tmp_path / "cut"
     process = world.start(workdir, *flags)
     lines = workdir / "metrics.jsonl"
-    while process.poll() is None and not (lines.is_file() and lines.read_bytes().count(b"\n") > 2):
+    while process.poll() is None and not (lines.is_file() and lines.read_bytes().count(b"\n") > 1):
         time.sleep(0.005)
     process.terminate()
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 143, stderr[-3000:]
-    said = r"stopped by SIGTERM at step (\d+) of 100; the same command goes on from there"
-    at = int(re.fullmatch(said, stderr.strip().splitlines()[-1])[1])
-    assert (workdir / "checkpoints" / str(at)).is_dir() and 6 <= at < 90
-    process = world.start(workdir, *flags)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr[-3000:]
-    assert [row["step"] for row in log(workdir)] == [*range(2, 101, 2)]
-    held = json.loads((workdir / "metrics.json").read_text())
-    assert held["learner"] == "maml" and held["gradients"] == 100 * 2 * 2
+    at = int(re.search(r"stopped by SIGTERM at step (\d+) of 100", stderr)[1])
+    assert "Re-run the same command to resume" in stderr
+    assert (workdir / "checkpoints" / str(at)).is_dir() and 20 <= at < 90
+    assert world.main(workdir, *flags) == 0
+    assert [row["step"] for row in log(workdir)] == [*range(10, 101, 10)]
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert metrics["learner"] == "maml" and metrics["gradients"] == 100 * 2 * 2
 
 
-def test_evaluate_scores_a_finished_run_again(world, whole):
+def test_evaluate_scores_a_finished_run_again(world, whole, tmp_path):
     """In this process: eight devices where there was one, so equal to rounding."""
-    before, trained = predictions(whole), (whole / "metrics.jsonl").read_bytes()
-    assert world.main(whole, "--mode=evaluate") == 0
-    after = predictions(whole)
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    before, trained = predictions(copy), (copy / "metrics.jsonl").read_bytes()
+    assert world.main(copy, *EXPLAINED, "--mode=evaluate") == 0
+    after = predictions(copy)
     assert np.array_equal(before["id"], after["id"])
     for name in ("score", "p_value", "uncertainty", "maps"):
         np.testing.assert_allclose(after[name], before[name], atol=2e-3)
-    assert (whole / "metrics.jsonl").read_bytes() == trained
+    assert (copy / "metrics.jsonl").read_bytes() == trained
 
 
-def test_a_finished_run_is_not_made_again(world, whole, tmp_path, monkeypatch):
-    """Unless a file of it is spoilt, or something that its result depends on has changed."""
-    copy, scored = shutil.copytree(whole, tmp_path / "copy"), []
+def test_a_finished_run_is_scored_again_only_where_something_changed(
+    world, tmp_path, monkeypatch
+):
+    """A file of it, or something that its result depends on."""
+    data = shutil.copytree(world.data, tmp_path / "data")
+    here, run, scored = world._replace(data=data), tmp_path / "run", []
     real = train.evaluate.score_images
     monkeypatch.setattr(
         train.evaluate, "score_images", lambda *a, **k: scored.append(1) or real(*a, **k)
     )
-    before = (copy / "metrics.json").read_bytes()
-    (copy / "report.html").unlink()
-    assert world.main(copy) == 0 and not scored
-    assert (copy / "metrics.json").read_bytes() == before and (copy / "report.html").is_file()
-    with (copy / "predictions.npz").open("r+b") as file:
+
+    def scorings(*more: str) -> int:
+        scored.clear()
+        assert here.main(run, "--config.steps=2", *more) == 0
+        return len(scored)
+
+    assert scorings() == 1
+    before = (run / "metrics.json").read_bytes()
+    (run / "report.html").unlink()
+    assert scorings() == 0
+    assert (run / "metrics.json").read_bytes() == before and (run / "report.html").is_file()
+    with (run / "predictions.npz").open("r+b") as file:
         file.truncate(1000)
-    assert world.main(copy) == 0 and len(scored) == 1
-    assert world.main(copy, "--config.explained=1") == 0 and len(scored) == 2
+    assert scorings() == 1
+    assert scorings("--config.explanation.count=1") == 1
     monkeypatch.setattr(train, "__version__", "0.0.1")
-    assert world.main(copy, "--config.explained=1") == 0 and len(scored) == 3
-    assert world.main(copy, "--config.explained=1", "--mode=evaluate") == 0 and len(scored) == 4
-    mask = next((world.data / "ground_truth").rglob("*.png"))
-    held = mask.read_bytes()
-    mask.write_bytes(held + b"\0")  # another file, though the same picture
-    try:
-        assert world.main(copy, "--config.explained=1") == 0 and len(scored) == 5
-    finally:
-        mask.write_bytes(held)
+    assert scorings() == 1
+    assert scorings("--mode=evaluate") == 1
+    mask = next((data / "ground_truth").rglob("*.png"))
+    mask.write_bytes(mask.read_bytes() + b"\0")  # another file, though the same picture
+    assert scorings() == 1
 
 
-def test_report_needs_no_model(world, whole, monkeypatch):
+def test_report_needs_no_model(world, whole, tmp_path, monkeypatch):
+    copy = shutil.copytree(whole, tmp_path / "copy")
     monkeypatch.setattr(train, "run", None)
-    page = (whole / "report.html").read_bytes()
-    (whole / "report.html").unlink()
-    assert world.main(whole, "--mode=report") == 0
-    assert (whole / "report.html").read_bytes() == page
+    page = (copy / "report.html").read_bytes()
+    (copy / "report.html").unlink()
+    assert world.main(copy, "--mode=report") == 0
+    assert (copy / "report.html").read_bytes() == page

@@ -6,19 +6,16 @@ import subprocess
 import sys
 
 from tests.support.paths import ROOT
-from tests.support.runs import finished
 
 CASES = int(os.environ.get("MEDCLIP_FUZZ_CASES", "300"))
 HANG = 120 + CASES  # seconds; three cases take about a tenth of one
 
 
-def test_broken_files_through_prediction_are_scored_or_listed(tmp_path_factory):
-    workdir = finished(tmp_path_factory.getbasetemp()).workdir
+def test_broken_files_through_prediction_are_scored_or_listed(whole):
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.fuzz_predict", f"--cases={CASES // 2}"]
-        + [f"--workdir={workdir}"],
+        + [f"--workdir={whole}"],
         cwd=ROOT,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         timeout=HANG,

@@ -16,18 +16,12 @@ from PIL import Image
 from medclip_jax import files, main
 from medclip_jax.features import cache as features_cache
 from tests.support.paths import ROOT
-from tests.support.runs import finished
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return make_world(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
-def data(tiny, tmp_path) -> Path:
+def data(world, tmp_path) -> Path:
     """A copy of the data that a test may spoil."""
-    return Path(shutil.copytree(tiny.data, tmp_path / "data"))
+    return Path(shutil.copytree(world.data, tmp_path / "data"))
 
 
 def sentence(capfd, code: int) -> str:
@@ -40,9 +34,9 @@ def sentence(capfd, code: int) -> str:
     return errors[0]
 
 
-def refused(capfd, tiny, tmp_path, *more: str, arguments: str = "k=4") -> str:
+def refused(capfd, world, tmp_path, *more: str, arguments: str = "k=4") -> str:
     workdir = tmp_path / "run"
-    error = sentence(capfd, tiny.main(workdir, *more, arguments=arguments))
+    error = sentence(capfd, world.main(workdir, *more, arguments=arguments))
     left = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
     assert left <= {"config.json"}, left  # nothing that a later command would take for a result
     return error
@@ -68,8 +62,8 @@ def refused(capfd, tiny, tmp_path, *more: str, arguments: str = "k=4") -> str:
         ("extra", "'extra' is not a flag"),
     ],
 )
-def test_a_bad_flag_is_named(tiny, tmp_path, capfd, flag, named):
-    error = refused(capfd, tiny, tmp_path, flag)
+def test_a_bad_flag_is_named(world, tmp_path, capfd, flag, named):
+    error = refused(capfd, world, tmp_path, flag)
     assert re.search(named, error), error
 
 
@@ -102,8 +96,8 @@ def test_help_ends_quietly_when_its_reader_leaves():
     assert process.returncode == 0
 
 
-def test_check_ends_quietly_when_its_reader_leaves(tiny):
-    command = [sys.executable, "-m", "medclip_jax.main", "--mode=check", *tiny.flags(tiny.base)]
+def test_check_ends_quietly_when_its_reader_leaves(world):
+    command = [sys.executable, "-m", "medclip_jax.main", "--mode=check", *world.flags(world.base)]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -128,14 +122,14 @@ def test_help_is_quick_and_imports_neither_jax_nor_transformers():
 # --- the data -------------------------------------------------------------------------------
 
 
-def test_a_data_root_that_is_not_there(tiny, tmp_path, capfd):
-    error = refused(capfd, tiny, tmp_path, "--config.data.root=/no/such")
+def test_a_data_root_that_is_not_there(world, tmp_path, capfd):
+    error = refused(capfd, world, tmp_path, "--config.data.root=/no/such")
     assert "there is no folder /no/such" in error and "--config.data.root" in error
 
 
-def test_a_data_set_without_any_root(tiny, tmp_path, capfd, monkeypatch):
+def test_a_data_set_without_any_root(world, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("MEDCLIP_DATA", raising=False)
-    error = refused(capfd, tiny, tmp_path, "--config.data.root=")
+    error = refused(capfd, world, tmp_path, "--config.data.root=")
     assert "no folder was named" in error and "$MEDCLIP_DATA" in error
 
 
@@ -173,29 +167,29 @@ def spoil_no_test(data: Path) -> str:
     [spoil_missing_mask, spoil_image, spoil_not_an_image, spoil_mask_size, spoil_no_test],
     ids=lambda f: f.__name__,
 )
-def test_spoilt_data_are_named(tiny, data, tmp_path, capfd, spoil):
+def test_spoilt_data_are_named(world, data, tmp_path, capfd, spoil):
     named = spoil(data)
-    error = refused(capfd, tiny, tmp_path, f"--config.data.root={data}")
+    error = refused(capfd, world, tmp_path, f"--config.data.root={data}")
     assert re.search(named, error), error
 
 
-def test_data_that_changed_since_the_run(tiny, data, tmp_path, capfd):
+def test_data_that_changed_since_the_run(world, data, tmp_path, capfd):
     """The split of a workdir belongs to the very bytes it was drawn from."""
     memory, root = "k=4,method=memory", f"--config.data.root={data}"
-    assert tiny.main(tmp_path / "run", root, arguments=memory) == 0
+    assert world.main(tmp_path / "run", root, arguments=memory) == 0
     capfd.readouterr()
     path = next((data / "test/good").iterdir())
     Image.fromarray(np.full((64, 64), 9, np.uint8)).save(path)
-    error = sentence(capfd, tiny.main(tmp_path / "run", root, arguments=memory))
+    error = sentence(capfd, world.main(tmp_path / "run", root, arguments=memory))
     assert f"test/good/{path.name} has other bytes" in error
 
 
 # --- the checkpoint -------------------------------------------------------------------------
 
 
-def test_an_unknown_checkpoint(tiny, tmp_path, capfd, monkeypatch):
+def test_an_unknown_checkpoint(world, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    error = refused(capfd, tiny, tmp_path, "--config.clip.checkpoint=/no/such/clip")
+    error = refused(capfd, world, tmp_path, "--config.clip.checkpoint=/no/such/clip")
     assert "/no/such/clip" in error
 
 
@@ -207,42 +201,41 @@ def test_an_unknown_checkpoint(tiny, tmp_path, capfd, monkeypatch):
         (("config.json",), "config.json"),
     ],
 )
-def test_a_checkpoint_that_lacks_a_file(tiny, tmp_path, capfd, names, said):
-    folder = Path(shutil.copytree(tiny.clip, tmp_path / "clip"))
+def test_a_checkpoint_that_lacks_a_file(world, tmp_path, capfd, names, said):
+    folder = Path(shutil.copytree(world.clip, tmp_path / "clip"))
     for name in names:
         (folder / name).unlink()
-    error = refused(capfd, tiny, tmp_path, f"--config.clip.checkpoint={folder}")
+    error = refused(capfd, world, tmp_path, f"--config.clip.checkpoint={folder}")
     assert said in error and str(folder) in error
 
 
 # --- the workdir ----------------------------------------------------------------------------
 
 
-def test_a_workdir_that_cannot_be_made(tiny, tmp_path, capfd):
+def test_a_workdir_that_cannot_be_made(world, tmp_path, capfd):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        error = sentence(capfd, tiny.main(place))
+        error = sentence(capfd, world.main(place))
         assert str(place) in error and "give another --workdir" in error
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc on this system")
-def test_a_workdir_that_cannot_be_written(tiny, capfd):
-    error = sentence(capfd, tiny.main(Path("/proc")))
+def test_a_workdir_that_cannot_be_written(world, capfd):
+    error = sentence(capfd, world.main(Path("/proc")))
     assert "/proc" in error and "give another" in error
 
 
-def test_a_workdir_of_a_run_with_other_settings(tiny, tmp_path_factory, capfd):
-    whole = finished(tmp_path_factory.getbasetemp()).workdir
+def test_a_workdir_of_a_run_with_other_settings(world, whole, capfd):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
-    error = sentence(capfd, tiny.main(whole, "--config.seed=1"))
+    error = sentence(capfd, world.main(whole, "--config.seed=1"))
     assert "holds a run with seed = 0, not 1" in error and "another workdir" in error
-    error = sentence(capfd, tiny.main(whole, "--config.model.dropout=0.5"))
+    error = sentence(capfd, world.main(whole, "--config.model.dropout=0.5"))
     assert re.search(r"model.*dropout.*0\.5", error)
     assert before == {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
 
 
-def test_a_report_of_nothing(tiny, tmp_path, capfd):
-    error = refused(capfd, tiny, tmp_path, "--mode=report")
+def test_a_report_of_nothing(world, tmp_path, capfd):
+    error = refused(capfd, world, tmp_path, "--mode=report")
     assert "config.json is missing" in error
 
 
@@ -265,19 +258,19 @@ def fill(monkeypatch, pattern: str, after: int = 0) -> list[str]:
     return seen
 
 
-def test_a_full_disk_while_the_bank_is_written(tiny, tmp_path, capfd, caplog, monkeypatch):
+def test_a_full_disk_while_the_bank_is_written(world, tmp_path, capfd, caplog, monkeypatch):
     cache = f"--config.cache={tmp_path / 'cache'}"
     arguments = "k=4,method=memory"
     with monkeypatch.context() as patch:
         fill(patch, r"safetensors$", after=5)
-        code = tiny.main(tmp_path / "run", cache, arguments=arguments)
+        code = world.main(tmp_path / "run", cache, arguments=arguments)
     error = sentence(capfd, code)
     assert "No space left" in error and "safetensors" in error and "free space" in error
     held = list((tmp_path / "cache/feature_cache").rglob("*.*"))
     assert len(held) == 5 and all(features_cache.is_whole(path) for path in held)
     assert not (tmp_path / "run/metrics.json").exists()
     held[0].write_bytes(held[0].read_bytes()[:100])  # a power cut may do this
-    assert tiny.main(tmp_path / "run", cache, arguments=arguments) == 0
+    assert world.main(tmp_path / "run", cache, arguments=arguments) == 0
     assert f"{held[0].name} is damaged and will be made again" in caplog.text
     assert all(
         features_cache.is_whole(path) for path in (tmp_path / "cache/feature_cache").rglob("*.*")
@@ -285,11 +278,11 @@ def test_a_full_disk_while_the_bank_is_written(tiny, tmp_path, capfd, caplog, mo
 
 
 @pytest.mark.parametrize("name", ["predictions.npz", "metrics.json", "report.html", "split.json"])
-def test_a_full_disk_while_results_are_written(tiny, tmp_path, capfd, monkeypatch, name):
+def test_a_full_disk_while_results_are_written(world, tmp_path, capfd, monkeypatch, name):
     arguments = "k=4,method=memory"
     with monkeypatch.context() as patch:
         assert fill(patch, rf"^{name}$") == []
-        code = tiny.main(tmp_path / "run", arguments=arguments)
+        code = world.main(tmp_path / "run", arguments=arguments)
     error = sentence(capfd, code)
     assert name in error and "No space left" in error
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run" / name).exists()

@@ -9,20 +9,18 @@ import medclip_jax
 from medclip_jax.errors import ConfigError
 from medclip_jax.inference import adapt
 from tests.support.paths import ROOT
-from tests.support.runs import finished
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
+def desk(world, whole, tmp_path_factory):
     """runs/mine (joint), runs/maml, scan.png of a lesion, a.png and b.png of healthy tissue."""
-    base = tmp_path_factory.getbasetemp()
-    here, folder = make_world(base), tmp_path_factory.mktemp("desk")
+    folder = tmp_path_factory.mktemp("desk")
     flags = ("--config.learner=maml", "--config.steps=4", "--config.synthesis.variants=16")
     flags += ("--config.branches=('learned',)",)
-    assert here.main(folder / "runs" / "maml", *flags) == 0
-    (folder / "runs" / "mine").symlink_to(finished(base).workdir)
+    assert world.main(folder / "runs" / "maml", *flags) == 0
+    (folder / "runs" / "mine").symlink_to(whole)
     for name, kind in (("scan", "test/lesion"), ("a", "train/good"), ("b", "train/good")):
-        images = sorted((here.data / kind).glob("*.png"))
+        images = sorted((world.data / kind).glob("*.png"))
         shutil.copy(images[-1 if name == "b" else 0], folder / f"{name}.png")
     return folder
 

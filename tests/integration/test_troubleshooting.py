@@ -13,7 +13,6 @@ from PIL import Image
 
 from medclip_jax import lock, main
 from tests.support.paths import ROOT
-from tests.support.runs import finished
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 QUOTED = re.findall(r"^\*\*`(error: .*)`\*\*$", PAGE, re.M)
@@ -27,7 +26,7 @@ def picture(path: Path, seed: int, size: int = 64) -> None:
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, tmp_path_factory):
+def desk(tmp_path, monkeypatch, world, whole):
     """A folder to work in: mine/ with 6 healthy images, runs/ and a small CLIP in the flags."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -37,7 +36,8 @@ def desk(tmp_path, monkeypatch, tmp_path_factory):
     picture(Path("mine/test/lesion/21.png"), 21)
     picture(Path("mine/ground_truth/lesion/21_mask.png"), 22)
     Path("runs").mkdir()
-    return make_world(tmp_path_factory.getbasetemp())
+    Path("whole").symlink_to(whole)
+    return world
 
 
 def no_config(desk):
@@ -63,7 +63,7 @@ def another_mask(desk):
 
 
 def another_run(desk):
-    shutil.copytree(finished(desk.base.parent).workdir, "runs/mine")
+    shutil.copytree(Path("whole").resolve(), "runs/mine")
     return desk.flags(Path("runs/mine"), arguments="k=5")[:5]
 
 
@@ -83,7 +83,7 @@ def no_scorer(desk):
 
 def no_input(desk):
     Path("scans").mkdir()
-    Path("runs/mine").symlink_to(finished(desk.base.parent).workdir)
+    Path("runs/mine").symlink_to(Path("whole").resolve())
     return ["--mode=predict", "--workdir=runs/mine", "--input=scans", "--output=out"]
 
 

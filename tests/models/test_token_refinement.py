@@ -127,10 +127,9 @@ def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictu
     assert len(taken.inputs) == 2
 
 
-def test_a_whole_run_learns_it_and_its_scorer_reads_alike(tmp_path):
-    here = make_world(tmp_path)
+def test_a_whole_run_learns_it_and_its_scorer_reads_alike(world, tmp_path):
     run = tmp_path / "run"
-    assert here.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
+    assert world.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
     held = saved.read(run)
     assert all(q["gate"] != 0 for q in held.params["refine"])
     ready = predictor.load(run)

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-import pytest
 
 from medclip_jax import main
-from tests.support.runs import finished
 
 PLANTED = ("DOEPLANTED", "IDPLANTED77", "19611117", "HOSPITALPLANTED", "PHYSICIANPLANTED")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return finished(tmp_path_factory.getbasetemp()).workdir
 
 
 def run(whole: Path, output: Path, *named, more=()) -> int:

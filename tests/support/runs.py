@@ -1,21 +1,23 @@
-"""Whole runs through the command line, on a tiny CLIP and tiny phantoms."""
+"""Whole runs on a tiny CLIP and tiny phantoms: by the command line, and in this process."""
 
 import json
+import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from medclip_jax import main
+from medclip_jax import config, main, train
 from medclip_jax.data import phantom
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.paths import ROOT
 
 STEPS, EVERY = 150, 10
+EXPLAINED = "--config.explanation.count=2", "--config.validations=20"  # of `finished` alone
 
 
 class World(NamedTuple):
@@ -25,14 +27,22 @@ class World(NamedTuple):
     data: Path
     clip: Path
 
+    def fields(self, **more) -> dict:
+        """Settings of a run that does no more than it must."""
+        return {
+            "cache": str(self.base / "cache"),
+            "clip.checkpoint": str(self.clip),
+            "synthesis.variants": 2,
+            "score.passes": 2,
+            "explanation.count": 0,
+            "validations": 0,
+        } | {name.replace("__", "."): value for name, value in more.items()}
+
     def flags(self, workdir: Path, *more: str, arguments: str = "k=4") -> list[str]:
         return [
             f"--config={ROOT}/configs/folder.py:{arguments},root={self.data}",
             f"--workdir={workdir}",
-            f"--config.cache={self.base / 'cache'}",
-            f"--config.clip.checkpoint={self.clip}",
-            "--config.synthesis.variants=2",
-            "--config.score.passes=2",
+            *(f"--config.{name}={value}" for name, value in self.fields().items()),
             f"--config.steps={STEPS}",
             f"--config.checkpoint_every={EVERY}",
             *more,
@@ -53,44 +63,59 @@ class World(NamedTuple):
         """The same in this process."""
         return main.main(["main", *self.flags(workdir, *more, **options)])
 
+    def train(self, workdir: Path, arguments: str = "k=4", **fields) -> dict:
+        """A run of two steps in this process, without a report; `a__b` is the field `a.b`."""
+        c = config.base(arguments, name="folder", root=str(self.data))
+        c.update_from_flattened_dict(self.fields(**{"steps": 2} | fields))
+        return train.run(c, workdir, report=False)
+
 
 class Finished(NamedTuple):
+    """What other tests only read: they copy what they change."""
+
     workdir: Path
     stderr: str
 
 
-@cache
 def make_world(base: Path) -> World:
     """8 supports, 6 healthy and 6 diseased test images of 64 pixels; a random CLIP of 32 pixels."""
-    base = base / "world"
-    data = phantom.write_folder(base / "data", "ultrasound", 0, 64, 8, 6, 6)
-    clip, *_ = tiny_checkpoint(base / "clip")
-    return World(base, data, clip)
+    world = World(base, base / "data", base / "clip")
+    base.mkdir(exist_ok=True)
+    with FileLock(base / "lock"):
+        if not world.data.is_dir():
+            tiny_checkpoint(world.clip)
+            phantom.write_folder(world.data, "ultrasound", 0, 64, 8, 6, 6)
+    return world
 
 
-@cache
-def finished(base: Path) -> Finished:
-    """One uninterrupted run; -X importtime lists on stderr every module it imported."""
-    here = make_world(base)
-    process = here.start(here.base / "whole", python=("-X", "importtime"))
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr[-3000:]
-    return Finished(here.base / "whole", stderr)
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    return make_world(tmp_path_factory.getbasetemp())
+    """One for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return make_world((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world")
 
 
-@pytest.fixture
-def whole(tmp_path_factory) -> Path:
-    return finished(tmp_path_factory.getbasetemp()).workdir
+@pytest.fixture(scope="session")
+def finished(world) -> Finished:
+    """One uninterrupted run; -X importtime lists on stderr every module it imported."""
+    workdir, log = world.base / "whole", world.base / "whole.stderr"
+    with FileLock(world.base / "whole.lock"):
+        if not log.is_file():
+            process = world.start(workdir, *EXPLAINED, python=("-X", "importtime"))
+            _, stderr = process.communicate(timeout=300)
+            assert process.returncode == 0, stderr[-3000:]
+            log.write_text(stderr)
+    return Finished(workdir, log.read_text())
+
+
+@pytest.fixture(scope="session")
+def whole(finished) -> Path:
+    return finished.workdir
 
 
 def predictions(workdir: Path) -> dict[str, np.ndarray]:
-    with np.load(workdir / "predictions.npz", allow_pickle=False) as held:
-        return {name: held[name] for name in held.files}
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def log(workdir: Path) -> list[dict]:
