@@ -204,7 +204,9 @@ def test_kept_tokens_are_named_by_pixels_and_way(wide, calls):  # noqa: F811
     assert len(calls) == count
     np.testing.assert_array_equal(first[0].levels[0], again[1].levels[0])
     np.testing.assert_array_equal(first[1].pooled, encoder.encode(feature_cache, images[1]).pooled)
-    assert encoder.stack_path(feature_cache, images[0], "a") != encoder.stack_path(feature_cache, images[0], "b")
+    assert encoder.stack_path(feature_cache, images[0], "a") != encoder.stack_path(
+        feature_cache, images[0], "b"
+    )
     assert encoder.stack_path(feature_cache, images[0], "a") != encoder.stack_path(
         feature_cache, images[0] + 0.01, "a"
     )

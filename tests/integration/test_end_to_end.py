@@ -197,9 +197,7 @@ def test_evaluate_scores_a_finished_run_again(world, whole, tmp_path):
     assert (copy / "metrics.jsonl").read_bytes() == trained
 
 
-def test_a_finished_run_is_scored_again_only_where_something_changed(
-    world, tmp_path, monkeypatch
-):
+def test_a_finished_run_is_scored_again_only_where_something_changed(world, tmp_path, monkeypatch):
     """A file of it, or something that its result depends on."""
     data = shutil.copytree(world.data, tmp_path / "data")
     here, run, scored = world._replace(data=data), tmp_path / "run", []

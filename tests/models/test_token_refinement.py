@@ -110,9 +110,7 @@ def test_the_gate_learns_first_and_then_the_query(folder):
 def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictures):  # noqa: F811
     mesh = sharding.mesh(jax.devices()[:1])
     feature_caches = [
-        cache.open(
-            tmp_path, vit.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh
-        )
+        cache.open(tmp_path, vit.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh)
         for on in (False, True)
     ]
     assert feature_caches[0].folder != feature_caches[1].folder
