@@ -92,6 +92,8 @@ def run(
     key = key_of(prepared, report)
     finished = workdirs.finished(workdir, key) if train else None
     if not multihost.any_process(finished is None).any():
+        if main and report:
+            write_report(workdir)
         return finished if main else None
     with stage(timing, "encode"):
         encoded = encode(prepared)

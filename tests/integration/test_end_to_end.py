@@ -45,7 +45,7 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
     held = {str(p.relative_to(whole)) for p in whole.rglob("*") if "checkpoints" not in p.parts}
     charts = "loss deletion roc scores calibration risk_coverage gallery"
     assert held == {
-        *("config.json", "metrics.jsonl", "split.json", "predictions.npz", "metrics.json"),
+        *(".lock", "config.json", "metrics.jsonl", "split.json", "predictions.npz", "metrics.json"),
         *(
             "report.html",
             "scorer.json",
