@@ -1,4 +1,4 @@
-"""Whole runs by the command line, on a tiny CLIP and tiny phantoms: files, kill and resume, modes."""
+"""Whole runs by the command line, on a tiny CLIP: files, kill and resume, modes."""
 
 import json
 import re
