@@ -57,15 +57,3 @@ def ntxent(
     logits = similarity.cosine(both, both) / temperature
     each = losses.infonce(jnp.where(partner | negative, logits, -jnp.inf), partner)
     return losses.row_mean(each, valid)
-
-
-def draw(
-    seed: int, step: int, shape: tuple[int, ...], copies: int
-) -> tuple[Int[np.ndarray, "..."], Int[np.ndarray, "..."]]:
-    """Two different views of each row, as features.take counts them: -1 the image, -2 copy 0, …"""
-    if copies < 1:
-        raise ValueError("two augmentations of an image need at least one augmented copy")
-    rng = np.random.default_rng([seed, step, STREAM])
-    first = rng.integers(1 + copies, size=shape)
-    second = (first + 1 + rng.integers(copies, size=shape)) % (1 + copies)
-    return -1 - first, -1 - second

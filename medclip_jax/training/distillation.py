@@ -6,7 +6,7 @@ brought to this run's grid. It runs once per image, before training; nothing is 
 image: a teacher whose supports are among them is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class Teacher(NamedTuple):
 
 
 def check(
-    workdir: Path, teacher: Mapping, student: Mapping, supports: Sequence[str], test: Sequence[str]
+    workdir: Path, teacher: Any, student: Any, supports: Sequence[str], test: Sequence[str]
 ) -> None:
     """Raise ConfigError if this teacher cannot teach this run.
 

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from medclip_jax import build
+from medclip_jax.distributed import sharding
 from medclip_jax.errors import ConfigError
-from medclip_jax.features import training_pool
-from medclip_jax.features.batch import Views
 from medclip_jax.models import contrastive, model
-from medclip_jax.training import loop, step
+from medclip_jax.training import batches, loop
 from tests.support.pools import settings
 from tests.support.reference import reference_params
 
@@ -62,47 +62,15 @@ def test_rows_that_fill_and_rows_of_the_same_image_are_no_negatives():
     assert float(nothing) == 0
 
 
-def test_views_are_two_different_ones_and_a_function_of_the_step():
-    one, two = batches.sample_views(0, 3, (400,), 3)
-    assert set(one) == set(two) == {-1, -2, -3, -4} and (one != two).all()
-    again = batches.sample_views(0, 3, (400,), 3)
-    assert (one == again[0]).all() and (two == again[1]).all()
-    assert (one != batches.sample_views(0, 4, (400,), 3)[0]).any()
-
-
-def augmented(pool):  # noqa: F811
+def augmented(pool):
     """The pool with its last three variants as augmented copies."""
     return pool._replace(variants=pool.variants - 3, copies=3, kinds=pool.kinds[:, :-3])
 
 
-@pytest.mark.parametrize("read", ["joint", "episodes"])
-def test_rows_carry_views_of_their_image_only_where_asked(pool, read):  # noqa: F811
-    pool, own = augmented(pool), np.arange(4)  # noqa: F811
-
-    def at(views):
-        if read == "joint":
-            return batches.joint_batch(2, pool, [own, own[:3]], 4, 0, views=views)
-        sizes = dict(tasks=3, k=4, shots=4, query=2)
-        return episodes.episodes_batch(2, pool, [[own], [own[:3]]], 0, None, views, **sizes).query
-
-    plain, viewed = at(False), at(True)
-    assert plain.views is None and isinstance(viewed.views, Views)
-    jax.tree.map(np.testing.assert_array_equal, plain, viewed._replace(views=None))
-    image = viewed.views.image
-    assert image.shape == viewed.valid.shape
-    for view in viewed.views[:2]:
-        for i in np.ndindex(image.shape):
-            held = [pool.clean[image[i]]("level0")[0], *pool.anomalous[image[i]]("level0")[-3:]]
-            assert any(np.array_equal(view.levels[0][i], x) for x in held)
-
-
-def test_weight_zero_leaves_theta_as_it_was_and_the_head_learns(tower, pool):  # noqa: F811
-    from medclip_jax import build
-
-    off, on = settings(), settings(**{"loss.simclr": 0.3, "augment.rotate": 10.0})
+def test_weight_zero_leaves_params_as_it_was_and_the_head_learns(tower, pool):
+    off, on = settings(), settings(**{"loss.simclr": 0.3, "augment": "rotate=10"})
     design, frozen = build.build(off, tower)
-    like = dict(key=jax.random.key(0), model=tower, design=design, context=2, shared=False)
-    bare, full = model.init(**like), model.init(**like, contrast=True)
+    bare, full = (build.fresh_params(c, tower, design) for c in (off, on))
     assert set(full) - set(bare) == {"head"}
     jax.tree.map(np.testing.assert_array_equal, bare, {n: full[n] for n in bare})
 
@@ -132,15 +100,14 @@ def test_simclr_needs_augmentation():
     assert settings(**{"loss.simclr": 0.1, "method": "memory"}).steps == 0
 
 
-def test_a_run_with_simclr_logs_it(tmp_path, tower, pool):  # noqa: F811
-    from medclip_jax import build
-    from medclip_jax.distributed import sharding
-
-    c = settings(**{"loss.simclr": 0.3, "augment.flip": 0.5, "steps": 2})
+def test_training_with_simclr_logs_it(tmp_path, tower, pool):
+    c = settings(**{"loss.simclr": 0.3, "augment": "flip=0.5", "steps": 2})
     design, frozen = build.build(c, tower)
-    mesh = sharding.mesh()  # eight devices and four rows: half of the rows only fill
-    pools = [augmented(pool)]
-    params = loop.run(c, tmp_path, tower, design, frozen, pools, [], mesh, True)
+    params = loop.fit(
+        *(build.fresh_params(c, tower, design), frozen, [augmented(pool)], []),
+        workdir=tmp_path,
+        mesh=sharding.mesh(),  # eight devices and four rows: half of the rows only fill
+        **build.training(c, design),
+    )
     assert np.isfinite(params["head"]["out"]["kernel"]).all()
     assert '"simclr"' in (tmp_path / "metrics.jsonl").read_text()
-    assert isinstance(pools[0], training_pool.TrainingPool)

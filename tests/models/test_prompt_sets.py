@@ -1,6 +1,5 @@
 """Several data sets in one run: each with its own prompts, preprocessing and augmentation."""
 
-import json
 from functools import partial
 
 import jax
@@ -8,18 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, train
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data.catalog import PRESETS, RECIPES
-from medclip_jax.data.preprocessing import RECIPES as STEPS
-from medclip_jax.data.records import Split
-from medclip_jax.errors import ConfigError
-from medclip_jax.features import auxiliary, training_pool
+from medclip_jax.features import training_pool
 from medclip_jax.features.batch import Batch
 from medclip_jax.models import model, prompt_sets
 from medclip_jax.prompts import tokenize
-from medclip_jax.training import step
-from tests.support.checkpoints import tiny_checkpoint
+from medclip_jax.training import batches, episodes, step
 
 WEIGHTS = dict(focal=1.0, dice=1.0, align=0.5, prompt=0.5)
 
@@ -143,35 +136,34 @@ def pool_of(batch: Batch, sizes) -> training_pool.TrainingPool:
     return training_pool.join([one(n) for n in sizes])
 
 
-def episode_losses(design, params, frozen, episodes):
+def episode_losses(design, params, frozen, tasks):
     """The query loss of every task after its inner step, task by task."""
     loss = partial(model.loss, design=design, weights=WEIGHTS)
-    objective = step.meta_objective(loss, step.inner("maml", 1, 0.05, False))
+    objective = step.meta_objective(loss, step.Learner("maml").inner(1))
 
     def one(task):
-        only = jnp.arange(len(episodes.valid)) == task
-        batch = jax.tree.map(lambda x: x[:, 0], episodes)._replace(valid=only)
+        only = jnp.arange(len(tasks.valid)) == task
+        batch = jax.tree.map(lambda x: x[:, 0], tasks)._replace(valid=only)
         return objective(params, frozen, batch, jax.random.key(0))[0]
 
-    return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(len(episodes.valid))))
+    return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(len(tasks.valid))))
 
 
 def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     sets, design, params, frozen, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2, 3))
     assert pool.source.tolist() == [0, 0, 1, 1, 1]
-    members = batches.members(2, [], (3,), target=True)
-    sizes = dict(tasks=6, k=2, shots=2, query=2)
-    episodes = episodes.episodes_batch(0, pool, members, 0, **sizes)
-    source = episodes.support.source[:, 0]
-    assert episodes.support.source.shape == (6, 1) and set(source.tolist()) == {0, 1}
-    np.testing.assert_array_equal(episodes.query.source, episodes.support.source)
+    members = batches.members(2, [], (3,))
+    tasks = episodes.episodes_batch(0, pool, members, 0, episodes.Sizes(tasks=6, k=2, shots=2))
+    source = tasks.support.source[:, 0]
+    assert tasks.support.source.shape == (6, 1) and set(source.tolist()) == {0, 1}
+    np.testing.assert_array_equal(tasks.query.source, tasks.support.source)
 
-    before = episode_losses(design, params, frozen, episodes)
+    before = episode_losses(design, params, frozen, tasks)
     # as many prompts and as long, so that nothing but the words differs
     other = words_of(tiny, MORE[::-1], "brain")
     swapped = design._replace(sets=prompt_sets.stack([sets[0], other]))
-    after = episode_losses(swapped, params, frozen, episodes)
+    after = episode_losses(swapped, params, frozen, tasks)
     np.testing.assert_array_equal(after[source == 0], before[source == 0])
     assert np.abs(after - before)[source == 1].min() > 1e-6
 
@@ -184,121 +176,3 @@ def test_one_data_set_carries_no_source(tiny):
     assert drawn.source is None and len(jax.tree.leaves(drawn)) == 6
     joined = pool_of(batch, (2, 3))
     assert batches.joint_batch(0, joined, [np.arange(5)], 5, 0).source.shape == (5, 1)
-    assert episodes.adaptation_batch(joined, [np.arange(2)]).source is None
-
-
-# --- which words, preprocessing and augmentation each data set gets ------------------------------
-
-
-def settings(*data, **fields):
-    c = config.base("k=4", name="phantom-ultrasound", **PRESETS["phantom-ultrasound"])
-    c.update_from_flattened_dict({"meta.data": data} | fields)
-    return config.resolve(c)
-
-
-def test_every_preset_has_the_recipe_of_its_modality():
-    assert set(RECIPES) == set(PRESETS)
-    for name, recipe in RECIPES.items():
-        words = PRESETS[name]["modality"].lower().replace("-", "")
-        assert recipe in STEPS and recipe in words
-
-
-def test_each_set_has_its_own_words_and_the_target_is_left_out():
-    found = auxiliary.read(settings("phantom-mri", "phantom-ultrasound", "chest_xray=/films"))
-    assert [x.name for x in found] == ["phantom-mri", "chest_xray"]
-    assert [x.words for x in found] == [PRESETS["phantom-mri"], PRESETS["chest_xray"]]
-    assert [str(x.root) for x in found] == ["None", "/films"]
-    assert all(x.recipe == () for x in found)
-
-
-def test_recipes_are_the_targets_or_their_own():
-    c = settings("phantom-mri", "phantom-xray", **{"data.recipe": "ultrasound"})
-    assert {x.recipe for x in auxiliary.read(c)} == {STEPS["ultrasound"]}
-    c.meta.recipe = "own"
-    assert [x.recipe for x in auxiliary.read(c)] == [STEPS["mri"], STEPS["xray"]]
-
-
-def test_a_folder_takes_the_targets_words_and_says_so(caplog):
-    (found,) = auxiliary.read(settings("folder=/mine", **{"meta.recipe": "own"}))
-    target = PRESETS["phantom-ultrasound"]
-    assert found.words == {n: target[n] for n in ("modality", "anatomy", "conditions")}
-    assert found.recipe == () and "folder=/mine of config.meta.data has no words" in caplog.text
-
-
-def test_elastic_deformation_is_refused_set_by_set(caplog):
-    c = settings("phantom-mri", "phantom-xray", **{"augment.elastic": 0.02, "augment.flip": 0.5})
-    mri, xray = auxiliary.read(c)
-    assert (mri.strengths.elastic, mri.strengths.flip) == (0.02, 0.5)
-    assert (xray.strengths.elastic, xray.strengths.flip) == (0.0, 0.5)
-    assert "config.augment.elastic is off for phantom-xray" in caplog.text
-    assert "phantom-mri" not in caplog.text
-
-
-def test_settings_that_cannot_be_used():
-    with pytest.raises(ConfigError, match=r"^config.meta.data has 'knees': give any of busi, "):
-        auxiliary.read(settings("knees"))
-    with pytest.raises(ConfigError, match=r"^config.meta.recipe is 'mine': give one of target, "):
-        settings(**{"meta.recipe": "mine"})
-
-
-def test_chexpert_takes_its_policy(monkeypatch, tmp_path):
-    seen = {}
-
-    def load(name, root, cache, **given):
-        seen.update(given, name=name)
-        return ()
-
-    monkeypatch.setattr(auxiliary.datasets, "load", load)
-    monkeypatch.setattr(auxiliary.datasets, "healthy", lambda *given: ())
-    c = settings("chexpert", **{"data.uncertain": "positive", "data.window": "lung"})
-    auxiliary.records(auxiliary.read(c)[0], c, Split((), ()))
-    assert seen == {"name": "chexpert", "uncertain": "positive", "window": ""}
-
-
-# --- end to end ----------------------------------------------------------------------------------
-
-
-def test_two_phantoms_in_one_run(tmp_path, monkeypatch):
-    """Each set's images meet its own preprocessing and words; the target's test set is scored."""
-    folder, *_ = tiny_checkpoint(tmp_path / "clip")
-    monkeypatch.setattr(
-        "medclip_jax.data.datasets.PHANTOMS",
-        {f"phantom-{m}": (m, 4, 2, 2) for m in ("ultrasound", "mri")},
-    )
-    opened, built, recipes = training_pool.open, [], []
-    monkeypatch.setattr(
-        training_pool,
-        "open_pool",
-        lambda feature_cache, *x: recipes.append(feature_cache.recipe) or opened(feature_cache, *x),
-    )
-    run = train.loop.run
-
-    def watched(c, workdir, tower, design, *rest):
-        built.append(design)
-        return run(c, workdir, tower, design, *rest)
-
-    monkeypatch.setattr(train.loop, "run", watched)
-    c = config.base("k=2", name="phantom-ultrasound", **PRESETS["phantom-ultrasound"])
-    c.update_from_flattened_dict(
-        {
-            "meta.data": ("phantom-ultrasound", "phantom-mri"),
-            "meta.recipe": "own",
-            "meta.images": 2,
-            "learner": "fomaml",
-            "meta.adapt_steps": 0,
-            "clip.checkpoint": str(folder),
-            "cache": str(tmp_path / "cache"),
-            "synthesis.variants": 16,
-            "calibration.folds": 2,
-            "steps": 1,
-            "score.passes": 1,
-        }
-    )
-    result = train.run(c, tmp_path / "run")
-    assert 0 <= result["image"]["auroc"] <= 1
-    assert recipes == [(), STEPS["mri"]]
-    (design,) = built
-    assert design.sets.real.sum(1).tolist() == [len(design.prompts.ids)] * 2
-    assert not np.array_equal(design.sets.ids[0], design.sets.ids[1])
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert all(np.isfinite(json.loads(x)["loss"]) for x in lines) and lines

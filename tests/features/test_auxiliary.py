@@ -1,0 +1,88 @@
+"""Auxiliary datasets: which words, preprocessing and augmentation each gets, and a run with one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medclip_jax import build, config, train
+from medclip_jax.data.augmentation import Strengths
+from medclip_jax.data.catalog import PRESETS, RECIPES
+from medclip_jax.data.preprocessing import RECIPES as STEPS
+from medclip_jax.errors import ConfigError
+from medclip_jax.features import auxiliary
+from tests.support.checkpoints import tiny_checkpoint
+
+WORDS = {n: PRESETS["phantom-ultrasound"][n] for n in ("modality", "anatomy", "conditions")}
+
+
+def choose(*names, recipe="", **strengths):
+    return auxiliary.choose(names, words=WORDS, recipe=recipe, strengths=Strengths(**strengths))
+
+
+def test_every_preset_has_the_recipe_of_its_modality():
+    assert set(RECIPES) == set(PRESETS)
+    for name, recipe in RECIPES.items():
+        words = PRESETS[name]["modality"].lower().replace("-", "")
+        assert recipe in STEPS and recipe in words
+
+
+def test_each_dataset_has_its_own_words_and_where_the_target_has_one_its_own_recipe():
+    mri, films = choose("phantom-mri", "chest_xray=/films")
+    assert (mri.name, films.name) == ("phantom-mri", "chest_xray")
+    assert mri.words == PRESETS["phantom-mri"] and films.words == PRESETS["chest_xray"]
+    assert mri.root is None and films.root == Path("/films")
+    assert mri.recipe == films.recipe == ()
+    mri, films = choose("phantom-mri", "chest_xray", recipe="ultrasound")
+    assert (mri.recipe, films.recipe) == (STEPS["mri"], STEPS["xray"])
+
+
+def test_a_folder_takes_the_targets_words_and_a_warning_says_so(caplog):
+    (folder,) = choose("folder=/mine")
+    assert folder.words == WORDS and folder.recipe == ()
+    assert "folder=/mine of config.meta.data has no words" in caplog.text
+
+
+def test_elastic_deformation_is_off_where_a_modality_forbids_it(caplog):
+    mri, xray = choose("phantom-mri", "phantom-xray", elastic=0.02, flip=0.5)
+    assert (mri.strengths.elastic, mri.strengths.flip) == (0.02, 0.5)
+    assert (xray.strengths.elastic, xray.strengths.flip) == (0.0, 0.5)
+    assert "config.augment.elastic is off for phantom-xray" in caplog.text
+    assert "phantom-mri" not in caplog.text
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ConfigError, match=r"^config.meta.data has 'knees': choose any of busi, "):
+        choose("knees")
+
+
+def test_training_on_two_phantoms(tmp_path, monkeypatch):
+    """Each dataset has its own preprocessing and prompts; the target's are as many."""
+    folder, *_ = tiny_checkpoint(tmp_path / "clip")
+    phantoms = {f"phantom-{m}": (m, 4, 2, 2) for m in ("ultrasound", "mri")}
+    monkeypatch.setattr("medclip_jax.data.datasets.PHANTOMS", phantoms)
+    c = config.base("k=2", name="phantom-ultrasound", **PRESETS["phantom-ultrasound"])
+    changes = {
+        "meta.data": ("phantom-ultrasound", "phantom-mri"),
+        "learner": "fomaml",
+        "meta.adapt_steps": 0,
+        "clip.checkpoint": str(folder),
+        "cache": str(tmp_path / "cache"),
+        "synthesis.variants": 16,
+        "data.recipe": "ultrasound",
+        "steps": 1,
+    }
+    c.update_from_flattened_dict(changes)
+    prepared = train.prepare(c)
+    sets = prepared.design.sets
+    assert sets.real.sum(1).tolist() == [len(prepared.design.prompts.ids)] * 2
+    assert not np.array_equal(sets.ids[0], sets.ids[1])
+    (other,) = build.auxiliary_datasets(prepared.config)
+    assert (other.name, other.recipe) == ("phantom-mri", STEPS["mri"])
+    encoded = train.encode(prepared)
+    assert [len(pool.clean) for pool in encoded.pools] == [2, 6]
+    assert len(list((tmp_path / "cache/feature_cache").iterdir())) == 2  # one per recipe
+    train.fit(prepared, encoded, tmp_path)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert np.isfinite(json.loads(line)["loss"])
