@@ -33,39 +33,32 @@ def start(
     processes: int | None = None,
     process: int | None = None,
     timeout: int = 300,
-    heartbeat: int = 100,
 ) -> None:
     """Join the other processes of the run; call it once, before anything else touches JAX.
 
     Args:
-      coordinator: "host:port" of process 0. processes: their number. process: which one this is.
-        All three None on Cloud TPU, SLURM or Open MPI, where the environment tells them.
+      coordinator: "host:port" of process 0; None, as the next two, on Cloud TPU, SLURM or Open MPI,
+        where the environment tells them.
+      processes: their number.
+      process: which one this is, from 0.
       timeout: seconds to wait for the others to come.
-      heartbeat: seconds of silence after which a process counts as dead and ends the others.
 
     Raises:
-      ConfigError: if only some of the three are set, if they contradict one another, or if the
-        environment does not tell them.
+      ConfigError: if the environment does not tell them.
     """
-    address = (coordinator, processes, process)
-    if any(v is None for v in address) and any(v is not None for v in address):
-        raise ConfigError(
-            f"coordinator={coordinator}, processes={processes}, process={process}: "
-            "set all three, or none where TPU, SLURM or Open MPI tells them"
-        )
-    if processes is not None and process is not None and not 0 <= process < processes:
-        raise ConfigError(f"process={process} of processes={processes}: count from 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            *address,
+            coordinator,
+            processes,
+            process,
             initialization_timeout=timeout,
-            heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=A_DAY,  # the others wait while process 0 writes the report
         )
     except ValueError as error:  # JAX's way to say that it found no address
         raise ConfigError(
-            f"distributed=True could not start ({error}): set coordinator, processes and process"
+            f"config.distributed is auto and nothing tells who takes part ({error}): "
+            "set HOST:PORT,PROCESS/PROCESSES"
         ) from error
 
 

@@ -191,27 +191,6 @@ def test_branches_of_tiles_can_be_fused_and_probes_are_kept(wide, calls):  # noq
         np.testing.assert_array_equal(a, b)
 
 
-def test_kept_tokens_are_named_by_pixels_and_way(wide, calls):  # noqa: F811
-    feature_cache, *_ = wide
-    images = np.random.default_rng(7).random((2, 3, SIZE, SIZE)).astype(np.float32)
-
-    def how(x):
-        return encoder.encode(feature_cache, x)
-
-    first = cache.encode(feature_cache, images, how, "a")
-    count = len(calls)
-    again = cache.encode(feature_cache, images[::-1], how, "a")
-    assert len(calls) == count
-    np.testing.assert_array_equal(first[0].levels[0], again[1].levels[0])
-    np.testing.assert_array_equal(first[1].pooled, encoder.encode(feature_cache, images[1]).pooled)
-    assert encoder.stack_path(feature_cache, images[0], "a") != encoder.stack_path(
-        feature_cache, images[0], "b"
-    )
-    assert encoder.stack_path(feature_cache, images[0], "a") != encoder.stack_path(
-        feature_cache, images[0] + 0.01, "a"
-    )
-
-
 @pytest.mark.parametrize(
     "argument, tiles, said",
     [
