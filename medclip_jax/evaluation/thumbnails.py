@@ -71,7 +71,7 @@ def pack(
     arrays: dict[str, np.ndarray] = {
         "thumb_index": index,
         "frame": frames,
-        "boxes": np.array(found, np.float32).reshape(-1, len(boxes.Box._fields)),
+        "boxes": np.array(found, np.float64).reshape(-1, len(boxes.Box._fields)),
         "boxes_end": np.cumsum([len(each) for _, each, _ in rows], dtype=np.int64),
     }
     for name in Copies._fields:

@@ -138,18 +138,11 @@ def page(
 def gallery_rows(files: Files) -> list[int]:
     """Images of the gallery, abnormal ones first."""
     rng = np.random.default_rng(files.metrics["seed"])
-    pictured = np.array([picture is not None for picture in files.pictures], bool)
-    if not pictured.any():
-        return []
-    return [
-        int(i)
-        for label, count in GALLERY
-        for i in sorted(
-            rng.permutation(np.flatnonzero(pictured & (files.predictions["label"] == label)))[
-                :count
-            ]
-        )
-    ]
+    labels, chosen = files.predictions["label"], []
+    for label, count in GALLERY:
+        rows = [i for i, x in enumerate(files.pictures) if x is not None and labels[i] == label]
+        chosen += sorted(rng.permutation(rows)[:count].tolist())
+    return chosen
 
 
 def _label(predictions: Mapping[str, np.ndarray], i: int, number: int) -> str:

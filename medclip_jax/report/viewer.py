@@ -58,7 +58,7 @@ def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[Picture | None]:
         own = boxes[ends[place - 1] if place else 0 : ends[place]].tolist()
         copies = {name: files[name][place] for name in FILES}
         height, width = frames[place].tolist()
-        each = [Box(*map(int, box[:4]), round(box[4], 3), int(box[5])) for box in own]
+        each = [Box(*map(int, box[:4]), box[4], int(box[5])) for box in own]
         rows[i] = Picture(**copies, frame=(height, width), boxes=each)
     return rows
 

@@ -38,7 +38,7 @@ def small_copies(rng, label):
         image = thumbnails.small(Image.fromarray(image), "JPEG")
         files.append(thumbnails.Copies(image, lesion, grey, grey if i % 2 else b"", grey))
     arrays = {"frame": np.array(frames), "thumb_index": np.arange(len(label))}
-    arrays |= {"boxes": np.array(boxes, np.float32).reshape(-1, 6), "boxes_end": np.array(ends)}
+    arrays |= {"boxes": np.array(boxes, np.float64).reshape(-1, 6), "boxes_end": np.array(ends)}
     for name in thumbnails.Copies._fields:
         arrays |= thumbnails.joined(name, [getattr(copies, name) for copies in files])
     return arrays | {"deviation_scale": 0.0625}
