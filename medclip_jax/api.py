@@ -14,7 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from medclip_jax import build
 from medclip_jax.detectors import map_filter
+from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.evaluation import predictions
 from medclip_jax.explain import boxes as explain_boxes
@@ -41,7 +43,7 @@ class Scorer:
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir).expanduser()
         self.adapted = False  # to another site than the workdir's
-        self._trained = predictor.load(self.workdir)
+        self._predictor = build.load_predictor(self.workdir)
         self._start: inference_adapt.Start | None = None  # what `adapt` starts from, compiled once
 
     def predict(self, images: Iterable) -> list[Prediction]:
@@ -49,17 +51,17 @@ class Scorer:
 
         Raises DataError for what cannot be read or is no such array.
         """
-        held = [_pixels(image, self._trained.config.data.window) for image in images]
+        held = [_pixels(image, self._predictor.window) for image in images]
         if not held:
             return []
         pixels, spacings = zip(*held, strict=True)
-        fit, size = self._trained.config.data.fit, self._trained.feature_cache.clip.size
+        fit, size = self._predictor.fit, self._predictor.size
         frames = np.stack([io_read.fit(image, size, fit) for image in pixels])
         mm2 = [
             map_filter.area(mm, image.shape[0], image.shape[1], size, fit)
             for mm, image in zip(spacings, pixels, strict=True)
         ]
-        scores = predictor.score(self._trained, frames, mm2)
+        scores = predictor.score(self._predictor, frames, mm2)
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
     def predict_files(self, *named: str, output: str | Path) -> inference_predict.Summary:
@@ -69,7 +71,7 @@ class Scorer:
         """
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
-        return inference_predict.run(self.workdir, [str(n) for n in named], Path(output))
+        return inference_predict.run(self._predictor, [str(n) for n in named], Path(output))
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.
@@ -82,13 +84,12 @@ class Scorer:
         that cannot be read.
         """
         if self._start is None:
-            self._start = inference_adapt.load(self.workdir)
+            self._start = build.load_start(self.workdir)
         ready = inference_adapt.adapt(self._start, [Path(i) for i in images])
         again = copy(self)
         again.adapted = True
-        k = len(ready.limits.healthy)
-        again._trained = self._trained._replace(
-            detector=ready.detector, limits=ready.limits, k=k, steps=None
+        again._predictor = self._predictor._replace(
+            detector=ready.detector, calibration=ready.calibration
         )
         return again
 
@@ -117,7 +118,7 @@ def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, 
 
 
 def _prediction(
-    scores: predictor.Scores, i: int, shape: tuple[int, ...], fit: io_read.Mode
+    scores: BatchScores, i: int, shape: tuple[int, ...], fit: io_read.Mode
 ) -> Prediction:
     height, width = shape
     small = predictions.half_precision(scores.maps[i]).astype(np.float32)  # as in files

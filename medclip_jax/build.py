@@ -4,7 +4,7 @@ Nothing further in knows the configuration: functions take the values they need.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,42 @@ from medclip_jax.config_validation import FUSED_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits, synthetic_variants
 from medclip_jax.data.records import Record, Split
 from medclip_jax.detectors import (
-    by_name,
+    calibration,
     detector,
     ensemble,
     map_filter,
+    memory_bank,
     pixel_baselines,
+    prompt_detector,
     saved,
     tiling,
+    zero_shot,
 )
-from medclip_jax.errors import ConfigError
-from medclip_jax.evaluation import evaluate
+from medclip_jax.distributed import sharding
+from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
 from medclip_jax.explain import grad_cam
-from medclip_jax.features import auxiliary, cache, encoder, training_pool
+from medclip_jax.features import (
+    auxiliary,
+    cache,
+    encoder,
+    support_images,
+    thumbnails,
+    tiles,
+    training_pool,
+)
+from medclip_jax.inference import adapt, predictor
 from medclip_jax.models import losses, model, prompt_sets, token_refinement
-from medclip_jax.models.anomaly_map import to_pixels
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
-from medclip_jax.training import distillation, loop, validation
+from medclip_jax.training import (
+    batches,
+    checkpoints,
+    distillation,
+    loop,
+    maml,
+    state,
+    validation,
+)
 from medclip_jax.training.step import Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
@@ -105,7 +124,7 @@ def encode(c: ConfigDict, clip: vit.Clip, split: Split, others, mesh):
     pools += auxiliary.open_pools(*target, **where, seed=c.seed)
     encoder.encode_images(feature_cache, split.test)
     if c.score.tiles > 1:
-        tiling.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)
+        tiles.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)
     if c.teacher and c.steps:
         teacher = load_teacher(c, clip, split.test)
         pools = [distillation.add_logits(pools[0], teacher, feature_cache, split.support, variants)]
@@ -134,9 +153,8 @@ def load_teacher(c: ConfigDict, clip: vit.Clip, test: Sequence[Record]) -> disti
             f"config.teacher {workdir} was trained with another CLIP than {own.clip.checkpoint} "
             f"is now ({trained.checkpoint}, not {clip.digest}): restore that one"
         )
-    design, frozen = build(own, clip)
-    params = jax.tree.map(jnp.asarray, trained.params)
-    text = jax.jit(partial(model.text_features, design=design))(params, frozen)
+    design, _ = build(own, clip)
+    params, text = prompt_detector.learned(jax.tree.map(jnp.asarray, trained.params))
 
     @jax.jit
     def logits(images):
@@ -194,65 +212,213 @@ def design_of(c: ConfigDict, clip: vit.Clip, others) -> tuple[model.Design, dict
     return design, frozen
 
 
-def assemble(
-    c: ConfigDict, params, frozen, design, feature_cache, supports, groups, branch=None
-) -> tuple[detector.Detector, ensemble.Mix | None]:
-    """The detector that the config asks for, and how it mixes if it fuses branches.
+def scorer(c: ConfigDict, clip: vit.Clip, design: model.Design) -> Callable[..., detector.Scores]:
+    """The pure scoring function of the config's method; `detector` builds its parameters."""
+    names, pool = branch_names(c), image_pool(c, clip)
+    made = {name: branch_scorer(name, clip, design, pool) for name in names}
+    return ensemble.scorer(made) if len(names) > 1 else made[names[0]]
 
-    branch: makes the detector of a branch from its name; `branch_of` by default.
-    """
-    if branch is None:
-        given = dict(
-            frozen=frozen,
-            design=design,
-            feature_cache=feature_cache,
-            supports=supports,
-            groups=groups,
-        )
-        branch = partial(branch_of, c=c, params=params, **given)
+
+def branch_scorer(name: str, clip: vit.Clip, design: model.Design, pool: Callable) -> Callable:
+    """The pure scoring function of one branch."""
+    if name == "memory":
+        return memory_bank.scorer(pool)
+    if name.startswith("zero_shot"):
+        return zero_shot.scorer(clip, design.prompts.label)
+    return prompt_detector.scorer(design, pool)
+
+
+def image_pool(c: ConfigDict, clip: vit.Clip) -> Callable:
+    """Patch values [n, p] -> image scores [n]."""
+    return partial(detector.image_score, size=clip.size, top=c.score.top)
+
+
+def branch_names(c: ConfigDict) -> tuple[str, ...]:
+    """The branches of the config's method; a method that does not fuse is its own branch."""
+    return tuple(c.branches) if c.method in FUSED_METHODS else (c.method,)
+
+
+def supports(
+    c: ConfigDict, feature_cache: cache.FeatureCache, records: Sequence[Record]
+) -> support_images.Supports | None:
+    """Tokens of the supports; thumbnails for a baseline on pixels, None where there are none."""
+    if not records:
+        return None
     if c.method in pixel_baselines.METHODS:
-        return pixel_baselines.build(c.method, feature_cache, supports), None
-    if c.method not in FUSED_METHODS:
-        return branch(c.method), None
-    branches = {name: branch(name) for name in c.branches}
-    if len(branches) == 1:
-        return next(iter(branches.values())), None
-    return ensemble.fuse(
-        branches,
-        feature_cache,
-        supports,
-        modality=c.data.modality,
-        weights="equal",
-        variants=1,
-        seed=c.seed,
-        image_scores=evaluate.scorer(feature_cache.clip.size, c.score.top),
-        tiles=c.score.tiles,
+        images = support_images.healthy_images(feature_cache, records)
+        features = thumbnails.of_images(images)
+        return support_images.Supports(len(records), features, features, None, None)
+    return support_images.load(feature_cache, records, c.score.tiles)
+
+
+def assemble(
+    c: ConfigDict,
+    clip: vit.Clip,
+    design: model.Design,
+    frozen: dict,
+    params: Any,
+    found: support_images.Supports | None,
+    folds: Sequence[np.ndarray],
+) -> detector.Detector:
+    """The detector that the config asks for.
+
+    Args:
+        params: [1 + folds, ...] as training leaves them.
+        found: tokens of the supports; None: zero-shot without any.
+        folds: the supports of each fold.
+    """
+    if c.method in pixel_baselines.METHODS:
+        return pixel_baselines.METHODS[c.method](found.calibrating, found.k, clip.size)
+    branches = {
+        n: branch(n, c, clip, design, frozen, params, found, folds) for n in branch_names(c)
+    }
+    return ensemble.build(branches) if len(branches) > 1 else next(iter(branches.values()))
+
+
+def branch(
+    name: str, c: ConfigDict, clip, design, frozen, params, found, folds
+) -> detector.Detector:
+    """The detector of one branch, of whole images or with their tiles."""
+    pool = image_pool(c, clip)
+    plain = name.startswith("zero_shot")
+    if plain:
+        design, _ = build(c, clip, context=0)
+    if found is None:
+        return zero_shot.build(clip, frozen, design, None, 0)
+
+    def scale(tokens, calibrating):
+        if name == "memory":
+            like = {"k": found.k, "coreset": c.memory_coreset, "calibrating": calibrating}
+            return memory_bank.build(tokens, pool, clip.size, **like)
+        if plain:
+            return zero_shot.build(clip, frozen, design, calibrating, found.k)
+        return prompt_detector.build(params, frozen, design, pool, calibrating, folds, found.k)
+
+    whole = scale(found.tokens, found.calibrating)
+    if c.score.tiles == 1:
+        return whole
+    small = scale(found.tile_tokens, found.tile_calibrating)
+    return tiling.build(whole, small, c.score.tiles, clip.grid, None if plain else pool)
+
+
+def calibrate(
+    c: ConfigDict,
+    scorer: detector.Detector,
+    feature_cache: cache.FeatureCache,
+    records: Sequence[Record],
+) -> calibration.Calibration:
+    """Thresholds of a detector, from its scores of the supports."""
+    steps, mm2 = config_validation.map_filter(c), None
+    if steps:
+        mm2 = list(map_filter.areas(records, feature_cache.clip.size, feature_cache.fit))
+        mm2 = mm2 * len(scorer.calibration.image) if c.k == 1 else mm2  # views of the one support
+    return detector.calibrate(
+        scorer,
+        alpha=c.calibration.alpha,
+        pixel_rate=c.calibration.pixel_rate,
+        filter_steps=steps,
+        mm2=mm2,
     )
 
 
-def branch_of(
-    name: str, c: ConfigDict, params, frozen, design, feature_cache, supports, groups
-) -> detector.Detector:
-    """The detector of one branch, or of a method that has but one."""
-    name = name.removesuffix(ensemble.IMAGE_ONLY)
-    shape = design if name != "zero_shot" else build(c, feature_cache.clip, context=0)[0]
-    like = c.memory_coreset, False
-    made = by_name.build(name, params, frozen, shape, feature_cache, supports, groups, *like)
-    if c.score.tiles == 1:
-        return made
-    return tiling.build(name, made, feature_cache, supports, c.score.tiles, c.memory_coreset)
+def load_predictor(workdir: Path) -> predictor.Predictor:
+    """The predictor of a trained workdir; the supports' files are not needed.
+
+    Raises:
+      WorkdirError: there is no whole trained detector.
+      CheckpointError: its CLIP or adapter is not the one that it was trained with.
+      ConfigError: it is of a method for tables alone: baselines on pixels and tiles.
+    """
+    trained = saved.read(workdir)
+    c = ConfigDict(trained.config)
+    if c.method in pixel_baselines.METHODS:
+        raise ConfigError(
+            f"{workdir} holds the baseline {c.method}, which is for comparison in tables: "
+            "train with method=ours"
+        )
+    if c.score.tiles > 1:
+        raise ConfigError(
+            f"{workdir} scores tiles (config.score.tiles), which --mode predict cannot: "
+            "train with tiles=1"
+        )
+    clip = load_clip(c)
+    if clip.digest != trained.checkpoint:
+        raise CheckpointError(
+            f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
+            f"({trained.checkpoint}, not {clip.digest}): restore that one"
+        )
+    if text_adapter.digest(c.model.language) != trained.language:
+        raise CheckpointError(
+            f"{workdir} was trained with another language adapter than {c.model.language} is now: "
+            "restore that one"
+        )
+    design, _ = build(c, clip)
+    empty = detector.Scores(np.zeros((0, clip.grid**2)), np.zeros(0))
+    k, random = trained.calibration.k, design.dropout > 0 and "learned" in trained.params
+    params = jax.tree.map(jnp.asarray, trained.params)
+    scores = detector.Detector(scorer(c, clip, design), params, None, empty, k, random, clip.size)
+    names = {"dataset": c.data.name, "modality": c.data.modality, "k": c.k, "seed": c.seed}
+    backbone = f"{c.clip.checkpoint.rsplit('/', 1)[-1]} ({clip.digest})"
+    return predictor.Predictor(
+        scores,
+        trained.calibration,
+        open_cache(c, clip, sharding.mesh()),
+        jax.random.split(jax.random.key(c.seed), c.score.passes),
+        trained.digest,
+        c.data.window,
+        {"method": c.method, **names, "checkpoint": clip.digest, "backbone": backbone},
+    )
 
 
-def quieter(c: ConfigDict, built, feature_cache, supports) -> map_filter.Learned | None:
-    """Outlier suppression as the supports' maps teach it; None if it is off."""
-    steps = config_validation.map_filter(c)
-    if not steps:
-        return None
-    size = feature_cache.clip.size
-    maps = np.asarray(to_pixels(jnp.asarray(built.held_out), size))
-    areas = list(map_filter.areas(supports, size, feature_cache.fit))
-    areas = areas * len(maps) if c.k == 1 else areas  # views of the one support
-    return map_filter.learn(steps, maps, areas)
+def load_start(workdir: Path) -> adapt.Start:
+    """What adaptation to a new site starts from: the newest checkpoint of a meta-learned run.
+
+    Raises:
+      WorkdirError: there is no run.
+      ConfigError: it did not meta-learn, or scores what a site cannot.
+      CheckpointError: it has no checkpoint.
+    """
+    try:
+        c = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{workdir} holds no run ({error}): give one that was trained") from None
+    if c.learner == "joint":
+        raise ConfigError(f"{workdir} learned jointly: train one with --config.learner=maml")
+    if c.score.map_filter or c.score.tiles > 1:
+        raise ConfigError("a site has no config.score.map_filter and tiles: train without them")
+    clip = load_clip(c)
+    design, frozen = build(c, clip)
+    count = 1 + len(batches.folds(c.k, FOLDS))
+    params = fresh_params(c, clip, design)
+    if c.learner == "meta_sgd":
+        params = maml.meta_sgd(params, c.meta.inner_rate)
+    template = state.start(params, loop.adam(c.learning_rate), count, c.seed)
+    manager = checkpoints.open(workdir)
+    with checkpoints.closing(manager):
+        newest = checkpoints.restore(manager, template)
+    if newest is None:
+        raise CheckpointError(f"{workdir} has no checkpoint: run --mode train first")
+    return site_start(c, clip, design, frozen, jax.tree.map(lambda x: x[0], newest.params))
+
+
+def site_start(c: ConfigDict, clip: vit.Clip, design, frozen: dict, params: Any) -> adapt.Start:
+    """What adaptation starts from; params: one set, a maml.MetaSGD if its rates were learned."""
+    return adapt.start(
+        *(clip, design, frozen, params),
+        loss=partial(model.loss, design=design, weights=c.loss.to_dict()),
+        inner=learner(c).inner(c.meta.adapt_steps),
+        apply=prompt_detector.scorer(design, image_pool(c, clip)),
+        site=adapt.Site(
+            c.data.fit,
+            c.data.window,
+            preprocessing.steps(c.data.recipe),
+            c.synthesis.preset,
+            c.seed,
+            FOLDS,
+            c.calibration.alpha,
+            c.calibration.pixel_rate,
+        ),
+    )
 
 
 def build(c: ConfigDict, tower: vit.Clip, context: int | None = None) -> tuple[model.Design, dict]:

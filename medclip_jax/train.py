@@ -1,5 +1,6 @@
 """One run, read from top to bottom: prepare, encode, fit, score, measure, report."""
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.clip import text_adapter
 from medclip_jax.data.records import Split
-from medclip_jax.detectors import saved
+from medclip_jax.detectors import ensemble, saved
+from medclip_jax.detectors.calibration import Calibration
+from medclip_jax.detectors.detector import Detector
 from medclip_jax.distributed import multihost, runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
@@ -56,10 +59,8 @@ class Fitted(NamedTuple):
 class Scored(NamedTuple):
     """The detector and the test set that it scored."""
 
-    detector: Any
-    mix: Any  # how branches are fused; None where there is one
-    map_filter: Any  # outlier suppression of the maps, None: off
-    calibration: Any  # thresholds from the held-out supports
+    detector: Detector
+    calibration: Calibration  # thresholds from the held-out supports
     test: Any  # predictions.Scored; None without test images
     explanations: dict | None  # whether they agree with the model
 
@@ -104,8 +105,11 @@ def run(
     if not main:
         return None  # all scores are with the main process, which measures and writes
     saved.write(
-        *(workdir, c, encoded.feature_cache, fitted.params, prepared.split.support),
-        *(scored.calibration, scored.mix, scored.map_filter),
+        *(workdir, scored.detector, scored.calibration),
+        config=json.loads(c.to_json_best_effort()),
+        checkpoint=prepared.clip.digest,
+        language=text_adapter.digest(c.model.language),
+        supports=[r.sha256 for r in prepared.split.support],
     )
     if scored.test is None:
         return unmeasured(workdir, c)
@@ -153,34 +157,28 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
     Only the check of the explanations, which comes last, reads which test images are abnormal.
     """
     c, feature_cache, split = prepared.config, encoded.feature_cache, prepared.split
-    given = (c, fitted.params, prepared.frozen, prepared.design, feature_cache, split.support)
-    detector, mix = build.assemble(*given, fitted.folds)
-    filtered = build.quieter(c, detector, feature_cache, split.support)
-    how = build.explanation(c, prepared.clip)
-    rates = {"alpha": c.calibration.alpha, "pixel_rate": c.calibration.pixel_rate}
+    supports = build.supports(c, feature_cache, split.support)
+    given = c, prepared.clip, prepared.design, prepared.frozen, fitted.params, supports
+    detector = build.assemble(*given, fitted.folds)
+    calibration = build.calibrate(c, detector, feature_cache, split.support)
     if not split.test:
-        found = evaluate.calibrated(
-            detector, prepared.clip.size, c.score.top, quiet=filtered, **rates
-        )
-        return Scored(detector, mix, filtered, found, None, None)
+        return Scored(detector, calibration, None, None)
+    how = build.explanation(c, prepared.clip)
     scored = evaluate.score_images(
-        *(detector, feature_cache, split.test),
-        top=c.score.top,
+        *(detector, calibration, feature_cache, split.test),
+        how=how,
         passes=c.score.passes,
         seed=c.seed,
-        quiet=filtered,
-        how=how,
         folder=workdir,
-        **rates,
     )
     support = split.support[0] if split.support else None
     checks = faithfulness.of_model(
-        *(detector, feature_cache, support, split.test, scored.limits, how),
+        *(detector, feature_cache, support, split.test, calibration, how),
         count=c.explanation.count,
         randomised=c.explanation.randomised,
         seed=c.seed,
     )
-    return Scored(detector, mix, filtered, scored.limits, scored, checks)
+    return Scored(detector, calibration, scored, checks)
 
 
 def measure(
@@ -193,6 +191,7 @@ def measure(
 ) -> dict[str, Any]:
     """Read labels and masks; write predictions.npz and metrics.json."""
     c, test = prepared.config, prepared.split.test
+    names = build.branch_names(c)
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored.test, test, c.data.fit, workdir)
         counts = result.pop("pixel_counts")
@@ -210,7 +209,7 @@ def measure(
         "backbone": f"{c.clip.checkpoint} ({prepared.clip.digest})",
         **result,
         "explanations": {**(result["explanations"] or {}), **(scored.explanations or {})} or None,
-        "fusion": scored.mix and scored.mix.shares(),
+        "fusion": ensemble.shares(names) if len(names) > 1 else None,
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
         "versions": versions(),
         "finished": workdirs.seal(workdir, key),

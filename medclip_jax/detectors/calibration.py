@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Num
 from scipy import stats
 
+from medclip_jax.detectors import map_filter
 from medclip_jax.errors import ConfigError, DataError
 
 # The float32 just below 0.5: a unit score keeps its side of 0.5 when it is stored as float32.
@@ -39,6 +40,47 @@ class PixelThreshold(NamedTuple):
     rate_attained: float
     pixels: int
     message: str
+
+
+class Calibration(NamedTuple):
+    """Where healthy ends, by the held-out supports, and the unit to measure beyond it."""
+
+    healthy: Float[np.ndarray, " k"]  # raw image scores of the supports, each held out
+    image: Threshold
+    scale: float
+    pixel: PixelThreshold
+    pixel_scale: float
+    k: int  # supports; with fewer than 2 there are no p-values
+    filter: map_filter.Steps = map_filter.Steps()  # of the maps, before the pixel threshold
+
+
+def calibrate(
+    healthy: Float[np.ndarray, " v"],
+    maps: Float[np.ndarray, "v s s"],
+    k: int,
+    alpha: float,
+    pixel_rate: float,
+    steps: map_filter.Steps,
+) -> Calibration:
+    """Thresholds and scales from the image scores and maps of the held-out supports.
+
+    maps: after `steps`. k: number of supports; of a single one the rows are views.
+    """
+    image = threshold(healthy, alpha) if k > 1 else largest(healthy, alpha)
+    pixel = pixel_threshold(maps, pixel_rate)
+    scale = spread(np.asarray(maps).ravel())
+    return Calibration(healthy, image, spread(healthy), pixel, scale, k, steps)
+
+
+def described(found: Calibration) -> dict[str, float | str]:
+    """What metrics.json says of the thresholds beside `calibration_summary`."""
+    return {
+        "threshold_raw": found.image.value,
+        "scale": found.scale,
+        "pixel_threshold_raw": found.pixel.value,
+        "pixel_scale": found.pixel_scale,
+        "pixel_message": found.pixel.message,
+    }
 
 
 def p_values(
@@ -71,11 +113,12 @@ NOTHING = "no healthy image was given, so no threshold can be set from data"
 ALONE = "with one healthy image none can be held out, so no false-alarm rate can be promised"
 
 
-def even_odds(alpha: float, rate: float) -> tuple[Threshold, PixelThreshold]:
+def even_odds(alpha: float, rate: float) -> Calibration:
     """Without supports (K = 0): decide where the prompts give probability 0.5, logit 0."""
-    said = f"{NOTHING}: the decision is where the prompts give probability 0.5"
+    message = f"{NOTHING}: the decision is where the prompts give probability 0.5"
     nan = math.nan
-    return Threshold(0.0, alpha, nan, False, said), PixelThreshold(0.0, rate, nan, 0, said)
+    image = Threshold(0.0, alpha, nan, False, message)
+    return Calibration(np.zeros(0), image, 1.0, PixelThreshold(0.0, rate, nan, 0, message), 1.0, 0)
 
 
 def largest(healthy: Num[np.ndarray, " v"], alpha: float) -> Threshold:

@@ -1,44 +1,186 @@
-"""What turns tokens into one value per patch: a trained model, a memory, or plain prompts.
+"""A detector: a pure function from tokens to scores, its parameters, its scores of the supports.
 
-Every detector also scores each support as if it had never seen it; those values calibrate.
+`score_batch` is the one way from tokens to calibrated scores: evaluation, prediction, export and
+adaptation use it. Everything of a batch is one compiled program, in which what several results
+share (a search in the memory) runs once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from medclip_jax.clip.outputs import Features
+from medclip_jax.detectors import calibration, map_filter
+from medclip_jax.models import anomaly_map
 
-Values = Float[Array, "n p"]
+
+class Scores(NamedTuple):
+    """Raw scores of n images; larger is more anomalous."""
+
+    patch: Float[Array, "*a n p"]
+    image: Float[Array, "*a n"]
 
 
 class Detector(NamedTuple):
-    """`patches` scores images; `held_out` are the supports' values, each left out in turn.
+    """What scores images.
 
-    With one support nothing can be left out: `held_out` are then gentle views of it (data/views).
-    With none it has no rows. In both cases no false-alarm rate can be promised.
+    `calibration` holds the scores of the supports, each by a detector that never saw it. A single
+    support cannot be held out: its rows are gentle views of it. Without supports there are no rows.
     """
 
-    patches: Callable[[Features], Values]  # larger is more anomalous
-    held_out: Float[np.ndarray, "k p"]
-    # MC-dropout: (features, keys [t]) -> values [t, n, p]; None where nothing is random
-    passes: Callable[[Features, Any], Float[Array, "t n p"]] | None
-    # image scores that do not come from the patch values: (features) -> [n]
-    image: Callable[[Features], Float[Array, " n"]] | None = None
-    held_out_image: Float[np.ndarray, " k"] | None = None
-    # (i, features) -> values as of a detector that never saw support i
-    without: Callable[[int, Features], Values] | None = None
-    # image scores of every pass where they do not come from the patches: (features, keys) -> [t, n]
-    image_passes: Callable[[Features, Any], Float[Array, "t n"]] | None = None
-    k: int = 0  # supports
-    # reads images otherwise than features.load_images, with its arguments
-    load: Callable[..., Any] | None = None
-    # the held-out copies of what was learned, as an ensemble: features -> values [f, n, p]
-    copies: Callable[[Features], Float[Array, "f n p"]] | None = None
-    image_copies: Callable[[Features], Float[Array, "f n"]] | None = None  # as image_passes
-    # for gradients: what `patches` reads beside the features and chooses in them (a memory's
-    # nearest rows), and (features, choice) -> values with that choice held: no second search
-    choose: Callable[[Features], Any] | None = None
-    chosen: Callable[[Features, Any], Values] | None = None
+    apply: Callable[[Any, Features, Any], Scores]  # (params, features, key); key None: no dropout
+    params: Any  # a dictionary
+    fold_params: Any | None  # entries of params, one per held-out fold on axis 0; None: none
+    calibration: Scores  # on the host
+    k: int  # supports
+    stochastic: bool  # apply uses its key
+    size: int  # pixels per side of the encoder frame
+    # how images become Features (of a feature cache, records and a batch size) where these are not
+    # the tokens of the whole image: pixel baselines, tiles
+    read: Callable[..., Iterator[Features]] | None = None
+
+
+class Raw(NamedTuple):
+    """Scores of n images before calibration, images on axis 0 of every array."""
+
+    image: Float[Array, " n"]
+    maps: Float[Array, "n s s"]  # encoder frame
+    passes: Scores  # [n, t, p] and [n, t] of MC-dropout; the scores themselves if nothing is random
+    folds: Float[Array, "n f"]  # image scores by the parameters of every fold
+
+
+class BatchScores(NamedTuple):
+    """Calibrated scores of n images, on the host; unit values are in [0, 1], 0.5 the threshold."""
+
+    score: Float[np.ndarray, " n"]
+    p_value: Float[np.ndarray, " n"]  # NaN with fewer than two supports
+    alarm: Bool[np.ndarray, " n"]  # score above the threshold
+    uncertainty: Float[np.ndarray, " n"]  # standard deviation of the unit score over the passes
+    maps: Float[np.ndarray, "n s s"]  # encoder frame, unit values
+    patch_mean: Float[np.ndarray, "n p"]  # equation (10): of the patches' unit values over passes
+    patch_variance: Float[np.ndarray, "n p"]
+    passes: Float[np.ndarray, "n t"]  # unit scores of every pass
+    folds: Float[np.ndarray, "n f"]  # unit scores of every fold
+
+
+def image_score(patch: Float[Array, "n p"], *, size: int, top: float) -> Float[Array, " n"]:
+    """Image scores of patch values: the mean of the top share of the patches.
+
+    A share of 0 is the maximum of the map in the encoder frame of `size` pixels, as peers have it.
+    """
+    if top > 0:
+        return anomaly_map.image_score(patch, top)
+    return anomaly_map.to_pixels(patch, size).max((1, 2))
+
+
+def with_fold(params: dict, fold: dict) -> dict:
+    """params with the entries of one fold in the place of its own."""
+    return params | {
+        name: with_fold(params[name], value) if isinstance(value, dict) else value
+        for name, value in fold.items()
+    }
+
+
+def score(detector: Detector, features: Features) -> Scores:
+    """Raw scores of a batch without dropout, compiled."""
+    return _score(detector.apply, detector.params, features)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(apply: Callable, params, features: Features) -> Scores:
+    return apply(params, features, None)
+
+
+def read_batch(detector: Detector, features: Features, keys: Array) -> Raw:
+    """All raw scores of a batch, compiled; keys [t]: one MC-dropout pass each."""
+    static = detector._replace(params=None, fold_params=None, calibration=None)
+    return _read(static, detector.params, detector.fold_params, features, keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(static: Detector, params, fold_params, features: Features, keys) -> Raw:
+    scores = static.apply(params, features, None)
+    passes = jax.tree.map(lambda x: x[:, None], scores)
+    if static.stochastic and len(keys):
+        passes = jax.vmap(static.apply, (None, None, 0), 1)(params, features, keys)
+    folds = jnp.zeros((len(scores.image), 0))
+    if fold_params is not None:
+
+        def of_fold(fold):
+            return static.apply(with_fold(params, fold), features, None).image
+
+        folds = jax.vmap(of_fold, out_axes=1)(fold_params)
+    return Raw(scores.image, anomaly_map.to_pixels(scores.patch, static.size), passes, folds)
+
+
+def calibrate(
+    detector: Detector,
+    *,
+    alpha: float,
+    pixel_rate: float,
+    filter_steps: dict | None = None,
+    mm2: Sequence[float | None] | None = None,
+) -> calibration.Calibration:
+    """Thresholds and scales from the supports' scores alone.
+
+    Args:
+        alpha: false-alarm rate that is asked for, in (0, 1).
+        pixel_rate: share of the supports' pixels above the pixel threshold, in (0, 1).
+        filter_steps: of config.score.map_filter by name; the ceiling is learned here.
+        mm2: area in mm² of a pixel of each row of `detector.calibration`, None where unknown.
+    """
+    patch, image = detector.calibration
+    if not len(image):
+        return calibration.even_odds(alpha, pixel_rate)
+    maps = np.asarray(anomaly_map.to_pixels(jnp.asarray(patch), detector.size))
+    steps = map_filter.Steps()
+    if filter_steps:
+        steps, maps = map_filter.learn(filter_steps, maps, mm2)
+    return calibration.calibrate(np.asarray(image), maps, detector.k, alpha, pixel_rate, steps)
+
+
+def score_batch(
+    detector: Detector,
+    calibrated: calibration.Calibration,
+    features: Features,
+    keys: Array,
+    mm2: Sequence[float | None] | None = None,
+) -> BatchScores:
+    """Calibrated scores of a batch of images.
+
+    Args:
+        features: tokens of n images.
+        keys: [t] of MC-dropout.
+        mm2: area in mm² of a pixel of each map, where the map filter needs it.
+    """
+    return finish(jax.device_get(read_batch(detector, features, keys)), calibrated, mm2)
+
+
+def finish(
+    raw: Raw, calibrated: calibration.Calibration, mm2: Sequence[float | None] | None = None
+) -> BatchScores:
+    """Raw scores on the host -> calibrated scores; arguments as of `score_batch`."""
+    unit = partial(calibration.to_unit, threshold=calibrated.image.value, scale=calibrated.scale)
+    pixel_unit = partial(
+        calibration.to_unit, threshold=calibrated.pixel.value, scale=calibrated.pixel_scale
+    )
+    image = np.asarray(raw.image, np.float64)
+    passes, patches = unit(raw.passes.image), pixel_unit(raw.passes.patch)
+    return BatchScores(
+        unit(image),
+        calibration.p_values(image, calibrated.healthy)
+        if calibrated.k > 1
+        else np.full(len(image), np.nan),
+        image > calibrated.image.value,
+        passes.std(1),
+        pixel_unit(map_filter.apply(raw.maps, calibrated.filter, mm2)),
+        patches.mean(1),
+        patches.var(1),
+        passes,
+        unit(raw.folds),
+    )

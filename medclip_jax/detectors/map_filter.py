@@ -1,8 +1,8 @@
-"""Outlier suppression of anomaly maps: specks go, lesions stay (METHOD, scoring).
+"""Outlier suppression of anomaly maps: specks go, lesions stay.
 
 Median filter, removal of small components, Gaussian smoothing, clipping at quantiles of the
 supports' maps, in this order; each step is off at its neutral setting. Supports go through the
-same steps before anything is calibrated on them. Maps alone are treated, not the image scores,
+same steps before anything is calibrated on them. Maps alone are filtered, not the image scores,
 which are means over patches.
 """
 
@@ -31,33 +31,36 @@ class Steps(NamedTuple):
     ceiling: float = math.inf  # value of the map; inf = off
 
 
-class Learned(NamedTuple):
-    """Steps whose clipping is learned, and the treated maps of the held-out supports."""
+def learn(
+    settings: dict, maps: Maps, mm2: Sequence[float | None] | None = None
+) -> tuple[Steps, Maps]:
+    """Steps whose ceiling is learned from the supports' maps, and these maps filtered.
 
-    steps: Steps
-    supports: Maps
+    Args:
+        settings: steps of config.score.map_filter by name.
+        maps: raw maps of the supports, each held out.
+        mm2: area in mm² of a pixel of each, as `areas` gives; None: unknown for all.
 
-
-def learn(settings: dict, held_out: Maps, mm2: Sequence[float | None] | None = None) -> Learned:
-    """Learn the clipping from the supports' maps and treat these maps.
-
-    settings: the fields of config.score.map_filter. held_out: raw maps of the supports, each held
-    out. mm2: area of a pixel of each, as `areas` gives; None: unknown for all. The quantiles are
-    those of the maps after the steps before the clipping.
+    The ceiling is a quantile of the maps after the other steps.
     """
-    ceiling = settings.get("ceiling", 1)
-    steps = Steps(**{name: value for name, value in settings.items() if name != "ceiling"})
-    maps = treat(held_out, steps, mm2)
+    fields = dict(settings)
+    ceiling = fields.pop("ceiling", 1)
+    for name in ("median", "min_area_pixels"):
+        fields[name] = int(fields.get(name, 0))
+    steps = Steps(**fields)
+    maps = apply(maps, steps, mm2)
     if ceiling < 1:
         steps = steps._replace(ceiling=float(np.quantile(maps, ceiling)))
-    return Learned(steps, np.minimum(maps, steps.ceiling))
+    return steps, np.minimum(maps, steps.ceiling)
 
 
-def treat(maps: Maps, steps: Steps, mm2: Sequence[float | None] | None = None) -> Maps:
+def apply(maps: Maps, steps: Steps, mm2: Sequence[float | None] | None = None) -> Maps:
     """The maps after all steps, float32, any range.
 
     mm2: area of a pixel of each map in mm², None where it is unknown.
     """
+    if steps == Steps():
+        return np.asarray(maps, np.float32)
     known = [None] * len(maps) if mm2 is None else mm2
     out = np.empty(np.shape(maps), np.float32)
     for i, (heat, area) in enumerate(zip(np.array(maps, np.float32), known, strict=True)):
@@ -93,9 +96,9 @@ def pixels(steps: Steps, mm2: float | None) -> int:
 
 
 def areas(records: Iterable[Record], size: int, fit: read.Mode) -> Iterator[float | None]:
-    """Area in mm² of a pixel of the tower frame for each image, None without a spacing.
+    """Area in mm² of a pixel of the encoder frame for each image, None without a spacing.
 
-    size: side of the tower frame. fit: "stretch" or "pad". Raises DataError as readers.read.
+    size: side of the encoder frame. fit: "stretch" or "pad". Raises DataError as readers.read.
     """
     for record in records:
         image = read.read(record.path)
@@ -105,7 +108,7 @@ def areas(records: Iterable[Record], size: int, fit: read.Mode) -> Iterator[floa
 def area(
     spacing: tuple[float, float] | None, height: int, width: int, size: int, fit: read.Mode
 ) -> float | None:
-    """Area in mm² of a pixel of the tower frame; spacing is that of the image, mm."""
+    """Area in mm² of a pixel of the encoder frame; spacing is that of the image, mm."""
     if spacing is None:
         return None
     sides = (height, width) if fit == "stretch" else (max(height, width),) * 2

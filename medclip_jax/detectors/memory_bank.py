@@ -1,7 +1,7 @@
-"""Which healthy patch tokens to remember: all, or a greedy coreset of them (PatchCore)."""
+"""A memory of healthy patch tokens, all or a greedy coreset of them, as a detector (PatchCore)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data.records import Record
-from medclip_jax.detectors import detector
-from medclip_jax.features import cache, encoder, support_images
+from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.models import similarity
 
 
@@ -46,93 +44,61 @@ def coreset(tokens: Float[Array, "m d"], count: int) -> Int[Array, " count"]:
     return jax.lax.fori_loop(1, count, step, (taken, start))[0]
 
 
-def mirrored(feature_cache: cache.FeatureCache, supports: Sequence[Record]) -> Features:
-    """Tokens of the supports [2 k], each followed by its mirror image, which the feature cache keeps too."""
-    images = support_images.pixels(feature_cache, supports, feature_cache.clip.size)[
-        :, None, :, ::-1
-    ]
-    made = encoder.encode_stacks(feature_cache, images, "mirrored")
-    (tokens,) = cache.load_images(feature_cache, supports, len(supports))
-    each = [jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(len(supports))]
-    pairs = [x for pair in zip(each, made, strict=True) for x in pair]
-    return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x), jnp.float32), *pairs)
+def scorer(pool: Callable) -> Callable[..., Scores]:
+    """The `apply` of a memory; params {memory}: healthy rows [m, d] of every tapped layer.
+
+    Gradients are those of the distance to the nearest row; which row that is has none.
+    pool: patch values [n, p] -> image scores [n].
+    """
+
+    def apply(params, features, key):
+        levels = tuple(map(neighbourhood, features.levels))
+        patch = memory_distance(levels, params["memory"])
+        return Scores(patch, pool(patch))
+
+    return apply
 
 
-def remember(
+def build(
     tokens: Features,
+    pool: Callable,
+    size: int,
+    *,
+    k: int,
     coreset: float = 1.0,
-    healthy: Features | None = None,
-    rows: int = 1,
-    asked: int | None = None,
-) -> detector.Detector:
-    """Nearest healthy patch of the supports; a support is compared with the others only.
+    calibrating: Features | None = None,
+) -> Detector:
+    """The detector of the supports' tokens; a support is compared with the others alone.
 
-    coreset: share of the patches that is kept. A single support is remembered whole, and `healthy`
-    (views of it) are compared with it. rows: of the tokens, in turn, that are of one support;
-    the first `asked` of them (all by default) are its held-out values.
+    Args:
+        tokens: as many rows per support as the next, in their order.
+        pool: patch values [n, p] -> image scores [n].
+        size: pixels per side of the encoder frame.
+        k: number of supports.
+        coreset: share of the patches that is remembered, in (0, 1].
+        calibrating: views of a single support, which are compared with it.
     """
-    asked = asked or rows
-    pooled = tuple(neighbourhood(x) for x in tokens.levels)
-    pooled = tuple(m.reshape(-1, rows * m.shape[1], m.shape[2]) for m in pooled)
-    k = len(pooled[0])
+    apply = scorer(pool)
+    rows = len(tokens.pooled) // k
+    pooled = tuple(neighbourhood(x).reshape(k, -1, x.shape[-1]) for x in tokens.levels)
+    run = jax.jit(apply)
 
     @jax.jit
-    def search(batch, kept):
-        return nearest(tuple(map(neighbourhood, batch.levels)), kept)
+    def remember(supports):
+        kept = (keep(m[supports].reshape(-1, m.shape[-1]), coreset) for m in pooled)
+        return {"memory": tuple(kept)}
 
-    def patches(batch, kept):
-        return search(batch, kept)[0]
-
-    def chosen(batch, choice):
-        return distance_to(tuple(map(neighbourhood, batch.levels)), choice)
-
-    @jax.jit
-    def choose(supports, pooled):
-        return tuple(keep(m[supports].reshape(-1, m.shape[-1]), coreset) for m in pooled)
-
-    def without(i, batch):
-        others = np.delete(np.arange(k), i) if k > 1 else np.arange(k)
-        return patches(batch, choose(others, pooled))
-
-    everything = choose(np.arange(k), pooled)
-    if k > 1 or healthy is None:
-        own = [slice(i * rows, i * rows + asked) for i in range(k)]
-        each = (jax.tree.map(lambda x, r=r: x[r], tokens) for r in own)
-        scored = [without(i, one) for i, one in enumerate(each)]
+    params = remember(np.arange(k))
+    if k == 1:
+        calibration = run(params, tokens if calibrating is None else calibrating, None)
     else:
-        scored = [patches(healthy, everything)]
-    held_out = np.concatenate(scored)
-    found = once(lambda b: search(b, everything))
-    return detector.Detector(
-        lambda b: found(b)[0],
-        held_out,
-        None,
-        without=without,
-        k=k,
-        choose=lambda b: tuple(m[row] for m, row in zip(everything, found(b)[1], strict=True)),
-        chosen=chosen,
-    )
-
-
-def once(function: Callable) -> Callable:
-    """`function`, which remembers its value for the last argument: called again, it is not run.
-
-    The map, image score, passes and copies of one batch all read the same values. Under a
-    transformation (Grad-CAM's gradient) nothing is remembered.
-    """
-    last = object(), None  # read and replaced whole, for threads; no batch is this object
-
-    def remembering(batch):
-        nonlocal last
-        known, value = last
-        if known is batch:
-            return value
-        value = function(batch)
-        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):
-            last = batch, value
-        return value
-
-    return remembering
+        each = []
+        for i in range(k):
+            own = slice(i * rows, (i + 1) * rows)
+            others = remember(np.delete(np.arange(k), i))
+            each.append(run(others, jax.tree.map(lambda x, r=own: x[r], tokens), None))
+        calibration = jax.tree.map(lambda *x: np.concatenate(x), *each)
+    return Detector(apply, params, None, jax.device_get(calibration), k, False, size)
 
 
 CHUNK = 4096  # rows of the memory compared at a time
@@ -141,38 +107,33 @@ CHUNK = 4096  # rows of the memory compared at a time
 def memory_distance(
     levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
 ) -> Float[Array, "n p"]:
-    """Cosine distance of each patch to its nearest healthy patch, mean over levels, in [0, 2]."""
-    return nearest(levels, memory)[0]
+    """Cosine distance of each patch to its nearest healthy patch, mean over layers, in [0, 2]."""
+    rows = nearest(jax.lax.stop_gradient(levels), memory)
+    return distance_to(levels, tuple(m[row] for m, row in zip(memory, rows, strict=True)))
 
 
 def nearest(
     levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
-) -> tuple[Float[Array, "n p"], tuple[Int[Array, "n p"], ...]]:
-    """`memory_distance`, and the row of the memory that is nearest in each level."""
-    found = [most_alike(v, m) for v, m in zip(levels, memory, strict=True)]
-    return similarity.level_mean(1 - alike for alike, _ in found), tuple(row for _, row in found)
+) -> tuple[Int[Array, "n p"], ...]:
+    """Which row of the memory is nearest to each patch, in every layer."""
+    return tuple(most_similar(v, m) for v, m in zip(levels, memory, strict=True))
 
 
 def distance_to(
     levels: tuple[Float[Array, "n p _"], ...], neighbours: tuple[Float[Array, "n p _"], ...]
 ) -> Float[Array, "n p"]:
-    """Cosine distance of each patch to a neighbour of its own, mean over levels, in [0, 2].
-
-    With the nearest rows of a memory: the value and the gradient of `memory_distance`.
-    """
+    """Cosine distance of each patch to a neighbour of its own, mean over layers, in [0, 2]."""
     pairs = zip(levels, neighbours, strict=True)
     return similarity.level_mean(
         1 - (similarity.unit(v) * similarity.unit(near)).sum(-1) for v, near in pairs
     )
 
 
-def most_alike(
-    v: Float[Array, "n p d"], memory: Float[Array, "m d"]
-) -> tuple[Float[Array, "n p"], Int[Array, "n p"]]:
-    """Largest cosine with any row of the memory and the first row that has it.
+def most_similar(v: Float[Array, "n p d"], memory: Float[Array, "m d"]) -> Int[Array, "n p"]:
+    """The first row of the memory that has the largest cosine with each patch.
 
     One image and CHUNK rows at a time: similarities stay in the processor's cache, so that their
-    largest is found while they are there, and memory stays bounded.
+    largest is searched while they are there, and memory stays bounded.
     """
     size = min(len(memory), CHUNK)
     # filled with the last row, which changes no maximum
@@ -184,15 +145,15 @@ def most_alike(
     def image(patches):
         def step(best, part):
             chunk, start = part
-            alike = patches @ chunk.T
-            top = alike.max(-1)
+            cosine = patches @ chunk.T
+            top = cosine.max(-1)
             # not argmax, which XLA computes one by one on a CPU
-            row = start + jnp.where(alike == top[:, None], place, size).min(-1)
+            row = start + jnp.where(cosine == top[:, None], place, size).min(-1)
             better = top > best[0]
             return (jnp.maximum(best[0], top), jnp.where(better, row, best[1])), None
 
         none = jnp.full(len(patches), -jnp.inf, v.dtype), jnp.zeros(len(patches), first.dtype)
-        return jax.lax.scan(step, none, (chunks, first))[0]
+        return jax.lax.scan(step, none, (chunks, first))[0][1]
 
     return jax.lax.map(image, similarity.unit(v))
 

@@ -1,14 +1,12 @@
-"""Baselines without a CLIP: what brightness and thumbnails alone can do (PROTOCOL.md, PEERS 1.6).
+"""Baselines without a CLIP: what brightness and thumbnails alone can do.
 
 They are the honest floor of a table: same supports, same test images, same calibration, but their
-features are pixels. Both take seconds.
+features are thumbnails (features/thumbnails.py): pooled [n, 1] the mean grey level, one layer
+[n, p, 1] of pixels.
 
     grey_level  mean grey level; brighter is more anomalous, a sign fixed before any test is read
-    thumbnails  1 - correlation with the nearest support, over thumbnails of 32 x 32 pixels
+    thumbnails  1 - correlation with the nearest support
 """
-
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,80 +14,36 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import records as data_records
-from medclip_jax.data.records import Record
-from medclip_jax.detectors.detector import Detector
-from medclip_jax.features import cache, encoder, support_images
-
-SIDE = 32  # pixels of a thumbnail
+from medclip_jax.detectors.detector import Detector, Scores
+from medclip_jax.features import thumbnails as features_thumbnails
 
 
-def build(method: str, feature_cache: cache.FeatureCache, supports: Sequence[Record]) -> Detector:
-    """The detector of a method of METHODS; its `load` reads images where others read tokens."""
-    images = support_images.healthy_images(
-        feature_cache, supports
-    )  # of one support also gentle views
-    healthy = jnp.asarray(np.stack([shrink(x) for x in images]).reshape(len(images), -1))
-    return METHODS[method](healthy)._replace(load=load, k=len(supports))
-
-
-def load(
-    feature_cache: cache.FeatureCache, records: Sequence[Record], size: int
-) -> Iterator[Features]:
-    """Thumbnails of the given images in order, `size` at a time, in place of tokens.
-
-    pooled [n, 1] is the mean grey level in [0, 1], the one level [n, 1024, 1] holds the pixels:
-    means of equal areas of the image as the tower sees it.
-    """
-    images = (
-        shrink(pixels)
-        for _, pixels in data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)
-    )
-    for group in encoder.batches(images, size):
-        pixels = np.stack(group).reshape(len(group), -1, 1)
-        yield Features(jnp.asarray(pixels.mean(1)), (jnp.asarray(pixels),))
-
-
-def shrink(pixels: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "_ _"]:
-    """Means over 32 x 32 equal areas; a pixel on a border counts for both by its share."""
-    weights = areas(len(pixels))
-    return (weights @ pixels @ weights.T).astype(np.float32)
-
-
-def areas(size: int) -> Float[np.ndarray, "a s"]:
-    """[32, size] shares of the pixels in each of 32 equal stretches; rows sum to 1."""
-    width = size / SIDE
-    start = np.arange(SIDE)[:, None] * width
-    pixel = np.arange(size)[None]
-    overlap = np.minimum(pixel + 1, start + width) - np.maximum(pixel, start)
-    return np.clip(overlap, 0, None) / width
-
-
-def grey_level(supports: Float[Array, "k p"]) -> Detector:
+def grey_level(features: Features, k: int, size: int) -> Detector:
     """The pixels are the map and their mean is the score; nothing is fitted to the supports."""
-    return Detector(
-        lambda batch: batch.levels[0][..., 0],
-        np.asarray(supports),
-        None,
-        lambda batch: batch.pooled[:, 0],
-        np.asarray(supports.mean(1)),
-    )
+
+    def apply(params, batch, key):
+        return Scores(batch.levels[0][..., 0], batch.pooled[:, 0])
+
+    calibration = jax.device_get(apply({}, features, None))
+    return Detector(apply, {}, None, calibration, k, False, size, features_thumbnails.load)
 
 
-def thumbnails(supports: Float[Array, "k p"]) -> Detector:
+def thumbnails(features: Features, k: int, size: int) -> Detector:
     """Half the squared difference to the nearest support, both standardised.
 
     Its mean over an image is 1 - correlation. A support is compared with the others only.
     """
-    held = standardise(supports)
 
-    def of_pixels(memory, batch):
-        return difference(standardise(batch.levels[0][..., 0]), memory)
+    def apply(params, batch, key):
+        patch = difference(standardise(batch.levels[0][..., 0]), params["supports"])
+        return Scores(patch, patch.mean(1))
 
-    patches: Callable = jax.jit(partial(of_pixels, held))
-    alone = [difference(held[i : i + 1], jnp.delete(held, i, axis=0)) for i in range(len(held))]
-    left_out = np.concatenate(alone)
-    return Detector(patches, left_out, None, lambda b: patches(b).mean(1), left_out.mean(1))
+    rows = standardise(jnp.asarray(features.levels[0])[..., 0])
+    alone = [difference(rows[i : i + 1], jnp.delete(rows, i, axis=0)) for i in range(len(rows))]
+    patch = np.concatenate(alone)
+    calibration = Scores(patch, patch.mean(1))
+    params = {"supports": rows}
+    return Detector(apply, params, None, calibration, k, False, size, features_thumbnails.load)
 
 
 def standardise(pixels: Float[Array, "n p"]) -> Float[Array, "n p"]:

@@ -1,51 +1,72 @@
-"""TODO."""
+"""The trained prompts and adapters as a detector."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.detectors import detector
+from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.models import mc_dropout, model
 
 
-def learned(
-    params, frozen, design, tokens: Features, groups, healthy: Features | None = None
-) -> detector.Detector:
-    """Prompts and adapters: copy 0 scores, copy 1 + f scores the supports of fold f.
+def scorer(design: model.Design, pool: Callable) -> Callable[..., Scores]:
+    """The `apply` of a trained model; params {learned, text}: its parameters and text features.
 
-    Without folds copy 0 scores `healthy` (the supports themselves if that is None).
+    pool: patch values [n, p] -> image scores [n].
     """
-    read = jax.jit(jax.vmap(partial(model.text_features, design=design), (0, None)))
-    texts = read(params, frozen)
-    pick = [jax.tree.map(lambda x, i=i: x[i], (params, texts)) for i in range(1 + len(groups))]
 
-    @jax.jit
-    def patches(copy, batch):
-        params, text = copy
-        return model.forward(params, text, batch, design).logit
+    def apply(params, features, key):
+        learned, text = params["learned"], params["text"]
+        if key is None:
+            patch = model.forward(learned, text, features, design).logit
+        else:
+            patch = mc_dropout.logit(learned, text, features, design, key)
+        return Scores(patch, pool(patch))
 
-    @jax.jit
-    def passes(copy, batch, keys):
-        params, text = copy
-        return mc_dropout.logits(params, text, batch, design, keys)
+    return apply
 
-    shown = tokens if len(groups) or healthy is None else healthy
-    held_out = np.zeros((len(shown.pooled), design.grid**2), np.float32)
-    copies = pick[1:] or pick
-    held = [*groups] or [np.arange(len(held_out))]
-    for copy, group in zip(copies, held, strict=True):
-        held_out[group] = patches(copy, jax.tree.map(lambda x, g=group: x[g], shown))
-    fold_of = {int(i): f for f, group in enumerate(held) for i in group}
-    return detector.Detector(
-        partial(patches, pick[0]),
-        held_out,
-        partial(passes, pick[0]) if design.dropout > 0 else None,
-        without=lambda i, batch: patches(copies[fold_of[i]], batch),
-        k=len(tokens.pooled),
-        copies=(lambda b: jnp.stack([patches(c, b) for c in copies])) if len(copies) > 1 else None,
-        choose=lambda _: pick[0],
-        chosen=lambda batch, copy: patches(copy, batch),
-    )
+
+def build(
+    params: Any,
+    frozen: dict,
+    design: model.Design,
+    pool: Callable,
+    tokens: Features,
+    folds: Sequence[np.ndarray],
+    k: int,
+) -> Detector:
+    """The detector of trained parameters.
+
+    Args:
+        params: [1 + folds, ...]: of all supports, then of those outside each fold.
+        pool: patch values [n, p] -> image scores [n].
+        tokens: of what calibrates, as many rows per support as the next, in their order.
+        folds: numbers of the supports of each fold; none: the first parameters score `tokens`.
+        k: number of supports.
+    """
+    apply = scorer(design, pool)
+    text = jax.jit(jax.vmap(partial(model.text_features, design=design), (0, None)))(params, frozen)
+    stacked = {"learned": params, "text": text}
+    own = jax.tree.map(lambda x: x[0], stacked)
+    fold_params = jax.tree.map(lambda x: x[1:], stacked) if len(folds) else None
+    if fold_params is None:
+        calibration = jax.device_get(jax.jit(apply)(own, tokens, None))
+    else:
+        every = jax.device_get(jax.jit(jax.vmap(apply, (0, None, None)))(fold_params, tokens, None))
+        n = len(tokens.pooled)
+        fold_of = np.argmax([np.isin(np.arange(k), fold) for fold in folds], 0)
+        rows = fold_of[np.arange(n) * k // n], np.arange(n)
+        calibration = Scores(*(x[rows] for x in every))
+    return Detector(apply, own, fold_params, calibration, k, design.dropout > 0, design.size)
+
+
+def learned(params: dict) -> tuple[Any, Any]:
+    """Parameters of the model and text features, from the params of a detector that has them.
+
+    Raises KeyError for a detector without a trained branch.
+    """
+    own = params["learned"]
+    return (own["learned"], own["text"]) if "learned" in own else (own, params["text"])

@@ -1,4 +1,6 @@
-"""TODO."""
+"""CLIP's own text and image embeddings as a detector; nothing is learned."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,40 +8,39 @@ import numpy as np
 
 from medclip_jax.clip import vit
 from medclip_jax.clip.outputs import Features
-from medclip_jax.detectors import detector
-from medclip_jax.models import similarity
+from medclip_jax.detectors.detector import Detector, Scores
+from medclip_jax.models import model, similarity
 
 
-def zero_shot(
-    params, frozen, design, tower: vit.Clip, tokens: Features | None
-) -> detector.Detector:
-    """CLIP's own text and image embeddings, healthy against abnormal prompts; nothing is learned.
+def scorer(clip: vit.Clip, label: np.ndarray) -> Callable[..., Scores]:
+    """The `apply` of plain prompts; params {text [c, d], scale}. label [c]: 1 is abnormal.
 
-    Patches are the last level's tokens through the tower's own norm and projection. Values are
-    logits: 0 is where both classes are equally likely. `tokens` None: no support (K = 0).
+    Patches are the last level's tokens through the encoder's own norm and projection. Scores are
+    logits: 0 is where both classes are equally likely.
     """
-    empty = jnp.zeros((len(design.prompts.ids), 0, tower.text_width))
+
+    def apply(params, features, key):
+        words = params["text"], label, params["scale"], jnp.asarray(0.0), "softmax"
+        joint = vit.project(clip.vision, features.levels[-1], clip.vision_tower)
+        patch = similarity.patch_logit((joint,), *words)
+        return Scores(patch, similarity.patch_logit((features.pooled[:, None],), *words)[:, 0])
+
+    return apply
+
+
+def build(
+    clip: vit.Clip, frozen: dict, design: model.Design, tokens: Features | None, k: int
+) -> Detector:
+    """The detector of the prompts of `design`, which have no context.
+
+    tokens: of what calibrates; None: there is no support (K = 0). k: number of supports.
+    """
+    apply = scorer(clip, design.prompts.label)
+    empty = jnp.zeros((len(design.prompts.ids), 0, clip.text_width))
     words = design.prompts, design.text_tower, design.causal
-    read = jax.jit(lambda weights: vit.encode_text(weights, empty, *words))
-    text = read(frozen["text"])
-    scale, zero = jnp.exp(frozen["logit_scale"]), jnp.asarray(0.0)
-    label = design.prompts.label
-
-    @jax.jit
-    def patches(batch):
-        joint = vit.project(tower.vision, batch.levels[-1], tower.vision_tower)
-        return similarity.patch_logit((joint,), text, label, scale, zero, "softmax")
-
-    @jax.jit
-    def image(batch):
-        pooled = batch.pooled[:, None]
-        return similarity.patch_logit((pooled,), text, label, scale, zero, "softmax")[:, 0]
-
-    if tokens is None:
-        none = np.zeros((0, design.grid**2), np.float32)
-        return detector.Detector(patches, none, None, image, np.zeros(0, np.float32))
-    held_out = np.asarray(patches(tokens)), np.asarray(image(tokens))
-    k = len(tokens.pooled)
-    return detector.Detector(
-        patches, *held_out[:1], None, image, held_out[1], lambda _, b: patches(b), k=k
-    )
+    text = jax.jit(lambda weights: vit.encode_text(weights, empty, *words))(frozen["text"])
+    params = {"text": text, "scale": jnp.exp(frozen["logit_scale"])}
+    calibration = Scores(np.zeros((0, design.grid**2), np.float32), np.zeros(0, np.float32))
+    if tokens is not None:
+        calibration = jax.device_get(jax.jit(apply)(params, tokens, None))
+    return Detector(apply, params, None, calibration, k, False, design.size)

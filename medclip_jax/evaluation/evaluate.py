@@ -7,17 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
-from rich.console import Console
-from rich.progress import track
 
+from medclip_jax import files
 from medclip_jax.clip.outputs import Features
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration as detectors_calibration
-from medclip_jax.detectors import limits, map_filter
-from medclip_jax.detectors.detector import Detector
-from medclip_jax.detectors.limits import Limits
-from medclip_jax.distributed import multihost, spool
+from medclip_jax.detectors import map_filter
+from medclip_jax.detectors.calibration import Calibration
+from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
+from medclip_jax.distributed import multihost
+from medclip_jax.distributed.runtime import progress
 from medclip_jax.evaluation import (
     bootstrap,
     ground_truth,
@@ -31,7 +30,6 @@ from medclip_jax.evaluation.predictions import Predictions
 from medclip_jax.explain import faithfulness, grad_cam
 from medclip_jax.features import cache
 from medclip_jax.io import read
-from medclip_jax.models import anomaly_map
 
 BATCH = 32  # images per scoring call
 TOLERANCE = 2  # of boundary F1, in the unit of the distances
@@ -39,131 +37,89 @@ TOLERANCE = 2  # of boundary F1, in the unit of the distances
 
 def score_images(
     detector: Detector,
+    calibration: Calibration,
     feature_cache: cache.FeatureCache,
     test: Sequence[Record],
     *,
-    top: float,
-    alpha: float,
-    pixel_rate: float,
+    how: grad_cam.Explanation,
     passes: int,
     seed: int,
-    quiet: map_filter.Learned | None = None,
-    how: grad_cam.Explanation | None = None,
     folder: Path | None = None,
 ) -> evaluation_predictions.Scored:
-    """Scores of the test set, calibrated on the held-out supports alone. Labels are not read.
+    """Scores and Grad-CAM of the test set. Labels are not read.
 
-    top: share of the largest patches whose mean is the image score (0: the map's maximum).
-    alpha: false-alarm rate asked for. pixel_rate: of healthy pixels. passes: of MC-dropout.
-    quiet: outlier suppression of the maps, learned on these supports.
-    how: Grad-CAM of each image; None for the default.
-    folder: on whose disk the maps lie until they are written; None for the temporary folder.
+    Args:
+        how: Grad-CAM of each image.
+        passes: of MC-dropout.
+        folder: on whose disk the maps lie until they are written; None for the temporary folder.
+
+    Raises MetricError naming an image whose score or map is not finite.
     """
-    size = feature_cache.clip.size
-    maps, image_scores = jax.jit(partial(anomaly_map.to_pixels, size=size)), scorer(size, top)
-    found = calibrated(detector, size, top, alpha, pixel_rate, quiet)
     keys = jax.random.split(jax.random.key(seed), passes)
-    how = how or grad_cam.Explanation(top=top)
-
-    rows, doubt, why = [], [], []
     mine = [test[i] for i in multihost.process_rows(len(test))]
-    out = spool.Rows(len(mine), (size, size), np.float16, folder)
-    groups = (detector.load or cache.load_images)(feature_cache, mine, BATCH)
-    groups = track(groups, "score", -(-len(mine) // BATCH), console=Console(stderr=True))
-    for i, batch in enumerate(groups):
-        batch, real = faithfulness.filled(batch, BATCH)  # one shape, whatever is left for the last
-        values = detector.patches(batch)
-        raw = image_scores(values) if detector.image is None else detector.image(batch)
-        rows.append(np.asarray(raw, np.float64)[:real])
-        heat = np.asarray(maps(values))[:real]
-        finite(mine[i * BATCH :], rows[-1], heat)
-        if quiet is not None:
-            shown = mine[i * BATCH : i * BATCH + real]
-            heat = map_filter.treat(
-                heat, quiet.steps, list(map_filter.areas(shown, size, feature_cache.fit))
-            )
-        heat = detectors_calibration.to_unit(heat, found.pixel.value, found.pixel_width)
-        out.put(i * BATCH, evaluation_predictions.half_precision(heat))
-        doubt.append(doubts(detector, batch, keys, image_scores, found)[:real])
-        why.append(grad_cam.cam_or_zeros(detector, batch, how)[:real])
-    held = (np.concatenate(rows), np.concatenate(doubt), np.concatenate(why))
-    raw, doubt, why = multihost.gather(held, len(test))
+    maps = files.temporary_array((len(mine), detector.size, detector.size), np.float16, folder)
+    parts = []
+    groups = (detector.read or cache.load_images)(feature_cache, mine, BATCH)
+    for i, batch in enumerate(progress(groups, "score", -(-len(mine) // BATCH))):
+        batch, n = faithfulness.filled(batch, BATCH)  # one shape, whatever is left for the last
+        records = mine[i * BATCH : i * BATCH + n]
+        raw, cams = explained(detector, batch, keys, how)
+        raw = jax.tree.map(lambda x, n=n: x[:n], raw)
+        check_finite(records, raw)
+        mm2 = None
+        if calibration.filter.min_area_mm2:
+            mm2 = list(map_filter.areas(records, detector.size, feature_cache.fit))
+        scores = finish(raw, calibration, mm2)
+        maps[i * BATCH : i * BATCH + n] = evaluation_predictions.half_precision(scores.maps)
+        parts.append((scores._replace(maps=np.zeros(n)), cams[:n]))
+    scores, cams = multihost.gather(jax.tree.map(lambda *x: np.concatenate(x), *parts), len(test))
+    grid = round(scores.patch_mean.shape[1] ** 0.5)
     predictions = Predictions(
         tuple(r.id for r in test),
         np.array([r.label for r in test]),
-        detectors_calibration.to_unit(raw, found.image.value, found.image_width),
-        detectors_calibration.p_values(raw, found.healthy)
-        if detector.k > 1
-        else np.full(len(raw), np.nan),
-        doubt[:, 0],
-        multihost.gather_rows(out, len(test), BATCH, folder),
+        scores.score,
+        scores.p_value,
+        scores.uncertainty,
+        multihost.gather_rows(maps, len(test), BATCH, folder),
+        *(x.reshape(-1, grid, grid).astype(np.float32) for x in scores[5:7]),
     )
-    explained = why if why.any() else None
-    told = uncertainty.named(doubt[:, 1:]) if detector.passes is not None and passes else None
+    measures = None
+    if detector.stochastic:
+        columns = [*uncertainty.of_passes(scores.passes.T)]
+        columns += [scores.folds.std(1)] if scores.folds.shape[1] > 1 else []
+        measures = dict(zip(uncertainty.NAMES, columns, strict=False))
     return evaluation_predictions.Scored(
-        predictions, limits.described(found, alpha, detector.k), found, explained, told
+        predictions, calibration, cams if cams.any() else None, measures
     )
 
 
-def finite(records: Sequence[Record], scores: Float[np.ndarray, " n"], maps) -> None:
+def explained(detector: Detector, batch: Features, keys, how: grad_cam.Explanation):
+    """Raw scores of a batch, on the host, and Grad-CAM per patch [n, p], float16.
+
+    One program for both: what they share (a search in the memory) runs once. One column of 0 for
+    a detector that does not read one token per patch.
+    """
+    static = detector._replace(params=None, fold_params=None, calibration=None)
+    raw, slopes = _both(static, how, (detector.params, detector.fold_params), batch, keys)
+    if slopes is None:
+        return jax.device_get(raw), np.zeros((len(batch.pooled), 1), np.float16)
+    return jax.device_get(raw), grad_cam.weigh_or_zeros(batch, slopes, how)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _both(static: Detector, how: grad_cam.Explanation, params, batch: Features, keys):
+    detector = static._replace(params=params[0], fold_params=params[1])
+    plain = detector.read is None
+    slopes = grad_cam.gradients(detector, batch, how.layer, how.top) if plain else None
+    return read_batch(detector, batch, keys), slopes
+
+
+def check_finite(records: Sequence[Record], raw: Raw) -> None:
     """Raise MetricError naming the first of the images whose score or map holds NaN or inf."""
-    bad = ~(np.isfinite(scores) & np.isfinite(maps).all((1, 2)))
+    bad = ~(np.isfinite(raw.image) & np.isfinite(raw.maps).all((1, 2)))
     if bad.any():
         name = records[int(np.argmax(bad))].id
         raise MetricError(f"{name}: its score or map is not finite; check that image file.")
-
-
-def calibrated(
-    detector: Detector,
-    size: int,
-    top: float,
-    alpha: float,
-    pixel_rate: float,
-    quiet: map_filter.Learned | None = None,
-) -> Limits:
-    """Limits of a detector that reads frames of `size` pixels; the rest as in `score_images`."""
-    maps = jax.jit(partial(anomaly_map.to_pixels, size=size))
-    held_maps = maps if quiet is None else lambda _: quiet.supports
-    return limits.find(detector, held_maps, scorer(size, top), alpha, pixel_rate)
-
-
-def doubts(detector: Detector, batch: Features, keys, image_scores, found: Limits):
-    """[n, 4]: sd of the unit scores of the passes, then rejection.NAMES; 0 if nothing is random.
-
-    The copies held out are a small ensemble; NaN where there are none.
-    """
-    n = len(batch.pooled)
-    if detector.passes is None or not len(keys):
-        return np.zeros((n, 4))
-    if detector.image_passes is None:
-        each = jax.vmap(image_scores)(detector.passes(batch, keys))
-    else:
-        each = detector.image_passes(batch, keys)
-    unit = detectors_calibration.to_unit(np.asarray(each), found.image.value, found.image_width)
-    copies = np.full(n, np.nan)
-    if detector.copies is not None:
-        if detector.image_copies is not None:
-            read = detector.image_copies(batch)
-        else:
-            read = jax.vmap(image_scores)(detector.copies(batch))
-        each = detectors_calibration.to_unit(np.asarray(read), found.image.value, found.image_width)
-        copies = each.std(0)
-    return np.stack([unit.std(0), *uncertainty.of_passes(unit), copies], 1)
-
-
-def scorer(size: int, top: float):
-    """`from_patches` with its settings, compiled: values [n, p] -> scores [n]."""
-    return jax.jit(partial(from_patches, size=size, top=top))
-
-
-def from_patches(values, size: int, top: float):
-    """Image score [n] of patch values [n, p]: mean of the top share of the patches.
-
-    A share of 0 is the peers' score, the maximum of the up-sampled map.
-    """
-    if top > 0:
-        return anomaly_map.image_score(values, top)
-    return anomaly_map.to_pixels(values, size).max((1, 2))
 
 
 def measure(
@@ -188,19 +144,23 @@ def measure(
         rows = ground_truth.Rows(counts, known)
         intervals["pixel"] = bootstrap.pixel(rows, p.label[known], groups=among)
         intervals["pixel"] |= bootstrap.means(each, p.label[known], groups=among)
-    kept = dict(scored.calibration)
-    k, alpha = kept.pop("k"), kept.pop("alpha")
-    summary: dict[str, Any] = {}
-    if k > 1:
-        summary |= detectors_calibration.calibration_summary(p.p_value[p.label == 0], k, alpha)
+    found = scored.calibration
+    if found.k > 1:
+        healthy, alpha = p.p_value[p.label == 0], found.image.alpha_requested
+        summary = detectors_calibration.calibration_summary(healthy, found.k, alpha)
     else:
-        summary |= detectors_calibration.no_promise(p.score[p.label == 0], k, alpha)
-    calibration = {**summary, **kept}
-    doubts = {"sd": p.uncertainty, **scored.doubts} if scored.doubts else {}
-    doubt = {"uncertainty": uncertainty.measure(p.score, p.label, doubts)}
-    found = {"image": image, "pixel": pixel, "calibration": calibration, "intervals": intervals}
-    told = {"explanations": points and {"pointing": points}, "pixel_counts": counts}
-    return found | doubt | told
+        healthy, alpha = p.score[p.label == 0], found.image.alpha_requested
+        summary = detectors_calibration.no_promise(healthy, found.k, alpha)
+    sd = {"sd": p.uncertainty, **scored.uncertainties} if scored.uncertainties else {}
+    return {
+        "image": image,
+        "pixel": pixel,
+        "calibration": {**summary, **detectors_calibration.described(found)},
+        "intervals": intervals,
+        "uncertainty": uncertainty.measure(p.score, p.label, sd),
+        "explanations": points and {"pointing": points},
+        "pixel_counts": counts,
+    }
 
 
 def of_pixels(
@@ -223,10 +183,11 @@ def of_pixels(
     masks = ground_truth.Masks(records, p.maps.shape[-1], fit)
     mm = ground_truth.spacings(records, p.maps.shape[-1], fit)
     measured = pixel_metrics.PixelMetrics(tolerance=TOLERANCE)
-    counts = spool.Rows(len(test), (3, pixel_metrics.IMAGE_BINS), np.float32, folder)
+    shape = len(test), 3, pixel_metrics.IMAGE_BINS
+    counts = files.temporary_array(shape, np.float32, folder)
     sizes = mm or [(1.0, 1.0)] * len(known)
     for i, values, mask, size in zip(known, maps, masks, sizes, strict=True):
-        counts.put(i, measured.add(values, mask, size)[None])
+        counts[i] = measured.add(values, mask, size)
     # px: of the encoder frame; one image without spacing makes all distances so
     pixel: dict[str, Any] = measured.pooled() | {
         "distance_unit": "mm" if mm else "px",

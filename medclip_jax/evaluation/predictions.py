@@ -1,12 +1,4 @@
-"""What the rooms of the house hand to one another.
-
-Shape letters, used in every annotation:
-  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
-  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
-  c prompts   t text positions
-
-Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
-"""
+"""A scored test set and the file that holds it, predictions.npz."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from medclip_jax import files
 from medclip_jax.data.records import Record
-from medclip_jax.detectors.limits import Limits
-from medclip_jax.distributed import spool
+from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.evaluation import ground_truth, thumbnails
 from medclip_jax.io import read
 
@@ -30,16 +22,20 @@ class Predictions(NamedTuple):
     score: Float[np.ndarray, " n"]  # [0, 1], 0.5 is the calibrated threshold
     p_value: Float[np.ndarray, " n"]
     uncertainty: Float[np.ndarray, " n"]  # sd of the score over MC-dropout passes
-    # tower frame, [0, 1], 0.5 is the calibrated pixel threshold; on disk: a spool.Rows, or an array
-    maps: Float[np.ndarray, "n h w"] | Any
+    # encoder frame, [0, 1], 0.5 is the calibrated pixel threshold; on disk (files.temporary_array)
+    maps: Float[np.ndarray, "n h w"]
+    # equation (10): of every patch's unit value over the passes, g x g patches per image
+    patch_mean: Float[np.ndarray, "n g g"]
+    patch_variance: Float[np.ndarray, "n g g"]
 
 
 class Scored(NamedTuple):
+    """A scored test set, and what else is measured of it."""
+
     predictions: Predictions
-    calibration: dict[str, Any]
-    limits: Limits
+    calibration: Calibration
     cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM per patch, [0, 1]
-    doubts: dict[str, np.ndarray] | None = None  # measures of rejection, beside the sd; MC-dropout
+    uncertainties: dict[str, np.ndarray] | None = None  # measures beside the sd; None: no dropout
 
 
 def half_precision(heat: Float[np.ndarray, "*n h w"]) -> Float[np.ndarray, "*n h w"]:
@@ -55,7 +51,7 @@ def write_predictions(
     test: Sequence[Record],
     fit: read.Mode,
     seed: int,
-    counts: spool.Rows | None = None,
+    counts: Float[np.ndarray, "n _ _"] | None = None,
     pictures: bool = True,
 ) -> None:
     """predictions.npz: one row per image, maps in the encoder's frame.
@@ -70,5 +66,6 @@ def write_predictions(
     more |= {} if patients is None else {"patient": patients}  # where one has several images
     if pictures:
         more |= thumbnails.pack(test, p.maps, fit, cams=scored.cams, seed=seed)
-    arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.doubts or {})}
-    spool.write_npz(workdir / "predictions.npz", arrays | more)
+    arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.uncertainties or {})}
+    with files.writing(workdir / "predictions.npz") as file:
+        np.savez(file, **arrays, **more)

@@ -25,8 +25,9 @@ from medclip_jax.clip.outputs import Features
 from medclip_jax.data import records as data_records
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration
+from medclip_jax.detectors import detector as detectors_detector
+from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector
-from medclip_jax.detectors.limits import Limits
 from medclip_jax.distributed import sharding
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder
@@ -74,7 +75,7 @@ def of_model(
     feature_cache: cache.FeatureCache,
     support: Record | None,
     test: Sequence[Record],
-    limits: Limits,
+    thresholds: Calibration,
     how: grad_cam.Explanation,
     *,
     count: int,
@@ -95,7 +96,7 @@ def of_model(
         or no abnormal test image, and where count is 0.
     """
     abnormal = [r for r in test if r.label]
-    if detector.load is not None or support is None or not (abnormal and count):
+    if detector.read is not None or support is None or not (abnormal and count):
         return None
     rng = np.random.default_rng(seed)
     records = [abnormal[i] for i in sorted(rng.permutation(len(abnormal))[:count])]
@@ -109,7 +110,7 @@ def of_model(
     checks = {
         "images": [r.id for r in records],
         "spearman": mean(rank_correlation(maps["map"], maps["grad_cam"])),
-        "deletion": deletion(detector, tokens, healthy, orders, limits, how.top),
+        "deletion": deletion(detector, tokens, healthy, orders, thresholds, how.top),
     }
     if randomised:
         checks["randomised"] = randomise(detector, feature_cache, records, maps, how, seed)
@@ -122,7 +123,8 @@ def explain(
     """Map and Grad-CAM of each image, [n, p]."""
     batch, n = filled(tokens)
     cams = grad_cam.cam(detector, batch, **how._asdict())[:n]
-    return {"map": np.asarray(detector.patches(batch), np.float64)[:n], "grad_cam": cams}
+    patch = detectors_detector.score(detector, batch).patch
+    return {"map": np.asarray(patch, np.float64)[:n], "grad_cam": cams}
 
 
 def filled(tokens: Features, rows: int = ROWS) -> tuple[Features, int]:
@@ -144,7 +146,7 @@ def deletion(
     tokens: Features,
     healthy: Features,
     orders: dict[str, Float[np.ndarray, "n p"]],
-    limits: Limits,
+    thresholds: Calibration,
     top: float,
 ) -> dict[str, list[float]]:
     """Mean unit score of the map after each share of the patches is replaced (Petsiuk, 2018).
@@ -162,10 +164,11 @@ def deletion(
     for i in range(len(tokens.pooled)):
         ranks = np.stack([np.argsort(np.argsort(-o[i], kind="stable")) for o in orders.values()])
         gone = (ranks[:, None] < counts[None, :, None]).reshape(-1, patches)  # [order x step, p]
-        values = detector.patches(filled(replaced(tokens, healthy, i, gone))[0])
+        rows, _ = filled(replaced(tokens, healthy, i, gone))
+        values = detectors_detector.score(detector, rows).patch
         pooled = anomaly_map.image_score(values, max(top, grad_cam.LEAST_TOP))
         raw = np.asarray(pooled)[: len(gone)]
-        unit = calibration.to_unit(raw, limits.pixel.value, limits.pixel_width)
+        unit = calibration.to_unit(raw, thresholds.pixel.value, thresholds.pixel_scale)
         curves.append(unit.reshape(len(orders), -1))
     means = np.mean(curves, axis=0)
     scores = {name: row.tolist() for name, row in zip(orders, means, strict=True)}

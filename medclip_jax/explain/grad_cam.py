@@ -8,7 +8,7 @@ close to the map itself: it shows agreement, not independent evidence.
 
 import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -59,56 +59,52 @@ def cam(
     Raises:
         NoGradientError: the score of no image depends on the layer.
     """
-    apply, params = _apply(detector, features)
-    gradients = np.asarray(_gradients(apply, params, features, layer, max(top, LEAST_TOP)))
-    if not gradients.any():
+    return weigh(features, gradients(detector, features, layer, top), method, layer)
+
+
+def gradients(
+    detector: Detector, features: Features, layer: int, top: float
+) -> Float[Array, "n p d"]:
+    """Gradients of the scores with respect to a layer, arguments as of `cam`; can be traced."""
+    static = detector.apply, layer, max(top, LEAST_TOP)
+    return _gradients(*static, detector.params, features)
+
+
+def weigh(
+    features: Features, gradients: Float[Array, "n q d"], method: Method, layer: int
+) -> Float[np.ndarray, "n p"]:
+    """`cam` from the gradients."""
+    slopes = np.asarray(gradients)
+    if not slopes.any():
         raise NoGradientError(
             f"The score does not depend on layer {layer} of the {len(features.levels)} that are "
             "tapped: give another config.explanation.layer"
         )
-    raw = METHODS[method](np.asarray(features.levels[layer]), gradients)[1]
+    raw = METHODS[method](np.asarray(features.levels[layer]), slopes)[1]
     finest = max(x.shape[1] for x in features.levels)
     if raw.shape[1] < finest:
         raw = to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
     return unit(raw).astype(np.float32)
 
 
-def cam_or_zeros(
-    detector: Detector, features: Features, how: Explanation
+def weigh_or_zeros(
+    features: Features, gradients: Float[Array, "n q d"], how: Explanation
 ) -> Float[np.ndarray, "n p"]:
-    """`cam` as float16; 0 and a warning where the score does not depend on the layer.
-
-    One column of 0 for a detector that reads pixels.
-    """
-    if detector.load is not None:
-        return np.zeros((len(features.pooled), 1), np.float16)
+    """`cam` from the gradients as float16; 0 and a warning where they are 0."""
     try:
-        return cam(detector, features, **how._asdict()).astype(np.float16)
+        return weigh(features, gradients, how.method, how.layer).astype(np.float16)
     except NoGradientError as error:
         logging.warning("no Grad-CAM: %s", error)
         return np.zeros(features.levels[0].shape[:2], np.float16)
 
 
-def _apply(detector: Detector, features: Features) -> tuple[Callable, Any]:
-    if detector.chosen is None or detector.choose is None:
-        return _of_features(detector.patches), ()
-    return detector.chosen, detector.choose(features)
-
-
-@cache
-def _of_features(patches: Callable) -> Callable:
-    return lambda features, _: patches(features)
-
-
-@partial(jax.jit, static_argnames=("apply", "layer", "top"))
-def _gradients(
-    apply: Callable, params: Any, features: Features, layer: int, top: float
-) -> Float[Array, "n p d"]:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _gradients(apply: Callable, layer: int, top: float, params: Any, features: Features):
     def score(tokens):
         levels = list(features.levels)
         levels[layer] = tokens
-        values = apply(features._replace(levels=tuple(levels)), params)
-        return anomaly_map.image_score(values, top).sum()  # images are independent
+        patch = apply(params, features._replace(levels=tuple(levels)), None).patch
+        return anomaly_map.image_score(patch, top).sum()  # images are independent
 
     value, pull = jax.vjp(score, features.levels[layer])
     return pull(jax.numpy.ones_like(value))[0]

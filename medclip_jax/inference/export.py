@@ -18,7 +18,7 @@ import numpy as np
 from medclip_jax import __version__, files
 from medclip_jax.errors import CheckpointError, ConfigError
 
-KIND, FORMAT = "medclip_jax scorer", 1
+KIND, FORMAT = "medclip_jax scorer", 2
 PLATFORMS = ("cpu", "cuda", "tpu")
 MEMBERS = ("scorer.stablehlo", "weights.npz", "README.md")
 MOST_BYTES = 8 << 30  # of all members, unpacked: a foreign file may promise anything
@@ -48,17 +48,17 @@ class Exported:
         size, mode = self.manifest["recipe"]["size"], self.manifest["recipe"]["fit"]
         frames = np.stack([fit(np.asarray(image, np.float32), size, mode) for image in images])
         raw, maps, passes = jax.device_get(self._call(self._weights, frames))
-        held = self.manifest["limits"]
-        image, width = held["image"]["value"], held["image_width"]
-        raw, healthy = raw.astype(np.float64), np.sort(held["healthy"])
+        found = self.manifest["calibration"]
+        threshold, scale = found["threshold"], found["scale"]
+        raw, healthy = raw.astype(np.float64), np.sort(found["healthy"])
         below = np.searchsorted(healthy, raw, side="left")
         p_value = (1 + len(healthy) - below) / (len(healthy) + 1)
         return Scores(
-            unit(raw, image, width),
-            p_value if self.manifest["k"] > 1 else np.full(len(raw), np.nan),
-            raw > image,
-            unit(passes, image, width).std(0) if len(passes) else np.zeros(len(raw)),
-            unit(maps, held["pixel"]["value"], held["pixel_width"]),
+            unit(raw, threshold, scale),
+            p_value if found["k"] > 1 else np.full(len(raw), np.nan),
+            raw > threshold,
+            unit(passes, threshold, scale).std(1),
+            unit(maps, found["pixel_threshold"], found["pixel_scale"]),
         )
 
 
@@ -93,27 +93,26 @@ def load(path: str | Path) -> Exported:
         ) from None
 
 
-def save(workdir: str | Path, path: str | Path) -> int:
-    """Export the scorer of a trained workdir into one file; returns its bytes.
+def save(model: Any, path: str | Path) -> int:
+    """Export a predictor into one file; returns its bytes.
 
-    Raises WorkdirError or CheckpointError if there is none, WorkdirError if it cannot be written.
+    model: inference.predictor.Predictor. Raises ConfigError for one that needs more than JAX,
+    WorkdirError if the file cannot be written.
     """
-    from medclip_jax.detectors import saved
-    from medclip_jax.inference import predictor
+    from medclip_jax.detectors import map_filter
 
-    model = predictor.load(Path(workdir))
-    if model.feature_cache.recipe:
+    if model.encoder.recipe:
         raise ConfigError(
-            f"{workdir} was trained with data.recipe {', '.join(model.feature_cache.recipe)}, which the "
+            f"the run was trained with data.recipe {', '.join(model.encoder.recipe)}, which an "
             "exported file cannot carry: use --mode predict, or train without a recipe"
         )
-    if model.steps is not None:
+    if model.calibration.filter != map_filter.Steps():
         raise ConfigError(
-            f"{workdir} suppresses outliers (config.score.suppress), which an exported scorer "
-            "cannot: use --mode predict, or train without it"
+            "the run filters its maps (config.score.map_filter), which an exported file cannot: "
+            "use --mode predict, or train without it"
         )
     run = _function(model)
-    size = model.feature_cache.clip.size
+    size = model.size
     batch = jax.export.symbolic_shape("n")[0]
     images = jax.ShapeDtypeStruct((batch, size, size), np.float32)
     closed = jax.make_jaxpr(run)(images)  # its constants become arguments, kept beside the code
@@ -127,8 +126,7 @@ def save(workdir: str | Path, path: str | Path) -> int:
     packed = io.BytesIO()
     named: dict[str, Any] = {f"w{i}": w for i, w in enumerate(weights)}
     np.savez(packed, **named)
-    head = json.loads((Path(workdir) / saved.SETTINGS).read_bytes())
-    parts = dict(zip(MEMBERS, (bytes(code), packed.getvalue(), _card(head).encode()), strict=True))
+    parts = dict(zip(MEMBERS, (bytes(code), packed.getvalue(), _card(model).encode()), strict=True))
     manifest = {
         "kind": KIND,
         "format": FORMAT,
@@ -136,16 +134,22 @@ def save(workdir: str | Path, path: str | Path) -> int:
         "jax": jax.__version__,
         "recipe": {
             "size": size,
-            "fit": model.config.data.fit,
+            "fit": model.fit,
             "range": [0, 1],
             "grey": True,
-            "window": model.config.data.window,
+            "window": model.window,
         },
-        "limits": head["limits"],
-        "k": head["k"],
-        "alpha": model.limits.image._asdict(),
+        "calibration": {
+            "healthy": model.calibration.healthy,
+            "threshold": model.calibration.image.value,
+            "scale": model.calibration.scale,
+            "pixel_threshold": model.calibration.pixel.value,
+            "pixel_scale": model.calibration.pixel_scale,
+            "k": model.calibration.k,
+        },
+        "alpha": model.calibration.image._asdict(),
         "scorer": model.digest,
-        "checkpoint": head["checkpoint"],
+        "checkpoint": model.about["checkpoint"],
         "sha256": {name: hashlib.sha256(raw).hexdigest() for name, raw in parts.items()},
     }
     held = io.BytesIO()
@@ -198,41 +202,36 @@ def _weights(old: int, new: int) -> np.ndarray:
 
 
 def _function(model):
-    """Images [n, s, s] -> raw scores [n], raw maps [n, s, s], raw scores of the passes [t, n]."""
+    """Images [n, s, s] -> raw scores [n], raw maps [n, s, s], raw scores of the passes [n, t]."""
     import jax.numpy as jnp
 
     from medclip_jax.clip import vit
-    from medclip_jax.inference import predictor
+    from medclip_jax.detectors.detector import read_batch
 
-    tower, made, read = model.feature_cache.clip, model.detector, model.readings
+    clip, dtype = model.encoder.clip, model.encoder.dtype
     seeds = jax.random.key_data(model.keys)  # keys themselves cannot be kept as arrays
 
     def run(images):
-        like = dict(tower=tower.vision_tower, mean=tower.mean, std=tower.std)
-        tokens = vit.encode_images(tower.vision, images, **like)
-        kept = jax.tree.map(
-            lambda x: x.astype(model.feature_cache.dtype).astype(jnp.float32), tokens
-        )
-        values = made.patches(kept)
-        raw = read.image_scores(values) if made.image is None else made.image(kept)
-        passes = predictor.passes(made, read, kept, jax.random.wrap_key_data(seeds))
-        passes = jnp.zeros((0, 1)) if passes is None else passes
-        return raw, read.maps(values), passes
+        how = dict(tower=clip.vision_tower, mean=clip.mean, std=clip.std)
+        tokens = vit.encode_images(clip.vision, images, **how)
+        stored = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tokens)
+        raw = read_batch(model.detector, stored, jax.random.wrap_key_data(seeds))
+        return raw.image, raw.maps, raw.passes.image
 
     return run
 
 
-def _card(head: dict[str, Any]) -> str:
-    c = head["config"]
+def _card(model) -> str:
+    about = model.about
     return "\n".join(
         (
-            "# Exported medclip_jax scorer",
+            "# Exported medclip_jax detector",
             "",
-            f"Method {c['method']} on {c['data']['name']} ({c['data']['modality']}), "
-            f"K = {c['k']} healthy images, seed {c['seed']}.",
-            f"CLIP {c['clip']['checkpoint'].rsplit('/', 1)[-1]} ({head['checkpoint']}).",
+            f"Method {about['method']} on {about['dataset']} ({about['modality']}), "
+            f"K = {about['k']} healthy images, seed {about['seed']}.",
+            f"CLIP {about['backbone']}.",
             "Grey images in [0, 1]; scores from 0.5 on are alarms.",
-            f"{head['limits']['image']['message']}.",
+            f"{model.calibration.image.message}.",
             "",
             "Research software. Not a medical device; nothing it prints is a diagnosis.",
             "",

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt16
 
+from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.evaluation import predictions
 from medclip_jax.explain import boxes
-from medclip_jax.inference.predictor import Scores
 from medclip_jax.io import read
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
@@ -20,12 +20,12 @@ class Marks(NamedTuple):
     """Neighbouring frames of one item."""
 
     frames: list[dict[str, Any]]  # of the JSON
-    scores: Scores  # maps as float16
+    scores: BatchScores  # maps as float16
     heat: Float[np.ndarray, "h w"] | None  # the map of a single frame
 
 
 def mark(
-    scores: Scores,
+    scores: BatchScores,
     codes: UInt16[np.ndarray, "n h w"],
     first: int,
     spacing: tuple[float, float] | None,
@@ -58,7 +58,7 @@ def sixteen_bits(heat: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:
     return np.minimum(heat * np.float32(65536), 65535).astype(np.uint16)
 
 
-def _frame(scores: Scores, i: int, number: int, heat, spacing) -> dict[str, Any]:
+def _frame(scores: BatchScores, i: int, number: int, heat, spacing) -> dict[str, Any]:
     return {
         "frame": number,
         "score": float(scores.score[i]),

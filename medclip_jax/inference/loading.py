@@ -153,7 +153,7 @@ def _is_large(item: Item) -> bool:
         return False
 
 
-def load(item: Item, model: predictor.Trained, output: Path, stamp: str) -> Job:
+def load(item: Item, model: predictor.Predictor, output: Path, stamp: str) -> Job:
     """Read one item, unless its finished result is there."""
     try:
         for path in item.paths:
@@ -165,8 +165,8 @@ def load(item: Item, model: predictor.Trained, output: Path, stamp: str) -> Job:
         if held is not None:
             return Job(item, rows=held)
         with _turn(item):
-            image = _image(item, model.config.data.window)
-        size, mode = model.feature_cache.clip.size, model.config.data.fit
+            image = _image(item, model.window)
+        size, mode = model.size, model.fit
         fitted = [read.fit(frame, size, mode) for frame in image.pixels]
         if not np.isfinite(fitted).all():
             raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")

@@ -8,9 +8,11 @@ import collections
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
+from medclip_jax.detectors.detector import Raw, finish
 from medclip_jax.inference import image_results, predictor
 from medclip_jax.inference.loading import Job, Loaded
 
@@ -20,7 +22,7 @@ Group = list[tuple[Job, Float[np.ndarray, "s s"]]]
 
 
 def run(
-    model: predictor.Trained, arriving: Iterator[Job], pool: ThreadPoolExecutor
+    model: predictor.Predictor, arriving: Iterator[Job], pool: ThreadPoolExecutor
 ) -> Iterator[Job]:
     """The same jobs in order, each with the marks of all its frames, done or under way.
 
@@ -60,14 +62,14 @@ def run(
         yield from line
 
 
-def _submit(model: predictor.Trained, group: Group, raw: predictor.Raw, pool) -> None:
+def _submit(model: predictor.Predictor, group: Group, raw: Raw, pool) -> None:
     """Hand each item's frames of a batch to the pool."""
     start = 0
     while start < len(group):
         job, end = group[start][0], start
         while end < len(group) and group[end][0] is job:
             end += 1
-        part = predictor.Raw(*(column[start:end] for column in raw))
+        part = jax.tree.map(lambda x, rows=slice(start, end): x[rows], raw)
         codes = job.coded()[job.scored : job.scored + end - start]
         job.marks.append(pool.submit(_mark, model, job.read(), codes, job.scored, part))
         job.scored += end - start
@@ -75,7 +77,7 @@ def _submit(model: predictor.Trained, group: Group, raw: predictor.Raw, pool) ->
 
 
 def _mark(
-    model: predictor.Trained, loaded: Loaded, codes: np.ndarray, first: int, raw: predictor.Raw
+    model: predictor.Predictor, loaded: Loaded, codes: np.ndarray, first: int, raw: Raw
 ) -> image_results.Marks:
-    scores = predictor.finish(model, raw, [loaded.mm2] * len(raw.score))
-    return image_results.mark(scores, codes, first, loaded.spacing, model.config.data.fit)
+    scores = finish(raw, model.calibration, [loaded.mm2] * len(raw.image))
+    return image_results.mark(scores, codes, first, loaded.spacing, model.fit)

@@ -50,7 +50,7 @@ class Summary(NamedTuple):
 
 
 def run(
-    workdir: Path,
+    model: predictor.Predictor,
     named: Sequence[str],
     output: Path,
     part: str = "",
@@ -73,8 +73,7 @@ def run(
             "give files, folders or glob patterns"
         )
     chosen = inputs.share(items, part)
-    model = predictor.load(workdir)
-    logging.info("%d item(s) to score with %s", len(chosen), workdir)
+    logging.info("%d item(s) to score", len(chosen))
     stamp = hashlib.sha256(f"{FORMAT} {model.digest} {pseudonymise}".encode()).hexdigest()
     results.sweep(output)
     table = output / (f"results.{part.replace('/', '-of-')}.csv" if part else "results.csv")
@@ -155,7 +154,7 @@ class _Rate(ProgressColumn):
 
 
 def _write(
-    model: predictor.Trained, job: Job, output: Path, pseudonymise: bool, build: dicom_write.Build
+    model: predictor.Predictor, job: Job, output: Path, pseudonymise: bool, build: dicom_write.Build
 ) -> list[dict]:
     loaded = job.read()
     result = Result(
@@ -166,13 +165,13 @@ def _write(
         loaded.meta,
         [future.result() for future in job.marks],  # submitted to the same pool, but before
         job.coded(),
-        model.config.data.fit,
+        model.fit,
         {
             "scorer": model.digest,
-            "checkpoint": model.feature_cache.clip.digest,
-            "method": model.config.method,
-            "alpha_requested": model.limits.image.alpha_requested,
-            "alpha_attained": model.limits.image.alpha_attained,
+            "checkpoint": model.about["checkpoint"],
+            "method": model.about["method"],
+            "alpha_requested": model.calibration.image.alpha_requested,
+            "alpha_attained": model.calibration.image.alpha_attained,
         },
     )
     return results.write(output, job.item, result, pseudonymise, build)

@@ -1,4 +1,4 @@
-"""Detectors: what holds a support out, what zero-shot is, and what dropout draws."""
+"""Detectors: what holds a support out, what zero-shot is, and what dropout samples."""
 
 import jax
 import jax.numpy as jnp
@@ -7,100 +7,101 @@ import pytest
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
 from medclip_jax.clip import hf_weights, vit
-from medclip_jax.detectors import memory_bank, prompt_detector, zero_shot
+from medclip_jax.detectors import calibration, detector, prompt_detector, zero_shot
 from medclip_jax.models import model
 from tests.support.models import design_of, rows, tokens
-
-# --- memory -------------------------------------------------------------------------------------
-
-
-def test_memory_holds_each_support_out():
-    """A support's values are those of a memory that never saw it."""
-    held = tokens(4)
-    whole = memory_bank.remember(held)
-    for i in range(4):
-        others = memory_bank.remember(rows(held, [j for j in range(4) if j != i]))
-        np.testing.assert_allclose(
-            whole.held_out[i : i + 1], others.patches(rows(held, [i])), atol=1e-6
-        )
-    assert whole.held_out.min() > 0.1
-    assert whole.passes is None and whole.image is None
-
-
-def test_memory_scores_by_the_definition():
-    held, new = tokens(2), tokens(3, seed=1)
-    wanted = 0
-    for v, m in zip(new.levels, held.levels, strict=True):
-        v, m = memory_bank.neighbourhood(v), memory_bank.neighbourhood(m).reshape(-1, 32)
-        v = v / np.linalg.norm(v, axis=-1, keepdims=True)
-        m = m / np.linalg.norm(m, axis=-1, keepdims=True)
-        wanted += (1 - np.einsum("npd,md->npm", v, m)).min(-1) / 2
-    np.testing.assert_allclose(memory_bank.remember(held).patches(new), wanted, atol=1e-6)
-
-
-def test_memory_knows_its_supports():
-    held = tokens(3)
-    np.testing.assert_allclose(memory_bank.remember(held).patches(held), 0, atol=1e-6)
-
+from tests.support.scenes import POOL, RATES, SIZE
 
 # --- learned ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folded(tiny):
-    """Three copies of params that differ, for two folds of five supports."""
+    """Three sets of parameters that differ, for two folds of five supports."""
     design, frozen = design_of(tiny, dropout=0.3)
     starts = [model.init(jax.random.key(i), tiny, design, 2, False) for i in range(3)]
     params = jax.tree.map(lambda *x: jnp.stack(x), *starts)
-    groups = [np.array([0, 3]), np.array([1, 2, 4])]
-    held = tokens(5)
-    made = prompt_detector.learned(params, frozen, design, held, groups)
-    return made, starts, design, frozen, held, groups
+    folds = [np.array([0, 3]), np.array([1, 2, 4])]
+    own = tokens(5)
+    made = prompt_detector.build(params, frozen, design, POOL, own, folds, 5)
+    return made, starts, design, frozen, own, folds
 
 
-def test_each_copy_scores_what_it_did_not_see(folded):
-    made, starts, design, frozen, held, groups = folded
+def test_each_fold_scores_what_it_did_not_see(folded):
+    made, starts, design, frozen, own, folds = folded
 
     @jax.jit
     def values(params, features):
         text = model.text_features(params, frozen, design)
         return model.forward(params, text, features, design).logit
 
-    each = [values(params, held) for params in starts]
-    for copy, group in enumerate(groups, 1):
-        np.testing.assert_allclose(made.held_out[group], each[copy][group], atol=1e-5)
-        assert np.abs(made.held_out[group] - each[0][group]).max() > 1e-3
-    np.testing.assert_allclose(made.patches(held), each[0], atol=1e-5)
+    each = [np.asarray(values(params, own)) for params in starts]
+    for fold, group in enumerate(folds, 1):
+        np.testing.assert_allclose(made.calibration.patch[group], each[fold][group], atol=1e-5)
+        assert np.abs(made.calibration.patch[group] - each[0][group]).max() > 1e-3
+    np.testing.assert_allclose(detector.score(made, own).patch, each[0], atol=1e-5)
+    np.testing.assert_allclose(made.calibration.image, made.calibration.patch.max(1), atol=1e-6)
+    folds = detector.read_batch(made, own, jax.random.split(jax.random.key(0), 1)).folds
+    np.testing.assert_allclose(folds, np.stack([x.max(1) for x in each[1:]], 1), atol=1e-5)
+
+
+def test_rows_of_one_support_are_scored_by_its_fold(tiny, folded):
+    """As of tiles: two rows per support."""
+    made, starts, design, frozen, own, folds = folded
+    twice = jax.tree.map(lambda x: x.repeat(2, 0), own)
+    params = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+    both = prompt_detector.build(params, frozen, design, POOL, twice, folds, 5)
+    wanted = made.calibration.patch.repeat(2, 0)
+    np.testing.assert_allclose(both.calibration.patch, wanted, atol=1e-5)
+
+
+def passes(made, features, keys):
+    return np.asarray(detector.read_batch(made, features, keys).passes.patch)  # [n, t, p]
 
 
 def test_passes_depend_on_keys_alone(folded):
-    made, *_, held, _ = folded
+    made, *_, own, _ = folded
     keys = jax.random.split(jax.random.key(0), 6)
-    drawn = made.passes(held, keys)
-    assert drawn.shape == (6, 5, 16)
-    np.testing.assert_array_equal(drawn, made.passes(held, keys))
-    np.testing.assert_allclose(drawn[::-1], made.passes(held, keys[::-1]), atol=1e-6)
-    assert np.asarray(drawn).std(0).min() > 0
+    sampled = passes(made, own, keys)
+    assert sampled.shape == (5, 6, 16)
+    np.testing.assert_array_equal(sampled, passes(made, own, keys))
+    np.testing.assert_allclose(sampled[:, ::-1], passes(made, own, keys[::-1]), atol=1e-6)
+    assert sampled.std(1).min() > 0
     # nor on the other images of the batch, nor on its order
-    np.testing.assert_allclose(
-        drawn[:, ::-1], made.passes(rows(held, range(4, -1, -1)), keys), atol=1e-5
-    )
+    turned = passes(made, rows(own, range(4, -1, -1)), keys)
+    np.testing.assert_allclose(sampled[::-1], turned, atol=1e-5)
 
 
-def test_more_passes_agree_better(folded):
-    """The spread of the estimate over repeats falls as 1 / sqrt(T)."""
-    made, *_, held, _ = folded
-    drawn = np.asarray(made.passes(held, jax.random.split(jax.random.key(1), 512)))
-    means = {t: drawn.reshape(512 // t, t, 5, 16).mean(1).std(0).mean() for t in (4, 64)}
-    assert 2.5 < means[4] / means[64] < 6.5  # 4 in expectation
-
-
-def test_no_dropout_has_no_passes(tiny):
+def test_no_dropout_has_one_pass_and_variance_exactly_0(tiny):
     design, frozen = design_of(tiny, dropout=0.0)
     params = jax.tree.map(lambda x: x[None], model.init(jax.random.key(0), tiny, design, 2, False))
-    made = prompt_detector.learned(params, frozen, design, tokens(2), [])
-    assert made.passes is None
-    np.testing.assert_array_equal(made.held_out, made.patches(tokens(2)))  # no folds: copy 0
+    own = tokens(2)
+    made = prompt_detector.build(params, frozen, design, POOL, own, [], 2)
+    assert not made.stochastic and made.fold_params is None
+    scores = detector.score(made, own)
+    np.testing.assert_array_equal(made.calibration.patch, scores.patch)  # no folds: the main ones
+    keys = jax.random.split(jax.random.key(0), 4)
+    got = detector.score_batch(made, detector.calibrate(made, **RATES), own, keys)
+    np.testing.assert_array_equal(got.patch_variance, 0)
+    np.testing.assert_array_equal(got.uncertainty, 0)
+
+
+def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
+    """Equation (10) and the decisions, by hand from the raw scores."""
+    made, *_ = folded
+    new, keys = tokens(3, seed=2), jax.random.split(jax.random.key(1), 8)
+    found = detector.calibrate(made, **RATES)
+    got, raw = detector.score_batch(made, found, new, keys), detector.read_batch(made, new, keys)
+    unit = calibration.to_unit(np.asarray(raw.passes.patch), found.pixel.value, found.pixel_scale)
+    np.testing.assert_allclose(got.patch_mean, unit.mean(1), atol=1e-6)
+    np.testing.assert_allclose(got.patch_variance, unit.var(1), atol=1e-7)
+    assert got.patch_variance.min() > 0
+    image = np.asarray(raw.image, float)
+    np.testing.assert_array_equal(got.alarm, image > found.image.value)
+    np.testing.assert_array_equal(got.score >= 0.5, got.alarm)
+    np.testing.assert_allclose(got.p_value, calibration.p_values(image, made.calibration.image))
+    np.testing.assert_allclose(got.uncertainty, got.passes.std(1))
+    assert got.maps.shape == (3, SIZE, SIZE) and got.folds.shape == (3, 2)
 
 
 # --- zero shot ----------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
     got = vit.encode_images(
         compact.vision, grey, tower=compact.vision_tower, mean=compact.mean, std=compact.std
     )
-    made = zero_shot.zero_shot(None, frozen, design, compact, got)
+    made = zero_shot.build(compact, frozen, design, got, 1)
 
     theirs = Theirs.from_pretrained(hf_weights.EMBEDDED)
     params = theirs.params
@@ -151,8 +152,17 @@ def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
         both = v @ (pair / np.linalg.norm(pair, axis=-1, keepdims=True)).T
         return np.exp(params["logit_scale"]) * (both[..., 1] - both[..., 0])
 
-    np.testing.assert_allclose(made.image(got), logit(image), atol=2e-3)
-    np.testing.assert_allclose(made.patches(got), logit(joint), atol=5e-3)
-    np.testing.assert_array_equal(made.held_out, made.patches(got))
-    np.testing.assert_array_equal(made.held_out_image, made.image(got))
-    assert made.passes is None
+    scores = detector.score(made, got)
+    np.testing.assert_allclose(scores.image, logit(image), atol=2e-3)
+    np.testing.assert_allclose(scores.patch, logit(joint), atol=5e-3)
+    jax.tree.map(np.testing.assert_array_equal, made.calibration, scores)
+    assert not made.stochastic
+
+
+def test_without_supports_the_decision_is_where_both_classes_are_equally_likely(tiny):
+    design, frozen = design_of(tiny, context=0)
+    made = zero_shot.build(tiny, frozen, design, None, 0)
+    found = detector.calibrate(made, **RATES)
+    got = detector.score_batch(made, found, tokens(3), jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_array_equal(got.alarm, np.asarray(detector.score(made, tokens(3)).image) > 0)
+    assert np.isnan(got.p_value).all() and found.k == 0

@@ -1,21 +1,18 @@
-"""Outlier suppression: known specks go, known lesions stay, supports are treated alike."""
+"""Outlier suppression: known specks go, known lesions stay, supports go the same way."""
 
-import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config
-from medclip_jax.detectors import calibration, map_filter
-from medclip_jax.errors import ConfigError
-from medclip_jax.evaluation import evaluate
+from medclip_jax.detectors import calibration, detector, map_filter, saved
 from medclip_jax.features import cache
 from medclip_jax.io.image import Image
 from medclip_jax.models import anomaly_map
 from tests.support.pictures import write_pictures
-from tests.support.scenes import SETTINGS
+from tests.support.scenes import RATES, score
 
 OFF = map_filter.Steps()
 
@@ -31,14 +28,14 @@ def speckled(size=40):
 
 def test_off_changes_nothing():
     heat = np.random.default_rng(0).normal(size=(3, 20, 20)).astype(np.float32)
-    np.testing.assert_array_equal(map_filter.treat(heat, OFF, [None, 1.0, 0.5]), heat)
-    learned = map_filter.learn(config.base().score.suppress.to_dict(), heat)
-    assert learned.steps == OFF
-    np.testing.assert_array_equal(learned.supports, heat)
+    np.testing.assert_array_equal(map_filter.apply(heat, OFF, [None, 1.0, 0.5]), heat)
+    steps, maps = map_filter.learn({}, heat)
+    assert steps == OFF
+    np.testing.assert_array_equal(maps, heat)
 
 
 def test_the_median_removes_single_pixels_and_keeps_edges():
-    got = map_filter.treat(speckled(), OFF._replace(median=3))[0]
+    got = map_filter.apply(speckled(), OFF._replace(median=3))[0]
     assert got[30, 30] == 1 and got[20, 4] == 1
     assert got[5:11, 5:11].min() == 5 and got[:, 20].max() == 1
 
@@ -47,7 +44,7 @@ def test_the_median_removes_single_pixels_and_keeps_edges():
 def test_components_under_the_area_go(smallest, left):
     """Corners connect: (20, 4) and (21, 5) are one speck of two pixels."""
     heat = speckled()
-    got = map_filter.treat(heat, OFF._replace(smallest_pixels=smallest))
+    got = map_filter.apply(heat, OFF._replace(min_area_pixels=smallest))
     specks = [got[0, 30, 30] == 9, got[0, 20, 4] == 9, got[0, 31, 10] == 9]
     assert sum(specks) == left
     lesion = np.s_[0, 4:12, 4:12]
@@ -59,16 +56,16 @@ def test_a_speck_on_a_lesion_is_lowered_to_the_lesion():
     heat = np.ones((1, 20, 20), np.float32)
     heat[0, 5:15, 5:15] = 4
     heat[0, 8, 8] = 9
-    got = map_filter.treat(heat, OFF._replace(smallest_pixels=5))
+    got = map_filter.apply(heat, OFF._replace(min_area_pixels=5))
     assert got[0, 8, 8] == 4 and got.max() == 4 and (got == 4).sum() == 100
 
 
 def test_the_area_is_in_square_millimetres_where_the_spacing_is_known():
-    steps = OFF._replace(smallest_mm2=2.0, smallest_pixels=7)
+    steps = OFF._replace(min_area_mm2=2.0, min_area_pixels=7)
     assert map_filter.pixels(steps, 0.1) == 20 and map_filter.pixels(steps, 0.3) == 7
     assert map_filter.pixels(steps, 2.0) == 1 and map_filter.pixels(steps, None) == 7
     # 6 pixels of 0.5 mm² are 3 mm², of 0.25 mm² they are 1.5 mm²
-    coarse, fine = map_filter.treat(np.repeat(speckled(), 2, 0), steps, [0.5, 0.25])
+    coarse, fine = map_filter.apply(np.repeat(speckled(), 2, 0), steps, [0.5, 0.25])
     assert coarse[31, 10] == 9 and coarse[30, 30] == 1  # 0.5 mm²
     assert fine[31, 10] == 1 and fine[5, 5] == 5  # 16 mm²
 
@@ -91,78 +88,47 @@ def test_areas_read_the_images(tmp_path, monkeypatch):
 def test_smoothing_keeps_the_sum_and_lowers_the_peak():
     heat = np.zeros((1, 41, 41), np.float32)
     heat[0, 20, 20] = 1
-    got = map_filter.treat(heat, OFF._replace(sigma=2.0))
+    got = map_filter.apply(heat, OFF._replace(sigma=2.0))
     assert got.sum() == pytest.approx(1, abs=1e-4)
     assert got.max() == pytest.approx(1 / (2 * math.pi * 4), rel=0.02)
 
 
-def test_the_clip_is_learned_from_the_treated_supports():
+def test_the_ceiling_is_learned_from_the_filtered_supports():
     heat = np.random.default_rng(1).normal(size=(4, 30, 30)).astype(np.float32)
-    fields = config.base().score.suppress.to_dict() | {"sigma": 1.0, "floor": 0.2, "ceiling": 0.99}
-    made = map_filter.learn(fields, heat)
-    smooth = map_filter.treat(heat, OFF._replace(sigma=1.0))
-    assert made.steps.floor == pytest.approx(np.quantile(smooth, 0.2))
-    assert made.steps.ceiling == pytest.approx(np.quantile(smooth, 0.99))
+    steps, maps = map_filter.learn({"median": 3.0, "sigma": 1.0, "ceiling": 0.99}, heat)
+    smooth = map_filter.apply(heat, OFF._replace(median=3, sigma=1.0))
+    assert steps.ceiling == pytest.approx(np.quantile(smooth, 0.99))
     # supports and new images go the same way
-    np.testing.assert_array_equal(made.supports, map_filter.treat(heat, made.steps))
-    low, high = np.float32(made.steps.floor), np.float32(made.steps.ceiling)
-    assert made.supports.min() == low and made.supports.max() == high
+    np.testing.assert_array_equal(maps, map_filter.apply(heat, steps))
+    assert maps.max() == np.float32(steps.ceiling)
 
 
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"median": 4}, "median is 4: give an odd number"),
-        ({"median": -1}, "median is -1"),
-        ({"floor": 0.99, "ceiling": 0.985}, "give a lower floor"),
-        ({"ceiling": 0.98}, "no pixel could be abnormal"),
-        ({"sigma": float("nan")}, "sigma is nan"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(changes, said):
-    c = config.base("k=4")
-    c.score.suppress.update(changes)
-    with pytest.raises(ConfigError, match=said):
-        config.resolve(c)
-
-
-def test_a_clip_needs_supports():
-    c = config.base("k=0")
-    c.score.suppress.floor = 0.5
-    with pytest.raises(ConfigError, match="quantiles of supports and config.k is 0"):
-        config.resolve(c)
-
-
-def test_the_peer_preset_switches_it_off():
-    c = config.base("k=4,method=mediclip")
-    c.score.suppress.sigma = 2.0
-    assert config.resolve(c).score.suppress.to_dict() == config.base().score.suppress.to_dict()
-
-
-def test_thresholds_come_from_supports_treated_the_same(scene):  # noqa: F811
+def test_thresholds_come_from_supports_filtered_the_same(scene):
     feature_cache, supports, test, made = scene
-    plain = evaluate.score_images(made, feature_cache, test, **SETTINGS)
-    maps = np.asarray(anomaly_map.to_pixels(jax.numpy.asarray(made.held_out), 32))
-    fields = config.base().score.suppress.to_dict() | {"sigma": 3.0, "smallest_pixels": 9}
-    quiet = map_filter.learn(fields, maps, list(map_filter.areas(supports, 32, "stretch")))
-    got = evaluate.score_images(made, feature_cache, test, **SETTINGS, quiet=quiet)
-    assert got.limits.pixel == calibration.pixel_threshold(quiet.supports, SETTINGS["pixel_rate"])
-    assert got.limits.pixel.value < plain.limits.pixel.value
+    plain = score(made, feature_cache, test)
+    steps = {"sigma": 3.0, "min_area_pixels": 9.0}
+    found = detector.calibrate(made, **RATES, filter_steps=steps)
+    got = score(made, feature_cache, test, thresholds=found)
+    maps = np.asarray(anomaly_map.to_pixels(jnp.asarray(made.calibration.patch), 32))
+    filtered = map_filter.apply(maps, found.filter)
+    assert found.pixel == calibration.pixel_threshold(filtered, RATES["pixel_rate"])
+    assert found.pixel.value < plain.calibration.pixel.value
     np.testing.assert_array_equal(got.predictions.score, plain.predictions.score)
     # the whole, by hand
     (tokens,) = cache.load_images(feature_cache, test, len(test))
-    raw = np.asarray(anomaly_map.to_pixels(made.patches(tokens), 32))
-    wanted = map_filter.treat(raw, quiet.steps)
-    unit = calibration.to_unit(wanted, got.limits.pixel.value, got.limits.pixel_width)
+    raw = np.asarray(anomaly_map.to_pixels(detector.score(made, tokens).patch, 32))
+    wanted = map_filter.apply(raw, found.filter)
+    unit = calibration.to_unit(wanted, found.pixel.value, found.pixel_scale)
     np.testing.assert_allclose(got.predictions.maps, unit, atol=2e-3)
-    neutral = map_filter.learn(config.base().score.suppress.to_dict(), maps)
-    off = evaluate.score_images(made, feature_cache, test, **SETTINGS, quiet=neutral)
-    np.testing.assert_array_equal(off.predictions.maps, plain.predictions.maps)
 
 
-def test_steps_survive_json():
-    from medclip_jax.detectors import saved
-
-    steps = OFF._replace(sigma=1.5, ceiling=0.7)
-    held = json.loads(json.dumps(saved._finite(steps), allow_nan=False))
-    assert map_filter.Steps(**held) == steps
+def test_a_calibration_survives_its_file(scene, tmp_path):
+    *_, made = scene
+    found = detector.calibrate(made, **RATES, filter_steps={"sigma": 1.5})
+    whose = {"checkpoint": "c", "language": "", "supports": ["s"]}
+    saved.write(tmp_path, made, found, config={"data": {"root": "/secret"}}, **whose)
+    stored = saved.read(tmp_path)
+    assert stored.calibration._replace(healthy=0) == found._replace(healthy=0)
+    np.testing.assert_array_equal(stored.calibration.healthy, found.healthy)
+    jax.tree.map(np.testing.assert_array_equal, stored.params, jax.device_get(made.params))
+    assert stored.config["data"]["root"] == ""

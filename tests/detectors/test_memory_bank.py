@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from medclip_jax.data import augmentation
-from medclip_jax.detectors import by_name, memory_bank
-from medclip_jax.features import cache, encoder, support_images
+from medclip_jax.detectors import detector, memory_bank
 from medclip_jax.models import similarity
 from tests.support.models import rows, tokens
-from tests.support.pictures import one_device, write_pictures
+from tests.support.scenes import POOL, SIZE
 
 
 def cloud(n, d=6, seed=0):
@@ -60,31 +59,67 @@ def test_a_share_of_one_is_the_memory_itself():
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 29])
 def test_chunks_change_nothing(monkeypatch, count):
     v, m = cloud(20, seed=1).reshape(4, 5, 6), cloud(count, seed=2)
-    whole, row = memory_bank.most_alike(v, m)
+    row = memory_bank.most_similar(v, m)
     np.testing.assert_array_equal(row, similarity.cosine(v, m).argmax(-1))
     monkeypatch.setattr(memory_bank, "CHUNK", 8)
-    again, same = memory_bank.most_alike(v, m)
-    np.testing.assert_allclose(again, whole, atol=1e-6)
-    np.testing.assert_array_equal(same, row)
-    far, _ = memory_bank.most_alike(-m[None, :1], m[:1].repeat(9, 0))  # no padding may look nearer
-    np.testing.assert_allclose(far, -1, atol=1e-6)
+    np.testing.assert_array_equal(memory_bank.most_similar(v, m), row)
+    far = memory_bank.memory_distance((-m[None, :1],), (m[:1].repeat(9, 0),))
+    np.testing.assert_allclose(far, 2, atol=1e-6)  # no padding may look nearer
 
 
-def test_a_coreset_is_chosen_without_the_left_out_support():
-    held = tokens(4)
-    whole = memory_bank.remember(held, 0.25)
+def build(features, **more):
+    more = {"k": len(features.pooled)} | more
+    return memory_bank.build(features, POOL, SIZE, **more)
+
+
+@pytest.mark.parametrize("coreset", [1.0, 0.25])
+def test_each_support_is_compared_with_the_others(coreset):
+    own = tokens(4)
+    whole = build(own, coreset=coreset)
     for i in range(4):
-        others = memory_bank.remember(rows(held, [j for j in range(4) if j != i]), 0.25)
-        np.testing.assert_allclose(
-            whole.held_out[i : i + 1], others.patches(rows(held, [i])), atol=1e-6
-        )
+        others = build(rows(own, [j for j in range(4) if j != i]), coreset=coreset)
+        alone = detector.score(others, rows(own, [i]))
+        np.testing.assert_allclose(whole.calibration.patch[i : i + 1], alone.patch, atol=1e-6)
+        np.testing.assert_allclose(whole.calibration.image[i : i + 1], alone.image, atol=1e-6)
+    assert whole.calibration.patch.min() > 0.1
+    assert not whole.stochastic and whole.fold_params is None
+
+
+def test_scores_by_the_definition():
+    own, new = tokens(2), tokens(3, seed=1)
+    wanted = 0
+    for v, m in zip(new.levels, own.levels, strict=True):
+        v, m = memory_bank.neighbourhood(v), memory_bank.neighbourhood(m).reshape(-1, 32)
+        v = v / np.linalg.norm(v, axis=-1, keepdims=True)
+        m = m / np.linalg.norm(m, axis=-1, keepdims=True)
+        wanted += (1 - np.einsum("npd,md->npm", v, m)).min(-1) / 2
+    scores = detector.score(build(own), new)
+    np.testing.assert_allclose(scores.patch, wanted, atol=1e-6)
+    np.testing.assert_allclose(scores.image, wanted.max(1), atol=1e-6)  # 5% of 16 patches
+    np.testing.assert_allclose(detector.score(build(own), own).patch, 0, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_distance_to_the_nearest_row():
+    own, new = tokens(2), tokens(1, seed=1)
+    memory = build(own).params["memory"]
+
+    def search(v):
+        return sum((1 - similarity.cosine(v, m).max(-1)).sum() for m in memory) / 2
+
+    def ours(v):
+        return memory_bank.memory_distance((v, v), memory).sum()
+
+    got, wanted = (jax.grad(f)(new.levels[0]) for f in (ours, search))
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    assert np.abs(got).max() > 1e-3
 
 
 def test_one_support_is_compared_with_its_views():
-    held, seen = tokens(1), tokens(3, seed=4)
-    made = memory_bank.remember(held, 1.0, seen)
-    np.testing.assert_allclose(made.held_out, made.patches(seen), atol=1e-6)
-    assert made.k == 1 and made.held_out.shape == (3, 16) and made.held_out.min() > 0
+    own, seen = tokens(1), tokens(3, seed=4)
+    made = build(own, calibrating=seen)
+    np.testing.assert_allclose(made.calibration.patch, detector.score(made, seen).patch, atol=1e-6)
+    assert made.k == 1 and made.calibration.patch.shape == (3, 16)
+    assert made.calibration.patch.min() > 0
 
 
 def test_views_are_gentle():
@@ -96,25 +131,3 @@ def test_views_are_gentle():
     np.testing.assert_array_equal(made[:5, :, ::-1], made[5:])
     assert 0 < np.abs(made[:5] - image).mean() < 0.1
     np.testing.assert_allclose(made[4][32, 32], image[32, 32], atol=0.02)
-
-
-def test_a_mirrored_memory_knows_its_supports_either_way(tmp_path, tiny):
-    supports = write_pictures(tmp_path, 3, start=7)
-    feature_cache = cache.open(tmp_path, tiny, "stretch", "float32", one_device())
-    encoder.encode_images(feature_cache, supports)
-    images = support_images.pixels(feature_cache, supports, tiny.size)
-    own, turned = (
-        encoder.encode(feature_cache, np.ascontiguousarray(x)) for x in (images, images[..., ::-1])
-    )
-    made, plain = (
-        by_name.build("memory", None, {}, None, feature_cache, supports, [], mirror=m)
-        for m in (True, False)
-    )
-    for seen in (own, turned):
-        np.testing.assert_allclose(made.patches(seen), 0, atol=1e-5)
-    assert np.asarray(plain.patches(turned)).max() > 1e-3
-    assert made.k == 3 and made.held_out.shape == (3, 16)
-    # support 1 is compared with the others and their mirror images, not with its own
-    others = jax.tree.map(lambda a, b: jnp.concatenate([a[::2], b[::2]]), own, turned)
-    wanted = memory_bank.remember(others).patches(rows(jax.tree.map(jnp.asarray, own), [1]))
-    np.testing.assert_allclose(made.held_out[1:2], wanted, atol=1e-5)

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config
+from medclip_jax import config_validation
 from medclip_jax.data import records as data_records
-from medclip_jax.detectors import pixel_baselines
+from medclip_jax.detectors import detector, pixel_baselines
 from medclip_jax.evaluation import evaluate
-from medclip_jax.features import cache
+from medclip_jax.features import cache, support_images, thumbnails
 from tests.support.pictures import one_device, write_pictures
+from tests.support.scenes import score
 
 
 @pytest.fixture(scope="module")
@@ -20,53 +21,57 @@ def scene(tmp_path_factory, tiny):
     return feature_cache, pictures[:4], pictures[4:]
 
 
+def build(method, feature_cache, supports):
+    images = support_images.healthy_images(feature_cache, supports)
+    features = thumbnails.of_images(images)
+    return pixel_baselines.METHODS[method](features, len(supports), feature_cache.clip.size)
+
+
 def pixels(feature_cache, records):
-    held = data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)
-    return np.stack([x for _, x in held])
+    images = data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)
+    return np.stack([x for _, x in images])
 
 
 def test_the_config_knows_them():
-    assert set(pixel_baselines.METHODS) == set(config.FIXED) - {"memory", "zero_shot"}
+    assert set(pixel_baselines.METHODS) == set(config_validation.PIXEL_METHODS)
 
 
 def test_shrinking_takes_means_of_equal_areas():
     rng = np.random.default_rng(0)
     x = rng.random((224, 224)).astype(np.float32)
     blocks = x.reshape(32, 7, 32, 7).mean((1, 3))
-    np.testing.assert_allclose(pixel_baselines.shrink(x), blocks, atol=1e-6)
-    odd = pixel_baselines.shrink(rng.random((50, 50)).astype(np.float32))
+    np.testing.assert_allclose(thumbnails.shrink(x), blocks, atol=1e-6)
+    odd = thumbnails.shrink(rng.random((50, 50)).astype(np.float32))
     assert odd.shape == (32, 32)
-    np.testing.assert_allclose(pixel_baselines.areas(50).sum(1), 1, atol=1e-12)
-    np.testing.assert_allclose(pixel_baselines.areas(50).sum(0), 32 / 50, atol=1e-12)
+    np.testing.assert_allclose(thumbnails.areas(50).sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(thumbnails.areas(50).sum(0), 32 / 50, atol=1e-12)
 
 
 def test_grey_level_is_the_mean_of_the_image(scene):
     feature_cache, supports, test = scene
-    made = pixel_baselines.build("grey_level", feature_cache, supports)
-    (batch,) = made.load(feature_cache, test, 10)
-    np.testing.assert_allclose(
-        made.image(batch), pixels(feature_cache, test).mean((1, 2)), atol=1e-6
-    )
+    made = build("grey_level", feature_cache, supports)
+    (batch,) = made.read(feature_cache, test, 10)
+    scores = detector.score(made, batch)
+    np.testing.assert_allclose(scores.image, pixels(feature_cache, test).mean((1, 2)), atol=1e-6)
     wanted = pixels(feature_cache, supports).mean((1, 2))
-    np.testing.assert_allclose(made.held_out_image, wanted, atol=1e-6)
-    np.testing.assert_allclose(
-        np.asarray(made.patches(batch)).mean(1), made.image(batch), atol=1e-6
-    )
+    np.testing.assert_allclose(made.calibration.image, wanted, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(scores.patch).mean(1), scores.image, atol=1e-6)
 
 
 def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
     feature_cache, supports, test = scene
-    made = pixel_baselines.build("thumbnails", feature_cache, supports)
-    (batch,) = made.load(feature_cache, test, 10)
-    held, new = (
-        np.stack([pixel_baselines.shrink(x).ravel() for x in pixels(feature_cache, r)])
+    made = build("thumbnails", feature_cache, supports)
+    (batch,) = made.read(feature_cache, test, 10)
+    own, new = (
+        np.stack([thumbnails.shrink(x).ravel() for x in pixels(feature_cache, r)])
         for r in (supports, test)
     )
-    both = np.corrcoef(np.concatenate([held, new]))
-    np.testing.assert_allclose(made.image(batch), 1 - both[4:, :4].max(1), atol=1e-4)
+    both = np.corrcoef(np.concatenate([own, new]))
+    image = detector.score(made, batch).image
+    np.testing.assert_allclose(image, 1 - both[4:, :4].max(1), atol=1e-4)
     alone = both[:4, :4] - 2 * np.eye(4)  # a support never explains itself
-    np.testing.assert_allclose(made.held_out_image, 1 - alone.max(1), atol=1e-4)
-    assert made.held_out_image.min() > 0.01
+    np.testing.assert_allclose(made.calibration.image, 1 - alone.max(1), atol=1e-4)
+    assert made.calibration.image.min() > 0.01
 
 
 def test_a_constant_image_correlates_with_nothing():
@@ -78,11 +83,11 @@ def test_a_constant_image_correlates_with_nothing():
 @pytest.mark.parametrize("method", list(pixel_baselines.METHODS))
 def test_scores_depend_neither_on_order_nor_on_batches(scene, monkeypatch, method):
     feature_cache, supports, test = scene
-    made = pixel_baselines.build(method, feature_cache, supports)
-    settings = dict(top=0.05, alpha=0.2, pixel_rate=0.02, passes=3, seed=0)
-    whole = evaluate.score_images(made, feature_cache, test, **settings).predictions
+    made = build(method, feature_cache, supports)
+    whole = score(made, feature_cache, test)
     monkeypatch.setattr(evaluate, "BATCH", 2)
-    turned = evaluate.score_images(made, feature_cache, test[::-1], **settings).predictions
-    np.testing.assert_allclose(turned.score[::-1], whole.score, rtol=1e-5)  # sums of float32
-    np.testing.assert_allclose(np.array(turned.maps)[::-1], whole.maps, atol=1e-3)
-    assert (whole.uncertainty == 0).all() and whole.maps.shape == (5, 32, 32)
+    turned = score(made, feature_cache, test[::-1]).predictions
+    p = whole.predictions
+    np.testing.assert_allclose(turned.score[::-1], p.score, rtol=1e-5)  # sums of float32
+    np.testing.assert_allclose(np.array(turned.maps)[::-1], p.maps, atol=1e-3)
+    assert (p.uncertainty == 0).all() and p.maps.shape == (5, 32, 32) and whole.cams is None

@@ -9,15 +9,14 @@ from medclip_jax.errors import DataError
 from medclip_jax.evaluation import evaluate, ground_truth, predictions
 from medclip_jax.features import cache
 from medclip_jax.io import read as io_read
-from tests.support.scenes import SETTINGS, perfect
+from tests.support.scenes import perfect, score
 
 
 def test_scores_do_not_read_labels_or_masks(scene, scored):
     feature_cache, _, test, made = scene
     lied = [r._replace(label=1 - r.label, masks=()) for r in test]
-    again = evaluate.score_images(made, feature_cache, lied, **SETTINGS)
-    assert again.calibration == scored.calibration
-    for name in ("score", "p_value", "uncertainty", "maps"):
+    again = score(made, feature_cache, lied)
+    for name in ("score", "p_value", "uncertainty", "maps", "patch_mean", "patch_variance"):
         np.testing.assert_array_equal(
             getattr(again.predictions, name), getattr(scored.predictions, name)
         )
@@ -26,10 +25,9 @@ def test_scores_do_not_read_labels_or_masks(scene, scored):
 def test_scores_depend_neither_on_order_nor_on_batches(scene, scored, monkeypatch):
     feature_cache, _, test, made = scene
     monkeypatch.setattr(evaluate, "BATCH", 3)
-    turned = evaluate.score_images(made, feature_cache, test[::-1], **SETTINGS)
-    assert turned.calibration == scored.calibration  # from supports alone
+    turned = score(made, feature_cache, test[::-1])
     assert turned.predictions.id == scored.predictions.id[::-1]
-    for name in ("score", "p_value", "uncertainty", "maps"):
+    for name in ("score", "p_value", "uncertainty", "maps", "patch_mean", "patch_variance"):
         a, b = (np.array(getattr(x.predictions, name)) for x in (turned, scored))
         np.testing.assert_allclose(a[::-1], b, atol=1e-3 if name == "maps" else 1e-5)
     assert scored.predictions.uncertainty.min() > 0
@@ -37,31 +35,25 @@ def test_scores_depend_neither_on_order_nor_on_batches(scene, scored, monkeypatc
 
 def test_decision_and_p_value_agree(scored):
     p, found = scored.predictions, scored.calibration
-    assert found["k"] == 5
+    assert found.k == 5
     attained = 1 / 6  # the largest m / (k + 1) up to alpha = 0.2
     np.testing.assert_array_equal(p.score >= 0.5, p.p_value <= attained + 1e-12)
     assert 0 < (p.score >= 0.5).mean() <= 1 and (p.score > 0).all() and (p.score < 1).all()
 
 
-def test_no_passes_no_uncertainty(scene):
-    feature_cache, _, test, made = scene
-    got = evaluate.score_images(made, feature_cache, test[:2], **SETTINGS | {"passes": 0})
-    np.testing.assert_array_equal(got.predictions.uncertainty, 0)
-
-
-def test_a_score_that_is_not_finite_names_its_image(scene):
+def test_a_score_that_is_not_finite_names_its_image(scene, monkeypatch):
     """Of the second batch's images the one with a strange token."""
     feature_cache, _, test, made = scene
     (odd,) = cache.load_images(feature_cache, test[6:], 1)
 
-    def broken(batch):
+    def broken(params, batch, key):
         marked = jnp.isclose(batch.pooled[:, :1], odd.pooled[0, 0])
-        return jnp.where(marked, jnp.nan, made.patches(batch))
+        scores = made.apply(params, batch, key)
+        return scores._replace(patch=jnp.where(marked, jnp.nan, scores.patch))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "BATCH", 4)
-        with pytest.raises(DataError, match=f"^{test[6].id}: its score or map is not finite"):
-            evaluate.score_images(made._replace(patches=broken), feature_cache, test, **SETTINGS)
+    monkeypatch.setattr(evaluate, "BATCH", 4)
+    with pytest.raises(DataError, match=f"^{test[6].id}: its score or map is not finite"):
+        score(made._replace(apply=broken), feature_cache, test)
 
 
 def test_half_precision_keeps_decisions():

@@ -4,13 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from medclip_jax.detectors import prompt_detector
+from medclip_jax.detectors import detector, prompt_detector
 from medclip_jax.evaluation import evaluate, predictions, uncertainty
 from medclip_jax.features.batch import Batch
 from medclip_jax.models import model
-from tests.support.ensembles import moved_scores
 from tests.support.models import design_of, tokens
-from tests.support.scenes import SETTINGS, perfect
+from tests.support.scenes import POOL, score
 
 
 def test_entropy_is_that_of_a_coin():
@@ -28,13 +27,6 @@ def test_mutual_information_is_what_the_passes_disagree_about():
     assert mutual[2] == 0
     whole, mutual = uncertainty.of_passes(np.random.default_rng(0).random((20, 50)))
     assert (mutual > 0).all() and (mutual < whole).all() and (whole <= np.log(2) + 1e-12).all()
-
-
-def test_measures_that_are_undefined_are_left_out():
-    columns = np.array([[0.1, 0.2, np.nan], [0.3, 0.4, np.nan]])
-    found = uncertainty.named(columns)
-    assert list(found) == ["entropy", "mutual_information"]
-    np.testing.assert_array_equal(found["mutual_information"], [0.2, 0.4])
 
 
 def test_risk_falls_where_the_uncertain_are_wrong():
@@ -76,11 +68,11 @@ def test_without_passes_nothing_is_measured(measures):
 
 def test_predictions_and_metrics_hold_the_measures(scene, scored, tmp_path):  # noqa: F811
     _, _, test, _ = scene
-    assert set(scored.doubts) == set(uncertainty.NAMES)
-    p, doubts = scored.predictions, scored.doubts
-    assert all(x.shape == p.score.shape for x in doubts.values())
-    assert (doubts["mutual_information"] >= 0).all() and doubts["ensemble"].min() > 0
-    assert (doubts["mutual_information"] <= doubts["entropy"]).all()
+    assert set(scored.uncertainties) == set(uncertainty.NAMES)
+    p, columns = scored.predictions, scored.uncertainties
+    assert all(x.shape == p.score.shape for x in columns.values())
+    assert (columns["mutual_information"] >= 0).all() and columns["ensemble"].min() > 0
+    assert (columns["mutual_information"] <= columns["entropy"]).all()
     found = evaluate.measure(scored, test, "stretch")["uncertainty"]
     assert set(found["measures"]) == {"sd", *uncertainty.NAMES, "distance"}
     plain = found["measures"]["sd"]
@@ -88,49 +80,14 @@ def test_predictions_and_metrics_hold_the_measures(scene, scored, tmp_path):  # 
     predictions.write_predictions(tmp_path, scored, test, "stretch", seed=0)
     with np.load(tmp_path / "predictions.npz", allow_pickle=False) as held:
         for name in uncertainty.NAMES:
-            np.testing.assert_array_equal(held[name], doubts[name])
+            np.testing.assert_array_equal(held[name], columns[name])
 
 
-def test_without_passes_there_are_no_measures(scene, tmp_path):  # noqa: F811
+def test_without_dropout_there_are_no_measures(scene):
     feature_cache, _, test, made = scene
-    got = evaluate.score_images(made, feature_cache, test, **SETTINGS | {"passes": 0})
-    assert got.doubts is None
+    got = score(made._replace(stochastic=False), feature_cache, test)
+    assert got.uncertainties is None and not got.predictions.patch_variance.any()
     assert evaluate.measure(got, test, "stretch")["uncertainty"] is None
-    assert evaluate.measure(perfect(test), test, "stretch")["uncertainty"] is None
-
-
-def test_labels_are_read_after_scoring(scene, scored):  # noqa: F811
-    feature_cache, _, test, made = scene
-    lied = [r._replace(label=1 - r.label, masks=()) for r in test]
-    again = evaluate.score_images(made, feature_cache, lied, **SETTINGS)
-    for name, column in scored.doubts.items():
-        np.testing.assert_array_equal(again.doubts[name], column)
-
-
-def test_the_ensemble_is_the_held_out_copies(tiny):
-    design, frozen = design_of(tiny, dropout=0.2)
-    starts = [model.init(jax.random.key(i), tiny, design, 2, False) for i in range(3)]
-    params = jax.tree.map(lambda *x: jax.numpy.stack(x), *starts)
-    groups = [np.array([0, 2]), np.array([1, 3])]
-    made = prompt_detector.learned(params, frozen, design, tokens(4), groups)
-    new = tokens(2, seed=5)
-    each = np.asarray(made.copies(new))
-    assert each.shape == (2, 2, 16)
-    for values, support in zip(each, (0, 1), strict=True):
-        np.testing.assert_array_equal(values, made.without(support, new))
-    one = prompt_detector.learned(params, frozen, design, tokens(1), [])
-    assert one.copies is None
-
-
-def test_a_fused_ensemble_differs_by_the_learned_branch_alone(fused):  # noqa: F811
-    made, _, (whole, mix), *_ = fused
-    new = tokens(2)
-    drawn, plain = made["learned"].copies(new), made["learned"].patches(new)
-    at = mix.names.index("learned")
-    wanted = whole.patches(new)[None] + mix.patch_gain[at] * (drawn - plain[None])
-    np.testing.assert_allclose(whole.copies(new), wanted, atol=2e-4)
-    scores = moved_scores(mix, drawn, plain)
-    np.testing.assert_allclose(whole.image_copies(new), whole.image(new)[None] + scores, atol=2e-4)
 
 
 # --- MC-dropout itself (10) ---------------------------------------------------------------------
@@ -140,35 +97,23 @@ def dropping(tiny, rate):
     design, frozen = design_of(tiny, dropout=rate)
     start = model.init(jax.random.key(1), tiny, design, 2, False)
     params = jax.tree.map(lambda x: x[None], start)
-    made = prompt_detector.learned(params, frozen, design, tokens(1), [])
+    made = prompt_detector.build(params, frozen, design, POOL, tokens(1), [], 1)
     return made, design, frozen, start
-
-
-def test_rate_0_has_variance_exactly_0(tiny):
-    made, design, frozen, params = dropping(tiny, 0.0)
-    assert made.passes is None
-    text = model.text_features(params, frozen, design)
-    new = tokens(3, seed=4)
-    each = [
-        model.forward(params, text, new, design, key).logit
-        for key in jax.random.split(jax.random.key(0), 4)
-    ]
-    np.testing.assert_array_equal(np.stack(each).var(0), 0)
-    np.testing.assert_allclose(each[0], made.patches(new), rtol=2e-6, atol=2e-6)  # compiled or not
 
 
 def test_the_mean_of_passes_settles_as_one_over_root_t(tiny):
     """The sd of means of T passes, over many such means, times sqrt(T) is one constant."""
     made, *_ = dropping(tiny, 0.3)
-    drawn = np.asarray(made.passes(tokens(2, seed=4), jax.random.split(jax.random.key(2), 1024)))
-    drawn = drawn.mean(2)  # [t, n]
-    spread = {t: drawn.reshape(-1, t, 2).mean(1).std(0, ddof=1) for t in (1, 4, 16)}
+    keys = jax.random.split(jax.random.key(2), 1024)
+    passes = detector.read_batch(made, tokens(2, seed=4), keys).passes.patch
+    means = np.asarray(passes).mean(2).T  # [t, n]
+    spread = {t: means.reshape(-1, t, 2).mean(1).std(0, ddof=1) for t in (1, 4, 16)}
     for t in (4, 16):  # 256 and 64 means: the relative error of their sd is under 9%
         np.testing.assert_allclose(spread[t] * np.sqrt(t), spread[1], rtol=0.3)
 
 
 def test_training_and_scoring_drop_at_the_same_rate(tiny, monkeypatch):
-    """Both read design.dropout: every mask that is drawn is drawn with it."""
+    """Both read design.dropout: every mask is sampled with it."""
     made, design, frozen, params = dropping(tiny, 0.25)
     rates, real = [], jax.random.bernoulli
 
@@ -177,7 +122,7 @@ def test_training_and_scoring_drop_at_the_same_rate(tiny, monkeypatch):
         return real(key, p, shape, **more)
 
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
-    made.passes(tokens(2), jax.random.split(jax.random.key(3), 2))
+    made.apply(made.params, tokens(2), jax.random.key(3))
     scoring = list(rates)
     rates.clear()
     mask, label = np.zeros((2, 32, 32), np.float32), np.array([0, 1], np.int32)

@@ -9,25 +9,20 @@ from scipy import stats
 
 from medclip_jax.clip import resnet
 from medclip_jax.clip.outputs import Features
-from medclip_jax.detectors import calibration
-from medclip_jax.detectors.detector import Detector
-from medclip_jax.detectors.limits import Limits
+from medclip_jax.detectors import calibration, detector
+from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.explain import faithfulness, grad_cam
 from medclip_jax.features import cache
 from tests.support.paths import REFERENCE
+from tests.support.scenes import thresholds_of
 
 RESNET = REFERENCE / "clip_resnet"
 
 
-def total(batch):
-    """Anomaly of a patch: the sum of its last level."""
-    return batch.levels[-1].sum(-1)
-
-
-def limits_of(value=0.0):
-    one = calibration.threshold(np.array([0.0, 1.0]), 0.5)
-    pixel = calibration.pixel_threshold(np.zeros((1, 2, 2)), 0.5)._replace(value=value)
-    return Limits(np.array([0.0, 1.0]), one, 1.0, pixel, 1.0)
+def total(params, batch, key):
+    """Anomaly of a patch: the sum of its last layer."""
+    patch = batch.levels[-1].sum(-1)
+    return Scores(patch, patch.max(1))
 
 
 def test_pointing_of_map_and_grad_cam_by_hand():
@@ -50,8 +45,8 @@ def test_deletion_replaces_the_most_important_first():
     healthy = Features(np.zeros((1, 4), np.float32), (np.zeros((1, 16, 3), np.float32),))
     value = level.sum(-1)
     orders = {"map": value, "worst": -value}
-    made = Detector(total, np.zeros((2, 16), np.float32), None)
-    found = faithfulness.deletion(made, tokens, healthy, orders, limits_of(), top=1.0)
+    made = Detector(total, {}, None, None, 0, False, 32)
+    found = faithfulness.deletion(made, tokens, healthy, orders, thresholds_of(), top=1.0)
     assert found["share"] == [i / 8 for i in range(9)]
     for name, sign in (("map", 1), ("worst", -1)):
         order = np.argsort(-sign * value, axis=1)
@@ -83,7 +78,7 @@ def test_of_model_on_a_bank(scene):
     feature_cache, supports, test, made = scene
     how = grad_cam.Explanation(top=0.25)
     asked = dict(how=how, count=8, randomised=True, seed=0)
-    found = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
+    found = faithfulness.of_model(made, feature_cache, supports[0], test, thresholds_of(), **asked)
     assert found["images"] == [r.id for r in test if r.label]
     curves = found["deletion"]
     assert set(curves) == {"share", "map", "grad_cam", "random"}
@@ -91,31 +86,31 @@ def test_of_model_on_a_bank(scene):
     np.testing.assert_allclose(ends, ends[[0, 0, 0]], atol=1e-6)
     # all replaced: the support's own score
     (own,) = cache.load_images(feature_cache, supports[:1], 1)
-    values = np.sort(np.asarray(made.patches(own)), axis=1)[:, -4:].mean()
+    values = np.sort(np.asarray(detector.score(made, own).patch), axis=1)[:, -4:].mean()
     unit = calibration.to_unit(np.array(values), 0.0, 1.0)
     assert ends[0, 1] == pytest.approx(float(unit), abs=1e-5)
     assert -1 <= found["spearman"] <= 1
     for told in found["randomised"].values():
         assert set(told) == {"map", "grad_cam"} and all(x < 0.999 for x in told.values())
-    again = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **asked)
+    again = faithfulness.of_model(made, feature_cache, supports[0], test, thresholds_of(), **asked)
     assert again == found
     plain = asked | {"randomised": False}
-    plain = faithfulness.of_model(made, feature_cache, supports[0], test, limits_of(), **plain)
+    plain = faithfulness.of_model(made, feature_cache, supports[0], test, thresholds_of(), **plain)
     assert plain == {name: x for name, x in found.items() if name != "randomised"}
 
 
 def test_where_there_is_nothing_to_check(scene):
     feature_cache, supports, test, made = scene
     asked = dict(how=grad_cam.Explanation(top=0.25), randomised=False, seed=0)
-    held = feature_cache, supports[0], test, limits_of()
+    held = feature_cache, supports[0], test, thresholds_of()
     assert faithfulness.of_model(made, *held, count=0, **asked) is None
-    pixels = made._replace(load=lambda *_: iter(()))
+    pixels = made._replace(read=lambda *_: iter(()))
     assert faithfulness.of_model(pixels, *held, count=4, **asked) is None
     healthy = [r for r in test if not r.label]
-    held = feature_cache, supports[0], healthy, limits_of()
+    held = feature_cache, supports[0], healthy, thresholds_of()
     assert faithfulness.of_model(made, *held, count=4, **asked) is None
-    flat = made._replace(patches=lambda b: jnp.zeros((len(b.pooled), 16)), choose=None, chosen=None)
-    held = feature_cache, supports[0], test, limits_of()
+    flat = made._replace(apply=lambda p, b, k: Scores(jnp.zeros((len(b.pooled), 16)), None))
+    held = feature_cache, supports[0], test, thresholds_of()
     assert faithfulness.of_model(flat, *held, count=4, **asked) is None
 
 

@@ -11,12 +11,13 @@ from safetensors.numpy import load_file
 from medclip_jax.clip import resnet, vit
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors import memory_bank
-from medclip_jax.detectors.detector import Detector
+from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.explain import grad_cam
 from medclip_jax.models import model, similarity
 from tests.support.models import design_of, tokens
 from tests.support.paths import REFERENCE
 from tests.support.reference import reference_params
+from tests.support.scenes import POOL, SIZE
 
 CAM = reference_params("cam_*.npz")
 RESNET = REFERENCE / "clip_resnet"
@@ -90,7 +91,11 @@ def close(values, wanted, relative):
 
 
 def detector_of(patches):
-    return Detector(patches, np.zeros((2, 16), np.float32), None)
+    def apply(params, features, key):
+        patch = patches(features)
+        return Scores(patch, patch.max(1))
+
+    return Detector(apply, {}, None, None, 2, False, 32)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +112,10 @@ def scene(tiny):
 
 def test_gradients_equal_finite_differences(scene):
     patches, features = scene
-    apply, params = grad_cam._apply(detector_of(patches), features)
+    made = detector_of(patches)
     rng = np.random.default_rng(1)
     for layer in (0, -1):
-        gradient = grad_cam._gradients(apply, params, features, layer, 0.25)
+        gradient = grad_cam.gradients(made, features, layer, 0.25)
         way = rng.normal(size=gradient.shape).astype(np.float32)
 
         def score(step, layer=layer, way=way):
@@ -137,7 +142,9 @@ def test_each_layer_has_its_own_cam(scene, method):
     assert cam(detector_of(last), layer=1).max() > 0.9
     with pytest.raises(grad_cam.NoGradientError, match="layer 0 of the 2 .* config.explanation"):
         cam(detector_of(last), layer=0)
-    nothing = grad_cam.cam_or_zeros(detector_of(last), features, grad_cam.Explanation(layer=0))
+    how = grad_cam.Explanation(layer=0)
+    slopes = grad_cam.gradients(detector_of(last), features, how.layer, how.top)
+    nothing = grad_cam.weigh_or_zeros(features, slopes, how)
     assert nothing.shape == (2, 16) and not nothing.any()
 
 
@@ -176,5 +183,6 @@ def test_cams_of_a_memory_bank_are_finite(method):
     for level in strange:
         level[0, 5] += 3 * np.random.default_rng(7).normal(size=level.shape[-1])
     features = Features(supports.pooled[:1], tuple(map(jnp.asarray, strange)))
-    cam = grad_cam.cam(memory_bank.remember(supports), features, method=method)
+    memory = memory_bank.build(supports, POOL, SIZE, k=3)
+    cam = grad_cam.cam(memory, features, method=method)
     assert cam.shape == (1, 16) and np.isfinite(cam).all() and 0 <= cam.min() <= cam.max() <= 1

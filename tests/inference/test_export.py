@@ -1,4 +1,4 @@
-"""The exported scorer equals the one in the process, alone with jax and numpy; the API and lock."""
+"""The exported scorer equals the one in the process, alone with jax and numpy; the API."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import medclip_jax
-from medclip_jax import lock
+from medclip_jax import build
 from medclip_jax.errors import CheckpointError, DataError, WorkdirError
 from medclip_jax.inference import export, predictor
 from medclip_jax.io import read
@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 @pytest.fixture(scope="module")
 def exported(whole, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("export") / "scorer.medclip"
-    assert export.save(whole, path) == path.stat().st_size
+    assert export.save(build.load_predictor(whole), path) == path.stat().st_size
     return path
 
 
@@ -27,10 +27,10 @@ IMAGES = [np.random.default_rng(i).random((40 + 7 * i, 90 - i)).astype("float32"
 
 
 def test_it_equals_the_scorer_in_the_process(whole, exported):
-    model = predictor.load(whole)
-    frames = np.stack([read.fit(x, model.feature_cache.clip.size) for x in IMAGES])
+    model = build.load_predictor(whole)
+    frames = np.stack([read.fit(x, model.size) for x in IMAGES])
     mine, theirs = predictor.score(model, frames), export.load(exported)(IMAGES)
-    for name in mine._fields:
+    for name in theirs._fields:
         a, b = (np.asarray(getattr(x, name), float) for x in (mine, theirs))
         np.testing.assert_allclose(b, a, atol=1e-5, err_msg=name)
     assert len(export.load(exported)(IMAGES[:1]).score) == 1  # any batch size
@@ -93,28 +93,7 @@ def test_a_spoilt_scorer_is_refused(whole, tmp_path):
     raw[-1] ^= 1
     (tmp_path / "scorer.safetensors").write_bytes(raw)
     with pytest.raises(WorkdirError, match="is damaged"):
-        predictor.load(tmp_path)
+        build.load_predictor(tmp_path)
     (tmp_path / "scorer.safetensors").unlink()
     with pytest.raises(WorkdirError, match="holds no trained scorer"):
-        predictor.load(tmp_path)
-
-
-def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):
-    code = (
-        "import sys, time, pathlib; from medclip_jax import lock\n"
-        "with lock.hold(pathlib.Path(sys.argv[1])):\n print('in', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "in\n"
-        with pytest.raises(WorkdirError, match=f"in use by process {process.pid}"):
-            with lock.hold(tmp_path):
-                pass
-    finally:
-        process.kill()
-        process.communicate()  # closes the pipe, too
-    assert (tmp_path / lock.NAME).exists()  # the dead left its file, not its lock
-    with lock.hold(tmp_path):
-        pass
-    assert not (tmp_path / lock.NAME).exists()
+        build.load_predictor(tmp_path)

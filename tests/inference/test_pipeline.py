@@ -12,9 +12,9 @@ import PIL.Image
 import pytest
 from scipy import ndimage
 
+from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.inference import image_results, loading, results
 from medclip_jax.inference.inputs import Item
-from medclip_jax.inference.predictor import Scores
 from medclip_jax.io import overlay
 from medclip_jax.io.pillow import encode_png
 
@@ -45,12 +45,13 @@ def test_an_overlay_is_the_weighted_sum_of_grey_and_colour(shape):
 
 def test_marks_of_parts_are_those_of_the_whole():
     maps = np.stack([blobs(i, (24, 24)) for i in range(4)]).astype(np.float64)
-    scores = Scores(maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps)
+    columns = maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps
+    scores = BatchScores(*columns, *[maps[:, 0]] * 4)
     codes = [np.zeros((4, 50, 30), np.uint16) for _ in range(2)]
     whole = image_results.mark(scores, codes[0], 0, (0.5, 0.25), "pad")
     parts = []
     for a, b in ((0, 1), (1, 4)):
-        some = Scores(*(column[a:b] for column in scores))
+        some = BatchScores(*(column[a:b] for column in scores))
         parts += image_results.mark(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
     assert parts == whole.frames and np.array_equal(*codes)
     assert [f["frame"] for f in whole.frames] == [0, 1, 2, 3]

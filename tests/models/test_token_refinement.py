@@ -130,6 +130,6 @@ def test_a_whole_run_learns_it_and_its_scorer_reads_alike(world, tmp_path):
     assert world.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
     held = saved.read(run)
     assert all(q["gate"] != 0 for q in held.params["refine"])
-    ready = predictor.load(run)
+    ready = build.load_predictor(run)
     got = predictor.score(ready, np.random.default_rng(0).random((2, 32, 32), np.float32))
     assert np.isfinite(got.score).all() and got.maps.shape == (2, 32, 32)

@@ -1,20 +1,25 @@
 """A data set of twelve images with a learned detector, and its scores."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax.detectors import by_name, calibration, limits
+from medclip_jax.detectors import calibration, detector, map_filter, prompt_detector
 from medclip_jax.evaluation import evaluate, ground_truth, predictions
 from medclip_jax.evaluation.predictions import Predictions
-from medclip_jax.features import cache, encoder
+from medclip_jax.explain import grad_cam
+from medclip_jax.features import cache, encoder, support_images
 from medclip_jax.models import model
 from tests.support.models import design_of
 from tests.support.pictures import one_device, write_pictures
 
-SETTINGS = dict(top=0.05, alpha=0.2, pixel_rate=0.02, passes=3, seed=0)
+SIZE = 32  # pixels of the encoder frame
+POOL = partial(detector.image_score, size=SIZE, top=0.05)
+RATES = {"alpha": 0.2, "pixel_rate": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +39,45 @@ def scene(tmp_path_factory, tiny):
         test[i] = test[i]._replace(label=1, masks=tuple(masks))
     feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, pictures)
+    tokens = support_images.load(feature_cache, supports).tokens
+    folds = [np.array([0, 1, 2]), np.array([3, 4])]
     design, frozen = design_of(tiny, dropout=0.2)
-    start = model.init(jax.random.key(0), tiny, design, 2, False)
-    params = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
-    groups = [np.array([0, 1, 2]), np.array([3, 4])]
-    made = by_name.build("ours", params, frozen, design, feature_cache, supports, groups)
-    return feature_cache, supports, test, made
+    params = stacked(tiny, design)
+    learned = prompt_detector.build(params, frozen, design, POOL, tokens, folds, 5)
+    return feature_cache, supports, test, learned
+
+
+def stacked(clip, design):
+    """Parameters of two folds after the main ones."""
+    start = model.init(jax.random.key(0), clip, design, 2, False)
+    return jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), start)
+
+
+def score(learned, feature_cache, test, passes=3, thresholds=None) -> predictions.Scored:
+    """The test set as a run scores it."""
+    thresholds = thresholds or detector.calibrate(learned, **RATES)
+    settings = {"how": grad_cam.Explanation(top=0.05), "passes": passes, "seed": 0}
+    return evaluate.score_images(learned, thresholds, feature_cache, test, **settings)
 
 
 @pytest.fixture(scope="module")
 def scored(scene):
-    feature_cache, _, test, made = scene
-    return evaluate.score_images(made, feature_cache, test, **SETTINGS)
+    feature_cache, _, test, learned = scene
+    return score(learned, feature_cache, test)
 
 
-# --- measures -----------------------------------------------------------------------------------
+def thresholds_of(value=0.0) -> calibration.Calibration:
+    """Of raw scores: the pixel threshold is the value, the scale 1."""
+    image = calibration.threshold(np.array([0.1, 0.2]), 0.2)
+    pixel = calibration.pixel_threshold(np.full((1, 2, 2), 0.1), 0.1)._replace(value=value)
+    healthy = np.array([0.1, 0.2])
+    return calibration.Calibration(healthy, image, 1.0, pixel, 1.0, 5, map_filter.Steps())
 
 
-def perfect(test, size=32) -> predictions.Scored:
+def perfect(test, size=SIZE) -> predictions.Scored:
     """Predictions that say the truth."""
     label = np.array([r.label for r in test])
     maps = 0.1 + 0.8 * np.stack([*ground_truth.Masks(test, size, "stretch")]).astype(np.float16)
-    said = Predictions(
-        tuple(r.id for r in test), label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps
-    )
-    one = calibration.threshold(np.array([0.1, 0.2]), 0.5)
-    pixel = calibration.pixel_threshold(np.full((1, 2, 2), 0.1), 0.1)
-    found = limits.Limits(np.array([0.1, 0.2]), one, 1.0, pixel, 1.0)
-    return predictions.Scored(said, {"k": 5, "alpha": 0.2}, found)
+    patches = np.zeros((len(test), 4, 4), np.float32)
+    columns = label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps, patches, patches
+    return predictions.Scored(Predictions(tuple(r.id for r in test), *columns), thresholds_of())
