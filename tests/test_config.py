@@ -3,7 +3,8 @@
 import pytest
 from ml_collections import ConfigDict
 
-from medclip_jax import config, methods
+from medclip_jax import config
+from medclip_jax.config_validation import FIXED_METHODS
 from medclip_jax.errors import ConfigError
 
 
@@ -38,28 +39,24 @@ def test_a_misspelt_field_cannot_be_set():
 @pytest.mark.parametrize(
     "k, batch, steps, expected",
     [
-        (16, 0, 0, (8, 400)),  # 200 epochs of 2 batches
-        (4, 0, 0, (4, 200)),
-        (10, 4, 0, (4, 600)),  # the last batch of an epoch reaches into the next
-        (2, 0, 0, (2, 200)),
+        (16, 0, 0, (8, 100)),
+        (4, 0, 0, (4, 100)),
+        (10, 4, 0, (4, 100)),
+        (1, 0, 0, (1, 100)),
         (16, 0, 7, (8, 7)),
     ],
 )
 def test_batch_and_steps_follow_from_k(k, batch, steps, expected):
+    """Joint training takes as many steps whatever K is."""
     c = config.base(f"k={k}")
-    c.update({"batch": batch, "steps": steps, "epochs": 200})
+    c.update({"batch": batch, "steps": steps})
     done = config.resolve(c)
     assert (done.batch, done.steps) == expected
     assert (c.batch, c.steps) == (batch, steps)  # the given one is left alone
 
 
-@pytest.mark.parametrize("k", [1, 4, 32])
-def test_without_epochs_joint_training_is_as_long_whatever_k(k):
-    assert config.resolve(config.base(f"k={k}")).steps == config.STEPS == 100
-
-
 @pytest.mark.parametrize("learner", ["maml", "fomaml", "anil"])
-def test_without_epochs_the_other_learners_take_two_hundred(learner):
+def test_the_other_learners_take_two_hundred_passes(learner):
     c = config.base("k=16")
     c.learner = learner
     assert config.resolve(c).steps == 400 // config.gradients(config.resolve(c))
@@ -71,7 +68,7 @@ def test_peers_presets_keep_their_epochs():
         assert done.steps == 400 // config.gradients(done)
 
 
-@pytest.mark.parametrize("method", config.FIXED)
+@pytest.mark.parametrize("method", FIXED_METHODS)
 def test_what_learns_nothing_takes_no_steps(method):
     assert config.resolve(config.base(f"method={method}")).steps == 0
 
@@ -94,11 +91,11 @@ def test_without_supports_ours_is_zero_shot():
 @pytest.mark.parametrize("method", ["mediclip", "paper"])
 def test_a_preset_fixes_its_fields_and_no_other(method):
     given = config.base(f"method={method},k=4")
-    given.learner, given.epochs = "anil", 7
+    given.learner = "anil"
     done = dict(config.flat(config.resolve(given)))
-    fixed = dict(config.flat(ConfigDict(methods.PRESETS[method])))
+    fixed = dict(config.flat(ConfigDict(config.PRESETS[method])))
     assert {name: done[name] for name in fixed} == fixed
-    derived = {"steps", "batch", "meta.shots", "meta.query", "cache"}
+    derived = {"steps", "batch", "meta.shots", "cache"}
     free = {n: v for n, v in config.flat(given) if n not in fixed and n not in derived}
     assert {name: done[name] for name in free} == free
 
@@ -107,18 +104,12 @@ def test_a_preset_fixes_its_fields_and_no_other(method):
     "field, value",
     [
         ("k", -1),
-        ("fusion.probes", 0),
-        ("fusion.branches", ("learned", "luck")),
-        ("fusion.branches", ("zero_shot_image",)),
-        ("fusion.branches", ("memory", "zero_shot", "zero_shot_image")),
-        ("memory.coreset", 0.0),
+        ("memory_coreset", 0.0),
         ("synthesis.variants", 0),
         ("loss.dice", float("nan")),
         ("seed", -1),
         ("batch", -1),
         ("steps", -5),
-        ("epochs", -1),
-        ("log_every", 0),
         ("checkpoint_every", 0),
         ("method", "ous"),
         ("model.dropout", 1.0),
@@ -127,19 +118,15 @@ def test_a_preset_fixes_its_fields_and_no_other(method):
         ("prompts.context", -1),
         ("prompts.position", "between"),
         ("prompts.phrases", "poems"),
-        ("prompts.synonyms", -1),
         ("synthesis.variants", -1),
         ("synthesis.preset", "medklip"),
-        ("synthesis.partner", "nobody"),
         ("model.form", "round"),
         ("calibration.alpha", 0.0),
         ("calibration.alpha", 1.5),
         ("calibration.pixel_rate", 2.0),
-        ("calibration.folds", 1),
         ("clip.dtype", "float8"),
-        ("cache_dtype", "float8"),
         ("data.fit", "squeeze"),
-        ("optimizer.learning_rate", -1.0),
+        ("learning_rate", -1.0),
     ],
 )
 def test_values_that_cannot_be_used_are_named(field, value):

@@ -1,12 +1,15 @@
-"""The claim of a run on its workdir."""
+"""The claim of a run on its workdir, and the lock that keeps other runs out."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from medclip_jax import config
 from medclip_jax.errors import WorkdirError
-from medclip_jax.workdir import claim
+from medclip_jax.workdir import claim, locked
+from tests.support.paths import ROOT
 
 
 def settings(arg="k=4", **given):
@@ -40,3 +43,23 @@ def test_a_claim_on_another_run_is_refused(tmp_path, arg, given, named):
     with pytest.raises(WorkdirError, match=named):
         claim(tmp_path, settings(arg, **given))
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):
+    code = (
+        "import sys, time, pathlib; from medclip_jax import workdir\n"
+        "with workdir.locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('in', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "in\n"
+        with pytest.raises(WorkdirError, match="in use by another run"):
+            with locked(tmp_path):
+                pass
+    finally:
+        process.kill()
+        process.communicate()  # closes the pipe, too
+    with locked(tmp_path):
+        pass

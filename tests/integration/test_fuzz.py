@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
 CASES = int(os.environ.get("MEDCLIP_FUZZ_CASES", "300"))
 HANG = 120 + CASES  # seconds; three cases take about a tenth of one
 
