@@ -38,13 +38,7 @@ def refused(capfd, world, tmp_path, *more: str, arguments: str = "k=4") -> str:
     workdir = tmp_path / "run"
     error = sentence(capfd, world.main(workdir, *more, arguments=arguments))
     left = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
-<<<<<<< HEAD
     assert left <= {".lock", "config.json"}, left  # no result of a run
-=======
-    assert left <= {".lock", "config.json"}, (
-        left
-    )  # nothing that a later command would take for a result
->>>>>>> 4b46341 (tests: counts of encodings and compilations without scripts; two sets of tests less)
     return error
 
 
