@@ -1,1 +1,2 @@
-"""Host side: reading, datasets, simulation and synthesis of images."""
+"""Data sets: their files, records and splits, checks, preprocessing, augmentation and simulated sets.
+Everything up to the pixels that the image encoder reads, and the synthetic variants of a support."""

@@ -1,7 +1,7 @@
 """What each kind of synthetic anomaly does to an image: pure JAX, in the full frame.
 
-Each of `cutpaste`, `gauss` and `source` draws a shape, places it and returns the altered values and
-the pixels they are for. `bodies` are the body masks of the image and its partner; None is the
+Each of `cutpaste`, `gauss` and `source` samples a shape, places it and returns the altered values
+and the pixels they are for. `bodies` are the body masks of the image and its partner; None is the
 peer's way (anywhere). Formulas: section 4.3 of the paper and MediCLIP's medsyn.
 """
 
@@ -43,7 +43,7 @@ def perlin_at(
     """A Perlin shape in its place: box, pixels relative to its corner, pixels inside it."""
     k_shape, k_place = jax.random.split(key)
     frame, lo, hi = limits(name, image)
-    shape = shapes.draw_perlin(k_shape, lo, hi)
+    shape = shapes.sample_perlin(k_shape, lo, hi)
     points = shapes.grid_points(shape.box)
     hit = shapes.in_perlin(shape, points[..., 0], points[..., 1])
     body = None if bodies is None else bodies[0]
@@ -135,7 +135,7 @@ def source(
     D to the edge takes the value at d^k / D^(k-1), k = 2^U(0.5, 2)."""
     k_shape, k_place, k_centre, k_power = jax.random.split(key, 4)
     frame, lo, hi = limits("source", image)
-    shape = shapes.draw_sheared(k_shape, frame, lo, hi)
+    shape = shapes.sample_sheared(k_shape, frame, lo, hi)
     points = shapes.grid_points(shape.box)
     hit = shapes.in_sheared(shape, points[..., 0], points[..., 1])
     body = None if bodies is None else bodies[0]

@@ -1,17 +1,17 @@
 """Synthetic anomalies on healthy images: CutPaste, GaussIntensityChange, Source, Identity.
 
 Source: section 4.3 of the paper, whose tasks are those of MediCLIP (medsyn), re-implemented from
-their formulas in JAX. Two presets:
+their formulas. Two presets:
 
 `medclip` (default). Anomalies lie on the body (see `shapes.body_mask`), change nothing outside it,
 and the label is binary and true: pixels that differ by more than 2 grey levels, closed with a 5 x 5
-square so that zero crossings inside the anomaly do not pierce it. A draw that leaves fewer than
-`MIN_PIXELS` is redrawn, up to `REDRAWS` times. Gaussian intensity changes fade out at their edge.
+square so that zero crossings inside the anomaly do not pierce it. A sample that changes fewer than
+`MIN_PIXELS` is repeated, up to `TRIES` times. Gaussian intensity changes fade out at their edge.
 CutPaste takes its patch from the body of the partner.
 
 `mediclip`. The peer as released: anywhere in the frame, result floored to 8 bits, the whole shape
 as label of Gauss and Source, and for CutPaste the shape without unchanged pixels that can be
-reached from its outside. Its known faults are kept on purpose, for like-for-like comparison.
+reached from its outside. Its known faults are reproduced on purpose, for like-for-like comparison.
 
 Images are float32 in [0, 1]. All randomness comes from the key.
 """
@@ -26,20 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from medclip_jax.synthesis import anomalies as synthesis_anomalies
-from medclip_jax.synthesis import shapes
+from medclip_jax.synthesis import anomalies, shapes
 from medclip_jax.synthesis.anomalies import Image, Mask
 
-VERSION = 2  # raise when the anomalies of a key change: feature_caches are named by it
+VERSION = 2  # raise when the anomalies of a key change: the feature cache is named by it
 KINDS = ("cutpaste", "gauss", "source", "identity")
 ALTER = {
-    "cutpaste": synthesis_anomalies.cutpaste,
-    "gauss": synthesis_anomalies.gauss,
-    "source": synthesis_anomalies.source,
+    "cutpaste": anomalies.cutpaste,
+    "gauss": anomalies.gauss,
+    "source": anomalies.source,
 }
 VISIBLE = 2 / 255  # a smaller change is no anomaly
 MIN_PIXELS = 16
-REDRAWS = 4
+TRIES = 4
 CHUNK = 16  # images per compiled call of `batch`
 
 Preset = Literal["medclip", "mediclip"]
@@ -48,41 +47,15 @@ Preset = Literal["medclip", "mediclip"]
 def key_for(seed: int, image_digest: int, variant: int) -> PRNGKeyArray:
     """The key of one synthetic variant of one image, the same on any number of devices.
 
-    `image_digest` is any whole number that names the image (its low 64 bits count).
+    Args:
+      seed: of the run.
+      image_digest: any whole number that names the image (its low 64 bits count).
+      variant: number of the variant, from 0.
     """
     key = jax.random.key(seed)
     for word in (image_digest & 0xFFFFFFFF, (image_digest >> 32) & 0xFFFFFFFF, variant):
         key = jax.random.fold_in(key, np.uint32(word))
     return key
-
-
-def sample(
-    key: PRNGKeyArray, image: Image, partner: Image, preset: Preset = "medclip"
-) -> tuple[Image, Image, Int[Array, ""]]:
-    """`synthesise` with a kind drawn with probability 1/4 each."""
-    k_kind, k_draw = jax.random.split(key)
-    kind = jax.random.randint(k_kind, (), 0, len(KINDS))
-    return synthesise(k_draw, image, partner, kind, preset=preset)
-
-
-def synthesise(
-    key: PRNGKeyArray,
-    image: Image,
-    partner: Image,
-    kind: Int[Array, ""] | int,
-    *,
-    preset: Preset = "medclip",
-) -> tuple[Image, Image, Int[Array, ""]]:
-    """One variant of `image` [0, 1], its mask (0 or 1) and its kind (index into KINDS).
-
-    `partner` is the image that CutPaste copies from; it may be the image itself. Under vmap all
-    kinds are computed for all images: for many images use `batch`.
-    """
-    if isinstance(kind, int):  # known before tracing: only this kind is compiled
-        return *make(KINDS[kind], key, image, partner, preset), jnp.asarray(kind)
-    makers = [lambda k, a, b, name=name: make(name, k, a, b, preset) for name in KINDS]
-    changed, mask = jax.lax.switch(kind, makers, key, image, partner)
-    return changed, mask, kind
 
 
 def batch(
@@ -92,10 +65,20 @@ def batch(
     kinds: Int[Array | np.ndarray, " n"],
     preset: Preset = "medclip",
 ) -> tuple[Float[np.ndarray, "n h w"], Float[np.ndarray, "n h w"]]:
-    """Many variants, as `synthesise` makes them: images and masks on the host.
+    """One variant of each image.
 
     One image after the other inside each compiled call (`lax.map`), so that branches and loops cost
     only what each image needs: on CPU this is faster than vmap.
+
+    Args:
+      keys: of each variant, see `key_for`.
+      images: [0, 1].
+      partners: what CutPaste copies from; may be the images themselves.
+      kinds: indices into KINDS.
+      preset: see the module.
+
+    Returns:
+      Altered images [0, 1] and masks (0 or 1), on the host.
     """
     images, partners, kinds = np.asarray(images), np.asarray(partners), np.asarray(kinds)
     words = jax.device_get(jax.random.key_data(keys))
@@ -103,12 +86,12 @@ def batch(
     if not len(images):
         return changed, masks
 
-    def run(start):
-        part = np.arange(start, min(start + CHUNK, len(images)))
-        full = np.resize(part, CHUNK)  # repeats rows to fill the shape
-        rows = jax.device_put((words[full], images[full], partners[full], kinds[full]))
-        new, mask = jax.device_get(_many(preset, *rows))
-        changed[part], masks[part] = new[: len(part)], mask[: len(part)]
+    def run(start: int) -> None:
+        rows = np.arange(start, min(start + CHUNK, len(images)))
+        full = np.resize(rows, CHUNK)  # repeats rows to fill the shape
+        placed = jax.device_put((words[full], images[full], partners[full], kinds[full]))
+        new, mask = jax.device_get(_many(preset, *placed))
+        changed[rows], masks[rows] = new[: len(rows)], mask[: len(rows)]
 
     run(0)  # alone: it compiles
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -118,79 +101,79 @@ def batch(
 
 @partial(jax.jit, static_argnums=0)
 def _many(preset, words, *rows):
+    makers = [partial(make, name, preset=preset) for name in KINDS]
+
     def one(row):
-        return synthesise(*row, preset=preset)[:2]
+        key, image, partner, kind = row
+        return jax.lax.switch(kind, makers, key, image, partner)
 
     return jax.lax.map(one, (jax.random.wrap_key_data(words), *rows))
 
 
 def make(
-    name: str, key: PRNGKeyArray, image: Image, partner: Image, preset: Preset
+    name: str, key: PRNGKeyArray, image: Image, partner: Image, preset: Preset = "medclip"
 ) -> tuple[Image, Image]:
-    """One variant of a named kind: (image, mask)."""
+    """One variant of a named kind: image [0, 1] and mask (0 or 1)."""
     if name == "identity":
         return image, jnp.zeros_like(image)
     if preset == "mediclip":
-        new, mask = anomalies(name, key, image, partner, None)
+        new, mask = _alter(name, key, image, partner, None)
         return new, mask.astype(jnp.float32)
     bodies = shapes.body_mask(image), shapes.body_mask(partner)
 
-    def redraw(state):
+    def retry(state):
         tries, _, _ = state
-        return tries + 1, *anomalies(name, jax.random.fold_in(key, tries), image, partner, bodies)
+        return tries + 1, *_alter(name, jax.random.fold_in(key, tries), image, partner, bodies)
 
     def unfinished(state):
-        return (state[0] < REDRAWS) & (state[2].sum() < MIN_PIXELS)
+        return (state[0] < TRIES) & (state[2].sum() < MIN_PIXELS)
 
     empty = jnp.zeros(image.shape, bool)
-    _, new, mask = jax.lax.while_loop(unfinished, redraw, (jnp.array(0), image, empty))
+    _, new, mask = jax.lax.while_loop(unfinished, retry, (jnp.array(0), image, empty))
     return new, mask.astype(jnp.float32)
 
 
-def anomalies(
+def _alter(
     name: str, key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
 ) -> tuple[Image, Mask]:
     """One or two anomalies of a kind (1/2 each), and their label. No bodies: the peer's way."""
-    k_count, k_draws = jax.random.split(key)
+    k_count, k_anomalies = jax.random.split(key)
 
-    def alter(old, k_draw):
-        value, inside = ALTER[name](k_draw, old, partner, bodies)
+    def add(old, key):
+        value, inside = ALTER[name](key, old, partner, bodies)
         value = jnp.clip(value, 0.0, 1.0)
         if bodies is None:
-            value = eight_bit(name, value)
+            value = _eight_bit(name, value)
         return jnp.where(inside, value, old), inside
 
-    def one_more(old, draw):
-        wanted, k_draw = draw
-        return jax.lax.cond(
-            wanted, alter, lambda old, _: (old, jnp.zeros_like(old, bool)), old, k_draw
-        )
+    def add_if(old, row):
+        present, key = row
+        return jax.lax.cond(present, add, lambda x, _: (x, jnp.zeros_like(x, bool)), old, key)
 
-    wanted = jnp.stack([jnp.array(True), jax.random.bernoulli(k_count)])
-    new, parts = jax.lax.scan(one_more, image, (wanted, jax.random.split(k_draws)))
+    present = jnp.stack([jnp.array(True), jax.random.bernoulli(k_count)])
+    new, parts = jax.lax.scan(add_if, image, (present, jax.random.split(k_anomalies)))
     difference, touched = jnp.abs(new - image), parts[0] | parts[1]
     if bodies is not None:
         return new, shapes.close(difference > VISIBLE, 2) & touched
     if name != "cutpaste":
         return new, touched
     changed = difference > 0.5 / 255
-    return new, peer_label(changed, parts[0]) | peer_label(changed, parts[1])
+    return new, _peer_label(changed, parts[0]) | _peer_label(changed, parts[1])
 
 
-def eight_bit(name: str, value: Image) -> Image:
+def _eight_bit(name: str, value: Image) -> Image:
     """Whole grey levels as the peer gets them: Source rounds, the others cut off."""
     if name == "source":
         return jnp.round(value * 255) / 255
     return jnp.floor(value * 255 + 1e-3) / 255  # 1e-3: round-off must not cost a grey level
 
 
-def peer_label(changed: Mask, part: Mask) -> Mask:
+def _peer_label(changed: Mask, part: Mask) -> Mask:
     """The peer's CutPaste label: changed pixels of the shape, closed with a 3 x 3 square inside the
     shape's bounding box, and the unchanged pixels that they enclose.
 
-    The box's edge erodes nothing, so the closing also takes in the thin slivers beside the points
-    where the shape touches its box. The peer does this for each connected component, here it is
-    done for each anomaly.
+    The box's edge erodes nothing, so the closing also includes the thin slivers beside the points
+    where the shape touches its box. The peer does this per connected component, here per anomaly.
     """
     box = shapes.bounds(part)
     closed = shapes.close(changed & part, 1, box)

@@ -1,8 +1,8 @@
 """Outlines of synthetic anomalies and where they may lie: pure JAX, static shapes.
 
-A shape is drawn inside a box of whole-number size and is a function of pixel coordinates relative
+A shape lies inside a box of whole-number size and is a function of pixel coordinates relative
 to the box's first corner, so it can be evaluated on any set of pixels. A coarse grid of points over
-the box (`GRID` x `GRID`) decides whether a shape is large enough and whether a place suits it.
+the box (`GRID` x `GRID`) decides whether a shape is large enough and whether it lies on the body.
 """
 
 from typing import NamedTuple
@@ -76,7 +76,7 @@ def in_perlin(shape: Perlin, y: Float[Array, "*s"], x: Float[Array, "*s"]) -> Bo
     return canvas & (noise > 0.3)
 
 
-def draw_perlin(key: PRNGKeyArray, lo: Pair, hi: Pair) -> Perlin:
+def sample_perlin(key: PRNGKeyArray, lo: Pair, hi: Pair) -> Perlin:
     """A Perlin shape with sides uniform in [lo, hi) that fills at least MIN_FILL of its box.
 
     The first acceptable of SHAPE_TRIES candidates, or the fullest if there is none. Source: the
@@ -101,7 +101,7 @@ def first_or_best(score: Float[Array, " n"], enough: float) -> Array:
     return jnp.where(ok.any(), jnp.argmax(ok), jnp.argmax(score))
 
 
-def draw_sheared(key: PRNGKeyArray, frame: Pair, lo: Pair, hi: Pair) -> Sheared:
+def sample_sheared(key: PRNGKeyArray, frame: Pair, lo: Pair, hi: Pair) -> Sheared:
     """A rectangle or ellipse (1/2 each) with Gamma-distributed sides, sheared by N(0, 0.2^2) and
     turned by U(-90, 90) degrees, shrunk until its box is not above `hi`."""
     k_side, k_shear, k_turn, k_kind = jax.random.split(key, 4)
@@ -166,8 +166,8 @@ def place(
     corners = jnp.floor(room[None] * jax.random.uniform(key, (PLACE_TRIES, 2)))
 
     def on_body(corner):
-        at = jnp.round(points + corner[None, None]).astype(jnp.int32)
-        hit = body[at[..., 0], at[..., 1]]  # out-of-range indices are clamped
+        index = jnp.round(points + corner[None, None]).astype(jnp.int32)
+        hit = body[index[..., 0], index[..., 1]]  # out-of-range indices are clamped
         return (hit & filled).sum() / jnp.maximum(filled.sum(), 1)
 
     return corners[first_or_best(jax.vmap(on_body)(corners), MIN_ON_BODY)]
@@ -217,7 +217,7 @@ def body_mask(image: Float[Array, "h w"]) -> Bool[Array, "h w"]:
     """The part of the frame that shows the patient: everything but the dark rim.
 
     Dark is below 0.35 of Otsu's threshold of a coarse copy; dark parts enclosed by the body (lungs,
-    ventricles) belong to it. If under 5% would remain, the whole frame is taken.
+    ventricles) belong to it. If under 5% would remain, it is the whole frame.
     """
     small = jax.image.resize(image, (COARSE, COARSE), "linear")
     dark = small < 0.35 * otsu(small)
