@@ -1,2 +1,2 @@
-"""Data sets: their files, records and splits, checks, preprocessing, augmentation and simulated sets.
-Everything up to the pixels that the image encoder reads, and the synthetic variants of a support."""
+"""Data sets: files, records, splits, checks, preprocessing, augmentation and simulated sets.
+This package ends at the pixels of an image and of its synthetic variants."""

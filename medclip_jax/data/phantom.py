@@ -2,7 +2,7 @@
 
 For the first run, the tests and the ablations: nothing here is patient data, and a result on it
 says nothing about patients. Each image has its own generator, seeded by (seed, modality, index),
-and draws everything, lesion included, whether or not the lesion is shown: the healthy render of an
+and samples everything, lesion included, whether or not the lesion is shown: the healthy render of an
 image differs from its diseased one by the lesion (and its shadow or halo) alone.
 """
 
@@ -32,9 +32,15 @@ def generate(
 ) -> tuple[Float[np.ndarray, "n h w"], Bool[np.ndarray, "n h w"]]:
     """Images in [0, 1] and lesion masks, empty for healthy images.
 
-    `size` is the side or (height, width) in pixels, at least 32. `lesion` says which images are
-    diseased, or which share of them (then drawn from the seed). Image i depends on (modality, seed,
-    i, size) only, not on n. Raises ConfigError for an unknown modality or a size too small.
+    Args:
+      modality: a key of MODALITIES.
+      n: images; image i depends on (modality, seed, i, size) only.
+      size: side or (height, width), pixels, at least 32.
+      seed: of all randomness.
+      lesion: which images are diseased, or which share of them (then sampled from the seed).
+
+    Raises:
+      ConfigError: an unknown modality or a size too small.
     """
     if modality not in MODALITIES:
         known = ", ".join(MODALITIES)
@@ -47,9 +53,9 @@ def generate(
         lesion = order < round(lesion * n)
     images, masks = np.zeros((n, *shape), np.float32), np.zeros((n, *shape), bool)
     for i, diseased in enumerate(lesion):
-        done = render(modality, shape, seed, i)
-        images[i] = done.diseased if diseased else done.healthy
-        masks[i] = done.mask & diseased
+        rendered = render(modality, shape, seed, i)
+        images[i] = rendered.diseased if diseased else rendered.healthy
+        masks[i] = rendered.mask & diseased
     return images, masks
 
 
@@ -71,13 +77,16 @@ def write_folder(
     """A data set in the MVTec-AD layout, 8-bit PNG; returns `root`.
 
     train/good, test/good, test/lesion, ground_truth/lesion/<name>_mask.png. Written to a sibling
-    folder and renamed when whole, so `root` is complete if it exists. Nothing is done if it already
-    holds the same data set. Raises WorkdirError if it holds anything else.
+    folder and renamed when complete, so `root` is complete if it exists. Nothing is done if it
+    already holds the same data set.
+
+    Raises:
+      WorkdirError: `root` holds anything else.
     """
     root = Path(root)
     counts = {"train/good": n_train, "test/good": n_test_good, "test/lesion": n_test_lesion}
-    drawn = {"modality": modality, "seed": seed, "size": size, **counts, "version": VERSION}
-    content = json.dumps(drawn, sort_keys=True)
+    settings = {"modality": modality, "seed": seed, "size": size, **counts, "version": VERSION}
+    content = json.dumps(settings, sort_keys=True)
     if is_written(root, content):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +118,13 @@ def is_written(root: Path, content: str) -> bool:
 def write_images(root: Path, modality: str, seed: int, size, counts: dict[str, int]) -> None:
     """All images of the data set, numbered through; masks beside the diseased ones."""
     parts = [part for part, count in counts.items() for _ in range(count)]
-    sick = np.array([part.endswith("lesion") for part in parts], bool)
-    images, masks = generate(modality, len(parts), size, seed, sick)
+    diseased = np.array([part.endswith("lesion") for part in parts], bool)
+    images, masks = generate(modality, len(parts), size, seed, diseased)
     for folder in (*counts, "ground_truth/lesion"):
         (root / folder).mkdir(parents=True)
     for i, part in enumerate(parts):
         pixels = np.round(images[i] * 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / part / f"{i:04d}.png")
-        if sick[i]:
+        if diseased[i]:
             mask = Image.fromarray(masks[i].astype(np.uint8) * 255)
             mask.save(root / "ground_truth/lesion" / f"{i:04d}_mask.png")

@@ -18,7 +18,7 @@ Region = Bool[np.ndarray, "h w"]
 
 
 class Rendered(NamedTuple):
-    """One simulated image, its healthy twin and the lesion's outline."""
+    """One simulated image, the same without the lesion, and the lesion's outline."""
 
     healthy: Field
     diseased: Field

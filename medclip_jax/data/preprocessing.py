@@ -1,9 +1,9 @@
 """Preprocessing (section 4.1 of the paper): z-score, equalisation, wavelet denoising, CLAHE.
 
-A recipe is a tuple of step names, applied from left to right. Steps take and give float32 pixels in
-[0, 1], so that any order is possible; the functions behind them are exact and keep their own range.
+A recipe is a tuple of step names, applied from left to right. Steps map float32 pixels in [0, 1] to
+[0, 1], so that any order is possible; the functions behind them are exact, with a range of their own.
 
-Images are preprocessed in the tower frame, as the last thing before the tower. So a synthetic
+Images are preprocessed at the encoder's input size, as the last step before it. So a synthetic
 anomaly goes through the same chain as a real one, and the search for the body, which knows air by
 its darkness, sees the image as it was acquired.
 """
@@ -20,7 +20,7 @@ from skimage import exposure
 
 from medclip_jax.errors import ConfigError
 
-VERSION = 1  # raise when a step changes: feature_caches are named by it
+VERSION = 1  # raise when a step changes: the feature cache is named by it
 SPREAD = 3.0  # standard deviations that fill half of [0, 1]
 WAVELET = "db4"
 LEVELS = 2  # of the wavelet transform; noise lives in the finest ones
@@ -68,7 +68,7 @@ def clahe(
 def wavelet_denoise(
     image: Float[np.ndarray, "*n h w"], mode: str = "symmetric", levels: int = LEVELS
 ) -> Float[np.ndarray, "*n h w"]:
-    """W^-1[T(W[I])], Daubechies db4, soft threshold (equation 2); precision and range are kept.
+    """W^-1[T(W[I])], Daubechies db4, soft threshold (equation 2); precision and range are preserved.
 
     Threshold sd * sqrt(2 ln(h w)), sd = median |diagonal detail of the finest level| / 0.6745
     (Donoho and Johnstone 1994, VisuShrink), per image; the coarse approximation is untouched.
@@ -138,7 +138,7 @@ def apply(image: Pixels, recipe: str | Sequence[str]) -> Float[np.ndarray, "h w"
     """One image through the steps of a recipe; float32 in [0, 1] in and out."""
 
     def follow(pixels, name):
-        # wavelets overshoot; every step is promised pixels in [0, 1]
+        # wavelets overshoot; every step expects pixels in [0, 1]
         return np.clip(STEPS[name](pixels), 0, 1).astype(np.float32)
 
     return reduce(follow, steps(recipe), image)

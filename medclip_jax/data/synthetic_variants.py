@@ -31,16 +31,16 @@ def variants(
     """Anomalous variants of one image: (images, masks, kinds), then its augmented copies.
 
     Variant i is a function of (seed, image content, i) and, if partners are shared, of them. It is
-    made of the image or of a copy, in turn: what is augmented is not for that an anomaly.
+    made of the image or of a copy, in turn, so that a model cannot take augmentation for an anomaly.
     """
     name = int(record.sha256[:16], 16)
     keys = jnp.stack([generate.key_for(recipe.seed, name, v) for v in range(recipe.variants)])
     rng = np.random.default_rng([recipe.seed, name])
     kinds = rng.integers(len(generate.KINDS) - 1, size=recipe.variants)
-    chosen = rng.integers(len(partners), size=recipe.variants)
+    picks = rng.integers(len(partners), size=recipe.variants)
     bases = augmentation.copies(recipe.seed, name, image, recipe.copies, recipe.strengths)
     images = bases[np.arange(recipe.variants) % len(bases)]
-    sources = images if recipe.partner == "self" else partners[chosen]
+    sources = images if recipe.partner == "self" else partners[picks]
     changed, masks = generate.batch(keys, images, sources, kinds, recipe.preset)
     if not recipe.copies:
         return changed, masks, kinds
