@@ -131,8 +131,7 @@ PRESETS |= {
     },
 }
 
-# The recommended preprocessing of each set's modality (preprocess.RECIPES), used where it is asked
-# for by name: config.meta.recipe=own.
+# The preprocessing of each set's modality (preprocessing.RECIPES), for sets named in config.meta.data.
 RECIPES = {
     "busi": "ultrasound",
     "brain_mri": "mri",

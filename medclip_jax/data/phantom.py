@@ -2,8 +2,8 @@
 
 For the first run, the tests and the ablations: nothing here is patient data, and a result on it
 says nothing about patients. Each image has its own generator, seeded by (seed, modality, index),
-and samples everything, lesion included, whether or not the lesion is shown: the healthy render of an
-image differs from its diseased one by the lesion (and its shadow or halo) alone.
+and samples everything, lesion included, whether or not the lesion is shown: the healthy render of
+an image differs from its diseased one by the lesion (and its shadow or halo) alone.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Preprocessing (section 4.1 of the paper): z-score, equalisation, wavelet denoising, CLAHE.
 
-A recipe is a tuple of step names, applied from left to right. Steps map float32 pixels in [0, 1] to
-[0, 1], so that any order is possible; the functions behind them are exact, with a range of their own.
+A recipe is a tuple of step names, applied from left to right. Steps map float32 pixels in [0, 1]
+to [0, 1], so that any order is possible; the functions behind them are exact, of any range.
 
 Images are preprocessed at the encoder's input size, as the last step before it. So a synthetic
 anomaly goes through the same chain as a real one, and the search for the body, which knows air by
@@ -68,7 +68,7 @@ def clahe(
 def wavelet_denoise(
     image: Float[np.ndarray, "*n h w"], mode: str = "symmetric", levels: int = LEVELS
 ) -> Float[np.ndarray, "*n h w"]:
-    """W^-1[T(W[I])], Daubechies db4, soft threshold (equation 2); precision and range are preserved.
+    """W^-1[T(W[I])], Daubechies db4, soft threshold (equation 2); precision and range remain.
 
     Threshold sd * sqrt(2 ln(h w)), sd = median |diagonal detail of the finest level| / 0.6745
     (Donoho and Johnstone 1994, VisuShrink), per image; the coarse approximation is untouched.

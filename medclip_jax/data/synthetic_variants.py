@@ -31,7 +31,7 @@ def variants(
     """Anomalous variants of one image: (images, masks, kinds), then its augmented copies.
 
     Variant i is a function of (seed, image content, i) and, if partners are shared, of them. It is
-    made of the image or of a copy, in turn, so that a model cannot take augmentation for an anomaly.
+    made of the image or of a copy, in turn, so that augmentation is not learned as an anomaly.
     """
     name = int(record.sha256[:16], 16)
     keys = jnp.stack([generate.key_for(recipe.seed, name, v) for v in range(recipe.variants)])
