@@ -131,7 +131,7 @@ PRESETS |= {
     },
 }
 
-# The preprocessing of each set's modality (preprocessing.RECIPES), for sets named in config.meta.data.
+# The preprocessing.RECIPES of each set's modality, for sets named in config.meta.data.
 RECIPES = {
     "busi": "ultrasound",
     "brain_mri": "mri",
