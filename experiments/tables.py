@@ -37,7 +37,8 @@ In brackets the 95% interval of a two-level bootstrap over draws and test images
 they are known). Where a data set has no test part, each draw keeps a pool of supports of its own,
 so its healthy test images differ. Difference: to the first variant, on the draws that both have,
 with the two-level interval. p: Wilcoxon's signed-rank test over these draws, corrected by Holm
-within the table; in brackets the smallest p that so many draws could give before correction.
+within the table; in brackets the smallest p that so many draws could give before correction; p of
+t: the paired t test over these draws, corrected likewise.
 DeLong: draws in which the two AUROCs differ at p < 0.05 after Holm's correction. Columns named
 oracle read test labels and are for comparison only. Published numbers have other splits, backbones
 and stopping rules: context, not a comparison."""
@@ -63,6 +64,7 @@ class Difference(NamedTuple):
     high: float | None
     p: float  # Wilcoxon over draws, Holm-corrected within the cell
     least_p: float  # the smallest p that Wilcoxon could give with so many draws, before Holm
+    t_p: float  # paired t test over draws, Holm-corrected; 1 where it is undefined
     delong: int  # draws whose AUROCs differ at p < 0.05 after Holm
     draws: int
 
@@ -141,6 +143,7 @@ def differences(cell: Cell) -> dict[str, Difference]:
     if not pairs:
         return {}
     signed = [significance.wilcoxon(*aurocs(p)) for p in pairs.values()]
+    paired = [significance.paired_t(*aurocs(p)).p if len(p) > 1 else 1.0 for p in pairs.values()]
     each = [
         significance.delong(a["score"], b["score"], a["label"]).p
         for p in pairs.values()
@@ -151,14 +154,16 @@ def differences(cell: Cell) -> dict[str, Difference]:
     tests = zip(
         signed,
         significance.holm(np.array([s.p for s in signed])),
+        significance.holm(np.nan_to_num(paired, nan=1.0)),
         np.split(p_delong, ends),
         strict=True,
     )
     return {
         variant: Difference(
-            *two_level(pairs[variant]), float(p), w.least_p, int((d < 0.05).sum()), len(d)
+            *two_level(pairs[variant]),
+            *(float(p), w.least_p, float(t), int((d < 0.05).sum()), len(d)),
         )
-        for variant, (w, p, d) in zip(pairs, tests, strict=True)
+        for variant, (w, p, t, d) in zip(pairs, tests, strict=True)
     }
 
 
@@ -211,7 +216,13 @@ def summary_csv(cells: Cells, summaries: Mapping[tuple[str, int], Summary]) -> b
     sources = list(dict.fromkeys(s for x in CONTEXT.values() for y in x.values() for s in y))
     head = ["dataset", "k", "variant", "draws", "metric", "mean", "sd", "low95", "high95"]
     head += ["difference", "difference_low95", "difference_high95"]
-    head += ["wilcoxon_p_holm", "wilcoxon_least_p", "delong_significant", "paired_draws"]
+    head += [
+        "wilcoxon_p_holm",
+        "wilcoxon_least_p",
+        "paired_t_p_holm",
+        "delong_significant",
+        "paired_draws",
+    ]
     rows = []
     for (dataset, k), cell in cells.items():
         summary = summaries[dataset, k]
@@ -262,13 +273,13 @@ def whole(dataset: str, k: int, cell: Cell, summary: Summary) -> list[str]:
     rows = []
     for variant, runs in cell.items():
         shown = [brief(summary.numbers[variant][metric]) for metric in SHOWN]
-        d, tests = summary.differences.get(variant), [""] * 3
+        d, tests = summary.differences.get(variant), [""] * 4
         if d:
             limits = "" if d.low is None else f" ({d.low:+.3f} to {d.high:+.3f})"
-            tests = [f"{d.mean:+.3f}{limits}", f"{d.p:.3f} ({d.least_p:.3g})"]
+            tests = [f"{d.mean:+.3f}{limits}", f"{d.p:.3f} ({d.least_p:.3g})", f"{d.t_p:.3f}"]
             tests.append(f"{d.delong} of {d.draws}")
         rows.append([variant, str(len(runs)), *shown, *tests])
-    head = ["variant", "draws", *SHOWN, "difference in image auroc", "p", "DeLong"]
+    head = ["variant", "draws", *SHOWN, "difference in image auroc", "p", "p of t", "DeLong"]
     return table(f"{dataset}, K = {k}", head, rows)
 
 

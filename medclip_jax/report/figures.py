@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from medclip_jax.evaluation import metrics
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -71,11 +73,9 @@ def roc(
 
     band: false-positive rates and the 95% limits, low and high, of the recall there.
     """
-    from sklearn.metrics import roc_curve
-
     if np.unique(label).size < 2:
         return message("The ROC is undefined: the test images are all of one class.")
-    fpr, tpr, _ = roc_curve(label, score, drop_intermediate=False)
+    fpr, tpr, _ = metrics.roc(score, label)
     figure, axes = chart("false-positive rate (1 − specificity)", "true-positive rate (recall)")
     name = "ROC" if auroc is None else f"ROC, AUROC {auroc:.3f}"
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="chance")

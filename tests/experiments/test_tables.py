@@ -86,6 +86,7 @@ def test_differences_are_paired_by_draw_and_corrected(cell):
     a, b = (np.array([p[i]["image"]["auroc"] for p in pairs]) for i in (0, 1))
     assert d.mean == pytest.approx((a - b).mean()) and d.low < d.mean < d.high < 0
     assert d.p == d.least_p == 0.125  # the least that four draws can reach
+    assert d.t_p == pytest.approx(significance.paired_t(a, b).p)
     each = [significance.delong(x["score"], y["score"], x["label"]).p for x, y in pairs]
     assert (d.delong, d.draws) == (int((significance.holm(np.array(each)) < 0.05).sum()), 4)
     # only draws that both have are compared

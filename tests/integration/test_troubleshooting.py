@@ -27,7 +27,7 @@ def picture(path: Path, seed: int, size: int = 64) -> None:
 def desk(tmp_path, monkeypatch, world, whole):
     """A folder to work in: mine/ with 6 healthy images, runs/ and a small CLIP in the flags."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for i in range(4, 10):
         picture(Path(f"mine/train/good/{i}.png"), i)
         picture(Path(f"mine/test/good/{i + 6}.png"), i + 6)
@@ -71,7 +71,7 @@ def in_use(desk):
 
 
 def no_tower(desk):
-    return [FOLDER % 4, "--workdir=runs/mine", "--config.clip.checkpoint=mytower"]
+    return [FOLDER % 4, "--workdir=runs/mine", "--config.clip.checkpoint=myclip"]
 
 
 def no_scorer(desk):
