@@ -48,14 +48,14 @@ def image(
         return {}
     values = measure_images(resample(truth, ROUNDS, seed, groups), scores, truth, threshold)
     values.pop("sensitivity_at_90")
-    found = _percentiles(values)
+    intervals = _percentiles(values)
     if groups is None:
         called = np.asarray(scores) >= threshold
         for name, hits in (("recall", called[truth]), ("specificity", ~called[~truth])):
             wilson = st.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-            found[name] = Interval(float(wilson.low), float(wilson.high))
-    low, high = found["specificity"]
-    return found | {"tpr": found["recall"], "fpr": Interval(1 - high, 1 - low)}
+            intervals[name] = Interval(float(wilson.low), float(wilson.high))
+    low, high = intervals["specificity"]
+    return intervals | {"tpr": intervals["recall"], "fpr": Interval(1 - high, 1 - low)}
 
 
 def pixel(
@@ -81,12 +81,12 @@ def means(
 ) -> Intervals:
     """Intervals of means over images; an image with NaN does not count in that mean."""
     weights = resample(np.asarray(labels) == 1, ROUNDS, seed, groups).astype(float)
-    found = {}
+    resampled = {}
     for name, each in values.items():
         known = np.isfinite(each)
         with np.errstate(invalid="ignore"):
-            found[name] = (weights @ np.where(known, each, 0.0)) / (weights @ known)
-    return _percentiles(found)
+            resampled[name] = (weights @ np.where(known, each, 0.0)) / (weights @ known)
+    return _percentiles(resampled)
 
 
 def roc_band(

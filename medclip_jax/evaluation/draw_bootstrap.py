@@ -59,8 +59,8 @@ def image(
     rows = indices or [np.arange(len(truth))] * len(scores)
 
     def draws(of: Sequence) -> Iterator[dict[str, np.ndarray]]:
-        for own, at in zip(of, rows, strict=True):
-            values = bootstrap.measure_images(weights[:, at], own, truth[at])
+        for own, row in zip(of, rows, strict=True):
+            values = bootstrap.measure_images(weights[:, row], own, truth[row])
             yield values | {"false_alarm_rate": 1 - values["specificity"]}
 
     if baselines is None:
@@ -83,7 +83,7 @@ def pixel(
     weights = _weights(np.asarray(labels) == 1, groups, seed)
     rows = indices or [np.arange(len(labels))] * len(histograms)
     draws = zip(histograms, rows, strict=True)
-    return _over_draws([bootstrap.measure_pixels(weights[:, at], own) for own, at in draws], seed)
+    return _over_draws([bootstrap.measure_pixels(weights[:, row], own) for own, row in draws], seed)
 
 
 def union(
@@ -142,7 +142,7 @@ def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, E
     """
     rounds = bootstrap.ROUNDS
     resampled = np.random.default_rng([seed, len(each)]).integers(0, len(each), (rounds, len(each)))
-    found = {}
+    estimates = {}
     for name in each[0]:
         values = np.stack([one[name] for one in each])
         if not np.isfinite(values).all():
@@ -151,8 +151,8 @@ def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, E
         own, se, spread = values[:, 0], standard_error(values), float(means.std(ddof=1))
         scale = _student(se, own) * se / spread if spread else 1.0
         low, high = own.mean() + scale * (np.quantile(means, TAILS) - own.mean())
-        found[name] = Estimate(float(own.mean()), se, float(low), float(high))
-    return found
+        estimates[name] = Estimate(float(own.mean()), se, float(low), float(high))
+    return estimates
 
 
 def _student(se: float, values: Float[np.ndarray, " d"]) -> float:

@@ -51,15 +51,15 @@ def spacings(
     Distances of one table must have one unit, so one image without spacing makes all of them
     pixels.
     """
-    found = []
+    sizes = []
     for record in records:
         image = read.read(record.path)
         if image.spacing is None:
             return None
         sides = image.pixels.shape[1:]
         sides = sides if fit == "stretch" else (max(sides),) * 2
-        found.append(tuple(mm * side / size for mm, side in zip(image.spacing, sides, strict=True)))
-    return found
+        sizes.append(tuple(mm * side / size for mm, side in zip(image.spacing, sides, strict=True)))
+    return sizes
 
 
 def lesion_mask(record: Record) -> Bool[np.ndarray, "h w"]:

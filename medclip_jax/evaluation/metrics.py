@@ -43,11 +43,11 @@ def image_level(
       MetricError: empty input, unequal lengths, labels other than 0 and 1, NaN or infinite scores.
     """
     scores, truth = _checked(scores, labels)
-    found = {name: float(x[0]) for name, x in ranking(by_score(scores, truth)[0]).items()}
+    result = {name: float(x[0]) for name, x in ranking(by_score(scores, truth)[0]).items()}
     tp, tn, fp, fn = confusion(scores >= threshold, truth)
-    found |= {name: float(x) for name, x in rates(tp, tn, fp, fn).items()}
+    result |= {name: float(x) for name, x in rates(tp, tn, fp, fn).items()}
     fpr, tpr = float(_ratio(fp, fp + tn)), float(_ratio(tp, tp + fn))
-    return found | {"fpr": fpr, "tpr": tpr, "threshold": float(threshold)}
+    return result | {"fpr": fpr, "tpr": tpr, "threshold": float(threshold)}
 
 
 def roc(
@@ -110,13 +110,13 @@ def ranking(counts: Num[Array, "r c b"]) -> dict[str, Float[Array, " r"]]:
     negative, positive = counts[:, 0, ::-1], counts[:, 1, ::-1]
     alarms, hits = negative.cumsum(1), positive.cumsum(1)
     precision = _ratio(hits, hits + alarms, 0.0)
-    found = {
+    result = {
         "auroc": _ratio(((hits - positive / 2) * negative).sum(1), hits[:, -1] * alarms[:, -1]),
         "auprc": _ratio((positive * precision).sum(1), hits[:, -1]),
     }
     if counts.shape[1] == 3:
-        found["aupro"] = aupro(*pro_curve(counts))
-    return {name: np.minimum(x, 1.0) for name, x in found.items()}
+        result["aupro"] = aupro(*pro_curve(counts))
+    return {name: np.minimum(x, 1.0) for name, x in result.items()}
 
 
 def pro_curve(counts: Num[Array, "r 3 b"]) -> tuple[Float[Array, "r t"], Float[Array, "r t"]]:

@@ -72,7 +72,9 @@ class PixelMetrics:
         )
         coarse = BINS // IMAGE_BINS
         parts = (normal, None), (lesion, None), (lesion, weights)
-        return np.stack([np.bincount(at // coarse, w, IMAGE_BINS) for at, w in parts]).astype(float)
+        return np.stack([np.bincount(codes // coarse, w, IMAGE_BINS) for codes, w in parts]).astype(
+            float
+        )
 
     def per_image(self) -> dict[str, Num[np.ndarray, " n"]]:
         """tp, tn, fp, fn, iou, dice, hausdorff, hausdorff95 and boundary_f1 of each image.
@@ -99,12 +101,12 @@ class PixelMetrics:
         total = {name: int(each[name].sum()) for name in COLUMNS[:4]}
         used = self.counts[None, :, self.counts[:2].any(0)]
         tp, tn, fp, fn = total.values()
-        found: dict[str, Any] = metrics.rates(tp, tn, fp, fn) | metrics.overlap(tp, fp, fn)
-        found |= {name: x[0] for name, x in metrics.ranking(used).items()}
+        result: dict[str, Any] = metrics.rates(tp, tn, fp, fn) | metrics.overlap(tp, fp, fn)
+        result |= {name: x[0] for name, x in metrics.ranking(used).items()}
         for name, values in self.averaged().items():
             known = values[~np.isnan(values)]
-            found[name] = known.mean() if len(known) else metrics.NAN
-        return total | {name: float(x) for name, x in found.items()}
+            result[name] = known.mean() if len(known) else metrics.NAN
+        return total | {name: float(x) for name, x in result.items()}
 
 
 def pixel_level(

@@ -43,8 +43,8 @@ def of_passes(p: Float[np.ndarray, "t n"]) -> tuple[Column, Column]:
 
 def named(columns: Float[np.ndarray, "n 3"]) -> dict[str, Column]:
     """Columns in the order of NAMES under their names, without those that are undefined (NaN)."""
-    found = dict(zip(NAMES, np.asarray(columns).T, strict=True))
-    return {name: x for name, x in found.items() if not np.isnan(x).any()}
+    measures = dict(zip(NAMES, np.asarray(columns).T, strict=True))
+    return {name: x for name, x in measures.items() if not np.isnan(x).any()}
 
 
 def measure(
