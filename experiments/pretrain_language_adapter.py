@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medclip_jax.clip import text_adapter, vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.models import similarity
 from medclip_jax.prompts import ontology, tokenize
 
@@ -74,7 +74,7 @@ def main() -> None:
     args = arguments()
     subjects = reports(args.reports) if args.reports else sentences(ontology.load())
     train, held = split(subjects, args.seed)
-    tower = vit.load(args.checkpoint)
+    tower = checkpoint.load(args.checkpoint)
     of_train, of_held = (features(tower, x) for x in (train, held))
     fresh = text_adapter.init(jax.random.key(args.seed), tower.joint)
     before = retrieval(fresh, of_held, args.seed)
@@ -189,7 +189,7 @@ def split(subjects: Subjects, seed: int) -> tuple[list[list[str]], list[list[str
 # --- features -----------------------------------------------------------------------------------
 
 
-def features(tower: vit.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
+def features(tower: checkpoint.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
     """Text features [texts, d] of every subject, of length 1."""
     texts = [t for subject in subjects for t in subject]
     positions = len(tower.text["position"])
@@ -198,7 +198,7 @@ def features(tower: vit.Clip, subjects: list[list[str]], batch: int = 64) -> lis
     ).input_ids.astype(np.int32)
     eos = tokenize.end_of_text(ids, tower.eos_id)
     ids = ids[:, : int(eos.max()) + 1]
-    run = jax.jit(partial(vit.encode_ids, tower=tower.text_tower, causal=True))
+    run = jax.jit(partial(vit.encode_ids, tower=tower.text_encoder, causal=True))
     empty, none = jnp.zeros((batch, 0, tower.text_width)), np.full((batch, ids.shape[1]), -1)
     made = []
     for start in range(0, len(texts), batch):

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medclip_jax import config_validation
-from medclip_jax.clip import text_adapter, vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.config_validation import FUSED_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits, synthetic_variants
 from medclip_jax.data.records import Record, Split
@@ -44,7 +44,7 @@ from medclip_jax.features import (
     training_pool,
 )
 from medclip_jax.inference import adapt, predictor
-from medclip_jax.models import losses, model, prompt_sets, token_refinement
+from medclip_jax.models import losses, model, prompt_sets, text_adapter, token_refinement
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
 from medclip_jax.training import (
@@ -62,9 +62,10 @@ FOLDS = 4  # parts of the supports, each held out from the training of one fold 
 SYNONYMS = 3  # words per anatomy, condition and modality that the ontology adds
 
 
-def load_clip(c: ConfigDict) -> vit.Clip:
+def load_clip(c: ConfigDict) -> checkpoint.Clip:
     """The frozen CLIP with the layers tapped that the configuration names."""
-    return vit.load(c.clip.checkpoint, tuple(c.clip.layers), c.clip.dtype, c.model.refine)
+    taps = tuple(c.clip.layers), c.clip.dtype, c.model.refine
+    return checkpoint.load(c.clip.checkpoint, *taps, c.clip.implementation)
 
 
 def load_split(c: ConfigDict) -> Split:
@@ -75,7 +76,7 @@ def load_split(c: ConfigDict) -> Split:
     return splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
 
 
-def open_cache(c: ConfigDict, clip: vit.Clip, mesh) -> cache.FeatureCache:
+def open_cache(c: ConfigDict, clip: checkpoint.Clip, mesh) -> cache.FeatureCache:
     """Where tokens of this CLIP and preprocessing are kept."""
     recipe = preprocessing.steps(c.data.recipe)
     reading = recipe, c.data.window
@@ -104,7 +105,7 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[auxiliary.Auxiliary, ...]:
     return auxiliary.choose(names, words=words, strengths=strengths, **reading)
 
 
-def explanation(c: ConfigDict, clip: vit.Clip) -> grad_cam.Explanation:
+def explanation(c: ConfigDict, clip: checkpoint.Clip) -> grad_cam.Explanation:
     """How scores are explained. Raises ConfigError for a layer that is not tapped."""
     layers = len(clip.widths)
     if not -layers <= c.explanation.layer < layers:
@@ -115,7 +116,7 @@ def explanation(c: ConfigDict, clip: vit.Clip) -> grad_cam.Explanation:
     return grad_cam.Explanation(c.explanation.method, c.explanation.layer, c.score.top)
 
 
-def encode(c: ConfigDict, clip: vit.Clip, split: Split, others, mesh):
+def encode(c: ConfigDict, clip: checkpoint.Clip, split: Split, others, mesh):
     """Encode what the feature cache lacks; returns it and the training pools."""
     feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
     pools = [training_pool.open(feature_cache, split.support, variants)]
@@ -131,7 +132,7 @@ def encode(c: ConfigDict, clip: vit.Clip, split: Split, others, mesh):
     return feature_cache, pools
 
 
-def load_teacher(c: ConfigDict, clip: vit.Clip, test: Sequence[Record]) -> distillation.Teacher:
+def load_teacher(c: ConfigDict, clip: checkpoint.Clip, test: Sequence[Record]) -> distillation.Teacher:
     """The trained model of the workdir config.teacher.
 
     Raises:
@@ -144,7 +145,7 @@ def load_teacher(c: ConfigDict, clip: vit.Clip, test: Sequence[Record]) -> disti
     own = ConfigDict(trained.config)
     supports = json.loads((workdir / saved.SETTINGS).read_text())["supports"]
     distillation.check(workdir, own, c, supports, [r.sha256 for r in test])
-    parts = ("layers", "dtype")
+    parts = ("layers", "dtype", "implementation")
     same = trained.checkpoint == clip.digest and own.model.refine == c.model.refine
     if not same or any(own.clip[part] != c.clip[part] for part in parts):
         clip = load_clip(own)
@@ -158,14 +159,14 @@ def load_teacher(c: ConfigDict, clip: vit.Clip, test: Sequence[Record]) -> disti
 
     @jax.jit
     def logits(images):
-        how = dict(tower=clip.vision_tower, mean=clip.mean, std=clip.std)
-        tokens = vit.encode_images(clip.vision, images, **how)
+        how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
+        tokens = checkpoint.encode_images(clip.vision, images, **how)
         return model.forward(params, text, tokens, design).logit
 
     return distillation.Teacher(clip.size, preprocessing.steps(own.data.recipe), logits)
 
 
-def fresh_params(c: ConfigDict, clip: vit.Clip, design: model.Design) -> dict:
+def fresh_params(c: ConfigDict, clip: checkpoint.Clip, design: model.Design) -> dict:
     """Params as training starts from them."""
     language = None
     if c.model.language_tuned:
@@ -203,7 +204,7 @@ def learner(c: ConfigDict) -> Learner:
     return Learner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.adapt_steps)
 
 
-def design_of(c: ConfigDict, clip: vit.Clip, others) -> tuple[model.Design, dict]:
+def design_of(c: ConfigDict, clip: checkpoint.Clip, others) -> tuple[model.Design, dict]:
     """The model of a run, with the prompts of auxiliary data sets, and its frozen parameters."""
     design, frozen = build(c, clip)
     if others and c.steps:
@@ -212,14 +213,14 @@ def design_of(c: ConfigDict, clip: vit.Clip, others) -> tuple[model.Design, dict
     return design, frozen
 
 
-def scorer(c: ConfigDict, clip: vit.Clip, design: model.Design) -> Callable[..., detector.Scores]:
+def scorer(c: ConfigDict, clip: checkpoint.Clip, design: model.Design) -> Callable[..., detector.Scores]:
     """The pure scoring function of the config's method; `detector` builds its parameters."""
     names, pool = branch_names(c), image_pool(c, clip)
     made = {name: branch_scorer(name, clip, design, pool) for name in names}
     return ensemble.scorer(made) if len(names) > 1 else made[names[0]]
 
 
-def branch_scorer(name: str, clip: vit.Clip, design: model.Design, pool: Callable) -> Callable:
+def branch_scorer(name: str, clip: checkpoint.Clip, design: model.Design, pool: Callable) -> Callable:
     """The pure scoring function of one branch."""
     if name == "memory":
         return memory_bank.scorer(pool)
@@ -228,7 +229,7 @@ def branch_scorer(name: str, clip: vit.Clip, design: model.Design, pool: Callabl
     return prompt_detector.scorer(design, pool)
 
 
-def image_pool(c: ConfigDict, clip: vit.Clip) -> Callable:
+def image_pool(c: ConfigDict, clip: checkpoint.Clip) -> Callable:
     """Patch values [n, p] -> image scores [n]."""
     return partial(detector.image_score, size=clip.size, top=c.score.top)
 
@@ -253,7 +254,7 @@ def supports(
 
 def assemble(
     c: ConfigDict,
-    clip: vit.Clip,
+    clip: checkpoint.Clip,
     design: model.Design,
     frozen: dict,
     params: Any,
@@ -401,7 +402,7 @@ def load_start(workdir: Path) -> adapt.Start:
     return site_start(c, clip, design, frozen, jax.tree.map(lambda x: x[0], newest.params))
 
 
-def site_start(c: ConfigDict, clip: vit.Clip, design, frozen: dict, params: Any) -> adapt.Start:
+def site_start(c: ConfigDict, clip: checkpoint.Clip, design, frozen: dict, params: Any) -> adapt.Start:
     """What adaptation starts from; params: one set, a maml.MetaSGD if its rates were learned."""
     return adapt.start(
         *(clip, design, frozen, params),
@@ -421,39 +422,38 @@ def site_start(c: ConfigDict, clip: vit.Clip, design, frozen: dict, params: Any)
     )
 
 
-def build(c: ConfigDict, tower: vit.Clip, context: int | None = None) -> tuple[model.Design, dict]:
+def build(c: ConfigDict, clip: checkpoint.Clip, context: int | None = None) -> tuple[model.Design, dict]:
     """The static design of the model and its frozen parameters; `context` if not the config's."""
     if context is None:
         context = c.prompts.context if c.steps else 0
     shown = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
-    built = phrases(c, tower, context, **shown)
-    vision, kept = tower.vision_tower, None
-    if isinstance(vision, vit.Tower) and vision.inputs:
-        kept = token_refinement.frozen(tower.vision, vision.levels, vision.heads, vision.eps)
+    built = phrases(c, clip, context, **shown)
+    image = clip.image_encoder
+    refinement = token_refinement.frozen(clip.params, image) if image.inputs else None
     design = model.Design(
         built,
-        tower.text_tower,
-        tower.size,
-        tower.grid,
+        clip.text_encoder,
+        clip.size,
+        clip.grid,
         c.model.form,
         c.prompts.causal,
         c.model.learn_scale,
         c.model.dropout,
-        kept,
+        refinement,
     )
-    text = dict(tower.text)
+    frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
     if c.model.language:
-        text["language"] = text_adapter.load(c.model.language, tower.digest, tower.joint)
-    return design, {"text": text, "logit_scale": jnp.asarray(tower.logit_scale)}
+        frozen["language"] = text_adapter.load(c.model.language, clip.digest, clip.joint)
+    return design, frozen
 
 
 def phrases(
-    c: ConfigDict, tower: vit.Clip, context: int, modality: str, anatomy: str, conditions
+    c: ConfigDict, clip: checkpoint.Clip, context: int, modality: str, anatomy: str, conditions
 ) -> Prompts:
     """The prompts of a data set that shows this, made as the config says."""
     return tokenize.build(
-        tower.tokenizer,
-        tower.eos_id,
+        clip.tokenizer,
+        clip.eos_id,
         phrases=c.prompts.phrases,
         anatomy=anatomy,
         conditions=conditions,
@@ -463,5 +463,5 @@ def phrases(
         init=c.prompts.init,
         synonyms=SYNONYMS,
         ontology_file=c.prompts.ontology_file,
-        positions=len(tower.text["position"]),
+        positions=clip.positions,
     )

@@ -16,7 +16,6 @@ from rich.console import Console
 from medclip_jax import __version__, build, files
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
-from medclip_jax.clip import text_adapter
 from medclip_jax.data.records import Split
 from medclip_jax.detectors import ensemble, saved
 from medclip_jax.detectors.calibration import Calibration
@@ -25,6 +24,7 @@ from medclip_jax.distributed import multihost, runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
 from medclip_jax.features import cache
+from medclip_jax.models import text_adapter
 from medclip_jax.training import batches, loop
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")

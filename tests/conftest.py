@@ -46,25 +46,25 @@ def key():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A random CLIP of 32 x 32 pixels, 4 x 4 patches and four blocks; levels 1 and 4 are tapped."""
-    from medclip_jax.clip import vit
+    from medclip_jax.clip import checkpoint
     from tests.support.checkpoints import tiny_checkpoint
 
     folder, *_ = tiny_checkpoint(tmp_path_factory.mktemp("clip") / "tiny")
-    return vit.load(str(folder), levels=(1, 4))
+    return checkpoint.load(str(folder), layers=(1, 4))
 
 
 @pytest.fixture(scope="session")
 def compact():
     """The embedded CLIP."""
-    from medclip_jax.clip import vit
+    from medclip_jax.clip import checkpoint
 
-    return vit.load("compact")
+    return checkpoint.load("compact")
 
 
 @pytest.fixture(scope="session")
 def peer(tmp_path_factory):
     """Path of a parity fixture -> (its arrays, its CLIP), each read once."""
-    from medclip_jax.clip import vit
+    from medclip_jax.clip import checkpoint
     from tests.support.checkpoints import with_tokenizer
 
     @cache
@@ -72,6 +72,6 @@ def peer(tmp_path_factory):
         ref = dict(np.load(path))
         folder = path.parent / f"clip{path.stem.removeprefix('parity')}"
         whole = with_tokenizer(folder, tmp_path_factory.mktemp("peer") / "clip")
-        return ref, vit.load(str(whole), levels=tuple(ref["out_layers"].tolist()))
+        return ref, checkpoint.load(str(whole), layers=tuple(ref["out_layers"].tolist()))
 
     return read

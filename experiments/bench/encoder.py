@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import peak, peer, towers, workload
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 
 WORKER = Path(__file__).with_name("torch_encoder.py")
 
@@ -71,7 +71,9 @@ class Encoder:
     def __init__(self, size: towers.Size, weights: dict, images: np.ndarray, dtype: str):
         self.weights, self.images = jax.tree.map(jnp.asarray, weights), jnp.asarray(images)
         tower = towers.tower(size, dtype)
-        self.encode = partial(vit.encode_images, tower=tower, mean=towers.MEAN, std=towers.STD)
+        self.encode = partial(
+            checkpoint.encode_images, tower=tower, mean=towers.MEAN, std=towers.STD
+        )
 
     def __call__(self) -> float:
         """Seconds of one call."""
@@ -105,7 +107,9 @@ def start(python: str, path: Path, size, weights, images) -> subprocess.Popen | 
     flat = jax.tree_util.tree_flatten_with_path(weights)[0]
     arrays = {"w." + ".".join(k.key for k in where): x for where, x in flat}
     arrays |= {"heads": size.heads, "patch": size.patch, "pixels": size.pixels, "eps": towers.EPS}
-    arrays["pixels_nhwc"] = np.asarray(vit.normalise(jnp.asarray(images), towers.MEAN, towers.STD))
+    arrays["pixels_nhwc"] = np.asarray(
+        checkpoint.normalise(jnp.asarray(images), towers.MEAN, towers.STD)
+    )
     np.savez(path, **arrays)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([python, str(WORKER), str(path)], **pipes)
@@ -118,7 +122,9 @@ def compare(size, weights, images, theirs: list) -> float:
     """
     tower = towers.tower(size)
     given = jnp.asarray(images[:2])
-    ours = vit.encode_images(weights, given, tower=tower, mean=towers.MEAN, std=towers.STD).pooled
+    ours = checkpoint.encode_images(
+        weights, given, tower=tower, mean=towers.MEAN, std=towers.STD
+    ).pooled
     away = float(np.abs(ours - np.array(theirs)).max() / np.abs(theirs).max())
     print(f"pooled embeddings differ by {away:.1e} of the largest")
     if not away < 1e-3:

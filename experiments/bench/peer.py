@@ -91,7 +91,7 @@ def compare(work: workload.Work, args: argparse.Namespace, said: dict) -> dict:
 def arrays(work: workload.Work, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """What the worker reads: the same weights, prompts and tokens under flat names."""
     words, text = work.design.prompts, jax.device_get(work.frozen["text"])
-    flat = {"heads": work.design.text_tower.heads, "inner_steps": args.inner_steps}
+    flat = {"heads": work.design.text_encoder.heads, "inner_steps": args.inner_steps}
     flat |= {"ids": words.ids, "slots": words.slots, "eos": words.eos, "label": words.label}
     for name in ("token", "position", "projection"):
         flat[f"text.{name}"] = text[name]

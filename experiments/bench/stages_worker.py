@@ -87,7 +87,7 @@ def watch(clock: Clock) -> None:
     import jax
 
     from medclip_jax import train
-    from medclip_jax.clip import vit
+    from medclip_jax.clip import checkpoint
     from medclip_jax.data import datasets, preprocessing, records
     from medclip_jax.detectors import saved
     from medclip_jax.evaluation import evaluate
@@ -99,7 +99,7 @@ def watch(clock: Clock) -> None:
     jax.monitoring.register_event_duration_secs_listener(clock.compiled)
     clock.wrap_steps(records, "read_all", "read")
     for module, names, stage in (
-        (vit, ("load",), "load"),
+        (checkpoint, ("load",), "load"),
         (datasets, ("load", "split"), "read"),
         (preprocessing, ("batch",), "preprocess"),
         (encoder, ("variants",), "synthesise"),

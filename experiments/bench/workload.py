@@ -59,7 +59,7 @@ class Work(NamedTuple):
 def build(name: str, tasks: int, rows: int) -> Work:
     """Random weights and tokens; `rows` of support and as many of query in each task."""
     size, rng = SIZES[name], np.random.default_rng(0)
-    embedded = vit.load("compact")
+    embedded = checkpoint.load("compact")
     words = tokenize.build(
         embedded.tokenizer,
         embedded.eos_id,

@@ -1,21 +1,22 @@
-"""CLIP checkpoints on disk or on the Hub -> (config, parameters, tokenizer files), without torch.
+"""CLIP checkpoints on disk or on the Hub -> config and parameters, without torch.
 
-Parameters come out as two plain trees, `vision` and `text`, with the blocks of each tower stacked
-on a leading axis (q, k and v in one kernel), so that a tower is one `lax.scan` or one short loop.
+Parameters come out as the tree of transformers' FlaxCLIPModel, whichever file they are read from.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from medclip_jax.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "compact_clip"
-OPENCLIP = "open_clip_model.safetensors", "open_clip_config.json"  # see openclip.py
+OPENCLIP = "open_clip_model.safetensors", "open_clip_config.json"  # see open_clip_weights
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")  # first found is read
 SMALL_FILES = (
     "config.json",
@@ -32,22 +33,23 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Weights(NamedTuple):
+    """A checkpoint as read."""
+
     folder: Path
     config: dict[str, Any]  # config.json
-    vision: dict[str, Any]
-    text: dict[str, Any]
-    logit_scale: float
+    params: dict[str, Any]  # of FlaxCLIPModel, NumPy; of a ResNet, `visual` is its image part
     mean: tuple[float, ...]  # of the input pixels, per channel, [0, 1]
     std: tuple[float, ...]
     digest: str  # sha256 of config and weights, first 16 hex digits
+    resnet: Any = None  # the image encoder, where it is a ResNet
 
 
-def read(checkpoint: str) -> Weights:
-    """Read `compact` (embedded), a Hugging Face folder, or a Hub id.
+def read(folder: Path) -> Weights:
+    """Read a Hugging Face folder.
 
-    Raises CheckpointError if the folder, its weights, its config or its tokenizer cannot be used.
+    Raises:
+        CheckpointError: the folder, its weights, its config or its tokenizer cannot be used.
     """
-    folder = locate(checkpoint)
     config = _config(folder)
     check_tokenizer(folder)
     path = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
@@ -56,21 +58,20 @@ def read(checkpoint: str) -> Weights:
             f"{folder}: no weights; need {' or '.join(WEIGHTS)} "
             "(a pytorch_model.bin must be converted to safetensors first)"
         )
-    flat = safetensors(path) if path.suffix == ".safetensors" else _msgpack(path)
-    vision_layers = config["vision_config"]["num_hidden_layers"]
-    text_layers = config["text_config"]["num_hidden_layers"]
-    try:
-        vision, text = _vision(flat, vision_layers), _text(flat, text_layers)
-        scale = float(flat["logit_scale"])
-    except KeyError as error:
+    flat = _of_torch(safetensors(path)) if path.suffix == ".safetensors" else _msgpack(path)
+    depths = {x: config[f"{x}_config"]["num_hidden_layers"] for x in ("vision", "text")}
+    missing = [name for name in _names(depths) if name not in flat]
+    if missing:
+        name = re.sub(r"/(kernel|scale|embedding)$", "/weight", missing[0]).replace("/", ".")
         raise CheckpointError(
-            f"{path}: tensor {error} is missing; this is not a whole CLIP checkpoint"
-        ) from None
+            f"{path}: tensor {name} is missing; this is not a whole CLIP checkpoint"
+        )
     mean, std = _normalisation(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with path.open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
-    return Weights(folder, config, vision, text, scale, mean, std, digest.hexdigest()[:16])
+    params = unflatten_dict({name: flat[name] for name in _names(depths)}, sep="/")
+    return Weights(folder, config, params, mean, std, digest.hexdigest()[:16])
 
 
 def locate(checkpoint: str) -> Path:
@@ -145,10 +146,10 @@ def _config(folder: Path) -> dict[str, Any]:
         kind = raw.get("model_type")
         raise CheckpointError(f"{path}: model_type is {kind!r}, need 'clip'; give a CLIP folder")
     config = CLIPConfig.from_dict(raw).to_dict()
-    for tower in ("vision_config", "text_config"):
-        if config[tower]["hidden_act"] not in ACTIVATIONS:
+    for part in ("vision_config", "text_config"):
+        if config[part]["hidden_act"] not in ACTIVATIONS:
             raise CheckpointError(
-                f"{path}: {tower} hidden_act {config[tower]['hidden_act']!r} is not one of "
+                f"{path}: {part} hidden_act {config[part]['hidden_act']!r} is not one of "
                 f"{', '.join(ACTIVATIONS)}; use another checkpoint"
             )
     return config
@@ -158,9 +159,9 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Pixel mean and sd of the checkpoint, OpenAI's where it does not say."""
     path = folder / "preprocessor_config.json"
     try:
-        said = json.loads(path.read_text()) if path.is_file() else {}
-        mean = tuple(map(float, said.get("image_mean", MEAN)))
-        std = tuple(map(float, said.get("image_std", STD)))
+        fields = json.loads(path.read_text()) if path.is_file() else {}
+        mean = tuple(map(float, fields.get("image_mean", MEAN)))
+        std = tuple(map(float, fields.get("image_std", STD)))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -169,6 +170,7 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Tensors of a file, as float32. Raises CheckpointError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -182,72 +184,53 @@ def safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _msgpack(path: Path) -> dict[str, np.ndarray]:
-    """A Flax checkpoint under the names and layouts of the PyTorch one."""
+    """A Flax checkpoint."""
     from flax.serialization import msgpack_restore
-    from flax.traverse_util import flatten_dict
 
     try:
-        tree = flatten_dict(msgpack_restore(path.read_bytes()), sep=".")
+        flat = flatten_dict(msgpack_restore(path.read_bytes()), sep="/")
     except Exception as error:  # msgpack raises many unrelated types on damaged bytes
         raise CheckpointError(
             f"{path}: damaged or not Flax msgpack ({type(error).__name__}); download it again"
         ) from None
-    flat = {}
-    for name, value in tree.items():
-        value = np.asarray(value, np.float32)
-        if name.endswith(".kernel"):
-            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        flat[re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)] = value
-    return flat
+    return {name: np.asarray(value, np.float32) for name, value in flat.items()}
 
 
-def _norm(flat: dict, name: str) -> dict[str, np.ndarray]:
-    return {"scale": flat[f"{name}.weight"], "bias": flat[f"{name}.bias"]}
+def _of_torch(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """PyTorch's names and layouts -> Flax's."""
+    renamed = {}
+    for name, value in flat.items():
+        stem, _, last = name.replace(".", "/").rpartition("/")
+        if last == "weight" and value.ndim == 1:
+            last = "scale"
+        elif last == "weight" and stem.endswith(("token_embedding", "position_embedding")):
+            last = "embedding"
+        elif last == "weight":
+            last, value = "kernel", value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        renamed[f"{stem}/{last}" if stem else last] = value
+    return renamed
 
 
-def _dense(flat: dict, *names: str) -> dict[str, np.ndarray]:
-    """Linear layers side by side as one kernel [in, out] and bias [out]."""
-    kernel = np.concatenate([flat[f"{n}.weight"].T for n in names], axis=1)
-    return {"kernel": kernel, "bias": np.concatenate([flat[f"{n}.bias"] for n in names])}
-
-
-def _blocks(flat: dict, tower: str, layers: int) -> dict[str, Any]:
-    import jax
-
-    def block(i: int) -> dict[str, Any]:
-        at = f"{tower}.encoder.layers.{i}"
-        return {
-            "norm1": _norm(flat, f"{at}.layer_norm1"),
-            "qkv": _dense(flat, *(f"{at}.self_attn.{x}_proj" for x in "qkv")),
-            "out": _dense(flat, f"{at}.self_attn.out_proj"),
-            "norm2": _norm(flat, f"{at}.layer_norm2"),
-            "fc1": _dense(flat, f"{at}.mlp.fc1"),
-            "fc2": _dense(flat, f"{at}.mlp.fc2"),
-        }
-
-    return jax.tree.map(lambda *x: np.stack(x), *[block(i) for i in range(layers)])
-
-
-def _vision(flat: dict, layers: int) -> dict[str, Any]:
-    at = "vision_model"
-    patch = flat[f"{at}.embeddings.patch_embedding.weight"]  # [d, 3, s, s]
-    return {
-        "patch": patch.transpose(2, 3, 1, 0).reshape(-1, patch.shape[0]),
-        "class": flat[f"{at}.embeddings.class_embedding"],
-        "position": flat[f"{at}.embeddings.position_embedding.weight"],
-        "pre": _norm(flat, f"{at}.pre_layrnorm"),
-        "blocks": _blocks(flat, at, layers),
-        "post": _norm(flat, f"{at}.post_layernorm"),
-        "projection": flat["visual_projection.weight"].T,
+def _names(depths: Mapping[str, int]) -> list[str]:
+    """Every parameter of FlaxCLIPModel; depths: blocks of `vision` and `text`."""
+    both = "scale", "bias"
+    norms = {
+        "text_model": ("final_layer_norm",),
+        "vision_model": ("pre_layrnorm", "post_layernorm"),
     }
-
-
-def _text(flat: dict, layers: int) -> dict[str, Any]:
-    at = "text_model"
-    return {
-        "token": flat[f"{at}.embeddings.token_embedding.weight"],
-        "position": flat[f"{at}.embeddings.position_embedding.weight"],
-        "blocks": _blocks(flat, at, layers),
-        "final": _norm(flat, f"{at}.final_layer_norm"),
-        "projection": flat["text_projection.weight"].T,
-    }
+    names = [f"{model}/{norm}/{x}" for model, own in norms.items() for norm in own for x in both]
+    for part, depth in depths.items():
+        names.append(f"{part}_model/embeddings/position_embedding/embedding")
+        for block in (f"{part}_model/encoder/layers/{i}" for i in range(depth)):
+            names += [f"{block}/layer_norm{i}/{x}" for i in (1, 2) for x in both]
+            dense = [f"self_attn/{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp/fc1", "mlp/fc2"]
+            names += [f"{block}/{layer}/{x}" for layer in dense for x in ("kernel", "bias")]
+    return [
+        *names,
+        "text_model/embeddings/token_embedding/embedding",
+        "vision_model/embeddings/class_embedding",
+        "vision_model/embeddings/patch_embedding/kernel",
+        "visual_projection/kernel",
+        "text_projection/kernel",
+        "logit_scale",
+    ]

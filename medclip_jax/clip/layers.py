@@ -1,10 +1,15 @@
-"""Matrix products of a tower, in its number format, with float32 sums."""
+"""Blocks of CLIP's transformers: flax.linen modules under the names that transformers uses."""
 
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+# The gradient of a block computes attention and activation anew: keeping less is faster.
+SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 def product(equation: str, a: Any, b: Any) -> Float[Array, "*_"]:
@@ -15,6 +20,15 @@ def product(equation: str, a: Any, b: Any) -> Float[Array, "*_"]:
     """
     c = jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
     return c.astype(a.dtype)
+
+
+def _dot_general(a, b, dimensions, precision=None, **_):
+    """lax.dot_general for nn.Dense, with sums as in `product`."""
+    given = dict(precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dimensions, **given).astype(a.dtype)
+
+
+Dense = partial(nn.Dense, dot_general=_dot_general)
 
 
 def attend(
@@ -32,3 +46,139 @@ def attend(
         weight = jnp.where(mask, weight, jnp.finfo(jnp.float32).min)
     mixed = product("nhts,nhsd->nhtd", jax.nn.softmax(weight).astype(q.dtype), v)
     return mixed.transpose(0, 2, 1, 3)
+
+
+class LayerNorm(nn.Module):
+    """In float32 whatever the encoder computes in."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale, bias = (
+            self.param(name, start, x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
+            for name, start in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        y = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n s d"], mask=None, position=None):
+        n, s, d = x.shape
+
+        def dense(name, y):
+            return Dense(d, dtype=self.dtype, name=name)(y)
+
+        queries = x if position is None else x[jnp.arange(n), position][:, None]
+        if position is not None and mask is not None:
+            mask = mask[0, 0][position][:, None, None]
+        q, k, v = dense("q_proj", queries), dense("k_proj", x), dense("v_proj", x)
+        q, k, v = (y.reshape(n, -1, self.heads, d // self.heads) for y in (q, k, v))
+        return dense("out_proj", attend(q, k, v, mask).reshape(n, -1, d))
+
+
+class Mlp(nn.Module):
+    hidden: int
+    activation: str  # quick_gelu | gelu
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        y = Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        quick = self.activation == "quick_gelu"
+        y = y * jax.nn.sigmoid(1.702 * y) if quick else jax.nn.gelu(y, False)
+        return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y)
+
+
+class Block(nn.Module):
+    """One block of an encoder, of the image or the text.
+
+    Args of a call:
+        x: tokens [n, s, d].
+        mask: [1, 1, s, s], True where a query may look; None for everywhere.
+        position: [n], the one position of each row that is computed; the result is [n, 1, d].
+    """
+
+    heads: int
+    hidden: int
+    activation: str
+    eps: float
+    dtype: str = "float32"
+
+    def setup(self):
+        self.layer_norm1, self.layer_norm2 = LayerNorm(self.eps), LayerNorm(self.eps)
+        self.self_attn = Attention(self.heads, self.dtype)
+        self.mlp = Mlp(self.hidden, self.activation, self.dtype)
+
+    def __call__(self, x, mask=None, position=None):
+        y = self.layer_norm1(x)
+        x = x if position is None else x[jnp.arange(len(x)), position][:, None]
+        x = x + self.self_attn(y, mask, position)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The blocks of an encoder, under `layers`: "0", "1", ... or stacked on a leading axis."""
+
+    depth: int
+    width: int
+    heads: int
+    hidden: int
+    activation: str
+    eps: float
+    dtype: str = "float32"
+
+    def setup(self):
+        kinds = self.heads, self.hidden, self.activation, self.eps, self.dtype
+        self.one = Block(*kinds, parent=None)
+        if self.is_initializing():
+            self.layers = self.param("layers", self._fresh)
+        else:  # of either layout
+            self.layers = self.get_variable("params", "layers")
+
+    def _fresh(self, key):
+        keys = jax.random.split(key, self.depth)
+        x = jnp.zeros((1, 1, self.width), self.dtype)
+        return {str(i): self.one.init(k, x)["params"] for i, k in enumerate(keys)}
+
+    def params_of(self, number: int):
+        """Parameters of block `number`, from 1."""
+        if "0" in self.layers:
+            return self.layers[str(number - 1)]
+        return jax.tree.map(lambda x: x[number - 1], self.layers)
+
+    def scan(self, x, start: int, stop: int):
+        """Blocks start + 1 to stop by lax.scan."""
+        layers = stack(self.layers) if "0" in self.layers else self.layers
+        layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)
+        return jax.lax.scan(lambda y, p: (self.one.apply({"params": p}, y), None), x, layers)[0]
+
+    def lean(self, x, mask, position):
+        """All blocks by a loop that keeps little for its gradient, which beats scan's.
+
+        Of the last block, the tokens at `position` [n] alone: [n, 1, d].
+        """
+        block = jax.checkpoint(lambda p, y: self.one.apply({"params": p}, y, mask), policy=SAVED)
+        for number in range(1, self.depth):
+            x = block(self.params_of(number), x)
+        last = {"params": self.params_of(self.depth)}
+        return self.one.apply(last, x, mask, position=position)
+
+
+def stack(layers: dict[str, Any]) -> Any:
+    """Parameters of blocks "0", "1", ... stacked on a leading axis."""
+    rows = [layers[str(i)] for i in range(len(layers))]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def unstack(layers: Any) -> dict[str, Any]:
+    """Undoes `stack`."""
+    depth = len(jax.tree.leaves(layers)[0])
+    return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(depth)}

@@ -1,24 +1,36 @@
-"""What the rooms of the house hand to one another.
+"""What every image encoder returns, and what it offers."""
 
-Shape letters, used in every annotation:
-  e episodes/tasks   n images   h w pixels (tower frame unless said otherwise)   f frames
-  p patches (g x g grid, row-major)   l levels (tapped blocks)   d width
-  c prompts   t text positions
-
-Pytrees are NamedTuples: jaxtyping's import hook would break `flax.struct.dataclass` at unflatten.
-"""
-
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float
 
 
 class Features(NamedTuple):
-    """What every frozen image tower returns (ViT or ResNet)."""
+    """Tokens of n images, as every image encoder returns them."""
 
     pooled: Float[Array, "n d"]  # joint space, not normalised
-    levels: tuple[
-        Float[Array, "n p _"], ...
-    ]  # patch tokens of each tapped level, class token dropped
+    levels: tuple[Float[Array, "n p _"], ...]  # patch tokens of each tapped level, no class token
     # what each tapped block reads, class token first; only where refinement is on
     inputs: tuple[Float[Array, "n s d"], ...] = ()
+
+
+class ImageEncoder(Protocol):
+    """A hashable flax.linen module: `encoder.apply({"params": vision}, pixels) -> Features`.
+
+    `method="project"` maps patch tokens of the last level into the joint space. A ViT also has the
+    fields `heads` and `eps`, which refinement needs.
+    """
+
+    levels: tuple[int, ...]  # tapped blocks or stages, counted from 1
+    dtype: str  # of the computation: float32 | bfloat16
+    inputs: bool  # whether features hold what the tapped blocks read
+    implementation: str  # config.clip.implementation
+    depth: int  # blocks or stages
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    def prepare(self, params: Any) -> Any:
+        """A checkpoint's parameters -> the encoder's own, laid out as `apply` reads them."""
+
+    def restore(self, vision: Any) -> Any:
+        """The image part of a checkpoint's parameters; undoes `prepare`."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors.detector import Detector, Scores
-from medclip_jax.models import mc_dropout, model
+from medclip_jax.models import model
 
 
 def scorer(design: model.Design, pool: Callable) -> Callable[..., Scores]:
@@ -20,10 +20,7 @@ def scorer(design: model.Design, pool: Callable) -> Callable[..., Scores]:
 
     def apply(params, features, key):
         learned, text = params["learned"], params["text"]
-        if key is None:
-            patch = model.forward(learned, text, features, design).logit
-        else:
-            patch = mc_dropout.logit(learned, text, features, design, key)
+        patch = model.forward(learned, text, features, design, key).logit
         return Scores(patch, pool(patch))
 
     return apply

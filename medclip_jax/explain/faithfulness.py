@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Num
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.outputs import Features, ImageEncoder
 from medclip_jax.data import records as data_records
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration
@@ -235,31 +236,30 @@ def encode_randomised(
 ) -> Features:
     """Tokens of the encoder whose `last` block, or every block, is re-initialised."""
     vision = jax.tree.map(jnp.asarray, jax.device_get(feature_cache.vision))
-    vision = reinitialised(vision, jax.random.key(seed), last)
+    model = feature_cache.clip.image_encoder
+    vision = reinitialised(model, vision, jax.random.key(seed), last)
     return encoder.encode(
         feature_cache._replace(vision=sharding.replicate(vision, feature_cache.mesh)), images
     )
 
 
-def reinitialised(vision: dict, key: jax.Array, last: bool) -> dict:
-    """The encoder with the `last` block, or every block (ResNet: stage), re-initialised.
+def reinitialised(encoder: ImageEncoder, vision: dict, key: jax.Array, last: bool) -> dict:
+    """Parameters with the `last` block, or every block (ResNet: stage), re-initialised.
 
-    Every weight matrix or kernel gets normal values of its own standard deviation; norms and
-    biases stay.
+    Every kernel gets normal values of its own standard deviation; norms and biases stay.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(vision)
-
-    def fresh(i: int, path, x):
-        noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-        if path[0].key == "blocks" and x.ndim == 3:  # of a ViT, [block, in, out]
-            first = len(x) - 1 if last else 0
-            return x.at[first:].set((x.std((1, 2), keepdims=True) * noise)[first:])
-        if path[0].key == "stages" and x.ndim == 4:  # of a ResNet, [h, w, in, out]
-            stages = len(vision["stages"])
-            return x.std() * noise if path[1].idx >= (stages - 1 if last else 0) else x
-        return x
-
-    return jax.tree.unflatten(tree, [fresh(i, *leaf) for i, leaf in enumerate(flat)])
+    flat = flatten_dict(encoder.restore(vision), sep="/")
+    blocks = [encoder.depth] if last else range(1, encoder.depth + 1)
+    chosen = tuple(
+        start
+        for n in blocks
+        for start in (f"vision_model/encoder/layers/{n - 1}/", f"visual/layer{n}_")
+    )
+    for i, (name, x) in enumerate(flat.items()):
+        if name.startswith(chosen) and name.endswith("kernel"):
+            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            flat[name] = x.std() * noise
+    return encoder.prepare(unflatten_dict(flat, sep="/"))
 
 
 def rank_correlation(

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from medclip_jax import files
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
 from medclip_jax.data import preprocessing
 from medclip_jax.data.records import Record, unique
@@ -39,7 +39,7 @@ class FeatureCache(NamedTuple):
     """Where tokens lie and how images become tokens."""
 
     folder: Path
-    clip: vit.Clip
+    clip: checkpoint.Clip
     fit: read.Mode  # into the encoder's square frame: "stretch" or "pad"
     dtype: str  # of the tokens on disk
     mesh: jax.sharding.Mesh
@@ -48,7 +48,13 @@ class FeatureCache(NamedTuple):
 
 
 def open(
-    folder: Path, clip: vit.Clip, fit: Any, dtype: str, mesh, recipe="", window: str = ""
+    folder: Path,
+    clip: checkpoint.Clip,
+    fit: Any,
+    dtype: str,
+    mesh,
+    recipe="",
+    window: str = "",
 ) -> FeatureCache:
     """The feature cache below `folder`; the other arguments are FeatureCache's fields.
 
@@ -63,12 +69,13 @@ def with_recipe(
     feature_cache: FeatureCache, recipe: str | Sequence[str], window: str = ""
 ) -> FeatureCache:
     """The same for images that are preprocessed otherwise. Raises ConfigError if it is unknown."""
-    clip, encoder = feature_cache.clip, feature_cache.clip.vision_tower
+    clip, encoder = feature_cache.clip, feature_cache.clip.image_encoder
     pixels = clip.size, clip.mean, clip.std, feature_cache.fit
     steps = preprocessing.steps(recipe)
     named: list[Any] = [(preprocessing.VERSION, steps)] if steps else []
     named += ["inputs"] if encoder.inputs else []
     named += [parse_window(window)] if window else []
+    named += [encoder.implementation] if encoder.implementation != "fused" else []
     name = digest(
         2, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
     )

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
 from medclip_jax.data import preprocessing, records
 from medclip_jax.data.records import Record
@@ -98,7 +98,7 @@ def _encode_share(
     """
     clip, images = feature_cache.clip, preprocessing.batch(images, feature_cache.recipe)
     placed = sharding.place(images, feature_cache.mesh)
-    features = vit.encode_images(
-        feature_cache.vision, placed, tower=clip.vision_tower, mean=clip.mean, std=clip.std
+    features = checkpoint.encode_images(
+        feature_cache.vision, placed, encoder=clip.image_encoder, mean=clip.mean, std=clip.std
     )
     return jax.tree.map(lambda x: x.astype(feature_cache.dtype), sharding.fetch(features, real))

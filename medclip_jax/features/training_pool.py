@@ -60,12 +60,12 @@ def open(
     return TrainingPool(
         opened(cache.image_path(feature_cache, r) for r in images),
         anomalous,
-        len(feature_cache.clip.vision_tower.levels),
+        len(feature_cache.clip.image_encoder.levels),
         feature_cache.clip.size,
         synthesis.variants,
         np.asarray(kinds or np.zeros((len(images), 0), int)),
         synthesis.copies if synthesis.variants else 0,
-        inputs=feature_cache.clip.vision_tower.inputs,
+        inputs=feature_cache.clip.image_encoder.inputs,
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.data import preprocessing
 from medclip_jax.detectors import detector as detectors_detector
 from medclip_jax.detectors.calibration import Calibration
@@ -48,7 +48,7 @@ class Site(NamedTuple):
 class Start(NamedTuple):
     """Meta-trained parameters with all that stays the same from site to site."""
 
-    clip: vit.Clip
+    clip: checkpoint.Clip
     frozen: dict
     params: Any  # a maml.MetaSGD if the rates were learned
     learn: Callable  # compiled `learned`
@@ -64,7 +64,7 @@ class Ready(NamedTuple):
 
 
 def start(
-    clip: vit.Clip,
+    clip: checkpoint.Clip,
     design: model.Design,
     frozen: dict,
     params: Any,
@@ -117,10 +117,10 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
     ]
     again = np.tile(pixels, (episodes.IDENTITY, 1, 1))
     changed, masks = generate.batch(jnp.stack(keys), again, again, kinds, site.preset)
-    tokens = vit.encode_images(
+    tokens = checkpoint.encode_images(
         clip.vision,
         preprocessing.batch(np.concatenate([pixels, changed]), site.recipe),
-        tower=clip.vision_tower,
+        encoder=clip.image_encoder,
         mean=clip.mean,
         std=clip.std,
     )

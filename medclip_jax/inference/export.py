@@ -205,15 +205,15 @@ def _function(model):
     """Images [n, s, s] -> raw scores [n], raw maps [n, s, s], raw scores of the passes [n, t]."""
     import jax.numpy as jnp
 
-    from medclip_jax.clip import vit
+    from medclip_jax.clip import checkpoint
     from medclip_jax.detectors.detector import read_batch
 
     clip, dtype = model.encoder.clip, model.encoder.dtype
     seeds = jax.random.key_data(model.keys)  # keys themselves cannot be kept as arrays
 
     def run(images):
-        how = dict(tower=clip.vision_tower, mean=clip.mean, std=clip.std)
-        tokens = vit.encode_images(clip.vision, images, **how)
+        how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
+        tokens = checkpoint.encode_images(clip.vision, images, **how)
         stored = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tokens)
         raw = read_batch(model.detector, stored, jax.random.wrap_key_data(seeds))
         return raw.image, raw.maps, raw.passes.image

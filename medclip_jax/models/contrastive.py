@@ -1,38 +1,44 @@
-"""SimCLR (equation 12): two augmentations of a healthy image are to be alike after a small head.
+"""SimCLR (equation 12): two augmentations of a healthy image are to be similar after a small head.
 
 Chen et al. 2020. An image is the mean of its adapted patch tokens over patches and levels, so what
 is learned reaches the adapters; the head is dropped when scoring. Both augmentations come from the
-feature_cache, where the augmented copies of the supports lie.
+feature cache, which has augmented copies of the supports.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from medclip_jax.models import losses, similarity
+from medclip_jax.models import adapters, losses, similarity
 
 TEMPERATURE = 0.5  # Chen et al., for small batches
-STREAM = 53  # keeps these draws apart from others of the same seed
+STREAM = 53  # keeps these random numbers apart from others of the same seed
+
+
+class ProjectionHead(nn.Module):
+    """Adapted patch tokens of each level -> one vector per image, half as wide, not normalised."""
+
+    hidden_init: Callable = nn.initializers.lecun_normal()
+    out_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, levels: Sequence[Float[Array, "n p j"]]) -> Float[Array, "n m"]:
+        x = sum(level.mean(1) for level in levels) / len(levels)
+        width = x.shape[-1]
+        hidden = nn.Dense(width, kernel_init=self.hidden_init, name="hidden")(x)
+        narrow = max(width // 2, 1)
+        return nn.Dense(narrow, kernel_init=self.out_init, name="out")(jax.nn.relu(hidden))
 
 
 def init(key: jax.Array, width: int) -> dict:
-    """The projection head: width -> width, ReLU, -> width / 2; uniform as the adapters."""
-    sizes, bound = ((width, width), (width, max(width // 2, 1))), width**-0.5
-    draw = dict(minval=-bound, maxval=bound)
-    return {
-        name: {"kernel": jax.random.uniform(k, size, **draw), "bias": jnp.zeros(size[1])}
-        for name, k, size in zip(("hidden", "out"), jax.random.split(key), sizes, strict=True)
-    }
-
-
-def project(head: Mapping, levels: tuple[Float[Array, "n p j"], ...]) -> Float[Array, "n m"]:
-    """Adapted patch tokens of each level -> one vector per image, not normalised."""
-    x = sum(level.mean(1) for level in levels) / len(levels)
-    hidden = jax.nn.relu(x @ head["hidden"]["kernel"] + head["hidden"]["bias"][None])
-    return hidden @ head["out"]["kernel"] + head["out"]["bias"][None]
+    """Fresh parameters of a ProjectionHead: kernels uniform as those of the adapters, biases 0."""
+    uniform = adapters.uniform(width**-0.5)
+    head = ProjectionHead(*(adapters.from_key(k, uniform) for k in jax.random.split(key)))
+    return head.init(key, (jnp.zeros((1, 1, width)),))["params"]
 
 
 def ntxent(

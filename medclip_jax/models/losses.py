@@ -36,7 +36,7 @@ def focal(
     valid: Bool[Array, " n"],
     gamma: float = 2.0,
 ) -> Float[Array, ""]:
-    """MediCLIP's focal loss (PEERS 5.12), mean over pixels.
+    """MediCLIP's focal loss (Zhang et al. 2024), mean over pixels.
 
     Unlike optax's, the label is the mask cut to an integer and kept within [1e-5, 1 - 1e-5].
     """
@@ -50,7 +50,7 @@ def focal(
 def dice(
     logit: Float[Array, "n h w"], mask: Float[Array, "n h w"], valid: Bool[Array, " n"]
 ) -> Float[Array, ""]:
-    """1 - (2 |p g| + 1) / (|p| + |g| + 1) per image, mean over images (PEERS 5.12)."""
+    """1 - (2 |p g| + 1) / (|p| + |g| + 1) per image, mean over images, as MediCLIP."""
     # optax halves both sums, so its smooth of 0.5 is the peers' 1
     return row_mean(optax.losses.dice_loss(logit[..., None], mask[..., None], smooth=0.5), valid)
 
@@ -71,7 +71,7 @@ def align(
     """Equation (8): each patch towards its best prompt of the right class, against all prompts.
 
     `share` is the masked share of each patch: 0 is healthy, over one half is anomalous, and the
-    patches between say neither and do not count. `scale` is 1/temperature.
+    patches between are neither and do not count. `scale` is 1/temperature.
     """
     anomalous = (share > 0.5)[..., None]
     right = anomalous == (label == 1)[None, None]
@@ -95,17 +95,17 @@ def distill(
     student: Float[Array, "n c"],
     teacher: Float[Array, "n c"],
     label: Int[Array, " n"],
-    like: Distill,
+    rule: Distill,
 ) -> Float[Array, " n"]:
     """Equation (13) per row: alpha CE(label, student) + (1 - alpha) KL(teacher || student).
 
-    KL of the softmax at the temperature; `like.squared` multiplies it by temperature^2.
+    KL of the softmax at the temperature; `rule.squared` multiplies it by temperature^2.
     """
     ce = optax.losses.softmax_cross_entropy_with_integer_labels(student, label)
-    own, wanted = (jax.nn.log_softmax(z / like.temperature) for z in (student, teacher))
-    kl = optax.losses.kl_divergence_with_log_targets(own, jax.lax.stop_gradient(wanted))
-    strength = like.temperature**2 if like.squared else 1.0
-    return like.alpha * ce + (1 - like.alpha) * strength * kl
+    own, target = (jax.nn.log_softmax(z / rule.temperature) for z in (student, teacher))
+    kl = optax.losses.kl_divergence_with_log_targets(own, jax.lax.stop_gradient(target))
+    strength = rule.temperature**2 if rule.squared else 1.0
+    return rule.alpha * ce + (1 - rule.alpha) * strength * kl
 
 
 def distill_patches(
@@ -113,16 +113,16 @@ def distill_patches(
     teacher: Float[Array, "n p"],
     share: Float[Array, "n p"],
     valid: Bool[Array, " n"],
-    like: Distill,
+    rule: Distill,
 ) -> Float[Array, ""]:
     """Equation (13) on anomaly logits, mean over patches and valid rows.
 
     A patch is labelled anomalous if more than half of it is masked.
     """
-    own, wanted = (
+    own, target = (
         jnp.stack([jnp.zeros_like(z), z], axis=-1).reshape(-1, 2) for z in (student, teacher)
     )
-    each = distill(own, wanted, (share > 0.5).astype(jnp.int32).reshape(-1), like)
+    each = distill(own, target, (share > 0.5).astype(jnp.int32).reshape(-1), rule)
     return row_mean(each.reshape(share.shape).mean(1), valid)
 
 

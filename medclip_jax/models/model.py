@@ -1,34 +1,42 @@
 """What is learned (params) and how it turns cached tokens into anomaly: one forward for all.
 
-params is a plain dict of arrays:
-  context   [c, k, d]        learnable context of each prompt (equation 4), or [1, k, d] if shared;
-                             absent where k is 0, as no checkpoint holds an empty array
-  adapters  ({kernel [v, j], bias [j]}, ...)   one affine map per tapped level into the joint space
-  scale     []               log of 1/temperature of the anomaly logit and the alignment
-  offset    []               of the distance form (score.patch_logit)
-  language  {down, up}       the language adapter (language.init), if it is tuned
-  refine    ({kernel, bias, gate}, ...)  a query per tapped level (refine.init), if it is on
-  head      {hidden, out}    SimCLR's projection (simclr.init), if it has a weight
+params are the variables of Flax modules, one pytree:
+  context   [c, k, d]        PromptLearner, or [1, k, d] if shared; absent where k is 0, as no
+                             checkpoint holds an empty array
+  adapters  ({kernel [d, j], bias [j]}, ...)   a VisualAdapter per tapped level
+  scale, offset  []          AnomalyLogit: log of 1/temperature, and the distance form's offset
+  language  {down, up}       TextAdapter, if it is tuned
+  refine    ({kernel, bias, gate}, ...)  a TokenRefiner per tapped level, if refinement is on
+  head      {hidden, out}    ProjectionHead of SimCLR, if it has a weight
+
+frozen is the rest: `text` (Clip.text), `logit_scale` and, where it is not tuned, `language`.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from medclip_jax.clip import vit
+from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.text import encode_text
 from medclip_jax.features.batch import Batch, Views
 from medclip_jax.models import (
+    adapters,
     anomaly_map,
     contrastive,
     losses,
+    prompt_learner,
     prompt_sets,
     similarity,
+    text_adapter,
     token_refinement,
 )
+from medclip_jax.models.similarity import AnomalyLogit, Text
 from medclip_jax.prompts.prompts import Prompts
 
 
@@ -36,64 +44,58 @@ class Design(NamedTuple):
     """Everything static about the model; closed over by jit."""
 
     prompts: Prompts
-    text_tower: vit.Tower
-    size: int  # pixels per side of the tower frame
-    grid: int
-    form: str  # score.FORMS
-    causal: bool
+    text_encoder: nn.Module
+    size: int  # pixels per side of the encoder's input
+    grid: int  # patches per side
+    form: str  # of the anomaly logit: similarity.FORMS
+    causal: bool  # CLIP's mask of the text; False as MediCLIP
     learn_scale: bool  # False: temperature 1, as MediCLIP
     dropout: float  # rate, on the adapted tokens
     refinement: token_refinement.Frozen | None = (
-        None  # what refinement keeps of the tapped blocks; None: off
+        None  # frozen parts of the tapped blocks; None: off
     )
     sets: prompt_sets.Sets | None = None  # prompts of all data sets, where training has several
 
 
 class Output(NamedTuple):
-    text: Float[Array, "c j"]  # not normalised
     levels: tuple[Float[Array, "n p j"], ...]  # adapted patch tokens
     logit: Float[Array, "n p"]  # anomaly logit per patch
 
 
 def init(
     key: jax.Array,
-    model: vit.Clip,
+    model: Clip,
     design: Design,
     context: int,
     shared: bool,
     contrast: bool = False,
     language: Mapping | None = None,
 ) -> dict:
-    """Fresh params: context N(0, 0.02^2), adapters U(+-1/sqrt(width)) as peers (PEERS 5.9-5.10).
+    """Fresh params; a part's first values do not depend on which other parts there are.
 
-    Context vectors for which the prompts name a token start from its embedding instead. With
-    `contrast` there is a SimCLR head; what else is drawn does not depend on it. `language`: the
-    adapter to tune.
+    Args:
+        key: of the random values.
+        model: the CLIP.
+        design: of the model.
+        context: learnable vectors per prompt.
+        shared: one context for all prompts.
+        contrast: whether there is a SimCLR head.
+        language: the adapter to tune, if one is.
     """
-    context_key, *adapter_keys = jax.random.split(key, 1 + len(model.vision_tower.levels))
-    rows = 1 if shared else len(design.prompts.ids)
-
-    def adapter(key, width):
-        kernel_key, bias_key = jax.random.split(key)
-        draw = dict(minval=-(width**-0.5), maxval=width**-0.5)
-        return {
-            "kernel": jax.random.uniform(kernel_key, (width, model.joint), **draw),
-            "bias": jax.random.uniform(bias_key, (model.joint,), **draw),
-        }
-
-    vectors = 0.02 * jax.random.normal(context_key, (rows, context, model.text_width))
-    start = design.prompts.start
-    if start is not None and (start >= 0).any():
-        named = model.text["token"][jnp.maximum(start, 0)]
-        vectors = jnp.where((jnp.asarray(start) >= 0)[None, :, None], named[None], vectors)
-    params = {
-        **({"context": vectors} if context else {}),
-        "adapters": tuple(map(adapter, adapter_keys, model.widths)),
-        "scale": jnp.asarray(0.0 if not design.learn_scale else 2.3),  # temperature 1 or 0.1
-        "offset": jnp.asarray(0.5),
-    }
+    context_key, *adapter_keys = jax.random.split(key, 1 + len(model.widths))
+    rows, start = 1 if shared else len(design.prompts.ids), design.prompts.start
+    tokens = token_table(model.text)
+    params: dict[str, Any] = {}
+    if context:
+        params |= prompt_learner.init(context_key, rows, context, tokens, start)
+    params["adapters"] = tuple(
+        adapters.init(k, width, model.joint)
+        for k, width in zip(adapter_keys, model.widths, strict=True)
+    )
+    fresh = jnp.zeros((1, 1, model.joint)), Text(jnp.zeros((2, model.joint)), np.arange(2))
+    params |= link(design).init(key, fresh[:1], fresh[1])["params"]
     if design.refinement is not None:
-        params["refine"] = token_refinement.init(design.refinement)
+        params["refine"] = token_refinement.init(key, design.refinement)
     if language is not None:
         params["language"] = language
     if contrast:
@@ -101,55 +103,55 @@ def init(
     return params
 
 
+def token_table(text: Mapping) -> Float[Array, "v d"]:
+    """Token embeddings of a text encoder's parameters."""
+    return text["text_model"]["embeddings"]["token_embedding"]["embedding"]
+
+
+def link(design: Design) -> AnomalyLogit:
+    return AnomalyLogit(design.form, design.learn_scale)
+
+
 def text_features(params: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
-    """Text features of all prompts with the learned context."""
-    context = context_of(params, frozen)
-    rows = len(design.prompts.ids)
-    context = jnp.broadcast_to(context, (rows, *context.shape[1:]))
-    return vit.encode_text(
-        text_of(params, frozen), context, design.prompts, design.text_tower, design.causal
-    )
+    """Text features of all prompts with the learned context and the language adapter, if any."""
+    context = context_of(params, frozen, len(design.prompts.ids))
+    text = encode_text(frozen["text"], context, design.prompts, design.text_encoder, design.causal)
+    return adapt_text(params, frozen, text)
 
 
-def text_of(params: Mapping, frozen: Mapping) -> Mapping:
-    """Parameters of the text tower, with the language adapter that is tuned if there is one."""
-    tuned = {"language": params["language"]} if "language" in params else {}
-    return {**frozen["text"], **tuned}
+def context_of(params: Mapping, frozen: Mapping, prompts: int) -> Float[Array, "c k d"]:
+    """The context of so many prompts; of no vectors where params has none."""
+    if "context" not in params:
+        return jnp.zeros((prompts, 0, token_table(frozen["text"]).shape[1]))
+    learner = prompt_learner.PromptLearner(*params["context"].shape)
+    return learner.apply({"params": {"context": params["context"]}}, prompts)
 
 
-def context_of(params: Mapping, frozen: Mapping) -> Float[Array, "_ k d"]:
-    """The learned context; of no vectors where params has none."""
-    width = frozen["text"]["token"].shape[1]
-    return params["context"] if "context" in params else jnp.zeros((1, 0, width))
+def adapt_text(
+    params: Mapping, frozen: Mapping, text: Float[Array, "*n c j"]
+) -> Float[Array, "*n c j"]:
+    """Text features through the tuned or the frozen language adapter; as they are without one."""
+    adapter = params.get("language", frozen.get("language"))
+    return text if adapter is None else text_adapter.adapt(adapter, text)
 
 
 def adapt_tokens(
-    params: Mapping, features: Features, rate: float, key: jax.Array | None
+    params: Mapping, features: Features, design: Design, key: jax.Array | None = None
 ) -> tuple[Float[Array, "n p j"], ...]:
-    """Patch tokens in the joint space; inverted dropout at `rate` if a key is given."""
-    adapted = []
-    for i, (tokens, p) in enumerate(zip(features.levels, params["adapters"], strict=True)):
-        y = tokens.astype(jnp.float32) @ p["kernel"] + p["bias"][None, None]
-        if key is not None and rate > 0:
-            units = (y.shape[0], 1, y.shape[2])  # one thinned adapter per image, not per patch
-            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, units)
-            y = jnp.where(keep, y / (1 - rate), 0.0)
-        adapted.append(y)
-    return tuple(adapted)
+    """Patch tokens, refined where that is on (equation 6), in the joint space.
 
-
-def refined(params: Mapping, features: Features, design: Design) -> Features:
-    """Features with the levels refined (equation 6); as they are where refinement is off."""
-    if design.refinement is None:
-        return features
-    levels = token_refinement.refine(
-        params["refine"], design.refinement, features.levels, features.inputs
+    With a key every image sees adapters that dropout has thinned, each image its own.
+    """
+    levels = features.levels
+    if design.refinement is not None:
+        held = design.refinement
+        levels = token_refinement.refine(params["refine"], held, levels, features.inputs)
+    return tuple(
+        adapters.VisualAdapter(p["bias"].shape[0], rate=design.dropout).apply(
+            {"params": p}, tokens, None if key is None else jax.random.fold_in(key, i)
+        )
+        for i, (tokens, p) in enumerate(zip(levels, params["adapters"], strict=True))
     )
-    return features._replace(levels=levels)
-
-
-def scale_of(params: Mapping, design: Design) -> Float[Array, ""]:
-    return jnp.exp(params["scale"]) if design.learn_scale else jnp.asarray(1.0)
 
 
 def forward(
@@ -159,50 +161,44 @@ def forward(
     design: Design,
     key: jax.Array | None = None,
 ) -> Output:
-    """Adapted tokens and anomaly logits, given the text features of `text_features`."""
-    levels = adapt_tokens(params, refined(params, features, design), design.dropout, key)
-    logit = similarity.patch_logit(
-        levels,
-        text,
-        design.prompts.label,
-        scale_of(params, design),
-        params["offset"],
-        design.form,
+    """Adapted tokens and anomaly logits, given the text features of `text_features`.
+
+    A key stands for one model thinned by dropout, the same for every image, so what an image's
+    neighbours in the batch are does not change its result (the levels stay whole). MC-dropout
+    (equation 10) is vmap over keys: what they share is then computed once.
+    """
+    levels = adapt_tokens(params, features, design)
+    keeps = None
+    if key is not None and design.dropout > 0:
+        keeps = [
+            adapters.kept(jax.random.fold_in(key, i), design.dropout, y.shape[-1:]).astype(y.dtype)
+            for i, y in enumerate(levels)
+        ]
+    logit = link(design).apply(
+        {"params": scales(params)}, levels, Text(text, design.prompts.label), keeps
     )
-    return Output(text, levels, logit)
+    return Output(levels, logit)
 
 
-class Compared(NamedTuple):
-    """What a batch has in common with the prompts."""
-
-    logit: Float[Array, "n p"]  # anomaly logit per patch
-    alike: Float[Array, "n p c"]  # cosine with every prompt, mean over the levels
-    pooled: Float[Array, "n 2"]  # cosine of the pooled embedding with the mean prompts
-    label: Any  # of the prompts
+def scales(params: Mapping) -> dict:
+    """The variables of AnomalyLogit."""
+    return {name: params[name] for name in ("scale", "offset")}
 
 
-def compare(params, frozen, batch: Batch, key, design: Design) -> Compared:
-    """Rows against the prompts; against those of their own data set where there are several."""
-    scale = scale_of(params, design)
-    levels = adapt_tokens(params, refined(params, batch.features, design), design.dropout, key)
-    pooled = batch.features.pooled
-    if design.sets is not None and batch.source is not None:
-        static = design.sets, batch.source, design.text_tower, design.causal
-        words = prompt_sets.words(context_of(params, frozen), text_of(params, frozen), *static)
-        logit = prompt_sets.patch_logit(levels, words, scale, params["offset"], design.form)
-        alike = prompt_sets.similarity(levels, words)
-        return Compared(logit, alike, prompt_sets.prompt_logits(pooled, words), design.sets.label)
-    text = text_features(params, frozen, design)
-    label = design.prompts.label
-    alike = similarity.level_mean(similarity.cosine(v, text) for v in levels)
-    if design.form == "softmax":  # score.patch_logit from cosines that are there already
-        pair = alike @ similarity.class_weights(text, label)
-        logit = scale * (pair[..., 1] - pair[..., 0])
-    else:  # not linear in the levels' cosines
-        logit = similarity.patch_logit(levels, text, label, scale, params["offset"], design.form)
-    return Compared(
-        logit, alike, similarity.cosine(pooled, similarity.class_features(text, label)), label
+def batch_text(params: Mapping, frozen: Mapping, batch: Batch, design: Design) -> Text:
+    """What the rows are compared with: prompts of their own data set where there are several."""
+    if design.sets is None or batch.source is None:
+        return Text(text_features(params, frozen, design), design.prompts.label)
+    rows = params["context"].shape[0] if "context" in params else 1
+    text = prompt_sets.text_features(
+        context_of(params, frozen, rows),
+        frozen["text"],
+        design.sets,
+        batch.source,
+        design.text_encoder,
+        design.causal,
     )
+    return text._replace(features=adapt_text(params, frozen, text.features))
 
 
 def contrast(
@@ -210,8 +206,11 @@ def contrast(
 ) -> Float[Array, ""]:
     """SimCLR (equation 12) between the two views of each row."""
     one, two, image = views
-    both = (adapt_tokens(params, refined(params, view, design), 0.0, None) for view in (one, two))
-    first, second = (contrastive.project(params["head"], levels) for levels in both)
+    head = contrastive.ProjectionHead()
+    first, second = (
+        head.apply({"params": params["head"]}, adapt_tokens(params, view, design))
+        for view in (one, two)
+    )
     return contrastive.ntxent(first, second, image, valid)
 
 
@@ -227,30 +226,41 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The training loss: (scalar, named parts). A term of weight 0 is not computed.
 
-    Nor is SimCLR's where rows carry no views: in adaptation, which has no step to draw them by.
-    `distill` says how the teacher's logits count, where the rows carry them. Where training has
-    several data sets, rows are compared with the prompts of their own.
+    Args:
+        params: learned, differentiated.
+        frozen: not learned.
+        batch: tokens, masks [n, h, w] and labels of n rows. Without views (in adaptation) SimCLR
+            does not count, without teacher logits distillation does not.
+        key: of dropout; None for none.
+        design: of the model.
+        weights: of the terms, by name.
+        distill: how the teacher's logits count.
     """
-    scale = scale_of(params, design)
     batch = batch._replace(mask=batch.mask.astype(jnp.float32))
-    logit, alike, pooled, label = compare(params, frozen, batch, key, design)
+    levels = adapt_tokens(params, batch.features, design, key)
+    text = batch_text(params, frozen, batch, design)
+    cosines = similarity.mean_cosine(levels, text)
+    variables, module = {"params": scales(params)}, link(design)
+    logit = module.apply(variables, levels, text, cosines, method="from_cosines")
+    scale = module.apply(variables, method="temperature")
     pixels = anomaly_map.to_pixels(logit, design.size)
     share = losses.patch_share(batch.mask, design.grid)
 
     def prompt():
-        return losses.prompt(jnp.exp(frozen["logit_scale"]) * pooled, batch.label, batch.valid)
+        pooled = batch.features.pooled[:, None]
+        classes = similarity.cosine(pooled, similarity.class_features(text))[:, 0]
+        return losses.prompt(jnp.exp(frozen["logit_scale"]) * classes, batch.label, batch.valid)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
         "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
-        "align": lambda: losses.align(alike, share, jnp.asarray(label), batch.valid, scale),
+        "align": lambda: losses.align(cosines, share, jnp.asarray(text.label), batch.valid, scale),
         "prompt": prompt,
     }
     if (views := batch.views) is not None:
         terms["simclr"] = lambda: contrast(params, views, batch.valid, design)
-    if (teacher := batch.teacher) is not None and (like := distill) is not None:
-        terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, like)
+    if (teacher := batch.teacher) is not None and (rule := distill) is not None:
+        terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, rule)
     weights = {**weights, "distill": distill.weight if distill else 0.0}
-    asked = [name for name in terms if weights.get(name)]
-    parts = {name: terms[name]() for name in asked}
+    parts = {name: term() for name, term in terms.items() if weights.get(name)}
     return losses.total(parts, weights)

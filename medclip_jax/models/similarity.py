@@ -1,20 +1,32 @@
-"""From similarities to anomaly: logits per patch, maps per pixel, one score per image.
+"""From tokens and text features to anomaly: one cosine, and the two forms of a patch's logit.
 
-One `cosine` serves training and scoring. A patch's anomaly is a logit; its probability is the
-sigmoid. Both of the paper's forms fit: "softmax" (healthy against abnormal prompts, as peers) and
-"distance" (equation 9). Imports no sibling but structs.
+The cosine serves training and scoring. A patch's anomaly is a logit; its probability is the
+sigmoid. Both of the paper's forms fit: "softmax" (healthy against abnormal prompts, as MediCLIP)
+and "distance" (equation 9). Text features are of one set of prompts for all images ([c, j]) or of
+each image's own ([n, c, j]).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import add
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 FORMS = ("softmax", "distance")
+NEVER = -1e9  # a similarity that no softmax and no maximum takes; finite, so gradients are too
+
+
+class Text(NamedTuple):
+    """Text features that images are compared with."""
+
+    features: Float[Array, "*n c j"]  # not normalised
+    label: Int[np.ndarray, " c"]  # 0 healthy, 1 abnormal
+    real: Bool[Array, "*n c"] | None = None  # False: only fills the shape; None: all are real
 
 
 def unit(x: Float[Array, "*a d"]) -> Float[Array, "*a d"]:
@@ -23,57 +35,120 @@ def unit(x: Float[Array, "*a d"]) -> Float[Array, "*a d"]:
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-def cosine(v: Float[Array, "*a p d"], t: Float[Array, "c d"]) -> Float[Array, "*a p c"]:
+def cosine(
+    v: Float[Array, "*a p d"], t: Float[Array, "*b c d"], keep: Float[Array, " d"] | None = None
+) -> Float[Array, "*a p c"]:
     """Equation (7): cosine similarity of every patch with every text feature, in [-1, 1].
 
     The product is divided by the patches' lengths, not the patches: few numbers, where they have
     many. A zero vector is similar to nothing (0).
+
+    Args:
+        v: patches; with one set of features for all, of any leading axes.
+        t: features, [c, d] or [n, c, d] with v [n, p, d].
+        keep: 1 for the columns of v that dropout keeps, 0 for others. Under vmap over `keep` all
+            masks share two matrix products, as the mask goes to the other factor of each.
     """
-    square = jnp.sum(v * v, axis=-1, keepdims=True)
-    return (v @ unit(t).T) * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+    t = unit(t)
+    if keep is None:
+        square = jnp.sum(v * v, axis=-1, keepdims=True)
+    else:
+        t = t * keep.reshape((1,) * (t.ndim - 1) + (-1,))
+        square = jnp.matmul(v * v, keep, precision=jax.lax.Precision.HIGHEST)[..., None]
+    precision = None if keep is None else jax.lax.Precision.HIGHEST
+    product = jnp.matmul(v, jnp.swapaxes(t, -1, -2), precision=precision)
+    return product * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-def class_features(text: Float[Array, "c d"], label: np.ndarray) -> Float[Array, "2 d"]:
+def class_features(text: Text) -> Float[Array, "*n 2 j"]:
     """Mean prompt of the healthy and of the abnormal class; not normalised before the mean."""
-    label = np.asarray(label)
-    return jnp.stack([text[np.flatnonzero(label == side)].mean(0) for side in (0, 1)])
+    return jnp.einsum("...ck,...cj->...kj", _shares(text), text.features, precision="highest")
 
 
-def class_weights(text: Float[Array, "c d"], label: np.ndarray) -> Float[Array, "c 2"]:
+def class_weights(text: Text) -> Float[Array, "*n c 2"]:
     """What turns cosines with every prompt into those with `class_features`, which are linear."""
-    member = np.stack([np.asarray(label) == side for side in (0, 1)], axis=1)
-    share = jnp.asarray(member / member.sum(0), text.dtype)
-    length = jnp.sqrt(jnp.maximum(jnp.sum(text * text, axis=-1), 1e-24))
-    whole = jnp.sqrt(jnp.maximum(jnp.sum(class_features(text, label) ** 2, axis=-1), 1e-24))
-    return share * length[:, None] / whole[None]
+    length = jnp.sqrt(jnp.maximum(jnp.sum(text.features**2, axis=-1), 1e-24))
+    whole = jnp.sqrt(jnp.maximum(jnp.sum(class_features(text) ** 2, axis=-1), 1e-24))
+    return _shares(text) * length[..., None] / whole[..., None, :]
 
 
-def patch_logit(
-    levels: tuple[Float[Array, "n p d"], ...],
-    text: Float[Array, "c d"],
-    label: Int[np.ndarray, " c"],
-    scale: Float[Array, ""],
-    offset: Float[Array, ""],
-    form: str,
-) -> Float[Array, "n p"]:
-    """Anomaly logit of each patch, mean over the levels.
+def _shares(text: Text) -> Float[Array, "*n c 2"]:
+    """Share of each prompt in the mean of each class."""
+    member = jnp.asarray(np.stack([np.asarray(text.label) == side for side in (0, 1)], axis=1))
+    if text.real is not None:
+        member = text.real[..., None] & member.reshape((1,) * (text.real.ndim - 1) + member.shape)
+    return member / member.sum(-2, keepdims=True)
 
-    softmax:  scale (sim to the mean abnormal prompt - sim to the mean healthy prompt)
-    distance: scale (1 - max_j sim to healthy prompt j - offset), equation (9) with a link so that
-              its sigmoid can be trained by focal and dice
+
+def mean_cosine(levels: Sequence[Float[Array, "n p j"]], text: Text) -> Float[Array, "n p c"]:
+    """Cosine with every prompt, mean over the levels; NEVER for what only fills the shape."""
+    return _only_real(level_mean(cosine(v, text.features) for v in levels), text.real)
+
+
+def _only_real(values: Float[Array, "n p c"], real) -> Float[Array, "n p c"]:
+    if real is None:
+        return values
+    return jnp.where(real[None, None] if real.ndim == 1 else real[:, None], values, NEVER)
+
+
+class AnomalyLogit(nn.Module):
+    """Anomaly logit of each patch, with the learned scale and offset.
+
+    softmax:  scale (cosine to the mean abnormal prompt - cosine to the mean healthy prompt)
+    distance: scale (1 - max_j cosine to healthy prompt j - offset), equation (9) with a link so
+              that its sigmoid can be trained by focal and dice
     """
-    if form == "softmax":
-        pair = class_features(text, label)
-        similarity = level_mean(cosine(v, pair) for v in levels)
-        return scale * (similarity[..., 1] - similarity[..., 0])
-    if form == "distance":
-        healthy = text[np.flatnonzero(np.asarray(label) == 0)]
-        away = level_mean(1 - cosine(v, healthy).max(-1) for v in levels)
-        return scale * (away - offset)
-    raise ValueError(f"form {form!r} is not one of {FORMS}")
+
+    form: str  # softmax | distance
+    learn_scale: bool = True  # False: temperature 1, as MediCLIP
+
+    def setup(self):
+        start = 2.3 if self.learn_scale else 0.0  # a temperature of 0.1, or 1
+        self.scale = self.param("scale", lambda _: jnp.asarray(start))
+        self.offset = self.param("offset", lambda _: jnp.asarray(0.5))
+
+    def temperature(self) -> Float[Array, ""]:
+        """1/temperature of the logit and of the alignment."""
+        return jnp.exp(self.scale) if self.learn_scale else jnp.asarray(1.0)
+
+    def __call__(
+        self, levels: Sequence[Float[Array, "n p j"]], text: Text, keeps: Sequence | None = None
+    ) -> Float[Array, "n p"]:
+        """Mean over the levels; keeps: per level, what dropout keeps (see `cosine`)."""
+        keeps = [None] * len(levels) if keeps is None else keeps
+        pairs = list(zip(levels, keeps, strict=True))
+        if self.form == "softmax":
+            classes = class_features(text)
+            return self.of_classes(level_mean(cosine(v, classes, keep) for v, keep in pairs))
+        healthy = np.flatnonzero(np.asarray(text.label) == 0)
+        features = text.features[..., healthy, :]
+        real = None if text.real is None else text.real[..., healthy]
+        nearest = (_only_real(cosine(v, features, keep), real).max(-1) for v, keep in pairs)
+        return self.temperature() * (level_mean(1 - x for x in nearest) - self.offset)
+
+    def from_cosines(
+        self, levels: Sequence[Float[Array, "n p j"]], text: Text, cosines: Float[Array, "n p c"]
+    ) -> Float[Array, "n p"]:
+        """The same from `mean_cosine`, without another product where the form is linear in it."""
+        if self.form != "softmax":
+            return self(levels, text)
+        weights = class_weights(text)
+        return self.of_classes(jnp.matmul(cosines, weights))
+
+    def of_classes(self, cosines: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
+        """The softmax form from the cosines to the two classes' mean prompts."""
+        return self.temperature() * (cosines[..., 1] - cosines[..., 0])
+
+
+def plain_logit(
+    tokens: Float[Array, "n p j"], text: Text, scale: Float[Array, ""]
+) -> Float[Array, "n p"]:
+    """The softmax form of tokens in the joint space, at CLIP's own scale; nothing is learned."""
+    params = {"scale": jnp.log(scale), "offset": jnp.zeros(())}
+    return AnomalyLogit("softmax").apply({"params": params}, (tokens,), text)
 
 
 def level_mean(each: Iterable[Float[Array, "*_"]]) -> Float[Array, "*_"]:
-    """Mean of what every level says, in order of the levels."""
+    """Mean over the levels, in their order."""
     values = list(each)
     return reduce(add, values) / len(values)

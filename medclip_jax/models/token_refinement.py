@@ -1,17 +1,20 @@
-"""Visual token refinement (equation 6): a learned query looks at the tapped block's own tokens.
+"""Visual token refinement (equation 6): a learned query attends to the tapped block's own tokens.
 
 z + gate Out(Attention(Q y, K y, V y)), where y is what the block's first norm hands to its
 attention, K, V and Out are the block's frozen projections, and Q and the gate are learned. Q starts
-as the block's V: each token then asks with its value, not with CLIP's query, which attends to
+as the block's V: each token then queries with its value, not with CLIP's query, which attends to
 far tokens. The gate starts at 0, so a fresh refinement is exactly the identity.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from medclip_jax.clip import layers
 
 
 class Frozen(NamedTuple):
@@ -19,50 +22,71 @@ class Frozen(NamedTuple):
 
     heads: int
     eps: float
-    blocks: tuple[dict[str, Any], ...]  # per level: norm1, qkv, out
+    blocks: tuple[dict[str, Any], ...]  # per level: layer_norm1 and self_attn
 
 
-def frozen(vision: Mapping, levels: tuple[int, ...], heads: int, eps: float) -> Frozen:
-    """What stays of the blocks `levels` (from 1) of an image tower's parameters."""
-    parts = {name: vision["blocks"][name] for name in ("norm1", "qkv", "out")}
-    blocks = tuple(jax.tree.map(lambda b, i=level - 1: b[i], parts) for level in levels)
-    return Frozen(heads, eps, blocks)
+def frozen(params: Mapping, encoder: Any) -> Frozen:
+    """What stays of the tapped blocks; params: Clip.params, encoder: a ViT."""
+    layers_of = params["vision_model"]["encoder"]["layers"]
+    parts = "layer_norm1", "self_attn"
+    blocks = tuple({x: layers_of[str(l - 1)][x] for x in parts} for l in encoder.levels)
+    return Frozen(encoder.heads, encoder.eps, blocks)
 
 
-def init(held: Frozen) -> tuple[dict, ...]:
-    """Per level the query {kernel [d, d], bias [d]}, equal to the block's V, and gate [] = 0."""
-    queries = []
-    for block in held.blocks:
-        kernel, bias = (jnp.split(block["qkv"][x], 3, axis=-1)[2] for x in ("kernel", "bias"))
-        queries.append({"kernel": kernel, "bias": bias, "gate": jnp.asarray(0.0)})
-    return tuple(queries)
+class TokenRefiner(nn.Module):
+    """Refines the patch tokens of one level."""
+
+    heads: int
+    eps: float
+
+    @nn.compact
+    def __call__(
+        self, block: Mapping, tokens: Float[Array, "n p d"], inputs: Float[Array, "n s d"]
+    ) -> Float[Array, "n p d"]:
+        """Refined tokens.
+
+        Args:
+            block: frozen parameters of the tapped block (Frozen.blocks).
+            tokens: patch tokens after the block.
+            inputs: what the block reads, class token first (Features.inputs).
+        """
+        attention = block["self_attn"]
+        value = attention["v_proj"]
+        query = {name: self.param(name, lambda _, n=name: value[n]) for name in ("kernel", "bias")}
+        gate = self.param("gate", lambda _: jnp.zeros(()))
+        n, s, d = inputs.shape
+        norm = {"params": block["layer_norm1"]}
+        y = layers.LayerNorm(self.eps, parent=None).apply(norm, inputs.astype(jnp.float32))
+        parts = query, attention["k_proj"], value
+        q, k, v = (dense(y, p).reshape(n, s, self.heads, d // self.heads) for p in parts)
+        mixed = jax.nn.dot_product_attention(q, k, v).reshape(n, s, d)
+        refined = dense(mixed, attention["out_proj"])[:, 1:]
+        return tokens.astype(jnp.float32) + gate * refined
 
 
-def attend(
-    query: Mapping, block: Mapping, inputs: Float[Array, "n s d"], heads: int, eps: float
-) -> Float[Array, "n s d"]:
-    """Out(Attention(Q y, K y, V y)) of all tokens of a block's input, the class token first."""
-    n, s, d = inputs.shape
-    y = jax.nn.standardize(inputs.astype(jnp.float32), epsilon=eps)
-    y = y * block["norm1"]["scale"][None, None] + block["norm1"]["bias"][None, None]
-    _, k, v = jnp.split(y @ block["qkv"]["kernel"] + block["qkv"]["bias"][None, None], 3, axis=-1)
-    q = y @ query["kernel"] + query["bias"][None, None]
-    mixed = jax.nn.dot_product_attention(*(x.reshape(n, s, heads, d // heads) for x in (q, k, v)))
-    return mixed.reshape(n, s, d) @ block["out"]["kernel"] + block["out"]["bias"][None, None]
+def dense(x: Float[Array, "n s d"], p: Mapping) -> Float[Array, "n s e"]:
+    return x @ p["kernel"] + p["bias"][None, None]
+
+
+def init(key: jax.Array, frozen_parts: Frozen) -> tuple[dict, ...]:
+    """Fresh parameters of a TokenRefiner per level: {kernel, bias, gate}."""
+    refiner, fresh = TokenRefiner(frozen_parts.heads, frozen_parts.eps), []
+    for block in frozen_parts.blocks:
+        width = block["layer_norm1"]["scale"].shape[0]
+        tokens = jnp.zeros((1, 1, width)), jnp.zeros((1, 2, width))
+        fresh.append(refiner.init(key, block, *tokens)["params"])
+    return tuple(fresh)
 
 
 def refine(
-    queries: tuple[Mapping, ...],
-    held: Frozen,
+    params: tuple[Mapping, ...],
+    frozen_parts: Frozen,
     levels: tuple[Float[Array, "n p d"], ...],
     inputs: tuple[Float[Array, "n s d"], ...],
 ) -> tuple[Float[Array, "n p d"], ...]:
-    """Refined patch tokens of every tapped level.
-
-    inputs: what the tapped blocks read (Features.inputs). Raises ValueError if they are missing.
-    """
-    refined = []
-    for query, block, z, x in zip(queries, held.blocks, levels, inputs, strict=True):
-        seen = attend(query, block, x, held.heads, held.eps)[:, 1:]
-        refined.append(z.astype(jnp.float32) + query["gate"] * seen)
-    return tuple(refined)
+    """Refined patch tokens of every tapped level; ValueError if `inputs` are missing."""
+    refiner = TokenRefiner(frozen_parts.heads, frozen_parts.eps)
+    return tuple(
+        refiner.apply({"params": own}, block, tokens, x)
+        for own, block, tokens, x in zip(params, frozen_parts.blocks, levels, inputs, strict=True)
+    )

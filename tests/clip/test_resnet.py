@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from medclip_jax.clip import checkpoint as clip_vit
 from medclip_jax.clip import hf_weights, open_clip_weights, resnet
-from medclip_jax.clip import vit as clip_vit
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.prompts import tokenize
 from tests.support.checkpoints import copy_tokenizer, tiny_checkpoint
@@ -120,10 +120,13 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_the_text_tower_equals_transformers_layout(checkpoint):
-    resnet, vit = clip_vit.load(str(checkpoint)), clip_vit.load(str(checkpoint / "vit"))
+    resnet, vit = (
+        clip_checkpoint.load(str(checkpoint)),
+        clip_checkpoint.load(str(checkpoint / "vit")),
+    )
     assert resnet.mean == (0.5, 0.5, 0.5) and resnet.std == hf_weights.STD
     assert (resnet.size, resnet.grid, resnet.joint) == (64, 4, 8)
-    assert resnet.widths == (32, 64, 128) and resnet.text_tower.activation == "gelu"
+    assert resnet.widths == (32, 64, 128) and resnet.text_encoder.activation == "gelu"
 
     def features(tower):
         made = tokenize.build(
@@ -137,7 +140,7 @@ def test_the_text_tower_equals_transformers_layout(checkpoint):
             position="end",
         )
         empty = jnp.zeros((len(made.ids), 0, tower.text_width))
-        return clip_vit.encode_text(tower.text, empty, made, tower.text_tower)
+        return clip_vit.encode_text(tower.text, empty, made, tower.text_encoder)
 
     want = features(vit)[:, :8]
     np.testing.assert_allclose(features(resnet), want, atol=1e-5 * np.abs(want).max())
@@ -145,16 +148,16 @@ def test_the_text_tower_equals_transformers_layout(checkpoint):
 
 def test_patches_of_the_last_stage_reach_the_joint_space(checkpoint):
     """A token in all places is what the attention pool then returns, but for its positions."""
-    tower = clip_vit.load(str(checkpoint))
+    tower = clip_checkpoint.load(str(checkpoint))
     token = np.random.default_rng(0).normal(size=(1, 1, 1, 128)).astype(np.float32)
     pool = dict(tower.vision["pool"], position=jnp.zeros((5, 128)))
     everywhere = jnp.broadcast_to(jnp.asarray(token), (1, 2, 2, 128))
-    want = resnet.attention_pool(pool, everywhere, tower.vision_tower.heads)
-    got = clip_vit.project(tower.vision, jnp.asarray(token[0]), tower.vision_tower)
+    want = resnet.attention_pool(pool, everywhere, tower.image_encoder.heads)
+    got = clip_vit.project(tower.vision, jnp.asarray(token[0]), tower.image_encoder)
     np.testing.assert_allclose(got[0], want, atol=1e-5)
-    early = clip_vit.load(str(checkpoint), levels=(2, 3))
+    early = clip_checkpoint.load(str(checkpoint), layers=(2, 3))
     with pytest.raises(ConfigError, match="plain prompts need stage 4"):
-        clip_vit.project(early.vision, jnp.zeros((1, 1, 64)), early.vision_tower)
+        clip_vit.project(early.vision, jnp.zeros((1, 1, 64)), early.image_encoder)
 
 
 def test_a_run_with_a_resnet_ends_in_a_report_and_predicts(world, checkpoint, tmp_path):
@@ -186,7 +189,7 @@ def test_missing_tensors_are_named(checkpoint, tmp_path, lacks):
     save_file(tensors, tmp_path / open_clip_weights.WEIGHTS)
     copy_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match=f"{lacks.replace('.', '[.]')} is missing"):
-        clip_vit.load(str(tmp_path))
+        clip_checkpoint.load(str(tmp_path))
 
 
 def test_damaged_files_are_said(checkpoint, tmp_path):
@@ -194,14 +197,14 @@ def test_damaged_files_are_said(checkpoint, tmp_path):
     whole = (checkpoint / open_clip_weights.WEIGHTS).read_bytes()
     (tmp_path / open_clip_weights.WEIGHTS).write_bytes(whole[:1000])
     with pytest.raises(CheckpointError, match="download it again"):
-        clip_vit.load(str(tmp_path))
+        clip_checkpoint.load(str(tmp_path))
     (tmp_path / open_clip_weights.WEIGHTS).write_bytes(whole)
-    plain = clip_vit.load(str(tmp_path))  # OpenAI's file has no config
-    assert plain.text_tower.activation == "quick_gelu" and plain.mean == hf_weights.MEAN
-    assert plain.digest != clip_vit.load(str(checkpoint)).digest
+    plain = clip_checkpoint.load(str(tmp_path))  # OpenAI's file has no config
+    assert plain.text_encoder.activation == "quick_gelu" and plain.mean == hf_weights.MEAN
+    assert plain.digest != clip_checkpoint.load(str(checkpoint)).digest
     (tmp_path / open_clip_weights.CONFIG).write_text("{")
     with pytest.raises(CheckpointError, match="copy it again"):
-        clip_vit.load(str(tmp_path))
+        clip_checkpoint.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("scripted", [True, False])
@@ -234,8 +237,8 @@ def test_torchscript_archives_are_converted(checkpoint, tmp_path, scripted):
             {"state_dict": {f"module.{n}": x for n, x in root.state_dict().items()}}, archive
         )
     script.convert(archive, checkpoint, tmp_path / "out")
-    made, want = clip_vit.load(str(tmp_path / "out")), clip_vit.load(str(checkpoint))
-    assert made.text_tower.activation == ("quick_gelu" if scripted else "gelu")
+    made, want = clip_checkpoint.load(str(tmp_path / "out")), clip_checkpoint.load(str(checkpoint))
+    assert made.text_encoder.activation == ("quick_gelu" if scripted else "gelu")
     same = jax.tree.map(
         lambda a, b: np.abs(a - b).max() < 2e-3 * (1 + np.abs(b).max()),
         *((x.vision, x.text) for x in (made, want)),

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from medclip_jax import build
 from medclip_jax import config as config_module
-from medclip_jax.clip import text_adapter, vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.models import model, similarity
 from medclip_jax.prompts import ontology
@@ -102,7 +102,7 @@ def test_it_follows_the_text_tower_wherever_text_is_encoded(compact):
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, tuned, capfd):
-    tower = vit.load(str(world.clip))
+    tower = checkpoint.load(str(world.clip))
     path = tmp_path / "a.safetensors"
     text_adapter.save(path, random_adapter(tower.joint), tower.digest, {})
     flags = (f"--config.model.language={path}", f"--config.model.language_tuned={tuned}")
@@ -213,5 +213,5 @@ def test_the_script_ends_with_a_file_that_loads(script, world, tmp_path, monkeyp
     monkeypatch.setattr(script, "ABSENT", script.ABSENT[:2])
     script.main()
     assert "held-out retrieval" in capsys.readouterr().out
-    tower = vit.load(str(world.clip))
+    tower = checkpoint.load(str(world.clip))
     assert text_adapter.load(str(out), tower.digest, tower.joint)["up"]["kernel"].shape == (4, 16)

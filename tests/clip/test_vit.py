@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from medclip_jax.clip import hf_weights, vit
+from medclip_jax.clip import checkpoint, hf_weights, vit
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.prompts.prompts import Prompts
 from tests.support.checkpoints import END, PARITY, START, patch_features, tiny_checkpoint
@@ -27,11 +27,11 @@ def plain_prompts(ids: np.ndarray) -> Prompts:
     )
 
 
-def text_of(model: vit.Clip, prompts: Prompts, context=None):
+def text_of(model: checkpoint.Clip, prompts: Prompts, context=None):
     """Text features, compiled as a whole."""
     if context is None:
         context = jnp.zeros((len(prompts.ids), 0, model.text_width))
-    run = jax.jit(lambda text, c: vit.encode_text(text, c, prompts, model.text_tower))
+    run = jax.jit(lambda text, c: vit.encode_text(text, c, prompts, model.text_encoder))
     return run(model.text, context)
 
 
@@ -39,7 +39,7 @@ def text_of(model: vit.Clip, prompts: Prompts, context=None):
 def test_towers_equal_the_peer_fixtures(path, peer):
     ref, model = peer(path)
     pixels = jnp.asarray(ref["pixel_values"].transpose(0, 2, 3, 1))
-    features = patch_features(model.vision, pixels, tower=model.vision_tower)
+    features = patch_features(model.vision, pixels, encoder=model.image_encoder)
     np.testing.assert_allclose(features.pooled, ref["image_embeds"], atol=1e-5)
     for level, tokens in zip(ref["out_layers"], features.levels, strict=True):
         np.testing.assert_allclose(tokens, ref[f"tokens_l{level}"][:, 1:], atol=5e-5)
@@ -75,9 +75,9 @@ def tiny_outputs(tmp_path_factory):
                 theirs.get_text_features(IDS, params=params),
             )
 
-        ours = vit.load(str(folder), levels=(1, 4))
+        ours = checkpoint.load(str(folder), layers=(1, 4))
         pixels = jnp.asarray(PIXELS.transpose(0, 2, 3, 1))
-        features = patch_features(ours.vision, pixels, tower=ours.vision_tower)
+        features = patch_features(ours.vision, pixels, encoder=ours.image_encoder)
         text = text_of(ours, plain_prompts(IDS))
         return (features.pooled, list(features.levels), text), reference(params)
 
@@ -123,10 +123,10 @@ def test_context_fills_its_slots(tiny):
 def test_bfloat16_tower_stays_near_float32(compact):
     grey = jnp.asarray(np.random.default_rng(0).random((1, 224, 224)), jnp.float32)
     exact, low = (
-        vit.encode_images(
+        checkpoint.encode_images(
             compact.vision,
             grey,
-            tower=compact.vision_tower._replace(dtype=dtype),
+            encoder=compact.image_encoder._replace(dtype=dtype),
             mean=compact.mean,
             std=compact.std,
         )
@@ -136,7 +136,7 @@ def test_bfloat16_tower_stays_near_float32(compact):
     cosine = (a * b).sum(-1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
     assert float(cosine.min()) > 0.99
     assert b.dtype == jnp.float32
-    assert vit.load("compact", dtype="bfloat16").vision_tower.dtype == "bfloat16"
+    assert checkpoint.load("compact", dtype="bfloat16").image_encoder.dtype == "bfloat16"
 
 
 # --- bad checkpoints ----------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_bfloat16_tower_stays_near_float32(compact):
 
 def test_unknown_checkpoint_says_what_to_do():
     with pytest.raises(CheckpointError, match="no such folder; give a folder, a Hub id or 'comp"):
-        vit.load("../nowhere/at/all")
+        checkpoint.load("../nowhere/at/all")
 
 
 def test_hub_failure_is_one_sentence(monkeypatch):
@@ -155,7 +155,7 @@ def test_hub_failure_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(CheckpointError, match="the Hub did not give it"):
-        vit.load("someone/some-clip")
+        checkpoint.load("someone/some-clip")
 
 
 @pytest.fixture
@@ -166,13 +166,13 @@ def copy(tmp_path):
 def test_missing_tokenizer(copy):
     (copy / "vocab.json").unlink()
     with pytest.raises(CheckpointError, match="no tokenizer"):
-        vit.load(str(copy))
+        checkpoint.load(str(copy))
 
 
 def test_missing_weights(copy):
     (copy / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):
-        vit.load(str(copy))
+        checkpoint.load(str(copy))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 4000, 1_000_000])
@@ -180,7 +180,7 @@ def test_truncated_weights(copy, keep):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="damaged"):
-        vit.load(str(copy))
+        checkpoint.load(str(copy))
 
 
 def test_missing_tensor_is_never_random(copy):
@@ -188,16 +188,16 @@ def test_missing_tensor_is_never_random(copy):
     del tensors["vision_model.post_layernorm.bias"]
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(CheckpointError, match="post_layernorm.bias.*missing"):
-        vit.load(str(copy))
+        checkpoint.load(str(copy))
 
 
 def test_damaged_config(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: cannot be read"):
-        vit.load(str(copy))
+        checkpoint.load(str(copy))
     (copy / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="need 'clip'"):
-        vit.load(str(copy))
+        checkpoint.load(str(copy))
 
 
 def test_damaged_msgpack(tmp_path):
@@ -205,16 +205,16 @@ def test_damaged_msgpack(tmp_path):
     path = folder / "flax_model.msgpack"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged or not Flax msgpack"):
-        vit.load(str(folder))
+        checkpoint.load(str(folder))
 
 
 def test_impossible_levels():
     with pytest.raises(ConfigError, match="between 1 and 8"):
-        vit.load("compact", levels=(3, 99))
+        checkpoint.load("compact", layers=(3, 99))
 
 
 @pytest.mark.parametrize("content", ["{", '{"image_mean": 3}', '{"image_std": [1, 1]}', "[]"])
 def test_damaged_preprocessing(copy, content):
     (copy / "preprocessor_config.json").write_text(content)
     with pytest.raises(CheckpointError, match="preprocessor_config.json: "):
-        vit.load(str(copy))
+        checkpoint.load(str(copy))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
-from medclip_jax.clip import hf_weights, vit
+from medclip_jax.clip import hf_weights, checkpoint
 from medclip_jax.detectors import calibration, detector, prompt_detector, zero_shot
 from medclip_jax.models import model
 from tests.support.models import design_of, rows, tokens
@@ -121,14 +121,14 @@ def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
     design, frozen = design_of(compact, context=0)
     rng = np.random.default_rng(0)
     grey = jnp.asarray(rng.random((1, 224, 224)), jnp.float32)
-    got = vit.encode_images(
-        compact.vision, grey, tower=compact.vision_tower, mean=compact.mean, std=compact.std
+    got = checkpoint.encode_images(
+        compact.vision, grey, encoder=compact.image_encoder, mean=compact.mean, std=compact.std
     )
     made = zero_shot.build(compact, frozen, design, got, 1)
 
     theirs = Theirs.from_pretrained(hf_weights.EMBEDDED)
     params = theirs.params
-    pixels = np.asarray(vit.normalise(grey, compact.mean, compact.std)).transpose(0, 3, 1, 2)
+    pixels = np.asarray(checkpoint.normalise(grey, compact.mean, compact.std)).transpose(0, 3, 1, 2)
 
     @jax.jit
     def reference(params):

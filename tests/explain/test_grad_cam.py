@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from medclip_jax.clip import resnet, vit
+from medclip_jax.clip import checkpoint, layers, resnet
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors import memory_bank
 from medclip_jax.detectors.detector import Detector, Scores
@@ -32,17 +32,22 @@ def of_first_norm(tower, pixels, text):
 
     The class-token score never depends on the last block's patch outputs, but on this norm.
     """
-    vision, static = tower.vision, tower.vision_tower
-    depth = len(vision["blocks"]["fc1"]["bias"])
-    x = vit.embed(vision, pixels, static)
-    for block in range(1, depth):
-        x = vit.run_block(vision, x, block, static)
+    vision, encoder = tower.vision, tower.image_encoder
+    whole = encoder.clone(levels=(encoder.depth,), inputs=True)
+    (x,) = whole.apply({"params": vision}, pixels).inputs
+    p = tower.params["vision_model"]["encoder"]["layers"][str(encoder.depth - 1)]
+    block = layers.Block(encoder.heads, encoder.hidden, encoder.activation, encoder.eps)
+    run = partial(block.apply, {"params": p})
+    activations = run(x, method=lambda block, x: block.layer_norm1(x))
+
+    def follow(block, shift):
+        y = x + block.self_attn(activations + shift)
+        return y + block.mlp(block.layer_norm2(y))
 
     def score(shift):
-        pooled = vit.pool(vision, vit.run_block(vision, x, depth, static, shift=shift), static)
+        pooled = encoder.apply({"params": vision}, run(shift, method=follow), method="pool")
         return similarity.cosine(pooled, jnp.asarray(text)[None]).sum()
 
-    activations = vit.first_norm(vision, x, depth, static)
     gradients = jax.grad(score)(jnp.zeros_like(activations))
     return np.asarray(activations[:, 1:]), np.asarray(gradients[:, 1:])
 
@@ -106,8 +111,8 @@ def scene(tiny):
     params = model.init(jax.random.key(3), tiny, design, 2, False)
     text = model.text_features(params, frozen, design)
     patches = jax.jit(lambda f: model.forward(params, text, f, design).logit)
-    pixels = vit.normalise(grey, tiny.mean, tiny.std)
-    return patches, vit.patch_features(tiny.vision, pixels, tiny.vision_tower)
+    pixels = checkpoint.normalise(grey, tiny.mean, tiny.std)
+    return patches, tiny.image_encoder.apply({"params": tiny.vision}, pixels)
 
 
 def test_gradients_equal_finite_differences(scene):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder, training_pool
 from tests.support.pictures import SYNTHESIS, everything, opened, record_of
@@ -39,8 +39,8 @@ def test_encoding_is_the_image_encoder(feature_cache):
         feature_cache.clip,
         np.random.default_rng(0).random((16, 32, 32)).astype(np.float32),
     )
-    direct = vit.encode_images(
-        model.vision, images, tower=model.vision_tower, mean=model.mean, std=model.std
+    direct = checkpoint.encode_images(
+        model.vision, images, encoder=model.image_encoder, mean=model.mean, std=model.std
     )
     same(encoder.encode(feature_cache, images), direct, atol=1e-5)
 

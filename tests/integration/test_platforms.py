@@ -11,7 +11,7 @@ import pytest
 from jax import export
 
 from medclip_jax import build, config
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
 from medclip_jax.distributed import sharding
 from medclip_jax.evaluation import evaluate
@@ -54,8 +54,8 @@ def train_step(tower, learner):
 
 def encoder(tower):
     def run(vision, grey):
-        return vit.encode_images(
-            vision, grey, tower=tower.vision_tower, mean=tower.mean, std=tower.std
+        return checkpoint.encode_images(
+            vision, grey, encoder=tower.image_encoder, mean=tower.mean, std=tower.std
         )
 
     return jax.jit(run), spec((tower.vision, np.zeros((2, tower.size, tower.size), np.float32)))
@@ -130,7 +130,7 @@ def test_a_callback_would_be_seen():
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_bfloat16_tower_lowers_and_multiplies_in_bfloat16(tiny, platform):
-    tower = tiny._replace(vision_tower=tiny.vision_tower._replace(dtype="bfloat16"))
+    tower = tiny._replace(image_encoder=tiny.image_encoder._replace(dtype="bfloat16"))
     function, given = encoder(tower)
     text = export.export(function, platforms=[platform])(*given).mlir_module()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]

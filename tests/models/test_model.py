@@ -41,7 +41,7 @@ def setting(path, peer, position="end", causal=False):
     ref, tower = peer(path)
     design = model.Design(
         peer_prompts(ref, position),
-        tower.text_tower,
+        tower.text_encoder,
         tower.size,
         tower.grid,
         "softmax",
@@ -62,7 +62,7 @@ def setting(path, peer, position="end", causal=False):
         "offset": jnp.asarray(0.5),
     }
     pixels = jnp.asarray(ref["pixel_values"].transpose(0, 2, 3, 1))
-    features = patch_features(tower.vision, pixels, tower=tower.vision_tower)
+    features = patch_features(tower.vision, pixels, encoder=tower.image_encoder)
     n = len(pixels)
     batch = Batch(
         features,
@@ -162,7 +162,7 @@ def toy(tower, form="softmax", dropout=0.0, key=0):
         position="end",
     )
     design = model.Design(
-        built, tower.text_tower, tower.size, tower.grid, form, True, True, dropout
+        built, tower.text_encoder, tower.size, tower.grid, form, True, True, dropout
     )
     params = model.init(jax.random.key(key), tower, design, 4, shared=False)
     rng = np.random.default_rng(key)

@@ -37,7 +37,7 @@ MORE = ("nodule", "opacity", "fluid")
 def setting(tower, conditions, target=TARGET, form="softmax", shared=False, causal=True):
     """Design of a target beside a set with other conditions, params, frozen and a batch."""
     sets = [words_of(tower, target), words_of(tower, conditions, "lung")]
-    static = tower.text_tower, tower.size, tower.grid, form, causal, True, 0.0
+    static = tower.text_encoder, tower.size, tower.grid, form, causal, True, 0.0
     design = model.Design(sets[0], *static, sets=prompt_sets.stack(sets))
     params = model.init(jax.random.key(0), tower, design, 4, shared)
     rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import build, config
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint, vit
 from medclip_jax.data import synthetic_variants
 from medclip_jax.detectors import saved
 from medclip_jax.distributed import sharding
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def built(folder, levels, on=True):
-    tower = vit.load(str(folder), levels, inputs=on)
+    tower = checkpoint.load(str(folder), levels, inputs=on)
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"prompts.context": 2, "model.refine": on, "model.dropout": 0.0})
     design, frozen = build.build(config.resolve(c), tower)
@@ -39,8 +39,8 @@ def test_a_fresh_refinement_is_exactly_the_identity(folder, levels):
     tower, design, frozen, params = built(folder, levels)
     plain, bare, _, start = built(folder, levels, on=False)
     encode = jax.jit(vit.patch_features, static_argnames="tower")
-    tokens = encode(tower.vision, pixels, tower=tower.vision_tower)
-    without = encode(plain.vision, pixels, tower=plain.vision_tower)
+    tokens = encode(tower.vision, pixels, encoder=tower.image_encoder)
+    without = encode(plain.vision, pixels, encoder=plain.image_encoder)
     assert without.inputs == () and bare.refinement is None
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
@@ -67,7 +67,7 @@ def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
     """With CLIP's own query in its place the result is the block's attention, level by level."""
     tower, design, _, params = built(folder, (2, 4))
     pixels = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
-    tokens = vit.patch_features(tower.vision, pixels, tower.vision_tower)
+    tokens = vit.patch_features(tower.vision, pixels, tower.image_encoder)
     for i, number in enumerate((2, 4)):
         block = design.refinement.blocks[i]
         own, x = params["refine"][i], tokens.inputs[i]
@@ -77,18 +77,18 @@ def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
         held = design.refinement
         got = token_refinement.attend(asked, block, x, held.heads, held.eps)
         whole = jax.tree.map(lambda b, n=number: b[n - 1], tower.vision["blocks"])
-        y = vit.first_norm(tower.vision, x, number, tower.vision_tower)
+        y = vit.first_norm(tower.vision, x, number, tower.image_encoder)
         want = vit._attention(y, whole, held.heads, None)
         np.testing.assert_allclose(got, want, atol=1e-5)
         # and the block's input is what its output comes from
-        after = vit.run_block(tower.vision, x, number, tower.vision_tower)
+        after = vit.run_block(tower.vision, x, number, tower.image_encoder)
         np.testing.assert_allclose(after[:, 1:], tokens.levels[i], atol=1e-5)
 
 
 def test_the_gate_learns_first_and_then_the_query(folder):
     tower, design, frozen, params = built(folder, (1, 4))
     pixels = jax.random.normal(jax.random.key(3), (2, 32, 32, 3))
-    tokens = vit.patch_features(tower.vision, pixels, tower.vision_tower)
+    tokens = vit.patch_features(tower.vision, pixels, tower.image_encoder)
     mask = jnp.zeros((2, 32, 32)).at[1, :16].set(1.0)
     batch = Batch(tokens, mask, jnp.array([0, 1]), jnp.ones(2, bool))
     weights = config.base().loss.to_dict()
@@ -110,7 +110,9 @@ def test_the_gate_learns_first_and_then_the_query(folder):
 def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictures):  # noqa: F811
     mesh = sharding.mesh(jax.devices()[:1])
     feature_caches = [
-        cache.open(tmp_path, vit.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh)
+        cache.open(
+            tmp_path, checkpoint.load(str(folder), (1, 4), inputs=on), "stretch", "float32", mesh
+        )
         for on in (False, True)
     ]
     assert feature_caches[0].folder != feature_caches[1].folder

@@ -6,7 +6,7 @@ import pytest
 
 from medclip_jax import build as build_module
 from medclip_jax import config
-from medclip_jax.clip import hf_weights, vit
+from medclip_jax.clip import checkpoint, hf_weights
 from medclip_jax.errors import ConfigError
 from medclip_jax.models import model
 from medclip_jax.prompts import ontology, prompts, tokenize
@@ -31,7 +31,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return vit._tokenizer(hf_weights.EMBEDDED)
+    return checkpoint._tokenizer(hf_weights.EMBEDDED)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_context_that_starts_from_a_phrase_reads_as_that_phrase(tiny, key, sha
     )
 
     def features(built, context):
-        fixed = (tiny.text_tower, tiny.size, tiny.grid, "softmax", True, True, 0.0)
+        fixed = (tiny.text_encoder, tiny.size, tiny.grid, "softmax", True, True, 0.0)
         design = model.Design(built, *fixed)
         params = model.init(key, tiny, design, context, shared)
         assert ("context" in params) == (context > 0)  # no vectors: no empty array
@@ -223,7 +223,7 @@ def test_a_context_that_starts_from_a_phrase_reads_as_that_phrase(tiny, key, sha
 
 def test_slots_without_a_word_of_the_phrase_start_as_ever(tiny, key):
     given = dict(phrases="words", anatomy="", conditions=(), modality="", position="end")
-    fixed = (tiny.text_tower, tiny.size, tiny.grid, "softmax", True, True, 0.0)
+    fixed = (tiny.text_encoder, tiny.size, tiny.grid, "softmax", True, True, 0.0)
 
     def context(init):
         built = tokenize.build(tiny.tokenizer, tiny.eos_id, **given, context=6, init=init)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPConfig
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
-from medclip_jax.clip import hf_weights, vit
+from medclip_jax.clip import hf_weights
 from tests.support.reference import reference_params
 
 PARITY = reference_params("mediclip_parity_*/parity112.npz", "mediclip_parity_*/parity224.npz")
@@ -73,4 +74,6 @@ def tiny_checkpoint(target: Path, activation: str = "gelu") -> tuple[Path, FlaxC
     return target, model, params
 
 
-patch_features = jax.jit(vit.patch_features, static_argnames="tower")
+@partial(jax.jit, static_argnames="encoder")
+def image_features(vision, pixels, encoder):
+    return encoder.apply({"params": vision}, pixels)

@@ -26,7 +26,7 @@ def design_of(tower, dropout=0.0, context=2) -> tuple[model.Design, dict]:
         "end",
     )
     design = model.Design(
-        built, tower.text_tower, tower.size, tower.grid, "softmax", True, True, dropout
+        built, tower.text_encoder, tower.size, tower.grid, "softmax", True, True, dropout
     )
     return design, {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.data import synthetic_variants
 from medclip_jax.data.records import Record
 from medclip_jax.distributed import sharding
@@ -57,8 +57,10 @@ def feature_cache(tmp_path, tiny):
 def calls(monkeypatch):
     """How many batches the tower has seen."""
     seen = []
-    real = vit.encode_images
-    monkeypatch.setattr(vit, "encode_images", lambda *a, **k: seen.append(1) or real(*a, **k))
+    real = checkpoint.encode_images
+    monkeypatch.setattr(
+        checkpoint, "encode_images", lambda *a, **k: seen.append(1) or real(*a, **k)
+    )
     return seen
 
 

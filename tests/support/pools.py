@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import config
-from medclip_jax.clip import vit
+from medclip_jax.clip import checkpoint
 from medclip_jax.features import training_pool
 from tests.support.checkpoints import tiny_checkpoint
 
@@ -12,8 +12,8 @@ VARIANTS = 9
 
 
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory) -> vit.Clip:
-    return vit.load(str(tiny_checkpoint(tmp_path_factory.mktemp("clip"))[0]))
+def tower(tmp_path_factory) -> checkpoint.Clip:
+    return checkpoint.load(str(tiny_checkpoint(tmp_path_factory.mktemp("clip"))[0]))
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def pool(tower) -> training_pool.TrainingPool:
     """Four images; a variant's left or right half is anomalous, its tokens moved by a vector."""
     rng = np.random.default_rng(0)
     grid, size, width = tower.grid, tower.size, tower.widths[0]
-    levels = len(tower.vision_tower.levels)
+    levels = len(tower.image_encoder.levels)
     shift = 3 * rng.normal(size=(levels, width))
     clean, anomalous = [], []
     for _ in range(4):

@@ -1,0 +1,112 @@
+"""The medical language adapter: a residual bottleneck after the text encoder.
+
+x + up(gelu(down(x))), d -> d/4 -> d in the joint space. A fresh one has an up-projection of zeros,
+so it is exactly the identity. experiments/pretrain_language_adapter.py trains one on paraphrases or
+reports; it is stored as a small safetensors file that names the CLIP it was trained for.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from medclip_jax import files
+from medclip_jax.errors import CheckpointError
+from medclip_jax.models.adapters import from_key
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "language" / "compact.safetensors"
+SHARE = 4  # the bottleneck is a quarter as wide
+NAMES = ("down/kernel", "down/bias", "up/kernel", "up/bias")
+
+
+class TextAdapter(nn.Module):
+    """Text features, adapted; of any length, since the bottleneck sees them at length 1.
+
+    The change is as long as the features are: x + |x| up(gelu(down(x / |x|))).
+    """
+
+    down_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, text: Float[Array, "c d"]) -> Float[Array, "c d"]:
+        width = text.shape[-1]
+        narrow, zeros = max(1, width // SHARE), nn.initializers.zeros
+        length = jnp.sqrt(jnp.sum(text * text, axis=-1, keepdims=True))
+        down = nn.Dense(narrow, kernel_init=self.down_init, name="down")
+        up = nn.Dense(width, kernel_init=zeros, name="up")
+        return text + length * up(jax.nn.gelu(down(text / jnp.maximum(length, 1e-12))))
+
+
+def init(key: jax.Array, width: int) -> dict[str, Any]:
+    """Fresh parameters: {down: {kernel [d, b], bias}, up: {kernel [b, d] = 0, bias = 0}}."""
+    adapter = TextAdapter(from_key(key, nn.initializers.normal(width**-0.5)))
+    return adapter.init(key, jnp.zeros((1, width)))["params"]
+
+
+def adapt(params: Mapping, text: Float[Array, "c d"]) -> Float[Array, "c d"]:
+    """TextAdapter with these parameters."""
+    return TextAdapter().apply({"params": params}, text)
+
+
+def save(path: Path, adapter: Mapping, digest: str, notes: Mapping[str, str]) -> None:
+    """Write an adapter with the digest of its CLIP; notes: how it was trained, for the record."""
+    from safetensors.numpy import save
+
+    parts = {name: name.split("/") for name in NAMES}
+    tensors = {n: np.array(adapter[a][b], np.float32, order="C") for n, (a, b) in parts.items()}
+    files.write_bytes(path, save(tensors, metadata={**notes, "clip": digest}))
+
+
+def load(source: str, digest: str, width: int) -> dict[str, Any]:
+    """The adapter `embedded`, `fresh` (identity) or of a file, for the CLIP of this digest.
+
+    Raises CheckpointError if the file cannot be read or belongs to another CLIP.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if source == "fresh":
+        return init(jax.random.key(0), width)
+    path = place(source)
+    try:
+        with safe_open(path, framework="np") as file:
+            clip_digest = (file.metadata() or {}).get("clip")
+            tensors = {name: jnp.asarray(file.get_tensor(name)) for name in NAMES}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"config.model.language {source}: not a language adapter ({error}); give embedded, "
+            "fresh, or a file of experiments/pretrain_language_adapter.py"
+        ) from None
+    if clip_digest != digest:
+        raise CheckpointError(
+            f"config.model.language {source} was trained for the CLIP {clip_digest} and this is "
+            f"{digest}: train one with experiments/pretrain_language_adapter.py"
+        )
+    down, up = tensors["down/kernel"].shape, tensors["up/kernel"].shape
+    if down[0] != width or up != down[::-1]:
+        raise CheckpointError(f"config.model.language {source}: shapes {down}, {up} do not fit")
+    return {
+        part: {kind: tensors[f"{part}/{kind}"] for kind in ("kernel", "bias")}
+        for part in ("down", "up")
+    }
+
+
+def place(source: str) -> Path:
+    return EMBEDDED if source == "embedded" else Path(source).expanduser()
+
+
+def digest(source: str) -> str:
+    """16 hex digits that name what `load` gives; "" for no adapter, "fresh" for a fresh one."""
+    if source in ("", "fresh"):
+        return source
+    try:
+        return hashlib.sha256(place(source).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise CheckpointError(
+            f"config.model.language {source}: cannot be read ({error.strerror}); restore it"
+        ) from None
