@@ -1,6 +1,6 @@
 """What every image encoder returns, and what it offers."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -14,6 +14,7 @@ class Features(NamedTuple):
     inputs: tuple[Float[Array, "n s d"], ...] = ()
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """A hashable flax.linen module: `encoder.apply({"params": vision}, pixels) -> Features`.
 

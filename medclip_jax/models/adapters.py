@@ -8,20 +8,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-class VisualAdapter(nn.Dense):
-    """Patch tokens of one level in the joint space (`features` wide); inverted dropout in training.
+class VisualAdapter(nn.Module):
+    """Patch tokens of one level in the joint space; inverted dropout in training.
 
     Dropout leaves out columns, the same of all patches of an image: each image sees one thinned
     adapter.
     """
 
+    features: int  # width of the joint space
     rate: float = 0.0  # of dropout
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
 
+    @nn.compact
     def __call__(
         self, tokens: Float[Array, "n p d"], key: jax.Array | None = None
     ) -> Float[Array, "n p j"]:
         """Adapted tokens; without a key nothing is dropped."""
-        y = super().__call__(tokens.astype(jnp.float32))
+        kernel = self.param("kernel", self.kernel_init, (tokens.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        y = tokens.astype(jnp.float32) @ kernel + bias[None, None]
         if key is None or self.rate == 0:
             return y
         keep = kept(key, self.rate, (y.shape[0], 1, y.shape[2]))

@@ -3,6 +3,8 @@ choice of clip.checkpoint."""
 
 import importlib.util
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from medclip_jax.clip import checkpoint as clip_vit
+from medclip_jax.clip import checkpoint as clip_checkpoint
 from medclip_jax.clip import hf_weights, open_clip_weights, resnet
+from medclip_jax.clip.text import encode_text
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.prompts import tokenize
 from tests.support.checkpoints import copy_tokenizer, tiny_checkpoint
@@ -22,15 +25,18 @@ from tests.support.runs import log, predictions
 
 FIXTURE = REFERENCE / "clip_resnet"
 WEIGHTS = FIXTURE / "tower.safetensors"
-run = jax.jit(resnet.patch_features, static_argnames="tower")
+
+
+def run(params, pixels, encoder, method=None):
+    return jax.jit(partial(encoder.apply, method=method))({"params": params}, pixels)
 
 
 def test_it_equals_open_clip():
     ref = np.load(FIXTURE / "expected.npz")
     params, tower = resnet.read(load_file(WEIGHTS))
-    assert tower == resnet.Tower((2, 1, 2, 1), 2, 64, (2, 3, 4))
+    assert tower == resnet.ResNet((2, 1, 2, 1), 4, 64, 8, (2, 3, 4))
     tower = resnet.tapped(tower, (1, 2, 3, 4), "float32", False)
-    got = run(params, jnp.asarray(ref["pixels"]), tower=tower)
+    got = run(params, jnp.asarray(ref["pixels"]), tower, "stages")
     np.testing.assert_allclose(got.pooled, ref["pooled"], atol=1e-4 * np.abs(ref["pooled"]).max())
     assert np.abs(ref["pooled"]).max() > 0.1
     for number, level in enumerate(got.levels, 1):
@@ -43,7 +49,7 @@ def test_tapped_stages_come_on_one_grid():
     ref = np.load(FIXTURE / "expected.npz")
     params, tower = resnet.read(load_file(WEIGHTS))
     pixels = jnp.asarray(ref["pixels"])
-    got = resnet.encode(params, pixels, tower)
+    got = run(params, pixels, tower)
     assert [x.shape[1] for x in got.levels] == [16, 16, 16]
     of_two = ref["stage2"].reshape(2, 4, 2, 4, 2, -1).mean((2, 4)).reshape(2, 16, -1)
     assert np.abs(of_two).max() > 0.1
@@ -52,7 +58,7 @@ def test_tapped_stages_come_on_one_grid():
     coarse = got.levels[2].reshape(2, 4, 4, -1)  # corners stay, means stay
     np.testing.assert_allclose(coarse[:, 0, 0], ref["stage4"][:, 0, 0], atol=1e-4)
     np.testing.assert_allclose(coarse.mean((1, 2)), ref["stage4"].mean((1, 2)), atol=1e-4)
-    low = resnet.encode(params, pixels, tower._replace(dtype="bfloat16"))
+    low = run(params, pixels, tower.clone(dtype="bfloat16"))
     assert low.pooled.dtype == jnp.float32
     np.testing.assert_allclose(low.pooled, got.pooled, atol=0.05 * np.abs(got.pooled).max())
 
@@ -70,7 +76,9 @@ def test_tapped_stages_come_on_one_grid():
 def test_sizes_of_the_published_towers_follow_from_the_tensors(depths, width, heads, size):
     flat = {"attnpool.positional_embedding": np.zeros(((size // 32) ** 2 + 1, width * 32))}
     flat |= {f"layer{s}.{i}.conv1.weight": None for s, n in enumerate(depths, 1) for i in range(n)}
-    assert resnet.shape_of(flat) == resnet.Tower(depths, heads, size)
+    flat["attnpool.c_proj.bias"] = np.zeros(7)
+    assert resnet.of_tensors(flat) == resnet.ResNet(depths, width, size, 7)
+    assert width * 32 // resnet.HEAD == heads
 
 
 # --- a whole checkpoint -------------------------------------------------------------------------
@@ -96,7 +104,11 @@ def to_openclip(name: str) -> str:
 
 def openclip_tensors(msgpack: Path) -> dict[str, np.ndarray]:
     """The fixture's image tower and a tiny text tower, in open_clip's names and layouts."""
-    flat = {n: x for n, x in hf_weights._msgpack(msgpack).items() if not n.startswith("vis")}
+    flat = {}
+    for n, x in hf_weights._msgpack(msgpack).items():
+        if not n.startswith("vis"):
+            name = re.sub(r"\.(kernel|scale|embedding)$", ".weight", n.replace("/", "."))
+            flat[name] = x.T if n.endswith("kernel") else x
     at = "text_model.encoder.layers.{}.self_attn.{}_proj.{}"
     for i in range(2):
         for part in ("weight", "bias"):
@@ -140,7 +152,7 @@ def test_the_text_tower_equals_transformers_layout(checkpoint):
             position="end",
         )
         empty = jnp.zeros((len(made.ids), 0, tower.text_width))
-        return clip_vit.encode_text(tower.text, empty, made, tower.text_encoder)
+        return encode_text(tower.text, empty, made, tower.text_encoder)
 
     want = features(vit)[:, :8]
     np.testing.assert_allclose(features(resnet), want, atol=1e-5 * np.abs(want).max())
@@ -150,14 +162,16 @@ def test_patches_of_the_last_stage_reach_the_joint_space(checkpoint):
     """A token in all places is what the attention pool then returns, but for its positions."""
     tower = clip_checkpoint.load(str(checkpoint))
     token = np.random.default_rng(0).normal(size=(1, 1, 1, 128)).astype(np.float32)
-    pool = dict(tower.vision["pool"], position=jnp.zeros((5, 128)))
+    pool = dict(tower.vision["attnpool"], position=jnp.zeros((5, 128)))
     everywhere = jnp.broadcast_to(jnp.asarray(token), (1, 2, 2, 128))
-    want = resnet.attention_pool(pool, everywhere, tower.image_encoder.heads)
-    got = clip_vit.project(tower.vision, jnp.asarray(token[0]), tower.image_encoder)
+    module = resnet.AttentionPool(5, 128, 2, 8, "float32")
+    want = module.apply({"params": pool}, everywhere)
+    project = partial(tower.image_encoder.apply, method="project")
+    got = project({"params": tower.vision}, jnp.asarray(token[0]))
     np.testing.assert_allclose(got[0], want, atol=1e-5)
     early = clip_checkpoint.load(str(checkpoint), layers=(2, 3))
     with pytest.raises(ConfigError, match="plain prompts need stage 4"):
-        clip_vit.project(early.vision, jnp.zeros((1, 1, 64)), early.image_encoder)
+        early.image_encoder.apply({"params": early.vision}, jnp.zeros((1, 1, 64)), method="project")
 
 
 def test_a_run_with_a_resnet_ends_in_a_report_and_predicts(world, checkpoint, tmp_path):
@@ -174,7 +188,7 @@ def test_a_run_with_a_resnet_ends_in_a_report_and_predicts(world, checkpoint, tm
 
 
 def test_what_a_resnet_cannot_do_is_said(world, checkpoint, tmp_path, capfd):
-    for flag, said in (("model.refine=True", "a ResNet lacks"), ("clip.levels=(2,5)", "1 to 4")):
+    for flag, said in (("model.refine=True", "a ResNet lacks"), ("clip.layers=(2,5)", "1 to 4")):
         flags = (f"--config.clip.checkpoint={checkpoint}", f"--config.{flag}")
         assert world.main(tmp_path / "a", *flags, arguments="k=2") == 2
         assert said in capfd.readouterr().err

@@ -159,7 +159,7 @@ def test_cams_of_a_resnet_meet_on_the_finest_grid(method):
     params, tower = resnet.read(load_file(RESNET / "tower.safetensors"))
     tower = resnet.tapped(tower, (2, 4), "float32", False)
     pixels = jnp.asarray(np.load(RESNET / "expected.npz")["pixels"])
-    features = jax.jit(resnet.patch_features, static_argnames="tower")(params, pixels, tower=tower)
+    features = jax.jit(partial(tower.apply, method="stages"))({"params": params}, pixels)
     levels = [np.asarray(x, np.float64) for x in features.levels]
     rng = np.random.default_rng(0)
     ways = [abs(rng.normal(size=x.shape[-1])) * np.sign(x.mean((0, 1))) for x in levels]

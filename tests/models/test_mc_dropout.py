@@ -1,4 +1,4 @@
-"""MC-dropout passes of all keys at once, against one forward per key and image."""
+"""MC-dropout: vmap over keys shares the work, and each pass is one thinned model."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.models import mc_dropout, model
+from medclip_jax.models import adapters, model, similarity
 from medclip_jax.prompts.prompts import Prompts
 
 
@@ -25,22 +25,43 @@ def world(form: str):
     return params, draw(5, 8), features, design
 
 
+def passes(params, text, features, design, keys):
+    return jax.vmap(lambda key: model.forward(params, text, features, design, key).logit)(keys)
+
+
 @pytest.mark.parametrize("form", ["softmax", "distance"])
-def test_all_keys_at_once_are_the_passes_one_by_one(form):
+def test_a_pass_is_the_logit_of_columns_left_out(form):
     params, text, features, design = world(form)
     keys = jax.random.split(jax.random.key(3), 7)
-    got = mc_dropout.logits(params, text, features, design, keys)
+    got = passes(params, text, features, design, keys)
+    levels = model.adapt_tokens(params, features, design)
+    link = similarity.AnomalyLogit(form)
     for t, key in enumerate(keys):
-        for n in range(3):
-            alone = jax.tree.map(lambda x, n=n: x[n : n + 1], features)
-            expected = model.forward(params, text, alone, design, key).logit[0]
-            np.testing.assert_allclose(got[t, n], expected, atol=3e-6)
+        thinned = [
+            y * adapters.kept(jax.random.fold_in(key, i), 0.3, (1, 1, 8))
+            for i, y in enumerate(levels)
+        ]
+        whole = similarity.Text(text, design.prompts.label)
+        wanted = link.apply({"params": model.scales(params)}, thinned, whole)
+        np.testing.assert_allclose(got[t], wanted, atol=3e-6)
     assert np.ptp(got, axis=0).min() > 0.01  # keys differ
 
 
 def test_neighbours_in_the_batch_change_nothing():
     params, text, features, design = world("softmax")
     keys = jax.random.split(jax.random.key(3), 4)
-    whole = mc_dropout.logits(params, text, features, design, keys)
-    part = mc_dropout.logits(params, text, jax.tree.map(lambda x: x[1:], features), design, keys)
+    whole = passes(params, text, features, design, keys)
+    part = passes(params, text, jax.tree.map(lambda x: x[1:], features), design, keys)
     np.testing.assert_allclose(whole[:, 1:], part, atol=1e-6)
+
+
+def test_all_keys_share_the_adapters_and_one_product():
+    """The program adapts tokens once, whatever the number of keys."""
+    params, text, features, design = world("softmax")
+
+    def flops(n):
+        run = jax.jit(lambda keys: passes(params, text, features, design, keys))
+        return run.lower(jax.random.split(jax.random.key(0), n)).compile().cost_analysis()["flops"]
+
+    adapting = 2 * 2 * 3 * 16 * 6 * 8  # levels, multiply-add, images, patches, widths
+    assert flops(11) - flops(1) < 10 * adapting

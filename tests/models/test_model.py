@@ -12,7 +12,7 @@ from medclip_jax.features.batch import Batch
 from medclip_jax.models import anomaly_map, losses, model, similarity
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
-from tests.support.checkpoints import PARITY, patch_features
+from tests.support.checkpoints import PARITY, image_features
 
 LOSS = dict(focal=1.0, dice=1.0, align=0.0, prompt=0.0)
 
@@ -62,7 +62,7 @@ def setting(path, peer, position="end", causal=False):
         "offset": jnp.asarray(0.5),
     }
     pixels = jnp.asarray(ref["pixel_values"].transpose(0, 2, 3, 1))
-    features = patch_features(tower.vision, pixels, encoder=tower.image_encoder)
+    features = image_features(tower.vision, pixels, encoder=tower.image_encoder)
     n = len(pixels)
     batch = Batch(
         features,
@@ -80,7 +80,9 @@ def peer_forward(design):
     @jax.jit
     def run(params, frozen, features):
         text = model.text_features(params, frozen, design)
-        pair = similarity.unit(similarity.class_features(text, design.prompts.label))
+        pair = similarity.unit(
+            similarity.class_features(similarity.Text(text, design.prompts.label))
+        )
         out = model.forward(params, text, features, design)
         levels = [
             (similarity.unit(v), similarity.cosine(v, pair).transpose(0, 2, 1)) for v in out.levels
@@ -92,7 +94,7 @@ def peer_forward(design):
 
 def class_pair(params, frozen, design):
     text = jax.jit(lambda t, f: model.text_features(t, f, design))(params, frozen)
-    return similarity.unit(similarity.class_features(text, design.prompts.label))
+    return similarity.unit(similarity.class_features(similarity.Text(text, design.prompts.label)))
 
 
 @pytest.mark.parametrize("path", PARITY)

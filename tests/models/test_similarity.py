@@ -1,11 +1,14 @@
 """Scoring against hand values, numpy and the definitions."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from medclip_jax.detectors import memory_bank
 from medclip_jax.models import anomaly_map, similarity
+from medclip_jax.models.similarity import Text
 
 
 def draw(*shape, seed=0):
@@ -30,22 +33,50 @@ def test_unit_keeps_zero_and_survives_its_gradient():
 def test_class_features_are_plain_means():
     text = jnp.array([[2.0, 0], [0, 4], [1, 1]])
     np.testing.assert_array_equal(
-        similarity.class_features(text, np.array([0, 1, 0])), [[1.5, 0.5], [0, 4]]
+        similarity.class_features(Text(text, np.array([0, 1, 0]))), [[1.5, 0.5], [0, 4]]
     )
 
 
 def test_patch_logit_by_hand():
     levels = (jnp.array([[[1.0, 0], [0, 2]]]), jnp.array([[[0.0, 1], [0, 1]]]))
     text, label = jnp.array([[1.0, 0], [0, 3], [-1, 0]]), np.array([0, 1, 0])
-    half = jnp.asarray(0.5), jnp.asarray(0.25)
-    got = similarity.patch_logit(levels, text[:2], label[:2], *half, "softmax")
+    params = {"scale": jnp.log(0.5), "offset": jnp.asarray(0.25)}
+
+    def logit(form, text, **more):
+        return similarity.AnomalyLogit(form).apply({"params": params}, levels, text, **more)
+
+    got = logit("softmax", Text(text[:2], label[:2]))
     # similarities to (healthy, abnormal): level 1 (1, 0), (0, 1); level 2 (0, 1), (0, 1)
     np.testing.assert_allclose(got, [[0.0, 0.5]], atol=1e-7)
-    got = similarity.patch_logit(levels, text, label, *half, "distance")
+    whole = Text(text, label)
+    got = logit("distance", whole)
     # nearest healthy prompt: level 1 at 1, 0; level 2 at 0, 0
     np.testing.assert_allclose(got, [[0.5 * (0.5 - 0.25), 0.5 * (1 - 0.25)]], atol=1e-7)
-    with pytest.raises(ValueError, match="form 'other'"):
-        similarity.patch_logit(levels, text, label, *half, "other")
+    for form in similarity.FORMS:  # from cosines that are there already
+        cosines = similarity.mean_cosine(levels, whole)
+        same = logit(form, whole, cosines=cosines, method="from_cosines")
+        np.testing.assert_allclose(same, logit(form, whole), atol=1e-6)
+
+
+def test_text_of_each_image_and_fillers_equal_the_plain_form():
+    """Each image's own text, one row of which only fills the shape, is as one text for all."""
+    levels = draw(3, 4, 5), draw(3, 4, 5, seed=1)
+    text, label = draw(4, 5, seed=2), np.array([0, 0, 1, 1])
+    real = np.array([True, True, True, False])
+    plain = Text(text[:3], label[:3])
+    own = Text(jnp.broadcast_to(text, (3, 4, 5)), label, jnp.broadcast_to(real, (3, 4)))
+    for filled in (Text(text, label, jnp.asarray(real)), own):
+        cosines = similarity.mean_cosine(levels, filled)
+        np.testing.assert_allclose(
+            cosines[..., :3], similarity.mean_cosine(levels, plain), atol=1e-6
+        )
+        assert (cosines[..., 3] == similarity.NEVER).all()
+        for form in similarity.FORMS:
+            params = {"scale": jnp.zeros(()), "offset": jnp.asarray(0.5)}
+            run = partial(similarity.AnomalyLogit(form).apply, {"params": params}, levels)
+            np.testing.assert_allclose(run(filled), run(plain), atol=1e-6)
+            again = run(filled, cosines, method="from_cosines")
+            np.testing.assert_allclose(again, run(plain), atol=1e-6)
 
 
 # --- patches to pixels ----------------------------------------------------------------------------

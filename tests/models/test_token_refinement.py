@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import build, config
-from medclip_jax.clip import checkpoint, vit
+from medclip_jax.clip import checkpoint, layers
 from medclip_jax.data import synthetic_variants
 from medclip_jax.detectors import saved
 from medclip_jax.distributed import sharding
@@ -14,7 +14,7 @@ from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.features.batch import Batch
 from medclip_jax.inference import predictor
 from medclip_jax.models import model, token_refinement
-from tests.support.checkpoints import tiny_checkpoint
+from tests.support.checkpoints import image_features, tiny_checkpoint
 
 LEVELS = [(1,), (2, 3), (1, 2, 3, 4)]
 
@@ -38,9 +38,8 @@ def test_a_fresh_refinement_is_exactly_the_identity(folder, levels):
     pixels = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     tower, design, frozen, params = built(folder, levels)
     plain, bare, _, start = built(folder, levels, on=False)
-    encode = jax.jit(vit.patch_features, static_argnames="tower")
-    tokens = encode(tower.vision, pixels, encoder=tower.image_encoder)
-    without = encode(plain.vision, pixels, encoder=plain.image_encoder)
+    tokens = image_features(tower.vision, pixels, tower.image_encoder)
+    without = image_features(plain.vision, pixels, plain.image_encoder)
     assert without.inputs == () and bare.refinement is None
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
@@ -67,28 +66,28 @@ def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
     """With CLIP's own query in its place the result is the block's attention, level by level."""
     tower, design, _, params = built(folder, (2, 4))
     pixels = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
-    tokens = vit.patch_features(tower.vision, pixels, tower.image_encoder)
+    tokens = image_features(tower.vision, pixels, tower.image_encoder)
+    blocks = tower.params["vision_model"]["encoder"]["layers"]
+    one = layers.Block(2, 64, "gelu", tower.image_encoder.eps)
     for i, number in enumerate((2, 4)):
-        block = design.refinement.blocks[i]
-        own, x = params["refine"][i], tokens.inputs[i]
-        d = x.shape[-1]
-        np.testing.assert_array_equal(own["kernel"], block["qkv"]["kernel"][:, 2 * d :])
-        asked = {"kernel": block["qkv"]["kernel"][:, :d], "bias": block["qkv"]["bias"][:d]}
-        held = design.refinement
-        got = token_refinement.attend(asked, block, x, held.heads, held.eps)
-        whole = jax.tree.map(lambda b, n=number: b[n - 1], tower.vision["blocks"])
-        y = vit.first_norm(tower.vision, x, number, tower.image_encoder)
-        want = vit._attention(y, whole, held.heads, None)
-        np.testing.assert_allclose(got, want, atol=1e-5)
+        block, own, x = design.refinement.blocks[i], params["refine"][i], tokens.inputs[i]
+        np.testing.assert_array_equal(own["kernel"], block["self_attn"]["v_proj"]["kernel"])
+        query = {**block["self_attn"]["q_proj"], "gate": jnp.asarray(1.0)}
+        refiner = token_refinement.TokenRefiner(2, tower.image_encoder.eps)
+        zeros = jnp.zeros_like(tokens.levels[i])
+        got = refiner.apply({"params": query}, block, zeros, x)
+        variables = {"params": blocks[str(number - 1)]}
+        want = one.apply(variables, x, method=lambda b, x: b.self_attn(b.layer_norm1(x)))
+        np.testing.assert_allclose(got, want[:, 1:], atol=1e-5)
         # and the block's input is what its output comes from
-        after = vit.run_block(tower.vision, x, number, tower.image_encoder)
+        after = one.apply(variables, x)
         np.testing.assert_allclose(after[:, 1:], tokens.levels[i], atol=1e-5)
 
 
 def test_the_gate_learns_first_and_then_the_query(folder):
     tower, design, frozen, params = built(folder, (1, 4))
     pixels = jax.random.normal(jax.random.key(3), (2, 32, 32, 3))
-    tokens = vit.patch_features(tower.vision, pixels, tower.image_encoder)
+    tokens = image_features(tower.vision, pixels, tower.image_encoder)
     mask = jnp.zeros((2, 32, 32)).at[1, :16].set(1.0)
     batch = Batch(tokens, mask, jnp.array([0, 1]), jnp.ones(2, bool))
     weights = config.base().loss.to_dict()

@@ -14,7 +14,7 @@ from medclip_jax import build
 from medclip_jax import config as config_module
 from medclip_jax.clip import checkpoint
 from medclip_jax.errors import CheckpointError, ConfigError
-from medclip_jax.models import model, similarity
+from medclip_jax.models import model, similarity, text_adapter
 from medclip_jax.prompts import ontology
 from tests.support.paths import ROOT
 from tests.support.predicting import run as predict

@@ -1,0 +1,89 @@
+"""Loading checkpoints: what is refused, and how the message says it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from medclip_jax.clip import checkpoint, hf_weights
+from medclip_jax.errors import CheckpointError, ConfigError
+from tests.support.checkpoints import tiny_checkpoint
+
+
+def test_unknown_checkpoint_says_what_to_do():
+    with pytest.raises(CheckpointError, match="no such folder; give a folder, a Hub id or 'comp"):
+        checkpoint.load("../nowhere/at/all")
+
+
+def test_hub_failure_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(CheckpointError, match="the Hub did not give it"):
+        checkpoint.load("someone/some-clip")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Path(shutil.copytree(hf_weights.EMBEDDED, tmp_path / "copy"))
+
+
+def test_missing_tokenizer(copy):
+    (copy / "vocab.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        checkpoint.load(str(copy))
+
+
+def test_missing_weights(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights"):
+        checkpoint.load(str(copy))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 4000, 1_000_000])
+def test_truncated_weights(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(str(copy))
+
+
+def test_missing_tensor_is_never_random(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["vision_model.post_layernorm.bias"]
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match="post_layernorm.bias.*missing"):
+        checkpoint.load(str(copy))
+
+
+def test_damaged_config(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json: cannot be read"):
+        checkpoint.load(str(copy))
+    (copy / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="need 'clip'"):
+        checkpoint.load(str(copy))
+
+
+def test_damaged_msgpack(tmp_path):
+    folder, *_ = tiny_checkpoint(tmp_path / "tiny")
+    path = folder / "flax_model.msgpack"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged or not Flax msgpack"):
+        checkpoint.load(str(folder))
+
+
+def test_impossible_levels():
+    with pytest.raises(ConfigError, match="between 1 and 8"):
+        checkpoint.load("compact", layers=(3, 99))
+
+
+@pytest.mark.parametrize("content", ["{", '{"image_mean": 3}', '{"image_std": [1, 1]}', "[]"])
+def test_damaged_preprocessing(copy, content):
+    (copy / "preprocessor_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="preprocessor_config.json: "):
+        checkpoint.load(str(copy))
