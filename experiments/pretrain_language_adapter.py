@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from medclip_jax.clip import checkpoint
-from medclip_jax.models import similarity
+from medclip_jax.models import similarity, text_adapter
 from medclip_jax.prompts import ontology, tokenize
 
 PRESENT = (
@@ -192,18 +192,18 @@ def split(subjects: Subjects, seed: int) -> tuple[list[list[str]], list[list[str
 def features(tower: checkpoint.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
     """Text features [texts, d] of every subject, of length 1."""
     texts = [t for subject in subjects for t in subject]
-    positions = len(tower.text["position"])
+    positions = tower.positions
     ids = tower.tokenizer(
         texts, padding="max_length", truncation=True, max_length=positions, return_tensors="np"
     ).input_ids.astype(np.int32)
     eos = tokenize.end_of_text(ids, tower.eos_id)
     ids = ids[:, : int(eos.max()) + 1]
-    run = jax.jit(partial(vit.encode_ids, tower=tower.text_encoder, causal=True))
+    run = jax.jit(tower.text_encoder.apply)
     empty, none = jnp.zeros((batch, 0, tower.text_width)), np.full((batch, ids.shape[1]), -1)
     made = []
     for start in range(0, len(texts), batch):
         rows = np.arange(start, start + batch) % len(texts)  # filled up by going round
-        made.append(run(tower.text, empty, ids[rows], none, eos[rows]))
+        made.append(run({"params": tower.text}, empty, ids[rows], none, eos[rows]))
     flat = similarity.unit(jnp.concatenate(made)[: len(texts)])
     return jnp.split(flat, np.cumsum([len(s) for s in subjects])[:-1])
 

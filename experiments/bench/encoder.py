@@ -69,10 +69,10 @@ class Encoder:
     """The package's own encoder on images that lie on the device, timed call by call."""
 
     def __init__(self, size: towers.Size, weights: dict, images: np.ndarray, dtype: str):
-        self.weights, self.images = jax.tree.map(jnp.asarray, weights), jnp.asarray(images)
-        tower = towers.tower(size, dtype)
+        encoder, self.images = towers.encoder(size, dtype), jnp.asarray(images)
+        self.weights = encoder.prepare(jax.tree.map(jnp.asarray, weights))
         self.encode = partial(
-            checkpoint.encode_images, tower=tower, mean=towers.MEAN, std=towers.STD
+            checkpoint.encode_images, encoder=encoder, mean=towers.MEAN, std=towers.STD
         )
 
     def __call__(self) -> float:
@@ -120,10 +120,11 @@ def compare(size, weights, images, theirs: list) -> float:
 
     The two must compute the same before their times are worth comparing.
     """
-    tower = towers.tower(size)
+    encoder = towers.encoder(size)
+    weights = encoder.prepare(weights)
     given = jnp.asarray(images[:2])
     ours = checkpoint.encode_images(
-        weights, given, tower=tower, mean=towers.MEAN, std=towers.STD
+        weights, given, encoder=encoder, mean=towers.MEAN, std=towers.STD
     ).pooled
     away = float(np.abs(ours - np.array(theirs)).max() / np.abs(theirs).max())
     print(f"pooled embeddings differ by {away:.1e} of the largest")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from bench import workload
+from medclip_jax.clip import layers
 
 WORKER = Path(__file__).with_name("torch_worker.py")
 
@@ -93,10 +94,23 @@ def arrays(work: workload.Work, args: argparse.Namespace) -> dict[str, np.ndarra
     words, text = work.design.prompts, jax.device_get(work.frozen["text"])
     flat = {"heads": work.design.text_encoder.heads, "inner_steps": args.inner_steps}
     flat |= {"ids": words.ids, "slots": words.slots, "eos": words.eos, "label": words.label}
-    for name in ("token", "position", "projection"):
-        flat[f"text.{name}"] = text[name]
-    for layer, values in {**text["blocks"], "final": text["final"]}.items():
-        flat |= {f"text.{layer}.{name}": x for name, x in values.items()}
+    text_model, embeddings = text["text_model"], text["text_model"]["embeddings"]
+    for name in ("token", "position"):
+        flat[f"text.{name}"] = embeddings[f"{name}_embedding"]["embedding"]
+    flat["text.projection"] = text["text_projection"]["kernel"]
+    blocks = layers.stack(text_model["encoder"]["layers"])
+    attention = blocks["self_attn"]
+    dense = [attention[f"{x}_proj"] for x in "qkv"]
+    parts = {
+        "qkv": jax.tree.map(lambda *x: np.concatenate(x, -1), *dense),
+        "out": attention["out_proj"],
+        "norm1": blocks["layer_norm1"],
+        "norm2": blocks["layer_norm2"],
+        **blocks["mlp"],
+        "final": text_model["final_layer_norm"],
+    }
+    for part, values in parts.items():
+        flat |= {f"text.{part}.{name}": x for name, x in values.items()}
     params = jax.device_get(work.params)
     flat |= {f"params.{name}": params[name] for name in ("context", "scale", "offset")}
     for i, adapter in enumerate(params["adapters"]):

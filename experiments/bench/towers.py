@@ -1,14 +1,17 @@
-"""Image towers of random weights, as weights.read gives them, for clip.py's own code."""
+"""Image encoders of random weights in the sizes of published ones."""
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from medclip_jax.clip import vit
 
 
 class Size(NamedTuple):
-    """Of one image tower."""
+    """Of one image encoder."""
 
     width: int
     layers: int
@@ -31,43 +34,39 @@ EPS = 1e-5
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-def tower(size: Size, dtype: str = "float32") -> vit.Tower:
+def encoder(size: Size, dtype: str = "float32") -> vit.ViT:
     """Three levels are tapped, as a run does: 1/2, 3/4 and the last."""
-    levels = tuple(round(size.layers * x) for x in (0.5, 0.75, 1.0))
-    return vit.Tower(size.heads, EPS, "quick_gelu", size.patch, levels, dtype)
+    return vit.ViT(
+        width=size.width,
+        heads=size.heads,
+        hidden=4 * size.width,
+        depth=size.layers,
+        patch=size.patch,
+        positions=(size.pixels // size.patch) ** 2 + 1,
+        joint=size.joint,
+        eps=EPS,
+        levels=tuple(round(size.layers * x) for x in (0.5, 0.75, 1.0)),
+        dtype=dtype,
+    )
 
 
 def parameters(size: Size, seed: int = 0) -> dict[str, Any]:
-    """N(0, 1/width); biases and norms too are not what a fresh tower has, so mistakes show."""
-    rng, n, d = np.random.default_rng(seed), size.layers, size.width
-    grid = size.pixels // size.patch
+    """Random parameters of the encoder in transformers' Flax tree."""
+    pixels = jnp.zeros((1, size.pixels, size.pixels, 3))
+    return random_like(encoder(size), size.width, seed, pixels)
 
-    def normal(*shape: int, spread: float = 0.0):
-        return ((spread or d**-0.5) * rng.standard_normal(shape)).astype(np.float32)
 
-    def norm(*lead: int):
-        scale = 1 + normal(*lead, d, spread=0.05)
-        return {"scale": scale.astype(np.float32), "bias": normal(*lead, d, spread=0.05)}
+def random_like(module: nn.Module, width: int, seed: int, *inputs) -> dict[str, Any]:
+    """N(0, 1/width); biases and norms too are not what a fresh module has, so mistakes show."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(seed)
 
-    def dense(a: int, b: int):
-        return {"kernel": normal(n, a, b), "bias": normal(n, b, spread=0.05)}
+    def fill(path, leaf):
+        name = path[-1].key
+        spread = 0.05 if name in ("bias", "scale") else width**-0.5
+        return ((name == "scale") + spread * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return {
-        "patch": normal(size.patch**2 * 3, d),
-        "class": normal(d),
-        "position": normal(grid**2 + 1, d),
-        "pre": norm(),
-        "blocks": {
-            "norm1": norm(n),
-            "qkv": dense(d, 3 * d),
-            "out": dense(d, d),
-            "norm2": norm(n),
-            "fc1": dense(d, 4 * d),
-            "fc2": dense(4 * d, d),
-        },
-        "post": norm(),
-        "projection": normal(d, size.joint),
-    }
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def flops(size: Size) -> float:

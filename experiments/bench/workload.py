@@ -1,4 +1,4 @@
-"""What is measured: a text tower of random weights, 21 prompts, and the tokens of a few tasks.
+"""What is measured: a text encoder of random weights, 21 prompts, and the tokens of a few tasks.
 
 Time does not depend on the values, so the towers of CLIP ViT-B/16 and ViT-L/14 are stood in for by
 random ones of their size. Prompts and their lengths are MediCLIP's words (10 + 11, context 8).
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medclip_jax.clip import vit
+from bench import towers
+from medclip_jax.clip import checkpoint, text
 from medclip_jax.clip.outputs import Features
 from medclip_jax.distributed import sharding
 from medclip_jax.features.batch import Batch
@@ -71,9 +72,20 @@ def build(name: str, tasks: int, rows: int) -> Work:
         position="end",
     )
     vocabulary = int(words.ids.max()) + 1
-    tower = vit.Tower(size.heads, 1e-5, "quick_gelu")
-    design = model.Design(words, tower, size.pixels, size.grid, "softmax", True, True, 0.0)
-    frozen = {"text": text_weights(rng, size, vocabulary), "logit_scale": np.float32(4.6)}
+    encoder = text.TextEncoder(
+        size.width,
+        size.heads,
+        4 * size.width,
+        size.layers,
+        vocabulary,
+        tokenize.POSITIONS,
+        size.width,
+    )
+    design = model.Design(words, encoder, size.pixels, size.grid, "softmax", True, True, 0.0)
+    ids = jnp.zeros((1, 3), int)
+    inputs = jnp.zeros((1, 0, size.width)), ids, ids - 1, jnp.zeros(1, int)
+    weights = towers.random_like(encoder, size.width, 0, *inputs)
+    frozen = {"text": weights, "logit_scale": np.float32(4.6)}
 
     def normal(*shape, scale=1.0):
         return (scale * rng.standard_normal(shape)).astype(np.float32)
@@ -103,35 +115,6 @@ def build(name: str, tasks: int, rows: int) -> Work:
     return jax.tree.map(
         jnp.asarray, Work(design, frozen, params, episodes)._replace(design=None)
     )._replace(design=design)
-
-
-def text_weights(rng, size: Size, vocabulary: int) -> dict:
-    """A text tower's parameters as weights.read gives them, N(0, 1/width)."""
-    n, d = size.layers, size.width
-
-    def normal(*shape):
-        return (d**-0.5 * rng.standard_normal(shape)).astype(np.float32)
-
-    def norm(*shape):
-        return {"scale": np.ones(shape, np.float32), "bias": np.zeros(shape, np.float32)}
-
-    def dense(a, b):
-        return {"kernel": normal(n, a, b), "bias": np.zeros((n, b), np.float32)}
-
-    return {
-        "token": normal(vocabulary, d),
-        "position": normal(tokenize.POSITIONS, d),
-        "blocks": {
-            "norm1": norm(n, d),
-            "qkv": dense(d, 3 * d),
-            "out": dense(d, d),
-            "norm2": norm(n, d),
-            "fc1": dense(d, 4 * d),
-            "fc2": dense(4 * d, d),
-        },
-        "final": norm(d),
-        "projection": normal(d, d),
-    }
 
 
 def step(work: Work, learner: str, inner_steps: int, mesh=None):
