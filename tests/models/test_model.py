@@ -2,19 +2,38 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medclip_jax.clip import checkpoint, vit
 from medclip_jax.clip.outputs import Features
-from medclip_jax.features.batch import Batch
-from medclip_jax.models import anomaly_map, losses, model, similarity
+from medclip_jax.clip.text import TextEncoder
+from medclip_jax.features.batch import Batch, Views
+from medclip_jax.models import (
+    adapters,
+    anomaly_map,
+    contrastive,
+    losses,
+    model,
+    prompt_learner,
+    similarity,
+    text_adapter,
+    token_refinement,
+)
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
-from tests.support.checkpoints import PARITY, image_features
+from tests.support.checkpoints import PARITY, image_features, tiny_checkpoint
 
 LOSS = dict(focal=1.0, dice=1.0, align=0.0, prompt=0.0)
+
+
+@pytest.fixture(scope="module")
+def tiny_with_inputs(tmp_path_factory):
+    folder, *_ = tiny_checkpoint(tmp_path_factory.mktemp("clip") / "tiny")
+    return checkpoint.load(str(folder), layers=(1, 4), inputs=True)
 
 
 def rel(a, b) -> float:
@@ -244,3 +263,40 @@ def test_distance_form_is_equation_nine(tiny):
         v = v / np.linalg.norm(v, axis=-1, keepdims=True)
         by_hand.append(1 - (v @ healthy.T).max(-1))
     np.testing.assert_allclose(out.logit, np.mean(by_hand, 0), atol=2e-6)
+
+
+def test_what_computes_the_loss_is_flax_modules(tiny_with_inputs, monkeypatch):
+    """Every learned part, and the frozen encoders, are linen modules over params and frozen."""
+    clip, applied = tiny_with_inputs, set()
+    apply = nn.Module.apply
+
+    def watched(self, *given, **more):
+        applied.add(type(self))
+        return apply(self, *given, **more)
+
+    monkeypatch.setattr(nn.Module, "apply", watched)
+    design, _, frozen, batch = toy(clip, dropout=0.1)
+    kept = token_refinement.frozen(clip.params, clip.image_encoder)
+    design = design._replace(refinement=kept)
+    adapter = text_adapter.init(jax.random.key(1), clip.joint)
+    params = model.init(jax.random.key(0), clip, design, 4, False, True, adapter)
+    names = {"context", "adapters", "scale", "offset", "language", "refine", "head"}
+    assert set(params) == names
+    grey = jnp.zeros((4, clip.size, clip.size))
+    features = checkpoint.encode_images.__wrapped__(
+        clip.vision, grey, encoder=clip.image_encoder, mean=clip.mean, std=clip.std
+    )
+    batch = batch._replace(features=features, views=Views(features, features, jnp.arange(4)))
+    weights = dict(focal=1.0, dice=1.0, align=0.1, prompt=0.1, simclr=0.1)
+    loss = partial(model.loss, design=design, weights=weights)
+    gradients, _ = jax.eval_shape(jax.grad(loss, has_aux=True), params, frozen, batch, None)
+    assert jax.tree.structure(gradients) == jax.tree.structure(params)
+    learned = {
+        prompt_learner.PromptLearner,
+        adapters.VisualAdapter,
+        similarity.AnomalyLogit,
+        text_adapter.TextAdapter,
+        token_refinement.TokenRefiner,
+        contrastive.ProjectionHead,
+    }
+    assert learned | {vit.ViT, TextEncoder} <= applied
