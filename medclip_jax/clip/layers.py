@@ -1,5 +1,6 @@
 """Blocks of CLIP's transformers: flax.linen modules under the names that transformers uses."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -172,7 +173,7 @@ class Encoder(nn.Module):
         return self.one.apply(last, x, mask, position=position)
 
 
-def stack(layers: dict[str, Any]) -> Any:
+def stack(layers: Mapping[str, Any]) -> Any:
     """Parameters of blocks "0", "1", ... stacked on a leading axis."""
     rows = [layers[str(i)] for i in range(len(layers))]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)

@@ -6,6 +6,7 @@ transformers with version 5, so its classes are imported only when this is chose
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -20,13 +21,12 @@ from medclip_jax.errors import ConfigError
 def modules() -> Any:
     """transformers' module of Flax CLIP. Raises ConfigError where transformers has none."""
     try:
-        from transformers.models.clip import modeling_flax_clip
+        return import_module("transformers.models.clip.modeling_flax_clip")
     except ImportError as error:
         raise ConfigError(
             f"config.clip.implementation transformers needs transformers 4.57 ({error}): "
             "install medclip-jax[transformers-flax], or give implementation=fused"
         ) from None
-    return modeling_flax_clip
 
 
 class TransformersViT(nn.Module):

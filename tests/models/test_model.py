@@ -49,8 +49,9 @@ def peer_prompts(ref, position: str = "end") -> Prompts:
     for i, (row, n) in enumerate(zip(ids, length, strict=True)):
         eos = int(row.argmax())
         name, rest = row[9 : 9 + n].tolist(), row[9 + n : eos].tolist()
-        new, where = tokenize.arrange(int(row[0]), name, rest, int(row[eos]), 8, position)
-        rows[i, : len(new)], slots[i, : len(new)] = new, where
+        new, where = tokenize.arrange(name, 8, position)
+        new = [int(row[0]), *new, *rest, int(row[eos])]
+        rows[i, : len(new)], slots[i, 1 : 1 + len(where)] = new, where
     label = np.array([0] * len(ref["ids_normal"]) + [1] * len(ref["ids_abnormal"]))
     return Prompts(rows, slots, rows.argmax(-1), label, ("",) * len(rows))
 
