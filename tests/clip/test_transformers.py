@@ -58,8 +58,9 @@ def test_both_implementations_agree_on_every_checkpoint(named, tmp_path):
         position="middle",
         positions=fused.positions,
     )
+    eos = (prompts.ids == fused.tokenizer.eos_token_id).argmax(-1)
     # the fixtures' vocabularies are smaller than the tokenizer's
-    prompts = prompts._replace(ids=prompts.ids % fused.text_encoder.vocabulary)
+    prompts = prompts._replace(ids=prompts.ids % fused.text_encoder.vocabulary, eos=eos)
     rng = np.random.default_rng(1)
     context = jnp.asarray(0.02 * rng.normal(size=(len(prompts.ids), 4, fused.text_width)))
     way = jnp.asarray(rng.normal(size=(len(prompts.ids), fused.joint)), jnp.float32)

@@ -29,8 +29,8 @@ def test_whatever_changes_tokens_changes_the_name(tmp_path, tiny):
     vision = tiny.image_encoder
     towers = [
         tiny._replace(digest="another"),
-        tiny._replace(image_encoder=vision._replace(levels=(2, 4))),
-        tiny._replace(image_encoder=vision._replace(dtype="bfloat16")),
+        tiny._replace(image_encoder=vision.clone(levels=(2, 4))),
+        tiny._replace(image_encoder=vision.clone(dtype="bfloat16")),
         tiny._replace(size=64),
         tiny._replace(mean=(0.5, 0.5, 0.5)),
         tiny._replace(std=(0.5, 0.5, 0.5)),

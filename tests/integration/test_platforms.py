@@ -130,7 +130,7 @@ def test_a_callback_would_be_seen():
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_bfloat16_tower_lowers_and_multiplies_in_bfloat16(tiny, platform):
-    tower = tiny._replace(image_encoder=tiny.image_encoder._replace(dtype="bfloat16"))
+    tower = tiny._replace(image_encoder=tiny.image_encoder.clone(dtype="bfloat16"))
     function, given = encoder(tower)
     text = export.export(function, platforms=[platform])(*given).mlir_module()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
