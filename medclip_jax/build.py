@@ -132,7 +132,9 @@ def encode(c: ConfigDict, clip: checkpoint.Clip, split: Split, others, mesh):
     return feature_cache, pools
 
 
-def load_teacher(c: ConfigDict, clip: checkpoint.Clip, test: Sequence[Record]) -> distillation.Teacher:
+def load_teacher(
+    c: ConfigDict, clip: checkpoint.Clip, test: Sequence[Record]
+) -> distillation.Teacher:
     """The trained model of the workdir config.teacher.
 
     Raises:
@@ -213,14 +215,18 @@ def design_of(c: ConfigDict, clip: checkpoint.Clip, others) -> tuple[model.Desig
     return design, frozen
 
 
-def scorer(c: ConfigDict, clip: checkpoint.Clip, design: model.Design) -> Callable[..., detector.Scores]:
+def scorer(
+    c: ConfigDict, clip: checkpoint.Clip, design: model.Design
+) -> Callable[..., detector.Scores]:
     """The pure scoring function of the config's method; `detector` builds its parameters."""
     names, pool = branch_names(c), image_pool(c, clip)
     made = {name: branch_scorer(name, clip, design, pool) for name in names}
     return ensemble.scorer(made) if len(names) > 1 else made[names[0]]
 
 
-def branch_scorer(name: str, clip: checkpoint.Clip, design: model.Design, pool: Callable) -> Callable:
+def branch_scorer(
+    name: str, clip: checkpoint.Clip, design: model.Design, pool: Callable
+) -> Callable:
     """The pure scoring function of one branch."""
     if name == "memory":
         return memory_bank.scorer(pool)
@@ -402,7 +408,9 @@ def load_start(workdir: Path) -> adapt.Start:
     return site_start(c, clip, design, frozen, jax.tree.map(lambda x: x[0], newest.params))
 
 
-def site_start(c: ConfigDict, clip: checkpoint.Clip, design, frozen: dict, params: Any) -> adapt.Start:
+def site_start(
+    c: ConfigDict, clip: checkpoint.Clip, design, frozen: dict, params: Any
+) -> adapt.Start:
     """What adaptation starts from; params: one set, a maml.MetaSGD if its rates were learned."""
     return adapt.start(
         *(clip, design, frozen, params),
@@ -422,7 +430,9 @@ def site_start(c: ConfigDict, clip: checkpoint.Clip, design, frozen: dict, param
     )
 
 
-def build(c: ConfigDict, clip: checkpoint.Clip, context: int | None = None) -> tuple[model.Design, dict]:
+def build(
+    c: ConfigDict, clip: checkpoint.Clip, context: int | None = None
+) -> tuple[model.Design, dict]:
     """The static design of the model and its frozen parameters; `context` if not the config's."""
     if context is None:
         context = c.prompts.context if c.steps else 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
-from medclip_jax.clip import hf_weights, checkpoint
+from medclip_jax.clip import checkpoint, hf_weights
 from medclip_jax.detectors import calibration, detector, prompt_detector, zero_shot
 from medclip_jax.models import model
 from tests.support.models import design_of, rows, tokens
