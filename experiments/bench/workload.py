@@ -22,7 +22,8 @@ from medclip_jax.features.batch import Batch
 from medclip_jax.models import model
 from medclip_jax.prompts import tokenize
 from medclip_jax.training import step as training_step
-from medclip_jax.training.state import TrainState
+from medclip_jax.training.episodes import Episodes
+from medclip_jax.training.state import TrainState, start
 
 RATE = 0.01  # inner
 
@@ -54,7 +55,7 @@ class Work(NamedTuple):
     design: model.Design
     frozen: dict
     params: dict
-    episodes: training_step.Episodes  # [task, 1 copy, row, ...]
+    episodes: Episodes  # [task, 1 params, row, ...]
 
 
 def build(name: str, tasks: int, rows: int) -> Work:
@@ -111,7 +112,7 @@ def build(name: str, tasks: int, rows: int) -> Work:
         label = np.broadcast_to(np.arange(rows) % 2, (tasks, 1, rows)).astype(np.int32)
         return Batch(Features(pooled, levels), mask, label, np.ones((tasks, 1, rows), bool))
 
-    episodes = training_step.Episodes(side(), side(), np.ones((tasks, 1), bool))
+    episodes = Episodes(side(), side(), np.ones((tasks, 1), bool))
     return jax.tree.map(
         jnp.asarray, Work(design, frozen, params, episodes)._replace(design=None)
     )._replace(design=design)
@@ -124,11 +125,9 @@ def step(work: Work, learner: str, inner_steps: int, mesh=None):
     """
     optimizer = optax.adam(1e-3)
     loss = partial(model.loss, design=work.design, weights=WEIGHTS)
-    inner = training_step.inner(learner, inner_steps, RATE, False)
-    objective = joint(loss) if learner == "joint" else training_step.episodic(loss, inner)
-    params = jax.tree.map(lambda x: x[None], work.params)
-    key = jax.random.key_data(jax.random.key(0))
-    state = TrainState(jnp.asarray(0), params, jax.vmap(optimizer.init)(params), key)
+    inner = training_step.Learner(learner, inner_rate=RATE).inner(inner_steps)
+    objective = joint(loss) if learner == "joint" else training_step.meta_objective(loss, inner)
+    state = start(work.params, optimizer, 1, seed=0)
     placed = None
     if mesh is not None:
         placed, state = sharding.replicated(mesh), sharding.replicate(state, mesh)
@@ -139,7 +138,9 @@ def step(work: Work, learner: str, inner_steps: int, mesh=None):
 def outer(work: Work, inner_steps: int) -> tuple[float, np.ndarray]:
     """Meta-loss and its gradient with respect to the context, to compare with others'."""
     loss = partial(model.loss, design=work.design, weights=WEIGHTS)
-    objective = training_step.episodic(loss, training_step.inner("maml", inner_steps, RATE, False))
+    objective = training_step.meta_objective(
+        loss, training_step.Learner("maml", inner_rate=RATE).inner(inner_steps)
+    )
     one = jax.tree.map(lambda x: x[:, 0], work.episodes)
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (value, _), gradient = run(work.params, work.frozen, one, jax.random.key(0))

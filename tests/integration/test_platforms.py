@@ -17,7 +17,9 @@ from medclip_jax.distributed import sharding
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features.batch import Batch
 from medclip_jax.models import anomaly_map, model
-from medclip_jax.training import loop, step
+from medclip_jax.training import step
+from medclip_jax.training.episodes import Episodes
+from medclip_jax.training.state import start
 
 HOST = ("callback", "infeed", "outfeed", "device_put", "io_", "debug")
 STABLE_HOST = ("xla_python", "xla_ffi_python", "stablehlo.infeed", "stablehlo.outfeed")
@@ -30,13 +32,13 @@ def spec(tree):
 
 
 def train_step(tower, learner):
-    """The step of fit.run on one copy, two tasks of two rows; with its arguments."""
+    """The training step of one params, two tasks of two rows; with its arguments."""
     c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"learner": learner, "prompts.context": 2})
     c = config.resolve(c)
     design, frozen = build.build(c, tower)
     loss, optimizer = partial(model.loss, design=design, weights=WEIGHTS), optax.adam(1e-3)
-    inner = step.inner(c.learner, 1, 0.1, False)
+    inner = step.Learner(c.learner).inner(1)
     objective = loss if learner == "joint" else step.meta_objective(loss, inner)
     lead = (2, 1) if learner == "joint" else (2, 1, 2)
     levels = tuple(np.zeros((*lead, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
@@ -47,8 +49,8 @@ def train_step(tower, learner):
         np.ones(lead, bool),
     )
     if learner != "joint":
-        batch = step.Episodes(batch, batch, np.ones((2, 1), bool))
-    state = loop.start(c, tower, design, optimizer, 1)
+        batch = Episodes(batch, batch, np.ones((2, 1), bool))
+    state = start(build.fresh_params(c, tower, design), optimizer, 1, 0)
     return step.make_step(objective, optimizer), spec((state, frozen, batch))
 
 

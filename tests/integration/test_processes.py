@@ -75,7 +75,7 @@ def test_two_processes_equal_one(base):
 
     Three tasks do not spread evenly over two processes.
     """
-    more = ("--config.learner=maml", "--config.meta.tasks=3")
+    more = ("--config.learner=fomaml", "--config.meta.tasks=3")
     codes = ended([*start(base, "two", *more), *start(base, "one", *more, count=1)])
     assert all(code == 0 for code, _ in codes), codes
     one, two = base / "one", base / "two"
