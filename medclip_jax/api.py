@@ -64,14 +64,18 @@ class Scorer:
         scores = predictor.score(self._predictor, frames, mm2)
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
-    def predict_files(self, *named: str, output: str | Path) -> inference_predict.Summary:
+    def predict_files(
+        self, *named: str, output: str | Path, cam: bool = False
+    ) -> inference_predict.Summary:
         """What --mode predict does: results of files, folders and globs below `output`.
 
         Raises ConfigError for an adapted scorer, which is kept nowhere that files could refer to.
         """
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
-        return inference_predict.run(self._predictor, [str(n) for n in named], Path(output))
+        return inference_predict.run(
+            self._predictor, [str(n) for n in named], Path(output), cam=cam
+        )
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.

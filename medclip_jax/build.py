@@ -374,6 +374,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
         trained.digest,
         c.data.window,
         {"method": c.method, **names, "checkpoint": clip.digest, "backbone": backbone},
+        explanation(c, clip),
     )
 
 

@@ -65,7 +65,12 @@ def write_predictions(
     patients = ground_truth.patients(test)
     more |= {} if patients is None else {"patient": patients}  # where one has several images
     if pictures:
-        more |= thumbnails.pack(test, p.maps, fit, cams=scored.cams, seed=seed)
+        deviations = None  # nothing is random
+        if scored.uncertainties is not None:
+            deviations = np.sqrt(p.patch_variance).reshape(len(test), -1)
+        more |= thumbnails.pack(
+            test, p.maps, fit, cams=scored.cams, deviations=deviations, seed=seed
+        )
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.uncertainties or {})}
     with files.writing(workdir / "predictions.npz") as file:
         np.savez(file, **arrays, **more)

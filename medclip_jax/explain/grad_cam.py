@@ -8,7 +8,7 @@ close to the map itself: it shows agreement, not independent evidence.
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -94,8 +94,14 @@ def weigh_or_zeros(
     try:
         return weigh(features, gradients, how.method, how.layer).astype(np.float16)
     except NoGradientError as error:
-        logging.warning("no Grad-CAM: %s", error)
+        _warn(str(error))
         return np.zeros(features.levels[0].shape[:2], np.float16)
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once, not with every batch."""
+    logging.warning("no Grad-CAM: %s", message)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -22,6 +22,7 @@ class Marks(NamedTuple):
     frames: list[dict[str, Any]]  # of the JSON
     scores: BatchScores  # maps as float16
     heat: Float[np.ndarray, "h w"] | None  # the map of a single frame
+    cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM; no column where it is not wanted
 
 
 def mark(
@@ -30,6 +31,7 @@ def mark(
     first: int,
     spacing: tuple[float, float] | None,
     fit: read.Mode,
+    cams: Float[np.ndarray, "n p"] | None = None,
 ) -> Marks:
     """Boxes of n frames; `codes` is filled with their maps.
 
@@ -42,7 +44,7 @@ def mark(
         heat = frame_map(small, codes.shape[1:], fit)
         codes[i] = sixteen_bits(heat)
         frames.append(_frame(scores, i, first + i, heat, spacing))
-    return Marks(frames, scores, heat if len(frames) == 1 else None)
+    return Marks(frames, scores, heat if len(frames) == 1 else None, cams)
 
 
 def frame_map(

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors.detector import Raw, finish
 from medclip_jax.inference import image_results, predictor
 from medclip_jax.inference.loading import Job, Loaded
@@ -19,6 +20,7 @@ from medclip_jax.inference.loading import Job, Loaded
 CROWDED = 1 << 28  # bytes of images that wait for a whole batch
 
 Group = list[tuple[Job, Float[np.ndarray, "s s"]]]
+Read = tuple[Raw, Float[np.ndarray, "n p"]]  # scores and Grad-CAM
 
 
 def run(
@@ -36,7 +38,7 @@ def run(
 
         def encode(group: Group) -> None:
             tokens = predictor.encode(model, np.stack([frame for _, frame in group]))
-            reading.append((group, reader.submit(predictor.read, model, tokens, len(group))))
+            reading.append((group, reader.submit(_read, model, tokens, len(group))))
 
         def hand_out(most: int) -> None:
             while len(reading) > most:
@@ -62,14 +64,18 @@ def run(
         yield from line
 
 
-def _submit(model: predictor.Predictor, group: Group, raw: Raw, pool) -> None:
+def _read(model: predictor.Predictor, tokens: Features, n: int) -> Read:
+    return predictor.read(model, tokens, n), predictor.explain(model, tokens, n)
+
+
+def _submit(model: predictor.Predictor, group: Group, read: Read, pool) -> None:
     """Hand each item's frames of a batch to the pool."""
     start = 0
     while start < len(group):
         job, end = group[start][0], start
         while end < len(group) and group[end][0] is job:
             end += 1
-        part = jax.tree.map(lambda x, rows=slice(start, end): x[rows], raw)
+        part = jax.tree.map(lambda x, rows=slice(start, end): x[rows], read)
         codes = job.coded()[job.scored : job.scored + end - start]
         job.marks.append(pool.submit(_mark, model, job.read(), codes, job.scored, part))
         job.scored += end - start
@@ -77,7 +83,8 @@ def _submit(model: predictor.Predictor, group: Group, raw: Raw, pool) -> None:
 
 
 def _mark(
-    model: predictor.Predictor, loaded: Loaded, codes: np.ndarray, first: int, raw: Raw
+    model: predictor.Predictor, loaded: Loaded, codes: np.ndarray, first: int, read: Read
 ) -> image_results.Marks:
+    raw, cams = read
     scores = finish(raw, model.calibration, [loaded.mm2] * len(raw.image))
-    return image_results.mark(scores, codes, first, loaded.spacing, model.fit)
+    return image_results.mark(scores, codes, first, loaded.spacing, model.fit, cams)

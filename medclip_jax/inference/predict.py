@@ -55,12 +55,13 @@ def run(
     output: Path,
     part: str = "",
     pseudonymise: bool = False,
+    cam: bool = False,
 ) -> Summary:
     """Score all images that `named` names and write their results below `output`.
 
     part: "i/n" takes the i-th of n shares, for several processes; each writes its own table, and
     one call without it joins them. pseudonymise: no names or identifiers of the sources in any
-    output, also where DICOM would have them copied.
+    output, also where DICOM would have them copied. cam: also write the Grad-CAM of each item.
 
     Raises DataError if nothing was found or nothing could be read, ConfigError for a bad `part`,
     WorkdirError if there is no scorer or the output cannot be written, Preempted on SIGTERM.
@@ -74,7 +75,9 @@ def run(
         )
     chosen = inputs.share(items, part)
     logging.info("%d item(s) to score", len(chosen))
-    stamp = hashlib.sha256(f"{FORMAT} {model.digest} {pseudonymise}".encode()).hexdigest()
+    model = model if cam else model._replace(explanation=None)
+    settings = f"{FORMAT} {model.digest} {pseudonymise} {model.explanation}"
+    stamp = hashlib.sha256(settings.encode()).hexdigest()
     results.sweep(output)
     table = output / (f"results.{part.replace('/', '-of-')}.csv" if part else "results.csv")
     done = _process(model, chosen, output, stamp, table, pseudonymise)

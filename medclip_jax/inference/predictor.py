@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import BatchScores, Detector, Raw, finish, read_batch
+from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder
 from medclip_jax.io import read as io_read
 
@@ -27,6 +28,7 @@ class Predictor(NamedTuple):
     digest: str  # names the trained detector
     window: str  # of CT images
     about: dict[str, Any]  # method, data set, K, ... for what is written
+    explanation: grad_cam.Explanation | None = None  # how scores are explained; None: they are not
 
     @property
     def size(self) -> int:
@@ -78,3 +80,12 @@ def read(predictor: Predictor, tokens: Features, n: int) -> Raw:
     """Raw scores, on the host, of the first n images of `encode`."""
     raw = jax.device_get(read_batch(predictor.detector, tokens, predictor.keys))
     return jax.tree.map(lambda x: x[:n], raw)
+
+
+def explain(predictor: Predictor, tokens: Features, n: int) -> Float[np.ndarray, "n p"]:
+    """Grad-CAM of the first n images of `encode`; no column if the predictor does not explain."""
+    how = predictor.explanation
+    if how is None:
+        return np.zeros((n, 0), np.float16)
+    gradients = grad_cam.gradients(predictor.detector, tokens, how.layer, how.top)
+    return grad_cam.weigh_or_zeros(tokens, gradients, how)[:n]

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from medclip_jax import files
+from medclip_jax.explain import grad_cam
 from medclip_jax.inference import image_results
 from medclip_jax.inference.image_results import Marks
 from medclip_jax.inference.inputs import Item
@@ -32,6 +33,7 @@ COLUMNS = (
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
 )
 STALE = 86400  # seconds
+CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the image's frame
 
 
 class Result(NamedTuple):
@@ -69,7 +71,8 @@ def write(
     top = int(np.argmax(score))
     heat = _heat(result, top)
     picture = overlay.draw(result.pixels[top], heat, frames[top]["boxes"])
-    left, notes = _write_files(output, item, result, picture, top, pseudonymise, build)
+    cam = _cam(result, top)
+    left, notes = _write_files(output, item, result, picture, cam, top, pseudonymise, build)
     page = {
         "source": item.output if pseudonymise else item.source,
         "files_read": len(item.paths),
@@ -99,15 +102,17 @@ def _write_files(
     item: Item,
     result: Result,
     picture: np.ndarray,
+    cam: np.ndarray | None,
     top: int,
     pseudonymise: bool,
     build: dicom_write.Build,
 ) -> tuple[dict[str, str], list[str]]:
     """Names of what was written for an item beside its JSON, and why something is missing.
 
-    picture: the overlay of frame `top`.
+    picture: the overlay of frame `top`; cam: its Grad-CAM, None where it is not wanted.
     """
     made: dict[str, bytes] = {"overlay.png": encode_png(picture)}
+    made |= {} if cam is None else {"cam.png": encode_png(cam)}
     left, notes = {}, []
     if item.kind == "nifti":
         left["map"] = f"{item.output}.map.nii.gz"
@@ -223,6 +228,16 @@ def _heat(result: Result, frame: int) -> Float[np.ndarray, "h w"]:
     if part.heat is not None:
         return part.heat
     return image_results.frame_map(part.scores.maps[frame], result.pixels.shape[1:], result.fit)
+
+
+def _cam(result: Result, frame: int) -> UInt8[np.ndarray, "a b 3"] | None:
+    """One frame under its Grad-CAM."""
+    cams = [part.cams for part in result.marks if part.cams is not None and part.cams.size]
+    if not cams:
+        return None
+    square = grad_cam.to_square(np.concatenate(cams)[frame : frame + 1], CAM_SIDE)[0]
+    pixels = result.pixels[frame]
+    return overlay.draw(pixels, read.to_frame(square, *pixels.shape, result.fit), [])
 
 
 def _compressed(parts: Sequence[Marks]) -> bytes:

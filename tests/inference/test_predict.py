@@ -96,6 +96,18 @@ def test_shares_cover_everything_once_and_join(whole, tmp_path):
     assert {r["score"] for r in joined} == {r["score"] for p in parts for r in p}
 
 
+def test_grad_cam_is_written_if_wanted(whole, tmp_path):
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    for more in ([], ["--cam"]):  # the second call scores the item again
+        assert run(whole, tmp_path / "out", tmp_path / "a.png", more=more) == 0
+        (page,) = pages(tmp_path / "out")
+        assert ("cam" in page["files"]) == bool(more)
+    cam = np.asarray(Image.open(tmp_path / "out" / page["files"]["cam"]))
+    heat = np.asarray(Image.open(tmp_path / "out" / page["files"]["overlay"]))
+    assert page["files"]["cam"].endswith(".cam.png") and cam.shape == heat.shape
+    assert (cam != heat).any() and (cam.max(2) > cam.min(2)).any()
+
+
 def test_nothing_to_read_is_the_users_to_mend(whole, tmp_path, capfd):
     assert run(whole, tmp_path / "out", tmp_path / "absent.png") == 2
     assert "none of the 1 item(s) could be read" in capfd.readouterr().err

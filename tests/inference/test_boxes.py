@@ -1,0 +1,33 @@
+"""Boxes of the command line, the notebook and the report are those of one function."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from medclip_jax import api
+from medclip_jax.detectors.detector import BatchScores
+from medclip_jax.evaluation import predictions, thumbnails
+from medclip_jax.explain.boxes import Box
+from medclip_jax.inference import image_results
+from medclip_jax.report import viewer
+from tests.support.pictures import write_pictures
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_three_outputs_have_the_same_boxes(tmp_path, fit):
+    records = write_pictures(tmp_path, 3)  # of 30 x 40 pixels
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).random((3, 32, 32)), (0, 2, 2))
+    maps = 0.8 * (noise - noise.min()) / np.ptp(noise)
+    columns = {name: np.zeros(3) for name in BatchScores._fields}
+    scores = BatchScores(**{**columns, "maps": maps})
+
+    pages = image_results.mark(scores, np.zeros((3, 30, 40), np.uint16), 0, None, fit).frames
+    command_line = [
+        [Box(*(box[name] for name in Box._fields[:5]), box["area_pixels"]) for box in page["boxes"]]
+        for page in pages
+    ]
+    notebook = [list(api._prediction(scores, i, (30, 40), fit).boxes) for i in range(3)]
+    small = thumbnails.pack(records, predictions.half_precision(maps), fit)
+    report = [picture.boxes for picture in viewer.pictures(small, 3)]
+    assert command_line == notebook == report
+    assert sum(map(len, report)) > 3
