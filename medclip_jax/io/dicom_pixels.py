@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
@@ -51,13 +51,16 @@ def display_values(
         _check_palette(ds)
         looked_up = apply_color_lut(stored, ds)
         return _luma(looked_up, float(np.iinfo(looked_up.dtype).max)), True
-    values = _modality(ds, stored, frame)
-    if window:
-        return window.apply(values), True
-    unit = _voi(ds, values, frame)
-    if unit is None:
+    values, padding = _modality(ds, stored, frame), _padding(ds, stored)
+    unit = window.apply(values) if window else _voi(ds, values, frame)
+    if unit is None:  # padding as the darkest pixel, so that it does not widen the range
+        rest = values[~padding]
+        values[padding] = rest.max() if kind == "MONOCHROME1" else rest.min()
         return values, False
-    return 1 - unit if kind == "MONOCHROME1" else unit, True
+    if kind == "MONOCHROME1" and not window:
+        unit = 1 - unit
+    unit[padding] = 0
+    return unit, True
 
 
 def lacks_hounsfield(ds: Dataset) -> str:
@@ -119,6 +122,18 @@ def _modality(ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int) -> Float[
     return values * float(slope) + float(intercept)
 
 
+def _padding(ds: Dataset, stored: Num[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Pixels outside the image (PS3.3 C.7.5.1.1.2); none where all would be."""
+    value = ds.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    ends = [int(value), int(ds.get("PixelPaddingRangeLimit", value))]
+    if stored.dtype.kind == "i":  # implicit VR reads a negative number as unsigned
+        ends = [x - (1 << 16) if x >= 1 << 15 else x for x in ends]
+    padding = (stored >= min(ends)) & (stored <= max(ends))
+    return padding if not padding.all() else ~padding
+
+
 def _voi(
     ds: Dataset, values: Float[np.ndarray, "h w"], frame: int
 ) -> Float[np.ndarray, "h w"] | None:
@@ -158,6 +173,10 @@ def _look_up(
         wide = len(data) >= 2 * entries
         data = np.frombuffer(data, ("<u2" if little else ">u2") if wide else np.uint8)
     table = np.atleast_1d(np.asarray(data, np.float64))
+    if first >= 1 << 15 and values.max() < first:  # implicit VR reads a negative number as unsigned
+        first -= 1 << 16
+    if bits == 16 and 1 < table.max() < 1 << 12:  # a table of up to 12 bits in words of 16
+        bits = max(8, int(table.max()).bit_length())
     if not 1 <= bits <= 16 or not 0 < entries <= len(table):
         raise GreyError("its look-up table is shorter than it says")
     index = np.clip(np.floor(values.astype(np.float64)) - first, 0, entries - 1)

@@ -175,7 +175,7 @@ def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
         upper = path.suffix.isupper()
         header = _header(path, load_bytes(path.with_suffix(".HDR" if upper else ".hdr")), PAIR)
         raw = load_bytes(path.with_suffix(".IMG" if upper else ".img"))
-    elif path.name.lower().endswith(".gz"):
+    elif _is_packed(path, raw):
         header = _header(path, _unpack(path, raw, HEADER_BYTES), SINGLE)
         raw = _unpack(path, raw, _size(path, header), to_the_end=True)
     else:
@@ -189,6 +189,21 @@ def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     kind, offset = header.get_data_dtype(), int(header.get_data_offset())
     stored = np.frombuffer(raw, kind, math.prod(shape), offset).reshape(shape, order="F")
     return header, stored.reshape(*shape, 1) if stored.ndim == 2 else stored
+
+
+def read_header(path: Path) -> nibabel.Nifti1Header:
+    """The header of a file that was read before."""
+    if path.name.lower().endswith((".hdr", ".img")):
+        return nibabel.load(path).header
+    with path.open("rb") as file:
+        raw = file.read(1 << 16)
+    return _header(path, _unpack(path, raw, HEADER_BYTES) if _is_packed(path, raw) else raw, SINGLE)
+
+
+def _is_packed(path: Path, raw: bytes) -> bool:
+    """Whether the content is gzip, whatever the suffix; a .gz that is no NIfTI either should be."""
+    plain = raw[344:347] == SINGLE[0] or raw[4:7] == SINGLE[1]
+    return not plain and (raw[:2] == b"\x1f\x8b" or path.name.lower().endswith(".gz"))
 
 
 def _header(path: Path, raw: bytes, magics: tuple[bytes, bytes]) -> nibabel.Nifti1Header:

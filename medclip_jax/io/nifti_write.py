@@ -35,7 +35,7 @@ def write(path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"]) -> None:
     Raises:
       WorkdirError: the disk refuses it.
     """
-    header: Any = nibabel.load(source).header  # of NIfTI-1 or NIfTI-2
+    header = nifti.read_header(source)
     turn = orientations.io_orientation(header.get_best_affine())
     vertical = int(np.flatnonzero(turn[:, 0] == 2)[0])  # the source's axis from foot to head
     depth = (*header.get_data_shape(), 1, 1)[vertical]

@@ -12,13 +12,17 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import PIL.ImageSequence
+import PIL.PngImagePlugin
 from jaxtyping import Float, UInt8, UInt16
 
 from medclip_jax.errors import DataError
 from medclip_jax.io.image import LUMA, Image, check_size, too_large
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+PHOTOMETRIC = 262  # TIFF tag; 0: white is zero
 COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr")
+
+PIL.PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # profiles and texts of 1 MB and more are not unusual
 
 
 def read_pillow(path: Path) -> Image:
@@ -73,7 +77,9 @@ def _pages(path: Path, image: PIL.Image.Image, file_format: str) -> Float[np.nda
     for page in PIL.ImageSequence.Iterator(image):
         if page.size != size:
             raise DataError(f"{path} has pages of several sizes: save each page as its own file.")
-        pages.append(_luminance(path, PIL.ImageOps.exif_transpose(page), file_format))
+        grey = _luminance(path, PIL.ImageOps.exif_transpose(page), file_format)
+        white_is_zero = page.mode.startswith("I;16") and page.tag_v2.get(PHOTOMETRIC) == 0
+        pages.append(1 - grey if white_is_zero else grey)  # Pillow inverts 8 bits, but not 16
     return np.stack(pages)
 
 

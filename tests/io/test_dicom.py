@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pydicom
 import pytest
+from pydicom import uid
 from pydicom.dataset import Dataset
 
 from medclip_jax.errors import DataError
@@ -232,3 +233,51 @@ def test_the_same_on_threads():
     with ThreadPoolExecutor(4) as pool:
         for one, other in zip(alone, pool.map(lambda p: read.read(p).pixels, paths), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def voi_lut(first: int, bits: int, vr: str = "US", count: int = 4096) -> list[Dataset]:
+    item = Dataset()
+    item.add_new("LUTDescriptor", vr, [count, first, bits])
+    item.add_new("LUTData", "OW", np.arange(count, dtype=np.uint16).tobytes())
+    return [item]
+
+
+def test_a_voi_lut_that_starts_below_zero_in_implicit_vr(tmp_path):
+    """The descriptor's first value is signed after a rescale, but implicit VR does not say so."""
+    stored = np.linspace(0, 3000, 64).reshape(8, 8).astype(np.uint16)
+    ds = film(stored, Modality="CT", RescaleSlope=1, RescaleIntercept=-1024, BitsStored=12)
+    ds.HighBit, ds.VOILUTSequence = 11, voi_lut(-1024, 12, "SS")
+    ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    pixels = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
+    np.testing.assert_allclose(pixels, stored / 4095, atol=1e-6)
+
+
+def test_a_voi_lut_whose_descriptor_says_more_bits_than_it_has(tmp_path):
+    stored = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)
+    for bits in (12, 16):
+        path = save(tmp_path / "a.dcm", film(stored, VOILUTSequence=voi_lut(0, bits)))
+        np.testing.assert_allclose(read.read(path).pixels[0], stored / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 1000, "WindowWidth": 2001}])
+def test_padding_is_black_and_does_not_widen_the_range(tmp_path, kind, window):
+    stored = np.linspace(0, 2000, 64).reshape(8, 8).astype(np.int16)
+    plain = film(stored, PhotometricInterpretation=kind, **window)
+    expected = read.read(save(tmp_path / "a.dcm", plain)).pixels[0]
+    padded = stored.copy()
+    padded[0] = -32768
+    padded[1] = -32760
+    more = {"PixelPaddingValue": -32768, "PixelPaddingRangeLimit": -32760}
+    ds = film(padded, PhotometricInterpretation=kind, **window)
+    for name, value in more.items():
+        ds.add_new(name, "SS", value)
+    ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    pixels = read.read(save(tmp_path / "b.dcm", ds)).pixels[0]
+    assert not pixels[:2].any()
+    if window:
+        np.testing.assert_allclose(pixels[2:], expected[2:], atol=1e-6)
+    else:  # stretched over what is left
+        left = (stored[2:] - stored[2:].min()) / np.ptp(stored[2:])
+        left = left if kind == "MONOCHROME2" else 1 - left
+        np.testing.assert_allclose(pixels[2:], left, atol=1e-6)

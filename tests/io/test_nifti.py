@@ -211,3 +211,17 @@ def test_values_near_the_end_of_float32_still_fill_the_unit_range(tmp_path):
     nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "a.nii")
     found = nifti.stack(read.read(tmp_path / "a.nii").pixels, "axial")
     np.testing.assert_allclose(found.ravel(), [0, 0.5, 4 / 6, 1], atol=1e-6)
+
+
+def test_content_decides_on_gzip_not_the_suffix(tmp_path):
+    values = np.random.default_rng(0).integers(0, 99, (40, 30, 6)).astype(np.int16)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "a.nii")
+    raw = (tmp_path / "a.nii").read_bytes()
+    expected = read.read(tmp_path / "a.nii").pixels
+    for name, content in (("plain.nii.gz", raw), ("packed.nii", gzip.compress(raw))):
+        (tmp_path / name).write_bytes(content)
+        np.testing.assert_array_equal(read.read(tmp_path / name).pixels, expected)
+        codes = np.round(expected * 65535).astype(np.uint16)
+        nifti_write.write(tmp_path / "map.nii.gz", tmp_path / name, codes)
+        saved = nibabel.load(tmp_path / "map.nii.gz").get_fdata()
+        np.testing.assert_allclose(saved, (values - values.min()) / np.ptp(values), atol=3e-5)

@@ -289,3 +289,22 @@ def test_forbidden_file(tmp_path, rng):
     path.chmod(0)
     with pytest.raises(DataError, match="Permission denied"):
         read.read(path)
+
+
+def test_16_bit_tiff_whose_white_is_zero(tmp_path):
+    grey = np.linspace(0, 65535, 48).reshape(6, 8).astype(np.uint16)
+    for photometric, stored in ((1, grey), (0, 65535 - grey)):
+        image = PIL.Image.fromarray(stored)
+        image.save(tmp_path / "a.tif", tiffinfo={262: photometric})
+        with PIL.Image.open(tmp_path / "a.tif") as saved:
+            assert saved.tag_v2[262] == photometric
+        np.testing.assert_allclose(read.read(tmp_path / "a.tif").pixels[0], grey / 65535, atol=1e-6)
+
+
+def test_png_with_a_large_profile_or_text(tmp_path):
+    image, text = PIL.Image.fromarray(np.eye(9, dtype=np.uint8) * 255), PIL.PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * (3 << 20), zip=True)
+    image.save(tmp_path / "text.png", pnginfo=text)
+    image.save(tmp_path / "profile.png", icc_profile=bytes(3 << 20))
+    for name in ("text.png", "profile.png"):
+        np.testing.assert_array_equal(read.read(tmp_path / name).pixels[0], np.eye(9))
