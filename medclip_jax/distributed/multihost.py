@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -140,13 +139,13 @@ def gather(tree: PyTree, n: int) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def gather_rows(own: Any, n: int, batch: int, folder: Path | None) -> Any:
+def gather_rows(own: np.ndarray, n: int, batch: int, folder: Path | None) -> np.ndarray:
     """`gather` of rows on disk (files.temporary_array), `batch` of each process at a time."""
     if not several():
         return own
     whole = files.temporary_array((n, *own.shape[1:]), own.dtype, folder)
     for start in range(0, len(own), batch):
-        rows = np.stack([own[i] for i in range(start, min(start + batch, len(own)))])
+        rows = np.asarray(own[start : start + batch])
         everyone = gather(rows, len(rows) * jax.process_count())
         for process, part in enumerate(np.split(everyone, jax.process_count())):
             first = process * len(own) + start

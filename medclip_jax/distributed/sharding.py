@@ -59,7 +59,6 @@ def local_rows(n: int, mesh: Mesh) -> Int[np.ndarray, " m"]:
     """Which of `n` rows this process holds, in order.
 
     Where n does not divide by the devices, the index n - 1 is repeated to fill the last ones.
-    Raises ValueError if n < 1: no row could fill the shape.
     """
     return np.minimum(_positions(n, mesh), n - 1)
 
@@ -79,17 +78,10 @@ def place(local: PyTree, mesh: Mesh) -> PyTree:
     Returns:
       The same tree of global arrays, which may share memory with `local`: do not change it, nor
       donate the result.
-
-    Raises:
-      ValueError: for a number of rows that does not spread over the devices.
     """
     local_devices = int(_is_local(mesh).sum())
 
     def one(x):
-        if x.shape[0] % local_devices:
-            raise ValueError(
-                f"{x.shape[0]} rows do not spread over {local_devices} devices: take local_rows()"
-            )
         shape = (x.shape[0] // local_devices * mesh.size, *x.shape[1:])
         host = np.asarray(jax.device_get(x))
         return jax.make_array_from_process_local_data(by_rows(mesh), host, shape)
@@ -102,12 +94,8 @@ def spread(tree: PyTree, mesh: Mesh) -> tuple[PyTree, Bool[Array, " n"]]:
 
     Returns the tree, its rows filled up to a multiple of the devices, and which rows are valid.
     To read only a part in each process, use `local_rows` and `place`.
-    Raises ValueError if leaves differ in their number of rows, or have none.
     """
-    counts = {np.shape(x)[:1] for x in jax.tree.leaves(tree)}
-    if len(counts) != 1 or counts == {()}:
-        raise ValueError(f"leaves must agree in their number of rows, but have {sorted(counts)}")
-    (n,) = counts.pop()
+    n = np.shape(jax.tree.leaves(tree)[0])[0]
     rows = local_rows(n, mesh)
     own = jax.tree.map(lambda x: np.asarray(jax.device_get(x))[rows], tree)
     return place(own, mesh), valid_rows(n, mesh)
@@ -130,6 +118,4 @@ def _is_local(mesh: Mesh) -> Bool[np.ndarray, " d"]:
 
 def _positions(n: int, mesh: Mesh) -> Int[np.ndarray, " m"]:
     """Rows of the filled-up array that this process holds; those from n on are filling."""
-    if n < 1:
-        raise ValueError(f"{n} rows cannot be placed: at least 1 is needed")
     return np.flatnonzero(np.repeat(_is_local(mesh), -(-n // mesh.size)))

@@ -63,18 +63,6 @@ def test_jitted_rows_equal_the_unsharded_ones(n):
     np.testing.assert_allclose(mean, tree["x"].mean(0), rtol=1e-5, atol=1e-7)
 
 
-def test_spread_refuses_what_has_no_rows():
-    mesh = sharding.mesh()
-    with pytest.raises(ValueError, match="agree in their number of rows"):
-        sharding.spread({"a": np.zeros(3), "b": np.zeros(4)}, mesh)
-    with pytest.raises(ValueError, match="agree in their number of rows"):
-        sharding.spread(np.float32(1), mesh)
-    with pytest.raises(ValueError, match="0 rows"):
-        sharding.spread(np.zeros((0, 2)), mesh)
-    with pytest.raises(ValueError, match="9 rows do not spread over 8"):
-        sharding.place(np.zeros(9), mesh)
-
-
 def test_replicated_state_can_be_donated():
     mesh, params = sharding.mesh(), {"w": jnp.arange(4.0), "b": jnp.ones(2)}
     state = sharding.replicate(params, mesh)
