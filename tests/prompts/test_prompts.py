@@ -247,7 +247,7 @@ def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
     assert "signs of dim blob" not in design.prompts.text
     start = tokenize.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")
     np.testing.assert_array_equal(design.prompts.start, start)
-    assert design.prompts.ids.shape[1] == len(tiny.text["position"])
+    assert design.prompts.ids.shape[1] == tiny.positions
     params = model.init(jax.random.key(0), tiny, design, c.prompts.context, False)
     assert params["context"].shape[:2] == (len(design.prompts.ids), c.prompts.context)
 
