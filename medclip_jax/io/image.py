@@ -30,10 +30,10 @@ class Window(NamedTuple):
 
 # Murphy et al., "Windowing (CT)", Radiopaedia.org; soft tissue as of head and neck there
 WINDOWS = {
-    "brain": Window(40, 80),
-    "lung": Window(-600, 1500),
-    "soft_tissue": Window(40, 400),
-    "bone": Window(400, 1800),
+    "brain": Window(40.0, 80.0),
+    "lung": Window(-600.0, 1500.0),
+    "soft_tissue": Window(40.0, 400.0),
+    "bone": Window(400.0, 1800.0),
 }
 MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
 MAX_VOXELS = 1 << 28  # of all frames of a file or series: 1 GiB as float32

@@ -20,6 +20,7 @@ from medclip_jax.io.resize import Mode, fit, fit_mask, to_frame
 __all__ = ["SUFFIXES", "Axis", "Mode", "fit", "fit_mask", "read", "read_mask", "to_frame"]
 
 MASK_THRESHOLD = 127  # of 255: JPEG-like noise round 0 and 255 stays on its side
+MASK_NOISE = 16  # of 255: a darker mask is an empty one
 PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM = (".dcm", ".dicom", ".ima")
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
@@ -71,14 +72,18 @@ def read(
 
 
 def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Union of mask files, True where a pixel is brighter than 127 of 255.
+    """Union of mask files: True where a pixel is brighter than 127 of 255.
+
+    A file of two values of which one is 0, whatever the other (1, a palette's red, 255 of 16 bits),
+    is True where it is not 0.
 
     Args:
       paths: mask files of one image; none gives an empty mask.
       shape: (height, width) of the image, pixels.
 
     Raises:
-      DataError: a mask is missing, unreadable, or of another size than its image.
+      DataError: a mask is missing, unreadable, of another size than its image, or of several
+        values none of which is bright.
     """
     union = np.zeros(shape, bool)
     for path in paths:
@@ -88,7 +93,13 @@ def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray,
                 f"mask {path} is {_size(pixels.shape)} pixels but its image is {_size(shape)}: "
                 "give a mask drawn on the image itself."
             )
-        union |= pixels > MASK_THRESHOLD / 255
+        values = np.unique(pixels) * 255
+        two = len(values) == 2 and values[0] == 0
+        if not two and MASK_NOISE < values[-1] <= MASK_THRESHOLD:
+            raise DataError(
+                f"mask {path} has several values and none is bright: save it as 0 and 255."
+            )
+        union |= pixels > (0 if two else MASK_THRESHOLD / 255)
     return union
 
 

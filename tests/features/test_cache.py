@@ -38,7 +38,10 @@ def test_whatever_changes_tokens_changes_the_name(tmp_path, tiny):
     folders = [opened(tmp_path, t).folder for t in [tiny, *towers]]
     folders += [opened(tmp_path, tiny, fit="pad").folder]
     folders += [opened(tmp_path, tiny, dtype="bfloat16").folder]
-    assert len(set(folders)) == len(folders) == 9
+    target = opened(tmp_path, tiny)
+    folders += [cache.with_recipe(target, "", window).folder for window in ("brain", "lung")]
+    assert len(set(folders)) == len(folders) == 11
+    assert cache.with_recipe(target, "", "40/80").folder == folders[-2]
     assert opened(tmp_path, tiny._replace(name="a copy")).folder == folders[0]
 
 

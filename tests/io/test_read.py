@@ -243,6 +243,28 @@ def test_mask_is_the_union_above_127(tmp_path):
     assert not read.read_mask([], (2, 3)).any()
 
 
+@pytest.mark.parametrize("kind", ["255", "1", "red", "palette", "16 bit"])
+def test_two_valued_masks_however_stored(tmp_path, kind):
+    lesion = np.zeros((5, 6), np.uint8)
+    lesion[1:3, 2:5] = 1
+    image = PIL.Image.fromarray(lesion * 255 if kind == "255" else lesion)
+    if kind == "red":
+        image = PIL.Image.fromarray(lesion[..., None] * np.array([255, 0, 0], np.uint8))
+    if kind == "palette":
+        image = PIL.Image.fromarray(lesion).convert("P")
+        image.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)
+    if kind == "16 bit":
+        image = PIL.Image.fromarray(lesion.astype(np.uint16) * 255)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read.read_mask([tmp_path / "a.png"], (5, 6)), lesion > 0)
+
+
+def test_masks_of_several_dark_values_are_refused(tmp_path):
+    PIL.Image.fromarray(np.arange(30, dtype=np.uint8).reshape(5, 6) * 3).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png has several values and none is bright"):
+        read.read_mask([tmp_path / "a.png"], (5, 6))
+
+
 def test_mask_of_another_size_names_both(tmp_path):
     path = save(tmp_path / "m.png", np.zeros((4, 5), np.uint8))
     with pytest.raises(DataError, match=r"m\.png is 5 x 4 pixels but its image is 7 x 6"):
