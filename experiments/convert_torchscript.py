@@ -35,13 +35,13 @@ def convert(archive: Path, tokenizer: Path, out: Path) -> None:
 
     quick = False  # of a plain state dict's activation nothing is known; open_clip's default
     try:
-        held, quick = torch.jit.load(archive, map_location="cpu").state_dict(), True
+        state, quick = torch.jit.load(archive, map_location="cpu").state_dict(), True
     except RuntimeError:  # not TorchScript
-        held = torch.load(archive, map_location="cpu", weights_only=True)
-        held = held.get("state_dict", held)
+        state = torch.load(archive, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
     tensors = {
         name.removeprefix("module."): value.float().contiguous()
-        for name, value in held.items()
+        for name, value in state.items()
         if name not in NOT_WEIGHTS and not name.endswith("num_batches_tracked")
     }
     hf_weights.check_tokenizer(tokenizer)

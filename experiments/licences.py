@@ -6,6 +6,7 @@ Read from the metadata of what is installed, the way pip saw it; nothing is look
 """
 
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -35,41 +36,43 @@ def tree(roots: list[str]) -> list[Package]:
     found: dict[str, Package] = {}
     queue = [(line, "medclip-jax") for line in roots]
     while queue:
-        line, asker = queue.pop(0)
+        line, parent = queue.pop(0)
         wanted = Requirement(line)
         key = re.sub(r"[-_.]+", "-", wanted.name).lower()
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
             continue
         if key in found:
             continue
-        held = metadata.distribution(wanted.name)
-        found[key] = Package(held.metadata["Name"], held.version, licence(held.metadata), asker)
+        package = metadata.distribution(wanted.name)
+        found[key] = Package(
+            package.metadata["Name"], package.version, licence(package.metadata), parent
+        )
         extras = [{"extra": extra} for extra in sorted(wanted.extras)]
-        for below in held.requires or []:
+        for below in package.requires or []:
             marker = Requirement(below).marker
             if any(marker is not None and marker.evaluate(extra) for extra in extras):
-                below = below.partition(";")[0]  # the extra was asked for
-            queue.append((below, held.metadata["Name"]))
+                below = below.partition(";")[0]  # the extra is wanted
+            queue.append((below, package.metadata["Name"]))
     return [found[name] for name in sorted(found)]
 
 
-def licence(held) -> str:
+def licence(about) -> str:
     """One line: the expression, else the classifiers, else the first line of the free text."""
-    if held.get("License-Expression"):
-        return held["License-Expression"]
-    named = [c.rpartition(" :: ")[2] for c in held.get_all("Classifier") or [] if "License ::" in c]
+    if about.get("License-Expression"):
+        return about["License-Expression"]
+    named = [
+        c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or [] if "License ::" in c
+    ]
     if [n for n in named if n != "OSI Approved"]:
         return " AND ".join(sorted(set(named) - {"OSI Approved"}))
-    return (held.get("License") or "").strip().partition("\n")[0] or "not stated"
+    return (about.get("License") or "").strip().partition("\n")[0] or "not stated"
 
 
-def is_permissive(said: str) -> bool:
-    return bool(PERMISSIVE.search(said)) and not COPYLEFT.search(said)
+def is_permissive(text: str) -> bool:
+    return bool(PERMISSIVE.search(text)) and not COPYLEFT.search(text)
 
 
 def core() -> list[str]:
-    import tomllib
-
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 
 

@@ -1,4 +1,4 @@
-"""The ResNet tower against open_clip's own module (experiments/make_resnet_fixture.py), and as a
+"""The ResNet tower against open_clip's own module (tests/reference/clip_resnet/make.py), and as a
 choice of clip.checkpoint."""
 
 import importlib.util

@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import faults
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support import content
 from tests.support.paths import ROOT
 
 IMAGES = 300
@@ -43,11 +43,6 @@ def start(tmp_path, whole):
     return run
 
 
-def kept(folder) -> dict[str, bytes]:
-    """What the files say."""
-    return {p.name: faults.said(p) for p in folder.iterdir()}
-
-
 def stopped(process: subprocess.Popen, folder: Path, with_: int, least: int) -> tuple[str, int]:
     """Stop it once it has finished so many items; what it said, and how many it has finished."""
     while process.poll() is None and len(list(folder.glob("*.json"))) < least:
@@ -76,5 +71,5 @@ def test_signals_while_predicting_and_the_same_command_finishes(start, tmp_path)
     assert process.returncode == 0, stderr[-3000:]
     _, stderr = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, stderr[-3000:]
-    ours, theirs = kept(cut), kept(tmp_path / "whole")
+    ours, theirs = content.of_prediction(cut), content.of_prediction(tmp_path / "whole")
     assert len(theirs) == 3 * IMAGES + 2 and ours == theirs

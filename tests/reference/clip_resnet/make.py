@@ -1,6 +1,6 @@
-"""A tiny ResNet CLIP tower with random weights and what open_clip's own module makes of it.
+"""A tiny ResNet CLIP encoder with random weights and what open_clip's own module makes of it.
 
-    python -m experiments.make_resnet_fixture tests/reference/clip_resnet
+    python tests/reference/clip_resnet/make.py FOLDER
 
 Needs torch and open_clip_torch (MIT), with torchvision or not: only its FrozenBatchNorm2d is
 imported, and not used here. Writes tower.safetensors (OpenAI's names) and expected.npz.
@@ -41,8 +41,8 @@ def peer_module():
 def main(target: Path) -> None:
     torch.manual_seed(0)
     heads = WIDTH * 32 // 64
-    tower = peer_module().ModifiedResNet(DEPTHS, JOINT, heads, image_size=SIZE, width=WIDTH)
-    state = tower.state_dict()
+    encoder = peer_module().ModifiedResNet(DEPTHS, JOINT, heads, image_size=SIZE, width=WIDTH)
+    state = encoder.state_dict()
     for name, value in state.items():  # its own init has norms of 1 and 0, which hide mistakes
         if name.endswith("running_var"):
             value.uniform_(0.5, 2.0)
@@ -50,28 +50,28 @@ def main(target: Path) -> None:
             value.normal_(0, 0.2)
         elif is_scale(name, value):
             value.uniform_(0.5, 1.5)
-    tower.load_state_dict(state)
-    tower = tower.double().eval()
+    encoder.load_state_dict(state)
+    encoder = encoder.double().eval()
     pixels = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float32)
-    kept = {}
+    stages = {}
     for i in (1, 2, 3, 4):
         layer = getattr(tower, f"layer{i}")
-        layer.register_forward_hook(lambda _m, _i, out, n=i: kept.__setitem__(f"stage{n}", out))
+        layer.register_forward_hook(lambda _m, _i, out, n=i: stages.__setitem__(f"stage{n}", out))
     with torch.no_grad():
         pooled = tower(pixels.double())
     target.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"visual.{name}": value.float().contiguous()
-        for name, value in tower.state_dict().items()
+        for name, value in encoder.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
     save_file(tensors, target / "tower.safetensors")
-    found = {n: x.permute(0, 2, 3, 1).float().numpy() for n, x in kept.items()}
+    expected = {n: x.permute(0, 2, 3, 1).float().numpy() for n, x in stages.items()}
     np.savez_compressed(
         target / "expected.npz",
         pixels=pixels.permute(0, 2, 3, 1).numpy(),
         pooled=pooled.numpy(),
-        **found,
+        **expected,
     )
 
 
