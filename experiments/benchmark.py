@@ -1,7 +1,6 @@
-"""Measure this machine: stages of a job, encoder, training, PyTorch, scaling, prediction, reading.
+"""Measure this machine: encoder, meta-step, stages of a job, prediction, scaling over devices.
 
-python experiments/benchmark.py profile|quick|peak|encoder|busi|maml|scaling|torch|adapt|predict| \
-  prepare|metrics|latency|growth|levers [--json FILE] [--help]
+python experiments/benchmark.py encoder|maml|stages|predict|scaling [--json FILE] [--help]
 
 Run it from a checkout in which medclip_jax is installed. Times are the best of a few repetitions,
 taken in turn, so that what else the machine does falls on all sides alike: read the ratios. On
@@ -18,36 +17,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-COMMANDS = {  # subcommand -> module of bench
-    "maml": "maml",
-    "scaling": "scaling",
-    "torch": "peer",
-    "adapt": "adapt",
-    "predict": "predict",
-    "prepare": "prepare",
-    "peak": "peak",
-    "encoder": "encoder",
-    "profile": "stages",
-    "quick": "quick",
-    "busi": "busi",
-    "metrics": "metrics",
-    "growth": "growth",
-    "latency": "latency",
-    "levers": "levers",
-}
+COMMANDS = ("encoder", "maml", "stages", "predict", "scaling")  # modules of bench
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    modules = {name: importlib.import_module(f"bench.{file}") for name, file in COMMANDS.items()}
+    modules = {name: importlib.import_module(f"bench.{name}") for name in COMMANDS}
     for name, module in modules.items():
         one = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         one.add_argument("--json", type=Path, help="file for the result")
         module.arguments(one)
     args = parser.parse_args()
-    said = {"command": args.command, "arguments": plain_arguments(args), "machine": machine()}
-    result = said | modules[args.command].run(args)
+    about = {"command": args.command, "arguments": plain_arguments(args), "machine": machine()}
+    result = about | modules[args.command].run(args)
     if args.json:
         from medclip_jax import files
 

@@ -1,17 +1,17 @@
-"""Train the medical language adapter (medclip_jax/language.py) and measure held-out retrieval.
+"""Train the medical language adapter (models.text_adapter) and measure held-out retrieval.
 
 python experiments/pretrain_language_adapter.py --out adapter.safetensors \
   [--reports reports.csv | --reports FOLDER] [--checkpoint compact] [--steps 1000] [--seed 0]
 
 Without reports, sentences are generated: templates filled with the names and synonyms of the
-ontology. What is said of one finding (present, or absent) or one anatomy (normal, or abnormal) in
-other words belongs together. With reports, a report's findings belong to its impression: a CSV with
+ontology. Texts about one finding (present, or absent) or one anatomy (normal, or abnormal) in other
+words belong together. With reports, a report's findings belong to its impression: a CSV with
 columns findings and impression, or a folder of text files with both sections under their names.
 
 The loss is contrastive, both ways, between two texts of each subject, with --keep times the
-distance (1 - cosine) from the features as CLIP gives them, so that images still fit them. A fifth
+distance (1 - cosine) from CLIP's own features, so that images still fit them. A fifth
 of the concepts (or reports) is held out: retrieval is the share of held-out texts whose nearest
-held-out text of the other wording is their own. The text tower is frozen and runs once.
+held-out text of the other wording is their own. The text encoder is frozen and runs once.
 """
 
 import argparse
@@ -30,41 +30,28 @@ from medclip_jax.models import similarity, text_adapter
 from medclip_jax.prompts import ontology, tokenize
 
 PRESENT = (
-    "signs of {finding}",
-    "{finding} is seen",
-    "findings consistent with {finding}",
-    "evidence of {finding}",
-    "there is {finding}",
-    "{modality} of a {anatomy} with {finding}",
-    "{modality} showing {finding}",
-    "impression: {finding}",
-)
+    "signs of {finding}", "{finding} is seen", "findings consistent with {finding}",
+    "evidence of {finding}", "there is {finding}", "{modality} of a {anatomy} with {finding}",
+    "{modality} showing {finding}", "impression: {finding}",
+)  # fmt: skip
 ABSENT = (
-    "no signs of {finding}",
-    "no {finding} is seen",
-    "no findings to suggest {finding}",
-    "no evidence of {finding}",
-    "{anatomy} without {finding}",
-    "{modality} of a {anatomy} without {finding}",
-    "negative for {finding}",
+    "no signs of {finding}", "no {finding} is seen", "no findings to suggest {finding}",
+    "no evidence of {finding}", "{anatomy} without {finding}",
+    "{modality} of a {anatomy} without {finding}", "negative for {finding}",
     "impression: no {finding}",
-)
+)  # fmt: skip
 NORMAL = (
-    "normal {anatomy} appearance",
-    "{modality} of a healthy {anatomy}",
-    "{modality} of a normal {anatomy}",
-    "the {anatomy} is unremarkable",
+    "normal {anatomy} appearance", "{modality} of a healthy {anatomy}",
+    "{modality} of a normal {anatomy}", "the {anatomy} is unremarkable",
     "no abnormality of the {anatomy}",
-)
+)  # fmt: skip
 ABNORMAL = (
-    "abnormal {anatomy} appearance",
-    "{modality} of a diseased {anatomy}",
-    "{modality} of an abnormal {anatomy}",
-    "the {anatomy} is abnormal",
+    "abnormal {anatomy} appearance", "{modality} of a diseased {anatomy}",
+    "{modality} of an abnormal {anatomy}", "the {anatomy} is abnormal",
     "disease of the {anatomy}",
-)
+)  # fmt: skip
 GENERIC = ("disease", "no finding")  # name everything or nothing
-HELD_OUT = 0.2
+HELD_OUT = 0.2  # share of the subjects
 SECTIONS = re.compile(r"^\s*(findings|impression)\s*:", re.IGNORECASE | re.MULTILINE)
 
 Subjects = dict[str, list[list[str]]]  # concept or report -> its subjects -> texts of each
@@ -73,23 +60,22 @@ Subjects = dict[str, list[list[str]]]  # concept or report -> its subjects -> te
 def main() -> None:
     args = arguments()
     subjects = reports(args.reports) if args.reports else sentences(ontology.load())
-    train, held = split(subjects, args.seed)
-    tower = checkpoint.load(args.checkpoint)
-    of_train, of_held = (features(tower, x) for x in (train, held))
-    fresh = text_adapter.init(jax.random.key(args.seed), tower.joint)
-    before = retrieval(fresh, of_held, args.seed)
-    adapter = fit(fresh, of_train, args)
-    after = retrieval(adapter, of_held, args.seed)
-    moved = np.mean([1 - likeness(adapter, x) for x in of_held])
+    clip = checkpoint.load(args.checkpoint)
+    train, held_out = (features(clip, x) for x in split(subjects, args.seed))
+    fresh = text_adapter.init(jax.random.key(args.seed), clip.joint)
+    before = retrieval(fresh, held_out, args.seed)
+    adapter = fit(fresh, train, args)
+    after = retrieval(adapter, held_out, args.seed)
+    moved = np.mean([1 - mean_cosine(adapter, x) for x in held_out])
     notes = {
         "source": "reports" if args.reports else "ontology templates",
-        "subjects": f"{len(of_train)} trained, {len(of_held)} held out",
+        "subjects": f"{len(train)} trained, {len(held_out)} held out",
         "retrieval": f"{before:.4f} before, {after:.4f} after",
     }
-    text_adapter.save(args.out, adapter, tower.digest, notes)
-    print(f"{notes['subjects']}; CLIP {tower.digest}")
+    text_adapter.save(args.out, adapter, clip.digest, notes)
+    print(f"{notes['subjects']}; CLIP {clip.digest}")
     print(
-        f"held-out retrieval {before:.3f} before, {after:.3f} after; chance {1 / len(of_held):.3f}"
+        f"held-out retrieval {before:.3f} before, {after:.3f} after; chance {1 / len(held_out):.3f}"
     )
     print(f"held-out features moved by {moved:.3f} (1 - cosine)")
 
@@ -113,7 +99,7 @@ def arguments() -> argparse.Namespace:
 
 def sentences(table: ontology.Ontology) -> Subjects:
     """Each concept's subjects, present and absent or normal and abnormal, in all wordings."""
-    found = {}
+    subjects = {}
     for concept in table.concepts:
         if concept.kind == "modality" or concept.name in GENERIC:
             continue
@@ -121,7 +107,7 @@ def sentences(table: ontology.Ontology) -> Subjects:
         words = (concept.name, *concept.synonyms)
         finding = concept.kind == "finding"
         sides = (PRESENT, ABSENT) if finding else (NORMAL, ABNORMAL)
-        found[f"{concept.kind} {concept.name}"] = [
+        subjects[f"{concept.kind} {concept.name}"] = [
             [
                 template.format(
                     finding=word,
@@ -133,7 +119,7 @@ def sentences(table: ontology.Ontology) -> Subjects:
             ]
             for side in sides
         ]
-    return found
+    return subjects
 
 
 def picture(table: ontology.Ontology, place: str) -> str:
@@ -180,35 +166,35 @@ def split(subjects: Subjects, seed: int) -> tuple[list[list[str]], list[list[str
     """Subjects to train on and those held out; a concept's subjects stay together."""
     names = sorted(subjects)
     order = np.random.default_rng(seed).permutation(len(names))
-    held = {names[i] for i in order[: round(HELD_OUT * len(names))]}
-    sides = [n for n in names if n not in held], [n for n in names if n in held]
-    train, out = ([texts for n in side for texts in subjects[n]] for side in sides)
-    return train, out
+    chosen = {names[i] for i in order[: round(HELD_OUT * len(names))]}
+    sides = [n for n in names if n not in chosen], [n for n in names if n in chosen]
+    train, held_out = ([texts for n in side for texts in subjects[n]] for side in sides)
+    return train, held_out
 
 
 # --- features -----------------------------------------------------------------------------------
 
 
-def features(tower: checkpoint.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
+def features(clip: checkpoint.Clip, subjects: list[list[str]], batch: int = 64) -> list[jax.Array]:
     """Text features [texts, d] of every subject, of length 1."""
     texts = [t for subject in subjects for t in subject]
-    positions = tower.positions
-    ids = tower.tokenizer(
+    positions = clip.positions
+    ids = clip.tokenizer(
         texts, padding="max_length", truncation=True, max_length=positions, return_tensors="np"
     ).input_ids.astype(np.int32)
-    eos = tokenize.end_of_text(ids, tower.eos_id)
+    eos = tokenize.end_of_text(ids, clip.eos_id)
     ids = ids[:, : int(eos.max()) + 1]
-    run = jax.jit(tower.text_encoder.apply)
-    empty, none = jnp.zeros((batch, 0, tower.text_width)), np.full((batch, ids.shape[1]), -1)
-    made = []
+    run = jax.jit(clip.text_encoder.apply)
+    empty, none = jnp.zeros((batch, 0, clip.text_width)), np.full((batch, ids.shape[1]), -1)
+    batches = []
     for start in range(0, len(texts), batch):
         rows = np.arange(start, start + batch) % len(texts)  # filled up by going round
-        made.append(run({"params": tower.text}, empty, ids[rows], none, eos[rows]))
-    flat = similarity.unit(jnp.concatenate(made)[: len(texts)])
+        batches.append(run({"params": clip.text}, empty, ids[rows], none, eos[rows]))
+    flat = similarity.unit(jnp.concatenate(batches)[: len(texts)])
     return jnp.split(flat, np.cumsum([len(s) for s in subjects])[:-1])
 
 
-def likeness(adapter, x) -> float:
+def mean_cosine(adapter, x) -> float:
     """Mean cosine of features before and after adaptation."""
     return float(
         (similarity.unit(text_adapter.adapt(adapter, x)) * similarity.unit(x)).sum(-1).mean()
@@ -231,9 +217,9 @@ def retrieval(adapter, subjects: list[jax.Array], seed: int, draws: int = 20) ->
         one, two = (
             similarity.unit(text_adapter.adapt(adapter, jnp.asarray(x))) for x in pairs(host, rng)
         )
-        alike = np.asarray(one @ two.T)
+        cosines = np.asarray(one @ two.T)
         own = np.arange(len(host))
-        right += [(alike.argmax(1) == own).mean(), (alike.argmax(0) == own).mean()]
+        right += [(cosines.argmax(1) == own).mean(), (cosines.argmax(0) == own).mean()]
     return float(np.mean(right))
 
 
@@ -248,14 +234,14 @@ def loss(adapter, one, two, temperature: float, keep: float):
 
 
 def fit(adapter, subjects: list[jax.Array], args: argparse.Namespace):
-    """Adam on `loss` over batches of subjects, two texts of each drawn anew in every step."""
+    """Adam on `loss` over batches of subjects, two texts of each sampled in every step."""
     optimizer = optax.adam(args.rate)
     rng, host = np.random.default_rng([args.seed, 0]), [np.asarray(x) for x in subjects]
 
     @jax.jit
     def step(adapter, state, one, two):
-        like = partial(loss, temperature=args.temperature, keep=args.keep)
-        grad = jax.grad(like)(adapter, one, two)
+        objective = partial(loss, temperature=args.temperature, keep=args.keep)
+        grad = jax.grad(objective)(adapter, one, two)
         update, state = optimizer.update(grad, state)
         return optax.apply_updates(adapter, update), state
 

@@ -1,91 +1,77 @@
-"""Images per second of the image tower, ours against PyTorch's with the same weights, in turn."""
+"""Images per second of the image encoder, ours against PyTorch's with the same weights, in turn."""
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import peak, peer, towers, workload
+from bench import clock, sizes
 from medclip_jax.clip import checkpoint
 
 WORKER = Path(__file__).with_name("torch_encoder.py")
+SMALL_TEXT = dict(text_width=32, text_layers=1, text_heads=2)  # it is not measured
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tower", default="ViT-B/16", choices=towers.SIZES)
+    parser.add_argument("--size", default="ViT-B/16", choices=sizes.SIZES)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=peak.DTYPES)
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", nargs="+", default=dtypes[:1], choices=dtypes)
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument(
-        "--python", default=sys.executable, help="a Python with PyTorch; '' is none"
+        "--python", default=sys.executable, help="a Python with PyTorch; '' for none"
     )
 
 
 def run(args: argparse.Namespace) -> dict:
-    size = towers.SIZES[args.tower]
-    weights = towers.parameters(size)
-    images = towers.images(size, max(args.batch))
-    top, rows, checked = peak.best(), [], None
-    with tempfile.TemporaryDirectory() as folder:
-        worker = start(args.python, Path(folder) / "work.npz", size, weights, images)
+    with tempfile.TemporaryDirectory() as name:
+        folder = sizes.write(args.size, Path(name) / "clip", **SMALL_TEXT)
+        clips = {dtype: checkpoint.load(str(folder), dtype=dtype) for dtype in args.dtype}
+        first = clips[args.dtype[0]]
+        images, peak = sizes.images(first, max(args.batch)), clock.matmul_peak()
+        rows, difference, worker = [], None, None
+        if args.python:
+            pixels = checkpoint.normalise(jnp.asarray(images), first.mean, first.std)
+            np.save(Path(name) / "pixels.npy", pixels.transpose(0, 3, 1, 2))
+            worker = clock.worker([args.python, str(WORKER), name])
         try:
             if worker:
-                checked = compare(size, weights, images, peer.ask(worker, "check"))
+                difference = compare(folder, images, clock.ask(worker, "check"))
             for batch in args.batch:
-                runs = timed(args.dtype, batch, size, weights, images, worker)
-                seconds = workload.in_turn(runs, args.times)
-                rows.append(row(batch, seconds, size, top))
+                seconds = clock.in_turn(timed(clips, images[:batch], worker), args.times)
+                rows.append(row(batch, seconds, sizes.flops(first), peak))
         finally:
-            if worker:
-                worker.stdin.close()
-                worker.wait(60)
-    said = {"rows": rows, "matmul_gigaflops": top / 1e9, "largest_difference": checked}
-    return said | {"gigaflop_per_image": towers.flops(size) / 1e9}
+            clock.end(worker)
+    result = {"rows": rows, "matmul_gigaflops": peak / 1e9, "largest_difference": difference}
+    return result | {"gigaflop_per_image": sizes.flops(first) / 1e9}
 
 
-def timed(dtypes, batch, size, weights, images, worker) -> dict[str, Callable[[], float]]:
+def timed(clips: dict, images: np.ndarray, worker) -> dict[str, Callable[[], float]]:
     """Name -> one timed call; the names are "ours DTYPE" and "torch DTYPE"."""
     runs: dict[str, Callable[[], float]] = {}
-    for dtype in dtypes:
-        runs[f"ours {dtype}"] = Encoder(size, weights, images[:batch], dtype)
+    for dtype, clip in clips.items():
+        runs[f"ours {dtype}"] = partial(clock.seconds_of, encode(clip, images))
         if worker:
-            runs[f"torch {dtype}"] = partial(call, worker, f"{dtype} {batch}")
+            line = f"{dtype} {len(images)}"
+            runs[f"torch {dtype}"] = partial(clock.ask, worker, line)
     return runs
 
 
-def call(worker: subprocess.Popen, what: str) -> float:
-    return peer.ask(worker, what)["seconds"]
+def encode(clip: checkpoint.Clip, images: np.ndarray) -> Callable:
+    """The package's own encoder on images that lie on the device."""
+    static = {"encoder": clip.image_encoder, "mean": clip.mean, "std": clip.std}
+    return partial(checkpoint.encode_images, clip.vision, jnp.asarray(images), **static)
 
 
-class Encoder:
-    """The package's own encoder on images that lie on the device, timed call by call."""
-
-    def __init__(self, size: towers.Size, weights: dict, images: np.ndarray, dtype: str):
-        encoder, self.images = towers.encoder(size, dtype), jnp.asarray(images)
-        self.weights = encoder.prepare(jax.tree.map(jnp.asarray, weights))
-        self.encode = partial(
-            checkpoint.encode_images, encoder=encoder, mean=towers.MEAN, std=towers.STD
-        )
-
-    def __call__(self) -> float:
-        """Seconds of one call."""
-        begin = time.perf_counter()
-        jax.block_until_ready(self.encode(self.weights, self.images))
-        return time.perf_counter() - begin
-
-
-def row(batch: int, seconds: dict[str, list[float]], size: towers.Size, top: float) -> dict:
+def row(batch: int, seconds: dict[str, list[float]], flops: float, peak: float) -> dict:
     """Images per second of each, its share of the float32 peak, and its ratio to PyTorch's."""
     rate = {name: batch / min(values) for name, values in seconds.items()}
-    share = {name: r * towers.flops(size) / top for name, r in rate.items()}
+    share = {name: r * flops / peak for name, r in rate.items()}
     base = rate.get("torch float32")
     ratio = {name: r / base for name, r in rate.items()} if base else {}
     for name, r in rate.items():
@@ -100,34 +86,14 @@ def row(batch: int, seconds: dict[str, list[float]], size: towers.Size, top: flo
     }
 
 
-def start(python: str, path: Path, size, weights, images) -> subprocess.Popen | None:
-    """PyTorch's process, given weights and normalised images in a file; None without a python."""
-    if not python:
-        return None
-    flat = jax.tree_util.tree_flatten_with_path(weights)[0]
-    arrays = {"w." + ".".join(k.key for k in where): x for where, x in flat}
-    arrays |= {"heads": size.heads, "patch": size.patch, "pixels": size.pixels, "eps": towers.EPS}
-    arrays["pixels_nhwc"] = np.asarray(
-        checkpoint.normalise(jnp.asarray(images), towers.MEAN, towers.STD)
-    )
-    np.savez(path, **arrays)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([python, str(WORKER), str(path)], **pipes)
-
-
-def compare(size, weights, images, theirs: list) -> float:
+def compare(folder: Path, images: np.ndarray, theirs: list) -> float:
     """Difference of pooled embeddings over the largest value; RuntimeError unless it is small.
 
     The two must compute the same before their times are worth comparing.
     """
-    encoder = towers.encoder(size)
-    weights = encoder.prepare(weights)
-    given = jnp.asarray(images[:2])
-    ours = checkpoint.encode_images(
-        weights, given, encoder=encoder, mean=towers.MEAN, std=towers.STD
-    ).pooled
-    away = float(np.abs(ours - np.array(theirs)).max() / np.abs(theirs).max())
-    print(f"pooled embeddings differ by {away:.1e} of the largest")
-    if not away < 1e-3:
-        raise RuntimeError(f"the two towers do not compute the same: {away}")
-    return away
+    ours = np.asarray(encode(checkpoint.load(str(folder)), images[:2])().pooled)
+    difference = float(np.abs(ours - np.array(theirs)).max() / np.abs(theirs).max())
+    print(f"pooled embeddings differ by {difference:.1e} of the largest")
+    if not difference < 1e-3:
+        raise RuntimeError(f"the two encoders do not compute the same: {difference}")
+    return difference

@@ -2,13 +2,13 @@
 
 import argparse
 
-from bench import workload
+from bench import clock, sizes, workload
 
 LEARNERS = {"exact": "maml", "first order": "fomaml", "anil": "anil", "joint": "joint"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tower", nargs="+", default=["ViT-B/16"], choices=workload.SIZES)
+    parser.add_argument("--size", nargs="+", default=["ViT-B/16"], choices=sizes.SIZES)
     parser.add_argument("--k", type=int, nargs="+", default=[4], help="rows of support and query")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1])
     parser.add_argument("--learner", nargs="+", default=list(LEARNERS), choices=LEARNERS)
@@ -17,60 +17,39 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    rows = []
-    for tower in args.tower:
-        for k in args.k:
-            rows += measured(tower, k, args)
-    return {"rows": rows}
+    return {"rows": [r for size in args.size for k in args.k for r in measure(size, k, args)]}
 
 
-def measured(tower: str, k: int, args: argparse.Namespace) -> list[dict]:
+def measure(size: str, k: int, args: argparse.Namespace) -> list[dict]:
     """All learners and inner steps of one size, timed in turn."""
-    work = workload.build(tower, args.tasks, k)
+    work = workload.build(size, args.tasks, k)
     steps, runs = {}, {}
     for label in args.learner:
         for count in args.inner_steps if label != "joint" else [0]:
             compiled, state = workload.step(work, LEARNERS[label], count)
             steps[label, count] = compiled
             runs[label, count] = workload.Runner(work, compiled, state)
-    seconds = workload.in_turn(runs, args.times, again=True)
-    peak = workload.matmul_peak()
+    seconds = clock.in_turn(runs, args.times, again=True)
+    peak = clock.matmul_peak()
+    about = {"size": size, "k": k, "tasks": args.tasks}
     rows = []
-    for (label, count), compiled in steps.items():
-        best = min(seconds[label, count])
-        operations = workload.operations(work, LEARNERS[label], count, compiled)
-        row = {
-            "tower": tower,
-            "k": k,
-            "tasks": args.tasks,
-            "learner": label,
-            "inner_steps": count,
-            "seconds": best,
-            "all_seconds": seconds[label, count],
-            "episodes_per_second": args.tasks / best,
-            "peak_megabytes": workload.peak_memory(compiled) / 2**20,
-            "temporary_megabytes": workload.temporary_memory(compiled) / 2**20,
-            "gigaflop": operations / 1e9,
-            "share_of_matmul_peak": operations / best / peak,
-        }
+    for (label, count), times in seconds.items():
+        row = about | {"learner": label, "inner_steps": count, "seconds": min(times)}
+        row |= {"all_seconds": times, "episodes_per_second": args.tasks / min(times)}
+        row |= counted(work, LEARNERS[label], count, steps[label, count], min(times) * peak)
         rows.append(row)
-        print(
-            f"{tower} K={k} {label:11} {count} inner: {best:6.2f} s, "
-            f"{row['peak_megabytes']:6.0f} MB, {row['gigaflop']:5.0f} GFLOP, "
-            f"{row['share_of_matmul_peak']:.0%} of {peak / 1e9:.0f} GFLOP/s",
-            flush=True,
-        )
-    print_ratios(rows)
+        shown = {n: x for n, x in row.items() if n not in about and n != "all_seconds"}
+        print(size, f"K={k}", *(f"{n} {x:.4g}" if n != "learner" else x for n, x in shown.items()))
     return rows
 
 
-def print_ratios(rows: list[dict]) -> None:
-    """Exact against first order, and memory against one inner step."""
-    by = {(r["learner"], r["inner_steps"]): r for r in rows}
-    for (label, count), row in by.items():
-        if label == "exact" and ("first order", count) in by:
-            ratio = row["seconds"] / by["first order", count]["seconds"]
-            print(f"  exact / first order, {count} inner: {ratio:.2f} x the time")
-        if label != "joint" and count > 1 and (label, 1) in by:
-            ratio = row["peak_megabytes"] / by[label, 1]["peak_megabytes"]
-            print(f"  {label}, {count} / 1 inner steps: {ratio:.2f} x the memory")
+def counted(work, learner: str, inner_steps: int, compiled, possible: float) -> dict:
+    """Memory and operations of a step; `possible`: operations that its time would allow."""
+    peak, temporary = workload.memory(compiled)
+    operations = workload.operations(work, learner, inner_steps, compiled)
+    return {
+        "peak_megabytes": peak / 2**20,
+        "temporary_megabytes": temporary / 2**20,
+        "gigaflop": operations / 1e9,
+        "share_of_matmul_peak": operations / possible,
+    }

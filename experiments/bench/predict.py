@@ -1,63 +1,42 @@
-"""Frames per second of --mode predict, its share of time in the encoder, and its peak of memory."""
+"""Frames per second of --mode predict, and the peak of its memory, by kind of file."""
 
 import argparse
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from bench import predict_inputs
-
-WORKER = Path(__file__).with_name("predict_worker.py")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a worker
+from bench import predict_inputs  # noqa: E402
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kinds", nargs="+", default=["png", "dicom", "nifti"], choices=KINDS)
+    kinds = list(predict_inputs.MAKERS)
+    parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds)
     parser.add_argument("--images", type=int, default=240, help="frames of each kind")
-    parser.add_argument("--files", type=int, default=20000, help="of the kinds links and listing")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=Path, help="a trained run; one is made if not given")
-
-
-KINDS = (*predict_inputs.MAKERS, "listing")
+    parser.add_argument("--few", type=int, default=32, help="frames of the run that is subtracted")
+    parser.add_argument(
+        "--workdir", type=Path, help="a trained run; without it a short one is made"
+    )
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Each kind in a process of its own, so that a peak of memory belongs to one kind.
-
-    "listing" only finds the files of "links" and scores nothing.
-    """
-    found = {}
+    """Each kind in a process of its own, so that a peak of memory belongs to one kind."""
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         workdir = args.workdir or trained(base)
         for kind in args.kinds:
-            what = "links" if kind == "listing" else kind
-            count = args.files if what == "links" else args.images
-            scans = predict_inputs.MAKERS[what](base / kind, count, args.seed)
-            found[kind] = one(workdir, scans, base / f"{kind}-out", kind)
-            print(said(kind, found[kind]), flush=True)
-    return found
-
-
-def said(kind: str, f: dict) -> str:
-    if kind == "listing":
-        return f"listing: {f['items']} files in {f['seconds']:.1f} s, peak {f['peak_mb']} MB"
-    return (
-        f"{kind}: {f['frames']} frames in {f['seconds']:.1f} s, {f['per_second']:.1f}/s; encoder "
-        f"{f['encoder_share']:.0%} of the time ({f['alone_per_second']:.0f}/s when alone: "
-        f"{f['of_alone']:.0%} reached); peak {f['peak_mb']} MB, {f['before_mb']} MB before"
-    )
-
-
-def one(workdir: Path, scans: Path, output: Path, kind: str) -> dict:
-    """What predict_worker measures. Raises RuntimeError with its last lines if it fails."""
-    command = [sys.executable, str(WORKER), str(workdir), str(scans), str(output), kind]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{kind}: {done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+            counts = args.few, args.images
+            for count in counts:
+                predict_inputs.MAKERS[kind](base / kind / str(count), count, count)
+            command = [sys.executable, __file__, str(workdir), str(base / kind), *map(str, counts)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results[kind] = r = json.loads(done.stdout.splitlines()[-1])
+            print(f"{kind}: {r['per_second']:.1f} frames/s, peak {r['peak_megabytes']} MB")
+    return results
 
 
 def trained(base: Path) -> Path:
@@ -67,7 +46,31 @@ def trained(base: Path) -> Path:
 
     data = phantom.write_folder(base / "data", "ultrasound", 0, 256, 4, 2, 2)
     c = config.base("k=4,seed=0", name="folder", modality="breast ultrasound", anatomy="breast")
-    c.update_from_flattened_dict({"data.root": str(data), "cache": str(base / "cache")})
-    c.epochs = 5
-    train.run(c, base / "run")
+    c.update_from_flattened_dict({"data.root": str(data), "cache": str(base / "cache"), "steps": 5})
+    train.run(c, base / "run", report=False)
     return base / "run"
+
+
+def worker(workdir: Path, scans: Path, few: int, many: int) -> dict:
+    """Predict both folders. What both runs pay, loading and a warm start, is subtracted."""
+    from medclip_jax import main
+
+    def seconds(count: int, name: str) -> float:
+        begin = time.perf_counter()
+        flags = [f"--workdir={workdir}", f"--input={scans / str(count)}"]
+        code = main.main(["medclip-jax", "--mode=predict", *flags, f"--output={scans / name}"])
+        if code:
+            raise SystemExit(code)
+        return time.perf_counter() - begin
+
+    seconds(few, "first")  # compiles
+    short, long = seconds(few, "short"), seconds(many, "long")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
+    rate = (many - few) / (long - short)
+    return {"per_second": rate, "seconds": [short, long], "peak_megabytes": peak}
+
+
+if __name__ == "__main__":
+    workdir, scans, few, many = sys.argv[1:]
+    print(json.dumps(worker(Path(workdir), Path(scans), int(few), int(many))))

@@ -13,7 +13,6 @@ from medclip_jax.data import phantom
 
 RENDERS = 16  # different simulated images; rendering more takes longer than scoring them
 NOISE = 4  # grey values, standard deviation: no two files are alike
-SMALL = 20  # different files behind the links
 ROOT_UID = "1.2.826.0.1.3680043.8.498.9"
 
 
@@ -77,14 +76,4 @@ def nifti(folder: Path, count: int, seed: int) -> Path:
     return folder
 
 
-def links(folder: Path, count: int, seed: int) -> Path:
-    """Links to a few small PNG files of 32 x 32 pixels."""
-    folder.mkdir(parents=True)
-    for i, pixels in enumerate(pictures("ultrasound", SMALL, (32, 32), seed)):
-        Image.fromarray(pixels).save(folder / f"source{i}", "PNG")  # no suffix: not listed itself
-    for i in range(count):
-        (folder / f"{i:06}.png").symlink_to(f"source{i % SMALL}")
-    return folder
-
-
-MAKERS = {"png": png, "dicom": dicom, "nifti": nifti, "links": links}
+MAKERS = {"png": png, "dicom": dicom, "nifti": nifti}

@@ -5,15 +5,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from bench import workload
+from bench import sizes, workload
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--tower", default="ViT-B/16", choices=workload.SIZES)
+    parser.add_argument("--size", default="ViT-B/16", choices=sizes.SIZES)
     parser.add_argument("--k", type=int, default=4, help="rows of support and query")
     parser.add_argument("--learner", default="anil", choices=["maml", "fomaml", "anil"])
     parser.add_argument("--tasks", type=int, default=8)
@@ -24,14 +23,14 @@ def run(args: argparse.Namespace) -> dict:
     """Each number of devices in a process of its own: JAX fixes it at its start."""
     rows = []
     for count in args.devices:
-        given = [count, args.tower, args.k, args.learner, args.tasks, args.times]
+        given = [count, args.size, args.k, args.learner, args.tasks, args.times]
         command = [sys.executable, "-m", "bench.scaling", *map(str, given)]
         folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-        said = subprocess.run(
+        done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, check=True, text=True
         )
-        row = json.loads(said.stdout.splitlines()[-1])
+        row = json.loads(done.stdout.splitlines()[-1])
         first = rows[0]["episodes_per_second"] if rows else row["episodes_per_second"]
         row["relative"] = row["episodes_per_second"] / first
         rows.append(row)
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> dict:
     return {"rows": rows}
 
 
-def worker(count: int, tower: str, k: int, learner: str, tasks: int, times: int) -> dict:
+def worker(count: int, size: str, k: int, learner: str, tasks: int, times: int) -> dict:
     """Seconds per step with `tasks` spread over `count` devices."""
     import jax
 
@@ -53,19 +52,14 @@ def worker(count: int, tower: str, k: int, learner: str, tasks: int, times: int)
 
     devices = jax.devices()
     if len(devices) < count:
-        raise SystemExit(f"{count} devices asked for, {len(devices)} there")
+        raise SystemExit(f"{count} devices wanted, {len(devices)} available")
     mesh = sharding.mesh(devices[:count])
-    work = workload.build(tower, tasks, k)
+    work = workload.build(size, tasks, k)
     episodes, valid = sharding.spread(work.episodes, mesh)
     episodes = episodes._replace(valid=episodes.valid & valid[:, None])
     work = work._replace(episodes=episodes, frozen=sharding.replicate(work.frozen, mesh))
-    run, state = workload.step(work, learner, 1, mesh=mesh)
-    seconds = []
-    for _ in range(times + 1):
-        begin = time.perf_counter()
-        state, parts = run(state, work.frozen, work.episodes)
-        jax.block_until_ready((state, parts))
-        seconds.append(time.perf_counter() - begin)
+    runner = workload.Runner(work, *workload.step(work, learner, 1, mesh=mesh))
+    seconds = [runner() for _ in range(times + 1)]
     best = min(seconds[1:])
     return {
         "devices": count,
@@ -78,5 +72,5 @@ def worker(count: int, tower: str, k: int, learner: str, tasks: int, times: int)
 
 
 if __name__ == "__main__":
-    count, tower, k, learner, tasks, times = sys.argv[1:]
-    print(json.dumps(worker(int(count), tower, int(k), learner, int(tasks), int(times))))
+    count, size, k, learner, tasks, times = sys.argv[1:]
+    print(json.dumps(worker(int(count), size, int(k), learner, int(tasks), int(times))))

@@ -1,1 +1,1 @@
-"""Rooms of `pretrain_compact_clip.py`: data, teachers, tower, objective, loop, export, judge."""
+"""Parts of pretrain_compact_clip.py: data, teachers, encoders, objective, loop, export, judge."""

@@ -1,4 +1,4 @@
-"""Captions in many wordings, what each one describes, and the phrases that teach the text tower."""
+"""Captions in many wordings, what each one describes, and the phrases of the text teacher."""
 
 import csv
 from pathlib import Path
@@ -8,75 +8,71 @@ import numpy as np
 
 from .views import Row
 
+
+class Modality(NamedTuple):
+    """Words of one kind of image."""
+
+    scans: tuple[str, ...]  # of the image
+    organ: str
+    findings: dict[str, tuple[str, ...]]  # finding of captions.csv -> its wordings
+    any_finding: tuple[str, ...] = ()  # wordings that are true of all its findings
+
+
+MODALITIES = {
+    "brain mri": Modality(
+        ("brain mri", "brain mri scan", "head mri", "mri of the brain", "mr image of the brain"),
+        "brain",
+        {
+            "glioma": ("glioma", "a glioma", "glial tumor"),
+            "meningioma": ("meningioma", "a meningioma"),
+            "pituitary tumor": ("pituitary tumor", "pituitary adenoma", "a pituitary mass"),
+        },
+        ("a brain tumor", "a tumor", "a tumour", "an intracranial mass", "a lesion", "cancer"),
+    ),
+    "chest x-ray": Modality(
+        ("chest x-ray", "chest radiograph", "chest film", "x-ray of the chest", "lung x-ray"),
+        "lungs",
+        {"pneumonia": ("pneumonia", "lung opacity", "consolidation", "an infiltrate")},
+        ("lung infection", "airspace disease"),
+    ),
+    "breast ultrasound": Modality(
+        ("breast ultrasound", "breast sonogram", "ultrasound of the breast"),
+        "breast",
+        {
+            "benign breast mass": ("a benign breast mass", "a benign lesion", "a cyst"),
+            "malignant breast mass": ("a malignant breast mass", "breast cancer", "carcinoma"),
+        },
+        ("a breast mass", "a mass", "a lesion", "a tumor", "a nodule"),
+    ),
+    "knee x-ray": Modality(
+        ("knee x-ray", "knee radiograph", "x-ray of the knee", "radiograph of the knee joint"),
+        "knee",
+        {
+            "mild osteoarthritis": ("mild osteoarthritis", "mild degenerative change"),
+            "moderate osteoarthritis": ("moderate osteoarthritis",),
+            "severe osteoarthritis": ("severe osteoarthritis", "advanced osteoarthritis"),
+        },
+        ("osteoarthritis", "joint space narrowing", "osteophytes", "arthrosis"),
+    ),
+    "gallbladder ultrasound": Modality(
+        ("gallbladder ultrasound", "ultrasound of the gallbladder", "abdominal ultrasound"),
+        "gallbladder",
+        {"biliary atresia": ("biliary atresia", "a small gallbladder")},
+    ),
+    "chest ct": Modality(
+        ("chest ct", "ct of the chest", "lung ct", "computed tomography of the lungs"),
+        "lungs",
+        {"lung cancer": ("lung cancer", "a lung tumor", "a pulmonary mass")},
+    ),
+    "capsule endoscopy": Modality(
+        ("capsule endoscopy", "capsule endoscopy image", "wireless endoscopy of the bowel"),
+        "small bowel",
+        {"bleeding": ("bleeding", "blood", "a hemorrhage")},
+    ),
+}
 # Every (modality, finding) of the training images; "" is a healthy one.
-CLASSES = (
-    ("brain mri", ""),
-    ("brain mri", "glioma"),
-    ("brain mri", "meningioma"),
-    ("brain mri", "pituitary tumor"),
-    ("chest x-ray", ""),
-    ("chest x-ray", "pneumonia"),
-    ("breast ultrasound", ""),
-    ("breast ultrasound", "benign breast mass"),
-    ("breast ultrasound", "malignant breast mass"),
-)
-PLANES = ("", "axial", "sagittal", "coronal")
-SCANS = {
-    "brain mri": (
-        "brain mri",
-        "brain mri scan",
-        "head mri",
-        "mri of the brain",
-        "mr image of the brain",
-    ),
-    "chest x-ray": (
-        "chest x-ray",
-        "chest radiograph",
-        "chest film",
-        "x-ray of the chest",
-        "lung x-ray",
-    ),
-    "breast ultrasound": (
-        "breast ultrasound",
-        "breast sonogram",
-        "ultrasound of the breast",
-        "breast ultrasound image",
-    ),
-}
-ORGANS = {"brain mri": "brain", "chest x-ray": "lungs", "breast ultrasound": "breast"}
-# Words for findings, and which classes each one is true of.
-FINDINGS = {
-    "brain mri": (
-        (("glioma", "a glioma", "glial tumor"), (1,)),
-        (("meningioma", "a meningioma"), (2,)),
-        (("pituitary tumor", "pituitary adenoma", "a pituitary mass"), (3,)),
-        (
-            ("a brain tumor", "a tumor", "a tumour", "an intracranial mass", "a lesion", "cancer"),
-            (1, 2, 3),
-        ),
-    ),
-    "chest x-ray": (
-        (
-            (
-                "pneumonia",
-                "lung opacity",
-                "consolidation",
-                "an infiltrate",
-                "lung infection",
-                "airspace disease",
-            ),
-            (5,),
-        ),
-    ),
-    "breast ultrasound": (
-        (
-            ("a benign breast mass", "a benign mass", "a benign lesion", "a cyst or fibroadenoma"),
-            (7,),
-        ),
-        (("a malignant breast mass", "a malignant tumor", "breast cancer", "carcinoma"), (8,)),
-        (("a breast mass", "a mass", "a lesion", "a tumor", "a nodule"), (7, 8)),
-    ),
-}
+CLASSES = tuple((name, f) for name, m in MODALITIES.items() for f in ("", *m.findings))
+
 WITH = (
     "{scan} with {f}", "{scan} showing {f}", "signs of {f} in the {organ}", "{f} in the {organ}",
     "abnormal {scan} with {f}", "{scan}, finding: {f}", "evidence of {f} on {scan}", "{organ}: {f}",
@@ -87,29 +83,17 @@ WITHOUT = (
 )  # fmt: skip
 NORMAL = (
     "a normal {scan}", "normal {organ} appearance", "{scan} of a healthy {organ}",
-    "healthy {organ}",
-    "a {scan} of a healthy patient", "{scan} with no abnormality", "unremarkable {scan}",
-    "{scan} without abnormal findings", "normal {organ}, no signs of disease", "{scan}, no finding",
+    "healthy {organ}", "a {scan} of a healthy patient", "{scan} with no abnormality",
+    "unremarkable {scan}", "{scan} without abnormal findings",
+    "normal {organ}, no signs of disease", "{scan}, no finding",
 )  # fmt: skip
 ABNORMAL = (
     "an abnormal {scan}", "abnormal {organ} appearance", "{scan} of a diseased {organ}",
     "diseased {organ}", "a {scan} of a sick patient", "{scan} with an abnormality",
     "pathological {scan}", "{scan} with abnormal findings", "{organ} with signs of disease",
 )  # fmt: skip
-ANY_NORMAL = (
-    "a healthy scan",
-    "normal image",
-    "no signs of disease",
-    "no abnormality seen",
-    "healthy tissue",
-)
-ANY_ABNORMAL = (
-    "an abnormal scan",
-    "diseased tissue",
-    "signs of disease",
-    "an abnormality",
-    "a lesion is seen",
-)
+ANY_NORMAL = ("a healthy scan", "normal image", "no signs of disease", "healthy tissue")
+ANY_ABNORMAL = ("an abnormal scan", "diseased tissue", "signs of disease", "an abnormality")
 PLAIN = ("a {scan}", "{scan}", "medical image: {scan}", "image of the {organ}, {scan}")
 
 
@@ -125,7 +109,7 @@ def class_of(row: Row) -> int:
     return CLASSES.index((row.modality, row.finding))
 
 
-def classes_like(modality: str, healthy: bool | None) -> tuple[int, ...]:
+def classes_of(modality: str, healthy: bool | None) -> tuple[int, ...]:
     """Classes of a modality ("" for all); healthy ones, diseased ones, or both."""
     return tuple(
         number
@@ -134,39 +118,50 @@ def classes_like(modality: str, healthy: bool | None) -> tuple[int, ...]:
     )
 
 
+def wordings(modality: str) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Words for the findings of a modality, and the classes that they are true of."""
+    m = MODALITIES[modality]
+    each = [(words, (CLASSES.index((modality, f)),)) for f, words in m.findings.items()]
+    return each + ([(m.any_finding, classes_of(modality, False))] if m.any_finding else [])
+
+
 def _pick(rng: np.random.Generator, items):
     return items[int(rng.integers(len(items)))]
 
 
 def _state_caption(row: Row, scan: str, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
     """Wording of normal or abnormal, or of a finding present or absent."""
-    healthy, organ = row.state == "normal", ORGANS[row.modality]
+    healthy, organ = row.state == "normal", MODALITIES[row.modality].organ
     chance = rng.random()
     if chance < 0.1:
-        return _pick(rng, ANY_NORMAL if healthy else ANY_ABNORMAL), classes_like("", healthy)
+        return _pick(rng, ANY_NORMAL if healthy else ANY_ABNORMAL), classes_of("", healthy)
     if chance < 0.45:
         template = _pick(rng, NORMAL if healthy else ABNORMAL)
-        return template.format(scan=scan, organ=organ), classes_like(row.modality, healthy)
-    true = [f for f in FINDINGS[row.modality] if healthy or class_of(row) in f[1]]
+        return template.format(scan=scan, organ=organ), classes_of(row.modality, healthy)
+    true = [f for f in wordings(row.modality) if healthy or class_of(row) in f[1]]
     words, classes = _pick(rng, true)
     word = _pick(rng, words)
     if healthy:  # other findings leave "no glioma" true of a meningioma as well
-        absent = tuple(c for c in classes_like(row.modality, None) if c not in classes)
+        absent = tuple(c for c in classes_of(row.modality, None) if c not in classes)
         bare = word.removeprefix("an ").removeprefix("a ")
         return _pick(rng, WITHOUT).format(scan=scan, organ=organ, f=bare), absent
     return _pick(rng, WITH).format(scan=scan, organ=organ, f=word), classes
 
 
 def make_caption(row: Row, rng: np.random.Generator, findings: bool = True) -> Caption:
-    """One wording for an image; without `findings` no word tells disease from health."""
-    scan = _pick(rng, SCANS[row.modality])
+    """One wording for an image.
+
+    Without `findings`, and of rows whose state could be told from the source of the image
+    (`state_from`), no word tells disease from health.
+    """
+    scan = _pick(rng, MODALITIES[row.modality].scans)
     plane = row.plane if row.plane and rng.random() < 0.35 else ""
     scan = f"{plane} {scan}".strip()
-    if findings and rng.random() < 0.85:
+    if findings and row.state_from == "label" and rng.random() < 0.85:
         text, classes = _state_caption(row, scan, rng)
         return Caption(text, classes, plane if plane and plane in text else "")
-    text = _pick(rng, PLAIN).format(scan=scan, organ=ORGANS[row.modality])
-    return Caption(text, classes_like(row.modality, None), plane)
+    text = _pick(rng, PLAIN).format(scan=scan, organ=MODALITIES[row.modality].organ)
+    return Caption(text, classes_of(row.modality, None), plane)
 
 
 def matches(captions: list[Caption], rows: list[Row]) -> np.ndarray:
@@ -179,12 +174,11 @@ def matches(captions: list[Caption], rows: list[Row]) -> np.ndarray:
 
 ANATOMY = (
     "brain", "breast", "chest", "lungs", "heart", "liver", "kidney", "spleen", "pancreas",
-    "prostate", "thyroid", "bone", "spine", "knee", "hip", "shoulder", "skin", "retina",
-    "colon", "stomach",
-    "bladder", "uterus", "ovary", "artery", "lymph node",
-    "skull", "pituitary gland", "ventricle",
+    "prostate", "thyroid", "bone", "spine", "knee", "hip", "shoulder", "skin", "retina", "colon",
+    "stomach", "bladder", "uterus", "ovary", "artery", "lymph node", "skull", "pituitary gland",
+    "ventricle", "gallbladder", "small bowel",
 )  # fmt: skip
-MODALITIES = (
+IMAGING = (
     "mri", "x-ray", "ultrasound", "ct", "mammography", "radiograph", "flair mri", "t1-weighted mri",
     "t2-weighted mri", "endoscopy", "histology", "fundus photograph", "dermoscopy",
     "optical coherence tomography",
@@ -202,7 +196,7 @@ def phrase_corpus(terminology: Path, seed: int, findings: bool = True) -> list[s
     With `findings` off, only anatomy and modalities remain.
     """
     rng = np.random.default_rng([seed, 11])
-    places = [f"{m} of the {a}" for m in MODALITIES for a in ANATOMY] + list(ANATOMY + MODALITIES)
+    places = [f"{m} of the {a}" for m in IMAGING for a in ANATOMY] + list(ANATOMY + IMAGING)
     if not findings:
         return places
     states = [f"{s} {p}" for p in places for s in ("normal", "abnormal", "healthy", "diseased")]
@@ -214,7 +208,7 @@ def phrase_corpus(terminology: Path, seed: int, findings: bool = True) -> list[s
         for line in path.read_text().splitlines()
         if line.strip()
     ]
-    words = [w for group in FINDINGS.values() for names, _ in group for w in names]
+    words = [w for name in MODALITIES for names, _ in wordings(name) for w in names]
     named = [w for w in diseases if len(w) < 60] + mentions * 3 + words * 6
     framed = [_pick(rng, FRAMES).format(w) for w in named]
     return sorted(set(places + states + named + framed))

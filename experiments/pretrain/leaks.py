@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
+from medclip_jax.data import near_duplicates
+
 SIDE = 24
 LIMIT = 0.95  # correlation of 24x24 thumbnails above which two images count as one
 SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -22,18 +24,15 @@ class LeakCount(NamedTuple):
     excluded: bool  # False where patients are disjoint instead (chest films look alike)
 
 
-def thumbnail(path: Path) -> Float[np.ndarray, "576"]:
-    """Grey 24x24 thumbnail with mean 0 and length 1; a constant image gives zeros."""
-    with Image.open(path) as image:
-        small = image.convert("RGB").convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    values = np.asarray(small, np.float32).ravel()
-    values = values - values.mean()
-    length = np.linalg.norm(values)
-    return values / length if length > 0 else values
-
-
 def thumbnails(paths: list[Path]) -> Float[np.ndarray, "n 576"]:
-    return np.stack([thumbnail(path) for path in paths])
+    """Grey 24x24 thumbnails with mean 0 and length 1; of a constant image zeros."""
+    rows = []
+    for path in paths:
+        with Image.open(path) as image:
+            grey = image.convert("RGB").convert("L")
+            small = grey.resize((SIDE, SIDE), Image.Resampling.BOX)
+        rows.append(near_duplicates.normalised(np.asarray(small, np.float32)))
+    return np.stack(rows)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -41,13 +40,6 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(
         p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and "_mask" not in p.stem
     )
-
-
-def highest_correlation(
-    train: Float[np.ndarray, "n 576"], held_out: Float[np.ndarray, "m 576"]
-) -> Float[np.ndarray, " n"]:
-    """For each training thumbnail, its highest correlation with any evaluation thumbnail."""
-    return (train @ held_out.T).max(axis=1)
 
 
 def leak_check(
@@ -63,7 +55,7 @@ def leak_check(
     counts = []
     for name, folder in evaluation.items():
         files = image_files(folder)
-        best = highest_correlation(ours, thumbnails(files))
+        best = (ours @ thumbnails(files).T).max(axis=1)
         near = best > LIMIT
         excluded = name not in disjoint_patients
         if excluded:

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizerFast
 
-from . import captions, objective, tokens, tower, views
+from . import captions, objective, tokens, views
+from .encoders import Encoders, Params
 
 LENGTH = 32  # text tokens in training; the later positions of the context stay as they began
 
@@ -63,14 +64,14 @@ def channel_scales(shards: list[views.Shard]) -> dict[str, tuple[np.ndarray, np.
 def make_batch(material: Material, plan: Plan, number: int, kept: int) -> objective.Batch:
     """The batch of step `number`: a function of the seed and the number alone."""
     rng = np.random.default_rng([plan.seed, 13, number])
-    held = len(material.shards[0].index)
-    chosen = rng.integers(held * len(material.shards), size=plan.batch)
+    per_shard = len(material.shards[0].index)
+    chosen = rng.integers(per_shard * len(material.shards), size=plan.batch)
     flips = rng.random(plan.batch) < 0.5
     columns = {name: [] for name in views.Shard._fields}
     for place, flip in zip(chosen, flips, strict=True):
-        shard = material.shards[place // held]
+        shard = material.shards[place // per_shard]
         for name in views.Shard._fields:
-            value = getattr(shard, name)[place % held]
+            value = getattr(shard, name)[place % per_shard]
             turned = flip and name in ("pixels", "fine", "coarse")
             columns[name].append(np.flip(value, 1) if turned else value)
     rows = [material.rows[i] for i in columns["index"]]
@@ -80,22 +81,22 @@ def make_batch(material: Material, plan: Plan, number: int, kept: int) -> object
         mean, sd = material.scales[name]
         return (np.asarray(np.stack(columns[name]), np.float32) - mean) / sd
 
-    def at(name):
+    def patches(name):
         grid = standard(name).reshape(plan.batch, 196, -1)
         return np.take_along_axis(grid, keep[..., None], 1)
 
-    said = [captions.make_caption(row, rng, plan.findings) for row in rows]
+    own = [captions.make_caption(row, rng, plan.findings) for row in rows]
     other = rng.integers(len(material.phrases), size=plan.batch)
-    texts = [c.text for c in said] + [material.phrases[i] for i in other]
+    texts = [c.text for c in own] + [material.phrases[i] for i in other]
     ids = tokens.encode(material.tokenizer, texts, LENGTH)
     return objective.Batch(
         pixels=np.stack(columns["pixels"]),
         keep=keep,
-        fine=at("fine"),
-        coarse=at("coarse"),
+        fine=patches("fine"),
+        coarse=patches("coarse"),
         pooled=standard("pooled"),
         captions=ids[: plan.batch],
-        match=captions.matches(said, rows),
+        match=captions.matches(own, rows),
         phrases=ids[plan.batch :],
         meaning=material.meaning[other],
     )
@@ -116,20 +117,20 @@ def save(path: Path, state: State, number: int, elapsed: float) -> None:
     os.replace(half_written, path)
 
 
-def restore(path: Path, like: State) -> tuple[State, int, float]:
+def restore(path: Path, template: State) -> tuple[State, int, float]:
     """State, next step's number and elapsed seconds from `save`."""
     with safe_open(path, "numpy") as file:
         about = file.metadata()
-        paths, tree = jax.tree_util.tree_flatten_with_path(like)
+        paths, tree = jax.tree_util.tree_flatten_with_path(template)
         leaves = [file.get_tensor(jax.tree_util.keystr(k)) for k, _ in paths]
     state = jax.tree_util.tree_unflatten(tree, leaves)
     return state, int(about["step"]), float(about["elapsed"])
 
 
-def start(clip: dict[str, np.ndarray], size: tower.Size, seed: int) -> State:
-    params = {"clip": clip, "heads": objective.init_heads(size, seed)}
+def start(clip: Params, encoders: Encoders, seed: int) -> State:
+    params = {"clip": clip, "heads": objective.init_heads(encoders, seed)}
     moments = jax.tree.map(np.asarray, objective.make_optimiser().init(params))
-    return State(params, moments, dict(clip))
+    return State(params, moments, clip)
 
 
 def _check(parts: dict[str, float], number: int) -> None:
@@ -139,14 +140,14 @@ def _check(parts: dict[str, float], number: int) -> None:
 
 
 def _line(number: int, used: float, speed: float, parts: dict[str, float]) -> str:
-    told = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
-    return f"step {number} {used / 60:.1f} min {speed:.0f} images/s {told}"
+    values = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
+    return f"step {number} {used / 60:.1f} min {speed:.0f} images/s {values}"
 
 
 @functools.cache
-def compiled_step(size: tower.Size, weights: objective.Weights):
-    """`objective.step` for one size, compiled once per process; its state is donated."""
-    fixed = {"size": size, "weights": weights, "optimiser": objective.make_optimiser()}
+def compiled_step(encoders: Encoders, weights: objective.Weights):
+    """`objective.step` for one CLIP, compiled once per process; its state is donated."""
+    fixed = {"encoders": encoders, "weights": weights, "optimiser": objective.make_optimiser()}
     return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
 
 
@@ -155,7 +156,7 @@ def counted(times: list[float]) -> float:
     return min(times[-1], 5 * float(np.median(times)))
 
 
-def run(material: Material, size: tower.Size, plan: Plan, state: State, path: Path) -> State:
+def run(material: Material, encoders: Encoders, plan: Plan, state: State, path: Path) -> State:
     """Trains from `state`, or from the checkpoint at `path`, until the budget is used up.
 
     A process may be stopped and continued without losing budget (see `counted`).
@@ -166,7 +167,7 @@ def run(material: Material, size: tower.Size, plan: Plan, state: State, path: Pa
     mesh = jax.make_mesh((jax.device_count(),), ("n",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("n"))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    step = compiled_step(size, plan.weights)
+    step = compiled_step(encoders, plan.weights)
     saved = elapsed
     while True:
         fraction = number / plan.steps if plan.steps else elapsed / (plan.hours * 3600)

@@ -1,4 +1,4 @@
-"""What the small CLIP learns: the teacher's patches, which tokens are alike, and what texts say."""
+"""What the small CLIP learns: teacher patches, token similarity and what texts say."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
-from . import tower
+from .encoders import Encoders, encode_image, encode_text, project, unit
 
 
 class Batch(NamedTuple):
@@ -31,20 +31,20 @@ class Weights(NamedTuple):
     fine: float = 1.0
     coarse: float = 1.0
     pooled: float = 0.5
-    alike: float = 4.0
+    similarity: float = 4.0
     caption: float = 0.15
     patch_caption: float = 0.1
     phrase: float = 0.5
 
 
-ALIKE_TOKENS = 12  # patches of each image that enter the likeness loss
+SIMILARITY_TOKENS = 12  # patches of each image that enter the similarity loss
 
 
-def init_heads(size: tower.Size, seed: int) -> dict[str, np.ndarray]:
+def init_heads(encoders: Encoders, seed: int) -> dict[str, np.ndarray]:
     """Linear maps from our tokens to the teachers' features; training only, never exported."""
     rng = np.random.default_rng([seed, 5])
-    shapes = {"fine": (40, size.width), "coarse": (112, size.width)}
-    shapes |= {"pooled": (1280, size.width), "phrase": (384, size.joint)}
+    shapes = {"fine": (40, encoders.image.width), "coarse": (112, encoders.image.width)}
+    shapes |= {"pooled": (1280, encoders.image.width), "phrase": (384, encoders.image.joint)}
     out = {}
     for name, (rows, columns) in shapes.items():
         out[f"{name}.weight"] = rng.normal(0, 0.02, (rows, columns)).astype(np.float32)
@@ -52,12 +52,12 @@ def init_heads(size: tower.Size, seed: int) -> dict[str, np.ndarray]:
     return out
 
 
-def alike(ours: Float[Array, "n t d"], theirs: Float[Array, "n t c"]) -> Float[Array, ""]:
+def similarity(ours: Float[Array, "n t d"], theirs: Float[Array, "n t c"]) -> Float[Array, ""]:
     """Mean squared difference between both sides' cosines over all pairs of sampled tokens.
 
     Nearest-neighbour memories live on exactly these cosines (Gram matching, as in DINOv3).
     """
-    a, b = (tower.unit(x[:, :ALIKE_TOKENS].reshape(-1, x.shape[-1])) for x in (ours, theirs))
+    a, b = (unit(x[:, :SIMILARITY_TOKENS].reshape(-1, x.shape[-1])) for x in (ours, theirs))
     return jnp.square(a @ a.T - b @ b.T).mean()
 
 
@@ -68,44 +68,52 @@ def contrast(
     scale: Float[Array, ""],
 ) -> Float[Array, ""]:
     """CLIP's symmetric loss with every true caption as a positive."""
-    logits = scale * tower.unit(images) @ tower.unit(texts).T
+    logits = scale * unit(images) @ unit(texts).T
     to_text = optax.softmax_cross_entropy(logits, match / match.sum(1, keepdims=True))
     back = match.T / match.T.sum(1, keepdims=True)
     return (to_text.mean() + optax.softmax_cross_entropy(logits.T, back).mean()) / 2
 
 
+def linear(heads: dict, name: str, x: Array) -> Array:
+    """One of the linear maps."""
+    bias = heads[f"{name}.bias"]
+    return x @ heads[f"{name}.weight"].T + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
 def loss(
-    params: dict, size: tower.Size, weights: Weights, batch: Batch
+    params: dict, encoders: Encoders, weights: Weights, batch: Batch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Sum and parts; params = {"clip": CLIPModel's parameters, "heads": linear maps}."""
-    p, heads = params["clip"], params["heads"]
-    states = tower.encode_image(p, size, batch.pixels, batch.keep)
-    middle, last = states[size.layers // 2][:, 1:], states[-1][:, 1:]
-    texts = tower.encode_text(p, size, jnp.concatenate([batch.captions, batch.phrases]))
+    """Sum and parts; params = {"clip": FlaxCLIPModel's parameters, "heads": linear maps}."""
+    clip, heads = params["clip"], params["heads"]
+    states = encode_image(clip, encoders, batch.pixels, batch.keep)
+    middle, last = (x[:, 1:] for x in states)
+    texts = encode_text(clip, encoders, jnp.concatenate([batch.captions, batch.phrases]))
     captions, phrases = jnp.split(texts, [batch.captions.shape[0]])
-    scale = jnp.exp(jnp.minimum(p["logit_scale"], jnp.log(100.0)))
-    joint = tower.project_tokens(p, states[-1])
-    said = tower.unit(tower.linear(heads, "phrase", phrases))
+    scale = jnp.exp(jnp.minimum(clip["logit_scale"], jnp.log(100.0)))
+    joint = project(clip, encoders, states[1])
+    meaning = unit(linear(heads, "phrase", phrases))
 
     def near(name, tokens, target):
-        return optax.huber_loss(tower.linear(heads, name, tokens), target).mean()
+        return optax.huber_loss(linear(heads, name, tokens), target).mean()
 
     parts = {
         "fine": near("fine", middle, batch.fine),
         "coarse": near("coarse", last, batch.coarse),
-        "pooled": near("pooled", states[-1][:, 0], batch.pooled),
-        "alike": alike(middle, batch.fine) + alike(last, batch.coarse),
+        "pooled": near("pooled", states[1][:, 0], batch.pooled),
+        "similarity": similarity(middle, batch.fine) + similarity(last, batch.coarse),
         "caption": contrast(joint[:, 0], captions, batch.match, scale),
         "patch_caption": contrast(joint[:, 1:].mean(1), captions, batch.match, scale),
-        "phrase": 1 - (said * batch.meaning).sum(-1).mean(),
+        "phrase": 1 - (meaning * batch.meaning).sum(-1).mean(),
     }
     total = sum(getattr(weights, name) * value for name, value in parts.items())
     return total, parts
 
 
-def step(params, moments, average, lr, batch, *, size, weights, optimiser):
+def step(params, moments, average, lr, batch, *, encoders, weights, optimiser):
     """One update: (params, optimiser state, running average of the CLIP parameters, parts)."""
-    (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, size, weights, batch)
+    (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(
+        params, encoders, weights, batch
+    )
     updates, moments = optimiser.update(gradient, moments, params)
     params = jax.tree.map(lambda w, u: w - lr * u, params, updates)
     average = jax.tree.map(lambda a, w: a + 0.005 * (w - a), average, params["clip"])

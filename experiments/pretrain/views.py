@@ -22,6 +22,7 @@ class Row(NamedTuple):
     plane: str
     state: str
     finding: str
+    state_from: str  # "label", or "look may tell": normal and abnormal come from different sources
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -25,7 +25,7 @@ def command(tmp_path, monkeypatch):
         if command.stop_at == len(command.runs):
             (workdir / "checkpoints").mkdir(parents=True)
             raise KeyboardInterrupt
-        make_workdir(workdir, n=20, shown=2)
+        make_workdir(workdir, n=20)
         edit(workdir, seed=c.seed, method=c.method)
         settings = config_module.resolve(c).to_json_best_effort()
         (workdir / "config.json").write_text(settings)
