@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from medclip_jax.data.synthetic_variants import Synthesis, variants
 from medclip_jax.distributed import multihost
 from medclip_jax.distributed.runtime import progress
 from medclip_jax.features import cache, encoder
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.batch import Batch, Views
 from medclip_jax.features.cache import FeatureCache
 from medclip_jax.synthesis import generate
 
@@ -114,14 +115,29 @@ def join(pools: Sequence[TrainingPool]) -> TrainingPool:
     )
 
 
-def take(pool: TrainingPool, image: Int[np.ndarray, " n"], variant: Int[np.ndarray, " n"]) -> Batch:
-    """Rows of the pool as a batch on the host.
+def take(
+    pool: TrainingPool,
+    image: Int[np.ndarray, "*n"],
+    variant: Int[np.ndarray, "*n"],
+    views: Sequence[np.ndarray] = (),
+) -> Batch:
+    """Rows of the pool as a batch on the host, in the shape of `image`.
 
     Args:
       pool: to read.
       image: number of each row's image.
       variant: of the image; -1 is the image itself, -2 - c its augmented copy c, both clean.
+      views: variants of two views of each row's image, for SimCLR; or none.
     """
+    batch = _rows(pool, image.ravel(), variant.ravel())
+    if len(views):
+        one, two = (_rows(pool, image.ravel(), view.ravel()).features for view in views)
+        number: Any = image.ravel()
+        batch = batch._replace(views=Views(one, two, number))
+    return jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)
+
+
+def _rows(pool: TrainingPool, image: np.ndarray, variant: np.ndarray) -> Batch:
 
     def row(i, v, name: str) -> np.ndarray:
         if v == -1:
@@ -135,7 +151,6 @@ def take(pool: TrainingPool, image: Int[np.ndarray, " n"], variant: Int[np.ndarr
     def rows(name: str) -> Any:  # of the host, until a step takes it
         return np.stack([row(i, v, name) for i, v in distinct])[place]
 
-    variant = np.asarray(variant)
     teacher: Any = None
     if pool.teacher:
         number = np.where(variant >= -1, variant + 1, pool.variants - variant - 1)

@@ -5,14 +5,12 @@ from those outside fold f. A row is (image, variant) as training_pool.take count
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from medclip_jax.features import training_pool
-from medclip_jax.features.batch import Batch, Views
+from medclip_jax.features.batch import Batch
 from medclip_jax.features.training_pool import TrainingPool
 
 CLEAN = 0.25  # probability that a row of the joint learner is a healthy image
@@ -76,7 +74,7 @@ def joint_batch(
     image, variant = (np.stack(x, axis=1) for x in zip(*each, strict=True))
     pair = sample_views(seed, step, image.shape, pool.copies) if views else ()
     chosen = slice(None) if rows is None else rows
-    return take(pool, image[chosen], variant[chosen], [view[chosen] for view in pair])
+    return training_pool.take(pool, image[chosen], variant[chosen], [view[chosen] for view in pair])
 
 
 def joint_rows(step: int, own: Indices, size: int, seed: int, variants: int, copies: int = 0):
@@ -99,15 +97,3 @@ def sample_views(seed: int, step: int, shape: tuple[int, ...], copies: int) -> t
     first = rng.integers(1 + copies, size=shape)
     second = (first + 1 + rng.integers(copies, size=shape)) % (1 + copies)
     return -1 - first, -1 - second
-
-
-def take(
-    pool: TrainingPool, image: np.ndarray, variant: np.ndarray, views: Sequence[np.ndarray] = ()
-) -> Batch:
-    """Rows of the pool in the shape of `image`; `views`: the variants of two views, or none."""
-    batch = training_pool.take(pool, image.ravel(), variant.ravel())
-    if len(views):
-        one, two = (training_pool.take(pool, image.ravel(), v.ravel()).features for v in views)
-        number: Any = image.ravel()
-        batch = batch._replace(views=Views(one, two, number))
-    return jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from medclip_jax.errors import ConfigError
+from medclip_jax.features import training_pool
 from medclip_jax.features.batch import Batch
 from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.synthesis import generate
@@ -207,6 +208,6 @@ def adaptation_batch(pool: TrainingPool, members: Sequence[Int[np.ndarray, " _"]
 def _take(pool: TrainingPool, rows: Sequence[Rows], views: Sequence[np.ndarray] = ()) -> Batch:
     """Rows [task, row] of each params -> tokens [task, 1 + folds, row, ...]."""
     image, variant = (np.stack(x, axis=1) for x in zip(*rows, strict=True))
-    batch = batches.take(pool, image, variant, views)
+    batch = training_pool.take(pool, image, variant, views)
     # a task has one dataset
     return batch if batch.source is None else batch._replace(source=batch.source[..., 0])

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from medclip_jax.clip.outputs import Features
 from medclip_jax.distributed import sharding
+from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.models import anomaly_map, model
-from medclip_jax.training import batches
 
 ALTERED_EACH = 4  # synthetic anomalies of each held-out support
 NONE, HEALTHY, ALTERED, SEEN = range(4)  # role of a row
@@ -89,7 +89,7 @@ def rows(pool: TrainingPool, folds: Sequence[np.ndarray]):
         unaltered, seen = np.full(len(others), -1), np.full(len(others), SEEN)
         each.append(([*image, *others], [*variant, *unaltered], [*role, *seen]))
     image, variant, role = (np.array(x) for x in zip(*each, strict=True))
-    batch = batches.take(pool._replace(teacher=(), source=None), image, variant)
+    batch = training_pool.take(pool._replace(teacher=(), source=None), image, variant)
     return batch.features, role
 
 
