@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import build
+from medclip_jax import trained
 from medclip_jax.detectors import map_filter
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ class Scorer:
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir).expanduser()
         self.adapted = False  # to another site than the workdir's
-        self._predictor = build.load_predictor(self.workdir)
+        self._predictor = trained.load_predictor(self.workdir)
         self._start: inference_adapt.Start | None = None  # what `adapt` starts from, compiled once
 
     def predict(self, images: Iterable) -> list[Prediction]:
@@ -88,7 +88,7 @@ class Scorer:
         that cannot be read.
         """
         if self._start is None:
-            self._start = build.load_start(self.workdir)
+            self._start = trained.load_start(self.workdir)
         ready = inference_adapt.adapt(self._start, [Path(i) for i in images])
         again = copy(self)
         again.adapted = True

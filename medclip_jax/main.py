@@ -178,18 +178,18 @@ def use(args: flags.FlagValues, folder: Path) -> None:
     """Predict with, or export, a trained workdir."""
     log_devices()
     output = Path(args.output).expanduser()
-    from medclip_jax import build
+    from medclip_jax import trained
 
     if args.mode == "export":
         from medclip_jax.inference import export
 
-        size = export.save(build.load_predictor(folder), output)
+        size = export.save(trained.load_predictor(folder), output)
         logging.info("%s: %.1f MB", output, size / 1e6)
         return
     from medclip_jax.inference import predict
 
     summary = predict.run(
-        build.load_predictor(folder), args.input, output, args.part, args.pseudonymise, args.cam
+        trained.load_predictor(folder), args.input, output, args.part, args.pseudonymise, args.cam
     )
     logging.info(
         "%d scored, %d finished before, %d unreadable, %d alarm(s): %s",

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from medclip_jax import __version__, build, files
+from medclip_jax import __version__, build, build_detector, files, trained
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.data.records import Split
@@ -134,7 +134,9 @@ def prepare(config: ConfigDict) -> Prepared:
 def encode(prepared: Prepared) -> Encoded:
     """Images and synthetic variants through the image encoder, once ever; opens what was kept."""
     c, clip, split, others, *_, mesh = prepared
-    return Encoded(*build.encode(c, clip, split, others, mesh))
+    teach = c.teacher and c.steps
+    teacher = trained.load_teacher(c, clip, split.test) if teach else None
+    return Encoded(*build.encode(c, clip, split, others, mesh, teacher))
 
 
 def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True) -> Fitted:
@@ -157,10 +159,10 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
     Only the check of the explanations, which comes last, reads which test images are abnormal.
     """
     c, feature_cache, split = prepared.config, encoded.feature_cache, prepared.split
-    supports = build.supports(c, feature_cache, split.support)
+    supports = build_detector.supports(c, feature_cache, split.support)
     given = c, prepared.clip, prepared.design, prepared.frozen, fitted.params, supports
-    detector = build.assemble(*given, fitted.folds)
-    calibration = build.calibrate(c, detector, feature_cache, split.support)
+    detector = build_detector.assemble(*given, fitted.folds)
+    calibration = build_detector.calibrate(c, detector, feature_cache, split.support)
     if not split.test:
         return Scored(detector, calibration, None, None)
     how = build.explanation(c, prepared.clip)
@@ -191,7 +193,7 @@ def measure(
 ) -> dict[str, Any]:
     """Read labels and masks; write predictions.npz and metrics.json."""
     c, test = prepared.config, prepared.split.test
-    names = build.branch_names(c)
+    names = build_detector.branch_names(c)
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored.test, test, c.data.fit, workdir)
         counts = result.pop("pixel_counts")

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its settings, the split it began with, and whether it is finished."""
+"""The folder of a run: its lock, its settings, its split, and whether it is finished."""
 
 import hashlib
 import json

@@ -108,7 +108,7 @@ def _read(static: Detector, params, fold_params, features: Features, keys) -> Ra
     passes = jax.tree.map(lambda x: x[:, None], scores)
     if static.stochastic and len(keys):
         passes = jax.vmap(static.apply, (None, None, 0), 1)(params, features, keys)
-    folds = jnp.zeros((len(scores.image), 0))
+    folds = jnp.zeros((scores.image.shape[0], 0))
     if fold_params is not None:
 
         def of_fold(fold):

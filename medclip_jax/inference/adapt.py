@@ -1,8 +1,8 @@
 """A new site: a handful of healthy images and meta-trained parameters become a detector.
 
 What training does with its supports at its end, alone: decode, encode, adapt, calibrate. Nothing
-is written. The first call of a number of images compiles; later ones are quick. `build.load_start`
-reads what it starts from.
+is written. The first call of a number of images compiles; later ones are quick.
+`trained.load_start` reads what it starts from.
 """
 
 import hashlib

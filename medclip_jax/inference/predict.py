@@ -2,7 +2,7 @@
 
 Reading, scoring and writing overlap and hold a bounded number of images: a few small ones per core,
 or one volume. An item whose bytes and scorer are those of a finished result is skipped, so the same
-command goes on where a stopped one stood. What cannot be read is listed, not fatal.
+command resumes where a stopped one stood. What cannot be read is listed, not fatal.
 """
 
 import collections
@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +30,13 @@ from rich.text import Text
 
 from medclip_jax.distributed import runtime
 from medclip_jax.errors import DataError
-from medclip_jax.inference import inputs, loading, pipeline, predictor, results
-from medclip_jax.inference.loading import Job
+from medclip_jax.inference import inputs, pipeline, results, tables
+from medclip_jax.inference.pipeline import Job
+from medclip_jax.inference.predictor import Predictor, batch_size
 from medclip_jax.inference.results import Result
 from medclip_jax.io import dicom_write
 
-FORMAT = 2  # of the outputs; another number makes finished items anew
+FORMAT = 3  # of the outputs; with another number finished items are scored again
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
 
@@ -50,7 +52,7 @@ class Summary(NamedTuple):
 
 
 def run(
-    model: predictor.Predictor,
+    model: Predictor,
     named: Sequence[str],
     output: Path,
     part: str = "",
@@ -73,23 +75,23 @@ def run(
             f"{', '.join(named)}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
             "give files, folders or glob patterns"
         )
-    chosen = inputs.share(items, part)
-    logging.info("%d item(s) to score", len(chosen))
+    items = inputs.share(items, part)
+    logging.info("%d item(s) to score", len(items))
     model = model if cam else model._replace(explanation=None)
     settings = f"{FORMAT} {model.digest} {pseudonymise} {model.explanation}"
     stamp = hashlib.sha256(settings.encode()).hexdigest()
-    results.sweep(output)
+    tables.clean(output)
     table = output / (f"results.{part.replace('/', '-of-')}.csv" if part else "results.csv")
-    done = _process(model, chosen, output, stamp, table, pseudonymise)
-    if done.unreadable == len(chosen) > 0:
+    done = _process(model, items, output, stamp, table, pseudonymise)
+    if done.unreadable == len(items) > 0:
         raise DataError(
-            f"none of the {len(chosen)} item(s) could be read: {table.parent}/"
-            f"{results.unreadable_name(table.name)} says why"
+            f"none of the {len(items)} item(s) could be read: {table.parent}/"
+            f"{tables.unreadable_name(table.name)} says why"
         )
     return done
 
 
-def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
+def _process(model, items, output, stamp, table, pseudonymise) -> Summary:
     """Stream the items through readers, scorer and writers, in order."""
     counts: collections.Counter[str] = collections.Counter()
     bar = Progress(
@@ -100,12 +102,13 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    most = 4 * predictor.batch_size(model)  # so that the encoder does not wait for writers
-    objects = dicom_write.builder(sum(item.kind == "dicom" for item in chosen))
+    most = 4 * batch_size(model)  # so that the encoder does not wait for writers
+    objects = dicom_write.builder(sum(item.kind == "dicom" for item in items))
     with objects as build, _threads() as pools:  # threads end first: they wait for objects
-        with results.tables(table) as tell, runtime.sigterm() as asked, bar:
-            shown = bar.add_task("predict", total=len(chosen))
-            reading = loading.ahead(pools[0], chosen, model, output, stamp, asked)
+        with tables.writer(table) as add, runtime.sigterm() as stop, bar:
+            shown = bar.add_task("predict", total=len(items))
+            load = partial(pipeline.load, model=model, output=output, stamp=stamp)
+            reading = pipeline.read_ahead(pools[0], items, load, 2 * batch_size(model), stop)
             writing: collections.deque[tuple[Job, Future | None]] = collections.deque()
 
             def full(most: int) -> bool:
@@ -115,24 +118,24 @@ def _process(model, chosen, output, stamp, table, pseudonymise) -> Summary:
                 while writing and (full(most) or writing[0][1] is None or writing[0][1].done()):
                     job, future = writing.popleft()
                     rows = (job.rows or []) if future is None else future.result()
-                    tell(job.item, rows, job.error)
+                    add(job.item, rows, job.error)
                     kind = "unreadable" if job.error else "skipped" if future is None else "scored"
                     counts[kind] += 1
                     counts["alarms"] += sum(row["alarm"] for row in rows)
                     bar.advance(shown)
 
             with contextlib.closing(reading):
-                for job in pipeline.run(model, reading, pools[1]):
+                for job in pipeline.score(model, reading, pools[1]):
                     future = None
                     if not job.error and job.rows is None:
                         future = pools[1].submit(_write, model, job, output, pseudonymise, build)
                     writing.append((job, future))
                     settle(most)
                 settle(0)
-            if asked.is_set():
+            if stop.is_set():
                 at = sum(counts[kind] for kind in ("scored", "skipped", "unreadable"))
-                raise runtime.Preempted(f"stopped by SIGTERM after {at} of {len(chosen)} items")
-    _tell_unreadable(counts["unreadable"], table)
+                raise runtime.Preempted(f"stopped by SIGTERM after {at} of {len(items)} items")
+    _warn_unreadable(counts["unreadable"], table)
     return Summary(
         *(counts["scored"], counts["skipped"], counts["unreadable"], counts["alarms"]), table
     )
@@ -157,7 +160,7 @@ class _Rate(ProgressColumn):
 
 
 def _write(
-    model: predictor.Predictor, job: Job, output: Path, pseudonymise: bool, build: dicom_write.Build
+    model: Predictor, job: Job, output: Path, pseudonymise: bool, build: dicom_write.Build
 ) -> list[dict]:
     loaded = job.read()
     result = Result(
@@ -166,7 +169,7 @@ def _write(
         loaded.pixels,
         loaded.spacing,
         loaded.meta,
-        [future.result() for future in job.marks],  # submitted to the same pool, but before
+        [future.result() for future in job.parts],  # submitted to the same pool, but before
         job.coded(),
         model.fit,
         {
@@ -180,11 +183,11 @@ def _write(
     return results.write(output, job.item, result, pseudonymise, build)
 
 
-def _tell_unreadable(count: int, table: Path) -> None:
+def _warn_unreadable(count: int, table: Path) -> None:
     if not count:
         return
-    path = table.parent / results.unreadable_name(table.name)
-    lines = results.read_table(path, LISTED)
+    path = table.parent / tables.unreadable_name(table.name)
+    lines = tables.read(path, LISTED)
     logging.warning("%d item(s) could not be read (all in %s):", count, path)
     for row in lines:
         logging.warning("  %s: %s", row["source"], row["reason"])

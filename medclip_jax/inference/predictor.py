@@ -1,6 +1,6 @@
 """A trained workdir, loaded: images in the encoder frame -> calibrated scores and maps.
 
-`build.load_predictor` makes one.
+`trained.load_predictor` makes one.
 """
 
 from collections.abc import Sequence

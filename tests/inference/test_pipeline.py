@@ -1,11 +1,10 @@
-"""The parts of prediction's stream: bounded reading, marks, overlay and packed map volumes."""
+"""The parts of prediction's stream: bounded reading, results, overlay and packed map volumes."""
 
 import io
 import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from medclip_jax.detectors.detector import BatchScores
-from medclip_jax.inference import image_results, loading, results
+from medclip_jax.inference import pipeline, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.io import overlay
 from medclip_jax.io.pillow import encode_png
@@ -43,22 +42,22 @@ def test_an_overlay_is_the_weighted_sum_of_grey_and_colour(shape):
     assert tuple(boxed[0, 0]) == overlay.BOX
 
 
-def test_marks_of_parts_are_those_of_the_whole():
+def test_results_of_parts_are_those_of_the_whole():
     maps = np.stack([blobs(i, (24, 24)) for i in range(4)]).astype(np.float64)
     columns = maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps
     scores = BatchScores(*columns, *[maps[:, 0]] * 4)
     codes = [np.zeros((4, 50, 30), np.uint16) for _ in range(2)]
-    whole = image_results.mark(scores, codes[0], 0, (0.5, 0.25), "pad")
+    whole = results.part(scores, codes[0], 0, (0.5, 0.25), "pad")
     parts = []
     for a, b in ((0, 1), (1, 4)):
         some = BatchScores(*(column[a:b] for column in scores))
-        parts += image_results.mark(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
+        parts += results.part(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
     assert parts == whole.frames and np.array_equal(*codes)
     assert [f["frame"] for f in whole.frames] == [0, 1, 2, 3]
     box = max((b for f in whole.frames for b in f["boxes"]), key=lambda b: b["area_pixels"])
     assert box["area_mm2"] == box["area_pixels"] * 0.125
-    frame = image_results.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
-    assert np.array_equal(codes[0][2] >= image_results.HALF, frame >= 0.5)
+    frame = results.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
+    assert np.array_equal(codes[0][2] >= results.HALF, frame >= 0.5)
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3), (1, 1), (1, 7, 3), (300, 2)])
@@ -75,19 +74,17 @@ def test_png_files_hold_the_pixels(shape, dtype):
 
 def test_readers_wait_for_room_but_the_next_item_is_always_read(monkeypatch):
     """Every item is larger than the limit: at most those under way are read beside the next."""
-    monkeypatch.setattr(loading, "LIMIT", 1)
-    monkeypatch.setattr(loading.predictor, "batch_size", lambda model: 8)
-    monkeypatch.setattr(loading.Job, "size", lambda job: 5)
+    monkeypatch.setattr(pipeline, "READ_AHEAD", 1)
+    monkeypatch.setattr(pipeline.Job, "size", lambda job: 5)
     read, threads = [], 3
 
-    def load(item, *_):
+    def load(item):
         read.append(item.source)
-        return loading.Job(item)
+        return pipeline.Job(item)
 
-    monkeypatch.setattr(loading, "load", load)
     items = [Item(str(i), (f"/absent/{i}",), "image", str(i)) for i in range(40)]
     with ThreadPoolExecutor(threads) as pool:
-        jobs = loading.ahead(pool, items, None, Path(), "", threading.Event())
+        jobs = pipeline.read_ahead(pool, items, load, 16, threading.Event())
         for number, job in enumerate(jobs):
             assert job.item is items[number]
             assert len(read) <= number + 1 + threads
@@ -95,13 +92,11 @@ def test_readers_wait_for_room_but_the_next_item_is_always_read(monkeypatch):
 
 
 def test_closing_the_stream_lets_waiting_readers_go(monkeypatch):
-    monkeypatch.setattr(loading, "LIMIT", 1)
-    monkeypatch.setattr(loading.predictor, "batch_size", lambda model: 8)
-    monkeypatch.setattr(loading.Job, "size", lambda job: 5)
-    monkeypatch.setattr(loading, "load", lambda item, *_: loading.Job(item))
+    monkeypatch.setattr(pipeline, "READ_AHEAD", 1)
+    monkeypatch.setattr(pipeline.Job, "size", lambda job: 5)
     items = [Item(str(i), (f"/absent/{i}",), "image", str(i)) for i in range(40)]
     pool = ThreadPoolExecutor(2)
-    jobs = loading.ahead(pool, items, None, Path(), "", threading.Event())
+    jobs = pipeline.read_ahead(pool, items, pipeline.Job, 16, threading.Event())
     assert next(jobs).item is items[0]
     jobs.close()
     pool.shutdown(wait=True)  # would hang if a reader still waited
@@ -123,7 +118,7 @@ def test_an_item_whose_file_was_cut_short_is_not_finished(tmp_path):
 
 
 def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "MANY", 100)
+    monkeypatch.setattr(pipeline, "LARGE_IMAGE", 100)
     most, now, lock = {"small": 0, "large": 0}, {"small": 0, "large": 0}, threading.Lock()
     meet = threading.Barrier(2)
     sizes = {"small": (10, 10), "large": (10, 11)}
@@ -141,7 +136,7 @@ def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_pa
             now[kind] -= 1
 
     def in_turn(item):
-        with loading._turn(item):
+        with pipeline._in_turn(item):
             read(item)
 
     items = []
@@ -156,5 +151,5 @@ def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_pa
 
 def test_a_size_that_cannot_be_read_is_no_obstacle(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    assert loading._pixels(str(tmp_path / "a.png")) == 0
-    assert loading._pixels(str(tmp_path / "absent.png")) == 0
+    assert pipeline._pixels(str(tmp_path / "a.png")) == 0
+    assert pipeline._pixels(str(tmp_path / "absent.png")) == 0

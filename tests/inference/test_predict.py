@@ -11,7 +11,8 @@ import pydicom
 import pytest
 from PIL import Image
 
-from medclip_jax import build, main
+import medclip_jax
+from medclip_jax import main, trained
 from medclip_jax.inference import inputs, predictor
 from medclip_jax.io import read
 from tests.support.paths import ROOT
@@ -27,7 +28,7 @@ def data(world) -> Path:
 def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     """From the workdir alone, against what training wrote for the same images."""
     held = predictions(whole)
-    model = build.load_predictor(whole)
+    model = trained.load_predictor(whole)
     size = model.size
     images = [read.fit(read.read(data / i).pixels[0], size) for i in held["id"]]
     got = predictor.score(model, np.stack(images))
@@ -36,6 +37,33 @@ def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     np.testing.assert_allclose(got.maps, held["maps"].astype(float), atol=3e-3)
     np.testing.assert_allclose(got.uncertainty, held["uncertainty"], atol=2e-3)
     assert (got.alarm == (got.score >= 0.5)).all()
+
+
+def test_boxes_of_command_line_notebook_and_report_are_equal(whole, data, tmp_path):
+    written = predictions(whole)
+    first = [i for i, label in enumerate(written["label"]) if label][:3]
+    paths = [data / written["id"][i] for i in first]
+    assert run(whole, tmp_path, *paths) == 0
+    commands = {page["source"]: page for page in pages(tmp_path)}
+    notebook = medclip_jax.load(whole).predict(paths)
+    ends = [0, *written["boxes_end"]]
+    count = 0
+    for i, path, result in zip(first, paths, notebook, strict=True):
+        report = written["boxes"][ends[i] : ends[i + 1]]
+        page = commands[path.name]
+        for boxes in (
+            [list(box.values())[:4] for box in page["frames"][0]["boxes"]],
+            [box[:4] for box in result.boxes],
+        ):
+            np.testing.assert_array_equal(np.reshape(boxes, (-1, 4)), report[:, :4])
+        # equation (10), as in predictions.npz
+        frame = page["frames"][0]
+        with np.load(tmp_path / page["files"]["mc_dropout"]) as maps:
+            for name in ("patch_mean", "patch_variance"):
+                np.testing.assert_allclose(maps[name][0], written[name][i], atol=2e-3)
+            assert frame["patch_variance_max"] == maps["patch_variance"].max() > 0
+        count += len(report)
+    assert count
 
 
 def test_a_folder_without_test_images_leaves_the_same_scorer(world, data, tmp_path):
@@ -179,6 +207,10 @@ def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):
 def test_a_config_by_name_is_the_packaged_one(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for given in ("configs/phantom.py:k=4", "phantom:k=4"):
-        argv = main.packaged(["main", f"--config={given}"])
+        argv = main.with_packaged_config(["main", f"--config={given}"])
         assert argv[1] == f"--config={ROOT}/configs/phantom.py:k=4"
-    assert main.packaged(["main", "--config", "none.py"]) == ["main", "--config", "none.py"]
+    assert main.with_packaged_config(["main", "--config", "none.py"]) == [
+        "main",
+        "--config",
+        "none.py",
+    ]

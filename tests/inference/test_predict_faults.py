@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax import files
-from medclip_jax.inference import results
+from medclip_jax.inference import tables
 from tests.support.predicting import noise, pages, run, table
 
 
@@ -135,8 +135,8 @@ def test_a_clock_that_jumps_sweeps_no_file_that_is_being_written(tmp_path, monke
     for path in (mine, dead):
         path.touch()
     now = time.time()
-    monkeypatch.setattr(results, "time", SimpleNamespace(time=lambda: now - 9 * results.STALE))
-    assert results.sweep(tmp_path) == 0  # back: nothing is old
-    monkeypatch.setattr(results, "time", SimpleNamespace(time=lambda: now + 9 * results.STALE))
-    assert results.sweep(tmp_path) == 1  # no process has that number: it is above the largest
+    monkeypatch.setattr(tables, "time", SimpleNamespace(time=lambda: now - 9 * tables.STALE))
+    assert tables.clean(tmp_path) == 0  # back: nothing is old
+    monkeypatch.setattr(tables, "time", SimpleNamespace(time=lambda: now + 9 * tables.STALE))
+    assert tables.clean(tmp_path) == 1  # no process has that number: it is above the largest
     assert list(tmp_path.iterdir()) == [mine]
