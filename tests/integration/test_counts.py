@@ -19,6 +19,8 @@ from medclip_jax.training import checkpoints, loop, step
 from tests.support.checkpoints import tiny_checkpoint
 
 VARIANTS = 2
+# single operations, compiled at once for each shape that comes by
+SMALL = {"slice", "dynamic_slice", "gather", "concatenate", "reshape", "squeeze"}
 # K, method, seed: `ours` and `memory` share images and variants, `mediclip` has its own
 JOBS = [(4, "ours", 0), (4, "ours", 1), (4, "memory", 0), (4, "mediclip", 0)]
 
@@ -144,7 +146,7 @@ def test_another_draw_or_data_set_finds_the_programs_compiled(world, programs, t
     def compiled(name: str, seed: int, data: str) -> Counter:
         programs.clear()
         world.run(tmp_path / name, f"k=4,seed={seed}", data, tmp_path / "cache")
-        return Counter(programs)
+        return Counter(name for name in programs if name not in SMALL)
 
     first = compiled("first", 0, "ultrasound")
     assert first["step"] == 1 and len(first) > 5, first
