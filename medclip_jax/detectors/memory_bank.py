@@ -84,18 +84,18 @@ def build(
     run = jax.jit(apply)
 
     @jax.jit
-    def remember(supports):
+    def remember(pooled, supports):  # tokens as arguments: one program serves every draw
         kept = (keep(m[supports].reshape(-1, m.shape[-1]), coreset) for m in pooled)
         return {"memory": tuple(kept)}
 
-    params = remember(np.arange(k))
+    params = remember(pooled, np.arange(k))
     if k == 1:
         calibration = run(params, tokens if calibrating is None else calibrating, None)
     else:
         each = []
         for i in range(k):
             own = slice(i * rows, (i + 1) * rows)
-            others = remember(np.delete(np.arange(k), i))
+            others = remember(pooled, np.delete(np.arange(k), i))
             each.append(run(others, jax.tree.map(lambda x, r=own: x[r], tokens), None))
         calibration = jax.tree.map(lambda *x: np.concatenate(x), *each)
     return Detector(apply, params, None, jax.device_get(calibration), k, False, size)
