@@ -1,18 +1,20 @@
-"""From the configuration to objects: CLIP, data, prompts, model, training data, detector.
+"""From the configuration to objects: CLIP, data, prompts, model, training, detector.
 
 Nothing further in knows the configuration: functions take the values they need.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from medclip_jax import config_validation
-from medclip_jax.clip import checkpoint
+from medclip_jax.clip.checkpoint import Clip, load
 from medclip_jax.data import augmentation, datasets, preprocessing, splits, synthetic_variants
 from medclip_jax.data.records import Split
 from medclip_jax.errors import ConfigError
@@ -27,21 +29,17 @@ from medclip_jax.features import (
 from medclip_jax.models import losses, model, prompt_sets, text_adapter, token_refinement
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
-from medclip_jax.training import (
-    distillation,
-    loop,
-    validation,
-)
+from medclip_jax.training import batches, distillation, loop, validation
 from medclip_jax.training.step import Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
 SYNONYMS = 3  # words per anatomy, condition and modality that the ontology adds
 
 
-def load_clip(c: ConfigDict) -> checkpoint.Clip:
+def load_clip(c: ConfigDict) -> Clip:
     """The frozen CLIP with the layers tapped that the configuration names."""
     taps = tuple(c.clip.layers), c.clip.dtype, c.model.refine
-    return checkpoint.load(c.clip.checkpoint, *taps, c.clip.implementation)
+    return load(c.clip.checkpoint, *taps, c.clip.implementation)
 
 
 def load_split(c: ConfigDict) -> Split:
@@ -52,7 +50,7 @@ def load_split(c: ConfigDict) -> Split:
     return splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
 
 
-def open_cache(c: ConfigDict, clip: checkpoint.Clip, mesh) -> cache.FeatureCache:
+def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:
     """Where tokens of this CLIP and preprocessing are kept."""
     recipe = preprocessing.steps(c.data.recipe)
     reading = recipe, c.data.window
@@ -81,7 +79,7 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[auxiliary.Auxiliary, ...]:
     return auxiliary.choose(names, words=words, strengths=strengths, **reading)
 
 
-def explanation(c: ConfigDict, clip: checkpoint.Clip) -> grad_cam.Explanation:
+def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
     """How scores are explained. Raises ConfigError for a layer that is not tapped."""
     layers = len(clip.widths)
     if not -layers <= c.explanation.layer < layers:
@@ -92,7 +90,7 @@ def explanation(c: ConfigDict, clip: checkpoint.Clip) -> grad_cam.Explanation:
     return grad_cam.Explanation(c.explanation.method, c.explanation.layer, c.score.top)
 
 
-def encode(c: ConfigDict, clip: checkpoint.Clip, split: Split, others, mesh, teacher=None):
+def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None):
     """Encode what the feature cache lacks; returns it and the training pools.
 
     teacher: a distillation.Teacher whose patch logits the pool of the supports carries.
@@ -110,7 +108,7 @@ def encode(c: ConfigDict, clip: checkpoint.Clip, split: Split, others, mesh, tea
     return feature_cache, pools
 
 
-def fresh_params(c: ConfigDict, clip: checkpoint.Clip, design: model.Design) -> dict:
+def fresh_params(c: ConfigDict, clip: Clip, design: model.Design) -> dict:
     """Params as training starts from them."""
     language = None
     if c.model.language_tuned:
@@ -143,32 +141,40 @@ def training(c: ConfigDict, design: model.Design) -> dict[str, Any]:
     }
 
 
+def folds(c: ConfigDict) -> list[np.ndarray]:
+    """Indices of the supports that each fold model does not see."""
+    return batches.folds(c.k, FOLDS)
+
+
+def adapter_digest(c: ConfigDict) -> str:
+    """Names the text adapter; "" for none."""
+    return text_adapter.digest(c.model.language)
+
+
 def learner(c: ConfigDict) -> Learner:
     """How params learn."""
     return Learner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.adapt_steps)
 
 
-def design_of(c: ConfigDict, clip: checkpoint.Clip, others) -> tuple[model.Design, dict]:
-    """The model of a run, with the prompts of auxiliary data sets, and its frozen parameters."""
-    design, frozen = build(c, clip)
-    if others and c.steps:
-        own = [phrases(c, clip, c.prompts.context, **other.words) for other in others]
-        design = design._replace(sets=prompt_sets.stack([design.prompts, *own]))
-    return design, frozen
-
-
-def build(
-    c: ConfigDict, clip: checkpoint.Clip, context: int | None = None
+def model_parts(
+    c: ConfigDict, clip: Clip, others: Sequence = (), context: int | None = None
 ) -> tuple[model.Design, dict]:
-    """The static design of the model and its frozen parameters; `context` if not the config's."""
+    """The static design of the model and its frozen parameters.
+
+    Args:
+      others: auxiliary data sets, whose prompts are trained on too.
+      context: learnable vectors per prompt, if not the configuration's.
+    """
     if context is None:
         context = c.prompts.context if c.steps else 0
-    shown = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
-    built = phrases(c, clip, context, **shown)
+    words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
+    own, sets = prompts_of(c, clip, context, **words), None
+    if others and c.steps:
+        more = [prompts_of(c, clip, context, **other.words) for other in others]
+        sets = prompt_sets.stack([own, *more])
     image = clip.image_encoder
-    refinement = token_refinement.frozen(clip.params, image) if image.inputs else None
     design = model.Design(
-        built,
+        own,
         clip.text_encoder,
         clip.size,
         clip.grid,
@@ -176,7 +182,8 @@ def build(
         c.prompts.causal,
         c.model.learn_scale,
         c.model.dropout,
-        refinement,
+        token_refinement.frozen(clip.params, image) if image.inputs else None,
+        sets,
     )
     frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
     if c.model.language:
@@ -184,8 +191,8 @@ def build(
     return design, frozen
 
 
-def phrases(
-    c: ConfigDict, clip: checkpoint.Clip, context: int, modality: str, anatomy: str, conditions
+def prompts_of(
+    c: ConfigDict, clip: Clip, context: int, modality: str, anatomy: str, conditions
 ) -> Prompts:
     """The prompts of a data set that shows this, made as the config says."""
     return tokenize.build(

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from medclip_jax import build, config_validation
-from medclip_jax.clip import checkpoint
+from medclip_jax import config_validation
+from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.config_validation import FUSED_METHODS
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import (
@@ -26,27 +26,25 @@ from medclip_jax.features import cache, support_images, thumbnails
 from medclip_jax.models import model
 
 
-def scorer(
-    c: ConfigDict, clip: checkpoint.Clip, design: model.Design
+def score_function(
+    c: ConfigDict, clip: Clip, design: model.Design
 ) -> Callable[..., detector.Scores]:
-    """The pure scoring function of the config's method; `detector` builds its parameters."""
-    names, pool = branch_names(c), image_pool(c, clip)
-    made = {name: branch_scorer(name, clip, design, pool) for name in names}
-    return ensemble.scorer(made) if len(names) > 1 else made[names[0]]
+    """The pure scoring function of the config's method; `assemble` builds its parameters."""
+    names, image_score = branch_names(c), image_score_of(c, clip)
+    branches = {name: branch_function(name, clip, design, image_score) for name in names}
+    return ensemble.scorer(branches) if len(names) > 1 else branches[names[0]]
 
 
-def branch_scorer(
-    name: str, clip: checkpoint.Clip, design: model.Design, pool: Callable
-) -> Callable:
+def branch_function(name: str, clip: Clip, design: model.Design, image_score: Callable) -> Callable:
     """The pure scoring function of one branch."""
     if name == "memory":
-        return memory_bank.scorer(pool)
+        return memory_bank.scorer(image_score)
     if name.startswith("zero_shot"):
         return zero_shot.scorer(clip, design.prompts.label)
-    return prompt_detector.scorer(design, pool)
+    return prompt_detector.scorer(design, image_score)
 
 
-def image_pool(c: ConfigDict, clip: checkpoint.Clip) -> Callable:
+def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
     """Patch values [n, p] -> image scores [n]."""
     return partial(detector.image_score, size=clip.size, top=c.score.top)
 
@@ -54,6 +52,12 @@ def image_pool(c: ConfigDict, clip: checkpoint.Clip) -> Callable:
 def branch_names(c: ConfigDict) -> tuple[str, ...]:
     """The branches of the config's method; a method that does not fuse is its own branch."""
     return tuple(c.branches) if c.method in FUSED_METHODS else (c.method,)
+
+
+def branch_shares(c: ConfigDict) -> dict | None:
+    """Each branch's share of the map and of the image score; None where nothing is fused."""
+    names = branch_names(c)
+    return ensemble.shares(names) if len(names) > 1 else None
 
 
 def supports(
@@ -71,57 +75,60 @@ def supports(
 
 def assemble(
     c: ConfigDict,
-    clip: checkpoint.Clip,
+    clip: Clip,
     design: model.Design,
+    plain_design: model.Design,
     frozen: dict,
     params: Any,
-    found: support_images.Supports | None,
+    images: support_images.Supports | None,
     folds: Sequence[np.ndarray],
 ) -> detector.Detector:
     """The detector that the config asks for.
 
     Args:
+        plain_design: of prompts without learnable context, for zero-shot.
         params: [1 + folds, ...] as training leaves them.
-        found: tokens of the supports; None: zero-shot without any.
+        images: tokens of the supports; None: zero-shot without any.
         folds: the supports of each fold.
     """
     if c.method in pixel_baselines.METHODS:
-        return pixel_baselines.METHODS[c.method](found.calibrating, found.k, clip.size)
+        return pixel_baselines.METHODS[c.method](images.calibrating, images.k, clip.size)
     branches = {
-        n: branch(n, c, clip, design, frozen, params, found, folds) for n in branch_names(c)
+        n: branch(n, c, clip, design, plain_design, frozen, params, images, folds)
+        for n in branch_names(c)
     }
     return ensemble.build(branches) if len(branches) > 1 else next(iter(branches.values()))
 
 
 def branch(
-    name: str, c: ConfigDict, clip, design, frozen, params, found, folds
+    name: str, c: ConfigDict, clip, design, plain_design, frozen, params, images, folds
 ) -> detector.Detector:
     """The detector of one branch, of whole images or with their tiles."""
-    pool = image_pool(c, clip)
+    image_score = image_score_of(c, clip)
     plain = name.startswith("zero_shot")
-    if plain:
-        design, _ = build.build(c, clip, context=0)
-    if found is None:
-        return zero_shot.build(clip, frozen, design, None, 0)
+    if images is None:
+        return zero_shot.build(clip, frozen, plain_design, None, 0)
 
     def scale(tokens, calibrating):
         if name == "memory":
-            like = {"k": found.k, "coreset": c.memory_coreset, "calibrating": calibrating}
-            return memory_bank.build(tokens, pool, clip.size, **like)
+            like = {"k": images.k, "coreset": c.memory_coreset, "calibrating": calibrating}
+            return memory_bank.build(tokens, image_score, clip.size, **like)
         if plain:
-            return zero_shot.build(clip, frozen, design, calibrating, found.k)
-        return prompt_detector.build(params, frozen, design, pool, calibrating, folds, found.k)
+            return zero_shot.build(clip, frozen, plain_design, calibrating, images.k)
+        return prompt_detector.build(
+            params, frozen, design, image_score, calibrating, folds, images.k
+        )
 
-    whole = scale(found.tokens, found.calibrating)
+    whole = scale(images.tokens, images.calibrating)
     if c.score.tiles == 1:
         return whole
-    small = scale(found.tile_tokens, found.tile_calibrating)
-    return tiling.build(whole, small, c.score.tiles, clip.grid, None if plain else pool)
+    small = scale(images.tile_tokens, images.tile_calibrating)
+    return tiling.build(whole, small, c.score.tiles, clip.grid, None if plain else image_score)
 
 
 def calibrate(
     c: ConfigDict,
-    scorer: detector.Detector,
+    scores: detector.Detector,
     feature_cache: cache.FeatureCache,
     records: Sequence[Record],
 ) -> calibration.Calibration:
@@ -129,9 +136,9 @@ def calibrate(
     steps, mm2 = config_validation.map_filter(c), None
     if steps:
         mm2 = list(map_filter.areas(records, feature_cache.clip.size, feature_cache.fit))
-        mm2 = mm2 * len(scorer.calibration.image) if c.k == 1 else mm2  # views of the one support
+        mm2 = mm2 * len(scores.calibration.image) if c.k == 1 else mm2  # views of the one support
     return detector.calibrate(
-        scorer,
+        scores,
         alpha=c.calibration.alpha,
         pixel_rate=c.calibration.pixel_rate,
         filter_steps=steps,

@@ -16,16 +16,11 @@ from rich.console import Console
 from medclip_jax import __version__, build, build_detector, files, trained
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
-from medclip_jax.data.records import Split
-from medclip_jax.detectors import ensemble, saved
-from medclip_jax.detectors.calibration import Calibration
-from medclip_jax.detectors.detector import Detector
+from medclip_jax.detectors import saved
 from medclip_jax.distributed import multihost, runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
-from medclip_jax.features import cache
-from medclip_jax.models import text_adapter
-from medclip_jax.training import batches, loop
+from medclip_jax.training import loop
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
@@ -35,7 +30,7 @@ class Prepared(NamedTuple):
 
     config: ConfigDict  # resolved
     clip: Any
-    split: Split
+    split: Any  # records.Split
     auxiliary: tuple  # data sets that are trained on with the target's
     design: Any  # static parts of the model
     frozen: dict  # parameters that no step changes
@@ -45,7 +40,7 @@ class Prepared(NamedTuple):
 class Encoded(NamedTuple):
     """Tokens, on disk and opened for training."""
 
-    feature_cache: cache.FeatureCache
+    feature_cache: Any  # cache.FeatureCache
     pools: list  # training pools: the supports', then those of the auxiliary data sets
 
 
@@ -59,8 +54,8 @@ class Fitted(NamedTuple):
 class Scored(NamedTuple):
     """The detector and the test set that it scored."""
 
-    detector: Detector
-    calibration: Calibration  # thresholds from the held-out supports
+    detector: Any  # detector.Detector
+    calibration: Any  # calibration.Calibration: thresholds from the held-out supports
     test: Any  # predictions.Scored; None without test images
     explanations: dict | None  # whether they agree with the model
 
@@ -108,7 +103,7 @@ def run(
         *(workdir, scored.detector, scored.calibration),
         config=json.loads(c.to_json_best_effort()),
         checkpoint=prepared.clip.digest,
-        language=text_adapter.digest(c.model.language),
+        language=build.adapter_digest(c),
         supports=[r.sha256 for r in prepared.split.support],
     )
     if scored.test is None:
@@ -127,7 +122,7 @@ def prepare(config: ConfigDict) -> Prepared:
     runtime.keep_compiled(Path(c.cache))
     clip, split = build.load_clip(c), build.load_split(c)
     build.explanation(c, clip)
-    design, frozen = build.design_of(c, clip, others)
+    design, frozen = build.model_parts(c, clip, others)
     return Prepared(c, clip, split, others, design, frozen, sharding.mesh())
 
 
@@ -142,7 +137,7 @@ def encode(prepared: Prepared) -> Encoded:
 def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True) -> Fitted:
     """Learn from the training pools, or resume; with `train` False only read what was learned."""
     c, clip, _, _, design, frozen, mesh = prepared
-    folds = batches.folds(c.k, build.FOLDS)
+    folds = build.folds(c)
     params = loop.fit(
         *(build.fresh_params(c, clip, design), frozen, encoded.pools, folds),
         workdir=workdir,
@@ -160,8 +155,11 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
     """
     c, feature_cache, split = prepared.config, encoded.feature_cache, prepared.split
     supports = build_detector.supports(c, feature_cache, split.support)
-    given = c, prepared.clip, prepared.design, prepared.frozen, fitted.params, supports
-    detector = build_detector.assemble(*given, fitted.folds)
+    plain_design, _ = build.model_parts(c, prepared.clip, context=0)
+    detector = build_detector.assemble(
+        *(c, prepared.clip, prepared.design, plain_design, prepared.frozen),
+        *(fitted.params, supports, fitted.folds),
+    )
     calibration = build_detector.calibrate(c, detector, feature_cache, split.support)
     if not split.test:
         return Scored(detector, calibration, None, None)
@@ -193,7 +191,6 @@ def measure(
 ) -> dict[str, Any]:
     """Read labels and masks; write predictions.npz and metrics.json."""
     c, test = prepared.config, prepared.split.test
-    names = build_detector.branch_names(c)
     with stage(timing, "metrics", shown=True):
         result = evaluate.measure(scored.test, test, c.data.fit, workdir)
         counts = result.pop("pixel_counts")
@@ -211,7 +208,7 @@ def measure(
         "backbone": f"{c.clip.checkpoint} ({prepared.clip.digest})",
         **result,
         "explanations": {**(result["explanations"] or {}), **(scored.explanations or {})} or None,
-        "fusion": ensemble.shares(names) if len(names) > 1 else None,
+        "fusion": build_detector.branch_shares(c),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
         "versions": versions(),
         "finished": workdirs.seal(workdir, key),
@@ -242,10 +239,10 @@ def unmeasured(workdir: Path, c: ConfigDict) -> None:
 def key_of(prepared: Prepared, report: bool) -> str:
     """Names what a result is made from, so that a finished run is recognised."""
     c = prepared.config
-    adapter = text_adapter.digest(c.model.language)
+    adapter = build.adapter_digest(c)
     truth = workdirs.truth_of(prepared.split.test)
     made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
-    return cache.digest(*made_from, c.explanation.to_dict(), report, versions())
+    return workdirs.key(*made_from, c.explanation.to_dict(), report, versions())
 
 
 def versions() -> dict[str, str]:

@@ -19,8 +19,8 @@ from medclip_jax.detectors import detector, pixel_baselines, prompt_detector, sa
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
 from medclip_jax.inference import adapt, predictor
-from medclip_jax.models import model, text_adapter
-from medclip_jax.training import batches, checkpoints, distillation, loop, maml, state
+from medclip_jax.models import model
+from medclip_jax.training import checkpoints, distillation, loop, maml, state
 
 
 def load_teacher(
@@ -47,7 +47,7 @@ def load_teacher(
             f"config.teacher {workdir} was trained with another CLIP than {own.clip.checkpoint} "
             f"is now ({trained.checkpoint}, not {clip.digest}): restore that one"
         )
-    design, _ = build.build(own, clip)
+    design, _ = build.model_parts(own, clip)
     params, text = prompt_detector.learned(jax.tree.map(jnp.asarray, trained.params))
 
     @jax.jit
@@ -85,17 +85,17 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
             f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
             f"({trained.checkpoint}, not {clip.digest}): restore that one"
         )
-    if text_adapter.digest(c.model.language) != trained.language:
+    if build.adapter_digest(c) != trained.language:
         raise CheckpointError(
             f"{workdir} was trained with another language adapter than {c.model.language} is now: "
             "restore that one"
         )
-    design, _ = build.build(c, clip)
+    design, _ = build.model_parts(c, clip)
     empty = detector.Scores(np.zeros((0, clip.grid**2)), np.zeros(0))
     k, random = trained.calibration.k, design.dropout > 0 and "learned" in trained.params
     params = jax.tree.map(jnp.asarray, trained.params)
     scores = detector.Detector(
-        build_detector.scorer(c, clip, design), params, None, empty, k, random, clip.size
+        build_detector.score_function(c, clip, design), params, None, empty, k, random, clip.size
     )
     names = {"dataset": c.data.name, "modality": c.data.modality, "k": c.k, "seed": c.seed}
     backbone = f"{c.clip.checkpoint.rsplit('/', 1)[-1]} ({clip.digest})"
@@ -128,8 +128,8 @@ def load_start(workdir: Path) -> adapt.Start:
     if c.score.map_filter or c.score.tiles > 1:
         raise ConfigError("a site has no config.score.map_filter and tiles: train without them")
     clip = build.load_clip(c)
-    design, frozen = build.build(c, clip)
-    count = 1 + len(batches.folds(c.k, build.FOLDS))
+    design, frozen = build.model_parts(c, clip)
+    count = 1 + len(build.folds(c))
     params = build.fresh_params(c, clip, design)
     if c.learner == "meta_sgd":
         params = maml.meta_sgd(params, c.meta.inner_rate)
@@ -150,7 +150,7 @@ def site_start(
         *(clip, design, frozen, params),
         loss=partial(model.loss, design=design, weights=c.loss.to_dict()),
         inner=build.learner(c).inner(c.meta.adapt_steps),
-        apply=prompt_detector.scorer(design, build_detector.image_pool(c, clip)),
+        apply=prompt_detector.scorer(design, build_detector.image_score_of(c, clip)),
         site=adapt.Site(
             c.data.fit,
             c.data.window,

@@ -96,6 +96,11 @@ def truth_of(test: Sequence[Record]) -> list[list[Any]]:
     ]
 
 
+def key(*parts: Any) -> str:
+    """16 hex digits that name what a result is made from (values that JSON can hold)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def seal(workdir: Path, key: str) -> dict[str, Any]:
     """What metrics.json says of a finished run: what it was made from, and the files it left."""
     return {"key": key, "files": {name: _sha256(workdir / name) for name in RESULTS}}

@@ -21,7 +21,7 @@ def settings(**fields):
 
 def started(tiny, **fields) -> adapt.Start:
     c = settings(**fields)
-    design, frozen = build.build(c, tiny)
+    design, frozen = build.model_parts(c, tiny)
     params = model.init(jax.random.key(0), model=tiny, design=design, context=2, shared=False)
     return trained.site_start(c, tiny, design, frozen, params)
 
@@ -50,7 +50,7 @@ def test_without_steps_the_parameters_stay(tiny, images):
     start = started(tiny, **{"meta.adapt_steps": 0})
     ready = adapt.adapt(start, images[:2])
     tokens = jax.tree.map(lambda x: x[:2], adapt.altered_rows(start, images[:2]).features)
-    design, _ = build.build(settings(), tiny)
+    design, _ = build.model_parts(settings(), tiny)
     text = model.text_features(start.params, start.frozen, design)
     wanted = model.forward(start.params, text, tokens, design).logit
     np.testing.assert_allclose(ready.detector.calibration.patch, wanted, atol=1e-5)

@@ -36,7 +36,7 @@ def train_step(tower, learner):
     c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"learner": learner, "prompts.context": 2})
     c = config.resolve(c)
-    design, frozen = build.build(c, tower)
+    design, frozen = build.model_parts(c, tower)
     loss, optimizer = partial(model.loss, design=design, weights=WEIGHTS), optax.adam(1e-3)
     inner = step.Learner(c.learner).inner(1)
     objective = loss if learner == "joint" else step.meta_objective(loss, inner)
@@ -68,7 +68,7 @@ def scorer(tower):
     step, (state, frozen, _) = train_step(tower, "joint")
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.prompts.context = 2
-    design, _ = build.build(config.resolve(c), tower)
+    design, _ = build.model_parts(config.resolve(c), tower)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.params)
 
     def run(params, frozen, tokens):

@@ -69,7 +69,7 @@ def augmented(pool):
 
 def test_weight_zero_leaves_params_as_it_was_and_the_head_learns(tower, pool):
     off, on = settings(), settings(**{"loss.simclr": 0.3, "augment": "rotate=10"})
-    design, frozen = build.build(off, tower)
+    design, frozen = build.model_parts(off, tower)
     bare, full = (build.fresh_params(c, tower, design) for c in (off, on))
     assert set(full) - set(bare) == {"head"}
     jax.tree.map(np.testing.assert_array_equal, bare, {n: full[n] for n in bare})
@@ -102,7 +102,7 @@ def test_simclr_needs_augmentation():
 
 def test_training_with_simclr_logs_it(tmp_path, tower, pool):
     c = settings(**{"loss.simclr": 0.3, "augment": "flip=0.5", "steps": 2})
-    design, frozen = build.build(c, tower)
+    design, frozen = build.model_parts(c, tower)
     params = loop.fit(
         *(build.fresh_params(c, tower, design), frozen, [augmented(pool)], []),
         workdir=tmp_path,

@@ -87,9 +87,9 @@ def test_the_shipped_adapter_is_the_embedded_clips(compact):
 def test_it_follows_the_text_tower_wherever_text_is_encoded(compact):
     """Prompts of the model and plain ones; a tuned one stands in for the frozen one."""
     c = config_module.base("")
-    plain, frozen = build.build(c, compact, context=0)
+    plain, frozen = build.model_parts(c, compact, context=0)
     c.model.language = "embedded"
-    _, adapted = build.build(c, compact, context=0)
+    _, adapted = build.model_parts(c, compact, context=0)
     words = model.text_features({}, frozen, plain)
     new = model.text_features({}, adapted, plain)
     held = text_adapter.load("embedded", compact.digest, compact.joint)

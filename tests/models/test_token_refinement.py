@@ -28,7 +28,7 @@ def built(folder, levels, on=True):
     tower = checkpoint.load(str(folder), levels, inputs=on)
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"prompts.context": 2, "model.refine": on, "model.dropout": 0.0})
-    design, frozen = build.build(config.resolve(c), tower)
+    design, frozen = build.model_parts(config.resolve(c), tower)
     params = model.init(jax.random.key(0), tower, design, 2, False)
     return tower, design, frozen, params
 

@@ -242,7 +242,7 @@ def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
     c = config.base("k=2", conditions=("blob",))
     given = {"phrases": "ontology", "ontology_file": str(own), "init": "photo"}
     c.prompts.update(given)
-    design, _ = build_module.build(config.resolve(c), tiny)
+    design, _ = build_module.model_parts(config.resolve(c), tiny)
     assert {"signs of blob", "signs of bright blob"} < set(design.prompts.text)
     assert "signs of dim blob" not in design.prompts.text
     start = tokenize.start_ids(tiny.tokenizer, "photo", c.prompts.context, "end")

@@ -23,7 +23,7 @@ def given(tiny):
     """(loss, params, frozen, episodes) of two tasks of two rows each, without dropout."""
     c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"learner": "maml", "prompts.context": 2, "model.dropout": 0.0})
-    design, frozen = build.build(config.resolve(c), tiny)
+    design, frozen = build.model_parts(config.resolve(c), tiny)
     key, rng = jax.random.key(0), np.random.default_rng(0)
     params = model.init(key, model=tiny, design=design, context=2, shared=False)
 

@@ -124,7 +124,7 @@ def test_eight_devices_equal_one_with_dropout_and_uneven_tasks(tower, pool, lear
     optimizer, members = optax.sgd(0.1), [ALL, np.array([0, 2])][: 1 if learner == "maml" else 2]
     frozen, loss, params, results = {}, toy_loss, toy_params(tower.widths[0]), []
     if learner == "maml":
-        design, frozen = build.build(settings(learner="maml"), tower)
+        design, frozen = build.model_parts(settings(learner="maml"), tower)
         design = design._replace(dropout=0.3)
         loss = partial(model.loss, design=design, weights=WEIGHTS)
         params = model.init(jax.random.key(0), tower, design, 2, False)
