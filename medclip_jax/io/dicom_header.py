@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pydicom.config
 import pydicom.encaps
@@ -20,9 +21,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from medclip_jax.errors import DataError
-from medclip_jax.io.dicom_pixels import COLOUR, GREY, PALETTE
-from medclip_jax.io.image import MAX_BYTES, check_size, load_bytes
-from medclip_jax.io.jpeg_header import stated_size
+from medclip_jax.io.image import COLOUR, GREY, MAX_BYTES, PALETTE, check_size, load_bytes
 
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # group 0002 or 0008, where "DICM" is missing
 BITS = {1, 8, 16, 32, 64}
@@ -33,10 +32,20 @@ ENCODINGS = {  # (implicit VR, little endian) of files that do not name their tr
     (False, True): uid.ExplicitVRLittleEndian,
     (False, False): uid.ExplicitVRBigEndian,
 }
+JPEG_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0-15 without DHT, JPG, DAC; LS
+ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0-7, SOI
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="pydicom")
+
+
+class Size(NamedTuple):
+    """What a codestream says it holds."""
+
+    width: int
+    height: int
+    components: int
 
 
 def is_dicom(path: Path) -> bool:
@@ -203,3 +212,51 @@ def _check_streams(path: Path, ds: Dataset, size: tuple[int, int, int], frames: 
                 f"{stated.width} x {stated.height} x {stated.components} in its {syntax_name(ds)} "
                 "stream: it is damaged, copy it again or remove it."
             )
+
+
+def stated_size(stream: bytes) -> Size | None:
+    """Size stated by a JPEG, JPEG-LS or JPEG 2000 stream; None if it states none.
+
+    Layouts: ISO/IEC 10918-1 B.2.2 (JPEG frame header; JPEG-LS, ISO/IEC 14495-1 C.2.2, has the same)
+    and ISO/IEC 15444-1 A.5.1 (JPEG 2000 SIZ; HTJ2K has the same).
+    """
+    if stream[:2] == b"\xff\xd8":
+        return _jpeg(stream)
+    if stream[:4] == b"\xff\x4f\xff\x51":
+        return _jpeg2000(stream)
+    start = stream.find(b"\xff\x4f\xff\x51")  # inside a JP2 file
+    return _jpeg2000(stream[start:]) if start >= 0 else None
+
+
+def _jpeg(stream: bytes) -> Size | None:
+    """Walk the segments up to the frame header; entropy-coded data come only after it."""
+    offset = 2
+    while offset + 4 <= len(stream):
+        if stream[offset] != 0xFF:
+            return None
+        marker = stream[offset + 1]
+        if marker == 0xFF:  # fill byte
+            offset += 1
+            continue
+        if marker in ALONE:
+            offset += 2
+            continue
+        if marker in JPEG_FRAMES:
+            head = stream[offset + 4 : offset + 10]
+            if len(head) < 6:
+                return None
+            height, width = int.from_bytes(head[1:3]), int.from_bytes(head[3:5])
+            return Size(width, height, head[5])
+        if marker == 0xDA:  # a scan before any frame
+            return None
+        offset += 2 + max(2, int.from_bytes(stream[offset + 2 : offset + 4]))
+    return None
+
+
+def _jpeg2000(stream: bytes) -> Size | None:
+    """Marker SOC, then SIZ: length, capabilities, x, y, x offset, y offset, tiles, components."""
+    siz = stream[4:]
+    if len(siz) < 38:
+        return None
+    x, y, left, top = (int.from_bytes(siz[4 + 4 * i : 8 + 4 * i]) for i in range(4))
+    return Size(x - left, y - top, int.from_bytes(siz[36:38]))

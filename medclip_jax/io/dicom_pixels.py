@@ -12,11 +12,8 @@ from jaxtyping import Bool, Float, Num
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
-from medclip_jax.io.image import LUMA, Window
+from medclip_jax.io.image import COLOUR, GREY, LUMA, PALETTE, Window
 
-GREY = {"MONOCHROME1", "MONOCHROME2"}
-COLOUR = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
-PALETTE = "PALETTE COLOR"
 CM, REGION_2D = 3, 1  # PS3.3 C.8.5.5: unit code of centimetres, spatial format of a 2-D image
 MAX_PALETTE = 1 << 16
 HOUNSFIELD = ("", "HU", "HU_MOD", "US")  # Rescale Type of CT: none, as many scanners, or these

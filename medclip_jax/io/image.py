@@ -39,6 +39,10 @@ MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
 MAX_VOXELS = 1 << 28  # of all frames of a file or series: 1 GiB as float32
 MAX_BYTES = 1 << 30  # of a file, packed or unpacked
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: red, green, blue
+# photometric interpretations of DICOM, PS3.3 C.7.6.3.1.2
+GREY = {"MONOCHROME1", "MONOCHROME2"}
+COLOUR = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
+PALETTE = "PALETTE COLOR"
 
 
 def parse_window(text: str | None) -> Window | None:
