@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from medclip_jax import config_validation
 from medclip_jax.clip.checkpoint import Clip, load
-from medclip_jax.data import augmentation, datasets, preprocessing, splits, synthetic_variants
+from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.records import Split
 from medclip_jax.errors import ConfigError
 from medclip_jax.explain import grad_cam
@@ -57,11 +57,11 @@ def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:
     return cache.open(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, *reading)
 
 
-def synthesis(c: ConfigDict) -> synthetic_variants.Synthesis:
+def synthesis(c: ConfigDict) -> augmentation.Synthesis:
     """How the anomalous variants of the supports are made."""
     copies = augmentation.chosen(config_validation.augment(c), c.data.modality)
     partner = "support" if c.synthesis.preset == "mediclip" else "self"
-    return synthetic_variants.Synthesis(
+    return augmentation.Synthesis(
         c.synthesis.preset,
         c.synthesis.variants if c.steps else 0,
         c.seed if partner == "support" else 0,

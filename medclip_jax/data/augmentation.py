@@ -1,4 +1,6 @@
-"""Augmentation of healthy supports: flips, rotation, elastic deformation, intensity jitter.
+"""Training images from healthy supports: augmented copies, and variants with synthetic anomalies.
+
+Copies: flips, rotation, elastic deformation, intensity jitter; variants: see `synthesis.generate`.
 
 Section 4.1.3 of the paper; training only. Images are float32 in [0, 1] and show no lesion, so there
 is no mask to move; all randomness comes from the key, everything runs under jit and vmap.
@@ -16,10 +18,12 @@ import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from scipy import ndimage
 
+from medclip_jax.data.records import Record
 from medclip_jax.errors import ConfigError
+from medclip_jax.synthesis import generate
 
 VERSION = 1  # raise when the result of a key changes: the feature cache is named by it
 # Soft tissue under a probe or a coil deforms; bone, and what is compressed, does not.
@@ -38,6 +42,17 @@ class Strengths(NamedTuple):
     rotate: float = 0.0  # largest angle, degrees, to either side
     elastic: float = 0.0  # sd of the displacement, share of the side; ultrasound and MRI only
     intensity: float = 0.0  # largest change of contrast, gamma (both as log) and brightness
+
+
+class Synthesis(NamedTuple):
+    """How anomalies are made."""
+
+    preset: generate.Preset
+    variants: int  # anomalous variants per image
+    seed: int
+    partner: str  # CutPaste copies from "self" or from any "support"
+    copies: int = 0  # augmented copies per image; they and the image are what variants are made of
+    strengths: Strengths = Strengths()
 
 
 def deforms(modality: str) -> bool:
@@ -159,6 +174,36 @@ def crops(image: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "v s s"]:
         ndimage.affine_transform(image, scale, start, order=1, mode="nearest") for start in starts
     ]
     return np.stack([*views, *(view[:, ::-1] for view in views)]).astype(np.float32)
+
+
+def variants(
+    record: Record,
+    image: Float[np.ndarray, "s s"],
+    partners: Float[np.ndarray, "k s s"],
+    recipe: Synthesis,
+) -> tuple[Float[np.ndarray, "v s s"], Float[np.ndarray, "v s s"], Int[np.ndarray, " v"]]:
+    """Anomalous variants of one image: (images, masks, kinds), then its augmented copies.
+
+    Variant i is a function of (seed, image content, i) and, if partners are shared, of them. It is
+    made of the image or of a copy, in turn, so that augmentation is not learned as an anomaly.
+    """
+    name = int(record.sha256[:16], 16)
+    keys = jnp.stack([generate.key_for(recipe.seed, name, v) for v in range(recipe.variants)])
+    rng = np.random.default_rng([recipe.seed, name])
+    kinds = rng.integers(len(generate.KINDS) - 1, size=recipe.variants)
+    picks = rng.integers(len(partners), size=recipe.variants)
+    bases = copies(recipe.seed, name, image, recipe.copies, recipe.strengths)
+    images = bases[np.arange(recipe.variants) % len(bases)]
+    sources = images if recipe.partner == "self" else partners[picks]
+    changed, masks = generate.batch(keys, images, sources, kinds, recipe.preset)
+    if not recipe.copies:
+        return changed, masks, kinds
+    clean = np.full(recipe.copies, generate.KINDS.index("identity"))
+    return (
+        np.concatenate([changed, bases[1:]]),
+        np.concatenate([masks, np.zeros_like(bases[1:])]),
+        np.concatenate([kinds, clean]),
+    )
 
 
 @partial(jax.jit, static_argnums=0)

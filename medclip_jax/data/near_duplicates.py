@@ -14,7 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from medclip_jax import files
-from medclip_jax.data.records import Record, read_all
+from medclip_jax.data.records import Record
+from medclip_jax.io.read import read_all
 
 SIDE = 24  # pixels
 THRESHOLD = 0.97

@@ -1,4 +1,4 @@
-"""One image of a data set as a record, the split of records, and reading many of them.
+"""One image of a data set as a record, and the split of records.
 
 Shape letters, used in every annotation of the package:
   e episodes/tasks   n images   h w pixels (the encoder's input unless said otherwise)   f frames
@@ -6,20 +6,9 @@ Shape letters, used in every annotation of the package:
   c prompts   t text positions
 """
 
-import collections
-import concurrent.futures
-import itertools
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
-from jaxtyping import Float
-
-from medclip_jax.errors import DataError
-from medclip_jax.io import read
-from medclip_jax.io.resize import Mode, fit
 
 
 class Record(NamedTuple):
@@ -40,46 +29,6 @@ class Split(NamedTuple):
 
     support: tuple[Record, ...]
     test: tuple[Record, ...]
-
-
-def read_all(
-    records: Iterable[Record], size: int, mode: Mode = "stretch", workers: int | None = None
-) -> Iterator[tuple[Record, Float[np.ndarray, "s s"]]]:
-    """Read and resize many images, in order, on threads (Pillow decodes outside the GIL).
-
-    At most four images per worker are in memory, however slowly the caller consumes them.
-
-    Yields:
-      (record, pixels [size, size] in [0, 1]).
-
-    Raises:
-      DataError: as `io.read`, at the broken image's turn.
-    """
-    workers = workers or os.cpu_count() or 1
-    waiting = iter(records)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        running: collections.deque = collections.deque()
-
-        def submit(count: int) -> None:
-            for record in itertools.islice(waiting, count):
-                running.append((record, pool.submit(_read_fit, record, size, mode)))
-
-        submit(4 * workers)
-        while running:
-            record, future = running.popleft()
-            pixels = future.result()
-            submit(1)
-            yield record, pixels
-
-
-def _read_fit(record: Record, size: int, mode: Mode) -> Float[np.ndarray, "s s"]:
-    pixels = read.read(record.path, window=record.window).pixels
-    if pixels.shape[0] != 1:
-        raise DataError(
-            f"{record.path} holds {pixels.shape[0]} frames where one image is needed: "
-            "save the frames as files of their own."
-        )
-    return fit(pixels[0], size, mode)
 
 
 def unique(records: Iterable[Record]) -> list[Record]:

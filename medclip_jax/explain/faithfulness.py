@@ -23,7 +23,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Num
 
 from medclip_jax.clip.outputs import Features, ImageEncoder
-from medclip_jax.data import records as data_records
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors import detector as detectors_detector
@@ -32,6 +31,7 @@ from medclip_jax.detectors.detector import Detector
 from medclip_jax.distributed import sharding
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder
+from medclip_jax.io import read
 from medclip_jax.models import anomaly_map
 
 STEPS = 8  # of a deletion curve
@@ -215,7 +215,7 @@ def randomise(
     Tokens of the two encoders are kept in the feature cache, by seed.
     """
     images = np.stack(
-        [x for _, x in data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)]
+        [x for _, x in read.read_all(records, feature_cache.clip.size, feature_cache.fit)]
     )
     correlations = {}
     for name, last in (("last_block", True), ("all_blocks", False)):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
+from medclip_jax.data.augmentation import Synthesis
 from medclip_jax.data.catalog import PRESETS, RECIPES
 from medclip_jax.data.records import Split
-from medclip_jax.data.synthetic_variants import Synthesis
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import cache, training_pool
 from medclip_jax.features.cache import FeatureCache

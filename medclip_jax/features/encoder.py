@@ -10,12 +10,13 @@ from jaxtyping import Float
 
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import preprocessing, records
+from medclip_jax.data import preprocessing
 from medclip_jax.data.records import Record
 from medclip_jax.distributed import multihost, sharding
 from medclip_jax.distributed.runtime import batches, progress
 from medclip_jax.features import cache
 from medclip_jax.features.cache import FeatureCache
+from medclip_jax.io import read
 
 DEVICE_BATCH = 16  # images per call of the encoder and device; larger is not faster on a CPU
 VERSION = 1  # raise when what `encode_stacks` computes changes
@@ -32,7 +33,7 @@ def encode_images(feature_cache: FeatureCache, images: Sequence[Record]) -> int:
     share = sharding.local_rows(batch_size(feature_cache), feature_cache.mesh)
     rows = [share % len(group) for group in groups]
     needed = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
-    arriving = records.read_all(needed, feature_cache.clip.size, feature_cache.fit)
+    arriving = read.read_all(needed, feature_cache.clip.size, feature_cache.fit)
     work = zip(groups, rows, strict=True)
     for group, own in progress(work, "encode images", len(groups)):
         pixels = {i: next(arriving)[1] for i in np.unique(own)}

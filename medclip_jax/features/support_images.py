@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import augmentation, records
+from medclip_jax.data import augmentation
 from medclip_jax.data.records import Record
 from medclip_jax.features import cache, encoder, tiles
+from medclip_jax.io import read
 
 
 class Supports(NamedTuple):
@@ -68,5 +69,5 @@ def pixels(
     feature_cache: cache.FeatureCache, supports: Sequence[Record], size: int
 ) -> Float[np.ndarray, "k s s"]:
     """Pixels of the supports in a frame of `size` per side."""
-    found = {r.id: x for r, x in records.read_all(supports, size, feature_cache.fit)}
+    found = {r.id: x for r, x in read.read_all(supports, size, feature_cache.fit)}
     return np.stack([found[r.id] for r in supports])

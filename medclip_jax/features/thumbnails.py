@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import records as data_records
 from medclip_jax.data.records import Record
 from medclip_jax.distributed.runtime import batches
 from medclip_jax.features import cache
+from medclip_jax.io import read
 
 SIDE = 32  # pixels of a thumbnail
 
@@ -18,7 +18,7 @@ def load(
     feature_cache: cache.FeatureCache, records: Sequence[Record], size: int
 ) -> Iterator[Features]:
     """Thumbnails of the given images in order, `size` at a time."""
-    pixels = data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)
+    pixels = read.read_all(records, feature_cache.clip.size, feature_cache.fit)
     for group in batches((x for _, x in pixels), size):
         yield of_images(np.stack(group))
 

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import records as data_records
 from medclip_jax.data.records import Record
 from medclip_jax.distributed import multihost
 from medclip_jax.distributed.runtime import batches, progress
@@ -52,7 +51,7 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record], 
     """Fill the feature cache with the tiles of the images; returns how many images lacked them."""
     missing = cache.missing(records, lambda r: tiles_path(feature_cache, r, tiles))
     size, count = feature_cache.clip.size, tiles**2
-    arriving = data_records.read_all(missing, side(size, tiles), feature_cache.fit)
+    arriving = read.read_all(missing, side(size, tiles), feature_cache.fit)
     per = max(1, encoder.batch_size(feature_cache) // count)
     for group in progress(batches(arriving, per), "encode tiles", -(-len(missing) // per)):
         tokens = encoder.encode(feature_cache, cut(np.stack([x for _, x in group]), size, tiles))

@@ -10,14 +10,15 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import augmentation, records
+from medclip_jax.data import augmentation
+from medclip_jax.data.augmentation import Synthesis, variants
 from medclip_jax.data.records import Record
-from medclip_jax.data.synthetic_variants import Synthesis, variants
 from medclip_jax.distributed import multihost
 from medclip_jax.distributed.runtime import progress
 from medclip_jax.features import cache, encoder
 from medclip_jax.features.batch import Batch, Views
 from medclip_jax.features.cache import FeatureCache
+from medclip_jax.io import read
 from medclip_jax.synthesis import generate
 
 Tensors = Callable[[str], Any]  # name -> lazily sliced tensor of a cache file
@@ -82,7 +83,7 @@ def encode_variants(
     if not todo or not synthesis.variants:
         return 0
     size, fit = feature_cache.clip.size, feature_cache.fit
-    pixels = {r.id: x for r, x in records.read_all(images, size, fit)}
+    pixels = {r.id: x for r, x in read.read_all(images, size, fit)}
     partners = np.stack([pixels[r.id] for r in images])
     for record in progress(todo, "make variants", len(todo)):
         altered, masks, kinds = variants(record, pixels[record.id], partners, synthesis)

@@ -23,7 +23,7 @@ from medclip_jax.evaluation import predictions
 from medclip_jax.explain import boxes, grad_cam
 from medclip_jax.inference import tables
 from medclip_jax.inference.inputs import Item
-from medclip_jax.io import dicom_write, nifti_write, overlay, read
+from medclip_jax.io import dicom_write, nifti, pillow, read
 from medclip_jax.io.pillow import encode_png
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
@@ -131,7 +131,7 @@ def write(
     height, width = result.pixels.shape[1:]
     frames = [frame for one in result.parts for frame in one.frames]
     top = int(np.argmax([frame["score"] for frame in frames]))
-    picture = overlay.draw(result.pixels[top], _heat(result, top), frames[top]["boxes"])
+    picture = pillow.draw_overlay(result.pixels[top], _heat(result, top), frames[top]["boxes"])
     pictures = {"overlay.png": picture} | _cam(result, top)
     names, notes = _write_files(output, item, result, pictures, top, pseudonymise, build)
     page = {
@@ -175,7 +175,7 @@ def _write_files(
     names, notes = {}, []
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
-        nifti_write.write(output / names["map"], Path(item.paths[0]), result.codes)
+        nifti.write_nifti(output / names["map"], Path(item.paths[0]), result.codes)
     elif len(result.codes) == 1:
         contents["map.png"] = encode_png(result.codes[0])
     else:
@@ -237,7 +237,9 @@ def _cam(result: Result, frame: int) -> dict[str, UInt8[np.ndarray, "a b 3"]]:
         return {}
     square = grad_cam.to_square(np.concatenate(cams)[frame : frame + 1], CAM_SIDE)[0]
     pixels = result.pixels[frame]
-    return {"cam.png": overlay.draw(pixels, read.to_frame(square, *pixels.shape, result.fit), [])}
+    return {
+        "cam.png": pillow.draw_overlay(pixels, read.to_frame(square, *pixels.shape, result.fit), [])
+    }
 
 
 def _npz(**arrays: Sequence[np.ndarray]) -> bytes:

@@ -1,7 +1,7 @@
-"""NIfTI-1 and NIfTI-2 through nibabel: volumes in canonical orientation, and their slices.
+"""NIfTI-1 and NIfTI-2 through nibabel: slices of canonical volumes, and maps back as volumes.
 
 The header is checked before the voxels are unpacked, and a gzip stream is read to its end, so that
-its checksum is verified. Free text of a header (it may name a patient) is never returned.
+its checksum is verified. Free text of a header (it may name a patient) is never returned or copied.
 """
 
 import gzip
@@ -14,21 +14,13 @@ from typing import Literal, NamedTuple
 
 import nibabel
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, UInt16
 from nibabel import orientations
 
+from medclip_jax import files
 from medclip_jax.errors import DataError
-from medclip_jax.io.image import (
-    LUMA,
-    MAX_BYTES,
-    Image,
-    Window,
-    check_size,
-    choose,
-    load_bytes,
-    no_hounsfield,
-    stretch_to_unit,
-)
+from medclip_jax.io import image
+from medclip_jax.io.image import MAX_BYTES, Image, Window, load_bytes
 
 Axis = Literal["axial", "coronal", "sagittal"]
 AXES: dict[str, tuple[int, int, int]] = {  # canonical axis of (slices, rows, columns)
@@ -38,7 +30,13 @@ AXES: dict[str, tuple[int, int, int]] = {  # canonical axis of (slices, rows, co
 }
 MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 SINGLE, PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")  # magic letters of NIfTI-1 and NIfTI-2
+PAIR_SUFFIXES = (".hdr", ".img")
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
+MAP_SLOPE = 2.0**-16  # of written maps, uint16: a voxel is at least 0.5 exactly where its map is
+GEOMETRY = (
+    *("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d", "xyzt_units"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
 
 # nibabel prints what it repairs in a header to stderr, without the file's name: of no use to anyone
 nibabel.imageglobals.logger.setLevel(logging.CRITICAL)
@@ -87,7 +85,7 @@ def read_nifti(
     pixels = slices(volume.voxels, axis)
     low, high = float(pixels.min()), float(pixels.max())
     if window is None:
-        stretch_to_unit(pixels, low, high)
+        image.stretch_to_unit(pixels, low, high)
     else:
         if low >= 0:
             logging.warning("%s has no value below 0: are these Hounsfield units?", path)
@@ -95,7 +93,7 @@ def read_nifti(
     sizes = np.sqrt((volume.affine[:3, :3] ** 2).sum(0)) * volume.unit
     row, column = (float(sizes[a]) for a in AXES[axis][1:])
     known = np.isfinite((row, column)).all() and min(row, column) > 0
-    selected = choose(path, len(pixels), frames)
+    selected = image.choose(path, len(pixels), frames)
     return Image(pixels[selected], (row, column) if known else None, {"format": "NIfTI"})
 
 
@@ -133,9 +131,52 @@ def slices(voxels: Float[np.ndarray, "x y z *t"], axis: Axis) -> Float[np.ndarra
     return np.ascontiguousarray(turned)
 
 
-def stack(frames: Num[np.ndarray, "f h w"], axis: Axis) -> Num[np.ndarray, "x y z"]:
-    """Inverse of `slices` for one time point, a view: maps of all slices become a volume."""
-    return np.moveaxis(frames[:, ::-1, ::-1], (0, 1, 2), AXES[axis])
+def write_nifti(path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"]) -> None:
+    """Write the maps of a volume that was read as axial slices, on the voxel grid of that volume.
+
+    Args:
+      path: .nii.gz to write.
+      source: the volume that was read; of its header only the geometry is copied.
+      codes: the map of every slice of all time points in order, 2^16 times its value.
+
+    Raises:
+      WorkdirError: the disk refuses it.
+    """
+    header = _source_header(source)
+    turn = orientations.io_orientation(header.get_best_affine())
+    vertical = int(np.flatnonzero(turn[:, 0] == 2)[0])  # the source's axis from foot to head
+    depth = (*header.get_data_shape(), 1, 1)[vertical]
+    back = orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], turn)
+    volumes = [
+        orientations.apply_orientation(np.transpose(frames[:, ::-1, ::-1], (2, 1, 0)), back)
+        for frames in codes.reshape(-1, depth, *codes.shape[1:])
+    ]
+    points = (len(volumes),) if len(volumes) > 1 else ()
+    written = nibabel.Nifti1Header()
+    written.set_data_dtype(np.uint16)
+    written.set_data_shape((*volumes[0].shape, *points))
+    for name in GEOMETRY:
+        written[name] = header[name]
+    written["magic"] = b"n+1"
+    written.set_data_offset(352)
+    written.set_slope_inter(MAP_SLOPE, 0)
+    with (
+        files.writing(path, durable=False) as file,
+        gzip.GzipFile(fileobj=file, filename="", mode="wb", compresslevel=1, mtime=0) as packed,
+    ):
+        packed.write(written.binaryblock + b"\0" * 4)
+        for volume in volumes:
+            for z in range(volume.shape[2]):
+                packed.write(volume[:, :, z].tobytes(order="F"))
+
+
+def _source_header(path: Path) -> nibabel.Nifti1Header:
+    """The header of a file that was read before."""
+    if path.name.lower().endswith(PAIR_SUFFIXES):
+        return nibabel.load(path).header
+    with path.open("rb") as file:
+        raw = file.read(1 << 16)
+    return _header(path, _unpack(path, raw, HEADER_BYTES) if _is_packed(path, raw) else raw, SINGLE)
 
 
 def _volume(path: Path, hounsfield: bool) -> Volume:
@@ -143,9 +184,9 @@ def _volume(path: Path, hounsfield: bool) -> Volume:
     slope, intercept = header.get_slope_inter()
     scaled = slope is not None and (slope, intercept) != (1, 0)
     if hounsfield and (data.dtype.fields or (data.dtype.itemsize == 1 and not scaled)):
-        raise no_hounsfield(path, "its voxels have 8 bits")
+        raise image.no_hounsfield(path, "its voxels have 8 bits")
     if data.dtype.fields:
-        bands = [w * data[b].astype(np.float32) for w, b in zip(LUMA, "RGB", strict=True)]
+        bands = [w * data[b].astype(np.float32) for w, b in zip(image.LUMA, "RGB", strict=True)]
         data = bands[0] + bands[1] + bands[2]
     elif data.dtype.kind not in "iuf":
         raise DataError(f"{path} holds voxels of kind '{data.dtype}': save real numbers.")
@@ -171,7 +212,7 @@ def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     Extensions (they may hold a whole DICOM header) are not even parsed.
     """
     raw = load_bytes(path)
-    if path.name.lower().endswith((".hdr", ".img")):
+    if path.name.lower().endswith(PAIR_SUFFIXES):
         upper = path.suffix.isupper()
         header = _header(path, load_bytes(path.with_suffix(".HDR" if upper else ".hdr")), PAIR)
         raw = load_bytes(path.with_suffix(".IMG" if upper else ".img"))
@@ -191,15 +232,6 @@ def _stored(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     return header, stored.reshape(*shape, 1) if stored.ndim == 2 else stored
 
 
-def read_header(path: Path) -> nibabel.Nifti1Header:
-    """The header of a file that was read before."""
-    if path.name.lower().endswith((".hdr", ".img")):
-        return nibabel.load(path).header
-    with path.open("rb") as file:
-        raw = file.read(1 << 16)
-    return _header(path, _unpack(path, raw, HEADER_BYTES) if _is_packed(path, raw) else raw, SINGLE)
-
-
 def _is_packed(path: Path, raw: bytes) -> bool:
     """Whether the content is gzip, whatever the suffix; a .gz that is no NIfTI either should be."""
     plain = raw[344:347] == SINGLE[0] or raw[4:7] == SINGLE[1]
@@ -217,7 +249,7 @@ def _header(path: Path, raw: bytes, magics: tuple[bytes, bytes]) -> nibabel.Nift
     shape = [int(n) for n in header.get_data_shape()]
     if not 2 <= len(shape) <= 4:
         raise DataError(f"{path} has {len(shape)} axes and 2 to 4 are read: save it as 3-D.")
-    check_size(path, shape[0], shape[1], math.prod(shape[2:]))
+    image.check_size(path, shape[0], shape[1], math.prod(shape[2:]))
     return header
 
 

@@ -1,19 +1,21 @@
-"""PNG, JPEG, BMP and TIFF through Pillow: grey, colour, palette, CMYK, alpha, 8 and 16 bit, pages.
+"""PNG, JPEG, BMP and TIFF through Pillow: read as grey, written as PNG, drawn as overlays.
 
 The header is checked before anything is decoded, and whatever a decoder raises for broken bytes
 becomes one `DataError` that names the file.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import PIL.ImageOps
 import PIL.ImageSequence
 import PIL.PngImagePlugin
-from jaxtyping import Float, UInt8, UInt16
+from jaxtyping import Float, UInt8, UInt16, UInt32
 
 from medclip_jax.errors import DataError
 from medclip_jax.io.image import LUMA, Image, check_size, too_large
@@ -21,6 +23,9 @@ from medclip_jax.io.image import LUMA, Image, check_size, too_large
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 PHOTOMETRIC = 262  # TIFF tag; 0: white is zero
 COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr")
+OVERLAY_SIDE = 1024  # pixels of an overlay's longer side at most
+HEAT = 0.45  # weight of the anomaly map in an overlay
+BOX = (230, 159, 0)  # orange of Okabe and Ito
 
 PIL.PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # profiles and texts of 1 MB and more are not unusual
 
@@ -64,6 +69,37 @@ def encode_png(pixels: UInt8[np.ndarray, "h w *_"] | UInt16[np.ndarray, "h w"]) 
     buffer = BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def draw_overlay(
+    pixels: UInt8[np.ndarray, "h w"], heat: Float[np.ndarray, "h w"], boxes: list[dict]
+) -> UInt8[np.ndarray, "a b 3"]:
+    """The image in grey with the map in colour and the boxes; nothing else is drawn on it.
+
+    Args:
+      pixels: grey levels of the image.
+      heat: its anomaly map, [0, 1].
+      boxes: row0, col0, row1, col1 in pixels of the image, ends not included.
+
+    Returns:
+      RGB, shrunk to at most 1024 pixels on the longer side.
+    """
+    height, width = pixels.shape
+    scale = min(1.0, OVERLAY_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    grey, warm = PIL.Image.fromarray(pixels), PIL.Image.fromarray(heat)
+    if scale < 1:
+        grey = grey.resize(size, PIL.Image.Resampling.BOX)
+        warm = warm.resize(size, PIL.Image.Resampling.BILINEAR)
+    level = np.clip(np.asarray(warm) * 255, 0, 255).astype(np.uint8)
+    colours = _blends()[np.asarray(grey).astype(np.intp) * 256 + level]
+    picture = PIL.Image.frombuffer("RGBX", size, colours.tobytes(), "raw", "RGBX", 0, 1)
+    picture = picture.convert("RGB")
+    pen = PIL.ImageDraw.Draw(picture)
+    for box in boxes:
+        corners = [box["col0"], box["row0"], box["col1"] - 1, box["row1"] - 1]
+        pen.rectangle([round(v * scale) for v in corners], outline=BOX, width=2)
+    return np.asarray(picture)
 
 
 def _pages(path: Path, image: PIL.Image.Image, file_format: str) -> Float[np.ndarray, "f h w"]:
@@ -113,3 +149,14 @@ def _unit_float(path: Path, pixels: Float[np.ndarray, "h w"]) -> Float[np.ndarra
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise DataError(f"{path} holds floats outside [0, 1] or NaN: scale them to [0, 1] first.")
     return pixels
+
+
+@cache
+def _blends() -> UInt32[np.ndarray, " 65536"]:
+    """Colour (four bytes, the last unused) at 256 * grey + heat: looked up, not computed."""
+    import matplotlib  # slow to import
+
+    palette = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    blend = ((1 - HEAT) * np.arange(256)[:, None, None] + HEAT * palette).astype(np.uint8)
+    padded = np.concatenate([blend, np.full((256, 256, 1), 255, np.uint8)], axis=2)
+    return padded.reshape(-1, 4).copy().view(np.uint32).ravel()

@@ -3,11 +3,16 @@
 Files are untrusted: limits are in `image`, and every broken file is one `DataError` naming it.
 """
 
-from collections.abc import Iterable
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from medclip_jax.errors import DataError
 from medclip_jax.io.dicom import read_dicom, read_series
@@ -17,7 +22,7 @@ from medclip_jax.io.nifti import Axis, read_nifti
 from medclip_jax.io.pillow import read_pillow
 from medclip_jax.io.resize import Mode, fit, fit_mask, to_frame
 
-__all__ = ["SUFFIXES", "Axis", "Mode", "fit", "fit_mask", "read", "read_mask", "to_frame"]
+__all__ = ["Axis", "Mode", "fit", "fit_mask", "read", "read_all", "read_mask", "to_frame"]
 
 MASK_THRESHOLD = 127  # of 255: JPEG-like noise round 0 and 255 stays on its side
 MASK_NOISE = 16  # of 255: a darker mask is an empty one
@@ -25,6 +30,19 @@ PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM = (".dcm", ".dicom", ".ima")
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
 SUFFIXES = PILLOW + DICOM + NIFTI  # besides these, any file with the letters DICM at byte 128
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Whatever names an image file and the CT window it is read with."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def window(self) -> str: ...
+
+
+S = TypeVar("S", bound=Source)
 
 
 def read(
@@ -69,6 +87,39 @@ def read(
         f"{path} has the suffix '{path.suffix}', which cannot be read, and is not DICOM: "
         f"give one of {', '.join(SUFFIXES)}."
     )
+
+
+def read_all(
+    sources: Iterable[S], size: int, mode: Mode = "stretch"
+) -> Iterator[tuple[S, Float[np.ndarray, "s s"]]]:
+    """Read and resize many images, in order, on threads (Pillow decodes outside the GIL).
+
+    At most four images per core are in memory, however slowly the caller consumes them.
+
+    Yields:
+      (source, pixels [size, size] in [0, 1]).
+
+    Raises:
+      DataError: as `read`, at the broken image's turn; or an image of several frames.
+    """
+
+    def one(source: S) -> Float[np.ndarray, "s s"]:
+        pixels = read(source.path, window=source.window).pixels
+        if len(pixels) != 1:
+            raise DataError(
+                f"{source.path} holds {len(pixels)} frames where one image is needed: "
+                "save the frames as files of their own."
+            )
+        return fit(pixels[0], size, mode)
+
+    workers, waiting = os.cpu_count() or 1, iter(sources)
+    with ThreadPoolExecutor(workers) as pool:
+        running = deque((s, pool.submit(one, s)) for s in islice(waiting, 4 * workers))
+        while running:
+            source, future = running.popleft()
+            pixels = future.result()
+            running.extend((s, pool.submit(one, s)) for s in islice(waiting, 1))
+            yield source, pixels
 
 
 def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from medclip_jax.explain.boxes import Box
-from medclip_jax.io import overlay
+from medclip_jax.io import pillow
 
 FILES = {  # of a Picture -> of predictions.npz
     "image": "thumb",
@@ -142,7 +142,7 @@ def _cells(picture: Picture) -> list[Image.Image]:
     for box in picture.boxes:
         corners = (box.col0 * x, box.row0 * y, box.col1 * x - 1, box.row1 * y - 1)
         pen.rectangle(corners, outline="black", width=3)
-        pen.rectangle(corners, outline=overlay.BOX, width=2)
+        pen.rectangle(corners, outline=pillow.BOX, width=2)
     cells = [image.convert("RGB"), _blend(image, picture.map), marked]
     return cells + ([_blend(image, picture.cam)] if picture.cam else [])
 
@@ -150,7 +150,7 @@ def _cells(picture: Picture) -> list[Image.Image]:
 def _blend(image: Image.Image, grey: bytes) -> Image.Image:
     heat = Image.open(io.BytesIO(grey)).resize(image.size, Image.Resampling.BILINEAR)
     unit = np.asarray(heat, np.float32) / 256
-    return Image.fromarray(overlay.draw(np.asarray(image), unit, []))
+    return Image.fromarray(pillow.draw_overlay(np.asarray(image), unit, []))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax.data import preprocessing, records
+from medclip_jax.data import preprocessing
+from medclip_jax.data.augmentation import Synthesis, variants
 from medclip_jax.data.records import Record
-from medclip_jax.data.synthetic_variants import Synthesis, variants
 from medclip_jax.errors import ConfigError
 from medclip_jax.features.cache import FeatureCache
 from medclip_jax.features.training_pool import TrainingPool
+from medclip_jax.io import read
 
 BATCH = 16  # images per call of the teacher's encoder
 
@@ -73,7 +74,7 @@ def add_logits(
 ) -> TrainingPool:
     """The pool with the teacher's logits of every row, [1 + variants + copies, p] per support."""
     size, grid = feature_cache.clip.size, feature_cache.clip.grid
-    pixels = {r.id: x for r, x in records.read_all(supports, size, feature_cache.fit)}
+    pixels = {r.id: x for r, x in read.read_all(supports, size, feature_cache.fit)}
     partners = np.stack([pixels[s.id] for s in supports])
     logits = []
     for support in supports:

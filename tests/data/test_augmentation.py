@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from medclip_jax import config, config_validation
-from medclip_jax.data import augmentation, records, synthetic_variants
+from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.io import read
 from medclip_jax.synthesis import generate
 from tests.support.pictures import SYNTHESIS
 
@@ -118,11 +119,11 @@ def test_copies_are_clean_rows_behind_the_variants(feature_cache, pictures):  # 
     batch = training_pool.take(pool, support, variant)
     assert batch.label.tolist() == [0, 0, 0, 1] and not batch.mask[:3].any()
     name = int(pictures[1].sha256[:16], 16)
-    pixels = dict(records.read_all(pictures[:2], feature_cache.clip.size))
+    pixels = dict(read.read_all(pictures[:2], feature_cache.clip.size))
     bases = augmentation.copies(0, name, pixels[pictures[1]], 2, ALL)
     wanted = encoder.encode(feature_cache, bases)
     np.testing.assert_allclose(batch.features.pooled[2], wanted.pooled[2], atol=1e-5)
-    images, masks, _ = synthetic_variants.variants(
+    images, masks, _ = augmentation.variants(
         pictures[1], pixels[pictures[1]], np.stack(list(pixels.values())), recipe
     )
     # variant v is made of base v mod 3, so it differs from it only where the mask says

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from medclip_jax import config_validation
-from medclip_jax.data import records as data_records
 from medclip_jax.detectors import detector, pixel_baselines
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features import cache, support_images, thumbnails
+from medclip_jax.io import read
 from tests.support.pictures import one_device, write_pictures
 from tests.support.scenes import score
 
@@ -28,7 +28,7 @@ def build(method, feature_cache, supports):
 
 
 def pixels(feature_cache, records):
-    images = data_records.read_all(records, feature_cache.clip.size, feature_cache.fit)
+    images = read.read_all(records, feature_cache.clip.size, feature_cache.fit)
     return np.stack([x for _, x in images])
 
 

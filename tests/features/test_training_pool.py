@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from medclip_jax.data import records, synthetic_variants
+from medclip_jax.data import augmentation
 from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.io import read
 from tests.support.pictures import SYNTHESIS, opened
@@ -59,7 +59,7 @@ def test_variants_do_not_depend_on_the_other_supports(tmp_path, tiny, pictures):
 def test_variants_differ_from_the_image_where_the_mask_says(feature_cache, pictures):
     pixels = read.fit(read.read(pictures[0].path).pixels[0], 32)
     recipe = SYNTHESIS._replace(variants=6)
-    images, masks, kinds = synthetic_variants.variants(pictures[0], pixels, pixels[None], recipe)
+    images, masks, kinds = augmentation.variants(pictures[0], pixels, pixels[None], recipe)
     assert set(kinds) <= {0, 1, 2}
     assert masks.any((1, 2)).mean() > 0.5
     unmasked = np.where(masks > 0, 0, np.abs(images - pixels[None]))
@@ -94,12 +94,10 @@ def test_take_gives_the_rows_of_the_files(feature_cache, pictures):
         np.testing.assert_array_equal(batch.features.pooled[row], tokens.pooled[number])
         for own, level in zip(batch.features.levels, tokens.levels, strict=True):
             np.testing.assert_array_equal(own[row], level[number])
-    pixels = dict((r.id, x) for r, x in records.read_all(supports, 32, "stretch"))
+    pixels = dict((r.id, x) for r, x in read.read_all(supports, 32, "stretch"))
     for row in (0, 2):
         image = pixels[supports[support[row]].id]
-        _, masks, _ = synthetic_variants.variants(
-            supports[support[row]], image, image[None], SYNTHESIS
-        )
+        _, masks, _ = augmentation.variants(supports[support[row]], image, image[None], SYNTHESIS)
         np.testing.assert_array_equal(batch.mask[row], masks[variant[row]])
     assert not batch.mask[[1, 3]].any() and batch.mask[[0, 2]].any()
 

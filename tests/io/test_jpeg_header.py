@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax.io.jpeg_header import Size, stated_size
+from medclip_jax.io.dicom_header import Size, stated_size
 
 SIZ = bytes.fromhex("ff4fff51") + (47).to_bytes(2) + bytes(2)
 

@@ -10,7 +10,6 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
-from medclip_jax.data import records as data_records
 from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError
 from medclip_jax.io import read
@@ -222,7 +221,7 @@ def test_pages_of_a_tiff_are_frames(tmp_path, rng):
     with pytest.raises(DataError, match=r"a\.tif has 3 frame\(s\) and 2 to 4"):
         read.read(tmp_path / "a.tif", frames=(2, 4))
     with pytest.raises(DataError, match="3 frames where one image is needed"):
-        next(data_records.read_all([record(tmp_path / "a.tif")], 8))
+        next(read.read_all([record(tmp_path / "a.tif")], 8))
 
 
 def test_pages_of_several_sizes_are_refused(tmp_path, rng):
@@ -279,7 +278,7 @@ def test_missing_mask(tmp_path):
 # ---------------------------------------------------------------- many images
 
 
-def test_read_all_keeps_order_and_holds_few(tmp_path, rng):
+def test_read_all_keeps_order_and_holds_few(tmp_path, rng, monkeypatch):
     for i in range(30):
         save(tmp_path / f"{i}.png", grey(rng, 10 + i, 12))
     taken = []
@@ -289,7 +288,8 @@ def test_read_all_keeps_order_and_holds_few(tmp_path, rng):
             taken.append(i)
             yield record(tmp_path / f"{i}.png")
 
-    stream = data_records.read_all(records(), 16, "pad", workers=2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    stream = read.read_all(records(), 16, "pad")
     first, pixels = next(stream)
     assert first.id == "0.png" and len(taken) <= 9
     np.testing.assert_array_equal(pixels, read.fit(read.read(first.path).pixels[0], 16, "pad"))
@@ -299,7 +299,7 @@ def test_read_all_keeps_order_and_holds_few(tmp_path, rng):
 def test_read_all_stops_at_the_broken_image(tmp_path, rng):
     save(tmp_path / "0.png", grey(rng))
     (tmp_path / "1.png").write_bytes(b"broken")
-    stream = data_records.read_all([record(tmp_path / f"{i}.png") for i in range(2)], 16)
+    stream = read.read_all([record(tmp_path / f"{i}.png") for i in range(2)], 16)
     assert next(stream)[0].id == "0.png"
     with pytest.raises(DataError, match=r"1\.png"):
         next(stream)

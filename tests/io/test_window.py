@@ -9,7 +9,7 @@ import PIL.Image
 import pydicom
 import pytest
 
-from medclip_jax.data import check, datasets, records
+from medclip_jax.data import check, datasets
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
 from medclip_jax.io.image import WINDOWS, Window, parse_window
@@ -101,7 +101,7 @@ def test_a_data_set_in_a_window(tmp_path):
             noise = np.random.default_rng(len(part) + i).integers(0, 80, HOUNSFIELD.shape)
             ct(root / part / f"{i}.dcm", noise)
     loaded = datasets.load("folder", root, tmp_path / "cache", window="brain")
-    for record, pixels in records.read_all(loaded, 6):
+    for record, pixels in read.read_all(loaded, 6):
         assert record.window == "brain"
         whole = read.read(record.path, window="brain").pixels[0]
         np.testing.assert_array_equal(pixels, read.fit(whole, 6))

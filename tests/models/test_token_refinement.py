@@ -7,7 +7,7 @@ import pytest
 
 from medclip_jax import build, config, trained
 from medclip_jax.clip import checkpoint, layers
-from medclip_jax.data import synthetic_variants
+from medclip_jax.data import augmentation
 from medclip_jax.detectors import saved
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder, training_pool
@@ -119,7 +119,7 @@ def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictu
         encoder.encode_images(feature_cache, pictures[:2])
     plain, full = (next(cache.load_images(b, pictures[:2], 2)) for b in feature_caches)
     assert plain.inputs == () and [x.shape for x in full.inputs] == [(2, 17, 32)] * 2
-    recipe = synthetic_variants.Synthesis("medclip", 2, 0, "self")
+    recipe = augmentation.Synthesis("medclip", 2, 0, "self")
     pool = training_pool.open(feature_caches[1], pictures[:2], recipe)
     taken = training_pool.take(pool, np.array([1, 0]), np.array([-1, 1])).features
     np.testing.assert_array_equal(taken.inputs[1][0], full.inputs[1][1])

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from medclip_jax.clip import checkpoint
-from medclip_jax.data import synthetic_variants
+from medclip_jax.data import augmentation
 from medclip_jax.data.records import Record
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder
 
-SYNTHESIS = synthetic_variants.Synthesis("medclip", 2, 0, "self")
+SYNTHESIS = augmentation.Synthesis("medclip", 2, 0, "self")
 
 
 @pytest.fixture(scope="session")

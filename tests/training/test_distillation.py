@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import config, train
-from medclip_jax.data import synthetic_variants
+from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import training_pool
@@ -62,7 +62,7 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
         return tiles.mean((2, 4)).reshape(len(images), -1)
 
     feature_cache = opened(tmp_path, tiny)
-    recipe = synthetic_variants.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
+    recipe = augmentation.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
     supports = pictures[:2]
     plain = training_pool.open(feature_cache, supports, recipe)
     teacher = distillation.Teacher(size, (), logits)
