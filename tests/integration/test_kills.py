@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support import content
 from tests.support.paths import ROOT
-from tests.support.runs import EVERY, STEPS, World, finished, world  # noqa: F401
+from tests.support.runs import EVERY, EXPLAINED, STEPS
 
 PATIENCE = 300  # seconds
 IMAGES = 40
@@ -49,7 +49,7 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def test_a_training_that_is_killed_in_every_stage_loses_nothing(world, whole, tmp_path):  # noqa: F811
+def test_a_training_that_is_killed_in_every_stage_loses_nothing(world, whole, tmp_path):
     rng, workdir, cache = np.random.default_rng(0), tmp_path / "killed", tmp_path / "cache"
     moments = {
         "features": lambda: len(list(cache.rglob("*"))) >= rng.integers(1, 25),
@@ -57,17 +57,12 @@ def test_a_training_that_is_killed_in_every_stage_loses_nothing(world, whole, tm
         "checkpoint": lambda: newest(workdir) >= STEPS // 2 // EVERY * EVERY,
         "scoring": lambda: newest(workdir) >= STEPS,
     }
-    flags = [f"--config.cache={cache}"]
+    flags = [*EXPLAINED, f"--config.cache={cache}"]
     for stage, reached in moments.items():
         longest = {"scoring": 3.0, "checkpoint": 0.02}.get(stage, 0.1)
         kill(world.start(workdir, *flags), reached, rng.uniform(0, longest))
     finish(world.start(workdir, *flags))
     assert content.of_run(workdir) == content.of_run(whole)
-
-
-@pytest.fixture
-def whole(tmp_path_factory) -> Path:
-    return finished(tmp_path_factory.getbasetemp()).workdir
 
 
 def test_a_prediction_that_is_killed_loses_nothing(whole, tmp_path):
@@ -91,7 +86,7 @@ def test_a_prediction_that_is_killed_loses_nothing(whole, tmp_path):
     assert content.of_prediction(cut) == content.of_prediction(tmp_path / "undisturbed")
 
 
-def test_a_sweep_that_is_killed_loses_nothing(world, tmp_path):  # noqa: F811
+def test_a_sweep_that_is_killed_loses_nothing(world, tmp_path):
     fields = {"data.root": world.data, "clip.checkpoint": world.clip, "steps": 30}
     fields |= {"synthesis.variants": 2, "score.passes": 2, "explanation.count": 0}
 
