@@ -26,6 +26,7 @@ from medclip_jax.features import (
     tiles,
     training_pool,
 )
+from medclip_jax.io.image import parse_window
 from medclip_jax.models import losses, model, prompt_sets, text_adapter, token_refinement
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.prompts import Prompts
@@ -44,6 +45,7 @@ def load_clip(c: ConfigDict) -> Clip:
 
 def load_split(c: ConfigDict) -> Split:
     """Supports and test images of the data set."""
+    parse_window(c.data.window)  # a wrong one is an error before anything is read
     root = Path(c.data.root) if c.data.root else None
     meaning = {"uncertain": c.data.uncertain, "window": c.data.window}
     records = datasets.load(c.data.name, root, Path(c.cache), c.k, **meaning)

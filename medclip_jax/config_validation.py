@@ -3,7 +3,6 @@
 from typing import Any
 
 from medclip_jax.errors import ConfigError
-from medclip_jax.io.image import parse_window
 
 METHODS = ("ours", "paper", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED_METHODS = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing is trained
@@ -133,7 +132,6 @@ def check(c: Any) -> None:
             )
     for name, limits in RANGES.items():
         _in_range(name, _field(c, name), limits)
-    parse_window(c.data.window)
     augment(c)
     cluster(c.distributed)
     if c.k == 0 and c.method != "zero_shot":
