@@ -15,10 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax import trained
-from medclip_jax.detectors import map_filter
+from medclip_jax.detectors import calibration, map_filter
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
-from medclip_jax.evaluation import predictions
 from medclip_jax.explain import boxes as explain_boxes
 from medclip_jax.inference import adapt as inference_adapt
 from medclip_jax.inference import predict as inference_predict
@@ -125,7 +124,7 @@ def _prediction(
     scores: BatchScores, i: int, shape: tuple[int, ...], fit: io_read.Mode
 ) -> Prediction:
     height, width = shape
-    small = predictions.half_precision(scores.maps[i]).astype(np.float32)  # as in files
+    small = calibration.half_precision(scores.maps[i]).astype(np.float32)  # as in files
     heat = io_read.to_frame(small, height, width, fit)
     return Prediction(
         float(scores.score[i]),

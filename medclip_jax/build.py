@@ -28,8 +28,8 @@ from medclip_jax.features import (
 )
 from medclip_jax.io.image import parse_window
 from medclip_jax.models import losses, model, prompt_sets, text_adapter, token_refinement
-from medclip_jax.prompts import tokenize
-from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.prompts import ontology, tokenize
+from medclip_jax.prompts.tokenize import Prompts
 from medclip_jax.training import batches, distillation, loop, validation
 from medclip_jax.training.step import Learner
 
@@ -197,17 +197,17 @@ def prompts_of(
     c: ConfigDict, clip: Clip, context: int, modality: str, anatomy: str, conditions
 ) -> Prompts:
     """The prompts of a data set that shows this, made as the config says."""
+    words = tokenize.Words((anatomy,), tuple(conditions), (modality,))
+    if c.prompts.phrases == "ontology":
+        table = ontology.load(c.prompts.ontology_file)
+        words = ontology.expand(table, conditions, anatomy, modality, SYNONYMS)
     return tokenize.build(
         clip.tokenizer,
         clip.eos_id,
         phrases=c.prompts.phrases,
-        anatomy=anatomy,
-        conditions=conditions,
-        modality=modality,
+        words=words,
         context=context,
         position=c.prompts.position,
         init=c.prompts.init,
-        synonyms=SYNONYMS,
-        ontology_file=c.prompts.ontology_file,
         positions=clip.positions,
     )

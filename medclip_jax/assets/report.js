@@ -166,7 +166,9 @@
     if (current !== i) return; // another image was opened meanwhile
     loaded = { base, entry, map: map && coloured(map), mask: mask && outline(mask),
       cam: cam && coloured(cam), deviation: deviation && coloured(deviation) };
-    at("cam-caption").textContent = cam ? report.cam : `${report.cam}: this method has none`;
+    const empty = cam && bytes(cam)[2].data.every((value, k) => k % 4 === 3 || value === 0);
+    at("cam-caption").textContent = !cam ? `${report.cam}: this method has none`
+      : empty ? `${report.cam} is empty: it marks no patch of this image.` : report.cam;
     at("deviation-panel").hidden = !deviation;
     draw();
     at("viewer").dataset.shown = i;

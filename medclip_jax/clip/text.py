@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from medclip_jax.clip import layers
-from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.prompts.tokenize import Prompts
 
 
 class Embeddings(nn.Module):

@@ -275,3 +275,10 @@ def _finite(values: np.ndarray, name: str, least: int = 1) -> Float[np.ndarray, 
     if len(bad):
         raise DataError(f"The score of {name} {bad[0]} is {values[bad[0]]}; check that image.")
     return values
+
+
+def half_precision(heat: Float[np.ndarray, "*n h w"]) -> Float[np.ndarray, "*n h w"]:
+    """Unit maps as float16; what is below 0.5 stays below, so every decision stays the same."""
+    below = np.nextafter(np.float16(0.5), np.float16(0))
+    small = heat.astype(np.float16)
+    return np.where((heat < 0.5) & (small >= 0.5), below, small)

@@ -101,6 +101,20 @@ def spread(tree: PyTree, mesh: Mesh) -> tuple[PyTree, Bool[Array, " n"]]:
     return place(own, mesh), valid_rows(n, mesh)
 
 
+def fill_rows(tree: PyTree, rows: int) -> tuple[PyTree, int]:
+    """Rows on this process's devices, the last repeated up to a multiple of `rows`; how many.
+
+    Raises:
+        ValueError: there are more than `rows`.
+    """
+    n = len(jax.tree.leaves(tree)[0])
+    if n > rows:
+        raise ValueError(f"{n} rows do not fit in {rows}")
+    index = np.minimum(np.arange(rows), n - 1)
+    full = jax.tree.map(lambda x: np.asarray(x)[index], tree)
+    return spread(full, mesh(jax.local_devices()))[0], n
+
+
 def fetch(tree: PyTree, n: int) -> PyTree:
     """The first `n` rows of placed arrays, as numpy arrays in every process.
 

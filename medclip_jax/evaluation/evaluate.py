@@ -15,7 +15,7 @@ from medclip_jax.detectors import calibration as detectors_calibration
 from medclip_jax.detectors import map_filter
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
-from medclip_jax.distributed import multihost
+from medclip_jax.distributed import multihost, sharding
 from medclip_jax.distributed.runtime import progress
 from medclip_jax.evaluation import (
     bootstrap,
@@ -24,10 +24,9 @@ from medclip_jax.evaluation import (
     pixel_metrics,
     uncertainty,
 )
-from medclip_jax.evaluation import predictions as evaluation_predictions
 from medclip_jax.evaluation.metrics import MetricError
-from medclip_jax.evaluation.predictions import Predictions
-from medclip_jax.explain import faithfulness, grad_cam
+from medclip_jax.evaluation.predictions import Predictions, Scored
+from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache
 from medclip_jax.io import read
 
@@ -45,7 +44,7 @@ def score_images(
     passes: int,
     seed: int,
     folder: Path | None = None,
-) -> evaluation_predictions.Scored:
+) -> Scored:
     """Scores and Grad-CAM of the test set. Labels are not read.
 
     Args:
@@ -61,7 +60,7 @@ def score_images(
     parts = []
     groups = (detector.read or cache.load_images)(feature_cache, mine, BATCH)
     for i, batch in enumerate(progress(groups, "score", -(-len(mine) // BATCH))):
-        batch, n = faithfulness.filled(batch, BATCH)  # one shape, whatever is left for the last
+        batch, n = sharding.fill_rows(batch, BATCH)  # one shape, whatever is left for the last
         records = mine[i * BATCH : i * BATCH + n]
         raw, cams = explained(detector, batch, keys, how)
         raw = jax.tree.map(lambda x, n=n: x[:n], raw)
@@ -70,7 +69,7 @@ def score_images(
         if calibration.filter.min_area_mm2:
             mm2 = list(map_filter.areas(records, detector.size, feature_cache.fit))
         scores = finish(raw, calibration, mm2)
-        maps[i * BATCH : i * BATCH + n] = evaluation_predictions.half_precision(scores.maps)
+        maps[i * BATCH : i * BATCH + n] = detectors_calibration.half_precision(scores.maps)
         parts.append((scores._replace(maps=np.zeros(n)), cams[:n]))
     scores, cams = multihost.gather(jax.tree.map(lambda *x: np.concatenate(x), *parts), len(test))
     grid = round(scores.patch_mean.shape[1] ** 0.5)
@@ -88,9 +87,7 @@ def score_images(
         columns = [*uncertainty.of_passes(scores.passes.T)]
         columns += [scores.folds.std(1)] if scores.folds.shape[1] > 1 else []
         measures = dict(zip(uncertainty.NAMES, columns, strict=False))
-    return evaluation_predictions.Scored(
-        predictions, calibration, cams if cams.any() else None, measures
-    )
+    return Scored(predictions, calibration, cams if cams.any() else None, measures)
 
 
 def explained(detector: Detector, batch: Features, keys, how: grad_cam.Explanation):
@@ -123,7 +120,7 @@ def check_finite(records: Sequence[Record], raw: Raw) -> None:
 
 
 def measure(
-    scored: evaluation_predictions.Scored,
+    scored: Scored,
     test: Sequence[Record],
     fit: read.Mode,
     folder: Path | None = None,
@@ -164,7 +161,7 @@ def measure(
 
 
 def of_pixels(
-    scored: evaluation_predictions.Scored,
+    scored: Scored,
     test: Sequence[Record],
     fit: read.Mode,
     folder: Path | None = None,
@@ -194,4 +191,4 @@ def of_pixels(
         "boundary_tolerance": TOLERANCE,
     }
     why = None if scored.cams is None else scored.cams[known]
-    return pixel, measured.averaged(), counts, faithfulness.pointing(maps, why, masks)
+    return pixel, measured.averaged(), counts, pixel_metrics.pointing(maps, why, masks)

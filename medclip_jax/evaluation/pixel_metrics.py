@@ -10,16 +10,21 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Bool, Float, Num, Shaped
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
-from medclip_jax.evaluation import metrics, surface_distance
+from medclip_jax.evaluation import metrics
 from medclip_jax.evaluation.metrics import MetricError
+from medclip_jax.io import resize
 
 BINS = 2**20  # of all images together; 24 MB
 IMAGE_BINS = 512  # of one image's histogram, for the bootstrap; 0.5 is an edge
 DISTANCES = ("hausdorff", "hausdorff95", "boundary_f1")
 COLUMNS = ("tp", "tn", "fp", "fn", *DISTANCES)
+
+
+Distances = tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]]
 
 
 class PixelMetrics:
@@ -61,13 +66,13 @@ class PixelMetrics:
         for row, (where, weight) in enumerate([(normal, 1.0), (lesion, 1.0), (lesion, weights)]):
             np.add.at(self.counts[row], where, weight)
         predicted = values >= self.threshold
-        distances = surface_distance.surface_distances(predicted, mask, spacing)
+        distances = surface_distances(predicted, mask, spacing)
         self.rows.append(
             (
                 *metrics.confusion(predicted, mask),
-                surface_distance.hausdorff(distances),
-                surface_distance.hausdorff95(distances),
-                surface_distance.boundary_f1(distances, self.tolerance),
+                hausdorff(distances),
+                hausdorff95(distances),
+                boundary_f1(distances, self.tolerance),
             )
         )
         coarse = BINS // IMAGE_BINS
@@ -140,6 +145,95 @@ def pixel_level(
     for (values, mask), size in zip(zip(maps, masks, strict=True), sizes, strict=False):
         measured.add(values, mask, size)
     return measured.pooled()
+
+
+def pointing(
+    maps: Iterable[Float[np.ndarray, "h w"]],
+    cams: Float[np.ndarray, "n p"] | None,
+    masks: Iterable[Bool[np.ndarray, "h w"]],
+) -> dict[str, dict[str, float | int]] | None:
+    """Of map and Grad-CAM: hit, chance, n, empty; None if no image has a lesion mask.
+
+    Hit is the mean share of a map's largest values that lie in the mask, chance the mean share of
+    the image that the mask covers (Zhang, 2018). A map without any positive value points nowhere:
+    it is a miss, and `empty` counts these.
+
+    Args:
+        maps: unit scores, in the frame of the masks.
+        cams: a value per patch, None where there is no Grad-CAM.
+        masks: True in lesions; an image without any is left out.
+    """
+    hits: dict[str, list[float]] = {"map": [], "grad_cam": []}
+    empty = dict.fromkeys(hits, 0)
+    chances = []
+    for i, (heat, mask) in enumerate(zip(maps, masks, strict=True)):
+        if not mask.any():
+            continue
+        chances.append(mask.mean())
+        each = {"map": heat}
+        if cams is not None:
+            each["grad_cam"] = resize.to_square(cams[i : i + 1], len(mask))[0]
+        for name, values in each.items():
+            hits[name].append(mask[values == values.max()].mean() if values.max() > 0 else 0.0)
+            empty[name] += int(values.max() <= 0)
+    return {
+        name: {
+            "hit": float(np.mean(values)),
+            "chance": float(np.mean(chances)),
+            "n": len(values),
+            "empty": empty[name],
+        }
+        for name, values in hits.items()
+        if values
+    } or None
+
+
+# --- distances between outlines: MONAI's conventions for empty masks ----------------------------
+
+
+def surface_distances(
+    predicted: Bool[np.ndarray, "h w"],
+    mask: Bool[np.ndarray, "h w"],
+    spacing: tuple[float, float] = (1.0, 1.0),
+) -> Distances:
+    """Distance of each predicted outline pixel to the mask's outline, and the reverse.
+
+    An outline pixel has a 4-neighbour that is background or outside the image. Distances are
+    Euclidean between pixel centres, in the unit of `spacing` (row, column). Where one of the two
+    is empty the distances of the other are inf; an empty one has no distances.
+    """
+    a, b = (np.argwhere(x & ~ndimage.binary_erosion(x)) * spacing for x in (predicted, mask))
+    if len(a) == 0 or len(b) == 0:
+        return np.full(len(a), np.inf), np.full(len(b), np.inf)
+    return cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]
+
+
+def hausdorff(distances: Distances) -> float:
+    """Largest of both directions: inf if one mask is empty, NaN if both are."""
+    return float(np.concatenate(distances).max()) if any(map(len, distances)) else float("nan")
+
+
+def hausdorff95(distances: Distances) -> float:
+    """Larger of the two 95th percentiles (linear interpolation); NaN if either mask is empty.
+
+    Pooling both directions first, as medpy does, gives another number.
+    """
+    if not all(map(len, distances)):
+        return float("nan")
+    return float(max(np.percentile(d, 95) for d in distances))
+
+
+def boundary_f1(distances: Distances, tolerance: float) -> float:
+    """F1 of the outline within `tolerance` (unit of the distances), [0, 1].
+
+    Precision is the share of predicted outline pixels near the mask's outline, recall the reverse.
+    1 if both masks are empty, 0 if one is.
+    """
+    if not all(map(len, distances)):
+        return float(not any(map(len, distances)))
+    precision, recall = (float(np.mean(d <= tolerance)) for d in distances)
+    total = precision + recall
+    return 2 * precision * recall / total if total else 0.0
 
 
 def _checked(values: np.ndarray, mask: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:

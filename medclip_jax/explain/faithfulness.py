@@ -12,7 +12,7 @@ Labels and masks are read here: call it after scoring. The score of the map is t
 share, which Grad-CAM explains, as a unit value: 0.5 is the pixel threshold.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -36,39 +36,6 @@ from medclip_jax.models import anomaly_map
 
 STEPS = 8  # of a deletion curve
 ROWS = 32  # of a scoring call, as evaluate.BATCH: nothing is compiled twice
-
-
-def pointing(
-    maps: Iterable[Float[np.ndarray, "h w"]],
-    cams: Float[np.ndarray, "n p"] | None,
-    masks: Iterable[Bool[np.ndarray, "h w"]],
-) -> dict[str, dict[str, float | int]] | None:
-    """Of map and Grad-CAM: hit, chance, n; None if no image has a lesion mask.
-
-    Hit is the mean share of a map's largest values that lie in the mask, chance the mean share of
-    the image that the mask covers (Zhang, 2018).
-
-    Args:
-        maps: unit scores, in the frame of the masks.
-        cams: a value per patch, None where there is no Grad-CAM.
-        masks: True in lesions; an image without any is left out.
-    """
-    hits: dict[str, list[float]] = {"map": [], "grad_cam": []}
-    chances = []
-    for i, (heat, mask) in enumerate(zip(maps, masks, strict=True)):
-        if not mask.any():
-            continue
-        chances.append(mask.mean())
-        hits["map"].append(mask[heat == heat.max()].mean())
-        if cams is not None:
-            cam = grad_cam.to_square(cams[i : i + 1], len(mask))[0]
-            hits["grad_cam"].append(mask[cam == cam.max()].mean())
-    chance = float(np.mean(chances)) if chances else 0.0
-    return {
-        name: {"hit": float(np.mean(values)), "chance": chance, "n": len(values)}
-        for name, values in hits.items()
-        if values
-    } or None
 
 
 def of_model(
@@ -122,24 +89,10 @@ def explain(
     detector: Detector, tokens: Features, how: grad_cam.Explanation
 ) -> dict[str, np.ndarray]:
     """Map and Grad-CAM of each image, [n, p]."""
-    batch, n = filled(tokens)
+    batch, n = sharding.fill_rows(tokens, ROWS)
     cams = grad_cam.cam(detector, batch, **how._asdict())[:n]
     patch = detectors_detector.score(detector, batch).patch
     return {"map": np.asarray(patch, np.float64)[:n], "grad_cam": cams}
-
-
-def filled(tokens: Features, rows: int = ROWS) -> tuple[Features, int]:
-    """The rows on this process's devices, the last repeated up to a multiple of `rows`; how many.
-
-    Raises:
-        ValueError: there are more than `rows`.
-    """
-    n = len(tokens.pooled)
-    if n > rows:
-        raise ValueError(f"{n} rows do not fit in {rows}")
-    index = np.minimum(np.arange(rows), n - 1)
-    local = sharding.mesh(jax.local_devices())
-    return sharding.spread(jax.tree.map(lambda x: np.asarray(x)[index], tokens), local)[0], n
 
 
 def deletion(
@@ -165,7 +118,7 @@ def deletion(
     for i in range(len(tokens.pooled)):
         ranks = np.stack([np.argsort(np.argsort(-o[i], kind="stable")) for o in orders.values()])
         gone = (ranks[:, None] < counts[None, :, None]).reshape(-1, patches)  # [order x step, p]
-        rows, _ = filled(replaced(tokens, healthy, i, gone))
+        rows, _ = sharding.fill_rows(replaced(tokens, healthy, i, gone), ROWS)
         values = detectors_detector.score(detector, rows).patch
         pooled = anomaly_map.image_score(values, max(top, grad_cam.LEAST_TOP))
         raw = np.asarray(pooled)[: len(gone)]

@@ -9,14 +9,13 @@ close to the map itself: it shows agreement, not independent evidence.
 import logging
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.detectors.detector import Detector
 from medclip_jax.errors import UserError
 from medclip_jax.io import resize
 from medclip_jax.models import anomaly_map
@@ -34,12 +33,22 @@ class Explanation(NamedTuple):
     top: float = LEAST_TOP
 
 
+@runtime_checkable
+class Differentiable(Protocol):
+    """What is read of a `detectors.detector.Detector`."""
+
+    @property
+    def apply(self) -> Callable: ...
+    @property
+    def params(self) -> Any: ...
+
+
 class NoGradientError(UserError):
     """The score does not depend on the layer."""
 
 
 def cam(
-    detector: Detector,
+    detector: Differentiable,
     features: Features,
     *,
     method: Method = "grad_cam",
@@ -63,7 +72,7 @@ def cam(
 
 
 def gradients(
-    detector: Detector, features: Features, layer: int, top: float
+    detector: Differentiable, features: Features, layer: int, top: float
 ) -> Float[Array, "n p d"]:
     """Gradients of the scores with respect to a layer, arguments as of `cam`; can be traced."""
     static = detector.apply, layer, max(top, LEAST_TOP)
@@ -83,7 +92,7 @@ def weigh(
     raw = METHODS[method](np.asarray(features.levels[layer]), slopes)[1]
     finest = max(x.shape[1] for x in features.levels)
     if raw.shape[1] < finest:
-        raw = to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
+        raw = resize.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
     return unit(raw).astype(np.float32)
 
 
@@ -153,13 +162,3 @@ def unit(raw: Float[np.ndarray, "n *_"]) -> Float[np.ndarray, "n *_"]:
     positive = np.maximum(raw, 0)
     positive = positive - positive.min(axes, keepdims=True)
     return positive / (1e-7 + positive.max(axes, keepdims=True))
-
-
-def to_square(patch: Num[np.ndarray, "n p"], size: int) -> Float[np.ndarray, "n s s"]:
-    """A value per patch (square grid, row-major) -> pixels, bilinear with pixel centres at halves.
-
-    The anomaly map itself aligns corners instead.
-    """
-    grid = round(patch.shape[1] ** 0.5)
-    squares = np.asarray(patch, np.float32).reshape(-1, grid, grid)
-    return np.stack([resize.to_frame(square, size, size) for square in squares])

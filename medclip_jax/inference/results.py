@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from medclip_jax import files
+from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
-from medclip_jax.evaluation import predictions
-from medclip_jax.explain import boxes, grad_cam
+from medclip_jax.explain import boxes
 from medclip_jax.inference import tables
 from medclip_jax.inference.inputs import Item
-from medclip_jax.io import dicom_write, nifti, pillow, read
+from medclip_jax.io import dicom_write, nifti, pillow, read, resize
 from medclip_jax.io.pillow import encode_png
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
@@ -71,7 +71,7 @@ def part(
         fit: how the image was brought to the encoder frame.
         cams: Grad-CAM of the patches, if it is wanted.
     """
-    scores = scores._replace(maps=predictions.half_precision(scores.maps))
+    scores = scores._replace(maps=calibration.half_precision(scores.maps))
     frames, heat = [], None
     for i, small in enumerate(scores.maps):
         heat = frame_map(small, codes.shape[1:], fit)
@@ -235,7 +235,7 @@ def _cam(result: Result, frame: int) -> dict[str, UInt8[np.ndarray, "a b 3"]]:
     cams = [one.cams for one in result.parts if one.cams is not None and one.cams.size]
     if not cams:
         return {}
-    square = grad_cam.to_square(np.concatenate(cams)[frame : frame + 1], CAM_SIDE)[0]
+    square = resize.to_square(np.concatenate(cams)[frame : frame + 1], CAM_SIDE)[0]
     pixels = result.pixels[frame]
     return {
         "cam.png": pillow.draw_overlay(pixels, read.to_frame(square, *pixels.shape, result.fit), [])

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 
 Mode = Literal["stretch", "pad"]
 
@@ -42,6 +42,16 @@ def to_frame(
     top, left, rows, columns = _box(height, width, heat.shape[0], mode)
     inside = heat[top : top + rows, left : left + columns].astype(np.float32)
     return _resize(inside, height, width, PIL.Image.Resampling.BILINEAR)
+
+
+def to_square(patch: Num[np.ndarray, "n p"], size: int) -> Float[np.ndarray, "n s s"]:
+    """A value per patch (square grid, row-major) -> pixels, bilinear with pixel centres at halves.
+
+    The anomaly map itself aligns corners instead.
+    """
+    grid = round(patch.shape[1] ** 0.5)
+    squares = np.asarray(patch, np.float32).reshape(-1, grid, grid)
+    return np.stack([to_frame(square, size, size) for square in squares])
 
 
 def _box(height: int, width: int, size: int, mode: Mode) -> tuple[int, int, int, int]:

@@ -37,7 +37,7 @@ from medclip_jax.models import (
     token_refinement,
 )
 from medclip_jax.models.similarity import AnomalyLogit, Text
-from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.prompts.tokenize import Prompts
 
 
 class Design(NamedTuple):

@@ -18,6 +18,7 @@ from absl import logging
 
 from medclip_jax.errors import ConfigError
 from medclip_jax.prompts import umls_snomed
+from medclip_jax.prompts.tokenize import Words
 
 KINDS = ("anatomy", "modality", "finding")
 CODES = ("cui", "sctid", "rid", "doid")
@@ -50,14 +51,6 @@ class Ontology(NamedTuple):
 
     concepts: tuple[Concept, ...]
     by_name: dict[str, Concept]
-
-
-class Words(NamedTuple):
-    """What fills prompt templates; the word of the configuration stands first in each group."""
-
-    anatomy: tuple[str, ...]
-    conditions: tuple[str, ...]
-    modality: tuple[str, ...]
 
 
 def load(extra: str = "") -> Ontology:

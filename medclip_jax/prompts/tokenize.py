@@ -1,17 +1,81 @@
 """Phrases become token ids of one length, with slots for learnable context (equation 4)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from jaxtyping import Int
 
 from medclip_jax.errors import ConfigError
-from medclip_jax.prompts import ontology, prompts
-from medclip_jax.prompts.prompts import Prompts
 
 POSITIONS = 77
+
+
+class Prompts(NamedTuple):
+    """Tokenised prompts: c phrases of t text positions, k learnable context vectors."""
+
+    ids: Int[np.ndarray, "c t"]  # token ids; what stands under a slot is ignored
+    slots: Int[np.ndarray, "c t"]  # context vector that stands here, -1 for a token
+    eos: Int[np.ndarray, " c"]  # position of the end-of-text token
+    label: Int[np.ndarray, " c"]  # 0 healthy, 1 abnormal
+    text: tuple[str, ...]  # the phrases
+    start: Int[np.ndarray, " k"] | None = None  # token each context vector starts from, -1 random
+
+
+class Words(NamedTuple):
+    """What fills templates: each anatomy and modality with its synonyms, and all conditions."""
+
+    anatomy: tuple[str, ...]
+    conditions: tuple[str, ...]
+    modality: tuple[str, ...]
+
+
+HEALTHY = (
+    "no signs of {condition}",
+    "normal {anatomy} appearance",
+    "{modality} of a healthy {anatomy}",
+    "{modality} of a normal {anatomy}",
+)
+ABNORMAL = (
+    "signs of {condition}",
+    "abnormal {anatomy} appearance",
+    "{modality} of a diseased {anatomy}",
+    "{modality} of a {anatomy} with {condition}",
+)
+# In the form of MediCLIP (Zhang et al. 2024): bare words, 10 and 11 of them. Its lists are in its
+# repository; these begin with the same three words and are ours from the fourth on.
+WORDS_HEALTHY = (
+    *("normal", "healthy", "negative", "unremarkable", "clear", "asymptomatic"),
+    *("typical", "regular", "undiseased", "intact"),
+)
+WORDS_ABNORMAL = (
+    *("abnormal", "positive", "symptomatic", "diseased", "pathological", "atypical"),
+    *("irregular", "unhealthy", "lesioned", "damaged", "anomalous"),
+)
+PHRASES = {
+    "templates": (HEALTHY, ABNORMAL),
+    "words": (WORDS_HEALTHY, WORDS_ABNORMAL),
+    "ontology": (HEALTHY, ABNORMAL),  # with every synonym
+}
+
+
+def fill(templates: Sequence[str], words: Words) -> list[str]:
+    """Every template with every condition it mentions; duplicates once, in order.
+
+    Synonyms of anatomy and modality come one at a time, not in every pair.
+    """
+    (anatomy, *anatomies), (modality, *modalities) = words.anatomy, words.modality
+    variants = [(anatomy, words.conditions, modality)]
+    variants += [(synonym, (), modality) for synonym in anatomies]
+    variants += [(anatomy, (), synonym) for synonym in modalities]
+    filled = [
+        t.format(anatomy=a, condition=condition, modality=m)
+        for a, conditions, m in variants
+        for t in templates
+        for condition in (conditions if "{condition}" in t else [""])
+    ]
+    return list(dict.fromkeys(filled))
 
 
 def build(
@@ -19,14 +83,10 @@ def build(
     eos_id: int,
     *,
     phrases: str,
-    anatomy: str,
-    conditions: Sequence[str],
-    modality: str,
+    words: Words,
     context: int,
     position: str,
     init: str = "random",
-    synonyms: int = 3,
-    ontology_file: str = "",
     positions: int = POSITIONS,
 ) -> Prompts:
     """All prompts of a data set, healthy ones first.
@@ -34,25 +94,17 @@ def build(
     Args:
       tokenizer: of transformers, of the CLIP in use.
       eos_id: end-of-text token of its configuration (see `end_of_text`).
-      phrases: key of prompts.PHRASES.
-      anatomy, conditions, modality: what fills the templates.
+      phrases: key of PHRASES.
+      words: what fills the templates.
       context: number of learnable vectors.
       position: where the phrase stands, "end", "front" or in the "middle" of the context.
       init: "random", or a phrase whose tokens the vectors start from.
-      synonyms: with phrases "ontology", the most words of each concept; 0 = all.
-      ontology_file: the user's own words and codes, see ontology.load.
       positions: length of the text encoder.
 
     Raises:
-      ConfigError: a word that the ontology lacks, or a context that leaves no room for a phrase.
+      ConfigError: a context that leaves no room for a phrase.
     """
-    templates = prompts.PHRASES[phrases]
-    if phrases == "ontology":
-        table = ontology.load(ontology_file)
-        words = ontology.expand(table, conditions, anatomy, modality, synonyms)
-        healthy, abnormal = (prompts.fill_synonyms(t, words) for t in templates)
-    else:
-        healthy, abnormal = (prompts.fill(t, anatomy, conditions, modality) for t in templates)
+    healthy, abnormal = (fill(templates, words) for templates in PHRASES[phrases])
     label = np.array([0] * len(healthy) + [1] * len(abnormal))
     built = tokenise(tokenizer, eos_id, [*healthy, *abnormal], label, context, position, positions)
     return built._replace(start=start_ids(tokenizer, init, context, position))

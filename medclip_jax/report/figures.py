@@ -8,19 +8,24 @@ readers, and never the only difference: healthy is hatched or dashed, abnormal i
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from scipy.stats import betabinom
 
 from medclip_jax.evaluation import metrics
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from medclip_jax.io import pillow
+from medclip_jax.report.load import Picture
 
 HEALTHY, ABNORMAL, NEUTRAL = "#0072B2", "#D55E00", "#4d4d4d"
 DPI = 144
+ROWS = 4  # of the gallery on one printed page
+CELL, LABEL, HEAD = 256, 120, 28  # pixels: side of an image, width of the labels, height of titles
+GROUND, INK, OUTLINE = "#1b1b1b", "#dcdcdc", "#56B4E9"
 NOT_PARTS = ("step", "seconds", "nonfinite")
 VALIDATION = "held_out"
 
@@ -48,18 +53,16 @@ def loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
         if name.startswith(VALIDATION):
             axes.axhline(0.5, color=NEUTRAL, lw=1, ls=":")  # chance
             axes.set_ylim(0, 1.03)
-            _plain(axes)
-            continue
-        positive = values[np.isfinite(values) & (values > 0)]
-        if positive.size == np.isfinite(values).sum() > 1 and positive.max() > 50 * positive.min():
-            axes.set_yscale("log")
+        else:
+            finite = values[np.isfinite(values)]
+            if finite.size > 1 and finite.min() > 0 and finite.max() > 50 * finite.min():
+                axes.set_yscale("log")
         _plain(axes)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
-    for i in range(len(names)):
-        if i + columns >= len(names):  # nothing below: this panel carries the step axis
-            grid[i].set_xlabel("step", fontsize=9)
-            grid[i].tick_params(labelbottom=True)
+    for axes in grid[max(0, len(names) - columns) : len(names)]:  # nothing below
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelbottom=True)
     return png(figure)
 
 
@@ -124,15 +127,10 @@ def calibration(
         return message("Calibration is undefined: no p-value of a healthy test image.")
     figure, axes = chart("expected false-alarm rate", "observed on healthy test images")
     if k:
-        from scipy.stats import betabinom
-
         j = np.arange(1, k + 1)
         low, high = (betabinom.ppf(q, n, j, k + 1 - j) / n for q in (0.025, 0.975))
-        level = np.concatenate([[0], j / (k + 1), [1]])
-        low, high = np.concatenate([[0], low, [1]]), np.concatenate([[0], high, [1]])
-        axes.fill_between(
-            level, low, high, color=NEUTRAL, alpha=0.18, lw=0, label=f"95% by chance, K = {k}"
-        )
+        band = [np.concatenate([[0], x, [1]]) for x in (j / (k + 1), low, high)]
+        axes.fill_between(*band, color=NEUTRAL, alpha=0.18, lw=0, label=f"95% by chance, K = {k}")
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="exact")
     axes.ecdf(np.clip(p_value, 0, 1), color=HEALTHY, lw=2, label=f"observed (n = {n})")
     if attained is not None and 0 <= attained <= 1:
@@ -163,10 +161,8 @@ def risk_coverage(
     risk = np.cumsum(wrong)[ends - 1] / ends
     figure, axes = chart("coverage: share of images decided", "error rate among them")
     axes.axhline(wrong.mean(), color=NEUTRAL, lw=1, ls=":", label=f"all images: {wrong.mean():.3f}")
-    marker = "o" if ends.size < 30 else None
-    axes.plot(
-        ends / label.size, risk, color=HEALTHY, lw=2, marker=marker, label="most certain first"
-    )
+    style = {"color": HEALTHY, "lw": 2, "marker": "o" if ends.size < 30 else None}
+    axes.plot(ends / label.size, risk, label="most certain first", **style)
     axes.set(xlim=(0, 1.01), ylim=(0, max(0.05, 1.35 * float(risk.max()))))
     axes.legend(loc="upper right", fontsize=9, frameon=False)
     return png(figure)
@@ -185,7 +181,7 @@ def deletion(curves: Mapping[str, Sequence[float]], cam: str) -> bytes:
     return png(figure)
 
 
-def chart(x: str, y: str) -> tuple["Figure", "Axes"]:
+def chart(x: str, y: str) -> tuple[Figure, Axes]:
     figure = _figure(4.6, 3.9)
     axes = figure.subplots()
     axes.set_xlabel(x, fontsize=10)
@@ -194,19 +190,13 @@ def chart(x: str, y: str) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def _legend_above(figure: "Figure", columns: int) -> None:
+def _legend_above(figure: Figure, columns: int) -> None:
     """Outside the axes, where it covers no curve."""
-    figure.legend(
-        loc="outside upper center",
-        ncols=columns,
-        fontsize=8.5,
-        frameon=False,
-        columnspacing=1.2,
-        handlelength=1.8,
-    )
+    style = {"fontsize": 8.5, "frameon": False, "columnspacing": 1.2, "handlelength": 1.8}
+    figure.legend(loc="outside upper center", ncols=columns, **style)
 
 
-def _plain(axes: "Axes") -> None:
+def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6", lw=0.6)
     axes.set_axisbelow(True)
@@ -220,13 +210,73 @@ def message(text: str) -> bytes:
     return png(figure)
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
+def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
-def png(figure: "Figure") -> bytes:
+def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+# --- images with maps, boxes and masks, for print -----------------------------------------------
+
+
+def gallery(pictures: Sequence[Picture], labels: Sequence[str], cam: str) -> list[bytes]:
+    """Pages of at most ROWS rows: image, map, boxes and outline of the mask, Grad-CAM (PNG).
+
+    labels: lines beside each row. cam: title of the last column.
+    """
+    rows = list(zip(pictures, labels, strict=True))
+    return [_page(rows[i : i + ROWS], cam) for i in range(0, len(rows), ROWS)]
+
+
+def stacked(pages: Sequence[bytes]) -> bytes:
+    """The pages below one another as one PNG."""
+    return _bytes(Image.fromarray(np.concatenate([Image.open(io.BytesIO(x)) for x in pages])))
+
+
+def _page(rows: Sequence[tuple[Picture, str]], cam: str) -> bytes:
+    sheet = Image.new("RGB", (LABEL + 4 * CELL, HEAD + len(rows) * CELL), GROUND)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, title in enumerate(("image", "anomaly map", "boxes and true mask", cam)):
+        place = (LABEL + (column + 0.5) * CELL, HEAD / 2)
+        pen.text(place, title, INK, font, anchor="mm")
+    for row, (picture, label) in enumerate(rows):
+        top = HEAD + row * CELL
+        pen.multiline_text((8, top + CELL / 2), label, INK, font, anchor="lm", spacing=6)
+        for column, cell in enumerate(_cells(picture)):
+            cell.thumbnail((CELL - 6, CELL - 6))
+            left = LABEL + column * CELL + (CELL - cell.width) // 2
+            sheet.paste(cell, (left, top + (CELL - cell.height) // 2))
+    return _bytes(sheet)
+
+
+def _cells(picture: Picture) -> list[Image.Image]:
+    image = Image.open(io.BytesIO(picture.image)).convert("L")
+    marked = image.convert("RGB")
+    if picture.mask:
+        mask = Image.open(io.BytesIO(picture.mask)).convert("L")
+        edge = ImageChops.difference(mask.filter(ImageFilter.MaxFilter(5)), mask)
+        marked.paste(OUTLINE, mask=edge)
+    pen = ImageDraw.Draw(marked)
+    y, x = image.height / picture.frame[0], image.width / picture.frame[1]
+    for box in picture.boxes:
+        corners = (box.col0 * x, box.row0 * y, box.col1 * x - 1, box.row1 * y - 1)
+        pen.rectangle(corners, outline="black", width=3)
+        pen.rectangle(corners, outline=pillow.BOX, width=2)
+    cells = [image.convert("RGB"), _blend(image, picture.map), marked]
+    return cells + ([_blend(image, picture.cam)] if picture.cam else [])
+
+
+def _blend(image: Image.Image, grey: bytes) -> Image.Image:
+    heat = Image.open(io.BytesIO(grey)).resize(image.size, Image.Resampling.BILINEAR)
+    unit = np.asarray(heat, np.float32) / 256
+    return Image.fromarray(pillow.draw_overlay(np.asarray(image), unit, []))
+
+
+def _bytes(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
     return file.getvalue()

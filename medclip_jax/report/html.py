@@ -3,22 +3,52 @@
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+from matplotlib import colormaps
 
 from medclip_jax.evaluation import bootstrap
 from medclip_jax.explain import boxes
 from medclip_jax.files import write_bytes
-from medclip_jax.report import captions, figures, load, viewer
-from medclip_jax.report.captions import text
-from medclip_jax.report.load import Files
+from medclip_jax.report import figures, load
+from medclip_jax.report.load import FILES, Files, Picture
 
 ASSETS = Path(__file__).parents[1] / "assets"
 GALLERY = ((1, 8), (0, 4))  # how many abnormal and healthy images, sampled by seed
+
+NAMES = {  # of metrics.json
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f1": "F1",
+    "iou": "IoU",
+    "dice": "Dice",
+    "mcc": "Matthews correlation",
+    "fpr": "false-positive rate",
+    "tpr": "true-positive rate",
+    "tp": "true positives",
+    "tn": "true negatives",
+    "fp": "false positives",
+    "fn": "false negatives",
+    "hausdorff": "Hausdorff distance",
+    "hausdorff95": "Hausdorff distance, 95th percentile",
+    "boundary_f1": "boundary F1",
+    "aupro": "AUPRO, false-positive rate up to 0.3",
+    "boundary_tolerance": "tolerance of boundary F1",
+    "distance_unit": "unit of distances and tolerance",
+    "alpha_requested": "false-alarm rate requested (α)",
+    "alpha_attained": "false-alarm rate attained",
+    "k": "K",
+    "n_healthy_test": "healthy test images",
+    "least_attainable": "least rate attainable with K images",
+    "false_alarm_rate": "observed false-alarm rate",
+    "expected_low": "expected of such a sample (95%), from",
+    "expected_high": "expected of such a sample (95%), to",
+}
 
 
 class Cell(NamedTuple):
@@ -44,9 +74,9 @@ def write(workdir: str | Path) -> Path:
     rows = gallery_rows(files)
     shown = [picture for i in rows if (picture := files.pictures[i])]
     labels = [_label(files.predictions, i, number) for number, i in enumerate(rows, start=1)]
-    pages = viewer.gallery(shown, labels, captions.cam_name(files.config))
+    pages = figures.gallery(shown, labels, cam_name(files.config))
     pages = pages or [figures.message("This run left no small copies of its images.")]
-    for name, png in {**charts, "gallery": viewer.stacked(pages)}.items():
+    for name, png in {**charts, "gallery": figures.stacked(pages)}.items():
         write_bytes(workdir / "figures" / f"{name}.png", png)
     path = workdir / "report.html"
     write_bytes(path, page(files, charts, pages, rows).encode())
@@ -55,14 +85,10 @@ def write(workdir: str | Path) -> Path:
 
 def draw(files: Files) -> dict[str, bytes]:
     """The charts as PNG by name: loss, roc, scores, calibration, risk_coverage, deletion."""
-    label, score, p_value, uncertainty = (
-        files.predictions[name] for name in ("label", "score", "p_value", "uncertainty")
-    )
+    _, label, score, p_value, uncertainty = (files.predictions[name] for name in load.COLUMNS)
     calibration = files.metrics.get("calibration") or {}
-    grid = np.linspace(0, 1, 101)
-    band = None
-    if np.unique(label).size == 2:
-        band = (grid, *bootstrap.roc_band(score, label, grid))
+    grid, both = np.linspace(0, 1, 101), np.unique(label).size == 2
+    band = (grid, *bootstrap.roc_band(score, label, grid)) if both else None
     curves = (files.metrics.get("explanations") or {}).get("deletion")
     return {
         "loss": figures.loss(files.steps),
@@ -70,12 +96,10 @@ def draw(files: Files) -> dict[str, bytes]:
         "scores": figures.scores(label, score),
         "calibration": figures.calibration(
             p_value[(label == 0) & np.isfinite(p_value)],
-            calibration.get("k"),
-            calibration.get("alpha_requested"),
-            calibration.get("alpha_attained"),
+            *(calibration.get(name) for name in ("k", "alpha_requested", "alpha_attained")),
         ),
         "risk_coverage": figures.risk_coverage(label, score, uncertainty),
-        "deletion": figures.deletion(curves, captions.cam_name(files.config))
+        "deletion": figures.deletion(curves, cam_name(files.config))
         if curves
         else figures.message("No deletion curve was measured in this run."),
     }
@@ -86,9 +110,7 @@ def page(
 ) -> str:
     """The whole report as one HTML text; whatever comes from a file is escaped.
 
-    Args:
-        charts: PNG by name.
-        gallery: pages of the gallery, which shows the test images `rows`.
+    charts: PNG by name. gallery: its pages, which show the test images `rows`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
@@ -98,9 +120,10 @@ def page(
         lstrip_blocks=True,
     )
     metrics, predictions = files.metrics, files.predictions
-    label = predictions["label"]
-    intervals = metrics.get("intervals") or {}
-    cam = captions.cam_name(files.config)
+    label, cam = predictions["label"], cam_name(files.config)
+    intervals, calibration, explanations = (
+        metrics.get(name) or {} for name in ("intervals", "calibration", "explanations")
+    )
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.jinja").render(
         metrics=metrics,
@@ -118,17 +141,17 @@ def page(
         pixel_table=_table(metrics.get("pixel") or {}, limits=intervals.get("pixel")),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        viewer_data=viewer.as_script(files.pictures, cam=cam),
+        viewer_data=as_script(files.pictures, cam=cam),
         images=list(_rows(files)),
         pictured=sum(x is not None for x in files.pictures),
-        explanations=captions.checks(metrics.get("explanations") or {}, cam),
-        calibration=metrics.get("calibration") or {},
-        calibration_table=_table(metrics.get("calibration") or {}, skip=("message",)),
+        explanations=checks(explanations, cam),
+        calibration=calibration,
+        calibration_table=_table({n: x for n, x in calibration.items() if n != "message"}),
         timing_table=_table(metrics.get("timing") or {}, names={}),
         version_table=_table(metrics.get("versions") or {}, names={}),
         config_table=_table(dict(_flat(files.config)), names={}),
-        charts={name: viewer.uri(png) for name, png in charts.items()},
-        gallery=[viewer.uri(png) for png in gallery],
+        charts={name: uri(png) for name, png in charts.items()},
+        gallery=[uri(png) for png in gallery],
         gallery_ids=[predictions["id"][i].item() for i in rows],
         most_boxes=boxes.MOST,
         smallest_box=boxes.SMALLEST,
@@ -164,8 +187,7 @@ def _rows(files: Files) -> Iterator[dict[str, Any]]:
 def _table(
     values: Mapping[str, Any],
     *,
-    skip: tuple[str, ...] = (),
-    names: Mapping[str, str] = captions.NAMES,
+    names: Mapping[str, str] = NAMES,
     limits: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """Rows for the plain values; curves and other lists are drawn, not listed."""
@@ -177,7 +199,7 @@ def _table(
             " to ".join(map(text, limits[name])) if limits and name in limits else None,
         )
         for name, value in values.items()
-        if name not in skip and not isinstance(value, list | dict)
+        if not isinstance(value, list | dict)
     ]
 
 
@@ -187,3 +209,63 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list | dict) else value
+
+
+# --- values as the page prints them --------------------------------------------------------------
+
+
+def text(value: Any) -> str:
+    """A value as the report prints it: four decimals, "undefined" for None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "undefined"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def cam_name(config: Mapping[str, Any]) -> str:
+    """What explained the scores, as config.json says."""
+    settings = config["explanation"]
+    name = {"grad_cam": "Grad-CAM", "grad_cam_pp": "Grad-CAM++"}[settings["method"]]
+    return name if settings["layer"] == -1 else f"{name}, layer {settings['layer']}"
+
+
+def checks(explanations: Mapping[str, Any], cam: str) -> list[tuple[str, str, str, str]]:
+    """Rows of the table: what was checked, of the map, of Grad-CAM, and what to compare with."""
+    rows: list[tuple[str, str, str, str]] = []
+    if points := explanations.get("pointing"):
+        of_map, of_cam = (points.get(name) or {} for name in ("map", "grad_cam"))
+        hits = tuple(text(one.get("hit")) if one else "–" for one in (of_map, of_cam))
+        chance = f"{text(of_map.get('chance'))} by chance, {of_map.get('n')} images with a mask"
+        if empty := of_cam.get("empty"):
+            chance += f"; {empty} {cam} empty (misses)"
+        rows.append(("Largest value lies in the lesion (pointing game)", *hits, chance))
+    if curves := explanations.get("deletion"):
+        areas = [text(float(np.mean(curves[name]))) for name in ("map", "grad_cam", "random")]
+        rows.append(("Mean score in deletion, less is better", *areas[:2], f"{areas[2]} random"))
+        agreement = text(explanations["spearman"])
+        rows.append((f"Rank correlation of {cam} and map", "–", agreement, "1: equal"))
+    for name, again in (explanations.get("randomised") or {}).items():
+        what = f"Rank correlation with itself, {name.replace('_', ' ')} of the encoder randomised"
+        rows.append((what, text(again["map"]), text(again["grad_cam"]), "near 1: ignores weights"))
+    return rows
+
+
+def as_script(pictures: Sequence[Picture | None], **more: Any) -> str:
+    """JSON for the viewer; it can stand inside a script element, whatever its strings hold."""
+    palette = colormaps["inferno"](np.arange(256), bytes=True)[:, :3].tobytes().hex()
+    entries = [p and {**p._asdict(), **{name: uri(getattr(p, name)) for name in FILES}}
+               for p in pictures]  # fmt: skip
+    value = {"colours": palette, "images": entries, **more}
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def uri(data: bytes) -> str:
+    """A PNG or JPEG as a data URI, "" for none."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if data else ""

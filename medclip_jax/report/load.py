@@ -2,17 +2,36 @@
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from medclip_jax.errors import WorkdirError
-from medclip_jax.report import viewer
+from medclip_jax.explain.boxes import Box
 from medclip_jax.training.metrics_log import read_steps
 
 COLUMNS = ("id", "label", "score", "p_value", "uncertainty")
+FILES = {  # of a Picture -> of predictions.npz
+    "image": "thumb",
+    "map": "thumb_map",
+    "mask": "thumb_mask",
+    "cam": "thumb_cam",
+    "deviation": "thumb_deviation",
+}
+
+
+class Picture(NamedTuple):
+    """Small copies of a test image, PNG or JPEG; b"" where there is none."""
+
+    image: bytes
+    map: bytes  # grey level / 256 is the unit score
+    mask: bytes
+    cam: bytes
+    deviation: bytes  # grey level 255 is the largest of the test set
+    frame: tuple[int, int]  # rows and columns of the original
+    boxes: list[Box]  # in the original
 
 
 class Files(NamedTuple):
@@ -23,7 +42,7 @@ class Files(NamedTuple):
     split: dict[str, Any]
     metrics: dict[str, Any]
     predictions: dict[str, np.ndarray]  # COLUMNS, all of length n
-    pictures: list[viewer.Picture | None]  # one per image; empty if the run left none
+    pictures: list[Picture | None]  # one per image; empty if the run left none
     deviation_scale: float | None  # of Picture.deviation: what its grey level 255 stands for
 
 
@@ -73,12 +92,12 @@ def _json(path: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
-def _predictions(path: Path) -> tuple[dict, list[viewer.Picture | None], float | None]:
+def _predictions(path: Path) -> tuple[dict, list[Picture | None], float | None]:
     # the maps stay on disk: the report never needs them all
     with np.load(path, allow_pickle=False) as file:
         columns = {name: file[name] for name in COLUMNS}
-        small = ("thumb", "frame", "boxes", "deviation_scale")
-        arrays = {name: file[name] for name in file.files if name.startswith(small)}
+        stored = ("thumb", "frame", "boxes", "deviation_scale")
+        arrays = {name: file[name] for name in file.files if name.startswith(stored)}
     if len({column.shape for column in columns.values()}) != 1 or columns["id"].ndim != 1:
         raise ValueError("its columns are not of one length")
     for name in ("score", "p_value", "uncertainty"):
@@ -86,5 +105,38 @@ def _predictions(path: Path) -> tuple[dict, list[viewer.Picture | None], float |
     if not np.isfinite(columns["score"]).all():
         raise ValueError("some scores are not finite")
     scale = arrays.get("deviation_scale")
-    pictures = viewer.pictures(arrays, len(columns["id"]))
-    return columns, pictures, None if scale is None else float(scale)
+    small = pictures(arrays, len(columns["id"]))
+    return columns, small, None if scale is None else float(scale)
+
+
+def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[Picture | None]:
+    """Of each of n images; None for those without small copies, no entry if there are none at all.
+
+    Raises:
+        ValueError: the arrays do not fit together.
+    """
+    if "frame" not in arrays:
+        return []
+    frames, index, boxes = arrays["frame"], arrays["thumb_index"], arrays["boxes"]
+    files = {name: unpack(arrays, stored) for name, stored in FILES.items()}
+    ends = arrays["boxes_end"]
+    columns = (frames, ends, *files.values())
+    if any(len(x) != len(index) for x in columns) or not set(index.tolist()) <= set(range(n)):
+        raise ValueError("its small copies are not one per image")
+    rows: list[Picture | None] = [None] * n
+    for place, i in enumerate(index):
+        own = boxes[ends[place - 1] if place else 0 : ends[place]].tolist()
+        copies = {name: files[name][place] for name in FILES}
+        height, width = frames[place].tolist()
+        each = [Box(*map(int, box[:4]), box[4], int(box[5])) for box in own]
+        rows[i] = Picture(**copies, frame=(height, width), boxes=each)
+    return rows
+
+
+def unpack(arrays: Mapping[str, np.ndarray], name: str) -> list[bytes]:
+    """The files that were joined under `name`, b"" where there is none."""
+    data, ends = arrays[name].tobytes(), arrays[f"{name}_end"].tolist()
+    starts = [0, *ends[:-1]] if ends else []
+    if any(a > b for a, b in zip(starts, ends, strict=True)) or ends[-1:] not in ([], [len(data)]):
+        raise ValueError(f"the files of {name!r} are not where {name}_end says")
+    return [data[a:b] for a, b in zip(starts, ends, strict=True)]

@@ -145,9 +145,7 @@ def test_the_text_tower_equals_transformers_layout(checkpoint):
             tower.tokenizer,
             tower.eos_id,
             phrases="templates",
-            anatomy="breast",
-            conditions=("mass",),
-            modality="ultrasound",
+            words=tokenize.Words(("breast",), ("mass",), ("ultrasound",)),
             context=0,
             position="end",
         )

@@ -15,7 +15,7 @@ from medclip_jax.clip import checkpoint
 from medclip_jax.clip.text import encode_text
 from medclip_jax.errors import ConfigError
 from medclip_jax.prompts import tokenize
-from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.prompts.tokenize import Prompts
 from tests.support.checkpoints import PARITY, tiny_checkpoint, with_tokenizer
 
 IMPLEMENTATIONS = "fused", "transformers"
@@ -51,9 +51,7 @@ def test_both_implementations_agree_on_every_checkpoint(named, tmp_path):
         fused.tokenizer,
         fused.eos_id,
         phrases="templates",
-        anatomy="breast",
-        conditions=("mass",),
-        modality="ultrasound",
+        words=tokenize.Words(("breast",), ("mass",), ("ultrasound",)),
         context=4,
         position="middle",
         positions=fused.positions,

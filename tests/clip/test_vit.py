@@ -10,7 +10,7 @@ import pytest
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.text import encode_text
 from medclip_jax.models import model
-from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.prompts.tokenize import Prompts
 from tests.support.checkpoints import END, PARITY, START, image_features, tiny_checkpoint
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medclip_jax.detectors import calibration
 from medclip_jax.errors import DataError
 from medclip_jax.evaluation import evaluate, ground_truth, predictions
 from medclip_jax.features import cache
@@ -58,7 +59,7 @@ def test_a_score_that_is_not_finite_names_its_image(scene, monkeypatch):
 
 def test_half_precision_keeps_decisions():
     heat = np.array([[[0.5, np.nextafter(0.5, 0), 0.49999, 0.2, 0.50001]]])
-    small = predictions.half_precision(heat)
+    small = calibration.half_precision(heat)
     assert small.dtype == np.float16
     np.testing.assert_array_equal(small >= 0.5, heat >= 0.5)
     np.testing.assert_allclose(small, heat, atol=5e-4)

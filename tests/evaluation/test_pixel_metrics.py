@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medclip_jax.evaluation import metrics, surface_distance
+from medclip_jax.evaluation import metrics, pixel_metrics
 from medclip_jax.evaluation.pixel_metrics import IMAGE_BINS, PixelMetrics, pixel_level
 from tests.support.reference import reference_files
 
@@ -71,11 +71,11 @@ def test_surface_distances_meet_medpy(fixture):
     arrays, _ = fixture
     pairs = zip(arrays["pixel_maps"] >= 0.5, arrays["pixel_masks"] == 1, strict=True)
     for index, (predicted, mask) in enumerate(pairs):
-        d1, d2 = surface_distance.surface_distances(predicted, mask)
+        d1, d2 = pixel_metrics.surface_distances(predicted, mask)
         if len(d1) and len(d2):
             assert np.mean(d1 <= 2) == pytest.approx(arrays["pix_bprec_tol2"][index], abs=1e-9)
             assert np.mean(d2 <= 2) == pytest.approx(arrays["pix_brec_tol2"][index], abs=1e-9)
-            hausdorff = surface_distance.hausdorff((d1, d2))
+            hausdorff = pixel_metrics.hausdorff((d1, d2))
             assert hausdorff == pytest.approx(arrays["pix_hd_medpy"][index])
             pooled = np.concatenate([d1, d2])
             assert np.percentile(pooled, 95) == pytest.approx(arrays["pix_hd95_medpy"][index])
@@ -84,7 +84,7 @@ def test_surface_distances_meet_medpy(fixture):
 
 def test_hausdorff95_is_of_the_larger_direction():
     d1, d2 = np.arange(101.0), np.arange(11.0)
-    assert surface_distance.hausdorff95((d1, d2)) == surface_distance.hausdorff95((d2, d1)) == 95.0
+    assert pixel_metrics.hausdorff95((d1, d2)) == pixel_metrics.hausdorff95((d2, d1)) == 95.0
 
 
 def test_empty_masks():
@@ -241,3 +241,19 @@ def test_wrong_input_is_named():
             pixel_level(maps, masks)
     with pytest.raises(metrics.MetricError, match="no maps"):
         pixel_level([], [])
+
+
+def test_pointing_of_map_and_grad_cam_by_hand():
+    maps, masks = np.zeros((3, 8, 8), np.float32), np.zeros((3, 8, 8), bool)
+    masks[:2, :4, :4] = True
+    maps[0, 1, 1] = maps[1, 7, 7] = 1
+    cams = np.zeros((3, 16), np.float32)
+    cams[:2, 0] = 1  # the upper left patch of 4 x 4
+    measured = pixel_metrics.pointing(iter(maps), cams, masks)
+    assert measured["map"] == {"hit": 0.5, "chance": 0.25, "n": 2, "empty": 0}
+    assert measured["grad_cam"] == {"hit": 1.0, "chance": 0.25, "n": 2, "empty": 0}
+    cams[1] = 0  # points nowhere: a miss, not the chance of a constant map
+    measured = pixel_metrics.pointing(maps, cams, masks)
+    assert measured["grad_cam"] == {"hit": 0.5, "chance": 0.25, "n": 2, "empty": 1}
+    assert set(pixel_metrics.pointing(maps, None, masks)) == {"map"}
+    assert pixel_metrics.pointing(maps, cams, np.zeros_like(masks)) is None

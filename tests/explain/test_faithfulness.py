@@ -25,19 +25,6 @@ def total(params, batch, key):
     return Scores(patch, patch.max(1))
 
 
-def test_pointing_of_map_and_grad_cam_by_hand():
-    maps, masks = np.zeros((3, 8, 8), np.float32), np.zeros((3, 8, 8), bool)
-    masks[:2, :4, :4] = True
-    maps[0, 1, 1] = maps[1, 7, 7] = 1
-    cams = np.zeros((3, 16), np.float32)
-    cams[:2, 0] = 1  # the upper left patch of 4 x 4
-    found = faithfulness.pointing(iter(maps), cams, masks)
-    assert found["map"] == {"hit": 0.5, "chance": 0.25, "n": 2}
-    assert found["grad_cam"] == {"hit": 1.0, "chance": 0.25, "n": 2}
-    assert set(faithfulness.pointing(maps, None, masks)) == {"map"}
-    assert faithfulness.pointing(maps, cams, np.zeros_like(masks)) is None
-
-
 def test_deletion_replaces_the_most_important_first():
     rng = np.random.default_rng(0)
     level = rng.random((2, 16, 3)).astype(np.float32)

@@ -5,11 +5,12 @@ import pytest
 from scipy import ndimage
 
 from medclip_jax import api
+from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
-from medclip_jax.evaluation import predictions, thumbnails
+from medclip_jax.evaluation import predictions
 from medclip_jax.explain.boxes import Box
 from medclip_jax.inference import results
-from medclip_jax.report import viewer
+from medclip_jax.report import load
 from tests.support.pictures import write_pictures
 
 
@@ -27,7 +28,7 @@ def test_three_outputs_have_the_same_boxes(tmp_path, fit):
         for page in pages
     ]
     notebook = [list(api._prediction(scores, i, (30, 40), fit).boxes) for i in range(3)]
-    small = thumbnails.pack(records, predictions.half_precision(maps), fit)
-    report = [picture.boxes for picture in viewer.pictures(small, 3)]
+    small = predictions.pack(records, calibration.half_precision(maps), fit)
+    report = [picture.boxes for picture in load.pictures(small, 3)]
     assert command_line == notebook == report
     assert sum(map(len, report)) > 3

@@ -7,7 +7,7 @@ import pytest
 
 from medclip_jax.clip.outputs import Features
 from medclip_jax.models import adapters, model, similarity
-from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.prompts.tokenize import Prompts
 
 
 def world(form: str):

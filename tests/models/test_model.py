@@ -24,7 +24,7 @@ from medclip_jax.models import (
     token_refinement,
 )
 from medclip_jax.prompts import tokenize
-from medclip_jax.prompts.prompts import Prompts
+from medclip_jax.prompts.tokenize import Prompts
 from tests.support.checkpoints import PARITY, image_features, tiny_checkpoint
 
 LOSS = dict(focal=1.0, dice=1.0, align=0.0, prompt=0.0)
@@ -177,9 +177,7 @@ def toy(tower, form="softmax", dropout=0.0, key=0):
         tower.tokenizer,
         tower.eos_id,
         phrases="templates",
-        anatomy="breast",
-        conditions=("mass",),
-        modality="ultrasound",
+        words=tokenize.Words(("breast",), ("mass",), ("ultrasound",)),
         context=4,
         position="end",
     )

@@ -22,9 +22,7 @@ def words_of(tower, conditions, anatomy="breast", modality="ultrasound"):
         tower.tokenizer,
         tower.eos_id,
         phrases="templates",
-        anatomy=anatomy,
-        conditions=conditions,
-        modality=modality,
+        words=tokenize.Words((anatomy,), conditions, (modality,)),
         context=4,
         position="end",
     )

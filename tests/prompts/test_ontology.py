@@ -129,6 +129,8 @@ def test_an_unknown_term_names_the_nearest():
         ontology.find(TABLE, "pnuemonia")
     with pytest.raises(ConfigError, match="no anatomy 'pneumonia'"):
         ontology.find(TABLE, "pneumonia", "anatomy")
+    with pytest.raises(ConfigError, match="no finding 'mas'; nearest: .*mass"):
+        ontology.expand(TABLE, ("mas",), "breast", "ultrasound")
     with pytest.raises(ConfigError, match="no concept 'qqqqqqqq'; correct the word or add it"):
         ontology.find(TABLE, "qqqqqqqq")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.report import html
-from tests.support.workdirs import EVIL, keep_pictures, make_workdir
+from tests.support.workdirs import EMPTY, EVIL, keep_pictures, make_workdir
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -140,6 +140,14 @@ def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, scores):
     shown(browser, following)
     by(browser, "close").click()
     assert not by(browser, "viewer").is_displayed()
+
+
+def test_the_viewer_says_that_a_grad_cam_is_empty(browser):
+    for i, words in ((EMPTY, "Grad-CAM is empty"), (EMPTY + 1, "this method has none")):
+        browser.find_element("css selector", f"tr[data-i='{i}'] td.id button").send_keys("\n")
+        shown(browser, i)
+        assert words in by(browser, "cam-caption").text
+        by(browser, "close").click()
 
 
 def test_without_a_picture_the_viewer_says_so(browser, workdir, tmp_path):

@@ -109,7 +109,7 @@ def test_intervals_stand_beside_their_metrics(html):
 def test_checks_of_explanations_are_a_table(html):
     words = Page(html).text
     for row in (
-        "(pointing game) 0.7125 0.5625 0.1234 by chance, 36 images with a mask",
+        "(pointing game) 0.7125 0.5625 0.1234 by chance, 36 images with a mask; 2 Grad-CAM empty",
         "Mean score in deletion, less is better 0.4667 0.5000 0.5667 random",
         "Rank correlation of Grad-CAM and map – 0.8123",
         "itself, all blocks of the encoder randomised 0.0321 undefined near 1",

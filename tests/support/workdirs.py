@@ -6,10 +6,11 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from medclip_jax.evaluation import thumbnails
+from medclip_jax.evaluation import predictions
 from medclip_jax.explain.boxes import boxes_of
-from medclip_jax.report import viewer
+from medclip_jax.report import load
 
+EMPTY = 15  # image whose Grad-CAM is empty; every second image has none
 EVIL = "benign/<script>alert(1)</script> & $x_1$.png"
 
 
@@ -25,22 +26,23 @@ def image_with_lesion(rng, h, w, abnormal):
 
 
 def small_copies(rng, label):
-    """As thumbnails.pack leaves them, from images in memory."""
+    """As predictions.pack leaves them, from images in memory."""
     files, frames, boxes, ends = [], [], [], []
     for i, y in enumerate(label):
         image, map, mask = image_with_lesion(rng, *((90, 120), (120, 80), (100, 100))[i % 3], y)
         heat = map.astype(np.float32)
-        grey = thumbnails.grey(heat)
+        grey = predictions.grey(heat)
         frames.append(image.shape)
         boxes += boxes_of(heat)
         ends.append(len(boxes))
-        lesion = thumbnails.small(Image.fromarray(mask * 255), "PNG") if y else b""
-        image = thumbnails.small(Image.fromarray(image), "JPEG")
-        files.append(thumbnails.Copies(image, lesion, grey, grey if i % 2 else b"", grey))
+        lesion = predictions.small(Image.fromarray(mask * 255), "PNG") if y else b""
+        image = predictions.small(Image.fromarray(image), "JPEG")
+        cam = predictions.grey(heat * (i != EMPTY)) if i % 2 else b""
+        files.append(predictions.Copies(image, lesion, grey, cam, grey))
     arrays = {"frame": np.array(frames), "thumb_index": np.arange(len(label))}
     arrays |= {"boxes": np.array(boxes, np.float64).reshape(-1, 6), "boxes_end": np.array(ends)}
-    for name in thumbnails.Copies._fields:
-        arrays |= thumbnails.joined(name, [getattr(copies, name) for copies in files])
+    for name in predictions.Copies._fields:
+        arrays |= predictions.joined(name, [getattr(copies, name) for copies in files])
     return arrays | {"deviation_scale": 0.0625}
 
 
@@ -91,8 +93,8 @@ def metrics_of(label, score):
         },
         "explanations": {
             "pointing": {
-                "map": {"hit": 0.7125, "chance": 0.1234, "n": 36},
-                "grad_cam": {"hit": 0.5625, "chance": 0.1234, "n": 36},
+                "map": {"hit": 0.7125, "chance": 0.1234, "n": 36, "empty": 0},
+                "grad_cam": {"hit": 0.5625, "chance": 0.1234, "n": 36, "empty": 2},
             },
             "spearman": 0.8123,
             "deletion": {
@@ -149,9 +151,9 @@ def keep_pictures(folder, rows):
     path = folder / "predictions.npz"
     with np.load(path) as held:
         arrays = {name: held[name] for name in held.files}
-    for name in thumbnails.Copies._fields:
-        files = viewer.unpack(arrays, name)
-        arrays |= thumbnails.joined(name, [files[i] for i in rows])
+    for name in predictions.Copies._fields:
+        files = load.unpack(arrays, name)
+        arrays |= predictions.joined(name, [files[i] for i in rows])
     boxes = np.split(arrays["boxes"], arrays["boxes_end"][:-1])
     arrays["boxes"] = np.concatenate([boxes[i] for i in rows])
     arrays["boxes_end"] = np.cumsum([len(boxes[i]) for i in rows])

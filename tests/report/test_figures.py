@@ -5,25 +5,25 @@ import io
 import numpy as np
 from PIL import Image
 
-from medclip_jax.evaluation import thumbnails
+from medclip_jax.evaluation import predictions
 from medclip_jax.explain.boxes import Box
-from medclip_jax.report import viewer
+from medclip_jax.report import figures, load
 
 
 def picture(map, mask=None, boxes=()):
     """Of a black image of 400 x 400 pixels."""
-    image = thumbnails.small(Image.new("L", (400, 400)), "JPEG")
-    lesion = b"" if mask is None else thumbnails.small(Image.fromarray(mask), "PNG")
-    return viewer.Picture(image, thumbnails.grey(map), lesion, b"", b"", (400, 400), list(boxes))
+    image = predictions.small(Image.new("L", (400, 400)), "JPEG")
+    lesion = b"" if mask is None else predictions.small(Image.fromarray(mask), "PNG")
+    return load.Picture(image, predictions.grey(map), lesion, b"", b"", (400, 400), list(boxes))
 
 
 def cells(pictures):
     """The cells of the one page [row, column, 250, 250, 3], without the gap around them."""
-    (page,) = viewer.gallery(pictures, ["a"] * len(pictures), "Grad-CAM")
+    (page,) = figures.gallery(pictures, ["a"] * len(pictures), "Grad-CAM")
     sheet = np.asarray(Image.open(io.BytesIO(page)).convert("RGB")).astype(int)
-    assert Image.open(io.BytesIO(viewer.stacked([page, page]))).height == 2 * len(sheet)
-    sheet = sheet[viewer.HEAD :, viewer.LABEL :]
-    sheet = sheet.reshape(len(pictures), viewer.CELL, 4, viewer.CELL, 3).swapaxes(1, 2)
+    assert Image.open(io.BytesIO(figures.stacked([page, page]))).height == 2 * len(sheet)
+    sheet = sheet[figures.HEAD :, figures.LABEL :]
+    sheet = sheet.reshape(len(pictures), figures.CELL, 4, figures.CELL, 3).swapaxes(1, 2)
     return sheet[:, :, 3:-3, 3:-3]
 
 
