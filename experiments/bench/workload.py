@@ -46,8 +46,9 @@ def build(name: str, tasks: int, rows: int) -> Work:
         layers = {"layers": 3}  # all tapped; more would only be written and read
         c.clip.checkpoint = str(sizes.write(name, Path(folder) / "clip", **layers))
         c.clip.layers = (1, 2, 3)
+        c = config.resolve(c)
         clip = build_objects.load_clip(c)
-    design, frozen = build_objects.design_of(c, clip, ())
+    design, frozen = build_objects.model_parts(c, clip, ())
     params = build_objects.fresh_params(c, clip, design)
     rng = np.random.default_rng(0)
 
