@@ -91,7 +91,7 @@ def assemble(
         images: tokens of the supports; None: zero-shot without any.
         folds: the supports of each fold.
     """
-    if c.method in pixel_baselines.METHODS:
+    if c.method in pixel_baselines.METHODS and images is not None:
         return pixel_baselines.METHODS[c.method](images.calibrating, images.k, clip.size)
     branches = {
         n: branch(n, c, clip, design, plain_design, frozen, params, images, folds)

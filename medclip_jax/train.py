@@ -107,7 +107,8 @@ def run(
         supports=[r.sha256 for r in prepared.split.support],
     )
     if scored.test is None:
-        return unmeasured(workdir, c)
+        log_unmeasured(workdir, c)
+        return None
     metrics = measure(prepared, scored, workdir, timing, key, pictures=report)
     if report:
         write_report(workdir)
@@ -227,7 +228,7 @@ def write_report(workdir: Path) -> Path:
     return page
 
 
-def unmeasured(workdir: Path, c: ConfigDict) -> None:
+def log_unmeasured(workdir: Path, c: ConfigDict) -> None:
     """Say that a folder without test images was trained on but not measured."""
     logging.warning(
         "trained, but not measured: %s has no folder test; --mode predict scores new images with "

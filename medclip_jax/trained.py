@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from medclip_jax import build, build_detector
@@ -91,7 +90,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
             "restore that one"
         )
     design, _ = build.model_parts(c, clip)
-    empty = detector.Scores(np.zeros((0, clip.grid**2)), np.zeros(0))
+    empty = detector.Scores(jnp.zeros((0, clip.grid**2)), jnp.zeros(0))
     k, random = trained.calibration.k, design.dropout > 0 and "learned" in trained.params
     params = jax.tree.map(jnp.asarray, trained.params)
     scores = detector.Detector(
@@ -130,7 +129,7 @@ def load_start(workdir: Path) -> adapt.Start:
     clip = build.load_clip(c)
     design, frozen = build.model_parts(c, clip)
     count = 1 + len(build.folds(c))
-    params = build.fresh_params(c, clip, design)
+    params: Any = build.fresh_params(c, clip, design)
     if c.learner == "meta_sgd":
         params = maml.meta_sgd(params, c.meta.inner_rate)
     template = state.start(params, loop.adam(c.learning_rate), count, c.seed)
