@@ -4,9 +4,11 @@ Only format and modality of a file are returned. No text of pydicom's errors is 
 may quote the patient's name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pydicom.pixels
@@ -14,27 +16,17 @@ from jaxtyping import Float
 from pydicom.dataset import Dataset
 
 from medclip_jax.errors import DataError
-from medclip_jax.io import dicom_header, dicom_pixels
-from medclip_jax.io.image import (
-    MAX_VOXELS,
-    Image,
-    Window,
-    choose,
-    no_hounsfield,
-    stretch_to_unit,
-)
+from medclip_jax.io import dicom_header, dicom_pixels, image
+from medclip_jax.io.image import MAX_VOXELS, Image, Window
 
-# fmt: off
-MODALITIES = {  # PS3.3 C.7.3.1.1.1, those with images; anything else becomes "OT" (other)
-    "BI", "BMD", "CR", "CT", "DG", "DX", "ES", "GM", "IO", "IVOCT", "IVUS", "LS", "MG", "MR", "NM",
-    "OCT", "OP", "OPM", "OPT", "OT", "PT", "PX", "RF", "RG", "RTDOSE", "RTIMAGE", "SC", "SEG", "SM",
-    "TG", "US", "XA", "XC",
-}
-# fmt: on
-SORT_TAGS = (
-    *("SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "NumberOfFrames"),
-    *("ImageOrientationPatient", "Rows", "Columns"),
+# PS3.3 C.7.3.1.1.1, those with images; anything else becomes "OT" (other)
+MODALITIES = set(
+    "BI BMD CR CT DG DX ES GM IO IVOCT IVUS LS MG MR NM OCT OP OPM OPT OT PT PX RF RG RTDOSE "
+    "RTIMAGE SC SEG SM TG US XA XC".split()
 )
+SIZE_TAGS = ("NumberOfFrames", "Rows", "Columns")
+SORT_TAGS = ("SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient")
+SORT_TAGS += ("ImageOrientationPatient", *SIZE_TAGS)
 
 
 class _Decoded(NamedTuple):
@@ -61,17 +53,12 @@ def read_dicom(
       frames: (first, end) of the frames to return, end not included.
       window: maps the Hounsfield units of a CT to [0, 1] in place of the file's own window.
 
-    Returns:
-      pixels [f, h, w] in [0, 1]; spacing in mm; meta with format and modality, nothing else.
-
     Raises:
-      DataError: missing, empty, not DICOM, without image, truncated, too large, of a transfer
-        syntax without decoder, with an impossible window or table, or without Hounsfield units
-        where `window` needs them.
+      DataError: whatever keeps the file from being shown, or from being windowed by `window`.
     """
     decoded = _decode(path, window)
     _stretch([decoded])
-    pixels = decoded.pixels[choose(path, len(decoded.pixels), frames)]
+    pixels = decoded.pixels[image.choose(path, len(decoded.pixels), frames)]
     return Image(pixels, decoded.spacing, {"format": "DICOM", "modality": decoded.modality})
 
 
@@ -90,13 +77,14 @@ def read_series(
       window: as `read_dicom`.
 
     Returns:
-      As `read_dicom`; spacing None where the images differ in it.
+      The image; spacing None where the files differ in it.
 
     Raises:
       DataError: as `read_dicom`; no DICOM image, several series, or sizes that differ.
     """
-    image = read_slices(_sorted_series(folder), folder, window)
-    return image._replace(pixels=image.pixels[choose(folder, len(image.pixels), frames)])
+    series = read_slices(_sorted_series(folder), folder, window)
+    chosen = image.choose(folder, len(series.pixels), frames)
+    return series._replace(pixels=series.pixels[chosen])
 
 
 def read_slices(paths: Sequence[Path], source: Path, window: Window | None = None) -> Image:
@@ -119,12 +107,10 @@ def read_slices(paths: Sequence[Path], source: Path, window: Window | None = Non
 def _stretch(series: list[_Decoded]) -> None:
     """Stretch all images without a window together, in place, and invert MONOCHROME1."""
     raw = [decoded for decoded in series if not decoded.scaled]
-    if not raw:
-        return
-    low = min(float(decoded.pixels.min()) for decoded in raw)
-    high = max(float(decoded.pixels.max()) for decoded in raw)
+    low = min((float(decoded.pixels.min()) for decoded in raw), default=0.0)
+    high = max((float(decoded.pixels.max()) for decoded in raw), default=0.0)
     for decoded in raw:
-        stretch_to_unit(decoded.pixels, low, high)
+        image.stretch_to_unit(decoded.pixels, low, high)
         if decoded.inverted:
             np.subtract(1, decoded.pixels, out=decoded.pixels)
 
@@ -133,7 +119,8 @@ def _sorted_series(folder: Path) -> list[Path]:
     headers = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and dicom_header.is_dicom(path):
-            ds = _guarded(path, lambda path: dicom_header.parse(path, SORT_TAGS))
+            with _no_foreign_errors(path):
+                ds = dicom_header.parse(path, SORT_TAGS)
             if "Rows" in ds:
                 headers.append((path, ds))
     if not headers:
@@ -141,10 +128,8 @@ def _sorted_series(folder: Path) -> list[Path]:
     series = len({str(ds.get("SeriesInstanceUID")) for _, ds in headers})
     if series > 1:
         raise DataError(f"{folder} holds {series} series: give each a folder of its own.")
-    sizes = ("Rows", "Columns", "NumberOfFrames")
     voxels = sum(
-        int(np.prod([dicom_header.count(path, ds, name) for name in sizes], dtype=object))
-        for path, ds in headers
+        math.prod(dicom_header.count(path, ds, name) for name in SIZE_TAGS) for path, ds in headers
     )
     if voxels > MAX_VOXELS:
         raise DataError(f"{folder} has {voxels:,} pixels and at most {MAX_VOXELS:,} are read.")
@@ -155,7 +140,7 @@ def _sorted_series(folder: Path) -> list[Path]:
             f"{folder} has an image without usable position and instance number: "
             "give its files one by one."
         ) from None
-    return [headers[i][0] for i in sorted(range(len(headers)), key=lambda i: keys[i])]
+    return [headers[i][0] for i in sorted(range(len(headers)), key=keys.__getitem__)]
 
 
 def _slice_positions(series: list[Dataset]) -> list[tuple[float, int]]:
@@ -173,10 +158,11 @@ def _slice_positions(series: list[Dataset]) -> list[tuple[float, int]]:
     return [(0.0, int(ds.InstanceNumber)) for ds in series]
 
 
-def _guarded(path: Path, work: Callable[[Path], Any]) -> Any:
-    """`work(path)`, with every error that is not ours replaced by one that quotes nothing."""
+@contextmanager
+def _no_foreign_errors(path: Path) -> Iterator[None]:
+    """Replace every error that is not ours by one that quotes nothing of the file."""
     try:
-        return work(path)
+        yield
     except DataError:
         raise
     except dicom_pixels.GreyError as error:
@@ -189,15 +175,16 @@ def _guarded(path: Path, work: Callable[[Path], Any]) -> Any:
 
 
 def _decode(path: Path, window: Window | None) -> _Decoded:
-    return _guarded(path, lambda path: _decode_frames(path, window))
+    with _no_foreign_errors(path):
+        return _decode_frames(path, window)
 
 
 def _decode_frames(path: Path, window: Window | None) -> _Decoded:
     ds = dicom_header.parse(path)
     dicom_header.check(path, ds)
     if window and (reason := dicom_pixels.lacks_hounsfield(ds)):
-        raise no_hounsfield(path, reason)
-    shape = tuple(dicom_header.count(path, ds, n) for n in ("NumberOfFrames", "Rows", "Columns"))
+        raise image.no_hounsfield(path, reason)
+    shape = tuple(dicom_header.count(path, ds, name) for name in SIZE_TAGS)
     pixels, count, scaled = np.empty(shape, np.float32), 0, True
     for count, stored in enumerate(_frames(path, ds), start=1):
         values, scaled = dicom_pixels.display_values(ds, stored, count - 1, window)
@@ -205,14 +192,10 @@ def _decode_frames(path: Path, window: Window | None) -> _Decoded:
             pixels[count - 1] = values
     if count != len(pixels) or not np.isfinite(pixels).all():
         raise DataError(f"{path} has missing, NaN or infinite pixels: remove it.")
+    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and not scaled
     modality = str(ds.get("Modality", "")).strip()
-    return _Decoded(
-        pixels,
-        scaled,
-        ds.PhotometricInterpretation == "MONOCHROME1" and not scaled,
-        dicom_pixels.spacing(ds),
-        modality if modality in MODALITIES else "OT",
-    )
+    modality = modality if modality in MODALITIES else "OT"
+    return _Decoded(pixels, scaled, inverted, dicom_pixels.spacing(ds), modality)
 
 
 def _frames(path: Path, ds: Dataset) -> Iterator[np.ndarray]:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import pydicom.config
 import pydicom.encaps
@@ -40,14 +39,6 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="pydicom")
 
 
-class Size(NamedTuple):
-    """What a codestream says it holds."""
-
-    width: int
-    height: int
-    components: int
-
-
 def is_dicom(path: Path) -> bool:
     """Whether a file has the letters DICM at byte 128, whatever its suffix."""
     try:
@@ -62,9 +53,7 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
 
     Files without preamble are accepted if they start with group 0002 or 0008; the encoding of files
     that do not name their transfer syntax is the one pydicom finds.
-
-    Raises:
-      DataError: missing, empty, too large (also once inflated) or not DICOM.
+    Raises DataError for a file that is missing, empty, too large (also once inflated) or not DICOM.
     """
     raw = load_bytes(path)
     bare = raw[128:132] != b"DICM"
@@ -77,8 +66,7 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
         stop_before_pixels=tags is not None,
         specific_tags=None if tags is None else list(tags),
     )
-    if not getattr(ds, "file_meta", None):
-        ds.file_meta = FileMetaDataset()
+    ds.file_meta = getattr(ds, "file_meta", None) or FileMetaDataset()
     if not ds.file_meta.get("TransferSyntaxUID"):
         implicit, little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = ENCODINGS[bool(implicit), bool(little)]
@@ -86,11 +74,7 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
 
 
 def check(path: Path, ds: Dataset) -> None:
-    """Refuse what has no image, what is too large and what no decoder here can read.
-
-    Raises:
-      DataError: saying which.
-    """
+    """Raise DataError for what has no image, is too large or has no decoder here."""
     if not any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise DataError(f"{path} is DICOM without an image (no PixelData): remove it.")
     rows, columns, frames = (count(path, ds, n) for n in ("Rows", "Columns", "NumberOfFrames"))
@@ -121,11 +105,7 @@ def check(path: Path, ds: Dataset) -> None:
 
 
 def count(path: Path, ds: Dataset, name: str) -> int:
-    """A whole number of the header; the number of frames is 1 where it is missing.
-
-    Raises:
-      DataError: missing, or not a number.
-    """
+    """A whole number of the header, else DataError; the number of frames is 1 if missing."""
     value = ds.get(name)
     if value in (None, "") and name == "NumberOfFrames":
         return 1
@@ -148,11 +128,8 @@ def plugin(path: Path, ds: Dataset) -> str:
 
     Left alone, pydicom tries all that are installed, in an order that depends on earlier files.
     CharLS refuses damaged JPEG-LS, libjpeg does not. pydicom's own RLE decoder is slow, but the
-    fast one panics on damaged segments. libjpeg is an extra, for its licence; 8-bit JPEG goes
-    without it.
-
-    Raises:
-      DataError: the decoder of lossless or 12-bit JPEG is not installed.
+    fast one panics on damaged segments. libjpeg is an extra, for its licence: 8-bit JPEG goes
+    without it, lossless and 12-bit JPEG are a DataError.
     """
     syntax = ds.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
@@ -201,62 +178,48 @@ def _check_streams(path: Path, ds: Dataset, size: tuple[int, int, int], frames: 
     )
     for stream in streams:
         stated = stated_size(stream)
-        if stated is None:
+        if stated != size:
+            stream_size = " x ".join(map(str, stated)) if stated else "no size"
             raise DataError(
-                f"{path} holds no {syntax_name(ds)} stream where its header says so: "
-                "it is damaged, copy it again or remove it."
-            )
-        if tuple(stated) != size:
-            raise DataError(
-                f"{path} says {size[0]} x {size[1]} x {size[2]} in its header and "
-                f"{stated.width} x {stated.height} x {stated.components} in its {syntax_name(ds)} "
-                "stream: it is damaged, copy it again or remove it."
+                f"{path} says {' x '.join(map(str, size))} in its header and {stream_size} in its "
+                f"{syntax_name(ds)} stream: it is damaged, copy it again or remove it."
             )
 
 
-def stated_size(stream: bytes) -> Size | None:
-    """Size stated by a JPEG, JPEG-LS or JPEG 2000 stream; None if it states none.
+def stated_size(stream: bytes) -> tuple[int, int, int] | None:
+    """(width, height, components) that a JPEG, JPEG-LS or JPEG 2000 stream states, if it does.
 
     Layouts: ISO/IEC 10918-1 B.2.2 (JPEG frame header; JPEG-LS, ISO/IEC 14495-1 C.2.2, has the same)
     and ISO/IEC 15444-1 A.5.1 (JPEG 2000 SIZ; HTJ2K has the same).
     """
     if stream[:2] == b"\xff\xd8":
-        return _jpeg(stream)
-    if stream[:4] == b"\xff\x4f\xff\x51":
-        return _jpeg2000(stream)
-    start = stream.find(b"\xff\x4f\xff\x51")  # inside a JP2 file
-    return _jpeg2000(stream[start:]) if start >= 0 else None
+        return _jpeg_size(stream)
+    start = stream.find(b"\xff\x4f\xff\x51")  # markers SOC and SIZ, at 0 or inside a JP2 file
+    siz = stream[start + 4 :]  # length, capabilities, x, y, x offset, y offset, tiles, components
+    if start < 0 or len(siz) < 38:
+        return None
+    x, y, left, top = (int.from_bytes(siz[4 + 4 * i : 8 + 4 * i]) for i in range(4))
+    return x - left, y - top, int.from_bytes(siz[36:38])
 
 
-def _jpeg(stream: bytes) -> Size | None:
+def _jpeg_size(stream: bytes) -> tuple[int, int, int] | None:
     """Walk the segments up to the frame header; entropy-coded data come only after it."""
     offset = 2
     while offset + 4 <= len(stream):
         if stream[offset] != 0xFF:
             return None
         marker = stream[offset + 1]
-        if marker == 0xFF:  # fill byte
-            offset += 1
-            continue
-        if marker in ALONE:
-            offset += 2
-            continue
         if marker in JPEG_FRAMES:
             head = stream[offset + 4 : offset + 10]
             if len(head) < 6:
                 return None
-            height, width = int.from_bytes(head[1:3]), int.from_bytes(head[3:5])
-            return Size(width, height, head[5])
+            return int.from_bytes(head[3:5]), int.from_bytes(head[1:3]), head[5]
         if marker == 0xDA:  # a scan before any frame
             return None
-        offset += 2 + max(2, int.from_bytes(stream[offset + 2 : offset + 4]))
+        if marker == 0xFF:  # fill byte
+            offset += 1
+        elif marker in ALONE:
+            offset += 2
+        else:
+            offset += 2 + max(2, int.from_bytes(stream[offset + 2 : offset + 4]))
     return None
-
-
-def _jpeg2000(stream: bytes) -> Size | None:
-    """Marker SOC, then SIZ: length, capabilities, x, y, x offset, y offset, tiles, components."""
-    siz = stream[4:]
-    if len(siz) < 38:
-        return None
-    x, y, left, top = (int.from_bytes(siz[4 + 4 * i : 8 + 4 * i]) for i in range(4))
-    return Size(x - left, y - top, int.from_bytes(siz[36:38]))

@@ -67,7 +67,7 @@ def lacks_hounsfield(ds: Dataset) -> str:
     if ds.PhotometricInterpretation not in GREY or ds.get("ModalityLUTSequence"):
         return "its pixels are not on a linear grey scale"
     rescale = _item(ds, "PixelValueTransformationSequence", 0)
-    if rescale.get("RescaleSlope") is None or rescale.get("RescaleIntercept") is None:
+    if not _rescale(rescale):
         return "it has no rescale slope and intercept"
     known = str(rescale.get("RescaleType") or "").strip() in HOUNSFIELD
     return "" if known else "its rescale type is another"
@@ -91,10 +91,9 @@ def spacing(ds: Dataset) -> tuple[float, float] | None:
 
 
 def _ultrasound_spacing(ds: Dataset) -> list[float] | None:
-    regions = ds.get("SequenceOfUltrasoundRegions") or []
     pairs = {
         (abs(float(r.PhysicalDeltaY)) * 10, abs(float(r.PhysicalDeltaX)) * 10)
-        for r in regions
+        for r in ds.get("SequenceOfUltrasoundRegions") or []
         if r.get("RegionSpatialFormat") == REGION_2D
         and r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == CM
         and "PhysicalDeltaX" in r
@@ -111,12 +110,13 @@ def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "
 def _modality(ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int) -> Float[np.ndarray, "h w"]:
     if ds.get("ModalityLUTSequence"):
         return _look_up(ds, ds.ModalityLUTSequence[0], stored)[0]
-    group = _item(ds, "PixelValueTransformationSequence", frame)
+    slope, intercept = _rescale(_item(ds, "PixelValueTransformationSequence", frame)) or (1, 0)
+    return stored.astype(np.float64) * slope + intercept
+
+
+def _rescale(group: Dataset) -> tuple[float, float] | None:
     slope, intercept = group.get("RescaleSlope"), group.get("RescaleIntercept")
-    values = stored.astype(np.float64)
-    if slope is None or intercept is None:
-        return values
-    return values * float(slope) + float(intercept)
+    return None if slope is None or intercept is None else (float(slope), float(intercept))
 
 
 def _padding(ds: Dataset, stored: Num[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
@@ -166,9 +166,7 @@ def _look_up(
     entries = entries or 1 << 16
     data = item.LUTData
     if isinstance(data, bytes):
-        little = ds.file_meta.TransferSyntaxUID.is_little_endian
-        wide = len(data) >= 2 * entries
-        data = np.frombuffer(data, ("<u2" if little else ">u2") if wide else np.uint8)
+        data = _words(ds, data, wide=len(data) >= 2 * entries)
     table = np.atleast_1d(np.asarray(data, np.float64))
     if first >= 1 << 15 and values.max() < first:  # implicit VR reads a negative number as unsigned
         first -= 1 << 16
@@ -186,13 +184,10 @@ def _check_palette(ds: Dataset) -> None:
     """A segmented palette is refused where it would unroll to more than a palette can hold."""
     for colour in ("Red", "Green", "Blue"):
         packed = ds.get(f"Segmented{colour}PaletteColorLookupTableData")
-        if packed is None:
-            continue
-        wide = int(ds.RedPaletteColorLookupTableDescriptor[2]) > 8
-        little = ds.file_meta.TransferSyntaxUID.is_little_endian
-        words = np.frombuffer(packed, ("<u2" if little else ">u2") if wide else np.uint8)
-        if sum(_segment_lengths(words)) > MAX_PALETTE:
-            raise GreyError("its segmented palette is larger than a palette can be")
+        if packed is not None:
+            wide = int(ds.RedPaletteColorLookupTableDescriptor[2]) > 8
+            if sum(_segment_lengths(_words(ds, packed, wide))) > MAX_PALETTE:
+                raise GreyError("its segmented palette is larger than a palette can be")
 
 
 def _segment_lengths(words: Num[np.ndarray, " n"]) -> Iterator[int]:
@@ -206,22 +201,19 @@ def _segment_lengths(words: Num[np.ndarray, " n"]) -> Iterator[int]:
         offset += 2 + (length if kind == 0 else 1)
 
 
+def _words(ds: Dataset, data: bytes, wide: bool) -> Num[np.ndarray, " n"]:
+    little = ds.file_meta.TransferSyntaxUID.is_little_endian
+    return np.frombuffer(data, ("<u2" if little else ">u2") if wide else np.uint8)
+
+
 def _item(ds: Dataset, name: str, frame: int) -> Dataset:
     """Where to look for an attribute: the frame's group, the shared one, else the file itself."""
-    groups = ds.get("PerFrameFunctionalGroupsSequence") or []
-    for group in (
-        *groups[frame : frame + 1],
-        *(ds.get("SharedFunctionalGroupsSequence") or [])[:1],
-    ):
-        if group.get(name):
-            return group[name][0]
-    return ds
+    own = (ds.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
+    shared = (ds.get("SharedFunctionalGroupsSequence") or [])[:1]
+    return next((group[name][0] for group in (*own, *shared) if group.get(name)), ds)
 
 
 def _first(value: Any) -> float | None:
     """First of one or more numbers; None for none."""
-    if value is None or value == "":
-        return None
-    several = isinstance(value, (list, tuple)) or hasattr(value, "__iter__")
-    values = list(value) if several and not isinstance(value, str) else [value]
-    return float(values[0]) if values else None
+    values = np.ravel([] if value is None or value == "" else value)
+    return float(values[0]) if len(values) else None

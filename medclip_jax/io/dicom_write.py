@@ -29,10 +29,12 @@ from pydicom.uid import generate_uid
 
 from medclip_jax import __version__
 
-DEVICE = {
+MODEL = "medclip-jax"
+COMMON = {
     "manufacturer": "medclip_jax",
-    "manufacturer_model_name": "medclip-jax",
+    "manufacturer_model_name": MODEL,
     "software_versions": __version__,
+    "instance_number": 1,
 }
 # type 2: present, empty where the source does not say
 PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
@@ -50,10 +52,8 @@ MIN_FILES = 128  # for fewer, processes would start for longer than they work
 
 
 class DicomObjects(NamedTuple):
-    """Objects by name, and why one is missing."""
-
-    files: dict[str, bytes]
-    notes: list[str]
+    files: dict[str, bytes]  # by name
+    notes: list[str]  # why one is missing
 
 
 Build = Callable[..., DicomObjects]  # as `build`
@@ -104,9 +104,9 @@ def build(
 def builder(count: int) -> Iterator[Build]:
     """A `build` for `count` files: in processes, or in the caller's thread for few.
 
-    highdicom and pydicom are Python, so threads that build objects delay each other and the encoder
-    of the caller. Where a process is killed, the objects are built in the caller's thread from then
-    on. All processes have ended when the block is left, or when this process was killed.
+    Threads would delay each other and the caller's encoder, as highdicom and pydicom are Python.
+    Where a process is killed, the objects are built in the caller's thread from then on. All
+    processes have ended when the block is left, or when this process was killed.
     """
     if count < MIN_FILES or not _main_can_be_imported():
         yield build
@@ -130,20 +130,20 @@ def builder(count: int) -> Iterator[Build]:
 def _main_can_be_imported() -> bool:
     """Whether a new process may import __main__: a script without a guard would run again."""
     main = sys.modules["__main__"]
-    command = Path(getattr(main, "__file__", None) or "medclip-jax").stem == "medclip-jax"
+    command = Path(getattr(main, "__file__", None) or MODEL).stem == MODEL
     return command or getattr(main, "__spec__", None) is not None
 
 
 def _start_worker() -> None:
-    """A worker prints nothing of headers, and leaves Ctrl-C to its caller."""
+    """A worker prints nothing of headers, leaves Ctrl-C to its caller, and ends with it."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quieten()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def quieten() -> None:
@@ -156,19 +156,15 @@ def quieten() -> None:
 def source(path: Path, pseudonymise: bool) -> Dataset:
     """What derived objects need of one source, and no more; no pixels."""
     whole = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    copy = Dataset()
-    for name in (*UIDS, *GEOMETRY):
-        if name in whole:
-            copy[name] = whole[name]
+    copy = _only(whole, (*UIDS, *GEOMETRY))
     for name in (*PATIENT, *STUDY):
         setattr(copy, name, "" if pseudonymise else whole.get(name, ""))
     for name in GROUPS:
         if name in whole:
             setattr(copy, name, [_only(group, GROUP_GEOMETRY) for group in whole[name].value])
-    if pseudonymise:
-        for name in UIDS:
-            if name in copy:
-                copy[name].value = generate_uid(entropy_srcs=[str(copy[name].value)])
+    for name in UIDS:
+        if pseudonymise and name in copy:
+            copy[name].value = generate_uid(entropy_srcs=[str(copy[name].value)])
     copy.file_meta = pydicom.dataset.FileMetaDataset()
     syntax = getattr(whole, "file_meta", {}).get("TransferSyntaxUID")
     copy.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ImplicitVRLittleEndian
@@ -189,7 +185,7 @@ def _segmentation(sources: list[Dataset], key: str, mask: Bool[np.ndarray, "f h 
     from pydicom.sr.codedict import codes
 
     algorithm = AlgorithmIdentificationSequence(
-        DEVICE["manufacturer_model_name"], codes.cid7162.ArtificialIntelligence, __version__
+        MODEL, codes.cid7162.ArtificialIntelligence, __version__
     )
     segment = SegmentDescription(
         1,
@@ -209,8 +205,7 @@ def _segmentation(sources: list[Dataset], key: str, mask: Bool[np.ndarray, "f h 
         series_instance_uid=generate_uid(entropy_srcs=[key, "seg series"]),
         series_number=9001,
         sop_instance_uid=generate_uid(entropy_srcs=[key, "seg"]),
-        instance_number=1,
-        **DEVICE,
+        **COMMON,
         device_serial_number="0",
         content_label="ANOMALY",
         content_description="Anomaly by few-shot detection; research only",
@@ -220,6 +215,7 @@ def _segmentation(sources: list[Dataset], key: str, mask: Bool[np.ndarray, "f h 
 
 def _capture(source: Dataset, key: str, picture: np.ndarray):
     from highdicom.sc import SCImage
+    from highdicom.sr import CodedConcept
 
     capture = SCImage.from_ref_dataset(
         source,
@@ -231,8 +227,7 @@ def _capture(source: Dataset, key: str, picture: np.ndarray):
         series_instance_uid=generate_uid(entropy_srcs=[key, "capture series"]),
         series_number=9002,
         sop_instance_uid=generate_uid(entropy_srcs=[key, "capture"]),
-        instance_number=1,
-        **DEVICE,
+        **COMMON,
         transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
     )
     capture.SeriesDescription = "Anomaly overlay, research only"
@@ -240,12 +235,10 @@ def _capture(source: Dataset, key: str, picture: np.ndarray):
     capture.BurnedInAnnotation = "NO"
     if "Laterality" not in capture:
         capture.Laterality = source.get("Laterality", "")
+    purpose = CodedConcept("121322", "DCM", "Source image for image processing operation")
     reference = Dataset()
     reference.ReferencedSOPClassUID = source.SOPClassUID
     reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
-    purpose = Dataset()
-    purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
-    purpose.CodeMeaning = "Source image for image processing operation"
     reference.PurposeOfReferenceCodeSequence = [purpose]
     capture.SourceImageSequence = [reference]
     return capture
@@ -259,9 +252,9 @@ def _orientation(source: Dataset) -> tuple[str, str]:
     cosines = source.get("ImageOrientationPatient")
     if not cosines or len(cosines) != 6:
         return "L", "P"
-
-    def letter(vector) -> str:
-        axis = int(np.argmax(np.abs(vector)))
-        return ("LPH", "RAF")[int(vector[axis] < 0)][axis]
-
-    return letter(np.array(cosines[:3], float)), letter(np.array(cosines[3:], float))
+    vectors = np.array(cosines, float).reshape(2, 3)
+    row, column = (
+        ("LPH", "RAF")[int(v[axis] < 0)][axis]
+        for v, axis in zip(vectors, np.abs(vectors).argmax(1), strict=True)
+    )
+    return row, column

@@ -68,9 +68,6 @@ def read_nifti(
         the largest value of the whole volume (all time points), whichever slices are returned; a
         constant volume becomes zeros.
 
-    Returns:
-      pixels [f, h, w] in [0, 1]; spacing from the affine.
-
     Raises:
       DataError: as `nifti_volume`; NaN or infinite voxels; a range that leaves the volume; a window
         on voxels of 8 bits or in colour, which hold no Hounsfield units.
@@ -100,12 +97,11 @@ def read_nifti(
 def nifti_volume(path: Path, hounsfield: bool = False) -> Volume:
     """Read .nii, .nii.gz, or a pair .hdr and .img (either may be named).
 
+    A 2-D image becomes one slice; NaN and infinities stay as they are stored. A file without
+    orientation (qform and sform codes 0) gets nibabel's fall-back and a warning.
+
     Args:
       hounsfield: refuse voxels that cannot be Hounsfield units.
-
-    Returns:
-      The volume, 3-D or 4-D (a 2-D image has one slice); NaN and infinities as they are stored.
-      A file without orientation (qform and sform codes 0) gets nibabel's fall-back and a warning.
 
     Raises:
       DataError: missing, empty, truncated, corrupt or too large; not NIfTI; more than 4 axes or

@@ -44,8 +44,7 @@ def read_pillow(path: Path) -> Image:
     """
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
-            file_format = image.format or "unknown"
-            return Image(_pages(path, image, file_format), None, {"format": file_format})
+            return Image(_pages(path, image), None, {"format": image.format})
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -74,15 +73,10 @@ def encode_png(pixels: UInt8[np.ndarray, "h w *_"] | UInt16[np.ndarray, "h w"]) 
 def draw_overlay(
     pixels: UInt8[np.ndarray, "h w"], heat: Float[np.ndarray, "h w"], boxes: list[dict]
 ) -> UInt8[np.ndarray, "a b 3"]:
-    """The image in grey with the map in colour and the boxes; nothing else is drawn on it.
+    """A grey image with its anomaly map [0, 1] in colour and boxes; RGB, at most 1024 x 1024.
 
     Args:
-      pixels: grey levels of the image.
-      heat: its anomaly map, [0, 1].
       boxes: row0, col0, row1, col1 in pixels of the image, ends not included.
-
-    Returns:
-      RGB, shrunk to at most 1024 pixels on the longer side.
     """
     height, width = pixels.shape
     scale = min(1.0, OVERLAY_SIDE / max(height, width))
@@ -102,13 +96,13 @@ def draw_overlay(
     return np.asarray(picture)
 
 
-def _pages(path: Path, image: PIL.Image.Image, file_format: str) -> Float[np.ndarray, "f h w"]:
+def _pages(path: Path, image: PIL.Image.Image) -> Float[np.ndarray, "f h w"]:
     """Pages of a TIFF, all of one size; of other formats the one image (no MPO, no APNG)."""
-    size = image.size
+    size, file_format = image.size, image.format
     check_size(path, *size)
     if file_format != "TIFF":
         return _luminance(path, PIL.ImageOps.exif_transpose(image), file_format)[None]
-    check_size(path, *size, getattr(image, "n_frames", 1))
+    check_size(path, *size, image.n_frames)
     pages = []
     for page in PIL.ImageSequence.Iterator(image):
         if page.size != size:
@@ -124,7 +118,12 @@ def _luminance(path: Path, image: PIL.Image.Image, file_format: str) -> Float[np
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG"):
         return np.asarray(image).astype(np.float32) / 65535
     if image.mode == "F":
-        return _unit_float(path, np.asarray(image, np.float32))
+        pixels = np.asarray(image, np.float32)
+        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+            raise DataError(
+                f"{path} holds floats outside [0, 1] or NaN: scale them to [0, 1] first."
+            )
+        return pixels
     if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.asarray(image.convert("L"), np.float32) / 255
     if image.mode not in COLOUR + ("1", "L"):
@@ -142,13 +141,6 @@ def _mix(colour: Iterable[PIL.Image.Image]) -> Float[np.ndarray, "h w"]:
     """Weighted sum of the bands, one at a time, since three as floats would take much memory."""
     bands = zip(LUMA, colour, strict=True)
     return np.minimum(sum(w * np.asarray(band, np.float32) for w, band in bands) / 255, 1)
-
-
-def _unit_float(path: Path, pixels: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
-    """Floating-point files say nothing about their white: only [0, 1] is accepted."""
-    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-        raise DataError(f"{path} holds floats outside [0, 1] or NaN: scale them to [0, 1] first.")
-    return pixels
 
 
 @cache

@@ -123,25 +123,21 @@ def read_all(
 
 
 def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Union of mask files: True where a pixel is brighter than 127 of 255.
+    """Union of the mask files of an image [h, w]: True where one is brighter than 127 of 255.
 
     A file of two values of which one is 0, whatever the other (1, a palette's red, 255 of 16 bits),
-    is True where it is not 0.
-
-    Args:
-      paths: mask files of one image; none gives an empty mask.
-      shape: (height, width) of the image, pixels.
+    is True where it is not 0. No files give an empty mask.
 
     Raises:
-      DataError: a mask is missing, unreadable, of another size than its image, or of several
-        values none of which is bright.
+      DataError: a mask is unreadable, of another size, or of several values and none bright.
     """
     union = np.zeros(shape, bool)
     for path in paths:
         pixels = read(path).pixels[0]
         if pixels.shape != tuple(shape):
+            size, other = (f"{width} x {height}" for height, width in (pixels.shape, shape))
             raise DataError(
-                f"mask {path} is {_size(pixels.shape)} pixels but its image is {_size(shape)}: "
+                f"mask {path} is {size} pixels but its image is {other}: "
                 "give a mask drawn on the image itself."
             )
         values = np.unique(pixels) * 255
@@ -152,7 +148,3 @@ def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray,
             )
         union |= pixels > (0 if two else MASK_THRESHOLD / 255)
     return union
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} x {shape[0]}"

@@ -32,13 +32,7 @@ def fit_mask(
 def to_frame(
     heat: Float[np.ndarray, "s s"], height: int, width: int, mode: Mode = "stretch"
 ) -> Float[np.ndarray, "h w"]:
-    """Inverse of `fit`: resize a map over the square to the image's own frame, bilinear.
-
-    Args:
-      heat: map over the encoder's input; its range is preserved.
-      height: of the original image, pixels; `width` likewise.
-      mode: the one `fit` was called with.
-    """
+    """Inverse of `fit`, bilinear: a map over the square becomes one of height x width pixels."""
     top, left, rows, columns = _box(height, width, heat.shape[0], mode)
     inside = heat[top : top + rows, left : left + columns].astype(np.float32)
     return _resize(inside, height, width, PIL.Image.Resampling.BILINEAR)
