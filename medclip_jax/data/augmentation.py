@@ -63,8 +63,7 @@ def deforms(modality: str) -> bool:
 def chosen(strengths: Mapping[str, float], modality: str) -> tuple[int, Strengths]:
     """(copies, Strengths) from strengths by name; without a strength no copies.
 
-    Raises:
-      ConfigError: elastic deformation of anything but ultrasound and MRI.
+    Raises ConfigError for elastic deformation of anything but ultrasound and MRI.
     """
     result = Strengths(**{name: float(value) for name, value in strengths.items()})
     if result.elastic and not deforms(modality):
@@ -97,11 +96,10 @@ def sample(
     return jnp.clip(pixels[..., 0], 0, 1)
 
 
-def rotate(pixels: Float[Array, "h w 1"], angle: Float[Array, ""]) -> Float[Array, "h w 1"]:
+def rotate(pixels: Float[Array, "h w 1"], angle: Any) -> Float[Array, "h w 1"]:
     """Turn by an angle (radians, counter-clockwise) about the centre, bilinear."""
     with jax.default_matmul_precision("highest"):  # a TPU would round coordinates to 8 bits
-        traced: Any = angle  # dm_pix says float and takes arrays
-        return dm_pix.rotate(pixels, traced, mode="mirror")
+        return dm_pix.rotate(pixels, angle, mode="mirror")
 
 
 def elastic(
@@ -143,11 +141,7 @@ def batch(
 
 
 def copies(
-    seed: int,
-    image_digest: int,
-    image: Float[np.ndarray, "h w"],
-    count: int,
-    strengths: Strengths,
+    seed: int, image_digest: int, image: Float[np.ndarray, "h w"], count: int, strengths: Strengths
 ) -> Float[np.ndarray, "n h w"]:
     """The image, then `count` changed copies; copy c is a function of (seed, image_digest, c).
 
@@ -156,8 +150,8 @@ def copies(
     """
     result = np.repeat(image[None], 1 + count, axis=0)
     if count:
-        key = jax.random.fold_in(jax.random.key(seed), STREAM)
-        for word in (image_digest & 0xFFFFFFFF, (image_digest >> 32) & 0xFFFFFFFF):
+        key = jax.random.key(seed)
+        for word in (STREAM, image_digest & 0xFFFFFFFF, (image_digest >> 32) & 0xFFFFFFFF):
             key = jax.random.fold_in(key, np.uint32(word))
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
         result[1:] = batch(keys, result[1:], strengths)
@@ -169,10 +163,8 @@ def crops(image: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "v s s"]:
     size = image.shape[0]
     room = (1 - CROP_SHARE) * (size - 1)
     starts = ((0, 0), (0, room), (room, 0), (room, room), (room / 2, room / 2))
-    scale = (CROP_SHARE, CROP_SHARE)
-    views = [
-        ndimage.affine_transform(image, scale, start, order=1, mode="nearest") for start in starts
-    ]
+    crop = partial(ndimage.affine_transform, image, (CROP_SHARE,) * 2, order=1, mode="nearest")
+    views = [crop(offset=start) for start in starts]
     return np.stack([*views, *(view[:, ::-1] for view in views)]).astype(np.float32)
 
 
@@ -199,11 +191,9 @@ def variants(
     if not recipe.copies:
         return changed, masks, kinds
     clean = np.full(recipe.copies, generate.KINDS.index("identity"))
-    return (
-        np.concatenate([changed, bases[1:]]),
-        np.concatenate([masks, np.zeros_like(bases[1:])]),
-        np.concatenate([kinds, clean]),
-    )
+    pairs = (changed, bases[1:]), (masks, np.zeros_like(bases[1:])), (kinds, clean)
+    images, masks, kinds = map(np.concatenate, pairs)
+    return images, masks, kinds
 
 
 @partial(jax.jit, static_argnums=0)

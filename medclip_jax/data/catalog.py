@@ -99,45 +99,20 @@ ABOUT = {
 }
 
 
+MASSES = ("tumor", "mass", "lesion")
+BREAST = {"modality": "breast ultrasound", "anatomy": "breast", "conditions": MASSES}
+BRAIN = {"modality": "brain MRI", "anatomy": "brain", "conditions": MASSES}
+CHEST = {"modality": "chest X-ray", "anatomy": "lung"}
 PRESETS: dict[str, dict] = {
-    "busi": {
-        "modality": "breast ultrasound",
-        "anatomy": "breast",
-        "conditions": ("tumor", "mass", "lesion"),
-    },
-    "brain_mri": {
-        "modality": "brain MRI",
-        "anatomy": "brain",
-        "conditions": ("tumor", "mass", "lesion"),
-    },
-    "chest_xray": {
-        "modality": "chest X-ray",
-        "anatomy": "lung",
-        "conditions": ("pneumonia", "opacity", "consolidation"),
-    },
-    "chexpert": {
-        "modality": "chest X-ray",
-        "anatomy": "lung",
-        "conditions": ("opacity", "effusion", "consolidation", "cardiomegaly"),
-    },
+    "busi": BREAST,
+    "brain_mri": BRAIN,
+    "chest_xray": CHEST | {"conditions": ("pneumonia", "opacity", "consolidation")},
+    "chexpert": CHEST | {"conditions": ("opacity", "effusion", "consolidation", "cardiomegaly")},
+    "phantom-ultrasound": BREAST,
+    "phantom-mri": BRAIN,
+    "phantom-xray": CHEST | {"conditions": ("nodule", "opacity", "lesion")},
 }
-PRESETS |= {
-    "phantom-ultrasound": PRESETS["busi"],
-    "phantom-mri": PRESETS["brain_mri"],
-    "phantom-xray": {
-        "modality": "chest X-ray",
-        "anatomy": "lung",
-        "conditions": ("nodule", "opacity", "lesion"),
-    },
-}
-
 # The preprocessing.RECIPES of each set's modality, for sets named in config.meta.data.
-RECIPES = {
-    "busi": "ultrasound",
-    "brain_mri": "mri",
-    "chest_xray": "xray",
-    "chexpert": "xray",
-    "phantom-ultrasound": "ultrasound",
-    "phantom-mri": "mri",
-    "phantom-xray": "xray",
-}
+RECIPES = dict.fromkeys(("busi", "phantom-ultrasound"), "ultrasound")
+RECIPES |= dict.fromkeys(("brain_mri", "phantom-mri"), "mri")
+RECIPES |= dict.fromkeys(("chest_xray", "chexpert", "phantom-xray"), "xray")

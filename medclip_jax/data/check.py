@@ -4,10 +4,8 @@ Every image and mask is decoded once. Nothing is written.
 """
 
 import hashlib
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,9 +74,13 @@ def run(
       DataError: the data set cannot be used, after the table is printed; or there is none.
     """
     _, layout = datasets.find(name, root, cache, uncertain)
-    results = examine(layout, window)
+    results = datasets.examine(layout, window, examined)
     pairs = zip(layout.examples, results, strict=True)
     readable = [(example, image) for example, image in pairs if isinstance(image, Examined)]
+    thumbnails, hashes = [i.thumbnail for _, i in readable], [i.sha256 for _, i in readable]
+    groups = np.zeros(0, np.int64)
+    if readable:
+        groups = near_duplicates.merge(near_duplicates.correlated(np.stack(thumbnails)), hashes)
     rows = [Row("error", "name", 1, text) for text in datasets.problems(layout, k)]
     rows += [Row("error", "file", 1, text) for text in results if isinstance(text, str)]
     rows += contents(layout.examples) + appearance(readable)
@@ -86,7 +88,7 @@ def run(
         Record(e.id, e.label, e.part, layout.root / e.id, (), image.sha256, e.patient)
         for e, image in readable
     ]
-    rows += split_rows(records, duplicate_groups(readable), seed, pool_size, kind, k)
+    rows += split_rows(records, groups, seed, pool_size, kind, k)
     rows.sort(key=lambda row: list(STYLES).index(row.state))
     show(rows, f"{name}: {layout.root}", console or Screen())
     if errors := sum(row.state == "error" for row in rows):
@@ -96,29 +98,15 @@ def run(
     return tuple(rows)
 
 
-def examine(layout: layouts.Layout, window: str = "") -> list[Examined | str]:
-    """Decode every image with its masks, on threads; a sentence where a file is wrong."""
-
-    def one(example: layouts.Example) -> Examined | str:
-        path = layout.root / example.id
-        try:
-            frames = read.read(path, window=window).pixels
-            read.read_mask([layout.root / mask for mask in example.masks], frames.shape[1:])
-        except DataError as error:
-            return str(error).rstrip(".")
-        if len(frames) != 1:
-            return f"{path} holds {len(frames)} frames where one image is needed"
-        low, high = np.percentile(frames, (1, 99))
-        thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Examined(frames.shape[1:], float(high - low), thumbnail, digest)
-
-    results: list[Examined | str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(layout.examples), datasets.CHUNK):
-            results += pool.map(one, layout.examples[start : start + datasets.CHUNK])
-    return results
+def examined(path: Path, frames: Float[np.ndarray, "f h w"]) -> Examined | str:
+    """What a decoded image looks like; a sentence where it has several frames."""
+    if len(frames) != 1:
+        return f"{path} holds {len(frames)} frames where one image is needed"
+    low, high = np.percentile(frames, (1, 99))
+    thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Examined(frames.shape[1:], float(high - low), thumbnail, digest)
 
 
 def contents(examples: Sequence[layouts.Example]) -> list[Row]:
@@ -150,26 +138,15 @@ def appearance(readable: Readable) -> list[Row]:
     span = " to ".join(dict.fromkeys(f"{w} x {h}" for h, w in (areas[0], areas[-1])))
     contrasts = [image.contrast for _, image in readable]
     low, middle = np.min(contrasts), np.median(contrasts)
-    rows = [
-        Row("ok", "sizes", len(sizes), f"{span} pixels (width x height)"),
-        Row("ok", "contrast", len(readable), f"median {middle:.2f}, least {low:.2f} of full scale"),
-    ]
+    detail = f"median {middle:.2f}, least {low:.2f} of full scale"
+    rows = [Row("ok", "sizes", len(sizes), f"{span} pixels (width x height)")]
+    rows += [Row("ok", "contrast", len(readable), detail)]
     flat = [e.id for e, image in readable if not image.thumbnail.any()]
     dull = [e.id for e, i in readable if i.thumbnail.any() and i.contrast < LOW_CONTRAST]
     for subject, ids in (("constant image", flat), (f"contrast below {LOW_CONTRAST}", dull)):
         if ids:
             rows.append(Row("warning", subject, len(ids), f"first {ids[0]}"))
     return rows
-
-
-def duplicate_groups(readable: Readable) -> Int[np.ndarray, " n"]:
-    """Groups of near-duplicates, as near_duplicates.groups has them."""
-    if not readable:
-        return np.zeros(0, np.int64)
-    hashes = [image.sha256 for _, image in readable]
-    _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
-    thumbnails = np.stack([readable[i][1].thumbnail for i in first])
-    return near_duplicates.first_seen(near_duplicates.correlated(thumbnails)[back])
 
 
 def split_rows(
@@ -181,17 +158,13 @@ def split_rows(
     k: int,
 ) -> list[Row]:
     """What stands on both sides of the split: the whole pool that supports come from, and test."""
-    if kind == "clean":
-        pool, test = splits.clean(records, seed, groups)
-    else:
-        pool, test = splits.peer(records, seed, pool_size)
+    sides = splits.clean(records, seed, groups) if kind == "clean" else None
+    pool, test = sides or splits.peer(records, seed, pool_size)
     rows = [Row("ok", f"{kind} split", len(records), f"pool {len(pool)}, test {len(test)}")]
     if len(pool) < k:
         rows.append(Row("error", "pool", len(pool), f"fewer than K = {k} healthy images"))
     group = {r.id: int(g) for r, g in zip(records, groups, strict=True)}
-    labels: dict[int, set[int]] = defaultdict(set)
-    for record in records:
-        labels[group[record.id]].add(record.label)
+    labels = splits.labels_of(records, groups)
     contradicting = [r.id for r in records if len(labels[group[r.id]]) > 1]
     if contradicting:
         detail = f"healthy in one, abnormal in another, first {contradicting[0]}"

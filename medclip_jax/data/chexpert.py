@@ -30,16 +30,7 @@ UNCERTAIN = {"exclude": UNDECIDED, "positive": 1, "negative": 0}
 
 
 def layout(root: Path, uncertain: str = "exclude") -> Layout:
-    """List the frontal films that have a label.
-
-    Args:
-      root: the folder of train.csv and valid.csv, or one or two levels above it.
-      uncertain: what the label -1 means, a key of UNCERTAIN.
-
-    Raises:
-      ConfigError: unknown meaning.
-      DataError: no such folder, a column is missing, or a value is no label.
-    """
+    """List the frontal films that have a label; `uncertain` is a key of UNCERTAIN."""
     if uncertain not in UNCERTAIN:
         raise ConfigError(
             f"config.data.uncertain is '{uncertain}': give one of {', '.join(UNCERTAIN)}"
@@ -69,14 +60,10 @@ def layout(root: Path, uncertain: str = "exclude") -> Layout:
 def label_of(row: dict[str, str], uncertain: str) -> tuple[int | None, str]:
     """(0 healthy, 1 abnormal or None for undecided, the finding) of a row of the tables.
 
-    Raises:
-      KeyError: a value that is neither a label nor blank.
+    Raises KeyError for a value that is neither a label nor blank.
     """
-    meaning = {
-        **{"1.0": 1, "1": 1, "0.0": 0, "0": 0},
-        **{value: UNCERTAIN[uncertain] for value in ("-1.0", "-1")},
-        "": 0,
-    }
+    meaning = {"": 0, "1.0": 1, "1": 1, "0.0": 0, "0": 0}
+    meaning |= dict.fromkeys(("-1.0", "-1"), UNCERTAIN[uncertain])
     findings = {name: meaning[(row[name] or "").strip()] for name in FINDINGS}
     present = [name for name in FINDINGS if findings[name] == 1]
     if present:
@@ -110,7 +97,9 @@ def _rows(root: Path, name: str, part: str, uncertain: str) -> Iterator[tuple[in
                         "or blank: give the table as CheXpert ships it."
                     ) from error
                 if label is not None:
-                    yield rows.line_num, _example(below, label, kind, part)
+                    patient = next((p for p in below.parts if p.startswith("patient")), "")
+                    example = Example(below.as_posix(), label, kind, part, (), patient)
+                    yield rows.line_num, example
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{table} cannot be read as a table ({error}): give it as CheXpert ships it."
@@ -126,8 +115,3 @@ def _below(table: Path, line: int, named: str, name: str) -> PurePosixPath:
             f"(<archive>/{name}/patient<n>/study<n>/<view>): give the table as CheXpert ships it."
         )
     return PurePosixPath(*pieces[pieces.index(name) :])
-
-
-def _example(below: PurePosixPath, label: int, kind: str, part: str) -> Example:
-    patient = next((piece for piece in below.parts if piece.startswith("patient")), "")
-    return Example(below.as_posix(), label, kind, part, (), patient)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from medclip_jax.data import chexpert, layouts, phantom
 from medclip_jax.data.catalog import ABOUT
@@ -11,7 +12,7 @@ from medclip_jax.data.records import Record
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
 
-LAYOUTS: dict[str, Callable[[Path], layouts.Layout]] = {
+LAYOUTS: dict[str, Callable[..., layouts.Layout]] = {
     "busi": layouts.busi,
     "folder": layouts.folder,
     "brain_mri": layouts.brain_mri,
@@ -58,7 +59,7 @@ def load(
     name, layout = find(name, root, cache, uncertain)
     wrong = problems(layout, k)
     if not tfds_builders.prepared(name, layout, cache):
-        wrong += unreadable(layout, window)
+        wrong += tuple(filter(None, examine(layout, window)))
     if wrong:
         more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         raise DataError(
@@ -91,7 +92,7 @@ def find(
     root = root.expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
-    return name, chexpert.layout(root, uncertain) if name == "chexpert" else LAYOUTS[name](root)
+    return name, LAYOUTS[name](root, *([uncertain] if name == "chexpert" else []))
 
 
 def problems(layout: layouts.Layout, k: int = 1) -> tuple[str, ...]:
@@ -103,21 +104,24 @@ def problems(layout: layouts.Layout, k: int = 1) -> tuple[str, ...]:
     return (*layout.problems, f"only {healthy} healthy images where K = {k} are needed")
 
 
-def unreadable(layout: layouts.Layout, window: str = "") -> tuple[str, ...]:
-    """What is wrong with the files: images and masks that cannot be read or differ in size.
+def examine(
+    layout: layouts.Layout, window: str = "", look: Callable[..., Any] = lambda path, frames: None
+) -> list[Any]:
+    """`look(path, frames)` of every image, all decoded with their masks once, on threads.
 
-    Decodes everything once, on threads.
+    What cannot be read, or differs from its mask in size, gives a sentence instead.
     """
 
-    def check(example: layouts.Example) -> str | None:
+    def one(example: layouts.Example) -> Any:
+        path = layout.root / example.id
         try:
-            shape = read.read(layout.root / example.id, window=window).pixels.shape[1:]
-            read.read_mask([layout.root / mask for mask in example.masks], shape)
+            frames = read.read(path, window=window).pixels
+            read.read_mask([layout.root / mask for mask in example.masks], frames.shape[1:])
         except DataError as error:
             return str(error).rstrip(".")
-        return None
+        return look(path, frames)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts = range(0, len(layout.examples), CHUNK)  # or all the files would wait at once
         parts = (layout.examples[i : i + CHUNK] for i in starts)
-        return tuple(error for part in parts for error in pool.map(check, part) if error)
+        return [result for part in parts for result in pool.map(one, part)]

@@ -36,14 +36,7 @@ class Layout(NamedTuple):
 
 
 def busi(root: Path) -> Layout:
-    """List BUSI in its archive's layout: `<class>/<class> (n).png`, `... (n)_mask[_m].png`.
-
-    Args:
-      root: the folder of the three classes, or one or two levels above it.
-
-    Raises:
-      DataError: no such folder.
-    """
+    """List BUSI in its archive's layout: `<class>/<class> (n).png`, `... (n)_mask[_m].png`."""
     root = find(root, "BUSI", "busi", "Dataset_BUSI_with_GT", tuple(BUSI_LABELS))
     examples, problems = [], []
     for kind, label in BUSI_LABELS.items():
@@ -62,12 +55,6 @@ def brain_mri(root: Path) -> Layout:
     """List Kaggle's "Brain MRI Images for Brain Tumor Detection": `no/*` healthy, `yes/*` tumour.
 
     The set has no masks and no parts.
-
-    Args:
-      root: the folder of `yes` and `no`, or one or two levels above it.
-
-    Raises:
-      DataError: no such folder.
     """
     root = find(root, "brain MRI", "brain_mri", "brain_tumor_dataset", tuple(BRAIN_LABELS))
     examples = [
@@ -84,17 +71,11 @@ def chest_xray(root: Path) -> Layout:
     Supports come from `train/NORMAL`; the archive's own `test` is the test set. Its `val` folder
     (16 films) is not used. The set has no masks. File names name the patients:
     `[NORMAL2-]IM-<patient>-<image>` and `person<patient>_<cause>_<image>`.
-
-    Args:
-      root: the folder of `train` and `test`, or one or two levels above it.
-
-    Raises:
-      DataError: no such folder.
     """
     places = tuple(f"{part}/{kind}" for part in ("train", "test") for kind in CHEST_LABELS)
     root = find(root, "chest films", "chest_xray", "chest_xray", places)
     examples = [
-        _example(root, image, label, kind, part, [])._replace(patient=_chest_patient(image))
+        _example(root, image, label, kind, part, [], CHEST_PATIENT.match(image.name))
         for part in ("train", "test")
         for kind, label in CHEST_LABELS.items()
         for image in _files(root / part / kind)
@@ -108,21 +89,18 @@ def folder(root: Path) -> Layout:
     `train/good/*`, `test/good/*`, `test/<kind>/*`, and optionally
     `ground_truth/<kind>/<name>_mask.png`. Where a kind has a folder in `ground_truth`, each of its
     images must have a mask. Without a folder `test` there is nothing to measure on.
-
-    Raises:
-      DataError: `train/good` is missing below `root`.
     """
     needed = root / "train" / "good"
     if not needed.is_dir():
         raise DataError(
             f"no folder {needed} (layout: train/good, test/good, test/<kind>): {GIVE_ROOT}."
         )
-    examples, problems = [], []
-    for image in _files(root / "train" / "good"):
-        examples.append(_example(root, image, 0, "good", "train", []))
-    for extra in _folders(root / "train"):
-        if extra.name != "good":
-            problems.append(f"train/{extra.name} is not allowed: only train/good is trained on")
+    examples = [_example(root, image, 0, "good", "train", []) for image in _files(needed)]
+    problems = [
+        f"train/{extra.name} is not allowed: only train/good is trained on"
+        for extra in _folders(root / "train")
+        if extra.name != "good"
+    ]
     for kind in _folders(root / "test"):
         of_kind, wrong = _kind(root, kind)
         examples += of_kind
@@ -134,16 +112,12 @@ def folder(root: Path) -> Layout:
 
 
 def find(root: Path, title: str, name: str, inner: str, needed: tuple[str, ...]) -> Path:
-    """The folder that holds all of `needed`: `root` itself or one or two levels below it.
+    """The folder that holds all of `needed`: `root` or one or two levels below it, else DataError.
 
     Args:
       title: what the data set is called in the message.
       name: its folder below a data root that holds several sets.
       inner: the folder that its archive unpacks to.
-      needed: files or folders that must be there.
-
-    Raises:
-      DataError: none of the places holds them.
     """
     for place in (root, root / inner, root / name / inner, root / name):
         if all((place / entry).exists() for entry in needed):
@@ -155,11 +129,7 @@ def find(root: Path, title: str, name: str, inner: str, needed: tuple[str, ...])
 
 
 def fingerprint(layout: Layout) -> str:
-    """Hash of where the files lie, their names, sizes and times: changes whenever the data do.
-
-    Raises:
-      DataError: a file vanished since it was listed.
-    """
+    """Hash of where the files lie, their names, sizes and times: changes whenever the data do."""
     digest = hashlib.sha256(str(layout.root.resolve()).encode())
     for example in layout.examples:
         digest.update(f"\n{example.label} {example.part} {example.patient}".encode())
@@ -198,23 +168,17 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     return examples, problems + _orphans(root, masks)
 
 
-def _chest_patient(image: Path) -> str:
-    return match[1] if (match := CHEST_PATIENT.match(image.name)) else ""
-
-
 def _files(place: Path) -> list[Path]:
     """Files of a folder, in natural order, without what file browsers leave behind."""
-    if not place.is_dir():
-        return []
-    files = (p for p in place.iterdir() if not p.is_dir() and not p.name.startswith("."))
+    entries = place.iterdir() if place.is_dir() else ()
+    files = (p for p in entries if not p.is_dir() and not p.name.startswith("."))
     images = (p for p in files if p.name.lower() not in DESKTOP_FILES)
     return sorted(images, key=lambda p: natural(p.name))
 
 
 def _folders(place: Path) -> list[Path]:
-    if not place.is_dir():
-        return []
-    return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+    entries = place.iterdir() if place.is_dir() else ()
+    return sorted(p for p in entries if p.is_dir() and not p.name.startswith("."))
 
 
 def _masks(files: list[Path]) -> dict[str, list[Path]]:
@@ -231,10 +195,10 @@ def _orphans(root: Path, masks: dict[str, list[Path]]) -> list[str]:
 
 
 def _example(
-    root: Path, image: Path, label: int, kind: str, part: str, masks: list[Path]
+    root: Path, image: Path, label: int, kind: str, part: str, masks: list[Path], patient=None
 ) -> Example:
-    names = tuple(_below(root, m) for m in masks)
-    return Example(_below(root, image), label, kind, part, names)
+    names = tuple(_below(root, mask) for mask in masks)
+    return Example(_below(root, image), label, kind, part, names, patient[1] if patient else "")
 
 
 def _below(root: Path, path: Path) -> str:

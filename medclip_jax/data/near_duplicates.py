@@ -5,7 +5,7 @@ group, images without any contrast only then.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,6 @@ def groups(records: Sequence[Record], cache: Path | None = None) -> Int[np.ndarr
 
     Each different file is decoded once; with a `cache` folder the groups are stored there under
     the hash of all file hashes.
-
-    Raises:
-      DataError: an image cannot be read.
-      WorkdirError: `cache` cannot be written.
     """
     hashes = [record.sha256 for record in records]
     windows = sorted({record.window for record in records} - {""})
@@ -41,19 +37,13 @@ def groups(records: Sequence[Record], cache: Path | None = None) -> Int[np.ndarr
         return np.fromfile(path, np.int64)
     _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
     different = [records[i] for i in first]
-    images = (pixels for _, pixels in read_all(different, SIDE))
-    labels = first_seen(correlated(thumbnails(images, len(different)))[back])
+    rows = np.zeros((len(different), SIDE * SIDE), np.float32)
+    for row, (_, pixels) in zip(rows, read_all(different, SIDE), strict=True):
+        row[:] = normalised(pixels)
+    labels = first_seen(correlated(rows)[back])
     if path:
         files.write_bytes(path, labels.astype(np.int64).tobytes())
     return labels
-
-
-def thumbnails(images: Iterable[np.ndarray], count: int) -> Float[np.ndarray, "n p"]:
-    """Images [24, 24] as rows of mean 0 and norm 1; a constant image is a row of zeros."""
-    rows = np.zeros((count, SIDE * SIDE), np.float32)
-    for row, pixels in zip(rows, images, strict=True):
-        row[:] = normalised(pixels)
-    return rows
 
 
 def normalised(pixels: Float[np.ndarray, "s s"]) -> Float[np.ndarray, " p"]:
@@ -64,15 +54,12 @@ def normalised(pixels: Float[np.ndarray, "s s"]) -> Float[np.ndarray, " p"]:
     return (flat / norm if norm > 1e-6 else np.zeros_like(flat)).astype(np.float32)
 
 
-def correlated(
-    rows: Float[np.ndarray, "n p"], threshold: float = THRESHOLD, cells: int = CELLS
-) -> Int[np.ndarray, " n"]:
-    """Groups of rows that correlate by more than `threshold`; memory is bounded by `cells`."""
+def correlated(rows: Float[np.ndarray, "n p"], cells: int = CELLS) -> Int[np.ndarray, " n"]:
+    """Groups of rows that correlate by more than THRESHOLD; memory is bounded by `cells`."""
     labels = np.arange(len(rows))
     block = max(1, cells // max(1, len(rows)))
     for start in range(0, len(rows), block):
-        near = rows[start : start + block] @ rows[start:].T > threshold
-        one, other = np.nonzero(near)
+        one, other = np.nonzero(rows[start : start + block] @ rows[start:].T > THRESHOLD)
         labels = join(labels, one + start, other + start)
     return first_seen(labels)
 

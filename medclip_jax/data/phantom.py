@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from medclip_jax.data.phantom_anatomy import MODALITIES, Rendered
+from medclip_jax.data.phantom_anatomy import MODALITIES
 from medclip_jax.errors import ConfigError, WorkdirError
 
 MARKER = "phantom.json"  # written last, inside the folder: what is in it
@@ -38,13 +38,9 @@ def generate(
       size: side or (height, width), pixels, at least 32.
       seed: of all randomness.
       lesion: which images are diseased, or which share of them (then sampled from the seed).
-
-    Raises:
-      ConfigError: an unknown modality or a size too small.
     """
     if modality not in MODALITIES:
-        known = ", ".join(MODALITIES)
-        raise ConfigError(f"phantom modality {modality!r} is unknown: use one of {known}.")
+        raise ConfigError(f"phantom modality is {modality!r}: use one of {', '.join(MODALITIES)}.")
     shape = (size, size) if isinstance(size, int) else size
     if min(shape) < 32:
         raise ConfigError(f"phantom size {shape} is too small: use at least 32 pixels a side.")
@@ -53,16 +49,11 @@ def generate(
         lesion = order < round(lesion * n)
     images, masks = np.zeros((n, *shape), np.float32), np.zeros((n, *shape), bool)
     for i, diseased in enumerate(lesion):
-        rendered = render(modality, shape, seed, i)
+        rng = np.random.default_rng([seed, list(MODALITIES).index(modality), i])
+        rendered = MODALITIES[modality](rng, shape)
         images[i] = rendered.diseased if diseased else rendered.healthy
         masks[i] = rendered.mask & diseased
     return images, masks
-
-
-def render(modality: str, shape: tuple[int, int], seed: int, index: int) -> Rendered:
-    """One image, healthy and diseased, in [0, 1]."""
-    rng = np.random.default_rng([seed, list(MODALITIES).index(modality), index])
-    return MODALITIES[modality](rng, shape)
 
 
 def write_folder(

@@ -5,6 +5,7 @@ Speckle is the standard model of fully developed speckle (complex Gaussian scatt
 envelope; Goodman, J. Opt. Soc. Am. 66, 1976); MRI noise is Rician (Gudbjartsson and Patz, 1995).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,16 +34,13 @@ def frame(shape: tuple[int, int]) -> tuple[Field, Field]:
 
 def waves(rng: np.random.Generator, shape: tuple[int, ...], order: int) -> np.ndarray:
     """A smooth random curve or surface: cosines up to `order` half waves a side, sd about 1."""
-    bases = [
-        np.cos(np.pi * np.outer(np.arange(order + 1), (np.arange(s) + 0.5) / s)) for s in shape
-    ]
-    phase_free = rng.standard_normal((order + 1,) * len(shape))
     grids = np.meshgrid(*[np.arange(order + 1.0)] * len(shape), indexing="ij")
     weight = 1 / (1 + sum(g**2 for g in grids))
     weight.flat[0] = 0.0
     weight *= 2 ** (len(shape) / 2) / np.sqrt((weight**2).sum())
-    field = phase_free * weight
-    for axis, basis in enumerate(bases):
+    field = rng.standard_normal(weight.shape) * weight
+    for axis, side in enumerate(shape):
+        basis = np.cos(np.pi * np.outer(np.arange(order + 1), (np.arange(side) + 0.5) / side))
         field = np.moveaxis(np.tensordot(basis, field, (0, axis)), 0, axis)
     return field
 
@@ -67,9 +65,8 @@ def blob(rng: np.random.Generator, shape: tuple[int, int], room: Region, radius,
     v, u = v - rows[pick], u - columns[pick]
     a = np.cos(turn) * v + np.sin(turn) * u
     b = (np.cos(turn) * u - np.sin(turn) * v) / stretch
-    angle = np.arctan2(b, a)
     orders = np.arange(2, 9)
-    outline = 1 + ripple(rng, angle, orders, ragged * 2.5 / orders)
+    outline = 1 + ripple(rng, np.arctan2(b, a), orders, ragged * 2.5 / orders)
     return r * np.clip(outline, 0.6, 1.5) - np.hypot(a, b)
 
 
@@ -82,11 +79,8 @@ def ramp(level: np.ndarray, width: float) -> np.ndarray:
 def speckle(rng: np.random.Generator, shape: tuple[int, int]) -> Field:
     """Envelope of fully developed speckle, unit mean square; wider across than along the beam."""
     grain = max(min(shape) / 224, 0.5)
-    parts = [
-        ndimage.gaussian_filter(rng.standard_normal(shape), (0.8 * grain, 1.5 * grain), mode="wrap")
-        for _ in range(2)
-    ]
-    power = parts[0] ** 2 + parts[1] ** 2
+    smooth = partial(ndimage.gaussian_filter, sigma=(0.8 * grain, 1.5 * grain), mode="wrap")
+    power = smooth(rng.standard_normal(shape)) ** 2 + smooth(rng.standard_normal(shape)) ** 2
     return np.sqrt(power / power.mean())
 
 
@@ -142,8 +136,7 @@ def breast(rng: np.random.Generator, shape: tuple[int, int], y: Field):
     fibres = np.sin(2 * np.pi * (y - fascia) * rng.uniform(28, 40)) * (inside[3] & ~inside[4])
     decibel = ndimage.gaussian_filter(decibel + 4.0 * fibres, 0.7)
     tissue = inside[0] & ~inside[2]
-    margin = 0.05
-    return tissue, tissue & (y > skin + 2 * margin) & (y < gland - margin), decibel
+    return tissue, tissue & (y > skin + 0.1) & (y < gland - 0.05), decibel
 
 
 def mri(rng: np.random.Generator, shape: tuple[int, int]) -> Rendered:
@@ -182,7 +175,6 @@ def head(rng: np.random.Generator, v: Field, u: Field) -> tuple[Region, Region, 
     """Brain, where lesion centres may lie, and the noise-free image of an axial slice."""
     long, wide = rng.uniform(0.42, 0.46), rng.uniform(0.34, 0.38)
     angle = np.arctan2(u / wide, v / long)
-
     rho = np.hypot(v / long, u / wide) / (1 + ripple(rng, angle, (2, 3, 4), 0.02))
     grey, matter, fluid, fat = np.array([0.58, 0.44, 0.1, 0.7]) + rng.normal(0, 0.025, 4)
     image = np.where(rho < 1, fat, 0.0)
@@ -255,9 +247,8 @@ def thorax(rng: np.random.Generator, shape: tuple[int, int], y: Field, x: Field)
     lane = (y - top + 0.02 - tilt * (0.35 - outer) ** 2 * 1.6 + 0.25 * outer) / pitch
     near = np.abs(lane - np.floor(lane) - 0.5)
     cage = (outer < 0.43) & (y > top - 0.03) & (y < base + 0.1) & (outer > 0.04)
-    density = density + cage * (
-        0.05 * ramp(0.27 - near, 0.05) + 0.03 * (np.abs(near - 0.24) < 0.03)
-    )
+    rib = 0.05 * ramp(0.27 - near, 0.05) + 0.03 * (np.abs(near - 0.24) < 0.03)
+    density = density + cage * rib
     collar = np.abs(y - top - 0.035 + 0.22 * outer - 0.01 * np.sin(14 * outer)) < 0.014
     density = density + 0.09 * (collar & (outer > 0.05) & (outer < 0.36))
     spine = ramp(0.05 - outer, 0.02) * (1 + 0.25 * np.cos(2 * np.pi * y / rng.uniform(0.06, 0.07)))

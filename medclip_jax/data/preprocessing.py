@@ -11,7 +11,6 @@ its darkness, sees the image as it was acquired.
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 
 import numpy as np
 import pywt
@@ -37,10 +36,7 @@ def zscore(image: Shaped[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
 
 
 def equalize_hist(image: Shaped[np.ndarray, "h w"]) -> Shaped[np.ndarray, "h w"]:
-    """Each pixel's place in the cumulated histogram, in (0, 1]; 256 bins for floats.
-
-    A constant image comes back unchanged.
-    """
+    """Each pixel's place in the cumulated histogram, (0, 1], 256 bins; a constant is unchanged."""
     if image.min() == image.max():
         return image
     if image.dtype == np.float32:  # too coarse for 256 bins between nearly equal values
@@ -93,9 +89,6 @@ def wavelet_denoise(
     return whole[..., :height, :width]  # an odd side comes back one pixel longer
 
 
-# --- steps: [0, 1] to [0, 1] ----------------------------------------------------------------
-
-
 def _unit_zscore(image: Pixels) -> Pixels:
     """z-score, clipped to 3 standard deviations and mapped to [0, 1]; constant: all 0.5."""
     return (np.clip(zscore(image), -SPREAD, SPREAD) + SPREAD) / (2 * SPREAD)
@@ -136,20 +129,17 @@ def steps(recipe: str | Sequence[str]) -> tuple[str, ...]:
 
 def apply(image: Pixels, recipe: str | Sequence[str]) -> Float[np.ndarray, "h w"]:
     """One image through the steps of a recipe; float32 in [0, 1] in and out."""
-
-    def follow(pixels, name):
-        # wavelets overshoot; every step expects pixels in [0, 1]
-        return np.clip(STEPS[name](pixels), 0, 1).astype(np.float32)
-
-    return reduce(follow, steps(recipe), image)
+    for name in steps(recipe):  # wavelets overshoot; every step expects pixels in [0, 1]
+        image = np.clip(STEPS[name](image), 0, 1).astype(np.float32)
+    return image
 
 
 def batch(
-    images: Float[np.ndarray, "n h w"], recipe: str | Sequence[str], workers: int | None = None
+    images: Float[np.ndarray, "n h w"], recipe: str | Sequence[str]
 ) -> Float[np.ndarray, "n h w"]:
     """Many images, each as `apply`, on all cores; with an empty recipe the same array."""
     chain = steps(recipe)
     if not chain:
         return images
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return np.stack(list(pool.map(lambda image: apply(image, chain), images)))

@@ -64,9 +64,7 @@ def split(
     if copies := duplicates(result):
         logging.warning(
             "%d of the %d support images stand byte for byte in the test set too, first %s = %s.",
-            len({a for a, _ in copies}),
-            k,
-            *copies[0],
+            *(len({support for support, _ in copies}), k, *copies[0]),
         )
     return result
 
@@ -106,9 +104,7 @@ def clean(records: Sequence[Record], seed: int, groups: Int[np.ndarray, " n"]) -
     Args:
       groups: near-duplicates, see near_duplicates.groups.
     """
-    labels = defaultdict(set)
-    for record, group in zip(records, groups, strict=True):
-        labels[group].add(record.label)
+    labels = labels_of(records, groups)
     consistent = [i for i, group in enumerate(groups) if len(labels[group]) == 1]
     first = {records[i].sha256: i for i in reversed(consistent)}
     distinct = [i for i in consistent if first[records[i].sha256] == i]
@@ -122,14 +118,19 @@ def clean(records: Sequence[Record], seed: int, groups: Int[np.ndarray, " n"]) -
     logging.info(
         "clean split: of %d images, %d contradict a near-duplicate and %d are byte for byte "
         "another's; pool %d, test %d",
-        len(records),
-        len(records) - len(consistent),
-        len(consistent) - len(distinct),
-        len(pool),
-        len(test),
+        *(len(records), len(records) - len(consistent), len(consistent) - len(distinct)),
+        *(len(pool), len(test)),
     )
     place = {r.id: i for i, r in enumerate(records)}
     return [pool[i] for i in order], sorted(test, key=lambda r: place[r.id])
+
+
+def labels_of(records: Sequence[Record], groups: Int[np.ndarray, " n"]) -> dict[int, set[int]]:
+    """The labels in each group."""
+    labels = defaultdict(set)
+    for record, group in zip(records, groups, strict=True):
+        labels[int(group)].add(record.label)
+    return labels
 
 
 def patients(records: Sequence[Record]) -> set[str]:
@@ -146,10 +147,7 @@ def shared_patients(pool: Sequence[Record], test: Sequence[Record]) -> Counter:
 def healthy(records: Iterable[Record], target: Split, count: int, seed: int) -> tuple[Record, ...]:
     """Healthy images of an auxiliary data set: up to `count` in random order, 0 = all.
 
-    None of its own test part, and none whose bytes are in the target's split.
-
-    Raises:
-      DataError: nothing is left.
+    None of its own test part or with the bytes of one in the target's split, else DataError.
     """
     taken = {r.sha256 for part in target for r in part}
     pool = [r for r in records if r.label == 0 and r.part != "test" and r.sha256 not in taken]
@@ -165,22 +163,17 @@ def duplicates(split: Split) -> tuple[tuple[str, str], ...]:
 
 
 def write_split(split: Split, path: Path, *, name: str, seed: int, kind: str = "peer") -> None:
-    """Write ids, hashes and labels as JSON; the file appears whole or not at all.
-
-    Raises:
-      WorkdirError: the folder cannot be written.
-    """
+    """Write ids, hashes and labels as JSON; WorkdirError if the folder cannot be written."""
     head = {"dataset": name, "kind": kind, "k": len(split.support), "seed": seed}
-    rows = {part: [_row(r) for r in getattr(split, part)] for part in Split._fields}
+    rows = {
+        part: [{"id": r.id, "sha256": r.sha256, "label": r.label} for r in getattr(split, part)]
+        for part in Split._fields
+    }
     files.write_json(path, head | rows)
 
 
 def check_split(path: Path, split: Split) -> None:
-    """Refuse a stored split that does not match the data on disk.
-
-    Raises:
-      DataError: missing, not a split, or different: names the first image that differs.
-    """
+    """Raise DataError for a stored split that cannot be read or differs from the data on disk."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         rows = {
@@ -217,16 +210,10 @@ def _with_parts(units: dict[int, list[Record]]) -> Sides:
     return [unit[0] for unit in healthy if unit], test
 
 
-def _row(record: Record) -> dict[str, str | int]:
-    return {"id": record.id, "sha256": record.sha256, "label": record.label}
-
-
 def _difference(old: tuple[str, str, int] | None, new: Record | None) -> str:
-    if old is None:
-        return f"{new.id} is in the data only" if new else ""
+    if old is None or new is None:
+        return f"{new.id} is in the data only" if new else f"{old[0]} is in the file only"
     name, sha256, label = old
-    if new is None:
-        return f"{name} is in the file only"
     if name != new.id:
         return f"{name} stands in the file where the data have {new.id}"
     if sha256 != new.sha256:

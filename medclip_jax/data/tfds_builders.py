@@ -133,12 +133,7 @@ BUILDERS: dict[str, type[PathBuilder]] = {
 
 
 def fetch_busi(cache: Path) -> Path:
-    """Download BUSI from its official address once; returns the unpacked folder.
-
-    Raises:
-      DataError: the download failed.
-      WorkdirError: the cache folder cannot be written.
-    """
+    """Download BUSI from its official address once; returns the unpacked folder."""
     make_folder(cache)
     logging.info("looking for BUSI in %s, else downloading it from %s", cache, BUSI_URL)
     with _quiet():
@@ -146,12 +141,9 @@ def fetch_busi(cache: Path) -> Path:
 
 
 def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> Path:
-    """Download and unpack a zip archive once.
+    """Download and unpack a zip archive once, else DataError.
 
     TFDS's own unpacking needs TensorFlow, so only the download is TFDS's.
-
-    Raises:
-      DataError: no network, no such address, or a broken archive.
     """
     by_hand = f"fetch it by hand, unpack it, and {layouts.GIVE_ROOT}"
     try:
@@ -177,15 +169,14 @@ def prepared(name: str, layout: layouts.Layout, cache: Path) -> bool:
 
 
 def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...]:
-    """Prepare the data set if needed and read its records, in natural order of ids.
-
-    Raises:
-      WorkdirError: the cache folder cannot be written.
-    """
+    """Prepare the data set if needed and read its records, in natural order of ids."""
     place = _place(layout, cache)
     if not prepared(name, layout, cache):
         make_folder(place)
-        _sweep(place)
+        for path in place.glob("*/incomplete.*"):  # left by preparations that were killed
+            with contextlib.suppress(OSError):  # another process was faster
+                if path.is_dir() and path.stat().st_mtime < time.time() - STALE:
+                    shutil.rmtree(path, ignore_errors=True)
         with _quiet():
             try:
                 BUILDERS[name](layout=layout, data_dir=str(place)).download_and_prepare()
@@ -213,28 +204,14 @@ def make_folder(place: Path) -> None:
         ) from error
 
 
-def _sweep(place: Path) -> None:
-    """Delete what preparations of this data left that were killed a day ago or more."""
-    for path in place.glob("*/incomplete.*"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if path.is_dir() and path.stat().st_mtime < time.time() - STALE:
-                shutil.rmtree(path, ignore_errors=True)
-
-
 def _place(layout: layouts.Layout, cache: Path) -> Path:
     return cache / layouts.fingerprint(layout)
 
 
 def _record(row: dict[str, Any], root: Path) -> Record:
-    return Record(
-        id=row["id"].decode(),
-        label=int(row["label"]),
-        part=row["part"].decode(),
-        path=(root / row["image"].decode()).absolute(),
-        masks=tuple((root / mask.decode()).absolute() for mask in row["masks"]),
-        sha256=row["sha256"].decode(),
-        patient=row["patient"].decode(),
-    )
+    text = {name: row[name].decode() for name in ("id", "part", "sha256", "patient")}
+    path, *masks = ((root / name.decode()).absolute() for name in (row["image"], *row["masks"]))
+    return Record(label=int(row["label"]), path=path, masks=tuple(masks), **text)
 
 
 def _sha256(path: Path) -> str:
@@ -244,13 +221,10 @@ def _sha256(path: Path) -> str:
 
 def _unpack(archive: Path, target: Path) -> None:
     """Unpack beside the target and rename, so that half an archive is never used."""
-    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix="unpacking."))
-    try:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="unpacking.") as beside:
         with zipfile.ZipFile(archive) as opened:
-            opened.extractall(beside)
-        os.replace(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            opened.extractall(Path(beside, target.name))
+        os.replace(Path(beside, target.name), target)
 
 
 @contextlib.contextmanager

@@ -90,17 +90,15 @@ def gauss(
     k_shape, k_noise, k_coarse, k_gain, k_sign, k_blur = jax.random.split(key, 6)
     box, y, x, inside = perlin_at(k_shape, "gauss", image, bodies)
     sigma = jnp.where(jax.random.bernoulli(k_coarse), 4.0, 7.0)
-    texture = blur(
-        random_bits(k_noise, image.shape), sigma, jnp.zeros(2), limits("gauss", image)[0]
-    )
+    corner, frame = jnp.zeros(2), limits("gauss", image)[0]
+    texture = blur(random_bits(k_noise, image.shape), sigma, corner, frame)
     texture = (texture - texture.min()) / (texture.max() - texture.min())
     gain = jax.random.uniform(k_gain, minval=0.4, maxval=0.6) * jax.random.rademacher(k_sign)
     softness = jax.random.uniform(k_blur, minval=1.0, maxval=4.0)
     if bodies is None:
-        soft = blur(inside.astype(jnp.float32), softness, jnp.array([-y[0, 0], -x[0, 0]]), box)
-        return image + gain * texture * soft, inside
-    soft = blur(inside.astype(jnp.float32), softness, jnp.zeros(2), limits("gauss", image)[0])
-    return image + gain * texture * soft, bodies[0]
+        corner, frame = jnp.array([-y[0, 0], -x[0, 0]]), box
+    soft = blur(inside.astype(jnp.float32), softness, corner, frame)
+    return image + gain * texture * soft, inside if bodies is None else bodies[0]
 
 
 def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "h w"]:

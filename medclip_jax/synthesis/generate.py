@@ -31,11 +31,7 @@ from medclip_jax.synthesis.anomalies import Image, Mask
 
 VERSION = 2  # raise when the anomalies of a key change: the feature cache is named by it
 KINDS = ("cutpaste", "gauss", "source", "identity")
-ALTER = {
-    "cutpaste": anomalies.cutpaste,
-    "gauss": anomalies.gauss,
-    "source": anomalies.source,
-}
+ALTER = {"cutpaste": anomalies.cutpaste, "gauss": anomalies.gauss, "source": anomalies.source}
 VISIBLE = 2 / 255  # a smaller change is no anomaly
 MIN_PIXELS = 16
 TRIES = 4
@@ -48,9 +44,7 @@ def key_for(seed: int, image_digest: int, variant: int) -> PRNGKeyArray:
     """The key of one synthetic variant of one image, the same on any number of devices.
 
     Args:
-      seed: of the run.
       image_digest: any whole number that names the image (its low 64 bits count).
-      variant: number of the variant, from 0.
     """
     key = jax.random.key(seed)
     for word in (image_digest & 0xFFFFFFFF, (image_digest >> 32) & 0xFFFFFFFF, variant):
@@ -83,8 +77,6 @@ def batch(
     images, partners, kinds = np.asarray(images), np.asarray(partners), np.asarray(kinds)
     words = jax.device_get(jax.random.key_data(keys))
     changed, masks = images.copy(), np.zeros_like(images)
-    if not len(images):
-        return changed, masks
 
     def run(start: int) -> None:
         rows = np.arange(start, min(start + CHUNK, len(images)))
@@ -93,7 +85,8 @@ def batch(
         new, mask = jax.device_get(_many(preset, *placed))
         changed[rows], masks[rows] = new[: len(rows)], mask[: len(rows)]
 
-    run(0)  # alone: it compiles
+    if len(images):
+        run(0)  # alone: it compiles
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, range(CHUNK, len(images), CHUNK)))
     return changed, masks

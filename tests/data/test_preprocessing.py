@@ -162,7 +162,7 @@ def test_order_counts_and_is_left_to_right():
 
 def test_a_batch_is_one_by_one_and_an_empty_recipe_is_nothing():
     images = noise(7, 32, 32)
-    got = preprocessing.batch(images, "ultrasound", workers=3)
+    got = preprocessing.batch(images, "ultrasound")
     assert got.dtype == np.float32
     for image, row in zip(images, got, strict=True):
         np.testing.assert_array_equal(row, preprocessing.apply(image, "ultrasound"))
