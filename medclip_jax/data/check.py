@@ -67,11 +67,7 @@ def run(
 ) -> tuple[Row, ...]:
     """Examine a data set and print the table; arguments as those of datasets.load and split.
 
-    Returns:
-      The rows, errors first.
-
-    Raises:
-      DataError: the data set cannot be used, after the table is printed; or there is none.
+    Returns the rows, errors first; raises DataError where one is an error, after printing.
     """
     _, layout = datasets.find(name, root, cache, uncertain)
     results = datasets.examine(layout, window, examined)
@@ -121,8 +117,10 @@ def contents(examples: Sequence[layouts.Example]) -> list[Row]:
     has_parts = any(e.part for e in examples)
     tested = [e for e in examples if e.part == "test" or not has_parts]
     if not tested:
-        lacks = "no folder test: a run trains but measures nothing"
-        return [*rows, Row("warning", "test set", 0, lacks)]
+        rows.append(
+            Row("warning", "test set", 0, "no folder test: a run trains but measures nothing")
+        )
+        return rows
     for label, word in enumerate(("healthy", "abnormal")):
         if all(e.label != label for e in tested):
             rows.append(Row("error", "test set", 0, f"no {word} image to test on"))
@@ -155,7 +153,7 @@ def split_rows(
     seed: int,
     pool_size: int,
     kind: str,
-    k: int,
+    k,
 ) -> list[Row]:
     """What stands on both sides of the split: the whole pool that supports come from, and test."""
     sides = splits.clean(records, seed, groups) if kind == "clean" else None

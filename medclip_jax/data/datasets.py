@@ -73,9 +73,8 @@ def find(
     name: str, root: Path | None, cache: Path, uncertain: str = "exclude"
 ) -> tuple[str, layouts.Layout]:
     """Name (a phantom becomes a "folder") and layout of a data set, no image opened; see `load`."""
-    if name not in (*LAYOUTS, *PHANTOMS):
-        known = ", ".join((*LAYOUTS, *PHANTOMS))
-        raise ConfigError(f"config.data.name is '{name}': give one of {known}.")
+    if name not in (known := (*LAYOUTS, *PHANTOMS)):
+        raise ConfigError(f"config.data.name is '{name}': give one of {', '.join(known)}.")
     if name in PHANTOMS:
         modality, *counts = PHANTOMS[name]
         root = phantom.write_folder(cache / name, modality, 0, PHANTOM_SIZE, *counts)

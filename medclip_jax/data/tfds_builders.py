@@ -23,6 +23,7 @@ from medclip_jax.data import chexpert, layouts
 from medclip_jax.data.catalog import ABOUT, About
 from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError, WorkdirError
+from medclip_jax.io.image import reason
 
 BATCH = 1024  # rows read at a time
 STALE = 86400  # seconds
@@ -65,24 +66,23 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def _info(self) -> tfds.core.DatasetInfo:
         text, about = tfds.features.Text, self.ABOUT
+        features = {
+            "id": text(doc="Path of the image below the root; unique."),
+            "label": tfds.features.ClassLabel(names=["healthy", "abnormal"]),
+            "kind": text(doc="The data set's own class."),
+            "part": text(doc="train, test, or empty where the data set has no parts."),
+            "image": text(doc="Path of the image below the root."),
+            "masks": tfds.features.Sequence(text(doc="Path below the root.")),
+            "patient": text(doc="Whose image; empty where the data set does not say."),
+            "sha256": text(doc="Of the image file's bytes, hexadecimal."),
+        }
         return Info(
             builder=self,
             description=f"{about.description} Licence: {about.licence}.",
             homepage=about.homepage,
             citation=about.citation,
             license=about.licence,
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": text(doc="Path of the image below the root; unique."),
-                    "label": tfds.features.ClassLabel(names=["healthy", "abnormal"]),
-                    "kind": text(doc="The data set's own class."),
-                    "part": text(doc="train, test, or empty where the data set has no parts."),
-                    "image": text(doc="Path of the image below the root."),
-                    "masks": tfds.features.Sequence(text(doc="Path below the root.")),
-                    "patient": text(doc="Whose image; empty where the data set does not say."),
-                    "sha256": text(doc="Of the image file's bytes, hexadecimal."),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
         )
 
 
@@ -92,7 +92,7 @@ class Busi(PathBuilder):
     ABOUT, list_files = ABOUT["busi"], layouts.busi
 
     def fetch(self, dl_manager: tfds.download.DownloadManager) -> Path:
-        return fetch(dl_manager, BUSI_URL)
+        return fetch(dl_manager)
 
 
 class BrainMri(PathBuilder):
@@ -137,27 +137,32 @@ def fetch_busi(cache: Path) -> Path:
     make_folder(cache)
     logging.info("looking for BUSI in %s, else downloading it from %s", cache, BUSI_URL)
     with _quiet():
-        return fetch(tfds.download.DownloadManager(download_dir=str(cache / "downloads")), BUSI_URL)
+        return fetch(tfds.download.DownloadManager(download_dir=str(cache / "downloads")))
 
 
-def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> Path:
-    """Download and unpack a zip archive once, else DataError.
+def fetch(dl_manager: tfds.download.DownloadManager) -> Path:
+    """Download and unpack BUSI's zip archive once, else DataError.
 
     TFDS's own unpacking needs TensorFlow, so only the download is TFDS's.
     """
     by_hand = f"fetch it by hand, unpack it, and {layouts.GIVE_ROOT}"
     try:
-        archive = Path(dl_manager.download(url))
+        archive = Path(dl_manager.download(BUSI_URL))
     except Exception as error:  # requests, urllib3, ssl and TFDS each have their own
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise DataError(f"{url} could not be downloaded ({reason}): {by_hand}.") from error
+        raise DataError(
+            f"{BUSI_URL} could not be downloaded ({reason(error)}): {by_hand}."
+        ) from error
     unpacked = archive.with_suffix("")
     if not unpacked.is_dir():
         try:
-            _unpack(archive, unpacked)
+            # beside the target, then renamed, so that half an archive is never used
+            with tempfile.TemporaryDirectory(dir=archive.parent, prefix="unpacking.") as beside:
+                with zipfile.ZipFile(archive) as opened:
+                    opened.extractall(Path(beside, unpacked.name))
+                os.replace(Path(beside, unpacked.name), unpacked)
         except (zipfile.BadZipFile, EOFError) as error:
             archive.unlink()  # or the broken download would be reused for ever
-            raise DataError(f"{url} gave a broken archive ({error}): {by_hand}.") from error
+            raise DataError(f"{BUSI_URL} gave a broken archive ({error}): {by_hand}.") from error
     return unpacked
 
 
@@ -217,14 +222,6 @@ def _record(row: dict[str, Any], root: Path) -> Record:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _unpack(archive: Path, target: Path) -> None:
-    """Unpack beside the target and rename, so that half an archive is never used."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="unpacking.") as beside:
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(Path(beside, target.name))
-        os.replace(Path(beside, target.name), target)
 
 
 @contextlib.contextmanager

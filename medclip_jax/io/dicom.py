@@ -42,70 +42,37 @@ class _Decoded(NamedTuple):
 def read_dicom(
     path: Path, frames: tuple[int, int] | None = None, window: Window | None = None
 ) -> Image:
-    """Read one DICOM file, all frames or a range of them.
+    """Read a DICOM file, or a folder of them as one series sorted along the slice normal.
 
     Modality LUT or rescale, then the first VOI LUT, else the first window (LINEAR, LINEAR_EXACT,
-    SIGMOID), mapped to [0, 1] as PS3.3 C.11.2 says. Without either, values are stretched by the
-    least and the largest of all frames (a constant becomes 0). MONOCHROME1 is inverted; palette,
-    RGB and YBR become BT.601 luminance.
+    SIGMOID), mapped to [0, 1] as PS3.3 C.11.2 says. Files without either are stretched together by
+    the least and the largest of their frames (a constant becomes 0). MONOCHROME1 is inverted;
+    palette, RGB and YBR become BT.601 luminance.
+
+    A series is sorted by Image Position projected on the normal of Image Orientation, ties by
+    Instance Number; by Instance Number alone where a position is missing or orientations differ.
+    Files without the letters DICM and files without rows (a DICOMDIR, a report) are skipped.
 
     Args:
-      frames: (first, end) of the frames to return, end not included.
-      window: maps the Hounsfield units of a CT to [0, 1] in place of the file's own window.
+      frames: (first, end) of the (sorted) frames to return, end not included.
+      window: maps the Hounsfield units of a CT to [0, 1] in place of the files' own windows.
 
     Raises:
-      DataError: whatever keeps the file from being shown, or from being windowed by `window`.
+      DataError: whatever keeps a file from being shown, or from being windowed by `window`; no
+        DICOM image, several series, or sizes that differ.
     """
-    decoded = _decode(path, window)
-    _stretch([decoded])
-    pixels = decoded.pixels[image.choose(path, len(decoded.pixels), frames)]
-    return Image(pixels, decoded.spacing, {"format": "DICOM", "modality": decoded.modality})
-
-
-def read_series(
-    folder: Path, frames: tuple[int, int] | None = None, window: Window | None = None
-) -> Image:
-    """Read a folder of DICOM files as one series, sorted along the slice normal.
-
-    Sorted by Image Position projected on the normal of Image Orientation, ties by Instance Number;
-    by Instance Number alone where a position is missing or orientations differ. Files without the
-    letters DICM and files without rows (a DICOMDIR, a report) are skipped. Each image's own window
-    applies unless `window` is given; images without one are stretched together.
-
-    Args:
-      frames: (first, end) of the sorted frames to return, end not included.
-      window: as `read_dicom`.
-
-    Returns:
-      The image; spacing None where the files differ in it.
-
-    Raises:
-      DataError: as `read_dicom`; no DICOM image, several series, or sizes that differ.
-    """
-    series = read_slices(_sorted_series(folder), folder, window)
-    chosen = image.choose(folder, len(series.pixels), frames)
-    return series._replace(pixels=series.pixels[chosen])
+    series = read_slices(_sorted_series(path) if path.is_dir() else [path], path, window)
+    return series._replace(pixels=series.pixels[image.choose(path, len(series.pixels), frames)])
 
 
 def read_slices(paths: Sequence[Path], source: Path, window: Window | None = None) -> Image:
-    """Read the given files, in order, as one series; messages name `source`.
+    """Read files, in order, as one series that messages call `source`; else as `read_dicom`.
 
-    Returns and raises as `read_series`.
+    Spacing is None where the files differ in it.
     """
     series = [_decode(path, window) for path in paths]
     if len({decoded.pixels.shape[1:] for decoded in series}) > 1:
         raise DataError(f"{source} has images of several sizes: give a folder with one series.")
-    _stretch(series)
-    spacings, modalities = {d.spacing for d in series}, {d.modality for d in series}
-    return Image(
-        np.concatenate([decoded.pixels for decoded in series]),
-        spacings.pop() if len(spacings) == 1 else None,
-        {"format": "DICOM", "modality": modalities.pop() if len(modalities) == 1 else "OT"},
-    )
-
-
-def _stretch(series: list[_Decoded]) -> None:
-    """Stretch all images without a window together, in place, and invert MONOCHROME1."""
     raw = [decoded for decoded in series if not decoded.scaled]
     low = min((float(decoded.pixels.min()) for decoded in raw), default=0.0)
     high = max((float(decoded.pixels.max()) for decoded in raw), default=0.0)
@@ -113,6 +80,12 @@ def _stretch(series: list[_Decoded]) -> None:
         image.stretch_to_unit(decoded.pixels, low, high)
         if decoded.inverted:
             np.subtract(1, decoded.pixels, out=decoded.pixels)
+    spacings, modalities = {d.spacing for d in series}, {d.modality for d in series}
+    return Image(
+        series[0].pixels if len(series) == 1 else np.concatenate([d.pixels for d in series]),
+        spacings.pop() if len(spacings) == 1 else None,
+        {"format": "DICOM", "modality": modalities.pop() if len(modalities) == 1 else "OT"},
+    )
 
 
 def _sorted_series(folder: Path) -> list[Path]:

@@ -69,16 +69,13 @@ def build(
 ) -> DicomObjects:
     """Build `seg` and `capture` of one DICOM file or of the files of a series, in order.
 
+    A header that highdicom refuses costs its object, with a note.
+
     Args:
-      paths: the source files.
       key: names the result; the objects' own UIDs follow from it.
       mask: alarmed pixels of every frame.
       picture: RGB overlay of frame `top`.
-      pseudonymise: empty patient and study fields, and every UID of the source replaced by one
-        derived from it.
-
-    Returns:
-      The objects as files; a header that highdicom refuses costs its object, with a note.
+      pseudonymise: empty patient and study fields, and UIDs derived from those of the source.
     """
     built, notes = {}, []
 

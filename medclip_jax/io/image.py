@@ -82,12 +82,21 @@ def load_bytes(path: Path) -> bytes:
             raise DataError(f"{path} has {size:,} bytes and at most {MAX_BYTES:,} are read.")
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: check the path or restore the file.") from error
+        raise missing(path) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from error
     if not raw:
         raise DataError(f"{path} is empty: copy it again or remove it.")
     return raw
+
+
+def missing(path: Path) -> DataError:
+    return DataError(f"{path} does not exist: check the path or restore the file.")
+
+
+def reason(error: Exception) -> str:
+    """What a library says about a damaged file, on one line without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def check_size(path: Path, width: int, height: int, frames: int = 1) -> None:

@@ -112,10 +112,9 @@ def nifti_volume(path: Path, hounsfield: bool = False) -> Volume:
     except DataError:
         raise
     except Exception as error:  # nibabel and numpy may raise anything for hostile bytes
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
-            f"{path} cannot be read as NIfTI ({reason}): the file is damaged or of another "
-            "format, copy it again or remove it."
+            f"{path} cannot be read as NIfTI ({image.reason(error)}): the file is damaged or of "
+            "another format, copy it again or remove it."
         ) from error
 
 
@@ -276,7 +275,7 @@ def _unpack(path: Path, raw: bytes, count: int, to_the_end: bool = False) -> byt
                         "remove it if it is not yours."
                     )
             return head
-    except gzip.BadGzipFile as error:
-        raise DataError(f"{path} is not gzip or is damaged ({error}): copy it again.") from error
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{path} is a damaged or truncated gzip: copy it again.") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} is not gzip, or a damaged or truncated gzip ({error}): copy it again."
+        ) from error

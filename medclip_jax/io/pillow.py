@@ -18,7 +18,7 @@ import PIL.PngImagePlugin
 from jaxtyping import Float, UInt8, UInt16, UInt32
 
 from medclip_jax.errors import DataError
-from medclip_jax.io.image import LUMA, Image, check_size, too_large
+from medclip_jax.io.image import LUMA, Image, check_size, missing, reason, too_large
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 PHOTOMETRIC = 262  # TIFF tag; 0: white is zero
@@ -48,7 +48,7 @@ def read_pillow(path: Path) -> Image:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: check the path or restore the file.") from error
+        raise missing(path) from error
     except PIL.UnidentifiedImageError as error:
         raise DataError(
             f"{path} is empty or is not a PNG, JPEG, BMP or TIFF image: replace or remove it."
@@ -56,9 +56,8 @@ def read_pillow(path: Path) -> Image:
     except PIL.Image.DecompressionBombError as error:
         raise DataError(too_large(path, "far more")) from error
     except Exception as error:  # a decoder of hostile bytes may raise anything
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
-            f"{path} cannot be decoded ({reason}): the file is damaged or truncated, "
+            f"{path} cannot be decoded ({reason(error)}): the file is damaged or truncated, "
             "copy it again or remove it."
         ) from error
 

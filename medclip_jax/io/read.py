@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from medclip_jax.errors import DataError
-from medclip_jax.io.dicom import read_dicom, read_series
+from medclip_jax.io.dicom import read_dicom
 from medclip_jax.io.dicom_header import is_dicom
 from medclip_jax.io.image import Image, choose, no_hounsfield, parse_window
 from medclip_jax.io.nifti import Axis, read_nifti
@@ -73,7 +73,7 @@ def read(
     """
     name, ct_window = path.name.lower(), parse_window(window)
     if path.is_dir():
-        return read_series(path, frames, ct_window)
+        return read_dicom(path, frames, ct_window)
     if name.endswith(PILLOW):
         image = read_pillow(path)
         if ct_window:

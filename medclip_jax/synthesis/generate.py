@@ -30,8 +30,8 @@ from medclip_jax.synthesis import anomalies, shapes
 from medclip_jax.synthesis.anomalies import Image, Mask
 
 VERSION = 2  # raise when the anomalies of a key change: the feature cache is named by it
-KINDS = ("cutpaste", "gauss", "source", "identity")
 ALTER = {"cutpaste": anomalies.cutpaste, "gauss": anomalies.gauss, "source": anomalies.source}
+KINDS = (*ALTER, "identity")
 VISIBLE = 2 / 255  # a smaller change is no anomaly
 MIN_PIXELS = 16
 TRIES = 4
@@ -66,10 +66,8 @@ def batch(
 
     Args:
       keys: of each variant, see `key_for`.
-      images: [0, 1].
       partners: what CutPaste copies from; may be the images themselves.
       kinds: indices into KINDS.
-      preset: see the module.
 
     Returns:
       Altered images [0, 1] and masks (0 or 1), on the host.

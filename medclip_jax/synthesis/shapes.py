@@ -5,6 +5,7 @@ to the box's first corner, so it can be evaluated on any set of pixels. A coarse
 the box (`GRID` x `GRID`) decides whether a shape is large enough and whether it lies on the body.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -51,11 +52,6 @@ def grid_points(box: Pair) -> Float[Array, "g g 2"]:
     return jnp.stack([y, x], -1)
 
 
-def fade(t: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Perlin's quintic 6t^5 - 15t^4 + 10t^3."""
-    return t * t * t * (t * (6 * t - 15) + 10)
-
-
 def in_perlin(shape: Perlin, y: Float[Array, "*s"], x: Float[Array, "*s"]) -> Bool[Array, "*s"]:
     """Which pixels (relative to the box) lie in the shape: noise > 0.3 (MediCLIP's cut)."""
     cy, cx = (shape.box[0] - 1) / 2, (shape.box[1] - 1) / 2
@@ -69,7 +65,7 @@ def in_perlin(shape: Perlin, y: Float[Array, "*s"], x: Float[Array, "*s"]) -> Bo
         angle = shape.corners[a, b]
         return jnp.cos(angle) * (v - a) + jnp.sin(angle) * (u - b)
 
-    fy, fx = fade(v), fade(u)
+    fy, fx = (t * t * t * (t * (6 * t - 15) + 10) for t in (v, u))  # Perlin's quintic
     left = dot(0, 0) + fy * (dot(1, 0) - dot(0, 0))
     right = dot(0, 1) + fy * (dot(1, 1) - dot(0, 1))
     noise = jnp.sqrt(2.0) * (left + fx * (right - left))
@@ -175,14 +171,10 @@ def place(
 
 def dilate(mask: Bool[Array, "h w"], radius: int) -> Bool[Array, "h w"]:
     """Grow by a (2 radius + 1) square, nothing beyond the frame."""
-    for axis in (0, 1):
-        pad = [(0, 0), (0, 0)]
-        pad[axis] = (radius, radius)
-        wide, length = jnp.pad(mask, pad), mask.shape[axis]
-        mask = jax.lax.slice_in_dim(wide, 0, length, axis=axis)
-        for i in range(1, 2 * radius + 1):
-            mask = mask | jax.lax.slice_in_dim(wide, i, i + length, axis=axis)
-    return mask
+    height, width = mask.shape
+    shifts, wide = range(2 * radius + 1), jnp.pad(mask, radius)
+    wide = reduce(jnp.logical_or, [wide[i : i + height] for i in shifts])
+    return reduce(jnp.logical_or, [wide[:, i : i + width] for i in shifts])
 
 
 def close(
@@ -221,8 +213,7 @@ def body_mask(image: Float[Array, "h w"]) -> Bool[Array, "h w"]:
     """
     small = jax.image.resize(image, (COARSE, COARSE), "linear")
     dark = small < 0.35 * otsu(small)
-    rim = jnp.zeros_like(dark).at[0].set(True).at[-1].set(True).at[:, 0].set(True)
-    rim = rim.at[:, -1].set(True)
+    rim = jnp.ones_like(dark).at[1:-1, 1:-1].set(False)
     body = ~flood(rim & dark, dark)
     body = body | (body.mean() < 0.05)
     return jax.image.resize(body.astype(jnp.float32), image.shape, "linear") > 0.5
