@@ -24,7 +24,6 @@ from medclip_jax.features import (
     cache,
     encoder,
     tiles,
-    training_pool,
 )
 from medclip_jax.io.image import parse_window
 from medclip_jax.models import losses, model, prompt_sets, text_adapter, token_refinement
@@ -98,7 +97,7 @@ def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None):
     teacher: a distillation.Teacher whose patch logits the pool of the supports carries.
     """
     feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
-    pools = [training_pool.open(feature_cache, split.support, variants)]
+    pools = [encoder.open_pool(feature_cache, split.support, variants)]
     where = {"folder": Path(c.cache), "uncertain": c.data.uncertain}
     target = (others, split, feature_cache, variants)
     pools += auxiliary.open_pools(*target, **where, seed=c.seed)

@@ -22,7 +22,7 @@ from medclip_jax.detectors import (
     tiling,
     zero_shot,
 )
-from medclip_jax.features import cache, support_images, thumbnails
+from medclip_jax.features import cache, tiles
 from medclip_jax.models import model
 
 
@@ -62,15 +62,15 @@ def branch_shares(c: ConfigDict) -> dict | None:
 
 def supports(
     c: ConfigDict, feature_cache: cache.FeatureCache, records: Sequence[Record]
-) -> support_images.Supports | None:
+) -> tiles.Supports | None:
     """Tokens of the supports; thumbnails for a baseline on pixels, None where there are none."""
     if not records:
         return None
     if c.method in pixel_baselines.METHODS:
-        images = support_images.healthy_images(feature_cache, records)
-        features = thumbnails.of_images(images)
-        return support_images.Supports(len(records), features, features, None, None)
-    return support_images.load(feature_cache, records, c.score.tiles)
+        images = tiles.healthy_images(feature_cache, records)
+        features = pixel_baselines.to_thumbnails(images)
+        return tiles.Supports(len(records), features, features, None, None)
+    return tiles.load_supports(feature_cache, records, c.score.tiles)
 
 
 def assemble(
@@ -80,7 +80,7 @@ def assemble(
     plain_design: model.Design,
     frozen: dict,
     params: Any,
-    images: support_images.Supports | None,
+    images: tiles.Supports | None,
     folds: Sequence[np.ndarray],
 ) -> detector.Detector:
     """The detector that the config asks for.

@@ -1,5 +1,6 @@
 """Which values and combinations of configuration fields can be used; other code trusts them."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from medclip_jax.errors import ConfigError
@@ -186,7 +187,7 @@ def check_tiles(c: Any) -> None:
 
 
 def check_learned(c: Any) -> None:
-    """Raise ConfigError if a learned part that is on lacks what it needs. c: resolved steps."""
+    """Raise ConfigError if what is on lacks what it needs. c: with resolved steps."""
     if c.model.language_tuned and not c.model.language:
         raise ConfigError(
             "config.model.language_tuned is on and there is no adapter to tune: give "
@@ -200,6 +201,11 @@ def check_learned(c: Any) -> None:
     if c.teacher and c.meta.data:
         raise ConfigError(
             "config.teacher teaches the target's images alone: leave config.meta.data empty"
+        )
+    if c.tensorboard and c.steps and find_spec("tensorboardX") is None:
+        raise ConfigError(
+            "config.tensorboard is on and tensorboardX is not installed: "
+            "pip install 'medclip-jax[tensorboard]' or turn it off."
         )
 
 

@@ -19,7 +19,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
 from medclip_jax.inference import adapt, predictor
 from medclip_jax.models import model
-from medclip_jax.training import checkpoints, distillation, loop, maml, state
+from medclip_jax.training import checkpoints, distillation, loop, maml, step
 
 
 def load_teacher(
@@ -132,7 +132,7 @@ def load_start(workdir: Path) -> adapt.Start:
     params: Any = build.fresh_params(c, clip, design)
     if c.learner == "meta_sgd":
         params = maml.meta_sgd(params, c.meta.inner_rate)
-    template = state.start(params, loop.adam(c.learning_rate), count, c.seed)
+    template = step.start(params, loop.adam(c.learning_rate), count, c.seed)
     manager = checkpoints.open(workdir)
     with checkpoints.closing(manager):
         newest = checkpoints.restore(manager, template)

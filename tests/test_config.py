@@ -150,3 +150,11 @@ def test_the_cache_is_where_it_was_named(monkeypatch, tmp_path):
 def test_flat_names_every_field_once():
     names = [name for name, _ in config.flat(config.base())]
     assert len(names) == len(set(names)) and {"k", "data.root", "model.dropout"} <= set(names)
+
+
+def test_tensorboard_without_its_extra_is_refused_before_the_run(monkeypatch):
+    c = config.base()
+    c.tensorboard = True
+    monkeypatch.setattr("medclip_jax.config_validation.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'medclip-jax\[tensorboard\]'"):
+        config.resolve(c)

@@ -18,9 +18,9 @@ from medclip_jax import build as build_objects
 from medclip_jax import config
 from medclip_jax.clip.outputs import Features
 from medclip_jax.distributed import sharding
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model
-from medclip_jax.training import loop, state
+from medclip_jax.training import loop
 from medclip_jax.training import step as training_step
 from medclip_jax.training.episodes import Episodes
 
@@ -77,7 +77,7 @@ def step(work: Work, learner: str, inner_steps: int, mesh=None):
     loss = partial(model.loss, design=work.design, weights=WEIGHTS)
     inner = training_step.Learner(learner, inner_steps, RATE).inner(inner_steps)
     objective = joint(loss) if learner == "joint" else training_step.meta_objective(loss, inner)
-    begin = state.start(work.params, optimizer, 1, 0)
+    begin = training_step.start(work.params, optimizer, 1, 0)
     placed = None
     if mesh is not None:
         placed, begin = sharding.replicated(mesh), sharding.replicate(begin, mesh)
@@ -124,7 +124,7 @@ def operations(work: Work, learner: str, inner_steps: int, compiled) -> float:
 class Runner:
     """A compiled step with its state, timed call by call."""
 
-    def __init__(self, work: Work, compiled, begin: state.TrainState):
+    def __init__(self, work: Work, compiled, begin: training_step.TrainState):
         self.compiled, self.work = compiled, work
         self.state = jax.tree.map(jnp.copy, begin)  # donated
 

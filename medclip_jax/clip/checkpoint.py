@@ -74,16 +74,19 @@ def load(
             f"config.clip.implementation is 'transformers', which has no ResNet ({checkpoint}): "
             "give fused"
         )
-    made = _by_transformers if implementation == "transformers" else _fused
-    return _assemble(checkpoint, weights, *made(weights, taps))
+    encoders = _by_transformers if implementation == "transformers" else _fused
+    return _assemble(checkpoint, weights, *encoders(weights, taps))
 
 
 def _assemble(name: str, weights: hf_weights.Weights, image_encoder, text_encoder) -> Clip:
     params, config = weights.params, weights.config
-    vision, words = config["vision_config"], config["text_config"]
+    vision, levels = config["vision_config"], image_encoder.levels
     embeddings = params["text_model"]["embeddings"]
     text_params = {part: params[part] for part in ("text_model", "text_projection")}
-    levels, resnet_encoder = image_encoder.levels, weights.resnet
+    if weights.resnet is None:
+        widths = (vision["hidden_size"],) * len(levels)
+    else:
+        widths = weights.resnet.widths(levels)
     return Clip(
         vision=jax.tree.map(jnp.asarray, image_encoder.prepare(params)),
         text=jax.tree.map(jnp.asarray, text_params),
@@ -94,16 +97,14 @@ def _assemble(name: str, weights: hf_weights.Weights, image_encoder, text_encode
         digest=weights.digest,
         size=vision["image_size"],
         grid=vision["image_size"] // vision["patch_size"],
-        widths=resnet_encoder.widths(levels)
-        if resnet_encoder is not None
-        else (vision["hidden_size"],) * len(levels),
+        widths=widths,
         text_width=embeddings["token_embedding"]["embedding"].shape[1],
         positions=len(embeddings["position_embedding"]["embedding"]),
         joint=params["text_projection"]["kernel"].shape[1],
         logit_scale=float(params["logit_scale"]),
         mean=weights.mean,
         std=weights.std,
-        eos_id=words["eos_token_id"],
+        eos_id=config["text_config"]["eos_token_id"],
     )
 
 
@@ -157,13 +158,5 @@ def normalise(grey: Float[Array, "n h w"], mean, std) -> Float[Array, "n h w 3"]
 def encode_images(
     vision, grey: Float[Array, "n h w"], *, encoder: ImageEncoder, mean, std
 ) -> Features:
-    """Grey images in [0, 1] straight to features; rows are independent (shard them freely).
-
-    Args:
-        vision: Clip.vision.
-        grey: images of Clip.size pixels per side.
-        encoder: Clip.image_encoder.
-        mean: Clip.mean.
-        std: Clip.std.
-    """
+    """Grey images in [0, 1] to features; rows are independent. Args are fields of Clip."""
     return encoder.apply({"params": vision}, normalise(grey, mean, std))

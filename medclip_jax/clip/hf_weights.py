@@ -45,11 +45,7 @@ class Weights(NamedTuple):
 
 
 def read(folder: Path) -> Weights:
-    """Read a Hugging Face folder.
-
-    Raises:
-        CheckpointError: the folder, its weights, its config or its tokenizer cannot be used.
-    """
+    """Read a Hugging Face folder. Raises CheckpointError for one that cannot be used."""
     config = _config(folder)
     check_tokenizer(folder)
     path = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
@@ -66,12 +62,12 @@ def read(folder: Path) -> Weights:
         raise CheckpointError(
             f"{path}: tensor {name} is missing; this is not a whole CLIP checkpoint"
         )
-    mean, std = _normalisation(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    with path.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+    preprocessing = folder / "preprocessor_config.json"
+    fields = read_json(preprocessing) if preprocessing.is_file() else {}
+    pixels = normalisation(preprocessing, fields.get("image_mean"), fields.get("image_std"))
     params = unflatten_dict({name: flat[name] for name in _names(depths)}, sep="/")
-    return Weights(folder, config, params, mean, std, digest.hexdigest()[:16])
+    digest = digest_of((folder / "config.json").read_bytes(), path)
+    return Weights(folder, config, params, *pixels, digest)
 
 
 def locate(checkpoint: str) -> Path:
@@ -83,8 +79,8 @@ def locate(checkpoint: str) -> Path:
 def is_hugging(folder: Path) -> bool:
     """Is there a config of transformers' CLIP?"""
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == "clip"
-    except (OSError, ValueError, AttributeError):
+        return read_json(folder / "config.json").get("model_type") == "clip"
+    except CheckpointError:
         return False
 
 
@@ -99,11 +95,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def _download(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise CheckpointError(
@@ -125,7 +117,7 @@ def _download(name: str) -> Path:
         for file in WEIGHTS if hugging else OPENCLIP[:1]:
             if path := fetch(file):
                 return path.parent
-    except (OSError, ValueError, HFValidationError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"clip.checkpoint {name!r}: no such folder, and the Hub did not give it "
             f"({type(error).__name__}); download it elsewhere and give its folder, or use 'compact'"
@@ -138,12 +130,8 @@ def _config(folder: Path) -> dict[str, Any]:
     from transformers import CLIPConfig
 
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); give a CLIP folder") from None
-    if raw.get("model_type") != "clip":
-        kind = raw.get("model_type")
+    raw = read_json(path)
+    if (kind := raw.get("model_type")) != "clip":
         raise CheckpointError(f"{path}: model_type is {kind!r}, need 'clip'; give a CLIP folder")
     config = CLIPConfig.from_dict(raw).to_dict()
     for part in ("vision_config", "text_config"):
@@ -155,18 +143,35 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Pixel mean and sd of the checkpoint, OpenAI's where it does not say."""
-    path = folder / "preprocessor_config.json"
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises CheckpointError."""
     try:
-        fields = json.loads(path.read_text()) if path.is_file() else {}
-        mean = tuple(map(float, fields.get("image_mean", MEAN)))
-        std = tuple(map(float, fields.get("image_std", STD)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); copy the folder of the CLIP again"
+        ) from None
+
+
+def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], ...]:
+    """Pixel mean and sd as `path` gives them, OpenAI's for None. Raises CheckpointError."""
+    try:
+        mean, std = (tuple(map(float, x)) for x in (mean or MEAN, std or STD))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); copy the folder of the CLIP again"
+        ) from None
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise CheckpointError(f"{path}: image_mean and image_std must be three numbers each")
+        raise CheckpointError(f"{path}: mean and std of the pixels must be three numbers each")
     return mean, std
+
+
+def digest_of(config: bytes, weights: Path) -> str:
+    """16 hex digits that name a checkpoint by its content."""
+    digest = hashlib.sha256(config)
+    with weights.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -99,12 +99,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One block of an encoder, of the image or the text.
+    """One block, of tokens x [n, s, d].
 
-    Args of a call:
-        x: tokens [n, s, d].
-        mask: [1, 1, s, s], True where a query may look; None for everywhere.
-        position: [n], the one position of each row that is computed; the result is [n, 1, d].
+    mask [1, 1, s, s] is True where a query may look; None: everywhere. With `position` [n] only
+    that token of each row is computed: [n, 1, d].
     """
 
     heads: int

@@ -7,7 +7,6 @@ the like are TorchScript archives, which experiments/convert_torchscript.py turn
 folder.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,7 @@ def matches(folder: Path) -> bool:
 
 
 def read(folder: Path) -> hf_weights.Weights:
-    """Read a folder that `matches`.
-
-    Raises:
-        CheckpointError: it is not a whole ResNet CLIP, or its config cannot be read.
-    """
+    """Read a folder that `matches`. Raises CheckpointError for one that cannot be used."""
     path = folder / WEIGHTS
     activation, heads, mean, std = _config(folder)
     flat = hf_weights.safetensors(path)
@@ -57,28 +52,23 @@ def read(folder: Path) -> hf_weights.Weights:
             "eos_token_id": LARGEST,
         },
     }
-    digest = hashlib.sha256(json.dumps([activation, heads, mean, std]).encode())
-    with path.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    return hf_weights.Weights(folder, config, params, mean, std, digest.hexdigest()[:16], encoder)
+    digest = hf_weights.digest_of(json.dumps([activation, heads, mean, std]).encode(), path)
+    return hf_weights.Weights(folder, config, params, mean, std, digest, encoder)
 
 
 def _config(folder: Path) -> tuple[str, int, tuple[float, ...], tuple[float, ...]]:
     """Activation and heads (0: unknown) of the text encoder, pixel mean and sd."""
-    path, fields = folder / CONFIG, {}
+    path = folder / CONFIG
+    fields = hf_weights.read_json(path) if path.is_file() else {}
     try:
-        if path.is_file():
-            fields = json.loads(path.read_text())
         model, pixels = fields.get("model_cfg", {}), fields.get("preprocess_cfg", {})
         quick = bool(model.get("quick_gelu", not fields))
         heads = int(model.get("text_cfg", {}).get("heads", 0))
-        mean = tuple(map(float, pixels.get("mean", hf_weights.MEAN)))
-        std = tuple(map(float, pixels.get("std", hf_weights.STD)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        of_pixels = pixels.get("mean"), pixels.get("std")
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise CheckpointError(f"{path}: mean and std must be three numbers each")
-    return "quick_gelu" if quick else "gelu", heads, mean, std
+    activation = "quick_gelu" if quick else "gelu"
+    return activation, heads, *hf_weights.normalisation(path, *of_pixels)
 
 
 def _text(flat: dict[str, np.ndarray]) -> dict[str, Any]:

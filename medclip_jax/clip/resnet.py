@@ -107,8 +107,7 @@ class ResNet(nn.Module):
             ]
             for stage, depth in enumerate(self.depths)
         )
-        width = 32 * whole
-        positions = (self.size // 32) ** 2 + 1
+        positions, width = (self.size // 32) ** 2 + 1, 32 * whole
         heads = max(width // HEAD, 1)
         self.attnpool = AttentionPool(positions, width, heads, self.joint, self.dtype)
 
@@ -118,10 +117,7 @@ class ResNet(nn.Module):
         return found._replace(levels=tuple(to_grid(x, grid) for x in found.levels))
 
     def stages(self, pixels: Float[Array, "n h w 3"]) -> Features:
-        """Features with each stage on its own grid: size / 4, / 8, / 16 and / 32 per side.
-
-        pixels: normalised, `size` per side. Coarser stages have fewer tokens and more channels.
-        """
+        """Features with each stage on its own grid: size / 4, / 8, / 16 and / 32 per side."""
         x, levels = pixels.astype(self.dtype), []
         for conv in (self.conv1, self.conv2, self.conv3):
             x = jax.nn.relu(conv(x))
@@ -178,11 +174,7 @@ def to_grid(tokens: Float[Array, "n p d"], grid: int) -> Float[Array, "n q d"]:
 
 
 def tapped(encoder: ResNet, levels: tuple[int, ...], dtype: str, inputs: bool) -> ResNet:
-    """The encoder with these levels tapped; () is stages 2 to 4.
-
-    Raises:
-        ConfigError: the levels are not rising stages from 1 to 4, or `inputs` (refinement) is on.
-    """
+    """The encoder with these levels tapped; () is stages 2 to 4. Raises ConfigError."""
     levels = tuple(levels) or encoder.levels
     if list(levels) != sorted(set(levels)) or not set(levels) <= set(range(1, STAGES + 1)):
         raise ConfigError(
@@ -196,15 +188,8 @@ def tapped(encoder: ResNet, levels: tuple[int, ...], dtype: str, inputs: bool) -
     return encoder.clone(levels=levels, dtype=dtype)
 
 
-# --- tensors ------------------------------------------------------------------------------------
-
-
 def read(flat: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], ResNet]:
-    """Parameters and encoder among tensors under OpenAI's names.
-
-    Raises:
-        KeyError: names a tensor that is missing.
-    """
+    """Parameters and encoder among tensors of OpenAI's names; KeyError names a missing one."""
     flat = {n.removeprefix("visual."): x for n, x in flat.items() if n.startswith("visual.")}
     try:
         encoder = of_tensors(flat)
@@ -235,11 +220,8 @@ def _params(flat: Mapping[str, np.ndarray], depths: tuple[int, ...]) -> dict[str
     def conv(name, norm):
         """A convolution [h, w, in, out] and the batch norm after it, as one."""
         scale = flat[f"{norm}.weight"] / np.sqrt(flat[f"{norm}.running_var"] + EPS)
-        kernel = flat[f"{name}.weight"].transpose(2, 3, 1, 0) * scale
-        return {
-            "kernel": kernel,
-            "bias": flat[f"{norm}.bias"] - flat[f"{norm}.running_mean"] * scale,
-        }
+        bias = flat[f"{norm}.bias"] - flat[f"{norm}.running_mean"] * scale
+        return {"kernel": flat[f"{name}.weight"].transpose(2, 3, 1, 0) * scale, "bias": bias}
 
     def block(at):
         parts = {f"conv{i}": conv(f"{at}.conv{i}", f"{at}.bn{i}") for i in (1, 2, 3)}

@@ -40,17 +40,9 @@ class TransformersViT(nn.Module):
 
     implementation: ClassVar[str] = "transformers"
 
-    @property
-    def depth(self) -> int:
-        return json.loads(self.config)["num_hidden_layers"]
-
-    @property
-    def heads(self) -> int:
-        return json.loads(self.config)["num_attention_heads"]
-
-    @property
-    def eps(self) -> float:
-        return json.loads(self.config)["layer_norm_eps"]
+    depth = property(lambda self: json.loads(self.config)["num_hidden_layers"])
+    heads = property(lambda self: json.loads(self.config)["num_attention_heads"])
+    eps = property(lambda self: json.loads(self.config)["layer_norm_eps"])
 
     def setup(self):
         from transformers import CLIPVisionConfig

@@ -46,8 +46,7 @@ class Embeddings(nn.Module):
 
     def __call__(self, pixels):
         x = self.patch_embedding(pixels)
-        first = self.class_embedding.astype(x.dtype)[None, None]
-        first = jnp.broadcast_to(first, (len(x), 1, self.width))
+        first = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (len(x), 1, self.width))
         positions = self.position_embedding(jnp.arange(self.positions)[None])
         return jnp.concatenate([first, x], axis=1) + positions.astype(x.dtype)
 
@@ -124,33 +123,22 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def prepare(self, params: Mapping) -> dict[str, Any]:
-        return _relaid(params, layers.stack)
+        return _image_part(params, layers.stack)
 
     @nn.nowrap
     def restore(self, vision: Mapping) -> dict[str, Any]:
-        return _relaid(vision, layers.unstack)
+        return _image_part(vision, layers.unstack)
 
 
-def _relaid(params: Mapping, layout) -> dict[str, Any]:
+def _image_part(params: Mapping, layout) -> dict[str, Any]:
     """The image part of the tree, with its blocks in another layout."""
     model = params["vision_model"]
-    blocks = {"layers": layout(model["encoder"]["layers"])}
-    return {
-        "vision_model": {**model, "encoder": blocks},
-        "visual_projection": params["visual_projection"],
-    }
+    model = {**model, "encoder": {"layers": layout(model["encoder"]["layers"])}}
+    return {"vision_model": model, "visual_projection": params["visual_projection"]}
 
 
 def of_params(params: Mapping, heads: int, activation: str, eps: float, **taps) -> ViT:
-    """The encoder that a checkpoint's parameters make up.
-
-    Args:
-        params: transformers' Flax tree.
-        heads: of the attention.
-        activation: quick_gelu or gelu.
-        eps: of the norms.
-        **taps: `levels`, `dtype` and `inputs` of ViT.
-    """
+    """The encoder that transformers' Flax tree makes up; the rest are fields of ViT."""
     model = params["vision_model"]
     kernel = model["embeddings"]["patch_embedding"]["kernel"]
     blocks = model["encoder"]["layers"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors import calibration, map_filter
-from medclip_jax.models import anomaly_map
+from medclip_jax.models import similarity
 
 
 class Scores(NamedTuple):
@@ -74,8 +74,8 @@ def image_score(patch: Float[Array, "n p"], *, size: int, top: float) -> Float[A
     A share of 0 is the maximum of the map in the encoder frame of `size` pixels, as peers have it.
     """
     if top > 0:
-        return anomaly_map.image_score(patch, top)
-    return anomaly_map.to_pixels(patch, size).max((1, 2))
+        return similarity.image_score(patch, top)
+    return similarity.to_pixels(patch, size).max((1, 2))
 
 
 def with_fold(params: dict, fold: dict) -> dict:
@@ -115,7 +115,7 @@ def _read(static: Detector, params, fold_params, features: Features, keys) -> Ra
             return static.apply(with_fold(params, fold), features, None).image
 
         folds = jax.vmap(of_fold, out_axes=1)(fold_params)
-    return Raw(scores.image, anomaly_map.to_pixels(scores.patch, static.size), passes, folds)
+    return Raw(scores.image, similarity.to_pixels(scores.patch, static.size), passes, folds)
 
 
 def calibrate(
@@ -137,7 +137,7 @@ def calibrate(
     patch, image = detector.calibration
     if not len(image):
         return calibration.even_odds(alpha, pixel_rate)
-    maps = np.asarray(anomaly_map.to_pixels(jnp.asarray(patch), detector.size))
+    maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size))
     steps = map_filter.Steps()
     if filter_steps:
         steps, maps = map_filter.learn(filter_steps, maps, mm2)

@@ -1,12 +1,14 @@
 """Baselines without a CLIP: what brightness and thumbnails alone can do.
 
 They are the honest floor of a table: same supports, same test images, same calibration, but their
-features are thumbnails (features/thumbnails.py): pooled [n, 1] the mean grey level, one layer
+features are thumbnails: pooled [n, 1] the mean grey level, one layer
 [n, p, 1] of pixels.
 
     grey_level  mean grey level; brighter is more anomalous, a sign fixed before any test is read
     thumbnails  1 - correlation with the nearest support
 """
+
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from medclip_jax.clip.outputs import Features
+from medclip_jax.data.records import Record
 from medclip_jax.detectors.detector import Detector, Scores
-from medclip_jax.features import thumbnails as features_thumbnails
+from medclip_jax.distributed.runtime import batches
+from medclip_jax.features import cache
+from medclip_jax.io import read
+
+SIDE = 32  # pixels of a thumbnail
 
 
 def grey_level(features: Features, k: int, size: int) -> Detector:
@@ -25,7 +32,7 @@ def grey_level(features: Features, k: int, size: int) -> Detector:
         return Scores(batch.levels[0][..., 0], batch.pooled[:, 0])
 
     calibration = jax.device_get(apply({}, features, None))
-    return Detector(apply, {}, None, calibration, k, False, size, features_thumbnails.load)
+    return Detector(apply, {}, None, calibration, k, False, size, load_thumbnails)
 
 
 def thumbnails(features: Features, k: int, size: int) -> Detector:
@@ -43,7 +50,7 @@ def thumbnails(features: Features, k: int, size: int) -> Detector:
     patch = np.concatenate(alone)
     calibration = Scores(patch, patch.mean(1))
     params = {"supports": rows}
-    return Detector(apply, params, None, calibration, k, False, size, features_thumbnails.load)
+    return Detector(apply, params, None, calibration, k, False, size, load_thumbnails)
 
 
 def standardise(pixels: Float[Array, "n p"]) -> Float[Array, "n p"]:
@@ -56,6 +63,36 @@ def difference(z: Float[Array, "n p"], memory: Float[Array, "k p"]) -> Float[Arr
     """Half the squared difference to the row of `memory` that correlates best."""
     nearest = memory[jnp.argmax(z @ memory.T, axis=1)]
     return (z - nearest) ** 2 / 2
+
+
+def load_thumbnails(
+    feature_cache: cache.FeatureCache, records: Sequence[Record], size: int
+) -> Iterator[Features]:
+    """Thumbnails of the given images in order, `size` at a time."""
+    pixels = read.read_all(records, feature_cache.clip.size, feature_cache.fit)
+    for group in batches((x for _, x in pixels), size):
+        yield to_thumbnails(np.stack(group))
+
+
+def to_thumbnails(images: Float[np.ndarray, "n s s"]) -> Features:
+    """pooled [n, 1]: the mean grey level, [0, 1]; the one layer [n, 1024, 1]: the pixels."""
+    pixels = np.stack([shrink(x) for x in images]).reshape(len(images), -1, 1)
+    return Features(pixels.mean(1), (pixels,))
+
+
+def shrink(pixels: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "_ _"]:
+    """Means over 32 x 32 equal areas; a pixel on a border counts for both by its share."""
+    weights = areas(len(pixels))
+    return (weights @ pixels @ weights.T).astype(np.float32)
+
+
+def areas(size: int) -> Float[np.ndarray, "a s"]:
+    """[32, size] shares of the pixels in each of 32 equal stretches; rows sum to 1."""
+    width = size / SIDE
+    start = np.arange(SIDE)[:, None] * width
+    pixel = np.arange(size)[None]
+    overlap = np.minimum(pixel + 1, start + width) - np.maximum(pixel, start)
+    return np.clip(overlap, 0, None) / width
 
 
 METHODS = {"grey_level": grey_level, "thumbnails": thumbnails}

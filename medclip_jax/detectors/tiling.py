@@ -27,7 +27,7 @@ FINE = 2  # patches of the fused map per patch of the whole, along a side
 def spreading(grid: int, size: int, tiles: int) -> Float[np.ndarray, "i f p"]:
     """[1 + tiles², fine², grid²]: how each scale's patches reach the fused map.
 
-    Bilinear with aligned corners, as anomaly_map.to_pixels. Row f of the tiles together sums to 1:
+    Bilinear with aligned corners, as similarity.to_pixels. Row f of the tiles together sums to 1:
     the average of those that cover the point. The whole is matrix 0.
     """
     fine, frame = FINE * grid, features_tiles.side(size, tiles)

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int, PyTree
 
 from medclip_jax import files
-from medclip_jax.distributed.runtime import Preempted
+from medclip_jax.distributed.runtime import EXIT_CODE, Preempted
 from medclip_jax.errors import ConfigError, ProcessError, UserError, WorkdirError
 
 PATIENCE = 60  # seconds until a file of process 0 must be seen by all; network folders lag
@@ -37,13 +37,10 @@ def start(
 
     Args:
       coordinator: "host:port" of process 0; None, as the next two, on Cloud TPU, SLURM or Open MPI,
-        where the environment tells them.
+        whose environment has them. Raises ConfigError if it has not.
       processes: their number.
       process: which one this is, from 0.
-      timeout: seconds to wait for the others to come.
-
-    Raises:
-      ConfigError: if the environment does not tell them.
+      timeout: seconds to wait for the others.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -94,7 +91,7 @@ def exit_together() -> Iterator[None]:
 
 def leave(code: int) -> None:
     """End this process with `code`; without waiting for the others if it failed."""
-    if code in (0, 143) or not several():
+    if code in (0, EXIT_CODE) or not several():
         sys.exit(code)  # at the end of a whole run, or a stop that all agreed on, all arrive
     _exit_now(code)
 

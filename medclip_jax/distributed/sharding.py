@@ -46,8 +46,8 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     Always a copy, so that a donated result leaves `tree` alive.
     """
 
-    # jax.device_put would not do: even with may_alias=False the copy on the array's own device
-    # shares its buffer, and donation then deletes the original (jax 0.10.2).
+    # Not jax.device_put: even with may_alias=False the copy on the array's own device shares its
+    # buffer, and donation then deletes the original (jax 0.10.2).
     def one(x):
         host = np.array(jax.device_get(x))
         return jax.make_array_from_process_local_data(replicated(mesh), host, host.shape)
@@ -69,15 +69,9 @@ def valid_rows(n: int, mesh: Mesh) -> Bool[Array, " m"]:
 
 
 def place(local: PyTree, mesh: Mesh) -> PyTree:
-    """Join the rows of every process (its `local_rows`, on the host) to global arrays.
+    """Join the rows of every process (its `local_rows`, on the host, axis 0) to global arrays.
 
-    Args:
-      local: arrays with rows on axis 0, all of the same length.
-      mesh: over whose devices they are spread.
-
-    Returns:
-      The same tree of global arrays, which may share memory with `local`: do not change it, nor
-      donate the result.
+    They may share memory with `local`: do not change it, nor donate the result.
     """
     local_devices = int(_is_local(mesh).sum())
 

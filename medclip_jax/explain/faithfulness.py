@@ -32,7 +32,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder
 from medclip_jax.io import read
-from medclip_jax.models import anomaly_map
+from medclip_jax.models import similarity
 
 STEPS = 8  # of a deletion curve
 ROWS = 32  # of a scoring call, as evaluate.BATCH: nothing is compiled twice
@@ -120,7 +120,7 @@ def deletion(
         gone = (ranks[:, None] < counts[None, :, None]).reshape(-1, patches)  # [order x step, p]
         rows, _ = sharding.fill_rows(replaced(tokens, healthy, i, gone), ROWS)
         values = detectors_detector.score(detector, rows).patch
-        pooled = anomaly_map.image_score(values, max(top, grad_cam.LEAST_TOP))
+        pooled = similarity.image_score(values, max(top, grad_cam.LEAST_TOP))
         raw = np.asarray(pooled)[: len(gone)]
         unit = calibration.to_unit(raw, thresholds.pixel.value, thresholds.pixel_scale)
         curves.append(unit.reshape(len(orders), -1))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from medclip_jax.clip.outputs import Features
 from medclip_jax.errors import UserError
 from medclip_jax.io import resize
-from medclip_jax.models import anomaly_map
+from medclip_jax.models import similarity
 
 LEAST_TOP = 0.05  # a smaller share of the patches would explain single patches only
 Method = Literal["grad_cam", "grad_cam_pp"]
@@ -119,7 +119,7 @@ def _gradients(apply: Callable, layer: int, top: float, params: Any, features: F
         levels = list(features.levels)
         levels[layer] = tokens
         patch = apply(params, features._replace(levels=tuple(levels)), None).patch
-        return anomaly_map.image_score(patch, top).sum()  # images are independent
+        return similarity.image_score(patch, top).sum()  # images are independent
 
     value, pull = jax.vjp(score, features.levels[layer])
     return pull(jax.numpy.ones_like(value))[0]

@@ -14,7 +14,7 @@ from medclip_jax.data.augmentation import Synthesis
 from medclip_jax.data.catalog import PRESETS, RECIPES
 from medclip_jax.data.records import Split
 from medclip_jax.errors import ConfigError
-from medclip_jax.features import cache, training_pool
+from medclip_jax.features import cache, encoder
 from medclip_jax.features.cache import FeatureCache
 from medclip_jax.features.training_pool import TrainingPool
 
@@ -64,8 +64,7 @@ def choose(
             logging.warning(
                 "%s of config.meta.data has no words of its own: it takes the target's, "
                 "whose modality is %r",
-                full,
-                words["modality"],
+                *(full, words["modality"]),
             )
         elif recipe:
             steps = RECIPES[name]
@@ -73,13 +72,11 @@ def choose(
             logging.warning(
                 "config.augment.elastic is off for %s, whose modality is %r: only ultrasound and "
                 "MRI may be deformed",
-                full,
-                own["modality"],
+                *(full, own["modality"]),
             )
             changes = strengths._replace(elastic=0.0)
-        root = Path(root) if root else None
-        ct = "" if name in PRESETS else window
-        chosen.append(Auxiliary(name, root, own, preprocessing.steps(steps), changes, ct))
+        place, ct = Path(root) if root else None, "" if name in PRESETS else window
+        chosen.append(Auxiliary(name, place, own, preprocessing.steps(steps), changes, ct))
     return tuple(chosen)
 
 
@@ -97,8 +94,7 @@ def open_pools(
 
     Args:
       auxiliary: the datasets.
-      target: the target's split.
-      feature_cache, synthesis: the target's.
+      target, feature_cache, synthesis: the target's.
       folder: of prepared data (config.cache).
       uncertain: what CheXpert's label -1 means.
       seed: of the sample of images.
@@ -110,5 +106,5 @@ def open_pools(
         images = splits.healthy(records, target, IMAGES, seed)
         own = cache.with_recipe(feature_cache, dataset.recipe, dataset.window)
         changes = synthesis._replace(strengths=dataset.strengths)
-        pools.append(training_pool.open(own, images, changes))
+        pools.append(encoder.open_pool(own, images, changes))
     return pools

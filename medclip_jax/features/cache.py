@@ -31,8 +31,8 @@ from medclip_jax.data import preprocessing
 from medclip_jax.data.records import Record, unique
 from medclip_jax.distributed import multihost, sharding
 from medclip_jax.distributed.runtime import batches
-from medclip_jax.io import read
 from medclip_jax.io.image import parse_window
+from medclip_jax.io.resize import Mode
 
 
 class FeatureCache(NamedTuple):
@@ -40,7 +40,7 @@ class FeatureCache(NamedTuple):
 
     folder: Path
     clip: checkpoint.Clip
-    fit: read.Mode  # into the encoder's square frame: "stretch" or "pad"
+    fit: Mode  # into the encoder's square frame: "stretch" or "pad"
     dtype: str  # of the tokens on disk
     mesh: jax.sharding.Mesh
     vision: Any  # the image encoder's parameters, on every device
@@ -56,9 +56,9 @@ def open(
     recipe="",
     window: str = "",
 ) -> FeatureCache:
-    """The feature cache below `folder`; the other arguments are FeatureCache's fields.
+    """The feature cache below `folder` for images of this recipe, read with this CT window.
 
-    `window` is the CT window that images are read with. Raises ConfigError for an unknown recipe.
+    The rest are FeatureCache's fields. Raises ConfigError for an unknown recipe.
     """
     vision = sharding.replicate(clip.vision, mesh)
     unnamed = FeatureCache(folder / "feature_cache" / "-", clip, fit, dtype, mesh, vision)

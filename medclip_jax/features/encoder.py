@@ -7,16 +7,20 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import Float
+from safetensors import safe_open
 
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import preprocessing
+from medclip_jax.data import augmentation, preprocessing
+from medclip_jax.data.augmentation import Synthesis, variants
 from medclip_jax.data.records import Record
 from medclip_jax.distributed import multihost, sharding
 from medclip_jax.distributed.runtime import batches, progress
 from medclip_jax.features import cache
 from medclip_jax.features.cache import FeatureCache
+from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.io import read
+from medclip_jax.synthesis import generate
 
 DEVICE_BATCH = 16  # images per call of the encoder and device; larger is not faster on a CPU
 VERSION = 1  # raise when what `encode_stacks` computes changes
@@ -45,6 +49,64 @@ def encode_images(feature_cache: FeatureCache, images: Sequence[Record]) -> int:
     return len(todo)
 
 
+def open_pool(
+    feature_cache: FeatureCache, images: Sequence[Record], synthesis: Synthesis
+) -> TrainingPool:
+    """Encode what the cache lacks and open healthy images for training, with their variants."""
+    encode_images(feature_cache, images)
+    encode_variants(feature_cache, images, synthesis)
+
+    def opened(paths):
+        return tuple(safe_open(path, framework="np").get_slice for path in paths)
+
+    altered = images if synthesis.variants else ()
+    anomalous = opened(variant_path(feature_cache, r, images, synthesis) for r in altered)
+    kinds = [tensor("kind")[: synthesis.variants] for tensor in anomalous]
+    return TrainingPool(
+        opened(cache.image_path(feature_cache, r) for r in images),
+        anomalous,
+        len(feature_cache.clip.image_encoder.levels),
+        feature_cache.clip.size,
+        synthesis.variants,
+        np.asarray(kinds or np.zeros((len(images), 0), int)),
+        synthesis.copies if synthesis.variants else 0,
+        inputs=feature_cache.clip.image_encoder.inputs,
+    )
+
+
+def encode_variants(
+    feature_cache: FeatureCache, images: Sequence[Record], synthesis: Synthesis
+) -> int:
+    """Fill the cache with variants of each image; returns how many had to be encoded."""
+
+    def path(record: Record) -> Path:
+        return variant_path(feature_cache, record, images, synthesis)
+
+    todo = cache.missing(images, path)
+    if not todo or not synthesis.variants:
+        return 0
+    size, fit = feature_cache.clip.size, feature_cache.fit
+    pixels = {r.id: x for r, x in read.read_all(images, size, fit)}
+    partners = np.stack([pixels[r.id] for r in images])
+    for record in progress(todo, "make variants", len(todo)):
+        altered, masks, kinds = variants(record, pixels[record.id], partners, synthesis)
+        packed = np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1)
+        tokens = encode(feature_cache, altered)
+        cache.write(path(record), tokens, {"mask": packed, "kind": kinds})
+    multihost.wait_for_files([path(r) for r in todo])
+    return len(todo) * (synthesis.variants + synthesis.copies)
+
+
+def variant_path(
+    feature_cache: FeatureCache, record: Record, images: Sequence[Record], synthesis: Synthesis
+) -> Path:
+    """The file of an image's variants; `images` count where variants copy from them."""
+    partners = [r.sha256 for r in images] if synthesis.partner == "support" else []
+    changes = (augmentation.VERSION, synthesis.copies, synthesis.strengths)
+    parts = generate.VERSION, synthesis[:4], partners, *([changes] if synthesis.copies else [])
+    return feature_cache.folder / f"{record.sha256}-{cache.digest(*parts)}.safetensors"
+
+
 def encode(feature_cache: FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
     """Tokens of images in the encoder's frame, [0, 1], on the host; the cache is not read."""
     size = batch_size(feature_cache)
@@ -61,13 +123,10 @@ def encode_stacks(
     name: str,
     how: Callable[[FeatureCache, Float[np.ndarray, "v s s"]], Features] = encode,
 ) -> list[Features]:
-    """Tokens of each stack of images, on the host, from the cache where they are known.
+    """Tokens of each stack of images in [0, 1], on the host, from the cache where it has them.
 
-    Args:
-      feature_cache: to read and to fill.
-      stacks: images, [0, 1].
-      name: of `how`; with the pixels and the cache's recipe it must determine the tokens.
-      how: turns the images of a stack into tokens.
+    `how` turns the images of a stack into tokens; its `name`, the pixels and the cache's recipe
+    determine them.
     """
     paths = [stack_path(feature_cache, x, name) for x in stacks]
     absent = multihost.any_process([not cache.is_whole(p) for p in paths])

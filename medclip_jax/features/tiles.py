@@ -7,13 +7,15 @@ layer the patches of the whole followed by those of the tiles, row by row.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from medclip_jax.clip.outputs import Features
+from medclip_jax.data import augmentation
 from medclip_jax.data.records import Record
 from medclip_jax.distributed import multihost
 from medclip_jax.distributed.runtime import batches, progress
@@ -67,17 +69,15 @@ def loader(tiles: int) -> Callable[..., Iterator[Features]]:
 
     encode_images comes first, for images and for tiles.
     """
-    return partial(_load, tiles)
 
+    def load(feature_cache, records: Sequence[Record], size: int) -> Iterator[Features]:
+        whole = cache.load_images(feature_cache, records, size)
+        for group, tokens in zip(batches(records, size), whole, strict=True):
+            rows = [cache.load(tiles_path(feature_cache, r, tiles)) for r in group]
+            parts = [np.stack([x.levels[i] for x in rows]) for i in range(len(tokens.levels))]
+            yield pack(tokens, parts)
 
-def _load(
-    tiles: int, feature_cache: cache.FeatureCache, records: Sequence[Record], size: int
-) -> Iterator[Features]:
-    whole = cache.load_images(feature_cache, records, size)
-    for group, tokens in zip(batches(records, size), whole, strict=True):
-        rows = [cache.load(tiles_path(feature_cache, r, tiles)) for r in group]
-        parts = [np.stack([x.levels[i] for x in rows]) for i in range(len(tokens.levels))]
-        yield pack(tokens, parts)
+    return load
 
 
 def pack(whole: Features, tiles: Sequence[Any]) -> Features:
@@ -106,3 +106,57 @@ def encode(
     tokens = encoder.encode(feature_cache, cut(images, size, tiles))
     shape = (len(images), tiles**2)
     return pack(whole, [x.reshape(*shape, *x.shape[1:]) for x in tokens.levels])
+
+
+# --- the supports ---
+
+
+class Supports(NamedTuple):
+    """Tokens of k supports, float32; `calibrating` are the same, or views of a single one."""
+
+    k: int
+    tokens: Features
+    calibrating: Features
+    # the same of their tiles, tiles² rows per image; None where images are not tiled
+    tile_tokens: Features | None
+    tile_calibrating: Features | None
+
+
+def load_supports(
+    feature_cache: cache.FeatureCache, supports: Sequence[Record], per_side: int = 1
+) -> Supports:
+    """The tokens of one or more supports; encode_images (of tiles, too) comes first.
+
+    per_side: tiles per side, 1 for none. Views of a single support are stored in the feature cache.
+    """
+    k = len(supports)
+    (tokens,) = cache.load_images(feature_cache, supports, k)
+    calibrating = tokens
+    if k == 1:
+        views = healthy_images(feature_cache, supports)[None]
+        (calibrating,) = encoder.encode_stacks(feature_cache, views, "views")
+    of_tiles = calibrating_tiles = None
+    if per_side > 1:
+        (packed,) = loader(per_side)(feature_cache, supports, k)
+        of_tiles = calibrating_tiles = unpack(packed, per_side)
+        if k == 1:
+            frame = side(feature_cache.clip.size, per_side)
+            views = healthy_images(feature_cache, supports, frame)[None]
+            how = partial(encode, tiles=per_side)
+            (packed,) = encoder.encode_stacks(feature_cache, views, f"{per_side} tiles", how)
+            calibrating_tiles = unpack(packed, per_side)
+    found: Any = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32),
+        (tokens, calibrating, of_tiles, calibrating_tiles),
+    )
+    return Supports(k, *found)
+
+
+def healthy_images(
+    feature_cache: cache.FeatureCache, supports: Sequence[Record], size: int | None = None
+) -> Float[np.ndarray, "m s s"]:
+    """Pixels of the images that calibrate, in the encoder frame; size: another side of it."""
+    size = size or feature_cache.clip.size
+    found = {r.id: x for r, x in read.read_all(supports, size, feature_cache.fit)}
+    images = np.stack([found[r.id] for r in supports])
+    return augmentation.crops(images[0]) if len(supports) == 1 else images

@@ -1,27 +1,47 @@
-"""The training pool: healthy images and their synthetic variants as tokens, read row by row."""
+"""The training pool: healthy images and their synthetic variants as tokens, read as batches.
+
+Shape letters: n rows, h w pixels of the encoder's frame, p patches, e tasks, m params of the stack.
+"""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
-from safetensors import safe_open
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.data import augmentation
-from medclip_jax.data.augmentation import Synthesis, variants
-from medclip_jax.data.records import Record
-from medclip_jax.distributed import multihost
-from medclip_jax.distributed.runtime import progress
-from medclip_jax.features import cache, encoder
-from medclip_jax.features.batch import Batch, Views
-from medclip_jax.features.cache import FeatureCache
-from medclip_jax.io import read
-from medclip_jax.synthesis import generate
 
 Tensors = Callable[[str], Any]  # name -> lazily sliced tensor of a cache file
+
+
+class Views(NamedTuple):
+    """Two augmentations of the healthy image of each row."""
+
+    one: Features
+    two: Features
+    image: Int[Array, " n"]  # number of the image in its pool
+
+
+class Batch(NamedTuple):
+    """Tokens of a batch of images with their (synthetic) truth, in the encoder's frame."""
+
+    features: Features
+    mask: Num[Array, "n h w"]  # [0, 1], 1 = anomalous; bytes as the training pool hands them over
+    label: Int[Array, " n"]  # 0 healthy, 1 anomalous
+    valid: Bool[Array, " n"]  # False for rows that only fill the shape
+    views: Views | None = None  # for SimCLR
+    teacher: Float[Array, "n p"] | None = None  # a teacher's patch logits, for distillation
+    # dataset of each row, or [] of all rows; None where there is one, 0 is the target
+    source: Int[Array, "*n"] | None = None
+
+
+class Episodes(NamedTuple):
+    """Rows of several tasks, as a step takes them: leaves are [task, 1 + folds, row, ...]."""
+
+    support: Batch
+    query: Batch
+    valid: Bool[Array, "e m"]
 
 
 class TrainingPool(NamedTuple):
@@ -38,70 +58,6 @@ class TrainingPool(NamedTuple):
     teacher: tuple[Float[np.ndarray, "_ p"], ...] = ()
     inputs: bool = False  # tokens hold the tapped layers' inputs
     source: Int[np.ndarray, " k"] | None = None  # dataset of each image; None: all of one
-
-
-def open(
-    feature_cache: FeatureCache, images: Sequence[Record], synthesis: Synthesis
-) -> TrainingPool:
-    """Encode what the cache lacks and open the images for training.
-
-    Args:
-      feature_cache: to read and to fill.
-      images: healthy ones.
-      synthesis: how their variants are made; variants=0 for none.
-    """
-    encoder.encode_images(feature_cache, images)
-    encode_variants(feature_cache, images, synthesis)
-
-    def opened(paths):
-        return tuple(safe_open(path, framework="np").get_slice for path in paths)
-
-    altered = synthesis.variants and images
-    anomalous = opened(variant_path(feature_cache, r, images, synthesis) for r in altered or ())
-    kinds = [tensor("kind")[: synthesis.variants] for tensor in anomalous]
-    return TrainingPool(
-        opened(cache.image_path(feature_cache, r) for r in images),
-        anomalous,
-        len(feature_cache.clip.image_encoder.levels),
-        feature_cache.clip.size,
-        synthesis.variants,
-        np.asarray(kinds or np.zeros((len(images), 0), int)),
-        synthesis.copies if synthesis.variants else 0,
-        inputs=feature_cache.clip.image_encoder.inputs,
-    )
-
-
-def encode_variants(
-    feature_cache: FeatureCache, images: Sequence[Record], synthesis: Synthesis
-) -> int:
-    """Fill the cache with variants of each image; returns how many had to be encoded."""
-
-    def path(record: Record) -> Path:
-        return variant_path(feature_cache, record, images, synthesis)
-
-    todo = cache.missing(images, path)
-    if not todo or not synthesis.variants:
-        return 0
-    size, fit = feature_cache.clip.size, feature_cache.fit
-    pixels = {r.id: x for r, x in read.read_all(images, size, fit)}
-    partners = np.stack([pixels[r.id] for r in images])
-    for record in progress(todo, "make variants", len(todo)):
-        altered, masks, kinds = variants(record, pixels[record.id], partners, synthesis)
-        packed = np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1)
-        tokens = encoder.encode(feature_cache, altered)
-        cache.write(path(record), tokens, {"mask": packed, "kind": kinds})
-    multihost.wait_for_files([path(r) for r in todo])
-    return len(todo) * (synthesis.variants + synthesis.copies)
-
-
-def variant_path(
-    feature_cache: FeatureCache, record: Record, images: Sequence[Record], synthesis: Synthesis
-) -> Path:
-    """The file of an image's variants; `images` count where variants copy from them."""
-    partners = [r.sha256 for r in images] if synthesis.partner == "support" else []
-    changes = (augmentation.VERSION, synthesis.copies, synthesis.strengths)
-    parts = generate.VERSION, synthesis[:4], partners, *([changes] if synthesis.copies else [])
-    return feature_cache.folder / f"{record.sha256}-{cache.digest(*parts)}.safetensors"
 
 
 def join(pools: Sequence[TrainingPool]) -> TrainingPool:

@@ -23,7 +23,7 @@ from medclip_jax.detectors import detector as detectors_detector
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.errors import ConfigError
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import Batch
 from medclip_jax.io import read as io_read
 from medclip_jax.models import model
 from medclip_jax.synthesis import generate

@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
+
+from medclip_jax.models import similarity
 
 TERMS = ("focal", "dice", "align", "prompt")
 
@@ -62,7 +65,7 @@ def infonce(logits: Float[Array, "n c"], positives: Bool[Array, "n c"]) -> Float
 
 
 def align(
-    similarity: Float[Array, "n p c"],
+    cosines: Float[Array, "n p c"],
     share: Float[Array, "n p"],
     label: Int[Array, " c"],
     valid: Bool[Array, " n"],
@@ -75,10 +78,10 @@ def align(
     """
     anomalous = (share > 0.5)[..., None]
     right = anomalous == (label == 1)[None, None]
-    best = jnp.argmax(jnp.where(right, similarity, -jnp.inf), axis=-1)
-    positive = jax.nn.one_hot(best, similarity.shape[-1], dtype=bool)
-    n, p, c = similarity.shape
-    per_patch = infonce((scale * similarity).reshape(n * p, c), positive.reshape(n * p, c))
+    best = jnp.argmax(jnp.where(right, cosines, -jnp.inf), axis=-1)
+    positive = jax.nn.one_hot(best, cosines.shape[-1], dtype=bool)
+    n, p, c = cosines.shape
+    per_patch = infonce((scale * cosines).reshape(n * p, c), positive.reshape(n * p, c))
     counts = (share == 0) | (share > 0.5)
     per_row = jnp.where(counts, per_patch.reshape(n, p), 0.0).sum(1) / jnp.maximum(counts.sum(1), 1)
     return row_mean(per_row, valid)
@@ -89,6 +92,30 @@ def prompt(
 ) -> Float[Array, ""]:
     """Equation (5): -log P(healthy | image) of the pooled embedding; healthy images only."""
     return row_mean(-jax.nn.log_softmax(logits, axis=-1)[:, 0], valid & (label == 0))
+
+
+def ntxent(
+    one: Float[Array, "n m"],
+    two: Float[Array, "n m"],
+    image: Int[Array, " n"],
+    valid: Bool[Array, " n"],
+    temperature: float = 0.5,
+) -> Float[Array, ""]:
+    """SimCLR (equation 12): NT-Xent, mean over the anchors of the valid rows; 0 if there is none.
+
+    Row i of `one` and of `two` are augmentations of image number image[i]. An anchor's positive is
+    its partner, its negatives are the rows of other images. Equal to optax.losses.ntxent where all
+    images differ and all rows are valid; optax cannot leave rows out, and its gradient is NaN where
+    an anchor has no negative (K = 1). The temperature is Chen et al.'s (2020) for small batches.
+    """
+    n = len(one)
+    both = jnp.concatenate([one, two])
+    image, valid = jnp.concatenate([image] * 2), jnp.concatenate([valid] * 2)
+    partner = jnp.asarray(np.roll(np.eye(2 * n, dtype=bool), n, axis=1))
+    negative = (image[:, None] != image[None]) & valid[None]
+    logits = similarity.cosine(both, both) / temperature
+    each = infonce(jnp.where(partner | negative, logits, -jnp.inf), partner)
+    return row_mean(each, valid)
 
 
 def distill(

@@ -13,24 +13,22 @@ frozen is the rest: `text` (Clip.text), `logit_scale` and, where it is not tuned
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.clip.outputs import Features
 from medclip_jax.clip.text import encode_text
-from medclip_jax.features.batch import Batch, Views
+from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import (
-    adapters,
-    anomaly_map,
-    contrastive,
     losses,
-    prompt_learner,
+    modules,
     prompt_sets,
     similarity,
     text_adapter,
@@ -38,6 +36,8 @@ from medclip_jax.models import (
 )
 from medclip_jax.models.similarity import AnomalyLogit, Text
 from medclip_jax.prompts.tokenize import Prompts
+
+HEAD_STREAM = 53  # keeps the head's random numbers apart from others of the same seed
 
 
 class Design(NamedTuple):
@@ -51,9 +51,7 @@ class Design(NamedTuple):
     causal: bool  # CLIP's mask of the text; False as MediCLIP
     learn_scale: bool  # False: temperature 1, as MediCLIP
     dropout: float  # rate, on the adapted tokens
-    refinement: token_refinement.Frozen | None = (
-        None  # frozen parts of the tapped blocks; None: off
-    )
+    refinement: token_refinement.Frozen | None = None  # of the tapped blocks; None: off
     sets: prompt_sets.Sets | None = None  # prompts of all data sets, where training has several
 
 
@@ -87,29 +85,26 @@ def init(
     tokens = token_table(model.text)
     params: dict[str, Any] = {}
     if context:
-        params |= prompt_learner.init(context_key, rows, context, tokens, start)
+        params |= modules.init_context(context_key, rows, context, tokens, start)
     params["adapters"] = tuple(
-        adapters.init(k, width, model.joint)
+        modules.init_adapter(k, width, model.joint)
         for k, width in zip(adapter_keys, model.widths, strict=True)
     )
-    fresh = jnp.zeros((1, 1, model.joint)), Text(jnp.zeros((2, model.joint)), np.arange(2))
-    params |= link(design).init(key, fresh[:1], fresh[1])["params"]
+    text = Text(jnp.zeros((2, model.joint)), np.arange(2))
+    logit = AnomalyLogit(design.form, design.learn_scale)
+    params |= logit.init(key, (jnp.zeros((1, 1, model.joint)),), text)["params"]
     if design.refinement is not None:
         params["refine"] = token_refinement.init(key, design.refinement)
     if language is not None:
         params["language"] = language
     if contrast:
-        params["head"] = contrastive.init(jax.random.fold_in(key, contrastive.STREAM), model.joint)
+        params["head"] = modules.init_head(jax.random.fold_in(key, HEAD_STREAM), model.joint)
     return params
 
 
 def token_table(text: Mapping) -> Float[Array, "v d"]:
     """Token embeddings of a text encoder's parameters."""
     return text["text_model"]["embeddings"]["token_embedding"]["embedding"]
-
-
-def link(design: Design) -> AnomalyLogit:
-    return AnomalyLogit(design.form, design.learn_scale)
 
 
 def text_features(params: Mapping, frozen: Mapping, design: Design) -> Float[Array, "c j"]:
@@ -123,7 +118,7 @@ def context_of(params: Mapping, frozen: Mapping, prompts: int) -> Float[Array, "
     """The context of so many prompts; of no vectors where params has none."""
     if "context" not in params:
         return jnp.zeros((prompts, 0, token_table(frozen["text"]).shape[1]))
-    learner = prompt_learner.PromptLearner(*params["context"].shape)
+    learner = modules.PromptLearner(*params["context"].shape)
     return learner.apply({"params": {"context": params["context"]}}, prompts)
 
 
@@ -144,10 +139,11 @@ def adapt_tokens(
     """
     levels = features.levels
     if design.refinement is not None:
-        held = design.refinement
-        levels = token_refinement.refine(params["refine"], held, levels, features.inputs)
+        levels = token_refinement.refine(
+            params["refine"], design.refinement, levels, features.inputs
+        )
     return tuple(
-        adapters.VisualAdapter(p["bias"].shape[0], rate=design.dropout).apply(
+        modules.VisualAdapter(p["bias"].shape[0], rate=design.dropout).apply(
             {"params": p}, tokens, None if key is None else jax.random.fold_in(key, i)
         )
         for i, (tokens, p) in enumerate(zip(levels, params["adapters"], strict=True))
@@ -171,18 +167,19 @@ def forward(
     keeps = None
     if key is not None and design.dropout > 0:
         keeps = [
-            adapters.kept(jax.random.fold_in(key, i), design.dropout, y.shape[-1:]).astype(y.dtype)
+            modules.dropout_mask(jax.random.fold_in(key, i), design.dropout, y.shape[-1:]).astype(
+                y.dtype
+            )
             for i, y in enumerate(levels)
         ]
-    logit = link(design).apply(
-        {"params": scales(params)}, levels, Text(text, design.prompts.label), keeps
-    )
-    return Output(levels, logit)
+    module, variables = link(params, design)
+    return Output(levels, module.apply(variables, levels, Text(text, design.prompts.label), keeps))
 
 
-def scales(params: Mapping) -> dict:
-    """The variables of AnomalyLogit."""
-    return {name: params[name] for name in ("scale", "offset")}
+def link(params: Mapping, design: Design) -> tuple[AnomalyLogit, dict]:
+    """The anomaly logit and its variables."""
+    variables = {"params": {name: params[name] for name in ("scale", "offset")}}
+    return AnomalyLogit(design.form, design.learn_scale), variables
 
 
 def batch_text(params: Mapping, frozen: Mapping, batch: Batch, design: Design) -> Text:
@@ -190,28 +187,9 @@ def batch_text(params: Mapping, frozen: Mapping, batch: Batch, design: Design) -
     if design.sets is None or batch.source is None:
         return Text(text_features(params, frozen, design), design.prompts.label)
     rows = params["context"].shape[0] if "context" in params else 1
-    text = prompt_sets.text_features(
-        context_of(params, frozen, rows),
-        frozen["text"],
-        design.sets,
-        batch.source,
-        design.text_encoder,
-        design.causal,
-    )
+    context, encoding = context_of(params, frozen, rows), (design.text_encoder, design.causal)
+    text = prompt_sets.text_features(context, frozen["text"], design.sets, batch.source, *encoding)
     return text._replace(features=adapt_text(params, frozen, text.features))
-
-
-def contrast(
-    params: Mapping, views: Views, valid: Bool[Array, " n"], design: Design
-) -> Float[Array, ""]:
-    """SimCLR (equation 12) between the two views of each row."""
-    one, two, image = views
-    head = contrastive.ProjectionHead()
-    first, second = (
-        head.apply({"params": params["head"]}, adapt_tokens(params, view, design))
-        for view in (one, two)
-    )
-    return contrastive.ntxent(first, second, image, valid)
 
 
 def loss(
@@ -240,10 +218,10 @@ def loss(
     levels = adapt_tokens(params, batch.features, design, key)
     text = batch_text(params, frozen, batch, design)
     cosines = similarity.mean_cosine(levels, text)
-    variables, module = {"params": scales(params)}, link(design)
+    module, variables = link(params, design)
     logit = module.apply(variables, levels, text, cosines, method="from_cosines")
     scale = module.apply(variables, method="temperature")
-    pixels = anomaly_map.to_pixels(logit, design.size)
+    pixels = similarity.to_pixels(logit, design.size)
     share = losses.patch_share(batch.mask, design.grid)
 
     def prompt():
@@ -251,14 +229,19 @@ def loss(
         classes = similarity.cosine(pooled, similarity.class_features(text))[:, 0]
         return losses.prompt(jnp.exp(frozen["logit_scale"]) * classes, batch.label, batch.valid)
 
+    def simclr():
+        head = partial(modules.ProjectionHead().apply, {"params": params["head"]})
+        one, two = (head(adapt_tokens(params, x, design)) for x in batch.views[:2])
+        return losses.ntxent(one, two, batch.views.image, batch.valid)
+
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
         "dice": lambda: losses.dice(pixels, batch.mask, batch.valid),
         "align": lambda: losses.align(cosines, share, jnp.asarray(text.label), batch.valid, scale),
         "prompt": prompt,
     }
-    if (views := batch.views) is not None:
-        terms["simclr"] = lambda: contrast(params, views, batch.valid, design)
+    if batch.views is not None:
+        terms["simclr"] = simclr
     if (teacher := batch.teacher) is not None and (rule := distill) is not None:
         terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, rule)
     weights = {**weights, "distill": distill.weight if distill else 0.0}

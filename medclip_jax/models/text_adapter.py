@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from medclip_jax import files
 from medclip_jax.errors import CheckpointError
-from medclip_jax.models.adapters import from_key
+from medclip_jax.models.modules import from_key
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "language" / "compact.safetensors"
 SHARE = 4  # the bottleneck is a quarter as wide
@@ -50,7 +50,6 @@ def init(key: jax.Array, width: int) -> dict[str, Any]:
 
 
 def adapt(params: Mapping, text: Float[Array, "c d"]) -> Float[Array, "c d"]:
-    """TextAdapter with these parameters."""
     return TextAdapter().apply({"params": params}, text)
 
 

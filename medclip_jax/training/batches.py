@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from medclip_jax.features import training_pool
-from medclip_jax.features.batch import Batch
-from medclip_jax.features.training_pool import TrainingPool
+from medclip_jax.features.training_pool import Batch, TrainingPool
 
 CLEAN = 0.25  # probability that a row of the joint learner is a healthy image
 VIEWS_STREAM = 53  # keeps the views apart from other random numbers of the same seed
@@ -62,19 +61,18 @@ def joint_batch(
 
     Args:
       step: from 0.
+      pool: to read, as a batch on the host with leaves [row, 1 + folds, ...].
       members: images of each params.
       size: rows per step.
+      seed: of the run.
       rows: which of them are read (this process's share), None for all.
       views: add two augmented views of every row's image, for SimCLR.
-
-    Returns:
-      A batch of the host with leaves [row, 1 + folds, ...].
     """
     each = [joint_rows(step, own, size, seed, pool.variants, pool.copies) for own in members]
     image, variant = (np.stack(x, axis=1) for x in zip(*each, strict=True))
     pair = sample_views(seed, step, image.shape, pool.copies) if views else ()
-    chosen = slice(None) if rows is None else rows
-    return training_pool.take(pool, image[chosen], variant[chosen], [view[chosen] for view in pair])
+    image, variant, *pair = (x if rows is None else x[rows] for x in (image, variant, *pair))
+    return training_pool.take(pool, image, variant, pair)
 
 
 def joint_rows(step: int, own: Indices, size: int, seed: int, variants: int, copies: int = 0):

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from medclip_jax.errors import CheckpointError, WorkdirError
-from medclip_jax.training.state import TrainState
+from medclip_jax.training.step import TrainState
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:

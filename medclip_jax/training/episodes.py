@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Int
 
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import training_pool
-from medclip_jax.features.batch import Batch
-from medclip_jax.features.training_pool import TrainingPool
+from medclip_jax.features.training_pool import Batch, Episodes, TrainingPool
 from medclip_jax.synthesis import generate
 from medclip_jax.training import batches
 
@@ -55,14 +54,6 @@ class Sizes(NamedTuple):
     shots: int  # rows of the support, and of the query; 2 or more
 
 
-class Episodes(NamedTuple):
-    """Rows of several tasks, as a step takes them: leaves are [task, 1 + folds, row, ...]."""
-
-    support: Batch
-    query: Batch
-    valid: Bool[Array, "e m"]
-
-
 # --- which rows -----------------------------------------------------------------------------
 
 
@@ -93,7 +84,11 @@ def sample(
         sides = _deal(rng, own, kinds, kind, sizes.k)
         rows = [_choose(clean, altered, sizes.shots) for clean, altered in sides]
         if copies:
-            rows = [_augmented(rng, side, copies) for side in rows]
+            # which images are on which side stays as it was dealt
+            rows = [
+                [(i, v if v >= 0 else -1 - int(rng.integers(1 + copies))) for i, v in side]
+                for side in rows
+            ]
         tasks.append((*rows, kind, source))
     *sides, kind, source = (np.array(column) for column in zip(*tasks, strict=True))
     support, query = (Rows(*np.moveaxis(side, 2, 0)) for side in sides)
@@ -120,15 +115,15 @@ def check(kinds: Int[np.ndarray, "i v"]) -> None:
 
 def _deal(rng, own: np.ndarray, kinds: np.ndarray, kind: int, k: int):
     """(clean rows, altered rows) of the support and of the query; the four share no row."""
+
+    def clean(images) -> list[Row]:
+        return [(int(i), -1) for i in images]
+
     if len(own) > k:
-        return [(_clean(part), _altered(rng, part, kinds, kind)) for part in (own[:k], own[k:])]
-    altered, clean = _altered(rng, own, kinds, kind), _clean(own)
-    half, middle = -(-len(clean) // 2), -(-len(altered) // 2)
-    return (clean[:half], altered[:middle]), (clean[half:], altered[middle:])
-
-
-def _clean(images: np.ndarray) -> list[Row]:
-    return [(int(i), -1) for i in images]
+        return [(clean(part), _altered(rng, part, kinds, kind)) for part in (own[:k], own[k:])]
+    altered, own = _altered(rng, own, kinds, kind), clean(own)
+    half, middle = -(-len(own) // 2), -(-len(altered) // 2)
+    return (own[:half], altered[:middle]), (own[half:], altered[middle:])
 
 
 def _altered(rng, images: np.ndarray, kinds: np.ndarray, kind: int) -> list[Row]:
@@ -151,14 +146,6 @@ def _choose(clean: list[Row], altered: list[Row], n: int) -> list[Row]:
     return chosen + [altered[i % len(altered)] for i in range(n - first)]
 
 
-def _augmented(rng, rows: list[Row], copies: int) -> list[Row]:
-    """Clean rows replaced by the image or one of its augmented copies, variants -1 to -1 - copies.
-
-    Which images are on which side stays as it was dealt.
-    """
-    return [(i, v if v >= 0 else -1 - int(rng.integers(1 + copies))) for i, v in rows]
-
-
 # --- their tokens ---------------------------------------------------------------------------
 
 
@@ -166,22 +153,18 @@ def episodes_batch(
     step: int,
     pool: TrainingPool,
     members: Sequence[Sequence[Int[np.ndarray, " _"]]],
-    seed: int,
     sizes: Sizes,
+    seed: int,
     rows: Int[np.ndarray, " _"] | None = None,
     views: bool = False,
 ) -> Episodes:
     """The tasks of one step for every params of the stack, on the host.
 
-    Args:
-      members: images of each params and dataset (batches.members).
-      rows: which tasks are read (this process's share), None for all.
-      views: add two augmented views of every row's image, for SimCLR.
-      step, seed, sizes: as in `sample`.
+    members: images of each params and dataset (batches.members). The rest is as in `sample` and
+    `batches.joint_batch`.
     """
     rows = np.arange(sizes.tasks) if rows is None else rows
     tasks = [sample(step, seed, own, pool.kinds, sizes, pool.copies) for own in members]
-    valid: Any = np.ones((len(rows), len(members)), bool)
     sides = []
     for i, name in enumerate(("support", "query")):
         side = [getattr(t, name) for t in tasks]
@@ -189,6 +172,7 @@ def episodes_batch(
         pair = batches.sample_views(seed, step, shape, pool.copies) if views else ()
         own = [jax.tree.map(lambda x: x[rows], x) for x in side]
         sides.append(_take(pool, own, [view[i][rows] for view in pair]))
+    valid: Any = np.ones((len(rows), len(members)), bool)
     return Episodes(*sides, valid)
 
 

@@ -16,7 +16,7 @@ from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.training import batches, checkpoints, episodes, maml, validation
 from medclip_jax.training import step as training_step
 from medclip_jax.training.metrics_log import MetricsLog
-from medclip_jax.training.state import start
+from medclip_jax.training.step import start
 
 LOG_EVERY = 10  # steps
 
@@ -67,14 +67,14 @@ def fit(
       folds: of the supports (batches.folds).
       loss: (params, frozen, batch, key) -> (scalar, parts).
       optimizer: of each params.
-      learner, schedule: how, how long, and how often something is written.
-      workdir: for checkpoints and metrics.jsonl.
+      learner: how params learn.
+      schedule: how long, and how often something is written.
+      workdir: for checkpoints, metrics.jsonl and, with `tensorboard`, event files.
       mesh: over whose devices rows are spread.
       score: image scores for validation (validation.scorer); None: no validation.
       views: batches carry two augmented views of each row's image, for SimCLR.
       on_target: learn from the supports, too, where there are auxiliary datasets.
       resume_only: a finished training is required.
-      tensorboard: write event files, too.
 
     Returns:
       Params [1 + folds, ...] on the host: the main params, then the fold params.
@@ -106,19 +106,20 @@ def fit(
     take_step = training_step.make_step(objective, optimizer, sharding.replicated(mesh))
     frozen = sharding.replicate(frozen, mesh)
     read = _reader(pools, folds, joint, schedule, mesh, views, on_target)
-    adapted = _unchanged if joint else _adaptation(pools[0], folds, loss, learner, mesh)
+    adapted = _adaptation(pools[0], folds, loss, learner, mesh)
     validate = None
     if schedule.validations and score and len(folds) and pools[0].variants:
         validate = validation.validator(pools[0], folds, score, mesh)
 
     remaining = range(first, steps)
+    main = sharding.is_main()
     with (
-        _open_log(workdir, first, tensorboard) as metrics_log,
+        MetricsLog(workdir, first, tensorboard) if main else contextlib.nullcontext() as lines,
         checkpoints.closing(manager),
         runtime.sigterm() as sigterm,
         contextlib.closing(runtime.prefetch(read, remaining)) as inputs,
     ):
-        log = _DelayedLog(metrics_log)
+        log = _DelayedLog(lines)
         for done, batch in enumerate(runtime.progress(inputs, "train", len(remaining)), first + 1):
             state, parts = take_step(state, frozen, batch)
             log.flush()
@@ -146,8 +147,7 @@ class _DelayedLog:
     """Logs the parts of a step one step late, so that the device never waits for the host."""
 
     def __init__(self, log: MetricsLog | None) -> None:
-        self._log = log
-        self._waiting: tuple[int, dict] | None = None
+        self._log, self._waiting = log, None
 
     def write_later(self, step: int, parts: dict) -> None:
         self._waiting = step, parts
@@ -163,31 +163,21 @@ class _DelayedLog:
         _check_finite(step, values)
 
 
-def _open_log(workdir: Path, step: int, tensorboard: bool):
-    """metrics.jsonl, resumed at `step`; of several processes only the main one writes it."""
-    if sharding.is_main():
-        return MetricsLog(workdir, step, tensorboard)
-    return contextlib.nullcontext()
-
-
 def _stopping(sigterm) -> bool:
     """Has any process of the run received SIGTERM?"""
     return bool(multihost.any_process(sigterm.is_set())[0])
 
 
 def _check_finite(step: int, values: dict) -> None:
-    """Raise FloatingPointError naming the step and the parts that are not finite."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite")
 
 
-def _unchanged(params, _):
-    return params
-
-
 def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any, Any], Any]:
-    """(params, frozen) -> params, all of the stack adapted to their supports; compiled once."""
+    """(params, frozen) -> params adapted to their supports, but for the joint learner's."""
+    if learner.name == "joint":
+        return lambda params, _: params
     own = batches.supports(len(pool.clean), folds)
     rows, valid = sharding.spread(episodes.adaptation_batch(pool, own), mesh)
     rows = rows._replace(valid=rows.valid & valid[:, None])
@@ -200,34 +190,21 @@ def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any
     return lambda params, frozen: adapted(params, frozen, rows)
 
 
-def _reader(
-    pools: Sequence[TrainingPool],
-    folds: Sequence[np.ndarray],
-    joint: bool,
-    schedule: Schedule,
-    mesh: jax.sharding.Mesh,
-    views: bool,
-    on_target: bool,
-) -> Callable[[int], Any]:
-    """What a step reads, as a function of the step: rows (joint) or episodes, on the devices.
-
-    Every process reads its share of them.
-    """
+def _reader(pools, folds, joint, schedule, mesh, views, on_target) -> Callable[[int], Any]:
+    """What a step reads: step -> this process's share of rows (joint) or episodes, placed."""
     pool, k = training_pool.join(pools), len(pools[0].clean)
     members = batches.members(k, folds, [len(p.clean) for p in pools[1:]], on_target)
     n = schedule.batch if joint else schedule.tasks
     rows, valid = sharding.local_rows(n, mesh), sharding.valid_rows(n, mesh)
-    every = [np.concatenate(sets) for sets in members]
-    sizes = episodes.Sizes(schedule.tasks, k, schedule.shots)
-    if not joint:
+    if joint:
+        make, size = batches.joint_batch, n
+        members = [np.concatenate(sets) for sets in members]
+    else:
+        make, size = episodes.episodes_batch, episodes.Sizes(n, k, schedule.shots)
         episodes.check(pool.kinds)
 
     def read(step: int):
-        seed = schedule.seed
-        if joint:
-            batch = batches.joint_batch(step, pool, every, n, seed, rows, views)
-        else:
-            batch = episodes.episodes_batch(step, pool, members, seed, sizes, rows, views)
+        batch = make(step, pool, members, size, schedule.seed, rows, views)
         batch = sharding.place(batch, mesh)
         return batch._replace(valid=batch.valid & valid[:, None])
 

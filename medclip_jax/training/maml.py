@@ -6,11 +6,6 @@ al. 2020 (ANIL), Li et al. 2017 (Meta-SGD).
 
 A loss is `loss(params, batch) -> (scalar, parts)`, parts a dict of named scalars. What is random in
 a loss (dropout) takes its keys from the batch, so that a step is a function of its inputs alone.
-
-    MAML          Inner(rate, steps)
-    first order   Inner(rate, steps, first_order=True)
-    ANIL          Inner(rate, steps, adapts=predicate)
-    Meta-SGD      params = meta_sgd(params, rate)
 """
 
 from collections.abc import Callable
@@ -59,9 +54,11 @@ def adapt(
       support loss before each step. Differentiable in params and in the rates.
     """
     params, rate = params if isinstance(params, MetaSGD) else (params, inner.rate)
-    leaves, structure = jax.tree.flatten(params)
-    adapting = _adapting(params, inner.adapts)
-    rates = [r for r, a in zip(_per_tensor(rate, params), adapting, strict=True) if a]
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    adapting = [inner.adapts is None or inner.adapts(name) for name in names]
+    leaves, rates = [leaf for _, leaf in paths], jax.tree.leaves(jax.tree.broadcast(rate, params))
+    rates = [r for r, a in zip(rates, adapting, strict=True) if a]
 
     def whole(moving):
         rest = iter(moving)
@@ -112,25 +109,12 @@ def meta_loss(
     Returns:
       The loss and the mean of each of its parts; NaN if no task is valid.
     """
-    support, query = episodes
 
     def one(support, query):
         adapted, _ = adapt(params, support, loss=loss, inner=inner)
         return loss(adapted, query)
 
-    per_task = jax.vmap(one)(support, query)
+    per_task = jax.vmap(one)(*episodes)
     if valid is None:
         return jax.tree.map(jnp.mean, per_task)
     return jax.tree.map(lambda x: jnp.where(valid, x, 0).sum() / valid.sum(), per_task)
-
-
-def _adapting(params: PyTree, adapts: Callable[[str], bool] | None) -> list[bool]:
-    """For each tensor of params, in order: does it adapt?"""
-    paths, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    return [adapts is None or bool(adapts(name)) for name in names]
-
-
-def _per_tensor(prefix: PyTree, params: PyTree) -> list:
-    """One leaf of `prefix` for each tensor of params."""
-    return jax.tree.leaves(jax.tree.broadcast(prefix, params))

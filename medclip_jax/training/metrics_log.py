@@ -3,11 +3,12 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax.errors import WorkdirError
 from medclip_jax.files import cannot_write, plain, write_bytes
 
 
@@ -20,43 +21,36 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
-        """Open the log.
+        """Open the log of a workdir, which is made if it is not there.
 
-        Args:
-          workdir: made if it is not there.
-          resume_step: lines of later steps are dropped, and a half-written last line.
-          tensorboard: also write event files to `<workdir>/tensorboard`.
-
-        Raises:
-          WorkdirError: if the folder cannot be written or an old line cannot be read.
-          ConfigError: if tensorboard is on and tensorboardX is not installed.
+        Lines after `resume_step` are dropped, and a half-written last line. With `tensorboard`
+        event files go to `<workdir>/tensorboard`. Raises WorkdirError if the folder cannot be
+        written or an old line cannot be read.
         """
         self._path = workdir / "metrics.jsonl"
         old = read_steps(self._path) if self._path.exists() else []
         old = [line for line in old if line["step"] <= resume_step]
         self._start = time.monotonic() - (old[-1]["seconds"] if old else 0.0)
-        self._events = _event_writer(workdir / "tensorboard", resume_step) if tensorboard else None
+        self._events: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            folder = str(workdir / "tensorboard")
+            self._events = SummaryWriter(logdir=folder, purge_step=resume_step + 1)
         write_bytes(self._path, "".join(json.dumps(line) + "\n" for line in old).encode())
-        try:
+        with self._disk_errors():
             self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
 
     def write(self, step: int, parts: Mapping[str, Any]) -> None:
-        """Log the parts (name -> scalar on the host) of one step.
-
-        Raises WorkdirError if the disk is full or read-only.
-        """
+        """Log the parts of one step. Raises WorkdirError if the disk is full or read-only."""
         values = {name: float(value) for name, value in parts.items()}
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._start, 3)}
         nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
         if nonfinite:
             line["nonfinite"] = nonfinite
-        try:
+        with self._disk_errors():
             self._file.write(json.dumps(plain(line), allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -65,11 +59,15 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the files."""
         if self._events is not None:
             self._events.close()
-        try:
+        with self._disk_errors():
             self._file.close()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise cannot_write(self._path, error) from error
 
@@ -97,14 +95,3 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
             ) from error
         lines.append(line)
     return lines
-
-
-def _event_writer(folder: Path, resume_step: int) -> Any:
-    try:
-        import tensorboardX  # optional
-    except ImportError as error:
-        raise ConfigError(
-            "config.tensorboard is on and tensorboardX is not installed: "
-            "pip install 'medclip-jax[tensorboard]' or turn it off."
-        ) from error
-    return tensorboardX.SummaryWriter(logdir=str(folder), purge_step=resume_step + 1)

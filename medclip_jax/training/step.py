@@ -20,13 +20,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import Batch, Episodes
 from medclip_jax.training import maml
-from medclip_jax.training.episodes import Episodes
-from medclip_jax.training.state import TrainState
 
 BODY = ("context", "language")  # parts of params that ANIL does not adapt
+
+
+class TrainState(NamedTuple):
+    """All that a resumed run needs: everything random is a function of (key, step).
+
+    params and opt are stacked, [1 + folds, ...]: the main params, then the fold params.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt: Any
+    key: jax.Array  # jax.random.key_data
+
+
+def start(
+    params: Any, optimizer: optax.GradientTransformation, count: int, seed: int
+) -> TrainState:
+    """Step 0: `count` equal copies of `params`, each with its own optimiser state."""
+    stacked = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * count), params)
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.asarray(0), stacked, jax.vmap(optimizer.init)(stacked), key)
 
 
 class Learner(NamedTuple):
@@ -114,14 +134,9 @@ def adapt(params: Any, frozen: Any, batch: Batch, *, loss: Callable, inner: maml
     Leaves of batch are [row, 1 + folds, ...]; the result is without learned rates. Pure; jit it.
     """
 
-    def one(own):
-        params, batch = own
-        plain = partial(_without_dropout, loss, frozen)
-        return maml.adapt(params, batch, loss=plain, inner=inner)[0]
+    def plain(params, batch):
+        return loss(params, frozen, batch, None)
 
     by_params = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch)
-    return jax.lax.map(one, (params, by_params))
-
-
-def _without_dropout(loss: Callable, frozen, params, batch):
-    return loss(params, frozen, batch, None)
+    adapted = partial(maml.adapt, loss=plain, inner=inner)
+    return jax.lax.map(lambda own: adapted(*own)[0], (params, by_params))

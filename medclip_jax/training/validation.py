@@ -23,7 +23,7 @@ from medclip_jax.clip.outputs import Features
 from medclip_jax.distributed import sharding
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import TrainingPool
-from medclip_jax.models import anomaly_map, model
+from medclip_jax.models import model, similarity
 
 ALTERED_EACH = 4  # synthetic anomalies of each held-out support
 NONE, HEALTHY, ALTERED, SEEN = range(4)  # role of a row
@@ -31,11 +31,11 @@ Score = Callable[[Any, Any, Features], Float[Array, " n"]]
 
 
 def scorer(design: model.Design, top: float) -> Score:
-    """(params, frozen, features) -> image scores; top: as in anomaly_map.image_score."""
+    """(params, frozen, features) -> image scores; top: as in similarity.image_score."""
 
     def score(params, frozen, features):
         text = model.text_features(params, frozen, design)
-        return anomaly_map.image_score(model.forward(params, text, features, design).logit, top)
+        return similarity.image_score(model.forward(params, text, features, design).logit, top)
 
     return score
 

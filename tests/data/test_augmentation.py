@@ -113,7 +113,7 @@ def test_off_by_default_and_bad_strengths_are_refused():
 
 def test_copies_are_clean_rows_behind_the_variants(feature_cache, pictures):  # noqa: F811
     recipe = SYNTHESIS._replace(variants=5, copies=2, strengths=ALL)
-    pool = training_pool.open(feature_cache, pictures[:2], recipe)
+    pool = encoder.open_pool(feature_cache, pictures[:2], recipe)
     assert pool.copies == 2 and pool.kinds.shape == (2, 5)
     support, variant = np.array([0, 0, 1, 1]), np.array([-1, -2, -3, 4])
     batch = training_pool.take(pool, support, variant)
@@ -130,15 +130,14 @@ def test_copies_are_clean_rows_behind_the_variants(feature_cache, pictures):  # 
     unmasked = np.where(masks[:5] > 0, 0, np.abs(images[:5] - bases[np.arange(5) % 3]))
     assert unmasked.max() <= 2 / 255 + 1e-6
     # and nothing is encoded twice
-    assert training_pool.encode_variants(feature_cache, pictures[:2], recipe) == 0
+    assert encoder.encode_variants(feature_cache, pictures[:2], recipe) == 0
 
 
 def test_augmentation_is_in_the_name_and_off_is_not(feature_cache, pictures):  # noqa: F811
     on = SYNTHESIS._replace(copies=2, strengths=ALL)
     recipes = [SYNTHESIS, on, on._replace(copies=3), on._replace(strengths=ALL._replace(flip=0.1))]
     names = [
-        training_pool.variant_path(feature_cache, pictures[0], pictures[:2], r).name
-        for r in recipes
+        encoder.variant_path(feature_cache, pictures[0], pictures[:2], r).name for r in recipes
     ]
     assert len(set(names)) == 4
     sha = pictures[0].sha256

@@ -10,7 +10,7 @@ import pytest
 from medclip_jax.detectors import calibration, detector, map_filter, saved
 from medclip_jax.features import cache
 from medclip_jax.io.image import Image
-from medclip_jax.models import anomaly_map
+from medclip_jax.models import similarity
 from tests.support.pictures import write_pictures
 from tests.support.scenes import RATES, score
 
@@ -109,14 +109,14 @@ def test_thresholds_come_from_supports_filtered_the_same(scene):
     steps = {"sigma": 3.0, "min_area_pixels": 9.0}
     found = detector.calibrate(made, **RATES, filter_steps=steps)
     got = score(made, feature_cache, test, thresholds=found)
-    maps = np.asarray(anomaly_map.to_pixels(jnp.asarray(made.calibration.patch), 32))
+    maps = np.asarray(similarity.to_pixels(jnp.asarray(made.calibration.patch), 32))
     filtered = map_filter.apply(maps, found.filter)
     assert found.pixel == calibration.pixel_threshold(filtered, RATES["pixel_rate"])
     assert found.pixel.value < plain.calibration.pixel.value
     np.testing.assert_array_equal(got.predictions.score, plain.predictions.score)
     # the whole, by hand
     (tokens,) = cache.load_images(feature_cache, test, len(test))
-    raw = np.asarray(anomaly_map.to_pixels(detector.score(made, tokens).patch, 32))
+    raw = np.asarray(similarity.to_pixels(detector.score(made, tokens).patch, 32))
     wanted = map_filter.apply(raw, found.filter)
     unit = calibration.to_unit(wanted, found.pixel.value, found.pixel_scale)
     np.testing.assert_allclose(got.predictions.maps, unit, atol=2e-3)

@@ -7,7 +7,7 @@ import pytest
 from medclip_jax import config_validation
 from medclip_jax.detectors import detector, pixel_baselines
 from medclip_jax.evaluation import evaluate
-from medclip_jax.features import cache, support_images, thumbnails
+from medclip_jax.features import cache, tiles
 from medclip_jax.io import read
 from tests.support.pictures import one_device, write_pictures
 from tests.support.scenes import score
@@ -22,8 +22,8 @@ def scene(tmp_path_factory, tiny):
 
 
 def build(method, feature_cache, supports):
-    images = support_images.healthy_images(feature_cache, supports)
-    features = thumbnails.of_images(images)
+    images = tiles.healthy_images(feature_cache, supports)
+    features = pixel_baselines.to_thumbnails(images)
     return pixel_baselines.METHODS[method](features, len(supports), feature_cache.clip.size)
 
 
@@ -40,11 +40,11 @@ def test_shrinking_takes_means_of_equal_areas():
     rng = np.random.default_rng(0)
     x = rng.random((224, 224)).astype(np.float32)
     blocks = x.reshape(32, 7, 32, 7).mean((1, 3))
-    np.testing.assert_allclose(thumbnails.shrink(x), blocks, atol=1e-6)
-    odd = thumbnails.shrink(rng.random((50, 50)).astype(np.float32))
+    np.testing.assert_allclose(pixel_baselines.shrink(x), blocks, atol=1e-6)
+    odd = pixel_baselines.shrink(rng.random((50, 50)).astype(np.float32))
     assert odd.shape == (32, 32)
-    np.testing.assert_allclose(thumbnails.areas(50).sum(1), 1, atol=1e-12)
-    np.testing.assert_allclose(thumbnails.areas(50).sum(0), 32 / 50, atol=1e-12)
+    np.testing.assert_allclose(pixel_baselines.areas(50).sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(pixel_baselines.areas(50).sum(0), 32 / 50, atol=1e-12)
 
 
 def test_grey_level_is_the_mean_of_the_image(scene):
@@ -63,7 +63,7 @@ def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
     made = build("thumbnails", feature_cache, supports)
     (batch,) = made.read(feature_cache, test, 10)
     own, new = (
-        np.stack([thumbnails.shrink(x).ravel() for x in pixels(feature_cache, r)])
+        np.stack([pixel_baselines.shrink(x).ravel() for x in pixels(feature_cache, r)])
         for r in (supports, test)
     )
     both = np.corrcoef(np.concatenate([own, new]))

@@ -16,8 +16,8 @@ from medclip_jax.detectors import (
     zero_shot,
 )
 from medclip_jax.evaluation import evaluate
-from medclip_jax.features import cache, encoder, support_images, tiles
-from medclip_jax.models import anomaly_map
+from medclip_jax.features import cache, encoder, tiles
+from medclip_jax.models import similarity
 from tests.support.models import design_of
 from tests.support.pictures import one_device, write_pictures
 from tests.support.scenes import POOL, SIZE, score, stacked
@@ -54,9 +54,9 @@ def test_spreading_averages_where_tiles_overlap(count, grid, size):
     assert made.shape == (1 + count**2, fine**2, grid**2) and made.min() >= 0
     np.testing.assert_allclose(made[0].sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(made[1:].sum((0, 2)), 1, atol=1e-5)
-    # the whole goes the way of anomaly_map.to_pixels
+    # the whole goes the way of similarity.to_pixels
     heat = np.random.default_rng(1).random((1, grid**2)).astype(np.float32)
-    wanted = anomaly_map.to_pixels(jnp.asarray(heat), fine)[0]
+    wanted = similarity.to_pixels(jnp.asarray(heat), fine)[0]
     np.testing.assert_allclose((heat @ made[0].T).reshape(fine, fine), wanted, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def wide(tmp_path_factory, tiny):
 
     @functools.cache
     def build(name, k=4):
-        found = support_images.load(feature_cache, pictures[:k], 2)
+        found = tiles.load_supports(feature_cache, pictures[:k], 2)
         folds = [np.array([0, 2]), np.array([1, 3])] if k > 1 else []
         own = jax.tree.map(lambda x: x[: 1 + len(folds)], params)
 
@@ -115,7 +115,7 @@ def packed(feature_cache, records):
 
 def test_packed_tokens_are_those_of_the_pixels(wide):
     feature_cache, supports, *_ = wide
-    images = support_images.healthy_images(feature_cache, supports, tiles.side(SIZE, 2))
+    images = tiles.healthy_images(feature_cache, supports, tiles.side(SIZE, 2))
     fresh, stored = tiles.encode(feature_cache, images, 2), packed(feature_cache, supports)
     tokens = encoder.encode(feature_cache, tiles.cut(images, SIZE, 2))
     for level, (a, b) in enumerate(zip(fresh.levels, stored.levels, strict=True)):

@@ -6,7 +6,7 @@ import pytest
 
 from medclip_jax.detectors import detector, prompt_detector
 from medclip_jax.evaluation import evaluate, predictions, uncertainty
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model
 from tests.support.models import design_of, tokens
 from tests.support.scenes import POOL, score

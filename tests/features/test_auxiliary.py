@@ -81,7 +81,7 @@ def test_training_on_two_phantoms(tmp_path, monkeypatch):
     (other,) = build.auxiliary_datasets(prepared.config)
     assert (other.name, other.recipe) == ("phantom-mri", STEPS["mri"])
     encoded = train.encode(prepared)
-    assert [len(pool.clean) for pool in encoded.pools] == [2, 6]
+    assert [len(pool.clean) for pool in encoded.pools] == [2, 4]
     assert len(list((tmp_path / "cache/feature_cache").iterdir())) == 2  # one per recipe
     train.fit(prepared, encoded, tmp_path)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()

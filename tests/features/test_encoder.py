@@ -6,7 +6,7 @@ import pytest
 
 from medclip_jax.clip import checkpoint
 from medclip_jax.distributed import sharding
-from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.features import cache, encoder
 from tests.support.pictures import SYNTHESIS, everything, opened, record_of
 
 
@@ -16,10 +16,10 @@ def same(a, b, **tolerance):
 
 def test_nothing_is_encoded_twice(feature_cache, pictures, calls):
     assert encoder.encode_images(feature_cache, pictures[:4]) == 4
-    assert training_pool.encode_variants(feature_cache, pictures[:4], SYNTHESIS) == 8
+    assert encoder.encode_variants(feature_cache, pictures[:4], SYNTHESIS) == 8
     before = len(calls)
     assert encoder.encode_images(feature_cache, pictures[:4]) == 0
-    assert training_pool.encode_variants(feature_cache, pictures[:4], SYNTHESIS) == 0
+    assert encoder.encode_variants(feature_cache, pictures[:4], SYNTHESIS) == 0
     assert len(calls) == before
 
 

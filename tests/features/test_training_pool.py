@@ -18,14 +18,12 @@ def test_whatever_changes_variants_changes_their_name(feature_cache, pictures):
         SYNTHESIS._replace(seed=1),
         SYNTHESIS._replace(partner="support"),
     ]
-    names = {
-        training_pool.variant_path(feature_cache, pictures[0], pictures[:4], s) for s in changes
-    }
+    names = {encoder.variant_path(feature_cache, pictures[0], pictures[:4], s) for s in changes}
     assert len(names) == len(changes)
     own, shared = SYNTHESIS, SYNTHESIS._replace(partner="support")
 
     def name(supports, recipe):
-        return training_pool.variant_path(feature_cache, pictures[0], supports, recipe)
+        return encoder.variant_path(feature_cache, pictures[0], supports, recipe)
 
     assert name(pictures[:4], own) == name(pictures[:8], own)
     assert name(pictures[:4], shared) != name(pictures[:8], shared)
@@ -33,22 +31,22 @@ def test_whatever_changes_variants_changes_their_name(feature_cache, pictures):
 
 
 def test_more_supports_encode_only_the_new_ones(feature_cache, pictures):
-    training_pool.open(feature_cache, pictures[:4], SYNTHESIS)
+    encoder.open_pool(feature_cache, pictures[:4], SYNTHESIS)
     stamps = {p: p.stat().st_mtime_ns for p in feature_cache.folder.iterdir()}
     assert len(stamps) == 8
     assert encoder.encode_images(feature_cache, pictures[:8]) == 4
-    assert training_pool.encode_variants(feature_cache, pictures[:8], SYNTHESIS) == 4 * 2
+    assert encoder.encode_variants(feature_cache, pictures[:8], SYNTHESIS) == 4 * 2
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     # another draw of the same images, in another order, has all it needs
-    assert training_pool.encode_variants(feature_cache, pictures[5:1:-1], SYNTHESIS) == 0
+    assert encoder.encode_variants(feature_cache, pictures[5:1:-1], SYNTHESIS) == 0
 
 
 def test_variants_do_not_depend_on_the_other_supports(tmp_path, tiny, pictures):
     few, many = opened(tmp_path / "a", tiny), opened(tmp_path / "b", tiny)
-    training_pool.encode_variants(few, pictures[:1], SYNTHESIS)
-    training_pool.encode_variants(many, pictures[3::-1], SYNTHESIS)
+    encoder.encode_variants(few, pictures[:1], SYNTHESIS)
+    encoder.encode_variants(many, pictures[3::-1], SYNTHESIS)
     a, b = (
-        load_file(training_pool.variant_path(x, pictures[0], pictures[:1], SYNTHESIS))
+        load_file(encoder.variant_path(x, pictures[0], pictures[:1], SYNTHESIS))
         for x in (few, many)
     )
     assert a.keys() == b.keys() >= {"pooled", "mask", "kind"}
@@ -67,19 +65,19 @@ def test_variants_differ_from_the_image_where_the_mask_says(feature_cache, pictu
 
 
 def test_damaged_files_are_encoded_again(feature_cache, pictures):
-    training_pool.open(feature_cache, pictures[:2], SYNTHESIS)
-    path = training_pool.variant_path(feature_cache, pictures[0], pictures[:2], SYNTHESIS)
+    encoder.open_pool(feature_cache, pictures[:2], SYNTHESIS)
+    path = encoder.variant_path(feature_cache, pictures[0], pictures[:2], SYNTHESIS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     cache.image_path(feature_cache, pictures[1]).write_bytes(b"")
-    training_pool.open(feature_cache, pictures[:2], SYNTHESIS)
+    encoder.open_pool(feature_cache, pictures[:2], SYNTHESIS)
     assert path.read_bytes() == whole
     assert encoder.encode_images(feature_cache, pictures[:2]) == 0
 
 
 def test_take_gives_the_rows_of_the_files(feature_cache, pictures):
     supports = pictures[:3]
-    pool = training_pool.open(feature_cache, supports, SYNTHESIS)
+    pool = encoder.open_pool(feature_cache, supports, SYNTHESIS)
     support, variant = np.array([2, 0, 2, 1]), np.array([1, -1, 0, -1])
     batch = training_pool.take(pool, support, variant)
     assert batch.label.tolist() == [1, 0, 1, 0] and batch.valid.all()
@@ -88,7 +86,7 @@ def test_take_gives_the_rows_of_the_files(feature_cache, pictures):
         tokens = cache.load(
             cache.image_path(feature_cache, supports[s])
             if clean
-            else training_pool.variant_path(feature_cache, supports[s], supports, SYNTHESIS)
+            else encoder.variant_path(feature_cache, supports[s], supports, SYNTHESIS)
         )
         number = 0 if clean else v
         np.testing.assert_array_equal(batch.features.pooled[row], tokens.pooled[number])
@@ -104,8 +102,8 @@ def test_take_gives_the_rows_of_the_files(feature_cache, pictures):
 
 def test_no_variants_is_a_pool_of_clean_images(feature_cache, pictures):
     none = SYNTHESIS._replace(variants=0)
-    assert training_pool.encode_variants(feature_cache, pictures[:2], none) == 0
-    pool = training_pool.open(feature_cache, pictures[:2], none)
+    assert encoder.encode_variants(feature_cache, pictures[:2], none) == 0
+    pool = encoder.open_pool(feature_cache, pictures[:2], none)
     assert pool.anomalous == () and len(list(feature_cache.folder.iterdir())) == 2
     batch = training_pool.take(pool, np.array([0, 1]), np.array([-1, -1]))
     assert batch.label.tolist() == [0, 0] and not batch.mask.any()

@@ -15,11 +15,11 @@ from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
 from medclip_jax.distributed import sharding
 from medclip_jax.evaluation import evaluate
-from medclip_jax.features.batch import Batch
-from medclip_jax.models import anomaly_map, model
+from medclip_jax.features.training_pool import Batch
+from medclip_jax.models import model, similarity
 from medclip_jax.training import step
 from medclip_jax.training.episodes import Episodes
-from medclip_jax.training.state import start
+from medclip_jax.training.step import start
 
 HOST = ("callback", "infeed", "outfeed", "device_put", "io_", "debug")
 STABLE_HOST = ("xla_python", "xla_ffi_python", "stablehlo.infeed", "stablehlo.outfeed")
@@ -75,7 +75,7 @@ def scorer(tower):
         text = model.text_features(params, frozen, design)
         values = model.forward(params, text, tokens, design).logit
         scores = evaluate.from_patches(values, size=tower.size, top=0.05)
-        return anomaly_map.to_pixels(values, tower.size), scores
+        return similarity.to_pixels(values, tower.size), scores
 
     levels = tuple(np.zeros((2, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
     tokens = Features(np.zeros((2, tower.joint), np.float32), levels)

@@ -9,7 +9,7 @@ import pytest
 from medclip_jax import build
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import ConfigError
-from medclip_jax.models import contrastive, model
+from medclip_jax.models import losses, model
 from medclip_jax.training import batches, loop
 from tests.support.pools import settings
 from tests.support.reference import reference_params
@@ -19,7 +19,7 @@ FILES = reference_params("losses_*.npz")
 
 def whole(one, two, tau):
     n = len(one)
-    return contrastive.ntxent(one, two, jnp.arange(n), jnp.ones(n, bool), tau)
+    return losses.ntxent(one, two, jnp.arange(n), jnp.ones(n, bool), tau)
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -53,12 +53,12 @@ def test_ntxent_equals_monai(one, two, value):
 def test_rows_that_fill_and_rows_of_the_same_image_are_no_negatives():
     one, two = jax.random.normal(jax.random.key(0), (2, 5, 4))
     image, valid = jnp.array([0, 1, 2, 2, 0]), jnp.array([1, 1, 1, 0, 0], bool)
-    got = contrastive.ntxent(one, two, image, valid)
-    np.testing.assert_allclose(got, whole(one[:3], two[:3], contrastive.TEMPERATURE), rtol=1e-6)
-    alike = contrastive.ntxent(one[:2], two[:2], jnp.array([7, 7]), valid[:2])
-    grad = jax.grad(lambda x: contrastive.ntxent(x, two[:1], image[:1], valid[:1]))(one[:1])
+    got = losses.ntxent(one, two, image, valid)
+    np.testing.assert_allclose(got, whole(one[:3], two[:3], 0.5), rtol=1e-6)
+    alike = losses.ntxent(one[:2], two[:2], jnp.array([7, 7]), valid[:2])
+    grad = jax.grad(lambda x: losses.ntxent(x, two[:1], image[:1], valid[:1]))(one[:1])
     assert float(alike) == 0 and not np.asarray(grad).any()  # one support: nothing to tell apart
-    nothing = contrastive.ntxent(one, two, image, jnp.zeros(5, bool))
+    nothing = losses.ntxent(one, two, image, jnp.zeros(5, bool))
     assert float(nothing) == 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.models import adapters, model, similarity
+from medclip_jax.models import model, modules, similarity
 from medclip_jax.prompts.tokenize import Prompts
 
 
@@ -38,7 +38,7 @@ def test_a_pass_is_the_logit_of_columns_left_out(form):
     link = similarity.AnomalyLogit(form)
     for t, key in enumerate(keys):
         thinned = [
-            y * adapters.kept(jax.random.fold_in(key, i), 0.3, (1, 1, 8))
+            y * modules.dropout_mask(jax.random.fold_in(key, i), 0.3, (1, 1, 8))
             for i, y in enumerate(levels)
         ]
         whole = similarity.Text(text, design.prompts.label)

@@ -11,14 +11,11 @@ import pytest
 from medclip_jax.clip import checkpoint, vit
 from medclip_jax.clip.outputs import Features
 from medclip_jax.clip.text import TextEncoder
-from medclip_jax.features.batch import Batch, Views
+from medclip_jax.features.training_pool import Batch, Views
 from medclip_jax.models import (
-    adapters,
-    anomaly_map,
-    contrastive,
     losses,
     model,
-    prompt_learner,
+    modules,
     similarity,
     text_adapter,
     token_refinement,
@@ -107,7 +104,7 @@ def peer_forward(design):
         levels = [
             (similarity.unit(v), similarity.cosine(v, pair).transpose(0, 2, 1)) for v in out.levels
         ]
-        return pair, jax.nn.sigmoid(anomaly_map.to_pixels(out.logit, design.size)), levels
+        return pair, jax.nn.sigmoid(similarity.to_pixels(out.logit, design.size)), levels
 
     return run
 
@@ -128,7 +125,7 @@ def test_mediclip_map_loss_and_gradients(path, peer):
         np.testing.assert_allclose(both.reshape(peer_both.shape), peer_both, atol=5e-6)
     np.testing.assert_allclose(probability, ref["anomaly_map"][:, 1], atol=2e-6)
     np.testing.assert_allclose(
-        anomaly_map.image_score(probability.reshape(len(probability), -1), 0.0),
+        similarity.image_score(probability.reshape(len(probability), -1), 0.0),
         ref["image_score_max"],
         atol=2e-6,
     )
@@ -291,11 +288,11 @@ def test_what_computes_the_loss_is_flax_modules(tiny_with_inputs, monkeypatch):
     gradients, _ = jax.eval_shape(jax.grad(loss, has_aux=True), params, frozen, batch, None)
     assert jax.tree.structure(gradients) == jax.tree.structure(params)
     learned = {
-        prompt_learner.PromptLearner,
-        adapters.VisualAdapter,
+        modules.PromptLearner,
+        modules.VisualAdapter,
         similarity.AnomalyLogit,
         text_adapter.TextAdapter,
         token_refinement.TokenRefiner,
-        contrastive.ProjectionHead,
+        modules.ProjectionHead,
     }
     assert learned | {vit.ViT, TextEncoder} <= applied

@@ -9,7 +9,7 @@ import pytest
 
 from medclip_jax.clip.outputs import Features
 from medclip_jax.features import training_pool
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model, prompt_sets
 from medclip_jax.prompts import tokenize
 from medclip_jax.training import batches, episodes, step
@@ -152,7 +152,7 @@ def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     pool = pool_of(batch, (2, 3))
     assert pool.source.tolist() == [0, 0, 1, 1, 1]
     members = batches.members(2, [], (3,))
-    tasks = episodes.episodes_batch(0, pool, members, 0, episodes.Sizes(tasks=6, k=2, shots=2))
+    tasks = episodes.episodes_batch(0, pool, members, episodes.Sizes(tasks=6, k=2, shots=2), 0)
     source = tasks.support.source[:, 0]
     assert tasks.support.source.shape == (6, 1) and set(source.tolist()) == {0, 1}
     np.testing.assert_array_equal(tasks.query.source, tasks.support.source)

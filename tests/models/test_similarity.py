@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.detectors import memory_bank
-from medclip_jax.models import anomaly_map, similarity
+from medclip_jax.models import similarity
 from medclip_jax.models.similarity import Text
 
 
@@ -84,11 +84,11 @@ def test_text_of_each_image_and_fillers_equal_the_plain_form():
 
 def test_interpolation_by_hand():
     np.testing.assert_allclose(
-        anomaly_map.interpolation(2, 5), [[1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1]]
+        similarity.interpolation(2, 5), [[1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1]]
     )
-    np.testing.assert_array_equal(anomaly_map.interpolation(3, 3), np.eye(3))
-    np.testing.assert_array_equal(anomaly_map.interpolation(1, 4), np.ones((4, 1)))
-    np.testing.assert_array_equal(anomaly_map.interpolation(3, 1), [[1, 0, 0]])
+    np.testing.assert_array_equal(similarity.interpolation(3, 3), np.eye(3))
+    np.testing.assert_array_equal(similarity.interpolation(1, 4), np.ones((4, 1)))
+    np.testing.assert_array_equal(similarity.interpolation(3, 1), [[1, 0, 0]])
 
 
 @pytest.mark.parametrize("patches, pixels", [(7, 112), (14, 224), (3, 10), (16, 30)])
@@ -97,23 +97,23 @@ def test_interpolation_has_aligned_corners(patches, pixels):
     line = draw(patches, seed=patches)
     at = np.arange(pixels) * (patches - 1) / (pixels - 1)
     np.testing.assert_allclose(
-        anomaly_map.interpolation(patches, pixels) @ line,
+        similarity.interpolation(patches, pixels) @ line,
         np.interp(at, np.arange(patches), line),
         atol=2e-6,
     )
 
 
 def test_constants_and_ramps_come_out_exactly():
-    np.testing.assert_allclose(anomaly_map.to_pixels(jnp.full((2, 16), 3.5), 30), 3.5, rtol=1e-6)
+    np.testing.assert_allclose(similarity.to_pixels(jnp.full((2, 16), 3.5), 30), 3.5, rtol=1e-6)
     row, column = np.mgrid[:4, :4] / 3
     ramp = jnp.asarray((2 * row - column).reshape(1, 16), jnp.float32)
     row, column = np.mgrid[:31, :31] / 30
-    np.testing.assert_allclose(anomaly_map.to_pixels(ramp, 31)[0], 2 * row - column, atol=1e-6)
+    np.testing.assert_allclose(similarity.to_pixels(ramp, 31)[0], 2 * row - column, atol=1e-6)
 
 
 def test_patches_are_row_major():
     patch = jnp.zeros((1, 9)).at[0, 2].set(1.0)  # first row, last column
-    assert np.unravel_index(np.argmax(anomaly_map.to_pixels(patch, 12)[0]), (12, 12)) == (0, 11)
+    assert np.unravel_index(np.argmax(similarity.to_pixels(patch, 12)[0]), (12, 12)) == (0, 11)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_patches_are_row_major():
 )
 def test_image_score_is_the_mean_of_the_largest_share(top, wanted):
     values = jnp.asarray(np.random.default_rng(0).permutation(10)[None], jnp.float32)
-    np.testing.assert_allclose(anomaly_map.image_score(values, top), [wanted])
+    np.testing.assert_allclose(similarity.image_score(values, top), [wanted])
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from medclip_jax.data import augmentation
 from medclip_jax.detectors import saved
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder, training_pool
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import Batch
 from medclip_jax.inference import predictor
 from medclip_jax.models import model, token_refinement
 from tests.support.checkpoints import image_features, tiny_checkpoint
@@ -120,7 +120,7 @@ def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictu
     plain, full = (next(cache.load_images(b, pictures[:2], 2)) for b in feature_caches)
     assert plain.inputs == () and [x.shape for x in full.inputs] == [(2, 17, 32)] * 2
     recipe = augmentation.Synthesis("medclip", 2, 0, "self")
-    pool = training_pool.open(feature_caches[1], pictures[:2], recipe)
+    pool = encoder.open_pool(feature_caches[1], pictures[:2], recipe)
     taken = training_pool.take(pool, np.array([1, 0]), np.array([-1, 1])).features
     np.testing.assert_array_equal(taken.inputs[1][0], full.inputs[1][1])
     assert len(taken.inputs) == 2

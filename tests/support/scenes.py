@@ -12,7 +12,7 @@ from medclip_jax.detectors import calibration, detector, map_filter, prompt_dete
 from medclip_jax.evaluation import evaluate, ground_truth, predictions
 from medclip_jax.evaluation.predictions import Predictions
 from medclip_jax.explain import grad_cam
-from medclip_jax.features import cache, encoder, support_images
+from medclip_jax.features import cache, encoder, tiles
 from medclip_jax.models import model
 from tests.support.models import design_of
 from tests.support.pictures import one_device, write_pictures
@@ -39,7 +39,7 @@ def scene(tmp_path_factory, tiny):
         test[i] = test[i]._replace(label=1, masks=tuple(masks))
     feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, pictures)
-    tokens = support_images.load(feature_cache, supports).tokens
+    tokens = tiles.load_supports(feature_cache, supports).tokens
     folds = [np.array([0, 1, 2]), np.array([3, 4])]
     design, frozen = design_of(tiny, dropout=0.2)
     params = stacked(tiny, design)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.features import training_pool
-from medclip_jax.features.batch import Views
+from medclip_jax.features.training_pool import Views
 from medclip_jax.training import batches, episodes
 
 
@@ -128,7 +128,7 @@ def test_rows_carry_views_of_their_image_only_with_views(pool, learner):
         if learner == "joint":
             return batches.joint_batch(2, pool, [own, own[:3]], 4, 0, views=views)
         sizes = episodes.Sizes(tasks=3, k=4, shots=3)
-        return episodes.episodes_batch(2, pool, [[own], [own[:3]]], 0, sizes, views=views).query
+        return episodes.episodes_batch(2, pool, [[own], [own[:3]]], sizes, 0, views=views).query
 
     plain, viewed = batch(False), batch(True)
     assert plain.views is None and isinstance(viewed.views, Views)

@@ -12,7 +12,7 @@ import pytest
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.training import checkpoints
-from medclip_jax.training.state import TrainState
+from medclip_jax.training.step import TrainState
 
 # tensorstore leaves coroutines behind when a file it reads or writes is broken
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -9,7 +9,7 @@ from medclip_jax import config, train
 from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
 from medclip_jax.errors import ConfigError
-from medclip_jax.features import training_pool
+from medclip_jax.features import encoder, training_pool
 from medclip_jax.models import losses
 from medclip_jax.training import batches, distillation
 from medclip_jax.training.metrics_log import read_steps
@@ -64,7 +64,7 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
     feature_cache = opened(tmp_path, tiny)
     recipe = augmentation.Synthesis("medclip", 3, 0, "self", 2, Strengths(flip=1.0))
     supports = pictures[:2]
-    plain = training_pool.open(feature_cache, supports, recipe)
+    plain = encoder.open_pool(feature_cache, supports, recipe)
     teacher = distillation.Teacher(size, (), logits)
     pool = distillation.add_logits(plain, teacher, feature_cache, supports, recipe)
     assert [x.shape for x in pool.teacher] == [(6, grid**2)] * 2

@@ -9,7 +9,7 @@ import pytest
 
 from medclip_jax import build, config
 from medclip_jax.clip.outputs import Features
-from medclip_jax.features.batch import Batch
+from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model
 from medclip_jax.training import step
 from medclip_jax.training.episodes import Episodes

@@ -4,12 +4,11 @@ import json
 import math
 import os
 import struct
-import sys
 
 import numpy as np
 import pytest
 
-from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax.errors import WorkdirError
 from medclip_jax.training.metrics_log import MetricsLog, read_steps
 
 
@@ -97,11 +96,3 @@ def test_tensorboard_files_hold_the_scalars(tmp_path):
     log(tmp_path, [1, 2], tensorboard=True)
     values = [(step, name, round(x, 6)) for step, name, x in events(tmp_path / "tensorboard")]
     assert values == [(s, n, x) for s in (1, 2) for n, x in (("loss", s / 10), ("focal", 0.5))]
-
-
-def test_without_tensorboardx_the_message_names_the_extra(tmp_path, monkeypatch):
-    log(tmp_path, [1])
-    assert not (tmp_path / "tensorboard").exists()
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match=r"pip install 'medclip-jax\[tensorboard\]'"):
-        MetricsLog(tmp_path, tensorboard=True)

@@ -15,7 +15,7 @@ from medclip_jax import build
 from medclip_jax.distributed import sharding
 from medclip_jax.models import model
 from medclip_jax.training import batches, episodes, maml, step
-from medclip_jax.training.state import start
+from medclip_jax.training.step import start
 from tests.support.pools import settings
 from tests.support.toy import toy_loss, toy_params
 
@@ -38,7 +38,7 @@ def step_of(learner, optimizer, loss=toy_loss, inner_steps=1):
 
 
 def tasks_of(pool, number, members=(ALL,)):
-    return episodes.episodes_batch(number, pool, [[own] for own in members], 0, SIZES)
+    return episodes.episodes_batch(number, pool, [[own] for own in members], SIZES, 0)
 
 
 def adapted_to(pool, state, members=(ALL,), learner="maml", steps=1):

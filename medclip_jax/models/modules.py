@@ -1,0 +1,131 @@
+"""The learned modules: context of the prompts, visual adapters, SimCLR's head.
+
+TextAdapter and TokenRefiner have modules of their own. Parameters start from given keys, not from
+those that Flax derives from names, so that their first values do not depend on nesting.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+class PromptLearner(nn.Module):
+    """Context vectors of the prompts (equation 4), N(0, 0.02^2) at first."""
+
+    rows: int  # one per prompt, or 1: all share it
+    vectors: int  # per prompt
+    width: int  # of the text encoder
+    context_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, prompts: int) -> Float[Array, "c k d"]:
+        """The context of so many prompts."""
+        context = self.param("context", self.context_init, (self.rows, self.vectors, self.width))
+        return jnp.broadcast_to(context, (prompts, *context.shape[1:]))
+
+
+class VisualAdapter(nn.Module):
+    """Patch tokens of one level in the joint space; inverted dropout in training.
+
+    Dropout leaves out columns, the same of all patches of an image: each image sees one thinned
+    adapter.
+    """
+
+    features: int  # width of the joint space
+    rate: float = 0.0  # of dropout
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(
+        self, tokens: Float[Array, "n p d"], key: jax.Array | None = None
+    ) -> Float[Array, "n p j"]:
+        """Adapted tokens; without a key nothing is dropped."""
+        kernel = self.param("kernel", self.kernel_init, (tokens.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        y = tokens.astype(jnp.float32) @ kernel + bias[None, None]
+        if key is None or self.rate == 0:
+            return y
+        mask = dropout_mask(key, self.rate, (y.shape[0], 1, y.shape[2]))
+        return jnp.where(mask, y / (1 - self.rate), 0.0)
+
+
+class ProjectionHead(nn.Module):
+    """Adapted patch tokens of each level -> one vector per image, half as wide, not normalised.
+
+    Chen et al. 2020. An image is the mean over patches and levels, so that what is learned reaches
+    the adapters; the head is dropped when scoring.
+    """
+
+    hidden_init: Callable = nn.initializers.lecun_normal()
+    out_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, levels: Sequence[Float[Array, "n p j"]]) -> Float[Array, "n m"]:
+        x = sum(level.mean(1) for level in levels) / len(levels)
+        width = x.shape[-1]
+        hidden = nn.Dense(width, kernel_init=self.hidden_init, name="hidden")(x)
+        narrow = max(width // 2, 1)
+        return nn.Dense(narrow, kernel_init=self.out_init, name="out")(jax.nn.relu(hidden))
+
+
+def dropout_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*_"]:
+    """True where dropout at `rate` leaves a value."""
+    return jax.random.bernoulli(key, 1 - rate, shape)
+
+
+def init_context(
+    key: jax.Array,
+    rows: int,
+    vectors: int,
+    tokens: Float[Array, "v d"],
+    start: Int[np.ndarray, " k"] | None = None,
+) -> dict[str, jax.Array]:
+    """Fresh parameters of a PromptLearner.
+
+    Args:
+        key: of the random vectors.
+        rows, vectors: as its fields.
+        tokens: the text encoder's token embeddings.
+        start: token from whose embedding each vector starts instead; -1 for a random one.
+    """
+
+    def initialise(key, shape, dtype):
+        random = nn.initializers.normal(0.02)(key, shape, dtype)
+        if start is None or (start < 0).all():
+            return random
+        embedded = tokens[jnp.maximum(start, 0)][None]
+        return jnp.where((jnp.asarray(start) >= 0)[None, :, None], embedded, random)
+
+    learner = PromptLearner(rows, vectors, tokens.shape[1], from_key(key, initialise))
+    return learner.init(key, rows)["params"]
+
+
+def init_adapter(key: jax.Array, width: int, features: int) -> dict[str, jax.Array]:
+    """Fresh parameters of a VisualAdapter, U(+-1/sqrt(width)) as MediCLIP's."""
+    adapter = VisualAdapter(features, 0.0, *_uniform(key, width))
+    return adapter.init(key, jnp.zeros((1, 1, width)))["params"]
+
+
+def init_head(key: jax.Array, width: int) -> dict:
+    """Fresh parameters of a ProjectionHead: kernels as those of the adapters, biases 0."""
+    return ProjectionHead(*_uniform(key, width)).init(key, (jnp.zeros((1, 1, width)),))["params"]
+
+
+def _uniform(key: jax.Array, width: int) -> list[Callable]:
+    """Two initialisers U(+-1/sqrt(width)) with keys of their own."""
+    bound = width**-0.5
+
+    def initialise(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+    return [from_key(k, initialise) for k in jax.random.split(key)]
+
+
+def from_key(key: jax.Array, initialise: Callable) -> Callable:
+    """The initialiser with a key of its own, in place of the one Flax derives from the name."""
+    return lambda _, shape, dtype=jnp.float32: initialise(key, shape, dtype)
