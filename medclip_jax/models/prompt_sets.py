@@ -32,21 +32,14 @@ class Sets(NamedTuple):
 def stack(prompts: Sequence[Prompts]) -> Sets:
     """Prompts of the target, then of the other sets; all have the same positions and context."""
     sides = [[np.flatnonzero(p.label == side) for p in prompts] for side in (0, 1)]
-    counts = [max(map(len, own)) for own in sides]
-    own, row, real = (
-        np.concatenate(
-            [
-                np.stack([column(sides[side], s, np.arange(n)) for s in range(len(prompts))])
-                for side, n in enumerate(counts)
-            ],
-            axis=1,
-        )
-        for column in (
-            lambda side, s, place: side[s][place % len(side[s])],
-            lambda side, _, place: side[0][place % len(side[0])],
-            lambda side, s, place: place < len(side[s]),
-        )
-    )
+    counts = [max(map(len, side)) for side in sides]
+    own, row, real = [], [], []
+    for side, count in zip(sides, counts, strict=True):
+        place = np.arange(count)
+        own.append([of_set[place % len(of_set)] for of_set in side])
+        row.append([side[0][place % len(side[0])]] * len(prompts))
+        real.append([place < len(of_set) for of_set in side])
+    own, row, real = (np.concatenate(x, axis=1) for x in (own, row, real))
     ids, slots, eos = (
         np.stack([getattr(p, name)[rows] for p, rows in zip(prompts, own, strict=True)])
         for name in ("ids", "slots", "eos")

@@ -132,8 +132,7 @@ class AnomalyLogit(nn.Module):
         """The same from `mean_cosine`, without another product where the form is linear in it."""
         if self.form != "softmax":
             return self(levels, text)
-        weights = class_weights(text)
-        return self.of_classes(jnp.matmul(cosines, weights))
+        return self.of_classes(jnp.matmul(cosines, class_weights(text)))
 
     def of_classes(self, cosines: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
         """The softmax form from the cosines to the two classes' mean prompts."""

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from medclip_jax import files
@@ -57,8 +58,8 @@ def save(path: Path, adapter: Mapping, digest: str, notes: Mapping[str, str]) ->
     """Write an adapter with the digest of its CLIP; notes: how it was trained, for the record."""
     from safetensors.numpy import save
 
-    parts = {name: name.split("/") for name in NAMES}
-    tensors = {n: np.array(adapter[a][b], np.float32, order="C") for n, (a, b) in parts.items()}
+    flat = flatten_dict(adapter, sep="/")
+    tensors = {name: np.array(flat[name], np.float32, order="C") for name in NAMES}
     files.write_bytes(path, save(tensors, metadata={**notes, "clip": digest}))
 
 
@@ -71,9 +72,8 @@ def load(source: str, digest: str, width: int) -> dict[str, Any]:
 
     if source == "fresh":
         return init(jax.random.key(0), width)
-    path = place(source)
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(_path(source), framework="np") as file:
             clip_digest = (file.metadata() or {}).get("clip")
             tensors = {name: jnp.asarray(file.get_tensor(name)) for name in NAMES}
     except (SafetensorError, OSError) as error:
@@ -89,13 +89,10 @@ def load(source: str, digest: str, width: int) -> dict[str, Any]:
     down, up = tensors["down/kernel"].shape, tensors["up/kernel"].shape
     if down[0] != width or up != down[::-1]:
         raise CheckpointError(f"config.model.language {source}: shapes {down}, {up} do not fit")
-    return {
-        part: {kind: tensors[f"{part}/{kind}"] for kind in ("kernel", "bias")}
-        for part in ("down", "up")
-    }
+    return unflatten_dict(tensors, sep="/")
 
 
-def place(source: str) -> Path:
+def _path(source: str) -> Path:
     return EMBEDDED if source == "embedded" else Path(source).expanduser()
 
 
@@ -104,7 +101,7 @@ def digest(source: str) -> str:
     if source in ("", "fresh"):
         return source
     try:
-        return hashlib.sha256(place(source).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(_path(source).read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise CheckpointError(
             f"config.model.language {source}: cannot be read ({error.strerror}); restore it"

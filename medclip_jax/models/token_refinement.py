@@ -43,13 +43,7 @@ class TokenRefiner(nn.Module):
     def __call__(
         self, block: Mapping, tokens: Float[Array, "n p d"], inputs: Float[Array, "n s d"]
     ) -> Float[Array, "n p d"]:
-        """Refined tokens.
-
-        Args:
-            block: frozen parameters of the tapped block (Frozen.blocks).
-            tokens: patch tokens after the block.
-            inputs: what the block reads, class token first (Features.inputs).
-        """
+        """Refined `tokens`, which come after the frozen `block`; `inputs` are what it reads."""
         attention = block["self_attn"]
         value = attention["v_proj"]
         query = {name: self.param(name, lambda _, n=name: value[n]) for name in ("kernel", "bias")}
@@ -70,12 +64,15 @@ def dense(x: Float[Array, "n s d"], p: Mapping) -> Float[Array, "n s e"]:
 
 def init(key: jax.Array, frozen_parts: Frozen) -> tuple[dict, ...]:
     """Fresh parameters of a TokenRefiner per level: {kernel, bias, gate}."""
-    refiner, fresh = TokenRefiner(frozen_parts.heads, frozen_parts.eps), []
-    for block in frozen_parts.blocks:
+    refiner = TokenRefiner(frozen_parts.heads, frozen_parts.eps)
+
+    def fresh(block: Mapping) -> dict:
         width = block["layer_norm1"]["scale"].shape[0]
-        tokens = jnp.zeros((1, 1, width)), jnp.zeros((1, 2, width))
-        fresh.append(refiner.init(key, block, *tokens)["params"])
-    return tuple(fresh)
+        return refiner.init(key, block, jnp.zeros((1, 1, width)), jnp.zeros((1, 2, width)))[
+            "params"
+        ]
+
+    return tuple(map(fresh, frozen_parts.blocks))
 
 
 def refine(

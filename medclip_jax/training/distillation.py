@@ -38,10 +38,8 @@ def check(
 ) -> None:
     """Raise ConfigError if this teacher cannot teach this run.
 
-    Args:
-      workdir: of the teacher.
-      teacher, student: their configs.
-      supports: sha256 of the teacher's supports. test: of this run's test images.
+    teacher and student are configs, supports and test sha256 of the teacher's supports and of this
+    run's test images.
     """
     name = f"config.teacher {workdir}"
     if not teacher["steps"]:

@@ -22,9 +22,7 @@ Loss = Callable[[PyTree, PyTree], tuple[Any, Parts]]
 class Inner(NamedTuple):
     """How params adapt to a support set."""
 
-    # step size > 0: a number for all tensors, or a tree of numbers per tensor; of no matter where
-    # params carry their own rates (MetaSGD)
-    rate: Any = 0.01
+    rate: Any = 0.01  # step size > 0, a number or a tree of them; MetaSGD carries its own
     steps: int = 1  # full-batch gradient steps; 0: the query loss at params themselves
     first_order: bool = False  # the inner gradient is a constant
     # Does the tensor of this path ("adapters/0/kernel") adapt? None: all do. What does not adapt
@@ -49,9 +47,8 @@ def adapt(
 ) -> tuple[PyTree, Float[Array, " steps"]]:
     """Take `inner.steps` gradient steps on the support loss (inner loop of equation 11).
 
-    Returns:
-      The adapted params (same structure; without the rates if params is a `MetaSGD`) and the
-      support loss before each step. Differentiable in params and in the rates.
+    Returns the adapted params (same structure; without the rates of a `MetaSGD`) and the support
+    loss before each step. Differentiable in params and in the rates.
     """
     params, rate = params if isinstance(params, MetaSGD) else (params, inner.rate)
     paths, structure = jax.tree_util.tree_flatten_with_path(params)
@@ -103,8 +100,7 @@ def meta_loss(
       params: to be adapted, shared by all tasks.
       episodes: (support, query); every leaf has the tasks on axis 0.
       loss, inner: as in `adapt`.
-      valid: False for tasks that only fill the shape; these must be finite (copies of real ones)
-        and weigh nothing.
+      valid: False for tasks that only fill the shape: finite, and of no weight.
 
     Returns:
       The loss and the mean of each of its parts; NaN if no task is valid.

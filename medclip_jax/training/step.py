@@ -59,12 +59,8 @@ class Learner(NamedTuple):
 
     def inner(self, steps: int) -> maml.Inner:
         """How `steps` inner steps are taken."""
-        head_only = _is_head if self.name == "anil" else None
+        head_only = (lambda path: path.split("/")[0] not in BODY) if self.name == "anil" else None
         return maml.Inner(self.inner_rate, steps, self.name == "fomaml", head_only)
-
-
-def _is_head(path: str) -> bool:
-    return path.split("/")[0] not in BODY
 
 
 def meta_objective(loss: Callable, inner: maml.Inner) -> Callable:

@@ -78,7 +78,7 @@ def rows(pool: TrainingPool, folds: Sequence[np.ndarray]):
     """
     variants = np.arange(-1, min(ALTERED_EACH, pool.variants))  # -1 is the image itself
     everyone, longest = np.concatenate(folds), max(map(len, folds))
-    each: list[tuple[list, list, list]] = []
+    each = []
     for fold in folds:
         others = np.setdiff1d(everyone, fold)
         others = np.resize(others, len(everyone) - min(map(len, folds)))
