@@ -6,7 +6,7 @@ and ends with a traceback and exit code 1.
 
 
 class UserError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can correct."""
 
 
 class ConfigError(UserError):
@@ -27,3 +27,10 @@ class WorkdirError(UserError):
 
 class ProcessError(UserError):
     """Another process of the run is lost."""
+
+
+TERMINATED = 143  # exit code: 128 + SIGTERM, as a shell reports it
+
+
+class Preempted(Exception):
+    """The run was stopped from outside and has saved its state; the message says at which step."""

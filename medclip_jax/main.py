@@ -20,9 +20,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config, config_validation, workdir
-from medclip_jax.distributed.runtime import EXIT_CODE, Preempted
-from medclip_jax.errors import ConfigError, UserError
+from medclip_jax import config, config_validation
+from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> int:
             raise
         message = f"{error.filename or folder}: {error.strerror}; free space or change permissions"
     except Preempted as stop:
-        message, code = f"{stop}. Re-run the same command to resume.", EXIT_CODE
+        message, code = f"{stop}. Re-run the same command to resume.", TERMINATED
     except KeyboardInterrupt:
         print("Interrupted. Re-run the same command to resume.", file=sys.stderr)
         return 130
@@ -215,7 +214,7 @@ def check(fields: ConfigDict) -> None:
 
 def run(mode: str, fields: ConfigDict, folder: Path) -> None:
     """Train, evaluate or report in a workdir that no other run uses meanwhile."""
-    from medclip_jax import train
+    from medclip_jax import train, workdir
 
     # processes of one run share their workdir on purpose
     with nullcontext() if fields.distributed else workdir.locked(folder):

@@ -133,7 +133,7 @@ def _blocks(config: dict, levels: tuple[int, ...]) -> tuple[int, ...]:
     levels = levels or tuple(round(depth * x) for x in (0.5, 0.75, 1.0))
     if not all(1 <= l <= depth for l in levels) or list(levels) != sorted(set(levels)):
         raise ConfigError(
-            f"config.clip.layers {levels}: give rising block numbers between 1 and {depth}"
+            f"config.clip.layers {levels}: need rising block numbers between 1 and {depth}"
         )
     return levels
 

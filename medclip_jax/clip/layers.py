@@ -118,7 +118,7 @@ class Block(nn.Module):
 
     def __call__(self, x, mask=None, position=None):
         y = self.layer_norm1(x)
-        x = x if position is None else x[jnp.arange(len(x)), position][:, None]
+        x = x if position is None else x[jnp.arange(x.shape[0]), position][:, None]
         x = x + self.self_attn(y, mask, position)
         return x + self.mlp(self.layer_norm2(x))
 

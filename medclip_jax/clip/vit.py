@@ -46,7 +46,7 @@ class Embeddings(nn.Module):
 
     def __call__(self, pixels):
         x = self.patch_embedding(pixels)
-        first = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (len(x), 1, self.width))
+        first = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (x.shape[0], 1, self.width))
         positions = self.position_embedding(jnp.arange(self.positions)[None])
         return jnp.concatenate([first, x], axis=1) + positions.astype(x.dtype)
 
@@ -115,7 +115,7 @@ class ViT(nn.Module):
 
     def pool(self, x: Float[Array, "n s d"]) -> Float[Array, "n j"]:
         """The pooled embedding (joint space, not normalised) of the last block's tokens."""
-        return self.visual_projection(self.vision_model.post_layernorm(x[:, 0]))
+        return self.visual_projection(self.vision_model.post_layernorm(x[:, 0]).astype(x.dtype))
 
     def project(self, tokens: Float[Array, "n p d"]) -> Float[Array, "n p j"]:
         """Last block's tokens into the joint space, by the encoder's own norm and projection."""

@@ -18,8 +18,14 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int, PyTree
 
 from medclip_jax import files
-from medclip_jax.distributed.runtime import EXIT_CODE, Preempted
-from medclip_jax.errors import ConfigError, ProcessError, UserError, WorkdirError
+from medclip_jax.errors import (
+    TERMINATED,
+    ConfigError,
+    Preempted,
+    ProcessError,
+    UserError,
+    WorkdirError,
+)
 
 PATIENCE = 60  # seconds until a file of process 0 must be seen by all; network folders lag
 A_DAY = 86400  # seconds
@@ -91,7 +97,7 @@ def exit_together() -> Iterator[None]:
 
 def leave(code: int) -> None:
     """End this process with `code`; without waiting for the others if it failed."""
-    if code in (0, EXIT_CODE) or not several():
+    if code in (0, TERMINATED) or not several():
         sys.exit(code)  # at the end of a whole run, or a stop that all agreed on, all arrive
     _exit_now(code)
 

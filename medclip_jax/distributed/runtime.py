@@ -12,12 +12,6 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
-EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
-
-
-class Preempted(Exception):
-    """The run was stopped from outside and has saved its state; the message says at which step."""
-
 
 def keep_compiled(cache: Path) -> None:
     """Keep compiled programs below `cache`, unless JAX is set to another folder (or to none).

@@ -174,8 +174,8 @@ def test_patches_of_the_last_stage_reach_the_joint_space(checkpoint):
 
 def test_a_run_with_a_resnet_ends_in_a_report_and_predicts(world, checkpoint, tmp_path):
     resnet = f"--config.clip.checkpoint={checkpoint}"
-    branches = "--config.fusion.branches=('learned','memory','zero_shot')"
-    flags = (resnet, branches, "--config.steps=3", "--config.log_every=1")
+    branches = "--config.branches=('learned','memory','zero_shot')"
+    flags = (resnet, branches, "--config.steps=3")
     assert world.main(tmp_path / "a", *flags, arguments="k=2") == 0
     assert [row["step"] for row in log(tmp_path / "a")] == [1, 2, 3]
     rows = predictions(tmp_path / "a")

@@ -61,7 +61,7 @@ def test_signals_while_predicting_and_the_same_command_finishes(start, tmp_path)
     process = start("cut")
     stderr, done = stopped(process, cut, signal.SIGINT, 1)
     assert process.returncode == 130, stderr[-3000:]
-    assert stderr.splitlines()[-1] == "stopped; the same command goes on from what is saved"
+    assert stderr.splitlines()[-1] == "Interrupted. Re-run the same command to resume."
     process = start("cut")
     stderr, done = stopped(process, cut, signal.SIGTERM, done + 1)
     assert process.returncode == 143, stderr[-3000:]

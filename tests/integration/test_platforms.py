@@ -13,8 +13,8 @@ from jax import export
 from medclip_jax import build, config
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
+from medclip_jax.detectors import detector
 from medclip_jax.distributed import sharding
-from medclip_jax.evaluation import evaluate
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model, similarity
 from medclip_jax.training import step
@@ -74,7 +74,7 @@ def scorer(tower):
     def run(params, frozen, tokens):
         text = model.text_features(params, frozen, design)
         values = model.forward(params, text, tokens, design).logit
-        scores = evaluate.from_patches(values, size=tower.size, top=0.05)
+        scores = detector.image_score(values, size=tower.size, top=0.05)
         return similarity.to_pixels(values, tower.size), scores
 
     levels = tuple(np.zeros((2, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))

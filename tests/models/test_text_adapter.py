@@ -106,7 +106,7 @@ def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, tun
     path = tmp_path / "a.safetensors"
     text_adapter.save(path, random_adapter(tower.joint), tower.digest, {})
     flags = (f"--config.model.language={path}", f"--config.model.language_tuned={tuned}")
-    flags += ("--config.steps=3", "--config.fusion.branches=('learned','zero_shot')")
+    flags += ("--config.steps=3", "--config.branches=('learned','zero_shot')")
     assert world.main(tmp_path / "run", *flags, arguments="k=2") == 0
     assert np.isfinite(predictions(tmp_path / "run")["maps"]).all()
     assert predict(tmp_path / "run", tmp_path / "out", world.data) == 0
@@ -201,7 +201,7 @@ def test_training_raises_retrieval_of_what_it_did_not_see(script, monkeypatch, t
     assert before < 0.5 < after, (before, after)
     args.keep = 100.0
     near = script.fit(fresh, subjects[:40], args)
-    moved = [1 - script.likeness(p, jnp.concatenate(subjects[40:])) for p in (near, adapter)]
+    moved = [1 - script.mean_cosine(p, jnp.concatenate(subjects[40:])) for p in (near, adapter)]
     assert moved[0] < moved[1] / 3
 
 

@@ -8,7 +8,7 @@ import pytest
 from medclip_jax import build, config, trained
 from medclip_jax.clip import checkpoint, layers
 from medclip_jax.data import augmentation
-from medclip_jax.detectors import saved
+from medclip_jax.detectors import prompt_detector, saved
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.features.training_pool import Batch
@@ -130,7 +130,7 @@ def test_a_whole_run_learns_it_and_its_scorer_reads_alike(world, tmp_path):
     run = tmp_path / "run"
     assert world.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
     held = saved.read(run)
-    assert all(q["gate"] != 0 for q in held.params["refine"])
+    assert all(q["gate"] != 0 for q in prompt_detector.learned(held.params)[0]["refine"])
     ready = trained.load_predictor(run)
     got = predictor.score(ready, np.random.default_rng(0).random((2, 32, 32), np.float32))
     assert np.isfinite(got.score).all() and got.maps.shape == (2, 32, 32)
