@@ -35,7 +35,6 @@ Intervals = dict[str, Interval]
 def image(
     scores: Num[np.ndarray, " n"],
     labels: Shaped[np.ndarray, " n"],
-    threshold: float = 0.5,
     seed: int = 0,
     groups: Shaped[np.ndarray, " n"] | None = None,
 ) -> Intervals:
@@ -46,11 +45,11 @@ def image(
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
         return {}
-    values = measure_images(resample(truth, ROUNDS, seed, groups), scores, truth, threshold)
+    values = measure_images(resample(truth, ROUNDS, seed, groups), scores, truth)
     values.pop("sensitivity_at_90")
     intervals = _percentiles(values)
     if groups is None:
-        called = np.asarray(scores) >= threshold
+        called = np.asarray(scores) >= 0.5
         for name, hits in (("recall", called[truth]), ("specificity", ~called[~truth])):
             wilson = st.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
             intervals[name] = Interval(float(wilson.low), float(wilson.high))
@@ -105,9 +104,6 @@ def roc_band(
     return low, high
 
 
-# --- resamples ----------------------------------------------------------------------------------
-
-
 def resample(
     truth: Bool[np.ndarray, " n"],
     rounds: int,
@@ -138,10 +134,9 @@ def measure_images(
     weights: Integer[np.ndarray, "r n"],
     scores: Num[np.ndarray, " n"],
     truth: Bool[np.ndarray, " n"],
-    threshold: float = 0.5,
 ) -> dict[str, Float[np.ndarray, " r"]]:
-    """Metrics of each resample of images, and the sensitivity at a specificity of 0.9."""
-    start = int(np.searchsorted(np.unique(scores), threshold, side="left"))
+    """Metrics of each resample at the threshold 0.5, and sensitivity at a specificity of 0.9."""
+    start = int(np.searchsorted(np.unique(scores), 0.5, side="left"))
     parts = [
         metrics.ranking(counts)
         | metrics.rates(*metrics.confusion_from(counts, start))

@@ -17,13 +17,7 @@ from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
 from medclip_jax.distributed import multihost, sharding
 from medclip_jax.distributed.runtime import progress
-from medclip_jax.evaluation import (
-    bootstrap,
-    ground_truth,
-    metrics,
-    pixel_metrics,
-    uncertainty,
-)
+from medclip_jax.evaluation import bootstrap, ground_truth, metrics, pixel_metrics, uncertainty
 from medclip_jax.evaluation.metrics import MetricError
 from medclip_jax.evaluation.predictions import Predictions, Scored
 from medclip_jax.explain import grad_cam
@@ -93,8 +87,7 @@ def score_images(
 def explained(detector: Detector, batch: Features, keys, how: grad_cam.Explanation):
     """Raw scores of a batch, on the host, and Grad-CAM per patch [n, p], float16.
 
-    One program for both: what they share (a search in the memory) runs once. One column of 0 for
-    a detector that does not read one token per patch.
+    One program: what both share runs once. One column of 0 if patches do not have one token each.
     """
     static = detector._replace(params=None, fold_params=None, calibration=None)
     raw, slopes = _both(static, how, (detector.params, detector.fold_params), batch, keys)
@@ -131,7 +124,6 @@ def measure(
     metrics.json.
     """
     p = scored.predictions
-    image = metrics.image_level(p.score, p.label)
     pixel, each, counts, points = of_pixels(scored, test, fit, folder)
     of = ground_truth.patients(test)
     intervals = {"image": bootstrap.image(p.score, p.label, groups=of), "pixel": {}}
@@ -141,18 +133,16 @@ def measure(
         rows = ground_truth.Rows(counts, known)
         intervals["pixel"] = bootstrap.pixel(rows, p.label[known], groups=among)
         intervals["pixel"] |= bootstrap.means(each, p.label[known], groups=among)
-    found = scored.calibration
-    if found.k > 1:
-        healthy, alpha = p.p_value[p.label == 0], found.image.alpha_requested
-        summary = detectors_calibration.calibration_summary(healthy, found.k, alpha)
+    k, alpha, healthy = scored.calibration.k, scored.calibration.image.alpha_requested, p.label == 0
+    if k > 1:
+        summary = detectors_calibration.calibration_summary(p.p_value[healthy], k, alpha)
     else:
-        healthy, alpha = p.score[p.label == 0], found.image.alpha_requested
-        summary = detectors_calibration.no_promise(healthy, found.k, alpha)
+        summary = detectors_calibration.no_promise(p.score[healthy], k, alpha)
     sd = {"sd": p.uncertainty, **scored.uncertainties} if scored.uncertainties else {}
     return {
-        "image": image,
+        "image": metrics.image_level(p.score, p.label),
         "pixel": pixel,
-        "calibration": {**summary, **detectors_calibration.described(found)},
+        "calibration": {**summary, **detectors_calibration.described(scored.calibration)},
         "intervals": intervals,
         "uncertainty": uncertainty.measure(p.score, p.label, sd),
         "explanations": points and {"pointing": points},

@@ -77,13 +77,9 @@ def sensitivity_at(
 def oracle_f1(scores: Num[Array, "_"], labels: Shaped[Array, "_"]) -> tuple[float, float]:
     """Best F1 over all thresholds, and that threshold. It reads test labels: never a result."""
     precision, recall, thresholds = precision_recall(scores, labels)
-    total = precision + recall
-    f1 = 2 * precision * recall / np.where(total > 0, total, 1)
+    f1 = _ratio(2 * precision * recall, precision + recall, 0.0)
     best = int(np.argmax(f1[:-1]))
     return float(f1[best]), float(thresholds[best])
-
-
-# --- counts by score ----------------------------------------------------------------------------
 
 
 def by_score(
@@ -150,9 +146,6 @@ def sensitivity(counts: Num[Array, "r 2 b"], specificity: float) -> Float[Array,
     allowed = alarms <= (1 - specificity + 1e-12) * alarms[:, -1:]
     total = np.where(alarms[:, -1] > 0, hits[:, -1], 0)
     return _ratio(np.where(allowed, hits, 0).max(1), total)
-
-
-# --- counts at a threshold ----------------------------------------------------------------------
 
 
 def confusion(predicted: Bool[Array, "*_"], truth: Bool[Array, "*_"]) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ Pixels of one bin are ties: AUROC, AUPRC and AUPRO are exact for maps of 8 and 1
 """
 
 from collections.abc import Iterable
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,12 @@ Distances = tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]]
 
 
 class PixelMetrics:
-    """Takes image after image; see `pixel_level` for what is measured."""
+    """Takes image after image and measures all of them together.
+
+    Args:
+      threshold: values from here on are predicted lesion.
+      tolerance: of the boundary F1, in the unit of the distances.
+    """
 
     def __init__(self, threshold: float = 0.5, tolerance: float = 2.0):
         self.threshold, self.tolerance = np.float64(threshold), tolerance
@@ -63,23 +67,17 @@ class PixelMetrics:
         owners = owners[mask]
         self.components += count
         weights = 1.0 / np.bincount(owners)[owners] if count else np.zeros(0)
-        for row, (where, weight) in enumerate([(normal, 1.0), (lesion, 1.0), (lesion, weights)]):
-            np.add.at(self.counts[row], where, weight)
+        parts = (normal, None), (lesion, None), (lesion, weights)
+        for row, (where, weight) in zip(self.counts, parts, strict=True):
+            np.add.at(row, where, 1.0 if weight is None else weight)
         predicted = values >= self.threshold
         distances = surface_distances(predicted, mask, spacing)
-        self.rows.append(
-            (
-                *metrics.confusion(predicted, mask),
-                hausdorff(distances),
-                hausdorff95(distances),
-                boundary_f1(distances, self.tolerance),
-            )
-        )
+        of_outlines = hausdorff(distances), hausdorff95(distances)
+        f1 = boundary_f1(distances, self.tolerance)
+        self.rows.append((*metrics.confusion(predicted, mask), *of_outlines, f1))
         coarse = BINS // IMAGE_BINS
-        parts = (normal, None), (lesion, None), (lesion, weights)
-        return np.stack([np.bincount(codes // coarse, w, IMAGE_BINS) for codes, w in parts]).astype(
-            float
-        )
+        own = [np.bincount(codes // coarse, w, IMAGE_BINS) for codes, w in parts]
+        return np.stack(own, dtype=float)
 
     def per_image(self) -> dict[str, Num[np.ndarray, " n"]]:
         """tp, tn, fp, fn, iou, dice, hausdorff, hausdorff95 and boundary_f1 of each image.
@@ -101,7 +99,13 @@ class PixelMetrics:
         return {name: np.where(used, each[name], np.nan) for name, used in counted.items()}
 
     def pooled(self) -> dict[str, float]:
-        """Metrics of all images, as `pixel_level` returns them."""
+        """Metrics over all pixels of all images.
+
+        AUROC, AUPRC, tp, tn, fp, fn and the rates of metrics.rates, IoU and Dice from the pooled
+        counts; AUPRO up to a false-positive rate of 0.3, 8-connected lesions; means over images of
+        the Hausdorff distances (where mask and prediction are both non-empty) and of the boundary
+        F1 (where either is; a miss or a false alarm counts 0). NaN where nothing counts.
+        """
         each = self.per_image()
         total = {name: int(each[name].sum()) for name in COLUMNS[:4]}
         used = self.counts[None, :, self.counts[:2].any(0)]
@@ -112,39 +116,6 @@ class PixelMetrics:
             known = values[~np.isnan(values)]
             result[name] = known.mean() if len(known) else metrics.NAN
         return total | {name: float(x) for name, x in result.items()}
-
-
-def pixel_level(
-    maps: Iterable[np.ndarray],
-    masks: Iterable[np.ndarray],
-    threshold: float = 0.5,
-    spacing: Iterable[tuple[float, float]] | None = None,
-    tolerance: float = 2.0,
-) -> dict[str, float]:
-    """Metrics pooled over all pixels of all images.
-
-    Args:
-      maps: [n h w], or an iterable of 2-D maps whose sizes may differ, in [0, 1]; read one at a
-        time and once, so memory-mapped arrays and generators stay where they are.
-      masks: as many, of the same sizes, 0 or 1.
-      threshold: values from here on are predicted lesion.
-      spacing: size of each image's pixels (row, column) in mm; None: distances are in pixels.
-      tolerance: of the boundary F1, in the unit of the distances.
-
-    Returns:
-      AUROC, AUPRC, tp, tn, fp, fn and the rates of metrics.rates, IoU and Dice from the pooled
-      counts; AUPRO up to a false-positive rate of 0.3, 8-connected lesions; means over images of
-      the Hausdorff distances (where mask and prediction are both non-empty) and of the boundary F1
-      (where either is; a miss or a false alarm counts 0). NaN where nothing counts.
-
-    Raises:
-      MetricError: maps or masks that cannot be measured.
-    """
-    measured = PixelMetrics(threshold, tolerance)
-    sizes = repeat((1.0, 1.0)) if spacing is None else spacing
-    for (values, mask), size in zip(zip(maps, masks, strict=True), sizes, strict=False):
-        measured.add(values, mask, size)
-    return measured.pooled()
 
 
 def pointing(
@@ -176,13 +147,9 @@ def pointing(
         for name, values in each.items():
             hits[name].append(mask[values == values.max()].mean() if values.max() > 0 else 0.0)
             empty[name] += int(values.max() <= 0)
+    chance = float(np.mean(chances)) if chances else 0.0
     return {
-        name: {
-            "hit": float(np.mean(values)),
-            "chance": float(np.mean(chances)),
-            "n": len(values),
-            "empty": empty[name],
-        }
+        name: dict(hit=float(np.mean(values)), chance=chance, n=len(values), empty=empty[name])
         for name, values in hits.items()
         if values
     } or None

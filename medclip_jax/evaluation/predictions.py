@@ -25,7 +25,7 @@ from medclip_jax.io import read, resize
 
 SIDE = 256  # pixels of the longer side
 MAP_SIDE = 128  # of maps, which are smooth
-QUALITY = 80  # of JPEG
+QUALITY = 80
 MOST = 1000  # images in a report, which opens in seconds then and stays below 40 MB
 
 
@@ -124,12 +124,11 @@ def pack(
 
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(one, index.tolist()))
-    frames = np.array([frame for frame, _, _ in rows], np.int32).reshape(-1, 2)
-    found = [box for _, each, _ in rows for box in each]
+    marked = [box for _, each, _ in rows for box in each]
     arrays: dict[str, np.ndarray] = {
         "thumb_index": index,
-        "frame": frames,
-        "boxes": np.array(found, np.float64).reshape(-1, len(boxes.Box._fields)),
+        "frame": np.array([frame for frame, _, _ in rows], np.int32).reshape(-1, 2),
+        "boxes": np.array(marked, np.float64).reshape(-1, len(boxes.Box._fields)),
         "boxes_end": np.cumsum([len(each) for _, each, _ in rows], dtype=np.int64),
     }
     for name in Copies._fields:
@@ -138,7 +137,6 @@ def pack(
 
 
 def joined(name: str, parts: Sequence[bytes]) -> dict[str, np.ndarray]:
-    """The files of one kind as two arrays."""
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     return {name: np.frombuffer(b"".join(parts), np.uint8), f"{name}_end": ends}
 
@@ -178,9 +176,8 @@ def small(image: PIL.Image.Image, kind: str) -> bytes:
     size = small_size(image.height, image.width, SIDE)[::-1]
     resample = PIL.Image.Resampling.NEAREST if kind == "PNG" else PIL.Image.Resampling.BILINEAR
     copy = image.resize(size, resample)
-    file = io.BytesIO()
     if kind == "PNG":
-        copy.convert("1", dither=PIL.Image.Dither.NONE).save(file, kind, optimize=True)
-    else:
-        copy.save(file, kind, quality=QUALITY, optimize=True)
+        copy = copy.convert("1", dither=PIL.Image.Dither.NONE)
+    file = io.BytesIO()
+    copy.save(file, kind, quality=QUALITY, optimize=True)  # quality: of JPEG alone
     return file.getvalue()

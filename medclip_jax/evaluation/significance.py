@@ -71,8 +71,7 @@ def wilcoxon(a: Num[np.ndarray, " n"], b: Num[np.ndarray, " n"]) -> Wilcoxon:
     """
     difference = _differences(a, b)
     difference = difference[difference != 0]
-    n = len(difference)
-    if n == 0:
+    if not (n := len(difference)):
         return Wilcoxon(0.0, 1.0, 0, 1.0)
     test = st.wilcoxon(difference)
     return Wilcoxon(float(test.statistic), float(test.pvalue), n, min(1.0, 2.0 ** (1 - n)))

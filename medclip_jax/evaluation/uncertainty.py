@@ -41,12 +41,6 @@ def of_passes(p: Float[np.ndarray, "t n"]) -> tuple[Column, Column]:
     return whole, np.where(np.ptp(p, axis=0) == 0, 0.0, np.maximum(whole - entropy(p).mean(0), 0))
 
 
-def named(columns: Float[np.ndarray, "n 3"]) -> dict[str, Column]:
-    """Columns in the order of NAMES under their names, without those that are undefined (NaN)."""
-    measures = dict(zip(NAMES, np.asarray(columns).T, strict=True))
-    return {name: x for name, x in measures.items() if not np.isnan(x).any()}
-
-
 def measure(
     score: Column, label: Int[np.ndarray, " n"], uncertainty: Mapping[str, Column]
 ) -> dict[str, Any] | None:
@@ -68,7 +62,7 @@ def measure(
     if "sd" not in uncertainty or np.ptp(uncertainty["sd"]) == 0:
         return None
     every = {**uncertainty, "distance": -np.abs(np.asarray(score, np.float64) - 0.5)}
-    wrong = (np.asarray(score) >= 0.5) != (np.asarray(label) == 1)
+    wrong = (score >= 0.5) != (label == 1)
     measures = {n: _rejection(score, label, wrong, u) for n, u in every.items() if np.ptp(u) > 0}
     return {"coverage": list(COVERAGE), "measures": measures}
 

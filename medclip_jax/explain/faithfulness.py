@@ -1,6 +1,5 @@
-"""Do the map and its Grad-CAM point at lesions, agree, and matter to the model? Checks of one run.
+"""Do the map and its Grad-CAM agree, and matter to the model? Checks of one run.
 
-    pointing     share of masked images whose largest value lies in the mask, beside chance
     deletion     the map's score while tokens of an abnormal image are replaced by a healthy
                  support's, most important first; an explanation that the model uses lets it fall
                  faster than a random order
@@ -8,8 +7,8 @@
     randomised   rank correlation of each with itself after the encoder's last block, or all blocks,
                  are re-initialised; what stays near 1 does not explain the model (Adebayo, 2018)
 
-Labels and masks are read here: call it after scoring. The score of the map is the mean of its top
-share, which Grad-CAM explains, as a unit value: 0.5 is the pixel threshold.
+Labels are read here: call it after scoring. The score of the map is the mean of its top share,
+which Grad-CAM explains, as a unit value: 0.5 is the pixel threshold.
 """
 
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Num
+from scipy import stats
 
 from medclip_jax.clip.outputs import Features, ImageEncoder
 from medclip_jax.data.records import Record
@@ -163,10 +163,7 @@ def randomise(
     how: grad_cam.Explanation,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Mean rank correlation of each explanation with itself after blocks are re-initialised.
-
-    Tokens of the two encoders are kept in the feature cache, by seed.
-    """
+    """Mean rank correlation of each explanation with itself after blocks are re-initialised."""
     images = np.stack(
         [x for _, x in read.read_all(records, feature_cache.clip.size, feature_cache.fit)]
     )
@@ -177,10 +174,9 @@ def randomise(
         (tokens,) = encoder.encode_stacks(feature_cache, images[None], title, encode)
         try:
             again = explain(detector, tokens, how)
+            correlations[name] = {n: mean(rank_correlation(maps[n], again[n])) for n in maps}
         except grad_cam.NoGradientError:
             correlations[name] = dict.fromkeys(maps, 0.0)  # no explanation is left at all
-        else:
-            correlations[name] = {n: mean(rank_correlation(maps[n], again[n])) for n in maps}
     return correlations
 
 
@@ -219,8 +215,6 @@ def rank_correlation(
     a: Num[np.ndarray, "n p"], b: Num[np.ndarray, "n p"]
 ) -> Float[np.ndarray, " n"]:
     """Spearman's of two maps of each image; NaN where one is constant."""
-    from scipy import stats
-
     ranks = [stats.rankdata(x, axis=1) for x in (a, b)]
     centred = [r - r.mean(1, keepdims=True) for r in ranks]
     below = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))

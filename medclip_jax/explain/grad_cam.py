@@ -75,8 +75,7 @@ def gradients(
     detector: Differentiable, features: Features, layer: int, top: float
 ) -> Float[Array, "n p d"]:
     """Gradients of the scores with respect to a layer, arguments as of `cam`; can be traced."""
-    static = detector.apply, layer, max(top, LEAST_TOP)
-    return _gradients(*static, detector.params, features)
+    return _gradients(detector.apply, layer, max(top, LEAST_TOP), detector.params, features)
 
 
 def weigh(

@@ -10,7 +10,6 @@ import csv
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,9 +59,10 @@ def load(extra: str = "") -> Ontology:
     whose name is known adds its synonyms and replaces the codes that it has. Raises ConfigError for
     a file that does not exist, lacks a column, or has a malformed code.
     """
-    folder = resources.files("medclip_jax") / "assets" / "ontology"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".csv")), key=lambda f: f.name)
-    concepts = [c for f in files for c in rows(f.name, f.read_text("utf-8").splitlines())]
+    folder = Path(__file__).parents[1] / "assets" / "ontology"
+    concepts = []
+    for file in sorted(folder.glob("*.csv")):
+        concepts += rows(file.name, file.read_text("utf-8").splitlines())
     if not extra:
         return indexed(concepts)
     path = Path(extra).expanduser()
@@ -70,10 +70,9 @@ def load(extra: str = "") -> Ontology:
         raise ConfigError(f"prompts.ontology_file {extra}: no such file; correct the path")
     if (path / "MRCONSO.RRF").is_file():
         path = path / "MRCONSO.RRF"
-    if path.is_dir():
-        return licensed(concepts, "sctid", umls_snomed.snomed(path, codes(concepts, "sctid")))
-    if path.suffix.lower() == ".rrf":
-        return licensed(concepts, "cui", umls_snomed.umls(path, codes(concepts, "cui")))
+    if path.is_dir() or path.suffix.lower() == ".rrf":
+        field, read = ("sctid", umls_snomed.snomed) if path.is_dir() else ("cui", umls_snomed.umls)
+        return licensed(concepts, field, read(path, {getattr(c, field) for c in concepts} - {""}))
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -89,8 +88,8 @@ def find(ontology: Ontology, term: str, kind: str | None = None) -> Concept:
     concept = ontology.by_name.get(key(term))
     if concept is not None and kind in (None, concept.kind):
         return concept
-    known = [t for t, c in ontology.by_name.items() if kind in (None, c.kind)]
-    near = difflib.get_close_matches(key(term), known, n=3, cutoff=0.5)
+    terms = [t for t, c in ontology.by_name.items() if kind in (None, c.kind)]
+    near = difflib.get_close_matches(key(term), terms, n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise ConfigError(
         f"the ontology has no {kind or 'concept'} {term!r}{hint}; "
@@ -101,7 +100,7 @@ def find(ontology: Ontology, term: str, kind: str | None = None) -> Concept:
 def expand(
     ontology: Ontology, conditions: Sequence[str], anatomy: str, modality: str, most: int = 0
 ) -> Words:
-    """Words for what a data set shows, at most `most` for each concept (0 = all).
+    """Words for what a data set shows, at most `most` for each concept (0 = all), its own first.
 
     A condition is first looked up within its anatomy: "tumor" of the breast is "breast tumor".
     Raises ConfigError for an unknown word.
@@ -111,13 +110,12 @@ def expand(
         synonyms = {key(w): w for w in (concept.name, *concept.synonyms) if key(w) != key(term)}
         return [term, *synonyms.values()][: most or None]
 
-    def condition(term: str) -> Concept:
+    of_conditions = []
+    for term in conditions:
         specific = ontology.by_name.get(key(f"{anatomy} {term}"))
-        if specific is not None and specific.kind == "finding":
-            return specific
-        return find(ontology, term, "finding")
-
-    of_conditions = [w for c in conditions for w in words(c, condition(c))]
+        if specific is None or specific.kind != "finding":
+            specific = find(ontology, term, "finding")
+        of_conditions += words(term, specific)
     return Words(
         tuple(words(anatomy, find(ontology, anatomy, "anatomy"))),
         tuple({key(w): w for w in of_conditions}.values()),
@@ -135,18 +133,13 @@ def key(term: str) -> str:
     return re.sub(r"[\s_-]+", " ", term).strip().casefold()
 
 
-# --- tables -------------------------------------------------------------------------------------
-
-
 def rows(name: str, lines: Iterable[str]) -> list[Concept]:
     """Concepts of a CSV table; `name` is what error messages call it."""
     table = csv.DictReader(lines)
     header = table.fieldnames or []
-    missing = [c for c in ("kind", "name") if c not in header]
-    if missing:
+    if missing := [c for c in ("kind", "name") if c not in header]:
         raise ConfigError(f"{name} has no column {' and '.join(missing)}: add it to the first line")
-    unknown = [c for c in header if c not in COLUMNS]
-    if unknown:
+    if unknown := [c for c in header if c not in COLUMNS]:
         raise ConfigError(
             f"{name} has the unknown column {', '.join(map(str, unknown))}: "
             f"columns are {', '.join(COLUMNS)}"
@@ -165,9 +158,8 @@ def concept(where: str, row: dict) -> Concept:
         raise ConfigError(f"{where} has no name: give one")
     for field, (shape, rule) in SHAPES.items():
         code = cell[field]
-        if not code:
-            continue
-        if not re.fullmatch(shape, code, re.ASCII) or (field == "sctid" and not check_digit(code)):
+        valid = re.fullmatch(shape, code, re.ASCII) and (field != "sctid" or check_digit(code))
+        if code and not valid:
             raise ConfigError(f"{where}: {field} {code!r} is not a code, {rule}; correct it")
     words = tuple(w.strip() for w in cell.pop("synonyms").split("|") if w.strip())
     fields = ["words", *(f for f in CODES if cell[f])]
@@ -217,10 +209,6 @@ def indexed(concepts: list[Concept]) -> Ontology:
             if key(term) not in index:
                 raise ConfigError(f"the ontology has no {term!r}, of which {c.name!r} is part")
     return Ontology(tuple(concepts), index)
-
-
-def codes(concepts: list[Concept], field: str) -> frozenset[str]:
-    return frozenset(filter(None, (getattr(c, field) for c in concepts)))
 
 
 def licensed(

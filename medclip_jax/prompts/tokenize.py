@@ -116,8 +116,7 @@ def start_ids(
     """The token whose embedding each context vector starts from; -1: a random one (equation 4).
 
     The words of a phrase such as "a photo of a" stand next to the prompt's own phrase: last before
-    it at the `end`, first after or around it otherwise. Raises ConfigError if they are more than
-    the context.
+    it at the `end`, first after or around it otherwise. Raises ConfigError if the context is short.
     """
     start = np.full(context, -1, np.int32)
     if init == "random" or not context:

@@ -92,12 +92,10 @@ def tabbed(
     """Rows of an RF2 file whose column `by` is wanted."""
     file = lines(path)
     header = next(file, "").split("\t")
-    missing = [c for c in columns if c not in header]
-    if missing:
+    if missing := [c for c in columns if c not in header]:
         raise ConfigError(
             f"{path} has no column {', '.join(missing)}: give a file of an RF2 release, unchanged"
         )
-    column = header.index(by)
     for number, line in enumerate(file, 2):
         fields = line.split("\t")
         if len(fields) != len(header):
@@ -105,7 +103,7 @@ def tabbed(
                 f"{path} line {number} has {len(fields)} columns, its header {len(header)}: "
                 "unpack the release again"
             )
-        if fields[column] in wanted:
+        if fields[header.index(by)] in wanted:
             yield dict(zip(header, fields, strict=True))
 
 

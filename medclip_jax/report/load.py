@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 class Files(NamedTuple):
-    """What a workdir holds, read and checked."""
+    """Contents of a workdir."""
 
     config: dict[str, Any]
     steps: list[dict[str, Any]]

@@ -10,7 +10,8 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from medclip_jax.evaluation import metrics, pixel_metrics
-from medclip_jax.evaluation.pixel_metrics import IMAGE_BINS, PixelMetrics, pixel_level
+from medclip_jax.evaluation.pixel_metrics import IMAGE_BINS, PixelMetrics
+from tests.support.pixels import pixel_level
 from tests.support.reference import reference_files
 
 PIXEL_KEYS = (

@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from medclip_jax import files, train
-from medclip_jax.evaluation import metrics, pixel_metrics
+from medclip_jax.evaluation import metrics
 from medclip_jax.io import read
+from tests.support.pixels import pixel_level
 from tests.support.runs import EVERY, EXPLAINED, STEPS, log, predictions
 
 IMAGE = "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc fpr tpr"
@@ -104,7 +105,7 @@ def test_predictions_give_the_metrics_again(world, whole):
         masks.append(read.fit_mask(mask, 32))
     written = json.loads((whole / "metrics.json").read_text())
     image = metrics.image_level(held["score"], held["label"])
-    pixel = pixel_metrics.pixel_level(held["maps"].astype(np.float32), np.stack(masks))
+    pixel = pixel_level(held["maps"].astype(np.float32), np.stack(masks))
     assert files.plain(image) == pytest.approx(written["image"], abs=1e-12)
     pixel |= {"distance_unit": "px", "boundary_tolerance": 2}
     assert files.plain(pixel) == pytest.approx(written["pixel"], abs=1e-12)
