@@ -115,7 +115,7 @@ class ViT(nn.Module):
 
     def pool(self, x: Float[Array, "n s d"]) -> Float[Array, "n j"]:
         """The pooled embedding (joint space, not normalised) of the last block's tokens."""
-        return self.visual_projection(self.vision_model.post_layernorm(x[:, 0]).astype(x.dtype))
+        return self.visual_projection(self.vision_model.post_layernorm(x[:, 0]))
 
     def project(self, tokens: Float[Array, "n p d"]) -> Float[Array, "n p j"]:
         """Last block's tokens into the joint space, by the encoder's own norm and projection."""
