@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax import trained
-from medclip_jax.detectors import calibration, map_filter
+from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.explain import boxes as explain_boxes
@@ -23,6 +23,7 @@ from medclip_jax.inference import adapt as inference_adapt
 from medclip_jax.inference import predict as inference_predict
 from medclip_jax.inference import predictor
 from medclip_jax.io import read as io_read
+from medclip_jax.io.resize import pixel_area
 
 
 class Prediction(NamedTuple):
@@ -57,7 +58,7 @@ class Scorer:
         fit, size = self._predictor.fit, self._predictor.size
         frames = np.stack([io_read.fit(image, size, fit) for image in pixels])
         mm2 = [
-            map_filter.area(mm, image.shape[0], image.shape[1], size, fit)
+            pixel_area(mm, image.shape, size, fit)
             for mm, image in zip(spacings, pixels, strict=True)
         ]
         scores = predictor.score(self._predictor, frames, mm2)

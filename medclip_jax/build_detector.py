@@ -15,14 +15,13 @@ from medclip_jax.detectors import (
     calibration,
     detector,
     ensemble,
-    map_filter,
     memory_bank,
     pixel_baselines,
     prompt_detector,
     tiling,
-    zero_shot,
 )
 from medclip_jax.features import cache, tiles
+from medclip_jax.io import read
 from medclip_jax.models import model
 
 
@@ -40,7 +39,7 @@ def branch_function(name: str, clip: Clip, design: model.Design, image_score: Ca
     if name == "memory":
         return memory_bank.scorer(image_score)
     if name.startswith("zero_shot"):
-        return zero_shot.scorer(clip, design.prompts.label)
+        return prompt_detector.zero_shot_scorer(clip, design.prompts.label)
     return prompt_detector.scorer(design, image_score)
 
 
@@ -107,14 +106,14 @@ def branch(
     image_score = image_score_of(c, clip)
     plain = name.startswith("zero_shot")
     if images is None:
-        return zero_shot.build(clip, frozen, plain_design, None, 0)
+        return prompt_detector.zero_shot(clip, frozen, plain_design, None, 0)
 
     def scale(tokens, calibrating):
         if name == "memory":
             like = {"k": images.k, "coreset": c.memory_coreset, "calibrating": calibrating}
             return memory_bank.build(tokens, image_score, clip.size, **like)
         if plain:
-            return zero_shot.build(clip, frozen, plain_design, calibrating, images.k)
+            return prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, images.k)
         return prompt_detector.build(
             params, frozen, design, image_score, calibrating, folds, images.k
         )
@@ -135,7 +134,7 @@ def calibrate(
     """Thresholds of a detector, from its scores of the supports."""
     steps, mm2 = config_validation.map_filter(c), None
     if steps:
-        mm2 = list(map_filter.areas(records, feature_cache.clip.size, feature_cache.fit))
+        mm2 = read.pixel_areas(records, feature_cache.clip.size, feature_cache.fit)
         mm2 = mm2 * len(scores.calibration.image) if c.k == 1 else mm2  # views of the one support
     return detector.calibrate(
         scores,

@@ -7,16 +7,13 @@ which are means over patches.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
 from skimage import morphology
-
-from medclip_jax.data.records import Record
-from medclip_jax.io import read
 
 Maps = Float[np.ndarray, "n s s"]
 
@@ -39,7 +36,7 @@ def learn(
     Args:
         settings: steps of config.score.map_filter by name.
         maps: raw maps of the supports, each held out.
-        mm2: area in mm² of a pixel of each, as `areas` gives; None: unknown for all.
+        mm2: area in mm² of a pixel of each, None where it is unknown.
 
     The ceiling is a quantile of the maps after the other steps.
     """
@@ -93,23 +90,3 @@ def pixels(steps: Steps, mm2: float | None) -> int:
         return int(steps.min_area_pixels)
     # 2 mm² of pixels of 0.1 mm² are 20, whatever rounding says
     return math.ceil(steps.min_area_mm2 / mm2 - 1e-9)
-
-
-def areas(records: Iterable[Record], size: int, fit: read.Mode) -> Iterator[float | None]:
-    """Area in mm² of a pixel of the encoder frame for each image, None without a spacing.
-
-    size: side of the encoder frame. fit: "stretch" or "pad". Raises DataError as readers.read.
-    """
-    for record in records:
-        image = read.read(record.path)
-        yield area(image.spacing, image.pixels.shape[1], image.pixels.shape[2], size, fit)
-
-
-def area(
-    spacing: tuple[float, float] | None, height: int, width: int, size: int, fit: read.Mode
-) -> float | None:
-    """Area in mm² of a pixel of the encoder frame; spacing is that of the image, mm."""
-    if spacing is None:
-        return None
-    sides = (height, width) if fit == "stretch" else (max(height, width),) * 2
-    return spacing[0] * sides[0] / size * spacing[1] * sides[1] / size

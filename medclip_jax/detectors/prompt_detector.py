@@ -1,15 +1,17 @@
-"""The trained prompts and adapters as a detector."""
+"""Prompts as a detector: trained ones with their adapters, or plain ones (zero-shot)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors.detector import Detector, Scores
-from medclip_jax.models import model
+from medclip_jax.models import model, similarity
 
 
 def scorer(design: model.Design, pool: Callable) -> Callable[..., Scores]:
@@ -67,3 +69,36 @@ def learned(params: dict) -> tuple[Any, Any]:
     """
     own = params["learned"]
     return (own["learned"], own["text"]) if "learned" in own else (own, params["text"])
+
+
+def zero_shot_scorer(clip: checkpoint.Clip, label: np.ndarray) -> Callable[..., Scores]:
+    """The `apply` of plain prompts; params {text [c, d], scale}. label [c]: 1 is abnormal.
+
+    Patches are the last level's tokens through the encoder's own norm and projection. Scores are
+    logits: 0 is where both classes are equally likely.
+    """
+
+    def apply(params, features, key):
+        words = similarity.Text(params["text"], label), params["scale"]
+        variables, last = {"params": clip.vision}, features.levels[-1]
+        joint = clip.image_encoder.apply(variables, last, method="project")
+        pooled = similarity.plain_logit(features.pooled[:, None], *words)[:, 0]
+        return Scores(similarity.plain_logit(joint, *words), pooled)
+
+    return apply
+
+
+def zero_shot(
+    clip: checkpoint.Clip, frozen: dict, design: model.Design, tokens: Features | None, k: int
+) -> Detector:
+    """The detector of the prompts of `design`, which have no context.
+
+    tokens: of what calibrates; None: there is no support (K = 0). k: number of supports.
+    """
+    apply = zero_shot_scorer(clip, design.prompts.label)
+    text = jax.jit(partial(model.text_features, {}, design=design))(frozen)
+    params = {"text": text, "scale": jnp.exp(frozen["logit_scale"])}
+    calibration = Scores(np.zeros((0, design.grid**2), np.float32), np.zeros(0, np.float32))
+    if tokens is not None:
+        calibration = jax.device_get(jax.jit(apply)(params, tokens, None))
+    return Detector(apply, params, None, calibration, k, False, design.size)

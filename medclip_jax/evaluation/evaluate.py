@@ -12,7 +12,6 @@ from medclip_jax import files
 from medclip_jax.clip.outputs import Features
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration as detectors_calibration
-from medclip_jax.detectors import map_filter
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
 from medclip_jax.distributed import multihost, sharding
@@ -61,7 +60,7 @@ def score_images(
         check_finite(records, raw)
         mm2 = None
         if calibration.filter.min_area_mm2:
-            mm2 = list(map_filter.areas(records, detector.size, feature_cache.fit))
+            mm2 = read.pixel_areas(records, detector.size, feature_cache.fit)
         scores = finish(raw, calibration, mm2)
         maps[i * BATCH : i * BATCH + n] = detectors_calibration.half_precision(scores.maps)
         parts.append((scores._replace(maps=np.zeros(n)), cams[:n]))

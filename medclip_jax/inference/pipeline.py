@@ -23,7 +23,6 @@ import PIL.Image
 from jaxtyping import Float, UInt8, UInt16
 
 from medclip_jax.clip.outputs import Features
-from medclip_jax.detectors import map_filter
 from medclip_jax.detectors.detector import Raw, finish
 from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, results
@@ -32,6 +31,7 @@ from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Predictor
 from medclip_jax.io import dicom, read
 from medclip_jax.io.image import Image, parse_window
+from medclip_jax.io.resize import pixel_area
 
 LARGE_FILE = 16 << 20  # bytes; a larger file is read alone
 READ_AHEAD = 1 << 28  # bytes of images that were read and wait for the encoder or a whole batch
@@ -183,8 +183,7 @@ def load(item: Item, model: Predictor, output: Path, stamp: str) -> Job:
         if not np.isfinite(fitted).all():
             raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")
         shown = np.stack([np.round(255 * frame).astype(np.uint8) for frame in image.pixels])
-        height, width = image.pixels.shape[1:]
-        mm2 = map_filter.area(image.spacing, height, width, model.size, model.fit)
+        mm2 = pixel_area(image.spacing, image.pixels.shape[1:], model.size, model.fit)
         stacked = np.stack(fitted)
         return Job(item, Loaded(key, sha256, shown, stacked, image.spacing, image.meta, mm2))
     except (DataError, OSError, MemoryError) as error:

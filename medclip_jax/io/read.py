@@ -20,7 +20,7 @@ from medclip_jax.io.dicom_header import is_dicom
 from medclip_jax.io.image import Image, choose, no_hounsfield, parse_window
 from medclip_jax.io.nifti import Axis, read_nifti
 from medclip_jax.io.pillow import read_pillow
-from medclip_jax.io.resize import Mode, fit, fit_mask, to_frame
+from medclip_jax.io.resize import Mode, fit, fit_mask, pixel_area, to_frame
 
 __all__ = ["Axis", "Mode", "fit", "fit_mask", "read", "read_all", "read_mask", "to_frame"]
 
@@ -120,6 +120,12 @@ def read_all(
             pixels = future.result()
             running.extend((s, pool.submit(one, s)) for s in islice(waiting, 1))
             yield source, pixels
+
+
+def pixel_areas(sources: Iterable[Source], size: int, mode: Mode) -> list[float | None]:
+    """`resize.pixel_area` of each image, which is read for it. Raises DataError."""
+    images = (read(source.path) for source in sources)
+    return [pixel_area(x.spacing, x.pixels.shape[1:], size, mode) for x in images]
 
 
 def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:

@@ -48,6 +48,23 @@ def to_square(patch: Num[np.ndarray, "n p"], size: int) -> Float[np.ndarray, "n 
     return np.stack([to_frame(square, size, size) for square in squares])
 
 
+def pixel_area(
+    spacing: tuple[float, float] | None, shape: tuple[int, ...], size: int, mode: Mode
+) -> float | None:
+    """Area in mm² that a pixel of the square covers, None without a spacing.
+
+    Args:
+      spacing: of the image, mm (row, column).
+      shape: of the image, (height, width).
+      size: side of the square, pixels.
+      mode: the one `fit` was called with.
+    """
+    if spacing is None:
+        return None
+    height, width = shape if mode == "stretch" else (max(shape),) * 2
+    return spacing[0] * height / size * spacing[1] * width / size
+
+
 def _box(height: int, width: int, size: int, mode: Mode) -> tuple[int, int, int, int]:
     """Where the image lies in the square: (top, left, rows, columns)."""
     if mode == "stretch":

@@ -7,7 +7,7 @@ import pytest
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
 from medclip_jax.clip import checkpoint, hf_weights
-from medclip_jax.detectors import calibration, detector, prompt_detector, zero_shot
+from medclip_jax.detectors import calibration, detector, prompt_detector
 from medclip_jax.models import model
 from tests.support.models import design_of, rows, tokens
 from tests.support.scenes import POOL, RATES, SIZE
@@ -124,7 +124,7 @@ def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
     got = checkpoint.encode_images(
         compact.vision, grey, encoder=compact.image_encoder, mean=compact.mean, std=compact.std
     )
-    made = zero_shot.build(compact, frozen, design, got, 1)
+    made = prompt_detector.zero_shot(compact, frozen, design, got, 1)
 
     theirs = Theirs.from_pretrained(hf_weights.EMBEDDED)
     params = theirs.params
@@ -161,7 +161,7 @@ def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
 
 def test_without_supports_the_decision_is_where_both_classes_are_equally_likely(tiny):
     design, frozen = design_of(tiny, context=0)
-    made = zero_shot.build(tiny, frozen, design, None, 0)
+    made = prompt_detector.zero_shot(tiny, frozen, design, None, 0)
     found = detector.calibrate(made, **RATES)
     got = detector.score_batch(made, found, tokens(3), jax.random.split(jax.random.key(0), 2))
     np.testing.assert_array_equal(got.alarm, np.asarray(detector.score(made, tokens(3)).image) > 0)

@@ -9,6 +9,7 @@ import pytest
 
 from medclip_jax.detectors import calibration, detector, map_filter, saved
 from medclip_jax.features import cache
+from medclip_jax.io import read, resize
 from medclip_jax.io.image import Image
 from medclip_jax.models import similarity
 from tests.support.pictures import write_pictures
@@ -73,16 +74,16 @@ def test_the_area_is_in_square_millimetres_where_the_spacing_is_known():
 @pytest.mark.parametrize("fit, wanted", [("stretch", 0.5 * 30 / 60 * 0.2), ("pad", 0.5 * 0.2)])
 def test_a_pixel_of_the_frame_covers_what_it_covered(fit, wanted):
     """An image of 30 x 60 pixels of 0.5 x 0.2 mm in a frame of 60."""
-    assert map_filter.area((0.5, 0.2), 30, 60, 60, fit) == pytest.approx(wanted)
-    assert map_filter.area(None, 30, 60, 60, fit) is None
+    assert resize.pixel_area((0.5, 0.2), (30, 60), 60, fit) == pytest.approx(wanted)
+    assert resize.pixel_area(None, (30, 60), 60, fit) is None
 
 
 def test_areas_read_the_images(tmp_path, monkeypatch):
     records = write_pictures(tmp_path, 2)
-    assert list(map_filter.areas(records, 32, "stretch")) == [None, None]
+    assert read.pixel_areas(records, 32, "stretch") == [None, None]
     made = Image(np.zeros((1, 30, 40), np.float32), (0.4, 0.8), {})
-    monkeypatch.setattr(map_filter.read, "read", lambda path: made)
-    assert list(map_filter.areas(records[:1], 20, "stretch")) == [pytest.approx(0.6 * 1.6)]
+    monkeypatch.setattr(read, "read", lambda path: made)
+    assert read.pixel_areas(records[:1], 20, "stretch") == [pytest.approx(0.6 * 1.6)]
 
 
 def test_smoothing_keeps_the_sum_and_lowers_the_peak():

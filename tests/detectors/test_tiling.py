@@ -13,7 +13,6 @@ from medclip_jax.detectors import (
     memory_bank,
     prompt_detector,
     tiling,
-    zero_shot,
 )
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features import cache, encoder, tiles
@@ -97,7 +96,7 @@ def wide(tmp_path_factory, tiny):
             if name == "memory":
                 return memory_bank.build(tokens, POOL, SIZE, k=k, calibrating=calibrating)
             if name == "zero_shot":
-                return zero_shot.build(tiny, frozen, plain, calibrating, k)
+                return prompt_detector.zero_shot(tiny, frozen, plain, calibrating, k)
             return prompt_detector.build(own, frozen, design, POOL, calibrating, folds, k)
 
         whole = scale(found.tokens, found.calibrating)

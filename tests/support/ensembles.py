@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from medclip_jax.detectors import ensemble, memory_bank, prompt_detector, zero_shot
+from medclip_jax.detectors import ensemble, memory_bank, prompt_detector
 from medclip_jax.features import cache, encoder, tiles
 from tests.support.models import design_of
 from tests.support.pictures import one_device, write_pictures
@@ -24,6 +24,6 @@ def fused(tmp_path_factory, tiny):
     branches = {
         "learned": prompt_detector.build(params, frozen, design, POOL, tokens, folds, 4),
         "memory": memory_bank.build(tokens, POOL, SIZE, k=4),
-        "zero_shot_image": zero_shot.build(tiny, frozen, plain, tokens, 4),
+        "zero_shot_image": prompt_detector.zero_shot(tiny, frozen, plain, tokens, 4),
     }
     return branches, ensemble.build(branches)
