@@ -20,8 +20,8 @@ from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.explain import boxes as explain_boxes
 from medclip_jax.inference import adapt as inference_adapt
+from medclip_jax.inference import inputs, predictor
 from medclip_jax.inference import predict as inference_predict
-from medclip_jax.inference import predictor
 from medclip_jax.io import read as io_read
 from medclip_jax.io.resize import pixel_area
 
@@ -73,9 +73,8 @@ class Scorer:
         """
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
-        return inference_predict.run(
-            self._predictor, [str(n) for n in named], Path(output), cam=cam
-        )
+        items = inputs.find([str(name) for name in named])
+        return inference_predict.run(self._predictor, items, Path(output), cam=cam)
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.

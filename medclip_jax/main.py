@@ -185,11 +185,11 @@ def use(args: flags.FlagValues, folder: Path) -> None:
         size = export.save(trained.load_predictor(folder), output)
         logging.info("%s: %.1f MB", output, size / 1e6)
         return
-    from medclip_jax.inference import predict
+    from medclip_jax.inference import inputs, predict
 
-    summary = predict.run(
-        trained.load_predictor(folder), args.input, output, args.part, args.pseudonymise, args.cam
-    )
+    items = inputs.find(args.input, args.pseudonymise)
+    predictor = trained.load_predictor(folder)
+    summary = predict.run(predictor, items, output, args.part, args.pseudonymise, args.cam)
     logging.info(
         "%d scored, %d finished before, %d unreadable, %d alarm(s): %s",
         *summary,

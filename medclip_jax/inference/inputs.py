@@ -15,7 +15,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medclip_jax.errors import ConfigError
+from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io.read import DICOM, NIFTI, PILLOW, is_dicom
 
 HEADER = (
@@ -38,17 +38,23 @@ def find(named: Sequence[str], pseudonymise: bool = False) -> list[Item]:
 
     A path that exists is taken literally, else as a glob pattern (** goes through folders). In a
     folder only files of known kinds are taken; a file named itself is always taken, to be scored or
-    listed as unreadable. pseudonymise: output names are hashes alone.
+    listed as unreadable. pseudonymise: output names are hashes alone. Raises DataError if there is
+    no image.
     """
     items: list[Item] = []
-    taken: set[str] = set()
+    seen: set[str] = set()
     folders: set[tuple[int, int]] = set()
     for path in _expand(named):
         root = os.path.dirname(os.path.abspath(path))
-        found = [f for f in _walk(path, folders) if f not in taken]
-        taken.update(found)
-        for kind, paths in _group(found):
+        new = [f for f in _walk(path, folders) if f not in seen]
+        seen.update(new)
+        for kind, paths in _group(new):
             items.append(_item(root, kind, paths, pseudonymise))
+    if not items:
+        raise DataError(
+            f"{', '.join(named)}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
+            "give files, folders or glob patterns"
+        )
     return _unique(items)
 
 

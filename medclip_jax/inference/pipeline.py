@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, UInt8, UInt16
+from jaxtyping import Float
 
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors.detector import Raw, finish
@@ -29,6 +29,7 @@ from medclip_jax.inference import inputs, results
 from medclip_jax.inference import predictor as predictors
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Predictor
+from medclip_jax.inference.results import Loaded
 from medclip_jax.io import dicom, read
 from medclip_jax.io.image import Image, parse_window
 from medclip_jax.io.resize import pixel_area
@@ -39,41 +40,22 @@ LARGE_IMAGE = 1 << 24  # pixels; a decoded one takes up to 12 bytes while it bec
 one_large_image = threading.Lock()
 
 
-class Loaded(NamedTuple):
-    """One item, read: in its own frame for display, in the encoder frame for scoring."""
-
-    key: str  # names content, detector and settings
-    sha256: str
-    pixels: UInt8[np.ndarray, "f h w"]
-    fitted: Float[np.ndarray, "f s s"]
-    spacing: tuple[float, float] | None  # mm (row, column)
-    meta: dict[str, str]
-    mm2: float | None = None  # area of a pixel of the encoder frame
-
-
 @dataclass
 class Job:
     """One item on its way; `rows` is set once it is finished, `error` if it cannot be read."""
 
     item: Item
     loaded: Loaded | None = None
-    codes: UInt16[np.ndarray, "f h w"] | None = None  # maps, filled as frames are scored
     parts: list[Future] = field(default_factory=list)  # of results.Part, in order of frames
     scored: int = 0  # frames
     rows: list[dict[str, Any]] | None = None
     error: str = ""
 
-    def read(self) -> Loaded:
+    def content(self) -> Loaded:
         """What was read; only for items that are neither finished nor refused."""
         if self.loaded is None:
             raise RuntimeError(f"{self.item.source} was not read")
         return self.loaded
-
-    def coded(self) -> UInt16[np.ndarray, "f h w"]:
-        """Its maps; filled once `parts` are done."""
-        if self.codes is None:
-            self.codes = np.empty(self.read().pixels.shape, np.uint16)
-        return self.codes
 
     def is_scored(self) -> bool:
         """Whether all frames, if there are any, are with the detector or past it."""
@@ -166,7 +148,7 @@ def _is_large(item: Item) -> bool:
         return False
 
 
-def load(item: Item, model: Predictor, output: Path, stamp: str) -> Job:
+def load(item: Item, predictor: Predictor, output: Path, stamp: str) -> Job:
     """Read one item, unless its finished result is there."""
     try:
         for path in item.paths:
@@ -178,14 +160,14 @@ def load(item: Item, model: Predictor, output: Path, stamp: str) -> Job:
         if rows is not None:
             return Job(item, rows=rows)
         with _in_turn(item):
-            image = _image(item, model.window)
-        fitted = [read.fit(frame, model.size, model.fit) for frame in image.pixels]
+            image = _image(item, predictor.window)
+        fitted = np.stack([read.fit(x, predictor.size, predictor.fit) for x in image.pixels])
         if not np.isfinite(fitted).all():
             raise DataError(f"{item.source} holds NaN or infinite pixels: set them to a number")
         shown = np.stack([np.round(255 * frame).astype(np.uint8) for frame in image.pixels])
-        mm2 = pixel_area(image.spacing, image.pixels.shape[1:], model.size, model.fit)
-        stacked = np.stack(fitted)
-        return Job(item, Loaded(key, sha256, shown, stacked, image.spacing, image.meta, mm2))
+        mm2 = pixel_area(image.spacing, image.pixels.shape[1:], predictor.size, predictor.fit)
+        codes = np.empty(shown.shape, np.uint16)
+        return Job(item, Loaded(key, sha256, shown, fitted, image.spacing, image.meta, mm2, codes))
     except (DataError, OSError, MemoryError) as error:
         return Job(item, rows=[], error=_reason(error, item))
 
@@ -236,25 +218,25 @@ Group = list[tuple[Job, Float[np.ndarray, "s s"]]]
 Read = tuple[Raw, Float[np.ndarray, "n p"]]  # scores and Grad-CAM
 
 
-def score(model: Predictor, arriving: Iterator[Job], pool: ThreadPoolExecutor) -> Iterator[Job]:
+def score(predictor: Predictor, arriving: Iterator[Job], pool: ThreadPoolExecutor) -> Iterator[Job]:
     """The same jobs in order, each with the parts of all its frames, done or under way.
 
     A batch is filled before it is encoded, unless the images that wait for it take much memory.
     """
-    size = predictors.batch_size(model)
+    size = predictors.batch_size(predictor)
     line: collections.deque[Job] = collections.deque()  # in order, not yet scored or behind such
     waiting: Group = []
     with ThreadPoolExecutor(1) as device:
         running: collections.deque[tuple[Group, Future]] = collections.deque()
 
         def encode(group: Group) -> None:
-            tokens = predictors.encode(model, np.stack([frame for _, frame in group]))
-            running.append((group, device.submit(_read, model, tokens, len(group))))
+            tokens = predictors.encode(predictor, np.stack([frame for _, frame in group]))
+            running.append((group, device.submit(_read, predictor, tokens, len(group))))
 
         def hand_out(most: int) -> None:
             while len(running) > most:
                 group, future = running.popleft()
-                _submit(model, group, future.result(), pool)
+                _submit(predictor, group, future.result(), pool)
 
         for job in arriving:
             line.append(job)
@@ -275,11 +257,11 @@ def score(model: Predictor, arriving: Iterator[Job], pool: ThreadPoolExecutor) -
         yield from line
 
 
-def _read(model: Predictor, tokens: Features, n: int) -> Read:
-    return predictors.read(model, tokens, n), predictors.explain(model, tokens, n)
+def _read(predictor: Predictor, tokens: Features, n: int) -> Read:
+    return predictors.read(predictor, tokens, n), predictors.explain(predictor, tokens, n)
 
 
-def _submit(model: Predictor, group: Group, read: Read, pool: ThreadPoolExecutor) -> None:
+def _submit(predictor: Predictor, group: Group, read: Read, pool: ThreadPoolExecutor) -> None:
     """Hand each item's frames of a batch to the pool."""
     start = 0
     while start < len(group):
@@ -287,13 +269,13 @@ def _submit(model: Predictor, group: Group, read: Read, pool: ThreadPoolExecutor
         while end < len(group) and group[end][0] is job:
             end += 1
         own = jax.tree.map(lambda x, rows=slice(start, end): x[rows], read)
-        codes = job.coded()[job.scored : job.scored + end - start]
-        job.parts.append(pool.submit(_part, model, job.read(), codes, job.scored, own))
+        job.parts.append(pool.submit(_part, predictor, job.content(), job.scored, own))
         job.scored += end - start
         start = end
 
 
-def _part(model: Predictor, loaded: Loaded, codes: np.ndarray, first: int, read: Read):
+def _part(predictor: Predictor, loaded: Loaded, first: int, read: Read) -> results.Part:
     raw, cams = read
-    scores = finish(raw, model.calibration, [loaded.mm2] * len(raw.image))
-    return results.part(scores, codes, first, loaded.spacing, model.fit, cams)
+    scores = finish(raw, predictor.calibration, [loaded.mm2] * len(raw.image))
+    codes = loaded.codes[first : first + len(raw.image)]
+    return results.part(scores, codes, first, loaded.spacing, predictor.fit, cams)

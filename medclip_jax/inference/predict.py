@@ -1,44 +1,38 @@
-"""Score what a user names: files, folders, globs, DICOM series, NIfTI volumes.
+"""Score files, folders, globs, DICOM series and NIfTI volumes; write results and two tables.
 
 Reading, scoring and writing overlap and hold a bounded number of images: a few small ones per core,
-or one volume. An item whose bytes and scorer are those of a finished result is skipped, so the same
-command resumes where a stopped one stood. What cannot be read is listed, not fatal.
+or one volume. An item with the bytes and detector of a finished result is skipped, so the same
+command resumes a stopped one. What cannot be read is listed, not fatal.
 """
 
 import collections
-import contextlib
+import csv
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
+from medclip_jax import files
 from medclip_jax.distributed import runtime
 from medclip_jax.errors import DataError
-from medclip_jax.inference import inputs, pipeline, results, tables
+from medclip_jax.inference import inputs, pipeline, results
+from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.pipeline import Job
 from medclip_jax.inference.predictor import Predictor, batch_size
-from medclip_jax.inference.results import Result
 from medclip_jax.io import dicom_write
 
 FORMAT = 3  # of the outputs; with another number finished items are scored again
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
+STALE = 86400  # seconds
 
 
 class Summary(NamedTuple):
@@ -52,142 +46,156 @@ class Summary(NamedTuple):
 
 
 def run(
-    model: Predictor,
-    named: Sequence[str],
+    predictor: Predictor,
+    items: Sequence[Item],
     output: Path,
     part: str = "",
     pseudonymise: bool = False,
     cam: bool = False,
 ) -> Summary:
-    """Score all images that `named` names and write their results below `output`.
+    """Score items and write their results below `output`.
 
-    part: "i/n" takes the i-th of n shares, for several processes; each writes its own table, and
-    one call without it joins them. pseudonymise: no names or identifiers of the sources in any
-    output, also where DICOM would have them copied. cam: also write the Grad-CAM of each item.
+    Args:
+        items: as `inputs.find` names them, with the same `pseudonymise`.
+        part: "i/n" takes the i-th of n shares, for several processes; each writes its own table,
+            and one call without it joins them.
+        pseudonymise: no names or identifiers of the sources in any output, also where DICOM would
+            have them copied.
+        cam: also write the Grad-CAM of each item.
 
-    Raises DataError if nothing was found or nothing could be read, ConfigError for a bad `part`,
-    WorkdirError if there is no scorer or the output cannot be written, Preempted on SIGTERM.
+    Raises DataError if nothing could be read, ConfigError for a bad `part`, WorkdirError if the
+    output cannot be written, Preempted on SIGTERM.
     """
     dicom_write.quieten()
-    items = inputs.find(named, pseudonymise)
-    if not items:
-        raise DataError(
-            f"{', '.join(named)}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
-            "give files, folders or glob patterns"
-        )
     items = inputs.share(items, part)
     logging.info("%d item(s) to score", len(items))
-    model = model if cam else model._replace(explanation=None)
-    settings = f"{FORMAT} {model.digest} {pseudonymise} {model.explanation}"
+    predictor = predictor if cam else predictor._replace(explanation=None)
+    settings = f"{FORMAT} {predictor.digest} {pseudonymise} {predictor.explanation}"
     stamp = hashlib.sha256(settings.encode()).hexdigest()
-    tables.clean(output)
-    table = output / (f"results.{part.replace('/', '-of-')}.csv" if part else "results.csv")
-    done = _process(model, items, output, stamp, table, pseudonymise)
-    if done.unreadable == len(items) > 0:
-        raise DataError(
-            f"none of the {len(items)} item(s) could be read: {table.parent}/"
-            f"{tables.unreadable_name(table.name)} says why"
-        )
-    return done
-
-
-def _process(model, items, output, stamp, table, pseudonymise) -> Summary:
-    """Stream the items through readers, scorer and writers, in order."""
+    clean(output)
+    share = f".{part.replace('/', '-of-')}" if part else ""
+    table, bad = output / f"results{share}.csv", output / f"unreadable{share}.csv"
     counts: collections.Counter[str] = collections.Counter()
-    bar = Progress(
-        TextColumn("predict"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    most = 4 * batch_size(model)  # so that the encoder does not wait for writers
+    reasons = []
+    with _open_tables(table, bad) as add, runtime.sigterm() as stop:
+        stream = _stream(predictor, items, output, stamp, pseudonymise, stop)
+        with closing(stream):
+            for job, rows in runtime.progress(stream, "predict", len(items)):
+                add(job.item, rows, job.error)
+                known = "skipped" if job.rows is not None else "scored"
+                counts["unreadable" if job.error else known] += 1
+                counts["alarms"] += sum(row["alarm"] for row in rows)
+                if job.error and len(reasons) < LISTED:
+                    reasons.append(f"{job.item.source}: {job.error}")
+        if stop.is_set():
+            done = counts.total() - counts["alarms"]
+            raise runtime.Preempted(f"stopped by SIGTERM after {done} of {len(items)} items")
+    if reasons:
+        logging.warning("%d item(s) could not be read (all in %s):", counts["unreadable"], bad)
+        for reason in reasons:
+            logging.warning("  %s", reason)
+    if counts["unreadable"] == len(items) > 0:
+        raise DataError(f"none of the {len(items)} item(s) could be read: {bad} says why")
+    return Summary(*(counts[name] for name in Summary._fields[:4]), table)
+
+
+def _stream(
+    predictor, items, output, stamp, pseudonymise, stop
+) -> Iterator[tuple[Job, list[dict]]]:
+    """Read, score and write items; yields each, in order, with its rows of the table."""
+    size = batch_size(predictor)
+    load = partial(pipeline.load, predictor=predictor, output=output, stamp=stamp)
     objects = dicom_write.builder(sum(item.kind == "dicom" for item in items))
-    with objects as build, _threads() as pools:  # threads end first: they wait for objects
-        with tables.writer(table) as add, runtime.sigterm() as stop, bar:
-            shown = bar.add_task("predict", total=len(items))
-            load = partial(pipeline.load, model=model, output=output, stamp=stamp)
-            reading = pipeline.read_ahead(pools[0], items, load, 2 * batch_size(model), stop)
-            writing: collections.deque[tuple[Job, Future | None]] = collections.deque()
-
-            def full(most: int) -> bool:
-                return len(writing) > most or sum(job.size() for job, _ in writing) > PENDING
-
-            def settle(most: int) -> None:
-                while writing and (full(most) or writing[0][1] is None or writing[0][1].done()):
-                    job, future = writing.popleft()
-                    rows = (job.rows or []) if future is None else future.result()
-                    add(job.item, rows, job.error)
-                    kind = "unreadable" if job.error else "skipped" if future is None else "scored"
-                    counts[kind] += 1
-                    counts["alarms"] += sum(row["alarm"] for row in rows)
-                    bar.advance(shown)
-
-            with contextlib.closing(reading):
-                for job in pipeline.score(model, reading, pools[1]):
-                    future = None
-                    if not job.error and job.rows is None:
-                        future = pools[1].submit(_write, model, job, output, pseudonymise, build)
-                    writing.append((job, future))
-                    settle(most)
-                settle(0)
-            if stop.is_set():
-                at = sum(counts[kind] for kind in ("scored", "skipped", "unreadable"))
-                raise runtime.Preempted(f"stopped by SIGTERM after {at} of {len(items)} items")
-    _warn_unreadable(counts["unreadable"], table)
-    return Summary(
-        *(counts["scored"], counts["skipped"], counts["unreadable"], counts["alarms"]), table
-    )
+    # threads end first: they wait for objects
+    with objects as build, _threads(1) as readers, _threads(2) as writers:
+        write = partial(_write, predictor, output, pseudonymise, build)
+        with closing(pipeline.read_ahead(readers, items, load, 2 * size, stop)) as reading:
+            jobs = pipeline.score(predictor, reading, writers)
+            # so many that the encoder does not wait for writers
+            yield from _written(jobs, writers, write, 4 * size)
 
 
-@contextlib.contextmanager
-def _threads() -> Iterator[list[ThreadPoolExecutor]]:
-    """Readers and writers."""
-    pools = [ThreadPoolExecutor(n * (os.cpu_count() or 1)) for n in (1, 2)]
+def _written(
+    jobs: Iterable[Job], pool: ThreadPoolExecutor, write: Callable, most: int
+) -> Iterator[tuple[Job, list[dict]]]:
+    """Hand jobs to `write` on threads; yields them, in order, with their rows."""
+    writing: collections.deque[tuple[Job, Future]] = collections.deque()
+
+    def crowded() -> bool:
+        return len(writing) > most or sum(job.size() for job, _ in writing) > PENDING
+
+    for job in jobs:
+        writing.append((job, pool.submit(write, job)))
+        while writing and (writing[0][1].done() or crowded()):
+            job, future = writing.popleft()
+            yield job, future.result()
+    for job, future in writing:
+        yield job, future.result()
+
+
+@contextmanager
+def _threads(per_core: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(per_core * (os.cpu_count() or 1))
     try:
-        yield pools
+        yield pool
     finally:
-        for pool in pools:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Rate(ProgressColumn):
-    """Items per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write(
-    model: Predictor, job: Job, output: Path, pseudonymise: bool, build: dicom_write.Build
+    predictor: Predictor, output: Path, pseudonymise: bool, build: dicom_write.Build, job: Job
 ) -> list[dict]:
-    loaded = job.read()
-    result = Result(
-        loaded.key,
-        loaded.sha256,
-        loaded.pixels,
-        loaded.spacing,
-        loaded.meta,
-        [future.result() for future in job.parts],  # submitted to the same pool, but before
-        job.coded(),
-        model.fit,
-        {
-            "scorer": model.digest,
-            "checkpoint": model.about["checkpoint"],
-            "method": model.about["method"],
-            "alpha_requested": model.calibration.image.alpha_requested,
-            "alpha_attained": model.calibration.image.alpha_attained,
-        },
-    )
-    return results.write(output, job.item, result, pseudonymise, build)
+    """Write what was scored; the rows of the table."""
+    if job.rows is not None:
+        return job.rows
+    image = predictor.calibration.image
+    model = {
+        "scorer": predictor.digest,
+        "checkpoint": predictor.about["checkpoint"],
+        "method": predictor.about["method"],
+        "alpha_requested": image.alpha_requested,
+        "alpha_attained": image.alpha_attained,
+    }
+    parts = [future.result() for future in job.parts]  # submitted to the same pool, but before
+    loaded = job.content()
+    return results.write(output, job.item, loaded, parts, predictor.fit, model, pseudonymise, build)
 
 
-def _warn_unreadable(count: int, table: Path) -> None:
-    if not count:
-        return
-    path = table.parent / tables.unreadable_name(table.name)
-    lines = tables.read(path, LISTED)
-    logging.warning("%d item(s) could not be read (all in %s):", count, path)
-    for row in lines:
-        logging.warning("  %s: %s", row["source"], row["reason"])
+@contextmanager
+def _open_tables(table: Path, bad: Path) -> Iterator[Callable[[Item, list[dict], str], None]]:
+    """What adds an item's rows to results.csv, or its error to unreadable.csv.
+
+    Both files appear when the block is left without an error. Raises WorkdirError if they cannot
+    be written.
+    """
+    with files.writing(table) as one, files.writing(bad) as two:
+        texts = [TextIOWrapper(f, "utf-8", newline="", write_through=True) for f in (one, two)]
+        scored = csv.DictWriter(texts[0], results.COLUMNS)
+        unreadable = csv.DictWriter(texts[1], ("source", "reason"))
+        scored.writeheader()
+        unreadable.writeheader()
+
+        def add(item: Item, rows: list[dict], error: str) -> None:
+            scored.writerows(rows)
+            if error:
+                unreadable.writerow({"source": item.source, "reason": error})
+
+        yield add
+
+
+def clean(folder: Path) -> int:
+    """Delete temporary files that killed processes left in an output folder; returns how many.
+
+    Only those of `files` that are a day old and name no process of this machine: the others may be
+    written at this moment, also where a clock jumped.
+    """
+    old, count = time.time() - STALE, 0
+    for path in folder.glob(".*.tmp"):
+        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if match is None or path.is_symlink() or not path.is_file():
+            continue
+        with suppress(FileNotFoundError):  # its process, or another one like this, was faster
+            if path.stat().st_mtime < old and not Path("/proc", match[1]).exists():
+                path.unlink()
+                count += 1
+    return count

@@ -21,13 +21,28 @@ from medclip_jax import files
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.explain import boxes
-from medclip_jax.inference import tables
 from medclip_jax.inference.inputs import Item
-from medclip_jax.io import dicom_write, nifti, pillow, read, resize
-from medclip_jax.io.pillow import encode_png
+from medclip_jax.io import dicom_write, nifti, pillow, resize
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
+COLUMNS = (
+    *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
+    *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
+)
 CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the image's frame
+
+
+class Loaded(NamedTuple):
+    """One item, read: in its own frame for display, in the encoder frame for scoring."""
+
+    key: str  # names content, detector and settings
+    sha256: str
+    pixels: UInt8[np.ndarray, "f h w"]
+    fitted: Float[np.ndarray, "f s s"]
+    spacing: tuple[float, float] | None  # mm (row, column)
+    meta: dict[str, str]
+    mm2: float | None  # area of a pixel of the encoder frame
+    codes: UInt16[np.ndarray, "f h w"]  # maps, filled as frames are scored
 
 
 class Part(NamedTuple):
@@ -35,22 +50,7 @@ class Part(NamedTuple):
 
     frames: list[dict[str, Any]]  # of the JSON
     scores: BatchScores  # maps as float16
-    heat: Float[np.ndarray, "h w"] | None  # the map of a single frame, in its own frame
-    cams: Float[np.ndarray, "n p"] | None = None  # Grad-CAM; no column where it is not wanted
-
-
-class Result(NamedTuple):
-    """One item, scored."""
-
-    key: str
-    sha256: str
-    pixels: UInt8[np.ndarray, "f h w"]
-    spacing: tuple[float, float] | None  # mm (row, column)
-    meta: dict[str, str]
-    parts: Sequence[Part]  # of all frames, in order
-    codes: UInt16[np.ndarray, "f h w"]  # maps, as `part` codes them
-    fit: read.Mode
-    model: dict[str, Any]
+    cams: Float[np.ndarray, "n p"] | None  # Grad-CAM; no column where it is not wanted
 
 
 def part(
@@ -58,39 +58,35 @@ def part(
     codes: UInt16[np.ndarray, "n h w"],
     first: int,
     spacing: tuple[float, float] | None,
-    fit: read.Mode,
+    fit: resize.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
 ) -> Part:
-    """Results of n frames; `codes` is filled with their maps.
+    """Results of n frames.
 
     Args:
         scores: of these frames.
-        codes: of these frames, to be filled with 16-bit values of their maps.
+        codes: to be filled with 16-bit values of the frames' maps.
         first: number of the first frame in its item.
         spacing: mm (row, column).
         fit: how the image was brought to the encoder frame.
         cams: Grad-CAM of the patches, if it is wanted.
     """
     scores = scores._replace(maps=calibration.half_precision(scores.maps))
-    frames, heat = [], None
+    frames = []
     for i, small in enumerate(scores.maps):
         heat = frame_map(small, codes.shape[1:], fit)
-        codes[i] = sixteen_bits(heat)
+        # HALF or more is exactly what is at least 0.5
+        codes[i] = np.minimum(heat * np.float32(65536), 65535).astype(np.uint16)
         frames.append(_frame(scores, i, first + i, heat, spacing))
-    return Part(frames, scores, heat if len(frames) == 1 else None, cams)
+    return Part(frames, scores, cams)
 
 
 def frame_map(
-    small: Float[np.ndarray, "s s"], shape: tuple[int, ...], fit: read.Mode
+    small: Float[np.ndarray, "s s"], shape: tuple[int, ...], fit: resize.Mode
 ) -> Float[np.ndarray, "h w"]:
     """A map in the image's own frame (rows, columns), [0, 1]; 0.5 is the pixel threshold."""
     height, width = shape
-    return read.to_frame(small.astype(np.float32), height, width, fit)
-
-
-def sixteen_bits(heat: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:
-    """[0, 1] -> 0 to 65535, so that HALF or more is exactly what is at least 0.5."""
-    return np.minimum(heat * np.float32(65536), 65535).astype(np.uint16)
+    return resize.to_frame(small.astype(np.float32), height, width, fit)
 
 
 def _frame(scores: BatchScores, i: int, number: int, heat, spacing) -> dict[str, Any]:
@@ -120,31 +116,57 @@ def _box(box: boxes.Box, spacing: tuple[float, float] | None) -> dict[str, Any]:
 def write(
     output: Path,
     item: Item,
-    result: Result,
+    loaded: Loaded,
+    parts: Sequence[Part],
+    fit: resize.Mode,
+    model: dict[str, Any],
     pseudonymise: bool,
-    build: dicom_write.Build = dicom_write.build,
+    build: dicom_write.Build,
 ) -> list[dict[str, Any]]:
     """Write all files of one item; returns its rows of the table, one per frame.
 
-    build: as dicom_write.build, wherever it runs. Raises WorkdirError if the disk refuses them.
+    Args:
+        parts: of all frames, in order.
+        model: what the JSON says of the detector.
+        build: as dicom_write.build, wherever it runs.
+
+    Raises WorkdirError if the disk refuses them.
     """
-    height, width = result.pixels.shape[1:]
-    frames = [frame for one in result.parts for frame in one.frames]
-    top = int(np.argmax([frame["score"] for frame in frames]))
-    picture = pillow.draw_overlay(result.pixels[top], _heat(result, top), frames[top]["boxes"])
-    pictures = {"overlay.png": picture} | _cam(result, top)
-    names, notes = _write_files(output, item, result, pictures, top, pseudonymise, build)
+    frames = [frame for part in parts for frame in part.frames]
+    scores = BatchScores(*map(np.concatenate, zip(*(part.scores for part in parts), strict=True)))
+    top = int(np.argmax(scores.score))
+    pixels = loaded.pixels[top]
+    heat = frame_map(scores.maps[top], pixels.shape, fit)
+    pictures = {"overlay.png": pillow.draw_overlay(pixels, heat, frames[top]["boxes"])}
+    if parts[0].cams is not None and parts[0].cams.size:
+        cam = np.concatenate([part.cams for part in parts])[top : top + 1]
+        heat = resize.to_frame(resize.to_square(cam, CAM_SIDE)[0], *pixels.shape, fit)
+        pictures["cam.png"] = pillow.draw_overlay(pixels, heat, [])
+    contents = {name: pillow.encode_png(picture) for name, picture in pictures.items()}
+    contents |= _maps(loaded.codes, scores, npz=item.kind != "nifti")
+    names, notes = {}, []
+    if item.kind == "nifti":
+        names["map"] = f"{item.output}.map.nii.gz"
+        nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
+    if item.kind == "dicom":
+        marked, drawn = loaded.codes >= HALF, pictures["overlay.png"]
+        objects = build(item.paths, loaded.key, marked, drawn, top, pseudonymise)
+        contents |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
+        notes = objects.notes
+    for name, raw in contents.items():
+        names[name.partition(".")[0]] = f"{item.output}.{name}"
+        files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
     page = {
         "source": item.output if pseudonymise else item.source,
         "files_read": len(item.paths),
-        "sha256": result.sha256,
-        "key": result.key,
+        "sha256": loaded.sha256,
+        "key": loaded.key,
         "kind": item.kind,
-        "meta": result.meta,
-        "height": height,
-        "width": width,
-        "spacing_mm": result.spacing,
-        "model": result.model,
+        "meta": loaded.meta,
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "spacing_mm": loaded.spacing,
+        "model": model,
         "score": frames[top]["score"],
         "top_frame": top,
         "alarms": sum(frame["alarm"] for frame in frames),
@@ -155,52 +177,37 @@ def write(
         "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }
     files.write_json(output / f"{item.output}.json", page, durable=False)
-    return tables.rows(page, item)
+    return table_rows(page, item)
 
 
-def _write_files(
-    output: Path,
-    item: Item,
-    result: Result,
-    pictures: dict[str, np.ndarray],
-    top: int,
-    pseudonymise: bool,
-    build: dicom_write.Build,
-) -> tuple[dict[str, str], list[str]]:
-    """Names of an item's files but its JSON, and why something is missing.
-
-    pictures: of frame `top`; overlay.png is one of them.
-    """
-    contents = {name: encode_png(picture) for name, picture in pictures.items()}
-    names, notes = {}, []
-    if item.kind == "nifti":
-        names["map"] = f"{item.output}.map.nii.gz"
-        nifti.write_nifti(output / names["map"], Path(item.paths[0]), result.codes)
-    elif len(result.codes) == 1:
-        contents["map.png"] = encode_png(result.codes[0])
-    else:
-        contents["map.npz"] = _npz(maps=[one.scores.maps for one in result.parts])
-    if result.parts[0].scores.passes.shape[1] > 1:
-        contents["mc_dropout.npz"] = _npz(**patch_moments([one.scores for one in result.parts]))
-    if item.kind == "dicom":
-        marked = result.codes >= HALF
-        overlaid = pictures["overlay.png"]
-        objects = build(item.paths, result.key, marked, overlaid, top, pseudonymise)
-        contents |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
-        notes = objects.notes
-    for name, raw in contents.items():
-        names[name.partition(".")[0]] = f"{item.output}.{name}"
-        files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
-    return names, notes
+def _maps(codes: UInt16[np.ndarray, "f h w"], scores: BatchScores, npz: bool) -> dict[str, bytes]:
+    """Files of the maps, and of equation (10) where there are several passes of MC-dropout."""
+    contents = {}
+    if npz and len(codes) == 1:
+        contents["map.png"] = pillow.encode_png(codes[0])
+    elif npz:
+        contents["map.npz"] = _npz(maps=scores.maps)
+    if scores.passes.shape[1] > 1:
+        grid = round(scores.patch_mean.shape[1] ** 0.5)
+        moments = {
+            name: getattr(scores, name).reshape(-1, grid, grid).astype(np.float32)
+            for name in ("patch_mean", "patch_variance")
+        }
+        contents["mc_dropout.npz"] = _npz(**moments)
+    return contents
 
 
-def patch_moments(scores: Sequence[BatchScores]) -> dict[str, list[Float[np.ndarray, "n g g"]]]:
-    """Equation (10): mean and variance over the MC-dropout passes, a value per patch."""
-    grid = round(scores[0].patch_mean.shape[1] ** 0.5)
-    return {
-        name: [getattr(s, name).reshape(-1, grid, grid).astype(np.float32) for s in scores]
-        for name in ("patch_mean", "patch_variance")
-    }
+def table_rows(page: dict[str, Any], item: Item) -> list[dict[str, Any]]:
+    """One row of the table per frame of an item's JSON, with its first box."""
+    rows = []
+    for frame in page["frames"]:
+        first = frame["boxes"][0] if frame["boxes"] else {}
+        row = {name: first[name] for name in COLUMNS if name in first}
+        row |= {name: frame[name] for name in ("frame", "score", "p_value", "uncertainty")}
+        row |= {"alarm": int(frame["alarm"]), "boxes": len(frame["boxes"])}
+        row |= {"height": page["height"], "width": page["width"]}
+        rows.append(row | {"source": page["source"], "result": f"{item.output}.json"})
+    return rows
 
 
 def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
@@ -214,39 +221,16 @@ def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
             status = os.stat(output / os.path.basename(name))
             if not stat.S_ISREG(status.st_mode) or status.st_size != page["bytes"][what]:
                 return None  # cut short by a power cut, or not ours
-        return tables.rows(page, item)
+        return table_rows(page, item)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, or no result of ours
 
 
-def _heat(result: Result, frame: int) -> Float[np.ndarray, "h w"]:
-    """The map of one frame in the image's own frame."""
-    for one in result.parts:
-        if frame < len(one.frames):
-            break
-        frame -= len(one.frames)
-    if one.heat is not None:
-        return one.heat
-    return frame_map(one.scores.maps[frame], result.pixels.shape[1:], result.fit)
-
-
-def _cam(result: Result, frame: int) -> dict[str, UInt8[np.ndarray, "a b 3"]]:
-    """cam.png, one frame under its Grad-CAM; nothing where it is not wanted."""
-    cams = [one.cams for one in result.parts if one.cams is not None and one.cams.size]
-    if not cams:
-        return {}
-    square = resize.to_square(np.concatenate(cams)[frame : frame + 1], CAM_SIDE)[0]
-    pixels = result.pixels[frame]
-    return {
-        "cam.png": pillow.draw_overlay(pixels, read.to_frame(square, *pixels.shape, result.fit), [])
-    }
-
-
-def _npz(**arrays: Sequence[np.ndarray]) -> bytes:
-    """An npz file of joined parts; as numpy's own, but deflated at the fastest level."""
+def _npz(**arrays: np.ndarray) -> bytes:
+    """An npz file as numpy's own, but deflated at the fastest level."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        for name, parts in arrays.items():
+        for name, values in arrays.items():
             with file.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
-                np.lib.format.write_array(member, np.concatenate(parts))
+                np.lib.format.write_array(member, values)
     return raw.getvalue()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax import files
-from medclip_jax.inference import tables
+from medclip_jax.inference import predict
 from tests.support.predicting import noise, pages, run, table
 
 
@@ -135,8 +135,8 @@ def test_a_clock_that_jumps_sweeps_no_file_that_is_being_written(tmp_path, monke
     for path in (mine, dead):
         path.touch()
     now = time.time()
-    monkeypatch.setattr(tables, "time", SimpleNamespace(time=lambda: now - 9 * tables.STALE))
-    assert tables.clean(tmp_path) == 0  # back: nothing is old
-    monkeypatch.setattr(tables, "time", SimpleNamespace(time=lambda: now + 9 * tables.STALE))
-    assert tables.clean(tmp_path) == 1  # no process has that number: it is above the largest
+    monkeypatch.setattr(predict, "time", SimpleNamespace(time=lambda: now - 9 * predict.STALE))
+    assert predict.clean(tmp_path) == 0  # back: nothing is old
+    monkeypatch.setattr(predict, "time", SimpleNamespace(time=lambda: now + 9 * predict.STALE))
+    assert predict.clean(tmp_path) == 1  # no process has that number: it is above the largest
     assert list(tmp_path.iterdir()) == [mine]

@@ -64,13 +64,14 @@ def trained(base: Path) -> Path:
 def run(cases: int, seed: int, base: Path, workdir: Path) -> dict:
     """Raises whatever prediction raises, AssertionError if a file is in neither table."""
     from medclip_jax.inference import inputs, predict
+    from medclip_jax.trained import load_predictor
 
     scans, output = base / "scans", base / "out"
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     lay_out(scans, cases, seed)
     items = inputs.find([str(scans)])
     assert sum(len(item.paths) for item in items) == cases
-    done = predict.run(workdir, [str(scans)], output)
+    done = predict.run(load_predictor(workdir), items, output)
     good, bad = rows(output / "results.csv"), rows(output / "unreadable.csv")
     scored = {row["result"] for row in good}
     assert len(scored) == done.scored and len(bad) == done.unreadable
