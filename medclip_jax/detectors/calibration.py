@@ -72,14 +72,14 @@ def calibrate(
     return Calibration(healthy, image, spread(healthy), pixel, scale, k, steps)
 
 
-def described(found: Calibration) -> dict[str, float | str]:
+def described(calibration: Calibration) -> dict[str, float | str]:
     """What metrics.json says of the thresholds beside `calibration_summary`."""
     return {
-        "threshold_raw": found.image.value,
-        "scale": found.scale,
-        "pixel_threshold_raw": found.pixel.value,
-        "pixel_scale": found.pixel_scale,
-        "pixel_message": found.pixel.message,
+        "threshold_raw": calibration.image.value,
+        "scale": calibration.scale,
+        "pixel_threshold_raw": calibration.pixel.value,
+        "pixel_scale": calibration.pixel_scale,
+        "pixel_message": calibration.pixel.message,
     }
 
 
@@ -109,16 +109,15 @@ def threshold(healthy: Num[np.ndarray, " k"], alpha: float) -> Threshold:
     return Threshold(float(ordered[k - alarms]), alpha, alarms / (k + 1), attainable, message)
 
 
-NOTHING = "no healthy image was given, so no threshold can be set from data"
-ALONE = "with one healthy image none can be held out, so no false-alarm rate can be promised"
-
-
 def even_odds(alpha: float, rate: float) -> Calibration:
     """Without supports (K = 0): decide where the prompts give probability 0.5, logit 0."""
-    message = f"{NOTHING}: the decision is where the prompts give probability 0.5"
-    nan = math.nan
-    image = Threshold(0.0, alpha, nan, False, message)
-    return Calibration(np.zeros(0), image, 1.0, PixelThreshold(0.0, rate, nan, 0, message), 1.0, 0)
+    message = (
+        "without a healthy image no threshold can be set from data: "
+        "the decision is where the prompts give probability 0.5"
+    )
+    image = Threshold(0.0, alpha, math.nan, False, message)
+    pixel = PixelThreshold(0.0, rate, math.nan, 0, message)
+    return Calibration(np.zeros(0), image, 1.0, pixel, 1.0, 0)
 
 
 def largest(healthy: Num[np.ndarray, " v"], alpha: float) -> Threshold:
@@ -126,35 +125,12 @@ def largest(healthy: Num[np.ndarray, " v"], alpha: float) -> Threshold:
 
     Raises DataError for no scores or NaN.
     """
-    value = float(_finite(healthy, "view of the healthy image").max())
-    said = f"{ALONE}: the threshold is the largest score of {len(healthy)} views of it"
-    return Threshold(value, alpha, math.nan, False, said)
-
-
-def no_promise(
-    healthy_scores: Num[np.ndarray, " n"], k: int, alpha: float
-) -> dict[str, float | int | bool | str | None]:
-    """`calibration_summary` where K is 0 or 1: what cannot be known is None.
-
-    healthy_scores: unit scores of healthy test images; `false_alarm_rate` is their share at or
-    above 0.5.
-    """
-    n = len(healthy_scores)
     message = (
-        f"{NOTHING}: the decision is where the prompts give probability 0.5"
-        if k == 0
-        else f"{ALONE}: the threshold is the largest score of views of that image"
+        "with one healthy image none can be held out, so no false-alarm rate can be promised: "
+        f"the threshold is the largest score of {len(healthy)} views of it"
     )
-    unknown = ("alpha_attained", "least_attainable", "expected_low", "expected_high")
-    return {
-        "alpha_requested": alpha,
-        **dict.fromkeys(unknown),
-        "attainable": False,
-        "k": k,
-        "n_healthy_test": n,
-        "false_alarm_rate": float(np.mean(np.asarray(healthy_scores) >= 0.5)) if n else math.nan,
-        "message": message,
-    }
+    value = float(_finite(healthy, "view of the healthy image").max())
+    return Threshold(value, alpha, math.nan, False, message)
 
 
 def spread(healthy: Num[np.ndarray, " k"]) -> float:
@@ -211,10 +187,10 @@ def calibration_summary(
 ) -> dict[str, float | int | bool | str]:
     """What the threshold promised and what healthy test images showed.
 
-    healthy_p_values: p-values of healthy test images. `false_alarm_rate` is the share of them
-    at or under `alpha_attained`, which is the decision `score > threshold`; NaN for none.
-    `expected_low` and `expected_high` hold 95% of such rates over support draws when the promise
-    is exact (beta-binomial). Raises DataError, ConfigError.
+    `false_alarm_rate` is the share of the p-values at or under `alpha_attained`, which is the
+    decision `score > threshold`; NaN for none. `expected_low` and `expected_high` hold 95% of such
+    rates over support draws when the promise is exact (beta-binomial).
+    Raises DataError, ConfigError.
     """
     p = _finite(healthy_p_values, "healthy test image", least=0)
     alarms, attainable, message = _promise(k, alpha)
@@ -235,26 +211,36 @@ def calibration_summary(
     }
 
 
+def no_promise(
+    healthy_scores: Num[np.ndarray, " n"], k: int, image: Threshold
+) -> dict[str, float | int | bool | str | None]:
+    """`calibration_summary` where K is 0 or 1, from unit scores: what cannot be known is None."""
+    n = len(healthy_scores)
+    unknown = ("alpha_attained", "least_attainable", "expected_low", "expected_high")
+    return {
+        "alpha_requested": image.alpha_requested,
+        **dict.fromkeys(unknown),
+        "attainable": False,
+        "k": k,
+        "n_healthy_test": n,
+        "false_alarm_rate": float(np.mean(np.asarray(healthy_scores) >= 0.5)) if n else math.nan,
+        "message": image.message,
+    }
+
+
 def _promise(k: int, alpha: float) -> tuple[int, bool, str]:
     """How many of k + 1 exchangeable scores may exceed the threshold, and the sentence for it."""
     _check_share(alpha, "false-alarm rate")
     if k < 1:
         raise DataError("There are no healthy support scores; give at least one healthy image.")
     # (k + 1) alpha can fall short of a whole number by rounding alone, as 100 * 0.29 does.
-    alarms = math.floor((k + 1) * alpha + 1e-9)
-    images = f"{k} healthy image" + ("s" if k > 1 else "")
+    alarms = min(math.floor((k + 1) * alpha + 1e-9), k)
+    images = f"with {k} healthy image" + "s" * (k > 1)
+    rate, request = _percent(max(alarms, 1) / (k + 1)), f"asked for {_percent(alpha)}"
     if alarms < 1:
-        sentence = (
-            f"with {images} the least attainable false-alarm rate is "
-            f"{_percent(1 / (k + 1))}, asked for {_percent(alpha)}"
-        )
-        return 1, False, sentence
-    alarms = min(alarms, k)
-    sentence = (
-        f"with {images} a false-alarm rate of about {_percent(alarms / (k + 1))} is to be expected "
-        f"(more where few supports teach the model), asked for {_percent(alpha)}"
-    )
-    return alarms, True, sentence
+        return 1, False, f"{images} the least attainable false-alarm rate is {rate}, {request}"
+    expected = f"a false-alarm rate of about {rate} is to be expected"
+    return alarms, True, f"{images} {expected} (more where few supports teach the model), {request}"
 
 
 def _percent(share: float) -> str:

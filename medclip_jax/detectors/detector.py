@@ -138,9 +138,7 @@ def calibrate(
     if not len(image):
         return calibration.even_odds(alpha, pixel_rate)
     maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size))
-    steps = map_filter.Steps()
-    if filter_steps:
-        steps, maps = map_filter.learn(filter_steps, maps, mm2)
+    steps, maps = map_filter.learn(filter_steps or {}, maps, mm2)
     return calibration.calibrate(np.asarray(image), maps, detector.k, alpha, pixel_rate, steps)
 
 
@@ -170,12 +168,13 @@ def finish(
         calibration.to_unit, threshold=calibrated.pixel.value, scale=calibrated.pixel_scale
     )
     image = np.asarray(raw.image, np.float64)
+    p_value = np.full(len(image), np.nan)
+    if calibrated.k > 1:
+        p_value = calibration.p_values(image, calibrated.healthy)
     passes, patches = unit(raw.passes.image), pixel_unit(raw.passes.patch)
     return BatchScores(
         unit(image),
-        calibration.p_values(image, calibrated.healthy)
-        if calibrated.k > 1
-        else np.full(len(image), np.nan),
+        p_value,
         image > calibrated.image.value,
         passes.std(1),
         pixel_unit(map_filter.apply(raw.maps, calibrated.filter, mm2)),

@@ -43,10 +43,10 @@ def fused(names: Sequence[str], each: Sequence[Scores], units) -> Scores:
 
 def build(branches: dict[str, Detector]) -> Detector:
     """The detector of all branches, which are of the same supports."""
-    found = [b.calibration for b in branches.values()]
+    supports = [b.calibration for b in branches.values()]
     spread = calibration.spread
-    patch = [(s.patch.mean(), spread(s.patch.ravel())) for s in found]
-    image = [(s.image.mean(), spread(s.image)) for s in found]
+    patch = [(s.patch.mean(), spread(s.patch.ravel())) for s in supports]
+    image = [(s.image.mean(), spread(s.image)) for s in supports]
     units = np.asarray([np.transpose(patch), np.transpose(image)], np.float32)
     folds = {n: b.fold_params for n, b in branches.items() if b.fold_params is not None}
     first = next(iter(branches.values()))
@@ -54,7 +54,7 @@ def build(branches: dict[str, Detector]) -> Detector:
         apply=scorer({name: b.apply for name, b in branches.items()}),
         params={name: b.params for name, b in branches.items()} | {UNITS: jnp.asarray(units)},
         fold_params=folds or None,
-        calibration=jax.device_get(fused(tuple(branches), found, units)),
+        calibration=jax.device_get(fused(tuple(branches), supports, units)),
         stochastic=any(b.stochastic for b in branches.values()),
     )
 

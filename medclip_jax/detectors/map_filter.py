@@ -21,9 +21,9 @@ Maps = Float[np.ndarray, "n s s"]
 class Steps(NamedTuple):
     """The settings of config.score.map_filter, with the ceiling as a value of the map."""
 
-    median: int = 0  # pixels, odd; 0 = off
+    median: float = 0  # pixels, odd; 0 = off
     min_area_mm2: float = 0.0
-    min_area_pixels: int = 0
+    min_area_pixels: float = 0
     sigma: float = 0.0  # pixels
     ceiling: float = math.inf  # value of the map; inf = off
 
@@ -31,19 +31,15 @@ class Steps(NamedTuple):
 def learn(
     settings: dict, maps: Maps, mm2: Sequence[float | None] | None = None
 ) -> tuple[Steps, Maps]:
-    """Steps whose ceiling is learned from the supports' maps, and these maps filtered.
+    """Steps whose ceiling, a quantile, is learned from the supports' maps, and these maps filtered.
 
     Args:
         settings: steps of config.score.map_filter by name.
         maps: raw maps of the supports, each held out.
         mm2: area in mm² of a pixel of each, None where it is unknown.
-
-    The ceiling is a quantile of the maps after the other steps.
     """
     fields = dict(settings)
     ceiling = fields.pop("ceiling", 1)
-    for name in ("median", "min_area_pixels"):
-        fields[name] = int(fields.get(name, 0))
     steps = Steps(**fields)
     maps = apply(maps, steps, mm2)
     if ceiling < 1:
@@ -52,33 +48,23 @@ def learn(
 
 
 def apply(maps: Maps, steps: Steps, mm2: Sequence[float | None] | None = None) -> Maps:
-    """The maps after all steps, float32, any range.
-
-    mm2: area of a pixel of each map in mm², None where it is unknown.
-    """
+    """The maps after all steps, float32, any range; mm2 as of `learn`."""
     if steps == Steps():
         return np.asarray(maps, np.float32)
     known = [None] * len(maps) if mm2 is None else mm2
     out = np.empty(np.shape(maps), np.float32)
     for i, (heat, area) in enumerate(zip(np.array(maps, np.float32), known, strict=True)):
         if steps.median > 1:
-            heat = ndimage.median_filter(heat, steps.median, mode="nearest")
+            heat = ndimage.median_filter(heat, int(steps.median), mode="nearest")
         smallest = pixels(steps, area)
         if smallest > 1:
-            heat = open_area(heat, smallest)
+            # lowered to the highest level of a component that is large enough (Vincent 1993), so
+            # no threshold has to be chosen; corners connect
+            heat = morphology.area_opening(heat, area_threshold=smallest, connectivity=2)
         if steps.sigma > 0:
             heat = ndimage.gaussian_filter(heat, steps.sigma, mode="nearest")
         out[i] = np.minimum(heat, steps.ceiling)
     return out
-
-
-def open_area(heat: Float[np.ndarray, "s s"], smallest: int) -> Float[np.ndarray, "s s"]:
-    """Area opening: at every level, components of fewer than `smallest` pixels are removed.
-
-    What stood on them is lowered to the highest level at which it belongs to a component that is
-    large enough (Vincent 1993), so no threshold has to be chosen. Corners connect.
-    """
-    return morphology.area_opening(heat, area_threshold=smallest, connectivity=2)
 
 
 def pixels(steps: Steps, mm2: float | None) -> int:

@@ -12,6 +12,8 @@ from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.models import similarity
 
+CHUNK = 4096  # rows of the memory compared at a time
+
 
 def keep(tokens: Float[Array, "m d"], share: float) -> Float[Array, "_ d"]:
     """The coreset of a share (0, 1] of the rows; 1 keeps all of them as they are."""
@@ -85,8 +87,8 @@ def build(
 
     @jax.jit
     def remember(pooled, supports):  # tokens as arguments: one program serves every draw
-        kept = (keep(m[supports].reshape(-1, m.shape[-1]), coreset) for m in pooled)
-        return {"memory": tuple(kept)}
+        every = (m[supports].reshape(-1, m.shape[-1]) for m in pooled)
+        return {"memory": tuple(keep(tokens, coreset) for tokens in every)}
 
     params = remember(pooled, np.arange(k))
     if k == 1:
@@ -101,31 +103,16 @@ def build(
     return Detector(apply, params, None, jax.device_get(calibration), k, False, size)
 
 
-CHUNK = 4096  # rows of the memory compared at a time
-
-
 def memory_distance(
     levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
 ) -> Float[Array, "n p"]:
     """Cosine distance of each patch to its nearest healthy patch, mean over layers, in [0, 2]."""
-    rows = nearest(jax.lax.stop_gradient(levels), memory)
-    return distance_to(levels, tuple(m[row] for m, row in zip(memory, rows, strict=True)))
-
-
-def nearest(
-    levels: tuple[Float[Array, "n p _"], ...], memory: tuple[Float[Array, "_ _"], ...]
-) -> tuple[Int[Array, "n p"], ...]:
-    """Which row of the memory is nearest to each patch, in every layer."""
-    return tuple(most_similar(v, m) for v, m in zip(levels, memory, strict=True))
-
-
-def distance_to(
-    levels: tuple[Float[Array, "n p _"], ...], neighbours: tuple[Float[Array, "n p _"], ...]
-) -> Float[Array, "n p"]:
-    """Cosine distance of each patch to a neighbour of its own, mean over layers, in [0, 2]."""
-    pairs = zip(levels, neighbours, strict=True)
+    # the search has no gradient
+    rows = [most_similar(jax.lax.stop_gradient(v), m) for v, m in zip(levels, memory, strict=True)]
+    neighbours = [m[row] for m, row in zip(memory, rows, strict=True)]
     return similarity.level_mean(
-        1 - (similarity.unit(v) * similarity.unit(near)).sum(-1) for v, near in pairs
+        1 - (similarity.unit(v) * similarity.unit(near)).sum(-1)
+        for v, near in zip(levels, neighbours, strict=True)
     )
 
 

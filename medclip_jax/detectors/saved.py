@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -82,7 +83,7 @@ def read(workdir: Path) -> Stored:
         text, raw = path.read_bytes(), (workdir / TENSORS).read_bytes()
     except OSError as error:
         raise WorkdirError(
-            f"{workdir} holds no trained scorer ({Path(error.filename).name}: {error.strerror}): "
+            f"{workdir} holds no trained detector ({Path(error.filename).name}: {error.strerror}): "
             "run --mode train with this workdir, or --mode evaluate if it was trained before"
         ) from None
     try:
@@ -110,36 +111,33 @@ def read(workdir: Path) -> Stored:
         ) from None
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Leaves of dicts and tuples under names such as learned/adapters/[0]/kernel."""
-    if isinstance(tree, dict):
-        parts = list(tree.items())
-    elif isinstance(tree, list | tuple):
-        parts = [(f"[{i}]", x) for i, x in enumerate(tree)]
-    else:
-        return {prefix.removeprefix("/"): np.asarray(tree)}
-    return {n: x for name, part in parts for n, x in flatten(part, f"{prefix}/{name}").items()}
+    return {
+        "/".join(str(getattr(part, "key", part)) for part in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def unflatten(tensors: dict[str, np.ndarray]) -> Any:
     """The inverse of `flatten`; every sequence comes back as a tuple."""
     tree: dict = {}
     for name, value in tensors.items():
-        *way, last = name.split("/")
-        place = tree
-        for step in way:
-            place = place.setdefault(step, {})
-        place[last] = value
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return _sequences(tree)
 
-    def sequences(node):
-        if not isinstance(node, dict):
-            return node
-        node = {name: sequences(part) for name, part in node.items()}
-        if node and all(name.startswith("[") for name in node):
-            return tuple(node[f"[{i}]"] for i in range(len(node)))
+
+def _sequences(node: Any) -> Any:
+    if not isinstance(node, dict):
         return node
-
-    return sequences(tree)
+    node = {name: _sequences(part) for name, part in node.items()}
+    if node and all(name.startswith("[") for name in node):
+        return tuple(node[f"[{i}]"] for i in range(len(node)))
+    return node
 
 
 def _plain(calibration: Calibration) -> dict[str, Any]:

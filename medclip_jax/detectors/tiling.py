@@ -31,10 +31,10 @@ def spreading(grid: int, size: int, tiles: int) -> Float[np.ndarray, "i f p"]:
     the average of those that cover the point. The whole is matrix 0.
     """
     fine, frame = FINE * grid, features_tiles.side(size, tiles)
-    at = np.arange(fine) * (frame - 1) / (fine - 1)  # pixels of the large frame
+    points = np.arange(fine) * (frame - 1) / (fine - 1)  # pixels of the large frame
 
     def along(start: float, width: float) -> np.ndarray:
-        place = (at - start) / (width - 1) * (grid - 1)
+        place = (points - start) / (width - 1) * (grid - 1)
         inside = (place > -1e-9) & (place < grid - 1 + 1e-9)
         hat = np.maximum(0, 1 - np.abs(np.clip(place, 0, grid - 1)[:, None] - np.arange(grid)))
         return hat * inside[:, None]
@@ -80,21 +80,20 @@ def build(
         return Scores(total / 2, image if pool is None else pool(total / 2))
 
     def apply(params, packed, key):
+        names = ["whole"] + ["tiles"] * (count - 1)
         scores = [
-            (small if i else whole).apply(
-                params["tiles" if i else "whole"], part(packed, i, grid**2), key
-            )
-            for i in range(count)
+            detectors[name].apply(params[name], part(packed, i, grid**2), key)
+            for i, name in enumerate(names)
         ]
         return fused(scores[0].image, [s.patch for s in scores], params["units"])
 
     of_tiles = small.calibration.patch.reshape(-1, count - 1, grid**2)
-    seen = [jnp.asarray(x) for x in (whole.calibration.patch, *np.moveaxis(of_tiles, 1, 0))]
+    patches = [jnp.asarray(x) for x in (whole.calibration.patch, *np.moveaxis(of_tiles, 1, 0))]
     folds = {n: d.fold_params for n, d in detectors.items() if d.fold_params is not None}
     return whole._replace(
         apply=apply,
         params={n: d.params for n, d in detectors.items()} | {"units": jnp.asarray(units)},
         fold_params=folds or None,
-        calibration=jax.device_get(fused(whole.calibration.image, seen, units)),
+        calibration=jax.device_get(fused(whole.calibration.image, patches, units)),
         read=features_tiles.loader(tiles),
     )

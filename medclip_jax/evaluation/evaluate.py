@@ -136,7 +136,8 @@ def measure(
     if k > 1:
         summary = detectors_calibration.calibration_summary(p.p_value[healthy], k, alpha)
     else:
-        summary = detectors_calibration.no_promise(p.score[healthy], k, alpha)
+        image = scored.calibration.image
+        summary = detectors_calibration.no_promise(p.score[healthy], k, image)
     sd = {"sd": p.uncertainty, **scored.uncertainties} if scored.uncertainties else {}
     return {
         "image": metrics.image_level(p.score, p.label),

@@ -1,7 +1,6 @@
 """A new site: a handful of healthy images and meta-trained parameters become a detector.
 
-What training does with its supports at its end, alone: decode, encode, adapt, calibrate. Nothing
-is written. The first call of a number of images compiles; later ones are quick.
+Nothing is written. The first call of a number of images compiles; later ones are quick.
 `trained.load_start` reads what it starts from.
 """
 
@@ -19,17 +18,17 @@ from jaxtyping import Bool
 
 from medclip_jax.clip import checkpoint
 from medclip_jax.data import preprocessing
-from medclip_jax.detectors import detector as detectors_detector
 from medclip_jax.detectors.calibration import Calibration
-from medclip_jax.detectors.detector import Detector, Scores
+from medclip_jax.detectors.detector import Detector, Scores, calibrate
 from medclip_jax.errors import ConfigError
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.io import read as io_read
 from medclip_jax.models import model
 from medclip_jax.synthesis import generate
-from medclip_jax.training import batches, episodes, maml
+from medclip_jax.training import maml
 
 LEAST = 2  # images: each is held out once
+KINDS = generate.KINDS.index("identity")  # those before it alter the image
 
 
 class Site(NamedTuple):
@@ -90,18 +89,19 @@ def adapt(start: Start, images: Sequence[Path]) -> Ready:
         raise ConfigError(f"{len(images)} images to adapt to: give {LEAST} or more")
     site, k = start.site, len(images)
     rows = altered_rows(start, images)
-    folds = batches.folds(k, site.folds)
-    held_out = np.stack([np.isin(np.arange(k), fold) for fold in folds])  # [fold, image]
+    folds = np.arange(min(site.folds, k))[:, None]
+    held_out = np.arange(k) % len(folds) == folds  # [fold, image]
     own = np.concatenate([np.ones((1, k), bool), ~held_out])  # [1 + fold, image]
     valid = np.tile(own, (1, len(rows.label) // k))
     params, scores = start.learn(start.params, start.frozen, rows, valid, held_out)
-    made = Detector(start.apply, params, None, jax.device_get(scores), k, False, start.clip.size)
+    scores = jax.device_get(scores)
+    detector = Detector(start.apply, params, None, scores, k, False, start.clip.size)
     rates = {"alpha": site.alpha, "pixel_rate": site.pixel_rate}
-    return Ready(made, detectors_detector.calibrate(made, **rates))
+    return Ready(detector, calibrate(detector, **rates))
 
 
 def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
-    """Tokens of the images as they are, then of one variant of each kind of all: [4 k] rows."""
+    """Tokens of the images as they are, then of a variant of each kind of all: [4 k] rows."""
     clip, site = start.clip, start.site
 
     def read(path):
@@ -111,12 +111,10 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read, images))).astype(np.float32)
     names = [int(hashlib.sha256(x.tobytes()).hexdigest()[:16], 16) for x in pixels]
-    kinds = np.repeat(np.arange(episodes.IDENTITY), len(images))
-    keys = [
-        generate.key_for(site.seed, name, v) for v in range(episodes.IDENTITY) for name in names
-    ]
-    again = np.tile(pixels, (episodes.IDENTITY, 1, 1))
-    changed, masks = generate.batch(jnp.stack(keys), again, again, kinds, site.preset)
+    kinds = np.repeat(np.arange(KINDS), len(images))
+    keys = [generate.key_for(site.seed, name, v) for v in range(KINDS) for name in names]
+    repeated = np.tile(pixels, (KINDS, 1, 1))
+    changed, masks = generate.batch(jnp.stack(keys), repeated, repeated, kinds, site.preset)
     tokens = checkpoint.encode_images(
         clip.vision,
         preprocessing.batch(np.concatenate([pixels, changed]), site.recipe),
@@ -124,10 +122,9 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
         mean=clip.mean,
         std=clip.std,
     )
-    label: Any = (np.arange(4 * len(images)) >= len(images)).astype(np.int32)
+    label = (np.arange((1 + KINDS) * len(images)) >= len(images)).astype(np.int32)
     mask: Any = np.concatenate([np.zeros_like(pixels), masks.astype(np.float32)])
-    valid: Any = np.ones(len(label), bool)
-    return Batch(tokens, mask, label, valid)
+    return Batch(tokens, mask, label, np.ones(len(label), bool))
 
 
 def learned(
@@ -148,11 +145,11 @@ def learned(
     """
 
     def one(own):
-        plain = partial(loss, frozen=frozen, key=None)
+        batch = rows._replace(valid=own)
         adapted, _ = maml.adapt(
             params,
-            rows._replace(valid=own),
-            loss=lambda t, batch: plain(t, batch=batch),
+            batch,
+            loss=lambda p, batch: loss(p, frozen=frozen, batch=batch, key=None),
             inner=inner,
         )
         both = {"learned": adapted, "text": model.text_features(adapted, frozen, design)}
@@ -161,5 +158,5 @@ def learned(
 
     every, scores = jax.vmap(one)(valid)
     own = jnp.argmax(held_out, axis=0) + 1  # set of each image's fold
-    at = own, jnp.arange(held_out.shape[1])
-    return jax.tree.map(lambda x: x[0], every), Scores(*(x[at] for x in scores))
+    place = own, jnp.arange(held_out.shape[1])
+    return jax.tree.map(lambda x: x[0], every), Scores(*(x[place] for x in scores))

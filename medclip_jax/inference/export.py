@@ -1,7 +1,7 @@
-"""A trained scorer as one file, and running it with jax and numpy alone.
+"""A trained detector with its encoder as one file, and running it with jax and numpy alone.
 
 The file is a zip: `manifest.json` (format, recipe, thresholds, SHA-256 of the rest), the compiled
-scorer as StableHLO for cpu, cuda and tpu with any batch size, its weights, and a card. No pickle.
+program as StableHLO for cpu, cuda and tpu with any batch size, its weights, and a card. No pickle.
 This module imports jax and numpy only; what writing needs is imported where it writes.
 """
 
@@ -26,7 +26,7 @@ BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 
 
 class Scores(NamedTuple):
-    """As trained.Scores: score, p-value, decision, uncertainty [n], maps [n, s, s]."""
+    """As the fields of detector.BatchScores: [n] each, maps [n, s, s]."""
 
     score: np.ndarray
     p_value: np.ndarray
@@ -48,28 +48,28 @@ class Exported:
         size, mode = self.manifest["recipe"]["size"], self.manifest["recipe"]["fit"]
         frames = np.stack([fit(np.asarray(image, np.float32), size, mode) for image in images])
         raw, maps, passes = jax.device_get(self._call(self._weights, frames))
-        found = self.manifest["calibration"]
-        threshold, scale = found["threshold"], found["scale"]
-        raw, healthy = raw.astype(np.float64), np.sort(found["healthy"])
+        calibration = self.manifest["calibration"]
+        threshold, scale = calibration["threshold"], calibration["scale"]
+        raw, healthy = raw.astype(np.float64), np.sort(calibration["healthy"])
         below = np.searchsorted(healthy, raw, side="left")
         p_value = (1 + len(healthy) - below) / (len(healthy) + 1)
         return Scores(
             unit(raw, threshold, scale),
-            p_value if found["k"] > 1 else np.full(len(raw), np.nan),
+            p_value if calibration["k"] > 1 else np.full(len(raw), np.nan),
             raw > threshold,
             unit(passes, threshold, scale).std(1),
-            unit(maps, found["pixel_threshold"], found["pixel_scale"]),
+            unit(maps, calibration["pixel_threshold"], calibration["pixel_scale"]),
         )
 
 
 def load(path: str | Path) -> Exported:
-    """Open an exported scorer. Raises CheckpointError for a foreign, damaged or newer file."""
+    """Open an exported file. Raises CheckpointError for a foreign, damaged or newer file."""
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as held:
-            if sum(i.file_size for i in held.infolist()) > MOST_BYTES:
+        with zipfile.ZipFile(path) as archive:
+            if sum(i.file_size for i in archive.infolist()) > MOST_BYTES:
                 raise ValueError("it promises too many bytes")
-            manifest = json.loads(held.read("manifest.json"))
+            manifest = json.loads(archive.read("manifest.json"))
             if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
                 raise ValueError("it is not of this program")
             if manifest["format"] != FORMAT:
@@ -78,7 +78,7 @@ def load(path: str | Path) -> Exported:
                     "export it again or install the version that wrote it "
                     f"({manifest.get('medclip-jax')})"
                 )
-            parts = {name: held.read(name) for name in MEMBERS}
+            parts = {name: archive.read(name) for name in MEMBERS}
         for name, raw in parts.items():
             if hashlib.sha256(raw).hexdigest() != manifest["sha256"][name]:
                 raise ValueError(f"{name} in it is not what was written")
@@ -89,80 +89,65 @@ def load(path: str | Path) -> Exported:
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path} is not a whole exported scorer ({reason}): export it again"
+            f"{path} is not a whole exported detector ({reason}): export it again"
         ) from None
 
 
-def save(model: Any, path: str | Path) -> int:
-    """Export a predictor into one file; returns its bytes.
+def save(predictor: Any, path: str | Path) -> int:
+    """Export an inference.predictor.Predictor into one file; returns its bytes.
 
-    model: inference.predictor.Predictor. Raises ConfigError for one that needs more than JAX,
-    WorkdirError if the file cannot be written.
+    Raises ConfigError for one that needs more than JAX, WorkdirError if the file cannot be written.
     """
     from medclip_jax.detectors import map_filter
 
-    if model.encoder.recipe:
+    calibration = predictor.calibration
+    if predictor.encoder.recipe:
         raise ConfigError(
-            f"the run was trained with data.recipe {', '.join(model.encoder.recipe)}, which an "
+            f"the run was trained with data.recipe {', '.join(predictor.encoder.recipe)}, which an "
             "exported file cannot carry: use --mode predict, or train without a recipe"
         )
-    if model.calibration.filter != map_filter.Steps():
+    if calibration.filter != map_filter.Steps():
         raise ConfigError(
             "the run filters its maps (config.score.map_filter), which an exported file cannot: "
             "use --mode predict, or train without it"
         )
-    run = _function(model)
-    size = model.size
-    batch = jax.export.symbolic_shape("n")[0]
-    images = jax.ShapeDtypeStruct((batch, size, size), np.float32)
-    closed = jax.make_jaxpr(run)(images)  # its constants become arguments, kept beside the code
-    weights = [np.asarray(w) for w in closed.consts]
-
-    def lifted(weights, images):
-        return jax.core.eval_jaxpr(closed.jaxpr, weights, images)
-
-    shapes = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
-    code = jax.export.export(jax.jit(lifted), platforms=PLATFORMS)(shapes, images).serialize()
+    code, weights = _program(predictor)
     packed = io.BytesIO()
     named: dict[str, Any] = {f"w{i}": w for i, w in enumerate(weights)}
     np.savez(packed, **named)
-    parts = dict(zip(MEMBERS, (bytes(code), packed.getvalue(), _card(model).encode()), strict=True))
+    contents = (code, packed.getvalue(), _card(predictor).encode())
+    parts = dict(zip(MEMBERS, contents, strict=True))
+    recipe = {"size": predictor.size, "fit": predictor.fit, "window": predictor.window}
     manifest = {
         "kind": KIND,
         "format": FORMAT,
         "medclip-jax": __version__,
         "jax": jax.__version__,
-        "recipe": {
-            "size": size,
-            "fit": model.fit,
-            "range": [0, 1],
-            "grey": True,
-            "window": model.window,
-        },
+        "recipe": recipe | {"range": [0, 1], "grey": True},
         "calibration": {
-            "healthy": model.calibration.healthy,
-            "threshold": model.calibration.image.value,
-            "scale": model.calibration.scale,
-            "pixel_threshold": model.calibration.pixel.value,
-            "pixel_scale": model.calibration.pixel_scale,
-            "k": model.calibration.k,
+            "healthy": calibration.healthy,
+            "threshold": calibration.image.value,
+            "scale": calibration.scale,
+            "pixel_threshold": calibration.pixel.value,
+            "pixel_scale": calibration.pixel_scale,
+            "k": calibration.k,
         },
-        "alpha": model.calibration.image._asdict(),
-        "scorer": model.digest,
-        "checkpoint": model.about["checkpoint"],
+        "alpha": calibration.image._asdict(),
+        "scorer": predictor.digest,
+        "checkpoint": predictor.about["checkpoint"],
         "sha256": {name: hashlib.sha256(raw).hexdigest() for name, raw in parts.items()},
     }
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("manifest.json", json.dumps(files.plain(manifest), indent=2))
         for name, raw in parts.items():
             archive.writestr(name, raw)
-    files.write_bytes(path, held.getvalue())
-    return len(held.getvalue())
+    files.write_bytes(path, whole.getvalue())
+    return len(whole.getvalue())
 
 
 def fit(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """Into the tower frame as data.frame.fit does, without Pillow: antialiased bilinear.
+    """Into the encoder frame as io.resize.fit does, without Pillow: antialiased bilinear.
 
     Raises ValueError for what is not a finite [h, w].
     """
@@ -181,7 +166,7 @@ def fit(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
 
 
 def unit(values: np.ndarray, threshold: float, width: float) -> np.ndarray:
-    """calibrate.to_unit, which imports more than this module may."""
+    """calibration.to_unit, which imports more than this module may."""
     values = np.asarray(values, np.float64)
     z = np.abs(values - threshold) / width
     return np.where(values > threshold, 1 - 0.5 / (1 + z), BELOW_HALF / (1 + z))
@@ -192,48 +177,53 @@ def _weights(old: int, new: int) -> np.ndarray:
     scale = old / new
     support = max(scale, 1.0)
     centre = (np.arange(new) + 0.5) * scale
-    near = np.abs(np.arange(old) + 0.5 - centre[:, None]) / support
-    weights = np.maximum(0, 1 - near)
-    first = np.maximum((centre - support + 0.5).astype(int), 0)[:, None]
-    last = np.minimum((centre + support + 0.5).astype(int), old)[:, None]
-    at = np.arange(old)[None]
-    weights *= (at >= first) & (at < last)
+    distance = np.abs(np.arange(old) + 0.5 - centre[:, None]) / support
+    weights = np.maximum(0, 1 - distance)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _function(model):
-    """Images [n, s, s] -> raw scores [n], raw maps [n, s, s], raw scores of the passes [n, t]."""
+def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
+    """Images [n, s, s] -> raw scores [n], raw maps [n, s, s], raw scores of the passes [n, t].
+
+    Its constants become arguments: the second result, beside the code.
+    """
     import jax.numpy as jnp
 
     from medclip_jax.clip import checkpoint
     from medclip_jax.detectors.detector import read_batch
 
-    clip, dtype = model.encoder.clip, model.encoder.dtype
-    seeds = jax.random.key_data(model.keys)  # keys themselves cannot be kept as arrays
+    clip, dtype = predictor.encoder.clip, predictor.encoder.dtype
+    seeds = jax.random.key_data(predictor.keys)  # keys themselves cannot be stored as arrays
 
     def run(images):
         how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
         tokens = checkpoint.encode_images(clip.vision, images, **how)
         stored = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tokens)
-        raw = read_batch(model.detector, stored, jax.random.wrap_key_data(seeds))
+        raw = read_batch(predictor.detector, stored, jax.random.wrap_key_data(seeds))
         return raw.image, raw.maps, raw.passes.image
 
-    return run
+    shape = (jax.export.symbolic_shape("n")[0], predictor.size, predictor.size)
+    images = jax.ShapeDtypeStruct(shape, np.float32)
+    closed = jax.make_jaxpr(run)(images)
+    weights = [np.asarray(w) for w in closed.consts]
+
+    def lifted(weights, images):
+        return jax.core.eval_jaxpr(closed.jaxpr, weights, images)
+
+    shapes = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
+    code = jax.export.export(jax.jit(lifted), platforms=PLATFORMS)(shapes, images).serialize()
+    return bytes(code), weights
 
 
-def _card(model) -> str:
-    about = model.about
-    return "\n".join(
-        (
-            "# Exported medclip_jax detector",
-            "",
-            f"Method {about['method']} on {about['dataset']} ({about['modality']}), "
-            f"K = {about['k']} healthy images, seed {about['seed']}.",
-            f"CLIP {about['backbone']}.",
-            "Grey images in [0, 1]; scores from 0.5 on are alarms.",
-            f"{model.calibration.image.message}.",
-            "",
-            "Research software. Not a medical device; nothing it prints is a diagnosis.",
-            "",
-        )
-    )
+def _card(predictor: Any) -> str:
+    about = predictor.about
+    return f"""# Exported medclip_jax detector
+
+Method {about["method"]} on {about["dataset"]} ({about["modality"]}),
+K = {about["k"]} healthy images, seed {about["seed"]}.
+CLIP {about["backbone"]}.
+Grey images in [0, 1]; scores from 0.5 on are alarms.
+{predictor.calibration.image.message}.
+
+Research software. Not a medical device; nothing it prints is a diagnosis.
+"""

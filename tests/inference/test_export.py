@@ -61,7 +61,7 @@ def test_foreign_and_damaged_files_are_refused(exported, tmp_path):
     raw[len(raw) // 2] ^= 255
     for spoilt in (b"", b"hello", bytes(raw), exported.read_bytes()[:5000]):
         path.write_bytes(spoilt)
-        with pytest.raises(CheckpointError, match="not a whole exported scorer"):
+        with pytest.raises(CheckpointError, match="not a whole exported detector"):
             export.load(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("manifest.json", '{"kind": "medclip_jax scorer", "format": 99}')
@@ -95,5 +95,5 @@ def test_a_spoilt_scorer_is_refused(whole, tmp_path):
     with pytest.raises(WorkdirError, match="is damaged"):
         trained.load_predictor(tmp_path)
     (tmp_path / "scorer.safetensors").unlink()
-    with pytest.raises(WorkdirError, match="holds no trained scorer"):
+    with pytest.raises(WorkdirError, match="holds no trained detector"):
         trained.load_predictor(tmp_path)
