@@ -146,10 +146,12 @@ def _config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object. Raises CheckpointError."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        if isinstance(content := json.loads(path.read_text()), dict):
+            return content
+        raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); copy the folder of the CLIP again"
+            f"{path}: cannot be read ({error}); copy it again"
         ) from None
 
 
@@ -159,7 +161,7 @@ def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], .
         mean, std = (tuple(map(float, x)) for x in (mean or MEAN, std or STD))
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); copy the folder of the CLIP again"
+            f"{path}: cannot be read ({error}); copy it again"
         ) from None
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise CheckpointError(f"{path}: mean and std of the pixels must be three numbers each")
