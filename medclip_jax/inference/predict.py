@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from medclip_jax import files
 from medclip_jax.distributed import runtime
-from medclip_jax.errors import DataError
+from medclip_jax.errors import DataError, Preempted
 from medclip_jax.inference import inputs, pipeline, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.pipeline import Job
@@ -89,7 +89,7 @@ def run(
                     reasons.append(f"{job.item.source}: {job.error}")
         if stop.is_set():
             done = counts.total() - counts["alarms"]
-            raise runtime.Preempted(f"stopped by SIGTERM after {done} of {len(items)} items")
+            raise Preempted(f"stopped by SIGTERM after {done} of {len(items)} items")
     if reasons:
         logging.warning("%d item(s) could not be read (all in %s):", counts["unreadable"], bad)
         for reason in reasons:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from medclip_jax.distributed import multihost, runtime, sharding
-from medclip_jax.errors import CheckpointError
+from medclip_jax.errors import CheckpointError, Preempted
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.training import batches, checkpoints, episodes, maml, validation
@@ -82,7 +82,7 @@ def fit(
     Raises:
       CheckpointError: if checkpoints cannot be read, or training is not finished in `resume_only`.
       FloatingPointError: for a part of the loss that is not finite, naming step and part.
-      runtime.Preempted: after SIGTERM, when the state is saved.
+      Preempted: after SIGTERM, when the state is saved.
     """
     steps, count = schedule.steps, 1 + len(folds)
     if learner.name == "meta_sgd":
@@ -139,7 +139,7 @@ def fit(
                 break
         log.flush()
     if _stopping(sigterm):  # the manager has closed, so the checkpoint is whole
-        raise runtime.Preempted(f"stopped by SIGTERM at step {int(state.step)} of {steps}")
+        raise Preempted(f"stopped by SIGTERM at step {int(state.step)} of {steps}")
     return sharding.fetch(adapted(state.params, frozen), count)
 
 

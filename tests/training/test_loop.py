@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from medclip_jax.distributed import runtime, sharding
-from medclip_jax.errors import CheckpointError
+from medclip_jax.distributed import sharding
+from medclip_jax.errors import CheckpointError, Preempted
 from medclip_jax.training import batches, loop
 from medclip_jax.training.metrics_log import MetricsLog
 from medclip_jax.training.step import Learner
@@ -79,7 +79,7 @@ def test_sigterm_saves_and_resuming_equals_the_whole_run(tmp_path, pool, learner
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(MetricsLog, "write", interrupted)
-    with pytest.raises(runtime.Preempted, match=r"^stopped by SIGTERM at step 11 of 27$"):
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM at step 11 of 27$"):
         fit(tmp_path / "cut", pool, learner)
     assert signal.getsignal(signal.SIGTERM) is before and saved(tmp_path / "cut") == {"7", "11"}
     with pytest.raises(CheckpointError, match="stands at step 11 of 27; run --mode train"):
