@@ -20,7 +20,7 @@ ORDER = (
     *("detectors", "explain", "training", "evaluation", "inference", "report"),
 )
 LOW = {"errors", "files", "config", "config_validation", ""}  # "" is __version__
-LOOP = {"training.loop.run"}  # the one function that may be long
+LOOP = {"training.loop.fit"}  # the one function that may be long
 NAMELESS = {"utils", "helpers", "helper", "manager", "base", "factory", "registry", "common"}
 FORBIDDEN = {"torch", "tensorflow"}
 
@@ -34,7 +34,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
 NOT_YET = {  # a name leaves this set when it holds: a test that passes before fails
-    *("modules", "lines of the package", "lines of the longest function"),
+    *("modules", "lines of the package"),
+    "median lines of a module",  # fewer modules are longer ones
 }
 LATER = pytest.mark.xfail(strict=True, reason="the rebuilding of version 0.2 has not come to it")
 

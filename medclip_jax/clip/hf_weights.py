@@ -150,9 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
             return content
         raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); copy it again"
-        ) from None
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
 
 
 def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], ...]:
@@ -160,9 +158,7 @@ def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], .
     try:
         mean, std = (tuple(map(float, x)) for x in (mean or MEAN, std or STD))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); copy it again"
-        ) from None
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise CheckpointError(f"{path}: mean and std of the pixels must be three numbers each")
     return mean, std

@@ -138,10 +138,7 @@ def write(
     pixels = loaded.pixels[top]
     heat = frame_map(scores.maps[top], pixels.shape, fit)
     pictures = {"overlay.png": pillow.draw_overlay(pixels, heat, frames[top]["boxes"])}
-    if parts[0].cams is not None and parts[0].cams.size:
-        cam = np.concatenate([part.cams for part in parts])[top : top + 1]
-        heat = resize.to_frame(resize.to_square(cam, CAM_SIDE)[0], *pixels.shape, fit)
-        pictures["cam.png"] = pillow.draw_overlay(pixels, heat, [])
+    pictures |= _cam_picture(parts, top, pixels, fit)
     contents = {name: pillow.encode_png(picture) for name, picture in pictures.items()}
     contents |= _maps(loaded.codes, scores, npz=item.kind != "nifti")
     names, notes = {}, []
@@ -178,6 +175,15 @@ def write(
     }
     files.write_json(output / f"{item.output}.json", page, durable=False)
     return table_rows(page, item)
+
+
+def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: resize.Mode) -> dict[str, Any]:
+    """Grad-CAM over the top frame, where it was asked for."""
+    if parts[0].cams is None or not parts[0].cams.size:
+        return {}
+    cam = np.concatenate([part.cams for part in parts])[top : top + 1]
+    heat = resize.to_frame(resize.to_square(cam, CAM_SIDE)[0], *pixels.shape, fit)
+    return {"cam.png": pillow.draw_overlay(pixels, heat, [])}
 
 
 def _maps(codes: UInt16[np.ndarray, "f h w"], scores: BatchScores, npz: bool) -> dict[str, bytes]:
