@@ -1,6 +1,6 @@
 """What every image encoder returns, and what it offers."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -24,9 +24,15 @@ class ImageEncoder(Protocol):
 
     levels: tuple[int, ...]  # tapped blocks or stages, counted from 1
     dtype: str  # of the computation: float32 | bfloat16
-    inputs: bool  # whether features hold what the tapped blocks read
-    implementation: str  # config.clip.implementation
-    depth: int  # blocks or stages
+    implementation: ClassVar[str]  # config.clip.implementation
+
+    @property
+    def inputs(self) -> bool:
+        """Whether features hold what the tapped blocks read."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks or stages."""
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -108,7 +108,10 @@ def encode_text(
     """
     end = int(np.max(prompts.eos)) + 1 if causal else None
     ids, slots = (jnp.asarray(x)[:, :end] for x in (prompts.ids, prompts.slots))
-    return encoder.apply({"params": text}, context, ids, slots, jnp.asarray(prompts.eos), causal)
+    features: Any = encoder.apply(
+        {"params": text}, context, ids, slots, jnp.asarray(prompts.eos), causal
+    )
+    return features
 
 
 def of_params(params: Mapping, heads: int, activation: str, eps: float) -> TextEncoder:

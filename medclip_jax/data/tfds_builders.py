@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
@@ -46,7 +46,7 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.1.0": "Paths, labels, patients and SHA-256 of the image files."}
     ABOUT: About
-    list_files: Callable[[Path], layouts.Layout]
+    list_files: ClassVar[Callable[[Path], layouts.Layout]]
 
     def __init__(self, *, layout: layouts.Layout | None = None, **kwargs: Any):
         self.layout = layout

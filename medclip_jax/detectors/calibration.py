@@ -184,7 +184,7 @@ def pixel_threshold(maps: Iterable[np.ndarray], rate: float) -> PixelThreshold:
 
 def calibration_summary(
     healthy_p_values: Num[np.ndarray, " n"], k: int, alpha: float
-) -> dict[str, float | int | bool | str]:
+) -> dict[str, float | int | bool | str | None]:
     """What the threshold promised and what healthy test images showed.
 
     `false_alarm_rate` is the share of the p-values at or under `alpha_attained`, which is the

@@ -36,7 +36,7 @@ class Detector(NamedTuple):
     apply: Callable[[Any, Features, Any], Scores]  # (params, features, key); key None: no dropout
     params: Any  # a dictionary
     fold_params: Any | None  # entries of params, one per held-out fold on axis 0; None: none
-    calibration: Scores  # on the host
+    calibration: Any  # Scores, on the host
     k: int  # supports
     stochastic: bool  # apply uses its key
     size: int  # pixels per side of the encoder frame
@@ -171,15 +171,16 @@ def finish(
     p_value = np.full(len(image), np.nan)
     if calibrated.k > 1:
         p_value = calibration.p_values(image, calibrated.healthy)
-    passes, patches = unit(raw.passes.image), pixel_unit(raw.passes.patch)
+    passes = unit(np.asarray(raw.passes.image))
+    patches = pixel_unit(np.asarray(raw.passes.patch))
     return BatchScores(
         unit(image),
         p_value,
         image > calibrated.image.value,
         passes.std(1),
-        pixel_unit(map_filter.apply(raw.maps, calibrated.filter, mm2)),
+        pixel_unit(map_filter.apply(np.asarray(raw.maps), calibrated.filter, mm2)),
         patches.mean(1),
         patches.var(1),
         passes,
-        unit(raw.folds),
+        unit(np.asarray(raw.folds)),
     )

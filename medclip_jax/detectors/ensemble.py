@@ -7,6 +7,7 @@ together does not drown the rest.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,11 @@ def fused(names: Sequence[str], each: Sequence[Scores], units) -> Scores:
     """The scores of all branches as one; arrays of the host or of a device."""
     (centre, scale), (image_centre, image_scale) = units
     standard = [(s.patch - centre[i]) / scale[i] for i, s in enumerate(each)]
-    patch = sum(z for name, z in zip(names, standard, strict=True) if not name.endswith(IMAGE_ONLY))
+    seen = [z for name, z in zip(names, standard, strict=True) if not name.endswith(IMAGE_ONLY)]
     images = [(s.image - image_centre[i]) / image_scale[i] for i, s in enumerate(each)]
-    return Scores(patch, sum(map(jnp.arcsinh, images)) / len(images))
+    patch: Any = sum(seen)
+    image: Any = sum(map(jnp.arcsinh, images)) / len(images)
+    return Scores(patch, image)
 
 
 def build(branches: dict[str, Detector]) -> Detector:

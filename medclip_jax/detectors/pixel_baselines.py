@@ -9,6 +9,7 @@ features are thumbnails: pooled [n, 1] the mean grey level, one layer
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def thumbnails(features: Features, k: int, size: int) -> Detector:
 
     rows = standardise(jnp.asarray(features.levels[0])[..., 0])
     alone = [difference(rows[i : i + 1], jnp.delete(rows, i, axis=0)) for i in range(len(rows))]
-    patch = np.concatenate(alone)
+    patch: Any = np.concatenate(alone)
     calibration = Scores(patch, patch.mean(1))
     params = {"supports": rows}
     return Detector(apply, params, None, calibration, k, False, size, load_thumbnails)

@@ -133,7 +133,7 @@ def pack(
     }
     for name in Copies._fields:
         arrays |= joined(name, [getattr(copies, name) for _, _, copies in rows])
-    return arrays | ({"deviation_scale": np.float64(scale)} if scale else {})
+    return arrays | ({"deviation_scale": np.array(scale)} if scale else {})
 
 
 def joined(name: str, parts: Sequence[bytes]) -> dict[str, np.ndarray]:

@@ -101,8 +101,9 @@ def open_pools(
     """
     pools = []
     for dataset in auxiliary:
-        meaning = {"uncertain": uncertain, "window": dataset.window}
-        records = datasets.load(dataset.name, dataset.root, folder, **meaning)
+        records = datasets.load(
+            dataset.name, dataset.root, folder, uncertain=uncertain, window=dataset.window
+        )
         images = splits.healthy(records, target, IMAGES, seed)
         own = cache.with_recipe(feature_cache, dataset.recipe, dataset.window)
         changes = synthesis._replace(strengths=dataset.strengths)

@@ -37,7 +37,7 @@ class Site(NamedTuple):
     fit: io_read.Mode  # of images into the encoder frame
     window: str  # of CT
     recipe: tuple[str, ...]  # preprocessing
-    preset: str  # of the synthetic anomalies
+    preset: generate.Preset  # of the synthetic anomalies
     seed: int
     folds: int
     alpha: float  # false-alarm rate that is asked for
@@ -96,8 +96,8 @@ def adapt(start: Start, images: Sequence[Path]) -> Ready:
     params, scores = start.learn(start.params, start.frozen, rows, valid, held_out)
     scores = jax.device_get(scores)
     detector = Detector(start.apply, params, None, scores, k, False, start.clip.size)
-    rates = {"alpha": site.alpha, "pixel_rate": site.pixel_rate}
-    return Ready(detector, calibrate(detector, **rates))
+    thresholds = calibrate(detector, alpha=site.alpha, pixel_rate=site.pixel_rate)
+    return Ready(detector, thresholds)
 
 
 def altered_rows(start: Start, images: Sequence[Path]) -> Batch:

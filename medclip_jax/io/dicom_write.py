@@ -30,7 +30,7 @@ from pydicom.uid import generate_uid
 from medclip_jax import __version__
 
 MODEL = "medclip-jax"
-COMMON = {
+COMMON: dict[str, Any] = {
     "manufacturer": "medclip_jax",
     "manufacturer_model_name": MODEL,
     "software_versions": __version__,
@@ -135,7 +135,9 @@ def _start_worker() -> None:
     """A worker prints nothing of headers, leaves Ctrl-C to its caller, and ends with it."""
 
     def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,7 +10,7 @@ import math
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import nibabel
 import numpy as np
@@ -168,7 +168,8 @@ def write_nifti(path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"]) ->
 def _source_header(path: Path) -> nibabel.Nifti1Header:
     """The header of a file that was read before."""
     if path.name.lower().endswith(PAIR_SUFFIXES):
-        return nibabel.load(path).header
+        image: Any = nibabel.load(path)
+        return image.header
     with path.open("rb") as file:
         raw = file.read(1 << 16)
     return _header(path, _unpack(path, raw, HEADER_BYTES) if _is_packed(path, raw) else raw, SINGLE)

@@ -107,7 +107,9 @@ def _pages(path: Path, image: PIL.Image.Image) -> Float[np.ndarray, "f h w"]:
         if page.size != size:
             raise DataError(f"{path} has pages of several sizes: save each page as its own file.")
         grey = _luminance(path, PIL.ImageOps.exif_transpose(page), file_format)
-        white_is_zero = page.mode.startswith("I;16") and page.tag_v2.get(PHOTOMETRIC) == 0
+        white_is_zero = (
+            page.mode.startswith("I;16") and getattr(page, "tag_v2", {}).get(PHOTOMETRIC) == 0
+        )
         pages.append(1 - grey if white_is_zero else grey)  # Pillow inverts 8 bits, but not 16
     return np.stack(pages)
 

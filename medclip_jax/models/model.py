@@ -118,7 +118,7 @@ def context_of(params: Mapping, frozen: Mapping, prompts: int) -> Float[Array, "
     """The context of so many prompts; of no vectors where params has none."""
     if "context" not in params:
         return jnp.zeros((prompts, 0, token_table(frozen["text"]).shape[1]))
-    learner = modules.PromptLearner(*params["context"].shape)
+    learner: Any = modules.PromptLearner(*params["context"].shape)
     return learner.apply({"params": {"context": params["context"]}}, prompts)
 
 
@@ -142,12 +142,13 @@ def adapt_tokens(
         levels = token_refinement.refine(
             params["refine"], design.refinement, levels, features.inputs
         )
-    return tuple(
+    adapted: list[Any] = [
         modules.VisualAdapter(p["bias"].shape[0], rate=design.dropout).apply(
             {"params": p}, tokens, None if key is None else jax.random.fold_in(key, i)
         )
         for i, (tokens, p) in enumerate(zip(levels, params["adapters"], strict=True))
-    )
+    ]
+    return tuple(adapted)
 
 
 def forward(
@@ -176,8 +177,8 @@ def forward(
     return Output(levels, module.apply(variables, levels, Text(text, design.prompts.label), keeps))
 
 
-def link(params: Mapping, design: Design) -> tuple[AnomalyLogit, dict]:
-    """The anomaly logit and its variables."""
+def link(params: Mapping, design: Design) -> tuple[Any, dict]:
+    """The AnomalyLogit and its variables."""
     variables = {"params": {name: params[name] for name in ("scale", "offset")}}
     return AnomalyLogit(design.form, design.learn_scale), variables
 

@@ -7,7 +7,7 @@ beginning again where the target has fewer.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def text_features(
     else:
         row, *words = (jnp.asarray(x.reshape(count * width, *x.shape[2:])) for x in arrays)
     context = context[row if context.shape[0] > 1 else jnp.zeros_like(row)]
-    features = encoder.apply({"params": text}, context, *words, causal)
+    features: Any = encoder.apply({"params": text}, context, *words, causal)
     if source.ndim > 0:
         features = features.reshape(count, width, -1)[source]
     return Text(features, sets.label, jnp.asarray(sets.real)[source])

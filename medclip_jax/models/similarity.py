@@ -9,7 +9,7 @@ each image's own ([n, c, j]).
 from collections.abc import Iterable, Sequence
 from functools import cache, reduce
 from operator import add
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -144,7 +144,8 @@ def plain_logit(
 ) -> Float[Array, "n p"]:
     """The softmax form of tokens in the joint space, at CLIP's own scale; nothing is learned."""
     params = {"scale": jnp.log(scale), "offset": jnp.zeros(())}
-    return AnomalyLogit("softmax").apply({"params": params}, (tokens,), text)
+    logit: Any = AnomalyLogit("softmax").apply({"params": params}, (tokens,), text)
+    return logit
 
 
 def level_mean(each: Iterable[Float[Array, "*_"]]) -> Float[Array, "*_"]:

@@ -51,7 +51,8 @@ def init(key: jax.Array, width: int) -> dict[str, Any]:
 
 
 def adapt(params: Mapping, text: Float[Array, "c d"]) -> Float[Array, "c d"]:
-    return TextAdapter().apply({"params": params}, text)
+    adapted: Any = TextAdapter().apply({"params": params}, text)
+    return adapted
 
 
 def save(path: Path, adapter: Mapping, digest: str, notes: Mapping[str, str]) -> None:

@@ -50,7 +50,7 @@ class TokenRefiner(nn.Module):
         gate = self.param("gate", lambda _: jnp.zeros(()))
         n, s, d = inputs.shape
         norm = {"params": block["layer_norm1"]}
-        y = layers.LayerNorm(self.eps, parent=None).apply(norm, inputs.astype(jnp.float32))
+        y: Any = layers.LayerNorm(self.eps, parent=None).apply(norm, inputs.astype(jnp.float32))
         parts = query, attention["k_proj"], value
         q, k, v = (dense(y, p).reshape(n, s, self.heads, d // self.heads) for p in parts)
         mixed = jax.nn.dot_product_attention(q, k, v).reshape(n, s, d)
@@ -82,7 +82,7 @@ def refine(
     inputs: tuple[Float[Array, "n s d"], ...],
 ) -> tuple[Float[Array, "n p d"], ...]:
     """Refined patch tokens of every tapped level; ValueError if `inputs` are missing."""
-    refiner = TokenRefiner(frozen_parts.heads, frozen_parts.eps)
+    refiner: Any = TokenRefiner(frozen_parts.heads, frozen_parts.eps)
     return tuple(
         refiner.apply({"params": own}, block, tokens, x)
         for own, block, tokens, x in zip(params, frozen_parts.blocks, levels, inputs, strict=True)

@@ -129,8 +129,10 @@ def calibration(
     if k:
         j = np.arange(1, k + 1)
         low, high = (betabinom.ppf(q, n, j, k + 1 - j) / n for q in (0.025, 0.975))
-        band = [np.concatenate([[0], x, [1]]) for x in (j / (k + 1), low, high)]
-        axes.fill_between(*band, color=NEUTRAL, alpha=0.18, lw=0, label=f"95% by chance, K = {k}")
+        x, lower, upper = (np.concatenate([[0], y, [1]]) for y in (j / (k + 1), low, high))
+        axes.fill_between(
+            x, lower, upper, color=NEUTRAL, alpha=0.18, lw=0, label=f"95% by chance, K = {k}"
+        )
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="exact")
     axes.ecdf(np.clip(p_value, 0, 1), color=HEALTHY, lw=2, label=f"observed (n = {n})")
     if attained is not None and 0 <= attained <= 1:
@@ -161,8 +163,10 @@ def risk_coverage(
     risk = np.cumsum(wrong)[ends - 1] / ends
     figure, axes = chart("coverage: share of images decided", "error rate among them")
     axes.axhline(wrong.mean(), color=NEUTRAL, lw=1, ls=":", label=f"all images: {wrong.mean():.3f}")
-    style = {"color": HEALTHY, "lw": 2, "marker": "o" if ends.size < 30 else None}
-    axes.plot(ends / label.size, risk, label="most certain first", **style)
+    marker = "o" if ends.size < 30 else None
+    axes.plot(
+        ends / label.size, risk, color=HEALTHY, lw=2, marker=marker, label="most certain first"
+    )
     axes.set(xlim=(0, 1.01), ylim=(0, max(0.05, 1.35 * float(risk.max()))))
     axes.legend(loc="upper right", fontsize=9, frameon=False)
     return png(figure)

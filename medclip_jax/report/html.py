@@ -232,9 +232,9 @@ def cam_name(config: Mapping[str, Any]) -> str:
     return name if settings["layer"] == -1 else f"{name}, layer {settings['layer']}"
 
 
-def checks(explanations: Mapping[str, Any], cam: str) -> list[tuple[str, str, str, str]]:
+def checks(explanations: Mapping[str, Any], cam: str) -> list[tuple[str, ...]]:
     """Rows of the table: what was checked, of the map, of Grad-CAM, and what to compare with."""
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     if points := explanations.get("pointing"):
         of_map, of_cam = (points.get(name) or {} for name in ("map", "grad_cam"))
         hits = tuple(text(one.get("hit")) if one else "–" for one in (of_map, of_cam))

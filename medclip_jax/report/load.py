@@ -120,15 +120,18 @@ def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[Picture | None]:
     frames, index, boxes = arrays["frame"], arrays["thumb_index"], arrays["boxes"]
     files = {name: unpack(arrays, stored) for name, stored in FILES.items()}
     ends = arrays["boxes_end"]
-    columns = (frames, ends, *files.values())
-    if any(len(x) != len(index) for x in columns) or not set(index.tolist()) <= set(range(n)):
+    lengths = {len(frames), len(ends), *map(len, files.values())}
+    if lengths != {len(index)} or not set(index.tolist()) <= set(range(n)):
         raise ValueError("its small copies are not one per image")
     rows: list[Picture | None] = [None] * n
     for place, i in enumerate(index):
         own = boxes[ends[place - 1] if place else 0 : ends[place]].tolist()
         copies = {name: files[name][place] for name in FILES}
         height, width = frames[place].tolist()
-        each = [Box(*map(int, box[:4]), box[4], int(box[5])) for box in own]
+        each = [
+            Box(int(top), int(left), int(bottom), int(right), score, int(area))
+            for top, left, bottom, right, score, area in own
+        ]
         rows[i] = Picture(**copies, frame=(height, width), boxes=each)
     return rows
 

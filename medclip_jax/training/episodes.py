@@ -90,9 +90,9 @@ def sample(
                 for side in rows
             ]
         tasks.append((*rows, kind, source))
-    *sides, kind, source = (np.array(column) for column in zip(*tasks, strict=True))
+    *sides, task_kinds, sources = (np.array(column) for column in zip(*tasks, strict=True))
     support, query = (Rows(*np.moveaxis(side, 2, 0)) for side in sides)
-    return Tasks(support, query, kind, source)
+    return Tasks(support, query, task_kinds, sources)
 
 
 def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Rows:
@@ -173,7 +173,8 @@ def episodes_batch(
         own = [jax.tree.map(lambda x: x[rows], x) for x in side]
         sides.append(_take(pool, own, [view[i][rows] for view in pair]))
     valid: Any = np.ones((len(rows), len(members)), bool)
-    return Episodes(*sides, valid)
+    support, query = sides
+    return Episodes(support, query, valid)
 
 
 def adaptation_batch(pool: TrainingPool, members: Sequence[Int[np.ndarray, " _"]]) -> Batch:

@@ -44,7 +44,8 @@ class MetricsLog:
     def write(self, step: int, parts: Mapping[str, Any]) -> None:
         """Log the parts of one step. Raises WorkdirError if the disk is full or read-only."""
         values = {name: float(value) for name, value in parts.items()}
-        line = {"step": step, **values, "seconds": round(time.monotonic() - self._start, 3)}
+        seconds = round(time.monotonic() - self._start, 3)
+        line: dict[str, Any] = {"step": step, **values, "seconds": seconds}
         nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
         if nonfinite:
             line["nonfinite"] = nonfinite
