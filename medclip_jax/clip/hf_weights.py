@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
 
 
-def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], ...]:
+def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Pixel mean and sd as `path` gives them, OpenAI's for None. Raises CheckpointError."""
     try:
         mean, std = (tuple(map(float, x)) for x in (mean or MEAN, std or STD))

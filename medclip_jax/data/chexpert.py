@@ -62,7 +62,7 @@ def label_of(row: dict[str, str], uncertain: str) -> tuple[int | None, str]:
 
     Raises KeyError for a value that is neither a label nor blank.
     """
-    meaning = {"": 0, "1.0": 1, "1": 1, "0.0": 0, "0": 0}
+    meaning: dict[str, int | None] = {"": 0, "1.0": 1, "1": 1, "0.0": 0, "0": 0}
     meaning |= dict.fromkeys(("-1.0", "-1"), UNCERTAIN[uncertain])
     findings = {name: meaning[(row[name] or "").strip()] for name in FINDINGS}
     present = [name for name in FINDINGS if findings[name] == 1]

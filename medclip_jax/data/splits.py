@@ -211,8 +211,11 @@ def _with_parts(units: dict[int, list[Record]]) -> Sides:
 
 
 def _difference(old: tuple[str, str, int] | None, new: Record | None) -> str:
-    if old is None or new is None:
-        return f"{new.id} is in the data only" if new else f"{old[0]} is in the file only"
+    if new is None:
+        assert old is not None
+        return f"{old[0]} is in the file only"
+    if old is None:
+        return f"{new.id} is in the data only"
     name, sha256, label = old
     if name != new.id:
         return f"{name} stands in the file where the data have {new.id}"

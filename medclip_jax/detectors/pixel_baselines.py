@@ -77,7 +77,7 @@ def load_thumbnails(
 
 def to_thumbnails(images: Float[np.ndarray, "n s s"]) -> Features:
     """pooled [n, 1]: the mean grey level, [0, 1]; the one layer [n, 1024, 1]: the pixels."""
-    pixels = np.stack([shrink(x) for x in images]).reshape(len(images), -1, 1)
+    pixels: Any = np.stack([shrink(x) for x in images]).reshape(len(images), -1, 1)
     return Features(pixels.mean(1), (pixels,))
 
 

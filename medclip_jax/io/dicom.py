@@ -25,8 +25,10 @@ MODALITIES = set(
     "RTIMAGE SC SEG SM TG US XA XC".split()
 )
 SIZE_TAGS = ("NumberOfFrames", "Rows", "Columns")
-SORT_TAGS = ("SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient")
-SORT_TAGS += ("ImageOrientationPatient", *SIZE_TAGS)
+SORT_TAGS = (
+    *("SeriesInstanceUID", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient"),
+    *SIZE_TAGS,
+)
 
 
 class _Decoded(NamedTuple):

@@ -44,7 +44,7 @@ def read_pillow(path: Path) -> Image:
     """
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
-            return Image(_pages(path, image), None, {"format": image.format})
+            return Image(_pages(path, image), None, {"format": str(image.format)})
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -97,11 +97,11 @@ def draw_overlay(
 
 def _pages(path: Path, image: PIL.Image.Image) -> Float[np.ndarray, "f h w"]:
     """Pages of a TIFF, all of one size; of other formats the one image (no MPO, no APNG)."""
-    size, file_format = image.size, image.format
+    size, file_format = image.size, str(image.format)
     check_size(path, *size)
     if file_format != "TIFF":
         return _luminance(path, PIL.ImageOps.exif_transpose(image), file_format)[None]
-    check_size(path, *size, image.n_frames)
+    check_size(path, *size, getattr(image, "n_frames", 1))
     pages = []
     for page in PIL.ImageSequence.Iterator(image):
         if page.size != size:

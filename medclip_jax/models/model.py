@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.clip.outputs import Features
 from medclip_jax.clip.text import encode_text
-from medclip_jax.features.training_pool import Batch
+from medclip_jax.features.training_pool import Batch, Views
 from medclip_jax.models import (
     losses,
     modules,
@@ -230,10 +230,10 @@ def loss(
         classes = similarity.cosine(pooled, similarity.class_features(text))[:, 0]
         return losses.prompt(jnp.exp(frozen["logit_scale"]) * classes, batch.label, batch.valid)
 
-    def simclr():
-        head = partial(modules.ProjectionHead().apply, {"params": params["head"]})
-        one, two = (head(adapt_tokens(params, x, design)) for x in batch.views[:2])
-        return losses.ntxent(one, two, batch.views.image, batch.valid)
+    def simclr(views: Views):
+        head: Any = partial(modules.ProjectionHead().apply, {"params": params["head"]})
+        one, two = (head(adapt_tokens(params, x, design)) for x in views[:2])
+        return losses.ntxent(one, two, views.image, batch.valid)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
@@ -241,8 +241,8 @@ def loss(
         "align": lambda: losses.align(cosines, share, jnp.asarray(text.label), batch.valid, scale),
         "prompt": prompt,
     }
-    if batch.views is not None:
-        terms["simclr"] = simclr
+    if (views := batch.views) is not None:
+        terms["simclr"] = lambda: simclr(views)
     if (teacher := batch.teacher) is not None and (rule := distill) is not None:
         terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, rule)
     weights = {**weights, "distill": distill.weight if distill else 0.0}

@@ -5,6 +5,7 @@ those that Flax derives from names, so that their first values do not depend on 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -66,7 +67,7 @@ class ProjectionHead(nn.Module):
 
     @nn.compact
     def __call__(self, levels: Sequence[Float[Array, "n p j"]]) -> Float[Array, "n m"]:
-        x = sum(level.mean(1) for level in levels) / len(levels)
+        x: Any = sum(level.mean(1) for level in levels) / len(levels)
         width = x.shape[-1]
         hidden = nn.Dense(width, kernel_init=self.hidden_init, name="hidden")(x)
         narrow = max(width // 2, 1)

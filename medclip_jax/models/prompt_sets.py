@@ -33,7 +33,9 @@ def stack(prompts: Sequence[Prompts]) -> Sets:
     """Prompts of the target, then of the other sets; all have the same positions and context."""
     sides = [[np.flatnonzero(p.label == side) for p in prompts] for side in (0, 1)]
     counts = [max(map(len, side)) for side in sides]
-    own, row, real = [], [], []
+    own: Any = []  # lists of each side, then arrays of both; so are the others
+    row: Any = []
+    real: Any = []
     for side, count in zip(sides, counts, strict=True):
         place = np.arange(count)
         own.append([of_set[place % len(of_set)] for of_set in side])

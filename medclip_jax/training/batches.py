@@ -71,8 +71,8 @@ def joint_batch(
     each = [joint_rows(step, own, size, seed, pool.variants, pool.copies) for own in members]
     image, variant = (np.stack(x, axis=1) for x in zip(*each, strict=True))
     pair = sample_views(seed, step, image.shape, pool.copies) if views else ()
-    image, variant, *pair = (x if rows is None else x[rows] for x in (image, variant, *pair))
-    return training_pool.take(pool, image, variant, pair)
+    image, variant, *own = (x if rows is None else x[rows] for x in (image, variant, *pair))
+    return training_pool.take(pool, image, variant, own)
 
 
 def joint_rows(step: int, own: Indices, size: int, seed: int, variants: int, copies: int = 0):

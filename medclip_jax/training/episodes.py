@@ -121,9 +121,9 @@ def _deal(rng, own: np.ndarray, kinds: np.ndarray, kind: int, k: int):
 
     if len(own) > k:
         return [(clean(part), _altered(rng, part, kinds, kind)) for part in (own[:k], own[k:])]
-    altered, own = _altered(rng, own, kinds, kind), clean(own)
-    half, middle = -(-len(own) // 2), -(-len(altered) // 2)
-    return (own[:half], altered[:middle]), (own[half:], altered[middle:])
+    altered, plain = _altered(rng, own, kinds, kind), clean(own)
+    half, middle = -(-len(plain) // 2), -(-len(altered) // 2)
+    return (plain[:half], altered[:middle]), (plain[half:], altered[middle:])
 
 
 def _altered(rng, images: np.ndarray, kinds: np.ndarray, kind: int) -> list[Row]:

@@ -147,7 +147,8 @@ class _DelayedLog:
     """Logs the parts of a step one step late, so that the device never waits for the host."""
 
     def __init__(self, log: MetricsLog | None) -> None:
-        self._log, self._waiting = log, None
+        self._log = log
+        self._waiting: tuple[int, dict] | None = None
 
     def write_later(self, step: int, parts: dict) -> None:
         self._waiting = step, parts
@@ -196,15 +197,17 @@ def _reader(pools, folds, joint, schedule, mesh, views, on_target) -> Callable[[
     members = batches.members(k, folds, [len(p.clean) for p in pools[1:]], on_target)
     n = schedule.batch if joint else schedule.tasks
     rows, valid = sharding.local_rows(n, mesh), sharding.valid_rows(n, mesh)
+    make: Callable
+    own: list[Any] = members
+    size: Any = n
     if joint:
-        make, size = batches.joint_batch, n
-        members = [np.concatenate(sets) for sets in members]
+        make, own = batches.joint_batch, [np.concatenate(sets) for sets in members]
     else:
         make, size = episodes.episodes_batch, episodes.Sizes(n, k, schedule.shots)
         episodes.check(pool.kinds)
 
     def read(step: int):
-        batch = make(step, pool, members, size, schedule.seed, rows, views)
+        batch = make(step, pool, own, size, schedule.seed, rows, views)
         batch = sharding.place(batch, mesh)
         return batch._replace(valid=batch.valid & valid[:, None])
 
