@@ -98,7 +98,7 @@ def zero_shot(
     apply = zero_shot_scorer(clip, design.prompts.label)
     text = jax.jit(partial(model.text_features, {}, design=design))(frozen)
     params = {"text": text, "scale": jnp.exp(frozen["logit_scale"])}
-    calibration = Scores(np.zeros((0, design.grid**2), np.float32), np.zeros(0, np.float32))
+    calibration = jax.device_get(Scores(jnp.zeros((0, design.grid**2)), jnp.zeros(0)))
     if tokens is not None:
         calibration = jax.device_get(jax.jit(apply)(params, tokens, None))
     return Detector(apply, params, None, calibration, k, False, design.size)

@@ -122,9 +122,10 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
         mean=clip.mean,
         std=clip.std,
     )
-    label = (np.arange((1 + KINDS) * len(images)) >= len(images)).astype(np.int32)
+    label: Any = (np.arange((1 + KINDS) * len(images)) >= len(images)).astype(np.int32)
     mask: Any = np.concatenate([np.zeros_like(pixels), masks.astype(np.float32)])
-    return Batch(tokens, mask, label, np.ones(len(label), bool))
+    valid: Any = np.ones(len(label), bool)
+    return Batch(tokens, mask, label, valid)
 
 
 def learned(

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -76,7 +76,7 @@ def run(
     share = f".{part.replace('/', '-of-')}" if part else ""
     table, bad = output / f"results{share}.csv", output / f"unreadable{share}.csv"
     counts: collections.Counter[str] = collections.Counter()
-    reasons = []
+    reasons: list[str] = []
     with _open_tables(table, bad) as add, runtime.sigterm() as stop:
         stream = _stream(predictor, items, output, stamp, pseudonymise, stop)
         with closing(stream):
@@ -96,12 +96,13 @@ def run(
             logging.warning("  %s", reason)
     if counts["unreadable"] == len(items) > 0:
         raise DataError(f"none of the {len(items)} item(s) could be read: {bad} says why")
-    return Summary(*(counts[name] for name in Summary._fields[:4]), table)
+    scored, skipped, unreadable, alarms = (counts[name] for name in Summary._fields[:4])
+    return Summary(scored, skipped, unreadable, alarms, table)
 
 
 def _stream(
     predictor, items, output, stamp, pseudonymise, stop
-) -> Iterator[tuple[Job, list[dict]]]:
+) -> Generator[tuple[Job, list[dict]], None, None]:
     """Read, score and write items; yields each, in order, with its rows of the table."""
     size = batch_size(predictor)
     load = partial(pipeline.load, predictor=predictor, output=output, stamp=stamp)

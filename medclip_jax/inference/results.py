@@ -182,7 +182,7 @@ def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: resize.Mode) -> d
     if parts[0].cams is None or not parts[0].cams.size:
         return {}
     cam = np.concatenate([part.cams for part in parts])[top : top + 1]
-    heat = resize.to_frame(resize.to_square(cam, CAM_SIDE)[0], *pixels.shape, fit)
+    heat = frame_map(resize.to_square(cam, CAM_SIDE)[0], pixels.shape, fit)
     return {"cam.png": pillow.draw_overlay(pixels, heat, [])}
 
 
