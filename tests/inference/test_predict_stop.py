@@ -72,4 +72,5 @@ def test_signals_while_predicting_and_the_same_command_finishes(start, tmp_path)
     _, stderr = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, stderr[-3000:]
     ours, theirs = content.of_prediction(cut), content.of_prediction(tmp_path / "whole")
-    assert len(theirs) == 3 * IMAGES + 2 and ours == theirs
+    # JSON, overlay, map and moments of MC-dropout of each, and two tables
+    assert len(theirs) == 4 * IMAGES + 2 and ours == theirs
