@@ -123,14 +123,12 @@ def write(
     pseudonymise: bool,
     build: dicom_write.Build,
 ) -> list[dict[str, Any]]:
-    """Write all files of one item; returns its rows of the table, one per frame.
+    """Write all files of one item, or raise WorkdirError; returns its rows, one per frame.
 
     Args:
         parts: of all frames, in order.
         model: what the JSON says of the detector.
         build: as dicom_write.build, wherever it runs.
-
-    Raises WorkdirError if the disk refuses them.
     """
     frames = [frame for part in parts for frame in part.frames]
     scores = BatchScores(*map(np.concatenate, zip(*(part.scores for part in parts), strict=True)))
