@@ -185,7 +185,6 @@ def referenced(*folders: str) -> set[str]:
     return words
 
 
-@LATER
 def test_nothing_of_the_package_is_for_tests_alone():
     used = referenced("medclip_jax", "configs", "experiments")
     entry = {"main.cli", "api.load"}  # the console script; `medclip_jax.load` of notebooks

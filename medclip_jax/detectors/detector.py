@@ -142,27 +142,15 @@ def calibrate(
     return calibration.calibrate(np.asarray(image), maps, detector.k, alpha, pixel_rate, steps)
 
 
-def score_batch(
-    detector: Detector,
-    calibrated: calibration.Calibration,
-    features: Features,
-    keys: Array,
-    mm2: Sequence[float | None] | None = None,
-) -> BatchScores:
-    """Calibrated scores of a batch of images.
-
-    Args:
-        features: tokens of n images.
-        keys: [t] of MC-dropout.
-        mm2: area in mm² of a pixel of each map, where the map filter needs it.
-    """
-    return finish(jax.device_get(read_batch(detector, features, keys)), calibrated, mm2)
-
-
 def finish(
     raw: Raw, calibrated: calibration.Calibration, mm2: Sequence[float | None] | None = None
 ) -> BatchScores:
-    """Raw scores on the host -> calibrated scores; arguments as of `score_batch`."""
+    """Calibrated scores of a batch, from its raw ones: the only way to them.
+
+    Args:
+        raw: of `read_batch`, on the host.
+        mm2: area in mm² of a pixel of each map, where the map filter needs it.
+    """
     unit = partial(calibration.to_unit, threshold=calibrated.image.value, scale=calibrated.scale)
     pixel_unit = partial(
         calibration.to_unit, threshold=calibrated.pixel.value, scale=calibrated.pixel_scale

@@ -15,6 +15,11 @@ from tests.support.scenes import POOL, RATES, SIZE
 # --- learned ------------------------------------------------------------------------------------
 
 
+def score_batch(made, calibrated, features, keys):
+    """Both halves of scoring, as evaluation and prediction run them."""
+    return detector.finish(jax.device_get(detector.read_batch(made, features, keys)), calibrated)
+
+
 @pytest.fixture(scope="module")
 def folded(tiny):
     """Three sets of parameters that differ, for two folds of five supports."""
@@ -81,7 +86,7 @@ def test_no_dropout_has_one_pass_and_variance_exactly_0(tiny):
     scores = detector.score(made, own)
     np.testing.assert_array_equal(made.calibration.patch, scores.patch)  # no folds: the main ones
     keys = jax.random.split(jax.random.key(0), 4)
-    got = detector.score_batch(made, detector.calibrate(made, **RATES), own, keys)
+    got = score_batch(made, detector.calibrate(made, **RATES), own, keys)
     np.testing.assert_array_equal(got.patch_variance, 0)
     np.testing.assert_array_equal(got.uncertainty, 0)
 
@@ -91,7 +96,7 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
     made, *_ = folded
     new, keys = tokens(3, seed=2), jax.random.split(jax.random.key(1), 8)
     found = detector.calibrate(made, **RATES)
-    got, raw = detector.score_batch(made, found, new, keys), detector.read_batch(made, new, keys)
+    got, raw = score_batch(made, found, new, keys), detector.read_batch(made, new, keys)
     unit = calibration.to_unit(np.asarray(raw.passes.patch), found.pixel.value, found.pixel_scale)
     np.testing.assert_allclose(got.patch_mean, unit.mean(1), atol=1e-6)
     np.testing.assert_allclose(got.patch_variance, unit.var(1), atol=1e-7)
@@ -163,6 +168,6 @@ def test_without_supports_the_decision_is_where_both_classes_are_equally_likely(
     design, frozen = design_of(tiny, context=0)
     made = prompt_detector.zero_shot(tiny, frozen, design, None, 0)
     found = detector.calibrate(made, **RATES)
-    got = detector.score_batch(made, found, tokens(3), jax.random.split(jax.random.key(0), 2))
+    got = score_batch(made, found, tokens(3), jax.random.split(jax.random.key(0), 2))
     np.testing.assert_array_equal(got.alarm, np.asarray(detector.score(made, tokens(3)).image) > 0)
     assert np.isnan(got.p_value).all() and found.k == 0
