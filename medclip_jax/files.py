@@ -1,13 +1,21 @@
 """Files that appear whole or not at all, temporary arrays, and JSON that any reader can read."""
 
+import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
+import re
+import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -30,29 +38,131 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, durable: bool = True)
         file.write(data)
 
 
+class _Output(FileIO):
+    """A file whose errors name the file that is written, so that they differ from all others."""
+
+    path = Path()
+
+    def write(self, data: Any) -> int:
+        with disk_errors(self.path):
+            return super().write(data)
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write into that appears in one piece; a temporary one beside it until then.
+
+    What lies at `path` is replaced, a link too: its target is left alone. Errors of the block that
+    are not of this file pass as they are.
 
     durable: wait for the disk, so that the file outlives a power cut. Without, it outlives any kill
     of the process, but after a power cut it may be missing or cut short.
     Raises WorkdirError if it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                yield file
+        temporary, file = _create(path)
+    try:
+        with file:
+            yield cast(BinaryIO, file)
+            with disk_errors(path):
+                file.flush()
                 if durable:
-                    file.flush()
                     os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+                os.replace(temporary, path)  # before the lock is given up
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, to be renamed to it; gone when the block is left.
+
+    Raises WorkdirError if it cannot be made.
+    """
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = _temporary_name(target)
+        folder.mkdir()
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield folder
+    finally:
+        os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: Path) -> int:
+    """Delete temporary files and folders that dead processes left in a folder; returns how many.
+
+    Whoever writes one holds a lock on it, which ends with its process.
+    """
+    count = 0
+    with suppress(OSError):  # no such folder, or not ours to list
+        for entry in list(os.scandir(folder)):
+            match = re.fullmatch(r"\..+\.(\d+)(\.[0-9a-f]{16})?\.tmp", entry.name)
+            if match is None or entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+                continue
+            if not match[2] and Path("/proc", match[1]).exists():
+                continue
+            with suppress(OSError):  # it is locked, or another process was faster
+                handle = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if entry.is_dir():
+                        shutil.rmtree(entry.path)
+                    else:
+                        os.unlink(entry.path)
+                    count += 1
+                finally:
+                    os.close(handle)
+    return count
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """All bytes of a regular file, which is no link. Raises OSError for anything else, or larger.
+
+    Never waits, as opening a pipe would.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise OSError(errno.EINVAL, "no regular file, or a very large one", str(path))
+        return file.read(most)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes. Raises OSError, also for what is no regular file."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
+
+
+def _create(path: Path) -> tuple[Path, BufferedWriter]:
+    """A new file beside `path`, whatever was planted there, and locked for `sweep`."""
+    while True:
+        temporary = _temporary_name(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        raw = _Output(os.open(temporary, flags, 0o666), "wb")
+        raw.path = path
+        _lock(raw.fileno())
+        if os.fstat(raw.fileno()).st_nlink:
+            return temporary, BufferedWriter(raw, 1 << 20)
+        raw.close()  # swept between its creation and its lock
+
+
+def _lock(handle: int) -> None:
+    with suppress(OSError):  # a file system without locks: nothing of it is swept, either
+        fcntl.flock(handle, fcntl.LOCK_SH)
 
 
 def temporary_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = None) -> np.ndarray:
@@ -72,15 +182,12 @@ def temporary_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = No
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if not size:
         return np.zeros(shape, dtype)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-            return np.memmap(file, dtype, "r+", shape=shape)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def plain(obj: Any) -> Any:
@@ -97,8 +204,13 @@ def plain(obj: Any) -> Any:
     return str(obj) if isinstance(obj, Path) else obj
 
 
-def cannot_write(path: Path, error: OSError) -> WorkdirError:
-    return WorkdirError(
-        f"Cannot write {path} ({error.strerror or error}): "
-        "free space there, fix its permissions or give another workdir."
-    )
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Every OSError of the block becomes a WorkdirError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"Cannot write {path} ({error.strerror or error}): "
+            "free space there, fix its permissions or give another folder."
+        ) from error

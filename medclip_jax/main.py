@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
@@ -23,7 +22,10 @@ from ml_collections import ConfigDict, config_flags
 from medclip_jax import config, config_validation
 from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+)
 
 MODES = {
     "train": "train or resume, score, report",
@@ -215,16 +217,15 @@ def check(fields: ConfigDict) -> None:
 def run(mode: str, fields: ConfigDict, folder: Path) -> None:
     """Train, evaluate or report in a workdir that no other run uses meanwhile."""
     from medclip_jax import train, workdir
+    from medclip_jax.distributed import multihost
 
-    # processes of one run share their workdir on purpose
-    with nullcontext() if fields.distributed else workdir.locked(folder):
-        if mode == "report":
-            train.write_report(folder)
-            return
-        from medclip_jax.distributed import multihost
-
-        with multihost.exit_together():
+    with multihost.exit_together():
+        if mode != "report":
             join(fields)
+        with workdir.locked(folder):
+            if mode == "report":
+                train.write_report(folder)
+                return
             log_devices()
             metrics = train.run(fields, folder, train=mode == "train")
     if metrics is None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ml_collections import ConfigDict
 from medclip_jax import files
 from medclip_jax.data import splits
 from medclip_jax.data.records import Record, Split
+from medclip_jax.distributed import multihost, sharding
 from medclip_jax.errors import WorkdirError
 
 LOCK = ".lock"
@@ -22,6 +25,11 @@ PLACES = (
     *("cache", "validations", "explanation", "checkpoint_every", "tensorboard"),
     *("distributed", "join_timeout"),
 )
+FILES = (
+    *("config.json", "split.json", "metrics.jsonl", "metrics.json", "report.html"),
+    *("scorer.json", "scorer.safetensors", "predictions.npz"),
+)
+FOLDERS = ("checkpoints", "figures", "tensorboard")
 RESULTS = ("predictions.npz", "scorer.json", "scorer.safetensors")  # written before metrics.json
 
 
@@ -30,25 +38,67 @@ def locked(workdir: Path) -> Iterator[None]:
     """Make the folder and keep other runs out of it until the block is left.
 
     The kernel holds the lock for as long as the process lives, so a dead one leaves none behind.
+    Of several processes of one run, process 0 holds it for all.
 
     Raises:
-      WorkdirError: the folder cannot be made or written, or another run is in it.
+      WorkdirError: the folder cannot be made or written, another run is in it, or one of its names
+        is taken by a link or a special file.
     """
+    refusal, main = None, not multihost.several() or sharding.is_main()
+    with ExitStack() as stack:
+        if main:
+            try:
+                stack.callback(_lock(workdir).release)
+                check_names(workdir)
+                for folder in (workdir, workdir / "figures"):
+                    files.sweep(folder)
+            except WorkdirError as error:
+                refusal = error
+        if multihost.any_process(refusal is not None).any():
+            raise refusal or WorkdirError(f"{workdir} cannot be used: process 0 says why")
+        yield
+
+
+def _lock(workdir: Path) -> FileLock:
+    """A lock that is held; WorkdirError if it cannot be."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        _refuse_unless(stat.S_ISREG, workdir / LOCK)
         lock = FileLock(workdir / LOCK, timeout=0)
-        with lock:
-            yield
+        lock.acquire()
+        return lock
     except Timeout:
         raise WorkdirError(
             f"{workdir} is in use by another run: wait until it ends or give another --workdir"
         ) from None
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        if error.filename is None or Path(error.filename) not in (workdir, workdir / LOCK):
-            raise
+    except OSError as error:
         raise WorkdirError(
             f"{workdir} cannot be written ({error.strerror}): give another --workdir"
         ) from None
+
+
+def check_names(workdir: Path) -> None:
+    """Raise WorkdirError if a name that a run uses is a link or no regular file or folder.
+
+    A workdir may come from elsewhere: a link would lead what is written to another place, and a
+    pipe would be waited for.
+    """
+    for name in FILES:
+        _refuse_unless(stat.S_ISREG, workdir / name)
+    for name in FOLDERS:
+        _refuse_unless(stat.S_ISDIR, workdir / name)
+        for folder, _, names in os.walk(workdir / name):
+            for below in (Path(folder, other) for other in names):
+                _refuse_unless(stat.S_ISREG, below)
+
+
+def _refuse_unless(wanted: Callable[[int], bool], path: Path) -> None:
+    with suppress(OSError):
+        if not wanted(path.lstat().st_mode):
+            raise WorkdirError(
+                f"{path} is a link, or no {'file' if wanted is stat.S_ISREG else 'folder'}: "
+                "remove it or give another --workdir"
+            )
 
 
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
@@ -91,7 +141,7 @@ def keep_split(workdir: Path, split: Split, c: ConfigDict, main: bool = True) ->
 def truth_of(test: Sequence[Record]) -> list[list[Any]]:
     """All that a result reads of test images, for its key: a corrected label or mask changes it."""
     return [
-        [r.id, r.sha256, int(r.label), r.patient, [_sha256(Path(mask)) for mask in r.masks]]
+        [r.id, r.sha256, int(r.label), r.patient, [files.sha256_of(mask) for mask in r.masks]]
         for r in test
     ]
 
@@ -103,7 +153,7 @@ def key(*parts: Any) -> str:
 
 def seal(workdir: Path, key: str) -> dict[str, Any]:
     """What metrics.json says of a finished run: what it was made from, and the files it left."""
-    return {"key": key, "files": {name: _sha256(workdir / name) for name in RESULTS}}
+    return {"key": key, "files": {name: files.sha256_of(workdir / name) for name in RESULTS}}
 
 
 def finished(workdir: Path, key: str) -> dict[str, Any] | None:
@@ -116,8 +166,3 @@ def finished(workdir: Path, key: str) -> dict[str, Any] | None:
         return None  # not finished, or corrupt: the run is repeated
     logging.info("%s is finished: nothing to do (--mode evaluate scores it again)", workdir)
     return metrics
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

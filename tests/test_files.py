@@ -1,15 +1,21 @@
 """Files that appear whole, JSON that any reader reads, and arrays on disk."""
 
+import hashlib
 import json
 import math
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from medclip_jax import files
 from medclip_jax.errors import WorkdirError
-from medclip_jax.files import plain, temporary_array, write_json
+from medclip_jax.files import plain, temporary_array, write_bytes, write_json
+from tests.support.paths import ROOT
 
 
 def test_write_json_converts_and_replaces(tmp_path):
@@ -51,8 +57,110 @@ def test_write_json_keeps_the_old_file_when_a_value_cannot_be_written(tmp_path):
 
 def test_write_json_below_a_file_is_one_sentence(tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(WorkdirError, match="run.*another workdir"):
+    with pytest.raises(WorkdirError, match="run.*another folder"):
         write_json(tmp_path / "run/a.json", 1)
+
+
+@pytest.mark.parametrize("plant", ["link", "dangling", "pipe"])
+def test_what_lies_in_the_way_is_replaced_and_a_links_target_left_alone(tmp_path, plant):
+    path, outside = tmp_path / "results.csv", tmp_path / "outside"
+    if plant == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(outside)
+    if plant == "link":
+        outside.write_text("mine")
+    write_bytes(path, b"ours")
+    assert path.read_bytes() == b"ours" and not path.is_symlink()
+    assert outside.exists() == (plant == "link")
+    assert plant != "link" or outside.read_text() == "mine"
+
+
+def test_a_folder_of_that_name_is_one_sentence(tmp_path):
+    (tmp_path / "results.csv" / "mine").mkdir(parents=True)
+    with pytest.raises(WorkdirError, match=r"results\.csv.*directory"):
+        write_bytes(tmp_path / "results.csv", b"ours")
+    assert os.listdir(tmp_path) == ["results.csv"]
+
+
+def test_names_of_temporary_files_cannot_be_guessed_and_are_not_followed(tmp_path, monkeypatch):
+    """Even a right guess is refused: the file must be new."""
+    names = set()
+    for _ in range(3):
+        with files.writing(tmp_path / ("ä" * 120)):
+            (name,) = os.listdir(tmp_path)
+            names.add(name)
+        (tmp_path / ("ä" * 120)).unlink()
+    assert len(names) == 3
+    (tmp_path / "outside").write_text("mine")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * 2 * n)
+    files._temporary_name(tmp_path / "a").symlink_to(tmp_path / "outside")
+    with pytest.raises(WorkdirError, match="exists"):
+        write_bytes(tmp_path / "a", b"ours")
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_errors_of_the_block_are_not_said_of_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError), files.writing(tmp_path / "a"):
+        (tmp_path / "vanished").read_bytes()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [1, 1 << 22])
+def test_a_full_disk_names_the_file(tmp_path, size):
+    """A limit on the size of files stands for the disk."""
+    with pytest.raises(WorkdirError, match=f"{tmp_path}/a .*File too large"):
+        with files.writing(tmp_path / "a") as file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            try:
+                file.write(b"0" * size)
+                file.flush()
+            finally:
+                limits = resource.RLIM_INFINITY, resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, sys; from pathlib import Path; from medclip_jax import files
+folder = Path(sys.argv[1])
+with files.writing(folder / "report.html"), files.temporary_folder(folder / "set") as part:
+    (part / "a").touch()
+    print(os.getpid(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_only_what_the_dead_left_is_swept(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    pid = int(done.stdout)
+    assert len(list(tmp_path.iterdir())) == 2
+    foreign = {".mine.tmp", ".x.1.abc.tmp", "a.12.tmp", f".report.html.{os.getpid()}.tmp"}
+    for name in foreign:
+        (tmp_path / name).touch()
+    (tmp_path / f".link.{pid}.tmp").symlink_to(tmp_path / "a.12.tmp")
+    os.mkfifo(tmp_path / f".pipe.{pid}.tmp")
+    (tmp_path / f".report.html.{pid}.tmp").touch()  # of a dead process
+    with files.writing(tmp_path / "b"), files.temporary_folder(tmp_path / "c"):
+        assert files.sweep(tmp_path) == 3
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == foreign | {f".link.{pid}.tmp", f".pipe.{pid}.tmp", "b"}
+    assert files.sweep(tmp_path / "absent") == 0
+
+
+def test_only_regular_files_are_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("a")
+    os.mkfifo(tmp_path / "pipe")
+    assert files.read_regular(tmp_path / "a", 3) == b"abc"
+    for name, most in (("a", 2), ("link", 3), ("pipe", 3), ("absent", 3)):
+        with pytest.raises(OSError):
+            files.read_regular(tmp_path / name, most)
+    for name in ("pipe", "."):
+        with pytest.raises(OSError):
+            files.sha256_of(tmp_path / name)
+    assert files.sha256_of(tmp_path / "link") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_plain_leaves_finite_values_alone():

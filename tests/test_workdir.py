@@ -1,12 +1,15 @@
 """The claim of a run on its workdir, and the lock that keeps other runs out."""
 
 import json
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
-from medclip_jax import config
+from medclip_jax import config, files, workdir
 from medclip_jax.errors import WorkdirError
 from medclip_jax.workdir import claim, locked
 from tests.support.paths import ROOT
@@ -63,3 +66,68 @@ def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):
         process.communicate()  # closes the pipe, too
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(".lock", "metrics.json", "config.json", "report.html", "scorer.json", "metrics.jsonl")]
+    + [*("figures", "checkpoints", "tensorboard", "figures/a.png", "checkpoints/4/x/_METADATA")],
+)
+@pytest.mark.parametrize("plant", ["link", "dangling", "pipe"])
+def test_links_and_pipes_in_a_workdir_that_was_received(tmp_path, name, plant):
+    """Nothing is written through a link and no pipe is waited for."""
+    workdir, outside = tmp_path / "run", tmp_path / "outside"
+    (workdir / name).parent.mkdir(parents=True)
+    if plant == "pipe":
+        os.mkfifo(workdir / name)
+    else:
+        (workdir / name).symlink_to(outside)
+    if plant == "link":
+        outside.write_text("mine")
+    with pytest.raises(WorkdirError, match=f"{name} is a link, or no f"):
+        with locked(workdir):
+            pass
+    assert outside.exists() == (plant == "link")
+    assert plant != "link" or outside.read_text() == "mine"
+
+
+def test_a_folder_where_the_lock_should_be(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(WorkdirError, match="lock is a link, or no file"):
+        with locked(tmp_path):
+            pass
+
+
+def test_what_a_killed_report_left_is_swept(tmp_path):
+    for folder in (tmp_path, tmp_path / "figures"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".report.html.4194305.tmp").touch()  # above the largest number of a process
+    with locked(tmp_path), files.writing(tmp_path / "a.json"):
+        assert not list(tmp_path.rglob(".report*"))
+        assert len(list(tmp_path.glob(".a.json.*.tmp"))) == 1
+    with locked(tmp_path):  # the lock was given up
+        pass
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_of_several_processes_the_first_holds_the_lock_and_tells_the_others(
+    tmp_path, monkeypatch, process
+):
+    monkeypatch.setattr(workdir.multihost, "several", lambda: True)
+    monkeypatch.setattr(workdir.sharding, "is_main", lambda: process == 0)
+    asked = []
+
+    def any_process(flag):
+        asked.append(flag)
+        return np.array([in_use if process else flag])
+
+    monkeypatch.setattr(workdir.multihost, "any_process", any_process)
+    in_use = False
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").exists() == (process == 0)
+    in_use = True
+    with FileLock(tmp_path / ".lock"):
+        with pytest.raises(WorkdirError, match="in use" if process == 0 else "process 0 says why"):
+            with locked(tmp_path):
+                pass
+    assert asked == [False, process == 0]

@@ -8,14 +8,13 @@ an image differs from its diseased one by the lesion (and its shadow or halo) al
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
+from medclip_jax import files
 from medclip_jax.data.phantom_anatomy import MODALITIES
 from medclip_jax.errors import ConfigError, WorkdirError
 
@@ -72,7 +71,7 @@ def write_folder(
     already holds the same data set.
 
     Raises:
-      WorkdirError: `root` holds anything else.
+      WorkdirError: `root` holds anything else, or the disk refuses it.
     """
     root = Path(root)
     counts = {"train/good": n_train, "test/good": n_test_good, "test/lesion": n_test_lesion}
@@ -80,19 +79,15 @@ def write_folder(
     content = json.dumps(settings, sort_keys=True)
     if is_written(root, content):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
+    files.sweep(root.parent)
+    with files.temporary_folder(root) as part, files.disk_errors(root):
         write_images(part, modality, seed, size, counts)
         (part / MARKER).write_text(content)
-        part.chmod(0o755)
         try:
             os.rename(part, root)  # an empty folder is replaced
         except OSError:
             if not is_written(root, content):  # another process may have finished first
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return root
 
 

@@ -4,13 +4,12 @@ Importing this module imports tensorflow_datasets (half a second): callers do so
 """
 
 import contextlib
-import hashlib
+import errno
 import io
 import logging
 import os
 import shutil
 import tempfile
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,14 +18,14 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from medclip_jax import files
 from medclip_jax.data import chexpert, layouts
 from medclip_jax.data.catalog import ABOUT, About
 from medclip_jax.data.records import Record
-from medclip_jax.errors import DataError, WorkdirError
+from medclip_jax.errors import DataError, UserError, WorkdirError
 from medclip_jax.io.image import reason
 
 BATCH = 1024  # rows read at a time
-STALE = 86400  # seconds
 BUSI_URL = "https://scholar.cu.edu.eg/Dataset_BUSI.zip"
 
 
@@ -62,7 +61,7 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     def _generate_examples(self, layout: layouts.Layout) -> Iterator[tuple[str, dict[str, Any]]]:
         for example in layout.examples:
             fields = example._asdict() | {"masks": list(example.masks), "image": example.id}
-            yield example.id, fields | {"sha256": _sha256(layout.root / example.id)}
+            yield example.id, fields | {"sha256": files.sha256_of(layout.root / example.id)}
 
     def _info(self) -> tfds.core.DatasetInfo:
         text, about = tfds.features.Text, self.ABOUT
@@ -156,10 +155,10 @@ def fetch(dl_manager: tfds.download.DownloadManager) -> Path:
     if not unpacked.is_dir():
         try:
             # beside the target, then renamed, so that half an archive is never used
-            with tempfile.TemporaryDirectory(dir=archive.parent, prefix="unpacking.") as beside:
+            with files.temporary_folder(unpacked) as part, files.disk_errors(unpacked):
                 with zipfile.ZipFile(archive) as opened:
-                    opened.extractall(Path(beside, unpacked.name))
-                os.replace(Path(beside, unpacked.name), unpacked)
+                    opened.extractall(part)
+                os.rename(part, unpacked)
         except (zipfile.BadZipFile, EOFError) as error:
             archive.unlink()  # or the broken download would be reused for ever
             raise DataError(f"{BUSI_URL} gave a broken archive ({error}): {by_hand}.") from error
@@ -177,17 +176,7 @@ def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...
     """Prepare the data set if needed and read its records, in natural order of ids."""
     place = _place(layout, cache)
     if not prepared(name, layout, cache):
-        make_folder(place)
-        for path in place.glob("*/incomplete.*"):  # left by preparations that were killed
-            with contextlib.suppress(OSError):  # another process was faster
-                if path.is_dir() and path.stat().st_mtime < time.time() - STALE:
-                    shutil.rmtree(path, ignore_errors=True)
-        with _quiet():
-            try:
-                BUILDERS[name](layout=layout, data_dir=str(place)).download_and_prepare()
-            except Exception:
-                if not prepared(name, layout, cache):  # else another process was quicker
-                    raise
+        _prepare(name, layout, place)
     with _quiet():
         source = BUILDERS[name](data_dir=str(place)).as_data_source(split="full")
         rows: list[dict[str, Any]] = []
@@ -195,6 +184,41 @@ def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...
             rows += source.__getitems__(range(i, min(i + BATCH, len(source))))
     unsorted = (_record(row, layout.root) for row in rows)
     return tuple(sorted(unsorted, key=lambda record: layouts.natural(record.id)))
+
+
+def _prepare(name: str, layout: layouts.Layout, place: Path) -> None:
+    """Prepare below a temporary folder and rename it: what is in `place` is whole."""
+    make_folder(place.parent)
+    files.sweep(place.parent)
+    with files.temporary_folder(place) as part:
+        with _quiet():
+            try:
+                BUILDERS[name](layout=layout, data_dir=str(part)).download_and_prepare()
+            except Exception as error:  # array_record reports the disk in words of its own
+                raise _of_disk(error, place, layout.root) or error from error
+        with files.disk_errors(place):
+            try:
+                os.rename(part, place)
+            except OSError:  # another process was quicker, or what was there is damaged
+                if not prepared(name, layout, place.parent):
+                    shutil.rmtree(place)
+                    os.rename(part, place)
+
+
+def _of_disk(error: Exception, place: Path, root: Path) -> UserError | None:
+    """What a library's error says of a disk, said of the cache or of the data."""
+    codes = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO
+    said = next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), "")
+    filename = str(getattr(error, "filename", None) or "")
+    if isinstance(error, OSError) and filename.startswith(str(root.absolute())):
+        return DataError(f"{filename} cannot be read ({error.strerror}): fix or remove it.")
+    if isinstance(error, OSError) or said:
+        text = said or getattr(error, "strerror", None) or str(error)
+        return WorkdirError(
+            f"The cache {place.parent} cannot be written ({text}): free space there or give "
+            "another cache folder (config.cache)."
+        )
+    return None
 
 
 def make_folder(place: Path) -> None:
@@ -217,11 +241,6 @@ def _record(row: dict[str, Any], root: Path) -> Record:
     text = {name: row[name].decode() for name in ("id", "part", "sha256", "patient")}
     path, *masks = ((root / name.decode()).absolute() for name in (row["image"], *row["masks"]))
     return Record(label=int(row["label"]), path=path, masks=tuple(masks), **text)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

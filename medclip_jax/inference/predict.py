@@ -10,11 +10,9 @@ import csv
 import hashlib
 import logging
 import os
-import re
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -32,7 +30,6 @@ from medclip_jax.io import dicom_write
 FORMAT = 3  # of the outputs; with another number finished items are scored again
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
-STALE = 86400  # seconds
 
 
 class Summary(NamedTuple):
@@ -72,7 +69,7 @@ def run(
     predictor = predictor if cam else predictor._replace(explanation=None)
     settings = f"{FORMAT} {predictor.digest} {pseudonymise} {predictor.explanation}"
     stamp = hashlib.sha256(settings.encode()).hexdigest()
-    clean(output)
+    files.sweep(output)
     share = f".{part.replace('/', '-of-')}" if part else ""
     table, bad = output / f"results{share}.csv", output / f"unreadable{share}.csv"
     counts: collections.Counter[str] = collections.Counter()
@@ -182,21 +179,3 @@ def _open_tables(table: Path, bad: Path) -> Iterator[Callable[[Item, list[dict],
                 unreadable.writerow({"source": item.source, "reason": error})
 
         yield add
-
-
-def clean(folder: Path) -> int:
-    """Delete temporary files that killed processes left in an output folder; returns how many.
-
-    Only those of `files` that are a day old and name no process of this machine: the others may be
-    written at this moment, also where a clock jumped.
-    """
-    old, count = time.time() - STALE, 0
-    for path in folder.glob(".*.tmp"):
-        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
-        if match is None or path.is_symlink() or not path.is_file():
-            continue
-        with suppress(FileNotFoundError):  # its process, or another one like this, was faster
-            if path.stat().st_mtime < old and not Path("/proc", match[1]).exists():
-                path.unlink()
-                count += 1
-    return count

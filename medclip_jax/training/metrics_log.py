@@ -3,13 +3,12 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from medclip_jax.errors import WorkdirError
-from medclip_jax.files import cannot_write, plain, write_bytes
+from medclip_jax.files import disk_errors, plain, write_bytes
 
 
 class MetricsLog:
@@ -38,7 +37,7 @@ class MetricsLog:
             folder = str(workdir / "tensorboard")
             self._events = SummaryWriter(logdir=folder, purge_step=resume_step + 1)
         write_bytes(self._path, "".join(json.dumps(line) + "\n" for line in old).encode())
-        with self._disk_errors():
+        with disk_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, parts: Mapping[str, Any]) -> None:
@@ -49,7 +48,7 @@ class MetricsLog:
         nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
         if nonfinite:
             line["nonfinite"] = nonfinite
-        with self._disk_errors():
+        with disk_errors(self._path):
             self._file.write(json.dumps(plain(line), allow_nan=False) + "\n")
             self._file.flush()
         if self._events is not None:
@@ -62,15 +61,8 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         if self._events is not None:
             self._events.close()
-        with self._disk_errors():
+        with disk_errors(self._path):
             self._file.close()
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

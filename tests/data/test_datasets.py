@@ -1,5 +1,6 @@
 """Preparing data sets, what is refused, downloads: on folders the tests make."""
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from medclip_jax import files
 from medclip_jax.data import datasets, layouts, tfds_builders
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from tests.support.folders import ROOT, png, write_busi, write_folder
@@ -182,8 +184,9 @@ assert not {"tensorflow", "torch"} & set(sys.modules)
 DIE = """
 import os, sys
 from pathlib import Path
-from medclip_jax.data import datasets, tfds_builders
-tfds_builders._sha256 = lambda path: os._exit(9) if path.name == "normal (5).png" else "0"
+from medclip_jax import files
+from medclip_jax.data import datasets
+files.sha256_of = lambda path: os._exit(9) if path.name == "normal (5).png" else "0"
 datasets.load("busi", Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -207,28 +210,75 @@ def test_killed_preparation_is_not_taken_for_whole(busi, cache):
     assert len(records) == 20 and all(len(r.sha256) == 64 for r in records)
 
 
-def test_what_killed_preparations_left_is_swept_when_it_is_a_day_old(busi, cache):
+def test_what_a_killed_preparation_left_is_swept_and_a_living_one_is_not(busi, cache):
     assert run(DIE, busi, cache, check=False).returncode == 9
-    (left,) = cache.rglob("incomplete.*")
-    young = left.with_name("incomplete.YOUNG0_1.1.0")
-    young.mkdir()  # may be another process's, at work now
-    os.utime(left, (0, 0))
-    assert len(datasets.load("busi", busi, cache)) == 20
-    assert not left.exists() and young.is_dir()
+    (left,) = cache.glob(".*.tmp")
+    with files.temporary_folder(cache / "another") as living:
+        assert len(datasets.load("busi", busi, cache)) == 20
+        assert not left.exists() and living.is_dir()
 
 
 def test_the_slower_of_two_preparations_takes_the_quicker_one(busi, cache, monkeypatch):
 
     layout = layouts.busi(busi)
-    hashed = tfds_builders._sha256
+    hashed = files.sha256_of
 
     def overtaken(path):
-        monkeypatch.setattr(tfds_builders, "_sha256", hashed)
+        monkeypatch.setattr(files, "sha256_of", hashed)
         tfds_builders.records("busi", layout, cache)
         return hashed(path)
 
-    monkeypatch.setattr(tfds_builders, "_sha256", overtaken)
+    monkeypatch.setattr(files, "sha256_of", overtaken)
     assert len(tfds_builders.records("busi", layout, cache)) == 20
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_damaged_prepared_data_set_is_prepared_again(busi, cache):
+    assert len(datasets.load("busi", busi, cache)) == 20
+    (info,) = cache.rglob("dataset_info.json")
+    info.unlink()
+    assert len(datasets.load("busi", busi, cache)) == 20
+
+
+def full_disk(folder: Path) -> None:
+    """Mount a file system of 64 KB, or skip."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    (folder / "full").write_bytes(b"0" * (52 << 10))
+
+
+def test_a_full_disk_under_the_cache_is_said_of_the_cache(busi, tmp_path):
+    cache = tmp_path / "cache"
+    full_disk(cache)
+    try:
+        with pytest.raises(WorkdirError, match=f"cache {cache} .*No space left"):
+            datasets.load("busi", busi, cache)
+        assert [path.name for path in cache.iterdir()] == ["full"]
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), WorkdirError, "cache .*No space left"),
+        (ValueError("riegeli: No space left on device"), WorkdirError, "cache .*No space left"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), DataError, "cannot be read"),
+    ],
+)
+def test_a_disk_that_fails_while_preparing(busi, cache, monkeypatch, error, kind, said):
+    if kind is DataError:
+        error.filename = str(busi / "x.png")
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tfds_builders.Busi, "download_and_prepare", refuse)
+    with pytest.raises(kind, match=said):
+        datasets.load("busi", busi, cache)
+    assert not list(cache.iterdir())
 
 
 def test_builders_say_where_they_come_from(tmp_path):

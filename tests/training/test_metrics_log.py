@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_sentence_with_the_path(tmp_path):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(WorkdirError, match="run.*another workdir"):
+    with pytest.raises(WorkdirError, match="run.*another folder"):
         MetricsLog(tmp_path / "run")
 
 
