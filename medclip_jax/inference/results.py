@@ -1,14 +1,15 @@
 """What prediction leaves for one item: JSON, overlay, maps, DICOM objects.
 
-All names come from inputs.safe_name; every file appears whole or not at all, the JSON last, so an
-item with a JSON is finished. Boxes are in the image's own pixels and, where it has a spacing, mm.
+All names come from inputs.safe_name; every file appears whole or not at all, the JSON last, with
+the digests of the others and of itself: an item whose JSON agrees with its files is finished. Boxes are
+in the image's own pixels and, where it has a spacing, mm.
 Host values only, so that threads can do it while the encoder runs.
 """
 
+import hashlib
 import io
 import json
 import os
-import stat
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
 )
+LARGEST_PAGE = 1 << 28  # bytes of a JSON
 CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the image's frame
 
 
@@ -139,10 +141,11 @@ def write(
     pictures |= _cam_picture(parts, top, pixels, fit)
     contents = {name: pillow.encode_png(picture) for name, picture in pictures.items()}
     contents |= _maps(loaded.codes, scores, npz=item.kind != "nifti")
-    names, notes = {}, []
+    names, digests, notes = {}, {}, []
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
         nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
+        digests["map"] = files.sha256_of(output / names["map"])
     if item.kind == "dicom":
         marked, drawn = loaded.codes >= HALF, pictures["overlay.png"]
         objects = build(item.paths, loaded.key, marked, drawn, top, pseudonymise)
@@ -150,6 +153,7 @@ def write(
         notes = objects.notes
     for name, raw in contents.items():
         names[name.partition(".")[0]] = f"{item.output}.{name}"
+        digests[name.partition(".")[0]] = hashlib.sha256(raw).hexdigest()
         files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
     page = {
         "source": item.output if pseudonymise else item.source,
@@ -167,10 +171,11 @@ def write(
         "alarms": sum(frame["alarm"] for frame in frames),
         "frames": frames,
         "files": names,
-        "bytes": {what: (output / name).stat().st_size for what, name in names.items()},
+        "file_sha256": digests,
         "notes": notes,
         "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }
+    page["page_sha256"] = _seal(page)
     files.write_json(output / f"{item.output}.json", page, durable=False)
     return table_rows(page, item)
 
@@ -215,19 +220,28 @@ def table_rows(page: dict[str, Any], item: Item) -> list[dict[str, Any]]:
 
 
 def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
-    """The rows of a finished item of the same key; None if it has to be scored."""
-    path = output / f"{item.output}.json"
+    """The rows of a finished item of the same key; None if it has to be scored.
+
+    The JSON and each file that it names must be, byte for byte, what was written.
+    """
     try:
-        page = json.loads(path.read_bytes())
-        if page["key"] != key:
+        page = json.loads(files.read_regular(output / f"{item.output}.json", LARGEST_PAGE))
+        if page["key"] != key or page.pop("page_sha256") != _seal(page):
             return None
         for what, name in page["files"].items():
-            status = os.stat(output / os.path.basename(name))
-            if not stat.S_ISREG(status.st_mode) or status.st_size != page["bytes"][what]:
-                return None  # cut short by a power cut, or not ours
+            path = output / name
+            if not name.startswith(f"{item.output}.") or os.path.basename(name) != name:
+                return None  # of another item
+            if path.is_symlink() or files.sha256_of(path) != page["file_sha256"][what]:
+                return None  # altered, or cut short by a power cut
         return table_rows(page, item)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not there, or no result of ours
+
+
+def _seal(page: dict[str, Any]) -> str:
+    """SHA-256 of what a JSON says, whatever its layout."""
+    return hashlib.sha256(json.dumps(files.plain(page), sort_keys=True).encode()).hexdigest()
 
 
 def _npz(**arrays: np.ndarray) -> bytes:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -104,19 +105,84 @@ def test_closing_the_stream_lets_waiting_readers_go(monkeypatch):
     pool.shutdown(wait=True)  # would hang if a reader still waited
 
 
-def test_an_item_whose_file_was_cut_short_is_not_finished(tmp_path):
-    item = Item("a", ("a.png",), "image", "a")
-    (tmp_path / "a.map.png").write_bytes(b"whole")
-    frame = {"frame": 0, "score": 0.5, "p_value": 0.5, "uncertainty": 0, "alarm": False}
-    page = {"key": "k", "files": {"map": "a.map.png"}, "bytes": {"map": 5}, "source": "a"}
-    page |= {"frames": [frame | {"boxes": []}], "height": 1, "width": 1}
-    (tmp_path / "a.json").write_text(json.dumps(page))
-    (row,) = results.finished(tmp_path, item, "k")
-    assert row["score"] == 0.5 and results.finished(tmp_path, item, "other") is None
-    (tmp_path / "a.map.png").write_bytes(b"who")
-    assert results.finished(tmp_path, item, "k") is None
-    (tmp_path / "a.map.png").unlink()
-    assert results.finished(tmp_path, item, "k") is None
+@pytest.fixture
+def result(tmp_path):
+    """(folder, item) of a finished item with one alarm, written as prediction does."""
+    item = Item("a", ("a.png",), "image", "a-1")
+    maps = np.stack([blobs(0, (24, 24))])
+    columns = maps.max((1, 2)), maps.mean((1, 2)), np.ones(1, bool), maps[:, 0, 1], maps
+    scores = BatchScores(*columns, *[maps[:, 0]] * 4)
+    pixels, codes = np.zeros((1, 50, 30), np.uint8), np.zeros((1, 50, 30), np.uint16)
+    part = results.part(scores, codes, 0, None, "pad")
+    loaded = results.Loaded("k", "0" * 64, pixels, maps, None, {}, None, codes)
+    results.write(tmp_path, item, loaded, [part], "pad", {}, False, lambda *_: None)
+    return tmp_path, item
+
+
+def test_a_finished_item_gives_its_rows_again(result):
+    folder, item = result
+    (row,) = results.finished(folder, item, "k")
+    assert row["alarm"] == 1 and row["result"] == "a-1.json"
+    assert results.finished(folder, item, "other") is None
+
+
+def test_an_altered_result_is_made_again(result):
+    """Each byte of each file counts, and what the JSON says, though its size stays."""
+    folder, item = result
+    page = json.loads((folder / "a-1.json").read_text())
+    names = [*page["files"].values()]
+    assert len(names) >= 2
+    for name in names:
+        whole = (folder / name).read_bytes()
+        for altered in (whole[:-3], bytes([*whole[:-9], whole[-9] ^ 1, *whole[-8:]]), b""):
+            (folder / name).write_bytes(altered)
+            assert results.finished(folder, item, "k") is None
+        (folder / name).unlink()
+        assert results.finished(folder, item, "k") is None
+        (folder / "elsewhere").write_bytes(whole)
+        (folder / name).symlink_to(folder / "elsewhere")
+        assert results.finished(folder, item, "k") is None
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert results.finished(folder, item, "k") is None
+        (folder / name).unlink()
+        (folder / name).write_bytes(whole)
+        assert results.finished(folder, item, "k")
+    frame = page["frames"][0]
+    for changed in (
+        page | {"frames": [frame | {"alarm": False}]},
+        page | {"frames": [frame | {"score": frame["score"] + 1e-9}]},
+        page | {"source": "b"},
+        page | {"files": {}},
+        page | {"frames": []},
+        {name: value for name, value in page.items() if name != "page_sha256"},
+    ):
+        (folder / "a-1.json").write_text(json.dumps(changed))
+        assert results.finished(folder, item, "k") is None
+    (folder / "a-1.json").write_text(json.dumps(page))  # in another layout
+    assert results.finished(folder, item, "k")
+    (folder / "a-2.json").write_text(json.dumps(page))  # of another item
+    assert results.finished(folder, item._replace(output="a-2"), "k") is None
+
+
+def test_a_mutated_json_is_made_again(result):
+    folder, item = result
+    path = folder / "a-1.json"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for text in (b"", b"{}", b"[]", b"null", b"[" * 100_000, whole[:-3], b"\xff" + whole):
+        path.write_bytes(text)
+        assert results.finished(folder, item, "k") is None
+    rows = []
+    for _ in range(300):
+        at, bit = rng.integers(len(whole)), 1 << rng.integers(8)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        rows.append(results.finished(folder, item, "k"))
+    path.write_bytes(whole)
+    (right,) = results.finished(folder, item, "k")
+    assert all(each in (None, [right]) for each in rows)  # a space became another
+    path.unlink()
+    os.mkfifo(path)
+    assert results.finished(folder, item, "k") is None
 
 
 def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_path):
