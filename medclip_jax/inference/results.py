@@ -1,8 +1,8 @@
 """What prediction leaves for one item: JSON, overlay, maps, DICOM objects.
 
 All names come from inputs.safe_name; every file appears whole or not at all, the JSON last, with
-the digests of the others and of itself: an item whose JSON agrees with its files is finished. Boxes are
-in the image's own pixels and, where it has a spacing, mm.
+the digests of the others and of itself: an item whose JSON agrees with its files is finished.
+Boxes are in the image's own pixels and, where it has a spacing, mm.
 Host values only, so that threads can do it while the encoder runs.
 """
 

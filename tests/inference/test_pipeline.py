@@ -111,7 +111,7 @@ def result(tmp_path):
     item = Item("a", ("a.png",), "image", "a-1")
     maps = np.stack([blobs(0, (24, 24))])
     columns = maps.max((1, 2)), maps.mean((1, 2)), np.ones(1, bool), maps[:, 0, 1], maps
-    scores = BatchScores(*columns, *[maps[:, 0]] * 4)
+    scores = BatchScores(*columns, *[maps[:, 0]] * 4)._replace(passes=maps[:, 0, :1])
     pixels, codes = np.zeros((1, 50, 30), np.uint8), np.zeros((1, 50, 30), np.uint16)
     part = results.part(scores, codes, 0, None, "pad")
     loaded = results.Loaded("k", "0" * 64, pixels, maps, None, {}, None, codes)
