@@ -1,7 +1,7 @@
 """What a user names -> the images to score: files, folders, globs, DICOM series, NIfTI volumes.
 
-Names are untrusted. Nothing but regular files is opened, loops of links are walked once, and the
-name of every output is made here from safe characters and a hash, so that it stays in its folder.
+Names are untrusted: the name of every output is made here from safe characters and a hash, so that
+it stays in its folder. What cannot be listed, opened or scored is an item too, with its reason.
 """
 
 import hashlib
@@ -10,52 +10,77 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from glob import glob, has_magic
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from medclip_jax.errors import ConfigError, DataError
+from medclip_jax.inference import series, walk
+from medclip_jax.io.nifti import MARK as NIFTI_MARK
+from medclip_jax.io.pillow import MARK as PNG_MARK
 from medclip_jax.io.read import DICOM, NIFTI, PILLOW, is_dicom
 
-HEADER = (
-    *("SeriesInstanceUID", "SOPClassUID", "Rows", "Columns", "NumberOfFrames", "InstanceNumber"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PhotometricInterpretation"),
+NOT_READ = (  # formats of images that people have, too
+    *(".gif", ".webp", ".jp2", ".heic", ".svs", ".npy", ".mha", ".mhd", ".nrrd", ".mgz", ".mgh"),
 )
+COPY = "a copy of another file of its series"
+OURS = "a result of this program, not an image"
 
 
 class Item(NamedTuple):
-    """One image, volume or series."""
+    """One image, volume or series; or, with an `error`, what is none."""
 
-    source: str  # the path as the user may see it, printable
+    source: str  # the path as the user may see it, printable; or its pseudonym
     paths: tuple[str, ...]  # one file, or the files of a DICOM series in order
-    kind: str  # "image", "dicom" or "nifti"
+    kind: str  # "image", "dicom" or "nifti"; "" with an error
     output: str  # safe name, unique: what all its outputs start with
+    names: tuple[str, ...] = ()  # of `paths`, as `source`; the files of a series have one frame
+    uids: tuple[str, ...] = ()  # SOPInstanceUID of `paths`, "" where there is none
+    error: str = ""  # why it is not read: a phrase without names
 
 
-def find(named: Sequence[str], pseudonymise: bool = False) -> list[Item]:
+def find(
+    named: Sequence[str], pseudonymise: bool = False, follow_links: bool = False
+) -> list[Item]:
     """The images below the given paths, in the order given, folders in the order of their names.
 
     A path that exists is taken literally, else as a glob pattern (** goes through folders). In a
-    folder only files of known kinds are taken; a file named itself is always taken, to be scored or
-    listed as unreadable. pseudonymise: output names are hashes alone. Raises DataError if there is
-    no image.
+    folder only files of known kinds are taken, no hidden ones and no results of this program; a
+    file named itself is always taken, to be scored or listed as unreadable.
+
+    Args:
+      named: files, folders, patterns.
+      pseudonymise: sources and output names are hashes alone, and files are not named.
+      follow_links: also those that lead out of the folder that was named.
+
+    Raises DataError if there is no image.
     """
     items: list[Item] = []
     seen: set[str] = set()
-    folders: set[tuple[int, int]] = set()
-    for path in _expand(named):
-        root = os.path.dirname(os.path.abspath(path))
-        new = [f for f in _walk(path, folders) if f not in seen]
-        seen.update(new)
-        for kind, paths in _group(new):
-            items.append(_item(root, kind, paths, pseudonymise))
-    if not items:
+    visited: set[tuple[int, int]] = set()
+    empty = 0
+    for name in named:
+        before = len(visited)
+        root, entries = walk.entries(name, visited, follow_links)
+        if not entries and os.path.isdir(name) and len(visited) == before:
+            continue  # named twice
+        new = [entry for entry in entries if entry.path not in seen]
+        seen.update(entry.path for entry in new)
+        groups = list(_group(new))
+        items += [_item(root, *group) for group in groups]
+        if not groups and len(new) == len(entries):
+            empty += 1
+            reason = "no image in this folder" if os.path.isdir(name) else "matches nothing"
+            logging.warning("%s: %s", "a path" if pseudonymise else printable(name), reason)
+            items.append(_item(os.getcwd(), "", (name,), error=reason))
+    if len(items) == empty:
         raise DataError(
             f"{', '.join(named)}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
             "give files, folders or glob patterns"
         )
-    return _unique(items)
+    items = _unique(items)
+    return [_pseudonym(item) for item in items] if pseudonymise else items
 
 
 def share(items: Sequence[Item], part: str) -> list[Item]:
@@ -72,7 +97,10 @@ def share(items: Sequence[Item], part: str) -> list[Item]:
 
 
 def kind_of(path: str) -> str | None:
-    """ "image", "dicom", "nifti", or None for a file that is none by its name and first bytes."""
+    """ "image", "dicom", "nifti", or None for a file that is none by its name and first bytes.
+
+    Raises OSError if those cannot be read.
+    """
     name = os.path.basename(path).lower()
     if name.endswith(".img"):  # the other half of a NIfTI pair
         return None
@@ -81,6 +109,7 @@ def kind_of(path: str) -> str | None:
             return kind
     suffix = os.path.splitext(name)[1]
     if not suffix or suffix[1:].isdigit():  # as scanners name them: IM0001, 1.2.840.1
+        _first_bytes(path, 1)
         return "dicom" if is_dicom(Path(path)) else None
     return None
 
@@ -96,33 +125,6 @@ def safe_name(source: str) -> str:
     return f"{text}-{_hash(source)}"
 
 
-def _expand(named: Iterable[str]) -> Iterator[str]:
-    for path in named:
-        if not os.path.lexists(path) and has_magic(path):
-            yield from sorted(glob(path, recursive=True))
-        else:
-            yield path
-
-
-def _walk(path: str, folders: set[tuple[int, int]]) -> Iterator[str]:
-    """Regular files of known kinds below a folder; a file named itself whatever it is."""
-    if not os.path.isdir(path):
-        yield os.path.abspath(path)
-        return
-    begin = os.path.abspath(path)
-    for folder, below, names in os.walk(begin, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in folders:  # a link back, or a folder that was named twice
-            below.clear()
-            continue
-        folders.add((here.st_dev, here.st_ino))
-        below.sort()
-        for name in sorted(names):
-            file = os.path.join(folder, name)
-            if is_regular(file) and kind_of(file):
-                yield file
-
-
 def is_regular(path: str) -> bool:
     """Whether it is a file to read: no pipe or device, on which reading would hang."""
     try:
@@ -131,57 +133,86 @@ def is_regular(path: str) -> bool:
         return False
 
 
-def _group(paths: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(kind, files): DICOM files of one series in one folder together, everything else alone."""
-    series: dict[tuple, list[tuple[tuple, str]]] = {}
-    order: list[tuple[str, Any]] = []
-    for path in paths:
-        kind = (kind_of(path) if is_regular(path) else None) or "image"
-        slot = _series_of(path) if kind == "dicom" else None
-        if slot is None:
-            order.append((kind, (path,)))
+def _group(entries: Sequence[walk.Entry]) -> Iterator[tuple]:
+    """(kind, files, UIDs, error): files of one DICOM series together, everything else alone."""
+    slices: list[series.Slice] = []
+    others: dict[str, tuple] = {}
+    for entry in entries:
+        path, error = entry.path, entry.error
+        kind, head = "", None
+        if not error:
+            kind, error = _kind(entry)
+        if kind == "dicom":
+            head = series.header(path)
+            error = series.refusal(head)
+        if kind and not error and _is_ours(path, kind, head):
+            error = OURS
+        if error == OURS and not entry.literal:
             continue
-        series_key, place = slot
-        if series_key not in series:
-            series[series_key] = []
-            order.append((kind, series_key))
-        series[series_key].append((place, path))
-    for kind, what in order:
-        if what in series:
-            yield kind, tuple(path for _, path in sorted(series[what]))
-        else:
-            yield kind, what
+        if error:
+            others[path] = ("", (path,), (), error)
+        elif kind == "dicom":
+            slices.append(series.slice_of(path, head))
+        elif kind:
+            others[path] = (kind, (path,), ("",), "")
+    stacks, copies = series.group(slices)
+    first = {min(one.path for one in stack): stack for stack in stacks}
+    for entry in entries:
+        if entry.path in others:
+            yield others[entry.path]
+        elif entry.path in copies:
+            yield "", (entry.path,), (), COPY
+        elif stack := first.get(entry.path):
+            yield "dicom", tuple(x.path for x in stack), tuple(x.uid for x in stack), ""
 
 
-def _series_of(path: str) -> tuple[tuple, tuple] | None:
-    """(series, place in it) of a single-frame DICOM slice; None for what stands alone."""
-    import pydicom
-
+def _kind(entry: walk.Entry) -> tuple[str, str]:
+    """(kind, why it is not read); two empty texts for a file to be passed over."""
+    name = entry.path.lower()
     try:
-        head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
-        if "SeriesInstanceUID" not in head or int(head.get("NumberOfFrames") or 1) > 1:
-            return None
-        look = [round(float(v), 4) for v in head.get("ImageOrientationPatient") or ()]
-        at = [float(v) for v in head.get("ImagePositionPatient") or ()]
-        depth = 0.0
-        if len(look) == 6 and len(at) == 3:
-            (a, b, c), (d, e, f) = look[:3], look[3:]
-            normal = (b * f - c * e, c * d - a * f, a * e - b * d)
-            depth = sum(n * x for n, x in zip(normal, at, strict=True))
-        # as text: a broken header may hold several values where there is one
-        shape = [str(head.get(n)) for n in ("Rows", "Columns", "PhotometricInterpretation")]
-        uid = str(head.SeriesInstanceUID), str(head.get("SOPClassUID"))
-        number = int(head.get("InstanceNumber") or 0)
-        return (os.path.dirname(path), *uid, *shape, *look), (round(depth, 3), number)
-    except Exception as error:  # pydicom raises anything on broken files; reading will say what
-        logging.debug("%s has no usable DICOM header (%s)", path, type(error).__name__)
-        return None
+        kind = kind_of(entry.path)
+        if kind or entry.named:
+            return kind or "image", ""
+        if name.endswith(NOT_READ):
+            return "", "a format that is not read: save it as PNG, TIFF, DICOM or NIfTI"
+        if name.endswith(".img") and not os.path.lexists(entry.path[:-4] + ".hdr"):
+            return "", "half of a NIfTI pair whose header (.hdr) is missing"
+        return "", ""
+    except OSError as error:
+        return "", f"cannot be opened ({error.strerror})"
 
 
-def _item(root: str, kind: str, paths: tuple[str, ...], pseudonymise: bool) -> Item:
-    relative = os.path.relpath(paths[0], root)
-    source = printable(relative if len(paths) == 1 else f"{relative} (+{len(paths) - 1})")
-    return Item(source, paths, kind, _hash(source) if pseudonymise else safe_name(source))
+def _is_ours(path: str, kind: str, head) -> bool:
+    """Whether this program wrote it: an overlay, a map, a figure, a DICOM object."""
+    try:
+        if kind == "image":
+            return PNG_MARK in _first_bytes(path, 128)
+        if kind == "nifti" and path.lower().endswith(".gz"):
+            start = zlib.decompressobj(31).decompress(_first_bytes(path, 512), 348)
+            return start[148:228].rstrip(b"\0") == NIFTI_MARK
+        return kind == "dicom" and series.is_ours(head)
+    except (OSError, zlib.error):  # reading will say what is wrong
+        return False
+
+
+def _first_bytes(path: str, count: int) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        return file.read(count) or b""
+
+
+def _item(
+    root: str, kind: str, paths: tuple[str, ...], uids: tuple[str, ...] = (), error: str = ""
+) -> Item:
+    """An item whose sources are told from the folder `root`."""
+    names = tuple(printable(os.path.relpath(path, root)) for path in paths)
+    source = names[0] if len(names) == 1 else f"{names[0]} (+{len(names) - 1})"
+    return Item(source, paths, kind, safe_name(source), names, uids, error)
+
+
+def _pseudonym(item: Item) -> Item:
+    """The same without names and UIDs; the number that makes an output unique stays."""
+    hidden = re.sub(r".*-([0-9a-f]{12}(-\d+)?)$", r"\1", item.output)
+    return item._replace(source=hidden, output=hidden, names=(), uids=())
 
 
 def _unique(items: Sequence[Item]) -> list[Item]:
@@ -189,9 +220,11 @@ def _unique(items: Sequence[Item]) -> list[Item]:
     count: dict[str, int] = {}
     result = []
     for item in items:
-        count[item.output] = count.get(item.output, 0) + 1
-        again = count[item.output]
-        result.append(item._replace(output=f"{item.output}-{again}") if again > 1 else item)
+        count[item.output] = again = count.get(item.output, 0) + 1
+        if again > 1:
+            output, source = f"{item.output}-{again}", f"{item.source} ({again})"
+            item = item._replace(output=output, source=source)
+        result.append(item)
     return result
 
 

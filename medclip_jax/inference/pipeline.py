@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
+from medclip_jax import files
 from medclip_jax.clip.outputs import Features
 from medclip_jax.detectors.detector import Raw, finish
 from medclip_jax.errors import DataError
@@ -149,11 +150,13 @@ def _is_large(item: Item) -> bool:
 
 
 def load(item: Item, predictor: Predictor, output: Path, stamp: str) -> Job:
-    """Read one item, unless its finished result is there."""
+    """Read one item, unless its finished result is there. One that cannot be read has an error."""
+    if item.error:
+        return Job(item, rows=[], error=item.error)
     try:
         for path in item.paths:
             if not inputs.is_regular(path):
-                raise DataError(f"{inputs.printable(path)} is not there or is no regular file")
+                raise DataError(f"{path} is not there or is no regular file")
         sha256 = _content(item)
         key = hashlib.sha256(f"{stamp} {sha256}".encode()).hexdigest()
         rows = results.finished(output, item, key)
@@ -168,8 +171,8 @@ def load(item: Item, predictor: Predictor, output: Path, stamp: str) -> Job:
         mm2 = pixel_area(image.spacing, image.pixels.shape[1:], predictor.size, predictor.fit)
         codes = np.empty(shown.shape, np.uint16)
         return Job(item, Loaded(key, sha256, shown, fitted, image.spacing, image.meta, mm2, codes))
-    except (DataError, OSError, MemoryError) as error:
-        return Job(item, rows=[], error=_reason(error, item))
+    except Exception as error:  # decoders raise anything: one bad item is one line
+        return Job(item, rows=[], error=reason(error, item))
 
 
 @contextmanager
@@ -203,14 +206,24 @@ def _content(item: Item) -> str:
     """SHA-256 of the bytes of one file, or of the hashes of a series' files in order."""
     each = []
     for path in item.paths:
-        with open(path, "rb") as file:
-            each.append(hashlib.file_digest(file, "sha256").hexdigest())
+        each.append(files.sha256_of(path))
     return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
 
-def _reason(error: Exception, item: Item) -> str:
-    """One line without the folders of this machine."""
-    message = (str(error) or type(error).__name__).replace(item.paths[0], item.source)
+def reason(error: Exception, item: Item) -> str:
+    """Why an item has no result: one line without the folders of this machine."""
+    if isinstance(error, OSError):
+        message = f"{item.source} cannot be read ({error.strerror or type(error).__name__})"
+    elif isinstance(error, MemoryError):
+        message = f"{item.source} needs more memory than there is"
+    elif isinstance(error, DataError):
+        message = str(error)
+    else:  # its text may quote anything
+        message = f"{item.source} cannot be read ({type(error).__name__}): it is damaged"
+    for path, name in zip(item.paths, item.names or [item.source] * len(item.paths), strict=True):
+        message = message.replace(path, name)
+    folder = os.path.dirname(item.paths[0])
+    message = message.replace(folder, item.source) if len(folder) > 1 else message
     return inputs.printable(" ".join(message.split()))
 
 

@@ -88,7 +88,8 @@ def run(
             done = counts.total() - counts["alarms"]
             raise Preempted(f"stopped by SIGTERM after {done} of {len(items)} items")
     if reasons:
-        logging.warning("%d item(s) could not be read (all in %s):", counts["unreadable"], bad)
+        text = "%d item(s) could not be read, or are no images (all in %s):"
+        logging.warning(text, counts["unreadable"], bad)
         for reason in reasons:
             logging.warning("  %s", reason)
     if counts["unreadable"] == len(items) > 0:
@@ -143,9 +144,17 @@ def _threads(per_core: int) -> Iterator[ThreadPoolExecutor]:
 def _write(
     predictor: Predictor, output: Path, pseudonymise: bool, build: dicom_write.Build, job: Job
 ) -> list[dict]:
-    """Write what was scored; the rows of the table."""
+    """Write what was scored; the rows of the table. An input that vanished has an error instead."""
     if job.rows is not None:
         return job.rows
+    try:
+        return _write_scored(predictor, output, pseudonymise, build, job)
+    except (DataError, OSError, MemoryError) as error:  # of the input: the output's is WorkdirError
+        job.error = pipeline.reason(error, job.item)
+        return []
+
+
+def _write_scored(predictor, output, pseudonymise, build, job: Job) -> list[dict]:
     image = predictor.calibration.image
     model = {
         "scorer": predictor.digest,

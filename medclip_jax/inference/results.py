@@ -141,11 +141,10 @@ def write(
     pictures |= _cam_picture(parts, top, pixels, fit)
     contents = {name: pillow.encode_png(picture) for name, picture in pictures.items()}
     contents |= _maps(loaded.codes, scores, npz=item.kind != "nifti")
-    names, digests, notes = {}, {}, []
+    names, notes = {}, []
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
         nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
-        digests["map"] = files.sha256_of(output / names["map"])
     if item.kind == "dicom":
         marked, drawn = loaded.codes >= HALF, pictures["overlay.png"]
         objects = build(item.paths, loaded.key, marked, drawn, top, pseudonymise)
@@ -153,7 +152,6 @@ def write(
         notes = objects.notes
     for name, raw in contents.items():
         names[name.partition(".")[0]] = f"{item.output}.{name}"
-        digests[name.partition(".")[0]] = hashlib.sha256(raw).hexdigest()
         files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
     page = {
         "source": item.output if pseudonymise else item.source,
@@ -171,7 +169,7 @@ def write(
         "alarms": sum(frame["alarm"] for frame in frames),
         "frames": frames,
         "files": names,
-        "file_sha256": digests,
+        "file_sha256": {what: files.sha256_of(output / name) for what, name in names.items()},
         "notes": notes,
         "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }

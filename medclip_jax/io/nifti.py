@@ -32,6 +32,7 @@ MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 SINGLE, PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")  # magic letters of NIfTI-1 and NIfTI-2
 PAIR_SUFFIXES = (".hdr", ".img")
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
+MARK = b"medclip_jax anomaly map"  # description of what is written
 MAP_SLOPE = 2.0**-16  # of written maps, uint16: a voxel is at least 0.5 exactly where its map is
 GEOMETRY = (
     *("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d", "xyzt_units"),
@@ -152,7 +153,7 @@ def write_nifti(path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"]) ->
     written.set_data_shape((*volumes[0].shape, *points))
     for name in GEOMETRY:
         written[name] = header[name]
-    written["magic"] = b"n+1"
+    written["magic"], written["descrip"] = b"n+1", MARK
     written.set_data_offset(352)
     written.set_slope_inter(MAP_SLOPE, 0)
     with (

@@ -4,6 +4,7 @@ The header is checked before anything is decoded, and whatever a decoder raises 
 becomes one `DataError` that names the file.
 """
 
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from io import BytesIO
@@ -20,6 +21,7 @@ from jaxtyping import Float, UInt8, UInt16, UInt32
 from medclip_jax.errors import DataError
 from medclip_jax.io.image import LUMA, Image, check_size, missing, reason, too_large
 
+MARK = b"Software\0medclip_jax"  # text of every PNG that is written
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 PHOTOMETRIC = 262  # TIFF tag; 0: white is zero
 COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr")
@@ -66,7 +68,14 @@ def encode_png(pixels: UInt8[np.ndarray, "h w *_"] | UInt16[np.ndarray, "h w"]) 
     """A PNG of grey (8 or 16 bits) or RGB [h, w, 3] (8 bits) pixels, compressed for speed."""
     buffer = BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return marked(buffer.getvalue())
+
+
+def marked(png: bytes) -> bytes:
+    """The same PNG with a text chunk after its header that says which program wrote it."""
+    chunk = b"tEXt" + MARK
+    sizes = len(MARK).to_bytes(4), zlib.crc32(chunk).to_bytes(4)
+    return png[:33] + sizes[0] + chunk + sizes[1] + png[33:]
 
 
 def draw_overlay(

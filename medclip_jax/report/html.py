@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from medclip_jax.evaluation import bootstrap
 from medclip_jax.explain import boxes
 from medclip_jax.files import write_bytes
+from medclip_jax.io.pillow import marked
 from medclip_jax.report import figures, load
 from medclip_jax.report.load import FILES, Files, Picture
 
@@ -77,7 +78,7 @@ def write(workdir: str | Path) -> Path:
     pages = figures.gallery(shown, labels, cam_name(files.config))
     pages = pages or [figures.message("This run left no small copies of its images.")]
     for name, png in {**charts, "gallery": figures.stacked(pages)}.items():
-        write_bytes(workdir / "figures" / f"{name}.png", png)
+        write_bytes(workdir / "figures" / f"{name}.png", marked(png))
     path = workdir / "report.html"
     write_bytes(path, page(files, charts, pages, rows).encode())
     return path
