@@ -73,7 +73,7 @@ def find(
             empty += 1
             reason = "no image in this folder" if os.path.isdir(name) else "matches nothing"
             logging.warning("%s: %s", "a path" if pseudonymise else printable(name), reason)
-            items.append(_item(os.getcwd(), "", (name,), error=reason))
+            items.append(Item(printable(name), (name,), "", safe_name(name), error=reason))
     if len(items) == empty:
         raise DataError(
             f"{', '.join(named)}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "

@@ -146,8 +146,8 @@ def write(
         names["map"] = f"{item.output}.map.nii.gz"
         nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
     if item.kind == "dicom":
-        marked, drawn = loaded.codes >= HALF, pictures["overlay.png"]
-        objects = build(item.paths, loaded.key, marked, drawn, top, pseudonymise)
+        drawn = loaded.codes >= HALF, pictures["overlay.png"]
+        objects = build(item.paths, loaded.key, *drawn, top, pseudonymise)
         contents |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
         notes = objects.notes
     for name, raw in contents.items():
@@ -160,8 +160,7 @@ def write(
         "key": loaded.key,
         "kind": item.kind,
         "meta": loaded.meta,
-        "height": pixels.shape[0],
-        "width": pixels.shape[1],
+        **dict(zip(("height", "width"), pixels.shape, strict=True)),
         "spacing_mm": loaded.spacing,
         "model": model,
         "score": frames[top]["score"],
@@ -173,8 +172,8 @@ def write(
         "notes": notes,
         "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }
-    page["page_sha256"] = _seal(page)
-    files.write_json(output / f"{item.output}.json", page, durable=False)
+    path = output / f"{item.output}.json"
+    files.write_json(path, page | {"page_sha256": _seal(page)}, durable=False)
     return table_rows(page, item)
 
 

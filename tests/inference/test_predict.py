@@ -91,8 +91,8 @@ def test_results_bad_files_and_resume(whole, data, tmp_path, caplog):
     os.mkfifo(folder / "pipe.png")
     assert run(whole, output, folder, tmp_path / "absent.png") == 0
     rows, bad = table(output), table(output, "unreadable.csv")
-    assert len(rows) == 5 and len(bad) == 2
-    assert {"in/broken.png", "absent.png"} == {row["source"] for row in bad}
+    assert len(rows) == 5 and len(bad) == 3
+    assert {"in/broken.png", "in/pipe.png", "absent.png"} == {row["source"] for row in bad}
     assert all("\n" not in row["source"] for row in rows)
     inside = {p.resolve().parent for p in output.rglob("*")}
     assert inside == {output.resolve()} and max(len(p.name) for p in output.iterdir()) < 130

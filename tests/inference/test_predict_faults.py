@@ -1,7 +1,10 @@
 """What hands, disks and clocks do to prediction: a sentence or a row in a table, no traceback."""
 
 import errno
+import json
 import os
+import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax import files
+from medclip_jax.inference import pipeline, predict
 from tests.support.predicting import noise, pages, run, table
 
 
@@ -124,3 +128,129 @@ def test_links_planted_in_the_output_are_replaced_not_followed(whole, tmp_path):
     assert run(whole, output, folder) == 0
     assert outside.read_text() == "mine"
     assert not any(p.is_symlink() for p in output.iterdir()) and pages(output) == [page]
+
+
+def test_the_output_folder_may_lie_in_the_input_folder(whole, tmp_path, caplog):
+    """As many rows each time, also where another run's results were copied to."""
+    caplog.set_level("INFO")
+    folder = some(tmp_path / "in")
+    for number in range(3):
+        assert run(whole, folder / "results", folder) == 0
+        rows = table(folder / "results")
+        assert [row["source"] for row in rows] == [f"in/{i}.png" for i in range(3)]
+        assert not table(folder / "results", "unreadable.csv")
+        assert f"{3 if number else 0} finished before" in caplog.messages[-1]
+        shutil.copytree(folder / "results", folder / f"copy {number}")
+    assert run(whole, folder, folder) == 0
+    assert len(table(folder)) == 3
+
+
+def test_altered_results_are_made_again(whole, tmp_path, caplog):
+    """An alarm that was taken out of a JSON, a map of the same size, a file that is gone."""
+    caplog.set_level("INFO")
+    folder, output = some(tmp_path / "in", 4), tmp_path / "out"
+    assert run(whole, output, folder) == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    first, second, third, _ = (page["files"] for page in pages(output))
+    path = next(output.glob("in_0*.json"))
+    page = json.loads(path.read_text())
+    page["frames"][0]["alarm"] = not page["frames"][0]["alarm"]
+    path.write_text(json.dumps(page))
+    raw = (output / second["map"]).read_bytes()
+    (output / second["map"]).write_bytes(raw[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:])
+    (output / third["overlay"]).unlink()
+    assert run(whole, output, folder) == 0
+    assert "3 scored, 1 finished before" in caplog.messages[-1]
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("moment", ["before reading", "before writing"])
+@pytest.mark.parametrize("kind", ["png", "nii.gz"])
+def test_an_input_that_vanishes_is_one_line(whole, tmp_path, monkeypatch, moment, kind):
+    folder = some(tmp_path / "in", 2)
+    victim = folder / f"v.{kind}"
+    if kind == "png":
+        Image.fromarray(noise(7)).save(victim)
+    else:
+        nibabel.Nifti1Image(np.ones((8, 9, 2), np.int16), np.eye(4)).to_filename(victim)
+    step = (pipeline, "load") if moment == "before reading" else (predict, "_write_scored")
+    real = getattr(*step)
+
+    def vanish(*arguments, **named):
+        victim.unlink(missing_ok=True)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(*step, vanish)
+    assert run(whole, tmp_path / "out", folder) == 0
+    bad = table(tmp_path / "out", "unreadable.csv")
+    rows = {row["source"] for row in table(tmp_path / "out")}
+    if kind == "png" and moment == "before writing":  # it is no longer needed
+        assert not bad and "in/v.png" in rows
+    else:
+        assert [row["source"] for row in bad] == [f"in/v.{kind}"]
+        assert re.search("is not there|does not exist|No such file", bad[0]["reason"])
+        assert str(tmp_path) not in bad[0]["reason"]
+    assert rows >= {"in/0.png", "in/1.png"}
+
+
+def test_whatever_a_decoder_raises_is_one_line(whole, tmp_path, monkeypatch):
+    real = pipeline._image
+
+    def image(item, *more):
+        if item.source == "in/1.png":
+            raise RecursionError("of a header that quotes DOE^JOHN")
+        if item.source == "in/2.png":
+            raise MemoryError
+        if item.source == "in/3.png":
+            raise PermissionError(errno.EACCES, "Permission denied", item.paths[0])
+        return real(item, *more)
+
+    monkeypatch.setattr(pipeline, "_image", image)
+    assert run(whole, tmp_path / "out", some(tmp_path / "in", 5)) == 0
+    assert [row["source"] for row in table(tmp_path / "out")] == ["in/0.png", "in/4.png"]
+    bad = {row["source"]: row["reason"] for row in table(tmp_path / "out", "unreadable.csv")}
+    assert bad == {
+        "in/1.png": "in/1.png cannot be read (RecursionError): it is damaged",
+        "in/2.png": "in/2.png needs more memory than there is",
+        "in/3.png": "in/3.png cannot be read (Permission denied)",
+    }
+
+
+@pytest.mark.parametrize("plant", ["folder", "pipe", "json"])
+def test_somebody_elses_things_in_the_output(whole, tmp_path, capfd, plant):
+    folder, output = some(tmp_path / "in", 1), tmp_path / "out"
+    assert run(whole, output, folder) == 0
+    (path,) = output.glob("*.json")
+    if plant == "folder":
+        (output / "results.csv").unlink()
+        (output / "results.csv").mkdir()
+        assert run(whole, output, folder) == 2
+        assert "results.csv (Is a directory)" in capfd.readouterr().err.splitlines()[-1]
+        return
+    target = path if plant == "json" else output / "results.csv"
+    target.unlink()
+    os.mkfifo(target)
+    assert run(whole, output, folder) == 0  # replaced, and not waited for
+    assert len(table(output)) == 1 and len(pages(output)) == 1
+
+
+def test_what_is_no_image_is_listed_and_patterns_that_match_nothing(whole, tmp_path, caplog):
+    folder = some(tmp_path / "in", 1)
+    (folder / "out").symlink_to("/")
+    (folder / "gone").symlink_to(folder / "absent")
+    monday = tmp_path / "monday" / "*.dcm"
+    assert run(whole, tmp_path / "out", folder, monday) == 0
+    assert len(table(tmp_path / "out")) == 1
+    bad = {row["source"]: row["reason"] for row in table(tmp_path / "out", "unreadable.csv")}
+    assert set(bad.values()) == {
+        "a link to what is not there",
+        "a link out of the folder that was named: not followed (--follow_links)",
+        "matches nothing",
+    }
+    assert f"{monday}: matches nothing" in caplog.messages
+    caplog.clear()
+    # under pseudonyms no name is left
+    secret = tmp_path / "secret"
+    assert run(whole, secret, folder, monday, more=["--pseudonymise"]) == 0
+    text = (secret / "unreadable.csv").read_text() + caplog.text
+    assert "monday" not in text and "gone" not in text and "in/" not in text
