@@ -65,7 +65,7 @@ class Scorer:
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
     def predict_files(
-        self, *named: str, output: str | Path, cam: bool = False
+        self, *named: str, output: str | Path, cam: bool = False, follow_links: bool = False
     ) -> inference_predict.Summary:
         """What --mode predict does: results of files, folders and globs below `output`.
 
@@ -73,7 +73,7 @@ class Scorer:
         """
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
-        items = inputs.find([str(name) for name in named])
+        items = inputs.find([str(name) for name in named], follow_links=follow_links)
         return inference_predict.run(self._predictor, items, Path(output), cam=cam)
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
