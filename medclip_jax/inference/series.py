@@ -84,9 +84,9 @@ def slice_of(path: str, head: Dataset | None) -> Slice:
     frames = _numbers(head, "NumberOfFrames") or (1,)
     # as text: a broken header may hold several values where there is one
     shape = [str(head.get(n)) for n in ("Rows", "Columns", "PhotometricInterpretation")]
-    series = (os.path.dirname(path), str(head.get("SeriesInstanceUID")), storage, *shape)
-    if not stack or frames[0] > 1 or not head.get("SeriesInstanceUID"):
-        series = None
+    alone = not stack or frames[0] > 1 or not head.get("SeriesInstanceUID")
+    common = (os.path.dirname(path), str(head.get("SeriesInstanceUID")), storage, *shape)
+    series = None if alone else common
     number = int((_numbers(head, "InstanceNumber") or (0,))[0])
     return Slice(path, str(head.get("SOPInstanceUID") or ""), series, turn, corner, number)
 
