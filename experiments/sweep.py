@@ -4,10 +4,14 @@ python experiments/sweep.py --config configs/busi.py configs/brain_mri.py --vari
   --k 4 16 --draws 10 --runs runs/methods --out results --set data.root=/data
 
 --variants names a file of experiments/variants; its first variant is the base of all comparisons.
+A field of a variant may be a function of K.
 Draw i is seed i for every variant, so all see the same supports; whole draws run first. A finished
 run is never repeated, and a stopped one resumes. Start the same command in several terminals to
 share the work: each run belongs to the process that locks it. Tokens, prepared data and compiled
 programs are shared through the cache (--set cache=FOLDER).
+
+Both splits are run: `clean`, the headline, and `peer`, as published tables have it. Report sets
+(medclip_jax.data.catalog.EVIDENCE) need --report and the frozen configuration, see looks.py.
 
 Writes below --out: runs.csv (a line per run), summary.csv (a line per data set, K, variant and
 metric, with intervals, tests and published numbers) and tables.md.
@@ -20,49 +24,63 @@ import json
 import shutil
 import sys
 from ast import literal_eval
+from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import looks
 import numpy as np
 import tables
 from ml_collections import ConfigDict
 
 from medclip_jax import config as config_module
 from medclip_jax import files, train
+from medclip_jax.data import splits
 from medclip_jax.errors import UserError, WorkdirError
 from medclip_jax.evaluation import metrics
+from medclip_jax.features import encoder
 
-ARRAYS = ("id", "label", "score", "p_value", "uncertainty", "patient", "pixel_counts")  # kept
-TABULATED = ("id", "label", "score", "patient")  # of these, what tables read at once
+ARRAYS = ("id", "label", "score", "p_value", "uncertainty", "patient", "unit", "pixel_counts")
+TABULATED = ("id", "label", "score", "patient", "unit")  # of these, what tables read at once
 TEACHER = "{teacher}"  # in a variant: the folder of the variant `teacher` of the same draw
 
 
 class Job(NamedTuple):
-    """One run of a sweep."""
+    """One run of a sweep; all fields but the last say which supports it sees."""
 
-    config: Path
+    config: str
     k: int
-    variant: str
     seed: int
+    split: str
+    variant: str
+
+    @property
+    def dataset(self) -> str:
+        file, _, words = self.config.partition(":")
+        return words.partition(",")[0] or Path(file).stem
 
     @property
     def name(self) -> str:
-        return f"{self.config.stem}-k{self.k}-{self.variant}-{self.seed}"
+        split = "" if self.split == "peer" else f"-{self.split}"
+        return f"{self.dataset}{split}-k{self.k}-{self.variant}-{self.seed}"
 
 
 def main() -> None:
     args = arguments()
+    guard(args)
     jobs = [
-        Job(config, k, variant, seed)
+        Job(config, k, seed, split, variant)
         for seed in range(args.draws)  # first: what is stopped early can be compared
         for config in args.config
+        for split in args.split
         for k in args.k
         for variant in args.only
     ]
-    while any([run(args, job) for job in jobs]):  # once more for what others left unfinished
-        pass
+    while any([run_all(args, [*same]) for _, same in groupby(jobs, lambda job: job[:-1])]):
+        pass  # once more for what others left unfinished
     results = {job: read(args.runs / job.name, job.seed) for job in jobs if done(args, job)}
     print(f"{len(results)} of {len(jobs)} runs are finished", file=sys.stderr)
     write(args.out, results)
@@ -71,17 +89,22 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line; `fields`: those of each variant by name, `only`: the variants to run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, nargs="+", required=True, help="of the data sets")
+    parser.add_argument("--config", nargs="+", required=True, help="of the data sets")
     parser.add_argument("--variants", default="methods", help="a file of experiments/variants")
     parser.add_argument("--only", type=lambda x: x.split(","), help="variants of it, by comma")
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--split", nargs="+", choices=splits.KINDS, default=["clean", "peer"])
+    parser.add_argument("--report", action="store_true", help="score report sets, as frozen")
+    parser.add_argument("--freeze", action="store_true", help="write frozen.json, run nothing")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' workdirs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs"
     )
     args = parser.parse_args()
+    if any(x.startswith("data.split=") for x in args.set):
+        parser.error("--set data.split: give --split clean, peer or both")
     try:
         args.fields = importlib.import_module(f"variants.{args.variants}").VARIANTS
     except ModuleNotFoundError:
@@ -93,12 +116,40 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def guard(args: argparse.Namespace) -> None:
+    """Report sets are run as frozen and logged, or not at all; --freeze ends here.
+
+    Raises:
+      UserError: a report set without --report, or settings that differ from the frozen ones.
+    """
+
+    def at16(dataset: str, variant: str) -> ConfigDict:
+        return settings(args, first[dataset]._replace(variant=variant))
+
+    first = {(job := Job(str(x), 16, 0, "clean", args.only[0])).dataset: job for x in args.config}
+    report = [name for name in first if looks.is_report(at16(name, args.only[0]))]
+    if report and not (args.report or args.freeze):
+        raise UserError(
+            f"{', '.join(report)}: a report set is scored with the frozen configuration only: "
+            "add --report, and the look is logged in docs/looks.csv"
+        )
+    if args.report or args.freeze:
+        now = looks.described(at16, [*first], next(iter(args.fields)), args.only)
+        if args.freeze:
+            sys.exit(print(f"frozen as {looks.freeze(now)}: {looks.FROZEN}"))
+        looks.log(looks.check(now), report)
+
+
 def settings(args: argparse.Namespace, job: Job) -> ConfigDict:
     """The config of one run: the file's fields, then those of --set, then the variant's own."""
-    spec = importlib.util.spec_from_file_location("config_file", job.config)
+    file, _, words = job.config.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--config {file}: there is no such file")
+    spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    c = module.get_config(f"k={job.k},seed={job.seed}")
+    c = module.get_config(",".join(filter(None, [words, f"k={job.k},seed={job.seed}"])))
+    c.data.split = job.split
     for assignment in args.set:
         name, _, text = assignment.partition("=")
         old = c
@@ -108,10 +159,23 @@ def settings(args: argparse.Namespace, job: Job) -> ConfigDict:
     if job.seed:  # explanations are checked in the first draw alone: they take longest
         c.explanation.count = 0
     teacher = args.runs / job._replace(variant="teacher").name
+    fields = {n: x(job.k) if callable(x) else x for n, x in args.fields[job.variant].items()}
     c.update_from_flattened_dict(
-        {n: str(teacher) if x == TEACHER else x for n, x in args.fields[job.variant].items()}
+        {n: str(teacher) if x == TEACHER else x for n, x in fields.items()}
     )
     return c
+
+
+def run_all(args: argparse.Namespace, jobs: Sequence[Job]) -> bool:
+    """`run` the variants of one draw; forget the synthetic anomalies that no other draw can use."""
+    ran = [run(args, job) for job in jobs]
+    if any(ran) and all(done(args, job) for job in jobs):
+        split = json.loads((args.runs / jobs[0].name / "split.json").read_text())
+        folder = encoder.supports_folder([r["sha256"] for r in split["support"]])
+        root = Path(config_module.resolve(settings(args, jobs[0])).cache)
+        for path in root.glob(f"feature_cache/*/{folder}"):
+            shutil.rmtree(path, ignore_errors=True)
+    return any(ran)
 
 
 def done(args: argparse.Namespace, job: Job) -> bool:
@@ -172,6 +236,8 @@ def read(workdir: Path, seed: int) -> dict[str, Any]:
     with np.load(workdir / "scores.npz", allow_pickle=False) as arrays:
         result |= {name: arrays[name] for name in TABULATED if name in arrays.files}
     result["pixel_counts"] = partial(pixel_counts, workdir)
+    split = json.loads((workdir / "split.json").read_text())
+    result["support"] = [row["sha256"] for row in split["support"]]
     score, label = result["score"], result["label"]
     result["image"]["sensitivity_at_90"] = metrics.sensitivity_at(score, label, 0.9)
     both = len(set(label.tolist())) == 2
@@ -187,11 +253,11 @@ def pixel_counts(workdir: Path) -> np.ndarray | None:
 
 def write(out: Path, results: dict[Job, dict[str, Any]]) -> None:
     """runs.csv, summary.csv and tables.md of finished runs."""
-    cells: dict[tuple[str, int], dict[str, list[dict]]] = {}
+    cells: dict[tables.Place, dict[str, list[dict]]] = {}
     for job, result in results.items():
-        cell = cells.setdefault((job.config.stem, job.k), {})
+        cell = cells.setdefault((job.dataset, job.split, job.k), {})
         cell.setdefault(job.variant, []).append(result)
-    summaries = {place: tables.summarise(cell) for place, cell in cells.items()}
+    summaries = tables.summarise(cells)
     files.write_bytes(out / "runs.csv", tables.runs_csv(cells))
     files.write_bytes(out / "summary.csv", tables.summary_csv(cells, summaries))
     files.write_bytes(out / "tables.md", tables.markdown(cells, summaries))

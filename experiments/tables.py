@@ -1,12 +1,13 @@
 """Tables of finished runs: means, two-level intervals, paired tests, published numbers as context.
 
-A cell is {variant: its runs, a dict each as `sweep.read` returns them}, of one data set and K. Its
-first variant is the base that the others are compared with.
+A cell is {variant: its runs, a dict each as `sweep.read` returns them}, of one data set, split and
+K. Its first variant is the base that the others are compared with.
 """
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,18 +34,23 @@ MAIN = "image auroc"  # what is tested
 CONTEXT = {MAIN: published.IMAGE_AUROC, "pixel auroc": published.PIXEL_AUROC}
 NOTE = """\
 Mean ± standard deviation over draws of the supports; draw i is seed i, the same for all variants.
-In brackets the 95% interval of a two-level bootstrap over draws and test images (patients where
-they are known). Where a data set has no test part, each draw keeps a pool of supports of its own,
-so its healthy test images differ. Difference: to the first variant, on the draws that both have,
-with the two-level interval. p: Wilcoxon's signed-rank test over these draws, corrected by Holm
-within the table; in brackets the smallest p that so many draws could give before correction; p of
-t: the paired t test over these draws, corrected likewise.
-DeLong: draws in which the two AUROCs differ at p < 0.05 after Holm's correction. Columns named
-oracle read test labels and are for comparison only. Published numbers have other splits, backbones
-and stopping rules: context, not a comparison."""
+In brackets the 95% interval of a two-level bootstrap over draws and test images; near-duplicates
+and images of one patient are one unit of it. The clean split is the headline; the peer split, which
+lets near-duplicates into pool and test, is there to compare with published tables. Where a set has
+no test part, each draw keeps a pool of supports of its own, so its healthy test images differ.
+Difference: to the first variant, on the draws that both have, with the two-level interval; p of it:
+Student's t over the two-level standard error. t, Wilcoxon: paired t and signed-rank test over draws
+alone, which say nothing of other test images; in brackets the smallest p that Wilcoxon's could be
+with so many draws, after correction. DeLong: draws in which the two AUROCs differ at p < 0.05, and
+the median p of a draw before correction; it counts near-duplicates as images. All are corrected by
+Holm over all data sets x K x variants of a split. Columns named oracle read test labels and are for
+comparison only. Published numbers have other splits, backbones and stopping rules: context, no
+comparison."""
+SPLITS = ("clean", "peer")  # the headline first
 Run = Mapping[str, Any]
 Cell = Mapping[str, Sequence[Run]]
-Cells = Mapping[tuple[str, int], Cell]
+Place = tuple[str, str, int]  # data set, split, K
+Cells = Mapping[Place, Cell]
 
 
 class Number(NamedTuple):
@@ -57,15 +63,20 @@ class Number(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Image AUROC of a variant minus that of the base, on the draws that both have."""
+    """Image AUROC of a variant minus that of the base, on the draws that both have.
+
+    Tests are two-sided and corrected by Holm over all comparisons of a split.
+    """
 
     mean: float
     low: float | None  # 95%, two-level bootstrap
     high: float | None
-    p: float  # Wilcoxon over draws, Holm-corrected within the cell
-    least_p: float  # the smallest p that Wilcoxon could give with so many draws, before Holm
-    t_p: float  # paired t test over draws, Holm-corrected; 1 where it is undefined
-    delong: int  # draws whose AUROCs differ at p < 0.05 after Holm
+    p: float  # of the two-level standard error; 1 where it is undefined
+    t_p: float  # paired t test over draws alone; 1 where it is undefined
+    wilcoxon_p: float  # over draws alone
+    least_p: float  # the smallest that Wilcoxon's could be with so many draws
+    delong: int  # draws whose AUROCs differ at p < 0.05
+    delong_p: float  # median over draws, not corrected
     draws: int
 
 
@@ -76,9 +87,15 @@ class Summary(NamedTuple):
     differences: Mapping[str, Difference]
 
 
-def summarise(cell: Cell) -> Summary:
-    """Numbers and differences of every variant of a cell."""
-    return Summary({v: numbers(runs) for v, runs in cell.items()}, differences(cell))
+def summarise(cells: Cells) -> dict[Place, Summary]:
+    """Numbers of every variant of every cell, and differences corrected over each split's cells."""
+    differing = {}
+    for split in dict.fromkeys(place[1] for place in cells):
+        differing |= differences({place: c for place, c in cells.items() if place[1] == split})
+    return {
+        place: Summary({v: numbers(runs) for v, runs in cell.items()}, differing[place])
+        for place, cell in cells.items()
+    }
 
 
 def value(run: Run, metric: str) -> float:
@@ -105,8 +122,8 @@ def numbers(runs: Sequence[Run]) -> dict[str, Number]:
 
 def intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
     """Two-level 95% limits of the means by metric; draws may be tested on different images."""
-    places, labels, patients = images(runs)
-    of_image = draw_bootstrap.image([r["score"] for r in runs], labels, patients, indices=places)
+    places, labels, units = images(runs)
+    of_image = draw_bootstrap.image([r["score"] for r in runs], labels, units, indices=places)
     limits = {f"image {name}": x for name, x in of_image.items()}
     if "false_alarm_rate" in of_image:
         limits["calibration false_alarm_rate"] = of_image["false_alarm_rate"]
@@ -115,55 +132,82 @@ def intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
         masks = [c.any((1, 2)) for c in counts]  # of images whose lesions are outlined
         counts = [c[known] for c, known in zip(counts, masks, strict=True)]
         outlined = [place[known] for place, known in zip(places, masks, strict=True)]
-        of_pixel = draw_bootstrap.pixel(counts, labels, patients, indices=outlined)
+        of_pixel = draw_bootstrap.pixel(counts, labels, units, indices=outlined)
         limits |= {f"pixel {name}": x for name, x in of_pixel.items()}
     # with few draws the limits would reach beyond what a rate can be
     return {name: (max(x.low, 0.0), min(x.high, 1.0)) for name, x in limits.items()}
 
 
 def images(runs: Sequence[Run]):
-    """Places of each draw's images among those of all draws; their labels and patients or None."""
-    columns = ["label", "patient"] if all("patient" in r for r in runs) else ["label"]
-    values = ([r[name] for r in runs] for name in columns)
-    places, (labels, *patients) = draw_bootstrap.union([r["id"] for r in runs], *values)
-    return places, labels, patients[0] if patients else None
+    """Places of each draw's images among those of all draws; their labels and units or None."""
+    unit = [name for name in ("unit", "patient") if all(name in r for r in runs)][:1]
+    values = ([r[name] for r in runs] for name in ("label", *unit))
+    places, (labels, *units) = draw_bootstrap.union([r["id"] for r in runs], *values)
+    return places, labels, units[0] if units else None
 
 
-def differences(cell: Cell) -> dict[str, Difference]:
-    """Image AUROC of each variant against the base."""
+def duplicates(runs: Sequence[Run]) -> tuple[int, int] | None:
+    """Test images of all draws, and how many beyond the first of their unit; None: not known."""
+    if not all("unit" in r for r in runs):
+        return None
+    _, _, units = images(runs)
+    return len(units), len(units) - len(set(units.tolist()))
+
+
+def overlap(runs: Sequence[Run]) -> float | None:
+    """Share of the supports that two draws have in common, mean over pairs; None: not known."""
+    pairs = [
+        len({*a["support"]} & {*b["support"]}) / len(a["support"])
+        for a, b in combinations(runs, 2)
+        if a.get("support") and b.get("support")
+    ]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def differences(cells: Cells) -> dict[Place, dict[str, Difference]]:
+    """Image AUROC of each variant against the base of its cell, corrected over all cells."""
+    pairs = {(place, v): p for place, cell in cells.items() for v, p in paired(cell).items()}
+    result: dict[Place, dict[str, Difference]] = {place: {} for place in cells}
+    if not pairs:
+        return result
+    signed = [significance.wilcoxon(*aurocs(p)) for p in pairs.values()]
+    paired_t = [significance.paired_t(*aurocs(p)).p if len(p) > 1 else 1 for p in pairs.values()]
+    level = [two_level(p) for p in pairs.values()]
+    each = [
+        [significance.delong(a["score"], b["score"], a["label"]).p for a, b in p]
+        for p in pairs.values()
+    ]
+    of_draws = np.nan_to_num(np.concatenate(each), nan=1.0)
+    ends = np.cumsum([len(p) for p in each])[:-1]
+    tests = zip(
+        pairs,
+        level,
+        significance.holm(np.array([p for *_, p in level])),
+        significance.holm(np.nan_to_num(paired_t, nan=1.0)),
+        significance.holm(np.array([s.p for s in signed])),
+        [min(1.0, s.least_p * len(pairs)) for s in signed],
+        np.split(significance.holm(of_draws), ends),
+        np.split(of_draws, ends),
+        strict=True,
+    )
+    for (place, variant), (mean, low, high, _), *ps, least, corrected, raw in tests:
+        delong = int((corrected < 0.05).sum()), float(np.median(raw))
+        result[place][variant] = Difference(
+            *(mean, low, high, *map(float, ps), least, *delong, len(raw))
+        )
+    return result
+
+
+def paired(cell: Cell) -> dict[str, list[tuple[Run, Run]]]:
+    """Runs of each variant with those of the base on the same draw."""
     base, *others = cell
     by_seed = {r["seed"]: r for r in cell[base] if np.isfinite(value(r, MAIN))}
     pairs = {
         variant: [(r, by_seed[r["seed"]]) for r in cell[variant] if r["seed"] in by_seed]
         for variant in others
     }
-    pairs = {
-        v: p for v, p in pairs.items() if p and np.isfinite([value(a, MAIN) for a, _ in p]).all()
-    }
-    if not pairs:
-        return {}
-    signed = [significance.wilcoxon(*aurocs(p)) for p in pairs.values()]
-    paired = [significance.paired_t(*aurocs(p)).p if len(p) > 1 else 1.0 for p in pairs.values()]
-    each = [
-        significance.delong(a["score"], b["score"], a["label"]).p
-        for p in pairs.values()
-        for a, b in p
-    ]
-    p_delong = significance.holm(np.nan_to_num(each, nan=1.0))
-    ends = np.cumsum([len(p) for p in pairs.values()])[:-1]
-    tests = zip(
-        signed,
-        significance.holm(np.array([s.p for s in signed])),
-        significance.holm(np.nan_to_num(paired, nan=1.0)),
-        np.split(p_delong, ends),
-        strict=True,
-    )
     return {
-        variant: Difference(
-            *two_level(pairs[variant]),
-            *(float(p), w.least_p, float(t), int((d < 0.05).sum()), len(d)),
-        )
-        for variant, (w, p, t, d) in zip(pairs, tests, strict=True)
+        v: p for v, p in pairs.items() if p and np.isfinite([value(a, MAIN) for a, _ in p]).all()
     }
 
 
@@ -173,20 +217,24 @@ def aurocs(pairs: Sequence[tuple[Run, Run]]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([value(r, MAIN) for r in side]) for side in (variant, base))
 
 
-def two_level(pairs: Sequence[tuple[Run, Run]]) -> tuple[float, float | None, float | None]:
-    """Mean difference with its limits, draws and images resampled together for both."""
+def two_level(
+    pairs: Sequence[tuple[Run, Run]],
+) -> tuple[float, float | None, float | None, float]:
+    """Mean difference with its limits and p, draws and images resampled together for both."""
     variant, base = zip(*pairs, strict=True)
-    places, labels, patients = images(variant)
-    found = draw_bootstrap.image(
+    places, labels, units = images(variant)
+    estimates = draw_bootstrap.image(
         [r["score"] for r in variant],
         labels,
-        patients,
+        units,
         indices=places,
         baselines=[r["score"] for r in base],
     )
     a, b = aurocs(pairs)
-    limits = (found["auroc"].low, found["auroc"].high) if "auroc" in found else (None, None)
-    return float((a - b).mean()), *limits
+    if "auroc" not in estimates:
+        return float((a - b).mean()), None, None, 1.0
+    _, _, low, high, p = estimates["auroc"]
+    return float((a - b).mean()), low, high, p
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -202,73 +250,80 @@ def as_csv(head: Sequence[str], rows) -> bytes:
 def runs_csv(cells: Cells) -> bytes:
     """A line per run."""
     rows = []
-    for (dataset, k), cell in cells.items():
+    for (dataset, split, k), cell in cells.items():
         for variant, runs in cell.items():
             for r in runs:
                 values = [value(r, metric) for metric in METRICS]
                 cellular = ["" if np.isnan(x) else x for x in values]
-                rows.append([dataset, k, variant, r["seed"], *cellular])
-    return as_csv(["dataset", "k", "variant", "seed", *METRICS], rows)
+                rows.append([dataset, split, k, variant, r["seed"], *cellular])
+    return as_csv(["dataset", "split", "k", "variant", "seed", *METRICS], rows)
 
 
-def summary_csv(cells: Cells, summaries: Mapping[tuple[str, int], Summary]) -> bytes:
-    """A line per data set, K, variant and metric; the last columns are published context."""
+def summary_csv(cells: Cells, summaries: Mapping[Place, Summary]) -> bytes:
+    """A line per data set, split, K, variant and metric; the last columns are published context."""
     sources = list(dict.fromkeys(s for x in CONTEXT.values() for y in x.values() for s in y))
-    head = ["dataset", "k", "variant", "draws", "metric", "mean", "sd", "low95", "high95"]
-    head += ["difference", "difference_low95", "difference_high95"]
+    head = ["dataset", "split", "k", "variant", "draws", "supports_shared", "metric"]
+    head += ["mean", "sd", "low95", "high95"]
+    head += ["difference", "difference_low95", "difference_high95", "two_level_p_holm"]
     head += [
-        "wilcoxon_p_holm",
-        "wilcoxon_least_p",
         "paired_t_p_holm",
+        "wilcoxon_p_holm",
+        "wilcoxon_least_p_holm",
         "delong_significant",
-        "paired_draws",
+        "delong_median_p",
     ]
+    head += ["paired_draws"]
     rows = []
-    for (dataset, k), cell in cells.items():
-        summary = summaries[dataset, k]
+    for (dataset, split, k), cell in cells.items():
+        summary = summaries[dataset, split, k]
         for variant, runs in cell.items():
             for metric, number in summary.numbers[variant].items():
-                row = [dataset, k, variant, len(runs), metric, *number]
+                row = [dataset, split, k, variant, len(runs), overlap(runs), metric, *number]
                 d = summary.differences.get(variant) if metric == MAIN else None
-                context = (known(metric, dataset, k, source) for source in sources)
+                context = (known(metric, dataset, split, k, source) for source in sources)
                 rows.append([*row, *(d or [None] * len(Difference._fields)), *context])
     return as_csv([*head, *(f"context, published: {source}" for source in sources)], rows)
 
 
-def known(metric: str, dataset: str, k: int, source: str) -> float | None:
-    """What a source printed for this metric, data set and K."""
+def known(metric: str, dataset: str, split: str, k: int, source: str) -> float | None:
+    """What a source printed for this metric, data set and K; theirs are no clean splits."""
     row = CONTEXT.get(metric, {}).get(dataset, {}).get(source)
-    return row[published.K.index(k)] if row and k in published.K else None
+    return row[published.K.index(k)] if row and split == "peer" and k in published.K else None
 
 
-def markdown(cells: Cells, summaries: Mapping[tuple[str, int], Summary]) -> bytes:
+def markdown(cells: Cells, summaries: Mapping[Place, Summary]) -> bytes:
     """For each data set its metrics by K with published numbers, then everything of each K."""
     lines = ["# Results", "", NOTE, ""]
-    for dataset in dict.fromkeys(name for name, _ in cells):
-        by_k = {k: x for (name, k), x in summaries.items() if name == dataset}
+    for dataset in dict.fromkeys(place[0] for place in cells):
+        own = [place for place in cells if place[0] == dataset]
+        own.sort(key=lambda place: (SPLITS.index(place[1]), place[2]))
         for metric in CONTEXT:
-            lines += metric_by_k(dataset, metric, by_k)
-        for k, summary in by_k.items():
-            lines += whole(dataset, k, cells[dataset, k], summary)
+            lines += metric_by_k(metric, {place: summaries[place] for place in own})
+        for place in own:
+            lines += whole(place, cells[place], summaries[place])
     return ("\n".join(lines) + "\n").encode()
 
 
-def metric_by_k(dataset: str, metric: str, by_k: Mapping[int, Summary]) -> list[str]:
-    """Variants by K and, in rows of their own, what others published."""
-    columns = {k: {v: n[metric] for v, n in s.numbers.items()} for k, s in by_k.items()}
+def metric_by_k(metric: str, summaries: Mapping[Place, Summary]) -> list[str]:
+    """Variants by split and K and, in rows of their own, what others published."""
+    columns = {p: {v: n[metric] for v, n in s.numbers.items()} for p, s in summaries.items()}
     if all(number.mean is None for column in columns.values() for number in column.values()):
         return []
     rows = [
         [variant, *(brief(c[variant]) if variant in c else "" for c in columns.values())]
         for variant in dict.fromkeys(v for c in columns.values() for v in c)
     ]
+    (dataset,) = {place[0] for place in columns}
     for source in CONTEXT[metric].get(dataset, {}):
-        numbers = (known(metric, dataset, k, source) for k in columns)
-        rows.append([f"*published:* {source}", *(f"{x:.3f}" if x else "" for x in numbers)])
-    return table(f"{dataset}: {metric}", ["variant", *(f"K = {k}" for k in columns)], rows)
+        printed = [known(metric, *place, source) for place in columns]
+        if any(printed):
+            cellular = (f"{x:.3f}" if x else "" for x in printed)
+            rows.append([f"*published:* {source}", *cellular])
+    head = ["variant", *(f"{split}, K = {k}" for _, split, k in columns)]
+    return table(f"{dataset}: {metric}", head, rows)
 
 
-def whole(dataset: str, k: int, cell: Cell, summary: Summary) -> list[str]:
+def whole(place: Place, cell: Cell, summary: Summary) -> list[str]:
     """Variants by metric, with differences to the first."""
     rows = []
     for variant, runs in cell.items():
@@ -276,17 +331,32 @@ def whole(dataset: str, k: int, cell: Cell, summary: Summary) -> list[str]:
         d, tests = summary.differences.get(variant), [""] * 4
         if d:
             limits = "" if d.low is None else f" ({d.low:+.3f} to {d.high:+.3f})"
-            tests = [f"{d.mean:+.3f}{limits}", f"{d.p:.3f} ({d.least_p:.3g})", f"{d.t_p:.3f}"]
-            tests.append(f"{d.delong} of {d.draws}")
+            tests = [f"{d.mean:+.3f}{limits}", f"{d.p:.3f}"]
+            tests.append(f"{d.t_p:.3f}, {d.wilcoxon_p:.3f} ({d.least_p:.3g})")
+            tests.append(f"{d.delong} of {d.draws} (median p {d.delong_p:.3g})")
         rows.append([variant, str(len(runs)), *shown, *tests])
-    head = ["variant", "draws", *SHOWN, "difference in image auroc", "p", "p of t", "DeLong"]
-    return table(f"{dataset}, K = {k}", head, rows)
+    head = ["variant", "draws", *SHOWN, "difference in image auroc", "p", "t, Wilcoxon", "DeLong"]
+    dataset, split, k = place
+    return table(f"{dataset}, {split} split, K = {k}", head, rows, known_of(cell))
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table under a heading."""
+def known_of(cell: Cell) -> str:
+    """What a reader needs to know of the draws and images of a cell, in a sentence or two."""
+    runs = next(iter(cell.values()))
+    share, images_of = overlap(runs), duplicates(runs)
+    said = [] if share is None else [f"Two draws share {share:.0%} of their supports (mean)."]
+    if images_of is not None and images_of[1]:
+        said.append(f"Of {images_of[0]} test images {images_of[1]} repeat another or its patient.")
+    return " ".join(said)
+
+
+def table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = ""
+) -> list[str]:
+    """Lines of a Markdown table under a heading, and perhaps a note."""
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return [f"## {title}", "", lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+    noted = [note, ""] if note else []
+    return [f"## {title}", "", *noted, lines[0], "|---" * len(head) + "|", *lines[1:], ""]
 
 
 def brief(number: Number) -> str:

@@ -48,7 +48,8 @@ def load_split(c: ConfigDict) -> Split:
     root = Path(c.data.root) if c.data.root else None
     meaning = {"uncertain": c.data.uncertain, "window": c.data.window}
     records = datasets.load(c.data.name, root, Path(c.cache), c.k, **meaning)
-    return splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
+    split = splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
+    return split._replace(test=tuple(splits.with_units(split.test, records, Path(c.cache))))
 
 
 def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:

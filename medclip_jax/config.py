@@ -18,6 +18,7 @@ from medclip_jax.errors import ConfigError
 
 STEPS = 100  # of joint training; the episodic learners and the presets of published methods
 EPOCHS = 200  # keep the length they were measured at
+VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
 # What `method` fixes. MediCLIP as released: its prompts, synthesis, losses and pooling on our
@@ -146,7 +147,7 @@ def _model(c: ConfigDict) -> None:
 def _training(c: ConfigDict) -> None:
     c.synthesis = {
         "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
-        "variants": 50,  # anomalous variants per support; an epoch uses one
+        "variants": 0,  # anomalous ones per support; an epoch uses one; 0: 50, of mediclip 200
     }
     # of the supports in training, "" = off: flip (probability), rotate (largest angle, degrees),
     # intensity (strength), elastic (sd, share of the side; ultrasound and MRI only):
@@ -212,6 +213,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config_validation.check(c)
     c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
+    fresh = EPOCHS if c.method == "mediclip" else VARIANTS
+    c.synthesis.variants = c.synthesis.variants or fresh
     c.steps = 0 if c.method in FIXED_METHODS else c.steps or training_steps(c)
     config_validation.check_learned(c)
     c.cache = str(cache_folder(c.cache))

@@ -33,7 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
     "data.pool": (1, 1 << 20),
     "prompts.context": (0, 64),
     "model.dropout": (0, 0.99),
-    "synthesis.variants": (1, 10_000),
+    "synthesis.variants": (0, 10_000),
     **{f"loss.{x}": (0, 1e6) for x in ("focal", "dice", "align", "prompt", "simclr", "distill")},
     "meta.tasks": (1, 10_000),
     "meta.shots": (0, 10_000),

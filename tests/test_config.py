@@ -95,7 +95,7 @@ def test_a_preset_fixes_its_fields_and_no_other(method):
     done = dict(config.flat(config.resolve(given)))
     fixed = dict(config.flat(ConfigDict(config.PRESETS[method])))
     assert {name: done[name] for name in fixed} == fixed
-    derived = {"steps", "batch", "meta.shots", "cache"}
+    derived = {"steps", "batch", "meta.shots", "synthesis.variants", "cache"}
     free = {n: v for n, v in config.flat(given) if n not in fixed and n not in derived}
     assert {name: done[name] for name in free} == free
 
@@ -105,7 +105,6 @@ def test_a_preset_fixes_its_fields_and_no_other(method):
     [
         ("k", -1),
         ("memory_coreset", 0.0),
-        ("synthesis.variants", 0),
         ("loss.dice", float("nan")),
         ("seed", -1),
         ("batch", -1),

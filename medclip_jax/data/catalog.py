@@ -112,7 +112,60 @@ PRESETS: dict[str, dict] = {
     "phantom-mri": BRAIN,
     "phantom-xray": CHEST | {"conditions": ("nodule", "opacity", "lesion")},
 }
+# Small sets in the MVTec-AD layout, `<root>/sets/<name>` or `<root>/<name>`, with their words.
+SETS: dict[str, dict] = {
+    name: {"modality": modality, "anatomy": anatomy, "conditions": conditions}
+    for name, modality, anatomy, conditions in (
+        ("oct_mx", "retinal OCT", "retina", ("macular edema", "fluid")),
+        ("fundus_mx", "fundus photograph", "retina", ("retinopathy", "hemorrhage", "exudates")),
+        ("knee_xr", "knee X-ray", "knee", ("osteoarthritis", "joint space narrowing")),
+        ("derm_ph2", "dermoscopy", "skin", ("melanoma",)),
+        ("gallbladder_us", "gallbladder ultrasound", "gallbladder", ("biliary atresia",)),
+        ("wce_bleed", "capsule endoscopy", "small bowel", ("bleeding",)),
+        ("lung_ct", "chest CT", "lung", ("tumor", "nodule", "mass")),
+        ("histo_lung", "lung histology", "lung tissue", ("carcinoma",)),
+        ("mammo_mias", "mammography", "breast", MASSES),
+        ("blood_rbc", "blood smear", "red blood cell", ("malformation",)),
+        ("spine_xr", "spine X-ray", "spine", ("scoliosis",)),
+    )
+}
 # The preprocessing.RECIPES of each set's modality, for sets named in config.meta.data.
 RECIPES = dict.fromkeys(("busi", "phantom-ultrasound"), "ultrasound")
 RECIPES |= dict.fromkeys(("brain_mri", "phantom-mri"), "mri")
 RECIPES |= dict.fromkeys(("chest_xray", "chexpert", "phantom-xray"), "xray")
+
+
+class Evidence(NamedTuple):
+    """What a data set may be used for, so that no figure rests on images seen before.
+
+    role: `development` (labels may be looked at; choices are made here), `report` (scored only
+    with a frozen configuration) or `pre-training` (of the embedded CLIP; never scored).
+    collection: what the images were taken from.
+    """
+
+    role: str
+    collection: str
+
+
+EVIDENCE: dict[str, Evidence] = {
+    "busi": Evidence("development", "busi"),
+    "brain_mri": Evidence("development", "navoneel"),
+    "chest_xray": Evidence("development", "kermany"),
+    "oct_mx": Evidence("development", "oct_mx"),
+    "fundus_mx": Evidence("development", "fundus_mx"),
+    "knee_xr": Evidence("development", "oai_kl"),
+    "derm_ph2": Evidence("development", "ph2"),
+    "gallbladder_us": Evidence("development", "ba_gallbladder"),
+    "wce_bleed": Evidence("development", "wcebleedgen"),
+    "lung_ct": Evidence("development", "iq_oth_nccd"),
+    "histo_lung": Evidence("development", "histo_lung"),
+    "mammo_mias": Evidence("report", "mias"),
+    "blood_rbc": Evidence("report", "blood_rbc"),
+    "spine_xr": Evidence("report", "spine_xr"),
+    "pretrain": Evidence("pre-training", "pretrain"),
+}
+
+
+def with_role(*roles: str) -> tuple[str, ...]:
+    """Names of the data sets of these roles, in the catalogue's order."""
+    return tuple(name for name, about in EVIDENCE.items() if about.role in roles)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medclip_jax.data import chexpert, layouts, phantom
-from medclip_jax.data.catalog import ABOUT
+from medclip_jax.data.catalog import ABOUT, SETS
 from medclip_jax.data.records import Record
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
@@ -42,7 +42,8 @@ def load(
     and stores the list in `cache`; a changed, added or removed file makes a new list.
 
     Args:
-      name: one of LAYOUTS ("folder" is the MVTec-AD layout) or PHANTOMS (simulated on first use).
+      name: one of LAYOUTS ("folder" is the MVTec-AD layout), of catalog.SETS (in that layout) or of
+        PHANTOMS (simulated on first use).
       root: where the data lie; None takes $MEDCLIP_DATA, and failing that BUSI is downloaded.
       cache: folder for prepared lists and downloads.
       k: healthy images that will be needed; fewer is listed with the other problems.
@@ -72,8 +73,11 @@ def load(
 def find(
     name: str, root: Path | None, cache: Path, uncertain: str = "exclude"
 ) -> tuple[str, layouts.Layout]:
-    """Name (a phantom becomes a "folder") and layout of a data set, no image opened; see `load`."""
-    if name not in (known := (*LAYOUTS, *PHANTOMS)):
+    """Name of its layout, and the data set as listed, no image opened; see `load`.
+
+    The layout of a phantom and of catalog.SETS is "folder".
+    """
+    if name not in (known := (*LAYOUTS, *SETS, *PHANTOMS)):
         raise ConfigError(f"config.data.name is '{name}': give one of {', '.join(known)}.")
     if name in PHANTOMS:
         modality, *counts = PHANTOMS[name]
@@ -86,11 +90,15 @@ def find(
 
         root = tfds_builders.fetch_busi(cache)
     if root is None:
-        by_hand = f" ({ABOUT[name].by_hand.rstrip('.')})" if ABOUT[name].by_hand else ""
+        by_hand = ABOUT[name].by_hand if name in ABOUT else ""
+        by_hand = f" ({by_hand.rstrip('.')})" if by_hand else ""
         raise DataError(f"no folder was named for '{name}': {layouts.GIVE_ROOT}{by_hand}.")
     root = root.expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
+    if name in SETS:
+        inner = root / "sets" / name, root / name
+        name, root = "folder", next((x for x in inner if x.is_dir()), root)
     return name, LAYOUTS[name](root, *([uncertain] if name == "chexpert" else []))
 
 

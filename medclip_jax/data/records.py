@@ -22,6 +22,7 @@ class Record(NamedTuple):
     sha256: str  # of the image file's bytes
     patient: str = ""  # whose image, where the data set says so; a code, never a name
     window: str = ""  # CT window that the image is read with, see io.read
+    unit: int = -1  # near-duplicates and images of one patient have the same; -1: not known
 
 
 class Split(NamedTuple):

@@ -125,6 +125,22 @@ def clean(records: Sequence[Record], seed: int, groups: Int[np.ndarray, " n"]) -
     return [pool[i] for i in order], sorted(test, key=lambda r: place[r.id])
 
 
+def with_units(test: Sequence[Record], records: Sequence[Record], cache: Path) -> list[Record]:
+    """The test images, numbered by unit: copies of one another and images of one patient are one.
+
+    Args:
+      test: of a split of `records`.
+      records: the data set; where it has a test part, that alone is compared, else all of it, so
+        that a unit has the same number in every draw.
+      cache: where the groups of near-duplicates are stored between runs.
+    """
+    compared = [r for r in records if r.part == "test"] or list(records)
+    names = [r.patient or f"\0{r.id}" for r in compared]
+    units = near_duplicates.merge(near_duplicates.groups(compared, cache), names).tolist()
+    number = {r.id: unit for r, unit in zip(compared, units, strict=True)}
+    return [r._replace(unit=number[r.id]) for r in test]
+
+
 def labels_of(records: Sequence[Record], groups: Int[np.ndarray, " n"]) -> dict[int, set[int]]:
     """The labels in each group."""
     labels = defaultdict(set)

@@ -40,7 +40,8 @@ def image(
 ) -> Intervals:
     """Intervals of the metrics of `metrics.image_level`; {} unless both classes exist.
 
-    groups: patient of each image; whole patients are resampled, and no rate gets Wilson's interval.
+    groups: unit of each image (near-duplicates, patients): whole units are resampled, and no rate
+      gets Wilson's interval.
     """
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
@@ -93,11 +94,12 @@ def roc_band(
     labels: Shaped[np.ndarray, " n"],
     fpr: Float[np.ndarray, " f"],
     seed: int = 0,
+    groups: Shaped[np.ndarray, " n"] | None = None,
 ) -> tuple[Float[np.ndarray, " f"], Float[np.ndarray, " f"]]:
     """Pointwise 95% limits of the TPR at each FPR of the grid. Needs both classes."""
     truth = np.asarray(labels) == 1
     rates = []
-    for counts in _counts(resample(truth, ROUNDS, seed), scores, truth):
+    for counts in _counts(resample(truth, ROUNDS, seed, groups), scores, truth):
         curves = np.pad(counts[:, :, ::-1].cumsum(2), ((0, 0), (0, 0), (1, 0)))
         rates += [np.interp(fpr, *(curve / curve[:, -1:])) for curve in curves]
     low, high = np.quantile(rates, TAILS, axis=0)
@@ -112,7 +114,7 @@ def resample(
 ) -> Integer[np.ndarray, "r n"]:
     """How often each image is in each resample; class sizes are fixed.
 
-    groups: whole patients are resampled, within those with and those without an abnormal image.
+    groups: whole units are resampled, within those with and those without an abnormal image.
     """
     rng = np.random.default_rng(seed)
     owner = np.arange(len(truth))

@@ -1,10 +1,11 @@
 """Two-level bootstrap of all metrics of a table: draws of the support images x test images.
 
-A round resamples the test images (whole patients where they are known) within their class, the
-same for all draws, and then the draws. Where the pool of healthy images changes with the draw, each
-draw is tested on images of its own, most of them shared: then the images of all draws together are
-resampled, and each draw counts its own. What images add to one draw alone shows between the draws
-already; only what they move in all draws together counts beside that (see `standard_error`).
+A round resamples the test images (whole units: near-duplicates and images of one patient) within
+their class, the same for all draws, and then the draws. Where the pool of healthy images changes
+with the draw, each draw is tested on images of its own, most of them shared: then the images of all
+draws together are resampled, and each draw counts its own. What images add to one draw alone shows
+between the draws already; only what they move in all draws together counts beside that (see
+`standard_error`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,13 @@ TAILS = np.array(bootstrap.TAILS)
 
 
 class Estimate(NamedTuple):
-    """A mean over draws with its standard error and 95% confidence limits."""
+    """A mean over draws with its standard error, 95% confidence limits and test."""
 
     value: float
     se: float
     low: float
     high: float
+    p: float  # two-sided, of a mean of 0: Student's t of value / se, with Satterthwaite's df
 
 
 def image(
@@ -43,7 +45,7 @@ def image(
     Args:
       scores: of each draw, [0, 1]; 0.5 is the threshold.
       labels: of all images, 0 or 1.
-      groups: patient of each image, or None.
+      groups: unit of each image (near-duplicates, patients), or None.
       seed: of the resampling.
       indices: which of all images each draw was tested on; None: every draw on all, in order.
       baselines: scores of another method on the same images; the estimates are then of the mean
@@ -149,18 +151,17 @@ def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, E
             continue  # undefined in some round
         means = values[resampled.T, 1 + np.arange(rounds)].mean(0)
         own, se, spread = values[:, 0], standard_error(values), float(means.std(ddof=1))
-        scale = _student(se, own) * se / spread if spread else 1.0
+        df = _satterthwaite(se, own)
+        wider = st.t.ppf(TAILS[1], df) / st.norm.ppf(TAILS[1])
+        scale = wider * se / spread if spread else 1.0
         low, high = own.mean() + scale * (np.quantile(means, TAILS) - own.mean())
-        estimates[name] = Estimate(float(own.mean()), se, float(low), float(high))
+        p = 2 * st.t.sf(abs(own.mean()) / se, df) if se else float(own.mean() == 0)
+        estimates[name] = Estimate(*map(float, (own.mean(), se, low, high, p)))
     return estimates
 
 
-def _student(se: float, values: Float[np.ndarray, " d"]) -> float:
-    """Student's t over the normal quantile, with Satterthwaite's degrees of freedom.
-
-    se: of the mean of `values`, of which the draws are the part that few draws estimate.
-    """
+def _satterthwaite(se: float, values: Float[np.ndarray, " d"]) -> float:
+    """Degrees of freedom of `se`, of whose parts few draws estimate only that between them."""
     d = len(values)
     between = float(values.var(ddof=1)) / d if d > 1 else 0.0
-    df = (d - 1) * (se**2 / between) ** 2 if between else np.inf
-    return float(st.t.ppf(TAILS[1], df) / st.norm.ppf(TAILS[1]))
+    return (d - 1) * (se**2 / between) ** 2 if between else np.inf

@@ -124,7 +124,7 @@ def measure(
     """
     p = scored.predictions
     pixel, each, counts, points = of_pixels(scored, test, fit, folder)
-    of = ground_truth.patients(test)
+    of = ground_truth.units(test)
     intervals = {"image": bootstrap.image(p.score, p.label, groups=of), "pixel": {}}
     if counts is not None:
         known = [i for i in range(len(test)) if counts[i].any()]

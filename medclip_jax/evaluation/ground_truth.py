@@ -1,4 +1,4 @@
-"""What is known of test images: lesion masks, pixel spacing, patients. Read after scoring only."""
+"""What is known of test images: lesion masks, spacing, patients, units. Read after scoring only."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -79,6 +79,17 @@ def patients(records: Sequence[Record]) -> np.ndarray | None:
     names = [r.patient or f"image {r.id}" for r in records]
     number = np.unique(names, return_inverse=True)[1]
     return None if len(set(names)) == len(names) else number
+
+
+def units(records: Sequence[Record]) -> np.ndarray | None:
+    """Unit of each image: what is resampled as one. None if every image is its own.
+
+    Near-duplicates and images of one patient (splits.with_units) where known, else patients.
+    """
+    number = np.array([r.unit for r in records], int)
+    if (number < 0).any():
+        return patients(records)
+    return None if len(set(number.tolist())) == len(number) else number
 
 
 class Rows(Sequence):

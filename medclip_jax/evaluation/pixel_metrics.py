@@ -20,7 +20,8 @@ from medclip_jax.io import resize
 BINS = 2**20  # of all images together; 24 MB
 IMAGE_BINS = 512  # of one image's histogram, for the bootstrap; 0.5 is an edge
 DISTANCES = ("hausdorff", "hausdorff95", "boundary_f1")
-COLUMNS = ("tp", "tn", "fp", "fn", *DISTANCES)
+MISSED = "_or_diagonal"  # of a distance for which a missed lesion counts as the image's diagonal
+COLUMNS = ("tp", "tn", "fp", "fn", *DISTANCES, "diagonal")
 
 
 Distances = tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]]
@@ -74,13 +75,14 @@ class PixelMetrics:
         distances = surface_distances(predicted, mask, spacing)
         of_outlines = hausdorff(distances), hausdorff95(distances)
         f1 = boundary_f1(distances, self.tolerance)
-        self.rows.append((*metrics.confusion(predicted, mask), *of_outlines, f1))
+        diagonal = float(np.hypot(*np.multiply(mask.shape, spacing)))
+        self.rows.append((*metrics.confusion(predicted, mask), *of_outlines, f1, diagonal))
         coarse = BINS // IMAGE_BINS
         own = [np.bincount(codes // coarse, w, IMAGE_BINS) for codes, w in parts]
         return np.stack(own, dtype=float)
 
     def per_image(self) -> dict[str, Num[np.ndarray, " n"]]:
-        """tp, tn, fp, fn, iou, dice, hausdorff, hausdorff95 and boundary_f1 of each image.
+        """tp, tn, fp, fn, iou, dice, hausdorff, hausdorff95, boundary_f1, diagonal of each image.
 
         Both empty: iou, dice and distances NaN, boundary F1 1. One empty: iou, dice and boundary F1
         0, hausdorff inf, hausdorff95 NaN.
@@ -91,20 +93,27 @@ class PixelMetrics:
         return each | metrics.overlap(each["tp"], each["fp"], each["fn"])
 
     def averaged(self) -> dict[str, Float[np.ndarray, " n"]]:
-        """DISTANCES of each image, NaN for an image that does not count in the mean."""
+        """DISTANCES of each image, NaN for an image that does not count in the mean.
+
+        Hausdorff distances count where lesion and prediction are both there; with the suffix MISSED
+        also where a lesion is not predicted at all, as the image's diagonal. The boundary F1 counts
+        where either is there: a miss or a false alarm is 0.
+        """
         each = self.per_image()
-        both = np.isfinite(each["hausdorff"])
-        either = each["tp"] + each["fp"] + each["fn"] > 0
-        counted = dict(zip(DISTANCES, (both, both, either), strict=True))
-        return {name: np.where(used, each[name], np.nan) for name, used in counted.items()}
+        lesion, predicted = each["tp"] + each["fn"] > 0, each["tp"] + each["fp"] > 0
+        values = {n: np.where(lesion & predicted, each[n], np.nan) for n in DISTANCES[:2]}
+        for name in DISTANCES[:2]:
+            missed = lesion & ~predicted
+            values[name + MISSED] = np.where(missed, each["diagonal"], values[name])
+        values["boundary_f1"] = np.where(lesion | predicted, each["boundary_f1"], np.nan)
+        return values
 
     def pooled(self) -> dict[str, float]:
         """Metrics over all pixels of all images.
 
         AUROC, AUPRC, tp, tn, fp, fn and the rates of metrics.rates, IoU and Dice from the pooled
         counts; AUPRO up to a false-positive rate of 0.3, 8-connected lesions; means over images of
-        the Hausdorff distances (where mask and prediction are both non-empty) and of the boundary
-        F1 (where either is; a miss or a false alarm counts 0). NaN where nothing counts.
+        `averaged`, and under <name>_images of how many. NaN where nothing counts.
         """
         each = self.per_image()
         total = {name: int(each[name].sum()) for name in COLUMNS[:4]}
@@ -115,6 +124,7 @@ class PixelMetrics:
         for name, values in self.averaged().items():
             known = values[~np.isnan(values)]
             result[name] = known.mean() if len(known) else metrics.NAN
+            total[f"{name}_images"] = len(known)
         return total | {name: float(x) for name, x in result.items()}
 
 

@@ -82,6 +82,8 @@ def write_predictions(
     more: dict[str, Any] = {} if counts is None else {"pixel_counts": counts}
     patients = ground_truth.patients(test)
     more |= {} if patients is None else {"patient": patients}  # where one has several images
+    units = np.array([r.unit for r in test], int)
+    more |= {"unit": units} if (units >= 0).all() else {}
     if pictures:
         deviations = None  # nothing is random
         if scored.uncertainties is not None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.augmentation import Synthesis
-from medclip_jax.data.catalog import PRESETS, RECIPES
+from medclip_jax.data.catalog import PRESETS, RECIPES, SETS
 from medclip_jax.data.records import Split
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import cache, encoder
@@ -57,17 +57,18 @@ def choose(
     chosen = []
     for full in names:
         name, _, root = full.partition("=")
-        if name not in (known := (*datasets.LAYOUTS, *datasets.PHANTOMS)):
+        if name not in (known := (*datasets.LAYOUTS, *SETS, *datasets.PHANTOMS)):
             raise ConfigError(f"config.meta.data has {full!r}: choose any of {', '.join(known)}.")
-        own, steps, changes = dict(PRESETS.get(name, words)), recipe, strengths
-        if name not in PRESETS:
+        named = PRESETS | SETS
+        own, steps, changes = dict(named.get(name, words)), recipe, strengths
+        if name not in named:
             logging.warning(
                 "%s of config.meta.data has no words of its own: it takes the target's, "
                 "whose modality is %r",
                 *(full, words["modality"]),
             )
         elif recipe:
-            steps = RECIPES[name]
+            steps = RECIPES.get(name, "")
         if strengths.elastic and not augmentation.deforms(own["modality"]):
             logging.warning(
                 "config.augment.elastic is off for %s, whose modality is %r: only ultrasound and "
@@ -75,7 +76,7 @@ def choose(
                 *(full, own["modality"]),
             )
             changes = strengths._replace(elastic=0.0)
-        place, ct = Path(root) if root else None, "" if name in PRESETS else window
+        place, ct = Path(root) if root else None, "" if name in named else window
         chosen.append(Auxiliary(name, place, own, preprocessing.steps(steps), changes, ct))
     return tuple(chosen)
 

@@ -5,6 +5,7 @@ Files are named by the content of everything that shapes the tokens:
   <folder>/feature_cache/<encoding>/<image sha256>.safetensors              the image as it is
   <folder>/feature_cache/<encoding>/<image sha256>-<synthesis>.safetensors  its synthetic variants
 
+Variants that copy from all supports of a draw lie in a folder of that draw, supports-<digest>.
 `encoding` is the digest of checkpoint, layers, frame, pixel mean, number format and preprocessing;
 `synthesis` of preset, seed, number of variants, partners and augmentation. So the cache serves
 every K, seed and method. A file appears whole; one that is damaged is encoded again. Tensors:

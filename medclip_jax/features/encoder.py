@@ -101,10 +101,23 @@ def variant_path(
     feature_cache: FeatureCache, record: Record, images: Sequence[Record], synthesis: Synthesis
 ) -> Path:
     """The file of an image's variants; `images` count where variants copy from them."""
-    partners = [r.sha256 for r in images] if synthesis.partner == "support" else []
+    folder, partners = feature_cache.folder, []
+    if synthesis.partner == "support":
+        partners = [r.sha256 for r in images]
+        folder /= supports_folder(partners)
     changes = (augmentation.VERSION, synthesis.copies, synthesis.strengths)
-    parts = generate.VERSION, synthesis[:4], partners, *([changes] if synthesis.copies else [])
-    return feature_cache.folder / f"{record.sha256}-{cache.digest(*parts)}.safetensors"
+    parts = (
+        generate.VERSION[synthesis.preset],
+        synthesis[:4],
+        partners,
+        *([changes] if synthesis.copies else []),
+    )
+    return folder / f"{record.sha256}-{cache.digest(*parts)}.safetensors"
+
+
+def supports_folder(hashes: Sequence[str]) -> str:
+    """Folder below an encoding for variants that copy from these supports, so serve no others."""
+    return f"supports-{cache.digest(list(hashes))}"
 
 
 def encode(feature_cache: FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:

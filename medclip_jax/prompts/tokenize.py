@@ -43,15 +43,15 @@ ABNORMAL = (
     "{modality} of a diseased {anatomy}",
     "{modality} of a {anatomy} with {condition}",
 )
-# In the form of MediCLIP (Zhang et al. 2024): bare words, 10 and 11 of them. Its lists are in its
-# repository; these begin with the same three words and are ours from the fourth on.
+# Those of MediCLIP (Zhang et al. 2024, its config/*.yaml).
 WORDS_HEALTHY = (
     *("normal", "healthy", "negative", "unremarkable", "clear", "asymptomatic"),
-    *("typical", "regular", "undiseased", "intact"),
+    *("normal findings", "no findings", "in good health", "no evidence of disease"),
 )
 WORDS_ABNORMAL = (
-    *("abnormal", "positive", "symptomatic", "diseased", "pathological", "atypical"),
-    *("irregular", "unhealthy", "lesioned", "damaged", "anomalous"),
+    *("abnormal", "positive", "symptomatic", "disease", "lesion", "pathological", "impaired"),
+    *("evidence of disease", "abnormal finding", "pathological condition"),
+    "pathological abnormality",
 )
 PHRASES = {
     "templates": (HEALTHY, ABNORMAL),

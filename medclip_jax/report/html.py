@@ -38,6 +38,13 @@ NAMES = {  # of metrics.json
     "hausdorff": "Hausdorff distance",
     "hausdorff95": "Hausdorff distance, 95th percentile",
     "boundary_f1": "boundary F1",
+    "hausdorff_or_diagonal": "Hausdorff distance, a missed lesion as the image's diagonal",
+    "hausdorff95_or_diagonal": "95th percentile, a missed lesion as the image's diagonal",
+    "hausdorff_images": "images with a Hausdorff distance",
+    "hausdorff95_images": "images with its 95th percentile",
+    "hausdorff_or_diagonal_images": "images with it or a missed lesion",
+    "hausdorff95_or_diagonal_images": "images with its percentile or a missed lesion",
+    "boundary_f1_images": "images with a boundary F1",
     "aupro": "AUPRO, false-positive rate up to 0.3",
     "boundary_tolerance": "tolerance of boundary F1",
     "distance_unit": "unit of distances and tolerance",
@@ -89,7 +96,8 @@ def draw(files: Files) -> dict[str, bytes]:
     _, label, score, p_value, uncertainty = (files.predictions[name] for name in load.COLUMNS)
     calibration = files.metrics.get("calibration") or {}
     grid, both = np.linspace(0, 1, 101), np.unique(label).size == 2
-    band = (grid, *bootstrap.roc_band(score, label, grid)) if both else None
+    unit = files.predictions.get("unit")
+    band = (grid, *bootstrap.roc_band(score, label, grid, groups=unit)) if both else None
     curves = (files.metrics.get("explanations") or {}).get("deletion")
     return {
         "loss": figures.loss(files.steps),

@@ -95,7 +95,9 @@ def _json(path: Path, *keys: str) -> dict[str, Any]:
 def _predictions(path: Path) -> tuple[dict, list[Picture | None], float | None]:
     # the maps stay on disk: the report never needs them all
     with np.load(path, allow_pickle=False) as file:
-        columns = {name: file[name] for name in COLUMNS}
+        columns = {
+            name: file[name] for name in (*COLUMNS, "unit") if name != "unit" or name in file
+        }
         stored = ("thumb", "frame", "boxes", "deviation_scale")
         arrays = {name: file[name] for name in file.files if name.startswith(stored)}
     if len({column.shape for column in columns.values()}) != 1 or columns["id"].ndim != 1:

@@ -2,17 +2,23 @@
 
 Each of `cutpaste`, `gauss` and `source` samples a shape, places it and returns the altered values
 and the pixels they are for. `bodies` are the body masks of the image and its partner; None is the
-peer's way (anywhere). Formulas: section 4.3 of the paper and MediCLIP's medsyn.
+peer's way (anywhere, and resampled by cubic splines). Formulas: section 4.3 of the paper and
+MediCLIP's medsyn.
 """
+
+from itertools import product
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from medclip_jax.synthesis import shapes
 from medclip_jax.synthesis.shapes import Pair
 
 SIDES = {"cutpaste": (0.1, 0.6), "gauss": (0.3, 0.8), "source": (0.2, 0.6)}  # shares of the frame
+PAD = 12  # pixels beyond an edge after which a cubic spline has forgotten it
 
 Image = Float[Array, "h w"]
 Mask = Bool[Array, "h w"]
@@ -73,7 +79,11 @@ def cutpaste(
     start = crop - low
     rows = matrix[0, 0] * y + matrix[0, 1] * x + start[0]
     columns = matrix[1, 0] * y + matrix[1, 1] * x + start[1]
-    return resample(partner, rows, columns), inside
+    if bodies is not None:
+        return resample(partner, rows, columns), inside
+    value = spline(partner, rows, columns, crop, size, "mirror")
+    within = in_box(rows - crop[0], columns - crop[1], size)
+    return jnp.clip(jnp.where(within, value, 0.0), partner.min(), partner.max()), inside
 
 
 def extent(matrix: Float[Array, "2 2"], box: Pair) -> tuple[Pair, Pair]:
@@ -148,7 +158,11 @@ def source(
     my, mx = (shape.box - 1) / 2
     edge = shapes.distance_to_edge(shape, cy - my, cx - mx, dy / d, dx / d)
     shrink = jnp.clip(d / jnp.maximum(edge, 1e-6), 0.0, 1.0) ** (power - 1)
-    value = resample(image, corner[0] + cy + dy * shrink, corner[1] + cx + dx * shrink)
+    rows, columns = corner[0] + cy + dy * shrink, corner[1] + cx + dx * shrink
+    if bodies is None:
+        value = spline(image, rows, columns, corner, shape.box, "nearest")
+    else:
+        value = resample(image, rows, columns)
     moved = jnp.where(in_box(y, x, shape.box, margin=1), value, image)
     return moved, inside if body is None else inside & body
 
@@ -156,3 +170,49 @@ def source(
 def resample(image: Image, rows: Image, columns: Image) -> Image:
     """Values at fractional pixels, bilinear, edge values outside."""
     return jax.scipy.ndimage.map_coordinates(image, [rows, columns], order=1, mode="nearest")
+
+
+def spline(
+    image: Image,
+    rows: Image,
+    columns: Image,
+    corner: Pair,
+    box: Pair,
+    edge: Literal["mirror", "nearest"],
+) -> Image:
+    """Values at fractional pixels of a box of the image, which alone is interpolated: cubic.
+
+    As scipy.ndimage.map_coordinates of the box (Unser, 1999), to 1e-6; rows and columns count from
+    the image's corner and are not outside the box by more than PAD. `edge` says how the box goes on
+    beyond its edge: scipy takes "mirror" for its mode constant.
+    """
+
+    def extended(length: int, low, size):
+        i = jnp.arange(-PAD, length + PAD) - low
+        if edge == "nearest":
+            return (low + jnp.clip(i, 0, size - 1)).astype(jnp.int32)
+        i = jnp.abs(i) % jnp.maximum(2 * (size - 1), 1)
+        return (low + jnp.minimum(i, 2 * (size - 1) - i)).astype(jnp.int32)
+
+    def inverse(length: int):  # of the filter (1, 4, 1) / 6
+        i = np.arange(length + 2 * PAD)
+        weights = 3**0.5 * (3**0.5 - 2) ** np.abs(i[:, None] - i).astype(float)
+        return jnp.asarray(weights, jnp.float32)
+
+    height, width = image.shape
+    values = image[extended(height, corner[0], box[0])][:, extended(width, corner[1], box[1])]
+    with jax.default_matmul_precision("highest"):
+        values = inverse(height) @ values @ inverse(width)
+
+    def weights(at):
+        t = at - jnp.floor(at)
+        outer = (1 - t) ** 3, t**3
+        inner = 4 - 6 * t**2 + 3 * t**3, 4 - 6 * (1 - t) ** 2 + 3 * (1 - t) ** 3
+        return [w / 6 for w in (outer[0], *inner, outer[1])]
+
+    first_row, first_column = (jnp.floor(at).astype(jnp.int32) - 1 + PAD for at in (rows, columns))
+    by_row, by_column = weights(rows), weights(columns)
+    total = jnp.zeros_like(rows)
+    for i, j in product(range(4), range(4)):
+        total += by_row[i] * by_column[j] * values[first_row + i, first_column + j]
+    return total

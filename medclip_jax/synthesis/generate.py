@@ -9,9 +9,10 @@ square so that zero crossings inside the anomaly do not pierce it. A sample that
 `MIN_PIXELS` is repeated, up to `TRIES` times. Gaussian intensity changes fade out at their edge.
 CutPaste takes its patch from the body of the partner.
 
-`mediclip`. The peer as released: anywhere in the frame, result floored to 8 bits, the whole shape
-as label of Gauss and Source, and for CutPaste the shape without unchanged pixels that can be
-reached from its outside. Its known faults are reproduced on purpose, for like-for-like comparison.
+`mediclip`. The peer as released: anywhere in the frame, cubic splines rounded to 8 bits, changes of
+intensity cut off to 8 bits, the whole shape as label of Gauss and Source, and for CutPaste the
+shape without unchanged pixels that can be reached from its outside. Its known faults are reproduced
+on purpose, for like-for-like comparison.
 
 Images are float32 in [0, 1]. All randomness comes from the key.
 """
@@ -29,7 +30,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from medclip_jax.synthesis import anomalies, shapes
 from medclip_jax.synthesis.anomalies import Image, Mask
 
-VERSION = 2  # raise when the anomalies of a key change: the feature cache is named by it
+# raise when the anomalies of a key change: the feature cache is named by it
+VERSION = {"medclip": 2, "mediclip": 3}
 ALTER = {"cutpaste": anomalies.cutpaste, "gauss": anomalies.gauss, "source": anomalies.source}
 KINDS = (*ALTER, "identity")
 VISIBLE = 2 / 255  # a smaller change is no anomaly
@@ -133,8 +135,8 @@ def _alter(
     def add(old, key):
         value, inside = ALTER[name](key, old, partner, bodies)
         value = jnp.clip(value, 0.0, 1.0)
-        if bodies is None:
-            value = _eight_bit(name, value)
+        if bodies is None and name != "gauss":
+            value = jnp.round(value * 255) / 255
         return jnp.where(inside, value, old), inside
 
     def add_if(old, row):
@@ -143,20 +145,16 @@ def _alter(
 
     present = jnp.stack([jnp.array(True), jax.random.bernoulli(k_count)])
     new, parts = jax.lax.scan(add_if, image, (present, jax.random.split(k_anomalies)))
-    difference, touched = jnp.abs(new - image), parts[0] | parts[1]
+    touched = parts[0] | parts[1]
+    if bodies is None and name == "gauss":  # 1e-3: round-off must not cost a grey level
+        new = jnp.where(touched, jnp.floor(new * 255 + 1e-3) / 255, image)
+    difference = jnp.abs(new - image)
     if bodies is not None:
         return new, shapes.close(difference > VISIBLE, 2) & touched
     if name != "cutpaste":
         return new, touched
     changed = difference > 0.5 / 255
     return new, _peer_label(changed, parts[0]) | _peer_label(changed, parts[1])
-
-
-def _eight_bit(name: str, value: Image) -> Image:
-    """Whole grey levels as the peer gets them: Source rounds, the others cut off."""
-    if name == "source":
-        return jnp.round(value * 255) / 255
-    return jnp.floor(value * 255 + 1e-3) / 255  # 1e-3: round-off must not cost a grey level
 
 
 def _peer_label(changed: Mask, part: Mask) -> Mask:

@@ -16,6 +16,7 @@ import pytest
 
 from medclip_jax import files
 from medclip_jax.data import datasets, layouts, tfds_builders
+from medclip_jax.data.catalog import SETS, with_role
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from tests.support.folders import ROOT, png, write_busi, write_folder
 
@@ -343,3 +344,19 @@ def test_failed_and_broken_downloads_say_how_to_fetch_by_hand(cache, server):
     for _ in range(2):  # the broken archive is not kept
         with pytest.raises(DataError, match=r"broken archive.*fetch it by hand"):
             datasets.load("busi", None, cache)
+
+
+@pytest.mark.parametrize("below", ["", "oct_mx", "sets/oct_mx"])
+def test_a_named_set_lies_in_its_folder_or_is_it(folder, tmp_path, cache, below):
+    place = tmp_path / "root" / below
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(place)
+    name, layout = datasets.find("oct_mx", tmp_path / "root", cache)
+    assert (name, layout.root) == ("folder", place) and len(layout.examples) > 6
+
+
+def test_every_evaluation_set_has_one_role_and_words():
+    assert with_role("report") == ("mammo_mias", "blood_rbc", "spine_xr")
+    assert {*SETS} | {"busi", "brain_mri", "chest_xray"} == {*with_role("development", "report")}
+    for words in SETS.values():
+        assert words["modality"] and words["anatomy"] and words["conditions"]

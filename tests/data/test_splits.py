@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medclip_jax.data import datasets, layouts, near_duplicates, splits
 from medclip_jax.data.records import Record, Split
@@ -208,6 +209,26 @@ def test_peer_split_keeps_patients_apart():
     loose = [record(n, patient=f"p{n % 5}") for n in range(20)]
     pool, kept = splits.peer([*loose, record(99, 1)], 0, 4)
     assert len(pool) == 4 and not splits.patients(pool) & splits.patients(kept) and kept
+
+
+def test_units_join_copies_and_patients_alike_in_every_draw(busi, folder, cache):
+    """A copy in other bytes has the unit of its original; with parts only the test part counts."""
+    with Image.open(busi / "normal" / "normal (1).png") as original:
+        original.convert("RGB").save(busi / "benign" / "benign (77).png")
+        Image.new("L", original.size).save(busi / "benign" / "benign (77)_mask.png")
+    records = datasets.load("busi", busi, cache)
+    records = [r._replace(patient="p") if "malignant" in r.id else r for r in records]
+    everything = {r.id: r.unit for r in splits.with_units(records, records, cache)}
+    assert everything["normal/normal (1).png"] == everything["benign/benign (77).png"]
+    malignant = {unit for name, unit in everything.items() if "malignant" in name}
+    assert len(malignant) == 1 and len(set(everything.values())) < len(everything) - 1
+    for seed in range(3):
+        test = splits.split(records, 1, seed, pool_size=4).test
+        assert test and all(r.unit == -1 for r in test)
+        assert all(everything[r.id] == r.unit for r in splits.with_units(test, records, cache))
+    records = datasets.load("folder", folder, cache)
+    test = splits.with_units(splits.split(records, 2, 0).test, records, cache)
+    assert {r.unit for r in test} <= set(range(len(test)))
 
 
 def test_clean_split_of_files(busi, cache, caplog):

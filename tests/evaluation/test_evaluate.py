@@ -96,6 +96,27 @@ def test_means_over_images_have_intervals(scene):
         assert low <= got["pixel"][name] <= high and low < high, name
 
 
+def test_copies_are_one_unit_of_all_intervals(scene):
+    """Units that pair images widen every interval; units of one image each change none."""
+    _, _, test, _ = scene
+    rng, said = np.random.default_rng(0), perfect(test)
+    score = np.clip(0.3 + 0.2 * said.predictions.label + rng.normal(0, 0.2, len(test)), 0, 1)
+    said = said._replace(predictions=said.predictions._replace(score=score))
+
+    def measured(unit):
+        return evaluate.measure(said, with_unit(unit), "pad")
+
+    def with_unit(unit):
+        return [r._replace(unit=u) for r, u in zip(test, unit, strict=True)]
+
+    alone = measured([-1] * len(test))["intervals"]
+    assert measured(range(len(test)))["intervals"] == alone
+    one = [0 if r.label else 1 for r in test]  # one healthy unit and one abnormal: no variance
+    of = measured(one)["intervals"]["image"]["auroc"]
+    assert of.low == of.high and alone["image"]["auroc"].low < alone["image"]["auroc"].high
+    assert ground_truth.units(with_unit(one)).tolist() == one
+
+
 def test_measure_counts_healthy_images_as_empty_masks(scene):
     _, _, test, _ = scene
     got = evaluate.measure(perfect(test), test, "stretch")

@@ -16,7 +16,10 @@ from tests.support.reference import reference_files
 
 PIXEL_KEYS = (
     "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc iou dice "
-    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro"
+    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro "
+    "hausdorff_or_diagonal hausdorff95_or_diagonal hausdorff_images "
+    "hausdorff95_images hausdorff_or_diagonal_images hausdorff95_or_diagonal_images "
+    "boundary_f1_images"
 )
 
 
@@ -86,6 +89,23 @@ def test_surface_distances_meet_medpy(fixture):
 def test_hausdorff95_is_of_the_larger_direction():
     d1, d2 = np.arange(101.0), np.arange(11.0)
     assert pixel_metrics.hausdorff95((d1, d2)) == pixel_metrics.hausdorff95((d2, d1)) == 95.0
+
+
+def test_distances_say_how_many_images_and_what_a_missed_lesion_costs():
+    """3-4-5: one lesion found 2 mm off, one missed, one false alarm, one healthy image."""
+    lesion, beside, empty = (np.zeros((30, 20), bool) for _ in range(3))
+    lesion[10:14, 5:9], beside[10:14, 6:10] = True, True
+    got = pixel_metrics.PixelMetrics(tolerance=1)
+    for predicted, mask in ((beside, lesion), (empty, lesion), (lesion, empty), (empty, empty)):
+        got.add(predicted.astype(np.float32), mask, spacing=(1.0, 2.0))
+    diagonal = 50.0  # 30 mm by 40 mm
+    pooled = got.pooled()
+    assert (pooled["hausdorff"], pooled["hausdorff_images"]) == (2.0, 1)
+    assert pooled["hausdorff_or_diagonal"] == (2.0 + diagonal) / 2
+    assert pooled["hausdorff95_or_diagonal"] == (pooled["hausdorff95"] + diagonal) / 2
+    assert pooled["hausdorff_or_diagonal_images"] == pooled["hausdorff95_or_diagonal_images"] == 2
+    assert pooled["boundary_f1_images"] == 3
+    np.testing.assert_equal(got.averaged()["hausdorff_or_diagonal"], [2, 50, np.nan, np.nan])
 
 
 def test_empty_masks():

@@ -3,12 +3,14 @@
 import json
 
 import filelock
+import looks
 import pytest
 import sweep
 
 from medclip_jax import config as config_module
 from medclip_jax.data import phantom
-from medclip_jax.errors import WorkdirError
+from medclip_jax.errors import UserError, WorkdirError
+from medclip_jax.features import encoder
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.workdirs import edit, make_workdir
 
@@ -29,10 +31,17 @@ def command(tmp_path, monkeypatch):
         edit(workdir, seed=c.seed, method=c.method)
         settings = config_module.resolve(c).to_json_best_effort()
         (workdir / "config.json").write_text(settings)
+        (workdir / "split.json").write_text('{"support": [{"sha256": "ab"}]}')
 
     def command(*flags, folder=tmp_path):
         fixed = [f"--out={folder}/results", f"--runs={folder}/runs", f"--config={PHANTOM}"]
-        fixed += ["--k=4", "--draws=2", "--only=ours,memory", f"--set=cache={tmp_path}/cache"]
+        fixed += [
+            "--k=4",
+            "--draws=2",
+            "--split=peer",
+            "--only=ours,memory",
+            f"--set=cache={tmp_path}/cache",
+        ]
         monkeypatch.setattr("sys.argv", ["sweep.py", *fixed, *flags])
         sweep.main()
         return {p.name: p.read_bytes() for p in (folder / "results").iterdir()}
@@ -83,6 +92,39 @@ def test_a_student_waits_for_its_teacher(command, tmp_path):
     assert stored["teacher"] == str(tmp_path / "runs" / "phantom-k4-teacher-1")
 
 
+def test_anomalies_of_one_draws_supports_are_forgotten_when_it_is_done(command, tmp_path):
+    own, other = (encoder.supports_folder([x]) for x in ("ab", "cd"))
+    for name in (own, other):
+        (tmp_path / "cache" / "feature_cache" / "clip" / name).mkdir(parents=True)
+    command.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    (folder,) = (tmp_path / "cache" / "feature_cache").iterdir()
+    assert {p.name for p in folder.iterdir()} == {own, other}
+    command.stop_at = None
+    command()
+    assert {p.name for p in folder.iterdir()} == {other}
+
+
+def test_the_peers_steps_follow_from_k(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["sweep.py", "--variants=peers", f"--config={PHANTOM}", "--runs=r", "--out=o"]
+    )
+    args = sweep.arguments()
+    for k, steps in ((4, 200), (8, 200), (16, 400), (32, 800)):
+        peer, top5, short = (
+            config_module.resolve(
+                sweep.settings(args, sweep.Job(str(PHANTOM), k, 0, "peer", f"mediclip{x}"))
+            )
+            for x in ("", "-top5", "-top5-100-steps")
+        )
+        assert (peer.steps, top5.steps, short.steps) == (steps, steps, 100)
+        assert peer.synthesis.variants == top5.synthesis.variants == 200
+        assert (peer.score.top, top5.score.top, short.score.top) == (0, 0.05, 0.05)
+        same = {n: x for n, x in config_module.flat(peer) if n not in ("method", "score.top")}
+        assert same == {n: x for n, x in config_module.flat(top5) if n in same}
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_every_variant_is_a_config_that_can_be_run(table, monkeypatch):
     flags = [
@@ -95,7 +137,7 @@ def test_every_variant_is_a_config_that_can_be_run(table, monkeypatch):
     args = sweep.arguments()
     resolved = {
         variant: config_module.resolve(
-            sweep.settings(args, sweep.Job(PHANTOM, 16, variant, 0))
+            sweep.settings(args, sweep.Job(str(PHANTOM), 16, 0, "peer", variant))
         ).to_json_best_effort()
         for variant in args.only
     }
@@ -117,15 +159,74 @@ def test_two_variants_of_a_phantom_are_run_and_tabulated(tmp_path, monkeypatch):
     data = phantom.write_folder(tmp_path / "data", "ultrasound", 0, 64, 4, 3, 4)
     fields = {"data.root": data, "cache": tmp_path / "cache", "clip.checkpoint": clip}
     fields["explanation.count"] = 0
-    flags = [f"--config={PHANTOM.with_name('folder.py')}", "--k=4", "--draws=1"]
+    flags = [f"--config={PHANTOM.with_name('folder.py')}", "--k=4", "--draws=1", "--split=peer"]
     flags += ["--variants=methods", "--only=memory,grey_level"]  # without training
     flags += [f"--runs={tmp_path}/runs", f"--out={tmp_path}/results"]
     flags += [f"--set={name}={value}" for name, value in fields.items()]
     monkeypatch.setattr("sys.argv", ["sweep.py", *flags])
     sweep.main()
     lines = (tmp_path / "results" / "runs.csv").read_text().splitlines()
-    assert [line.split(",")[2] for line in lines] == ["variant", "memory", "grey_level"]
+    assert [line.split(",")[3] for line in lines] == ["variant", "memory", "grey_level"]
     row = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
     stored = json.loads((tmp_path / "runs/folder-k4-memory-0/metrics.json").read_text())
     assert float(row["image auroc"]) == stored["image"]["auroc"]
     assert float(row["seconds score"]) > 0
+
+
+def test_both_splits_are_run_the_headline_first(command):
+    command("--split", "clean", "peer", "--draws=1", "--only=memory")
+    assert command.runs == ["phantom-clean-k4-memory-0", "phantom-k4-memory-0"]
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """Where frozen.json and looks.csv are written to."""
+    monkeypatch.setattr(looks, "FROZEN", tmp_path / "frozen.json")
+    monkeypatch.setattr(looks, "LOOKS", tmp_path / "looks.csv")
+    monkeypatch.setattr(looks, "commit", lambda: "abc")
+    return tmp_path
+
+
+def test_report_sets_are_scored_as_frozen_and_every_look_is_a_line(command, pages):
+    """A change of any field, of a variant or of a set's words is refused, and runs nothing."""
+    report = f"--config={PHANTOM.with_name('sets.py')}:mammo_mias"
+    with pytest.raises(UserError, match="mammo_mias: a report set .* add --report"):
+        command(report)
+    with pytest.raises(UserError, match="freeze the configuration first"):
+        command(report, "--report")
+    with pytest.raises(SystemExit):
+        command(report, "--freeze")
+    assert not command.runs and not looks.LOOKS.exists()
+    command(report, "--report", "--only=memory")
+    assert command.runs == [f"mammo_mias-k4-memory-{seed}" for seed in (0, 1)]
+    day, commit, name, sets = looks.LOOKS.read_text().splitlines()[1].split(",")
+    assert (commit, sets) == ("abc", "mammo_mias") and len(day) == 10
+    assert name == json.loads(looks.FROZEN.read_text())["hash"]
+    elsewhere = "--set=data.root=/elsewhere"  # changes no score
+    command(report, "--report", "--only=memory", elsewhere, folder=pages / "again")
+    assert len(looks.LOOKS.read_text().splitlines()) == 3
+    refused = {
+        "--set=score.top=0.1": "fields: score.top is 0.1, not 0.05",
+        "--only=zero_shot": "zero_shot is not among the frozen variants",
+        f"{report.replace('mammo_mias', 'spine_xr')}": "spine_xr is not among the frozen sets",
+        "--set=data.anatomy=chest": "sets: mammo_mias is",
+    }
+    for flag, words in refused.items():
+        with pytest.raises(UserError, match=f"takes the configuration frozen .*{words}"):
+            command(report, "--report", flag)
+    edited = json.loads(looks.FROZEN.read_text())
+    edited["config"]["fields"]["score.top"] = 0.1
+    looks.FROZEN.write_text(json.dumps(edited))
+    with pytest.raises(UserError, match="was edited"):
+        command(report, "--report", "--set=score.top=0.1")
+    assert len(looks.LOOKS.read_text().splitlines()) == 3 and len(command.runs) == 4
+
+
+def test_a_report_set_under_another_name_is_known_by_its_folder(command):
+    with pytest.raises(UserError, match="a report set"):
+        command(f"--config={PHANTOM.with_name('folder.py')}", "--set=data.root=/d/sets/blood_rbc")
+
+
+def test_a_development_set_needs_no_report(command):
+    command(f"--config={PHANTOM.with_name('sets.py')}:oct_mx", "--only=memory")
+    assert command.runs == [f"oct_mx-k4-memory-{seed}" for seed in (0, 1)]

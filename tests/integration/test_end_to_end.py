@@ -20,7 +20,10 @@ from tests.support.runs import EVERY, EXPLAINED, STEPS, log, predictions
 IMAGE = "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc fpr tpr"
 PIXEL = (
     "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc iou dice "
-    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro"
+    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro "
+    "hausdorff_or_diagonal hausdorff95_or_diagonal hausdorff_images "
+    "hausdorff95_images hausdorff_or_diagonal_images hausdorff95_or_diagonal_images "
+    "boundary_f1_images"
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.ndimage as ndi
 
 from medclip_jax.data import phantom
-from medclip_jax.synthesis import generate, shapes
+from medclip_jax.synthesis import anomalies, generate, shapes
 from tests.support.reference import reference_files
 
 COUNTS = (40, pytest.param(200, marks=pytest.mark.slow))  # samples per kind and reference image
@@ -84,6 +84,34 @@ def compare(title, mine, expected):
     return (
         [f"{title}: z {z:.1f}, distance {distance:.3f}"] if abs(z) > 4 or distance > bound else []
     )
+
+
+@pytest.mark.parametrize(
+    "corner, size", [((3, 5), (30, 40)), ((0, 10), (22, 9)), ((0, 0), (64, 64))]
+)
+def test_cubic_resampling_of_a_box_is_scipys(corner, size):
+    rng = np.random.default_rng(0)
+    image = rng.uniform(size=(64, 64)).astype(np.float32)
+    (top, left), (height, width) = corner, size
+    box = image[top : top + height, left : left + width].astype(float)
+    rows, columns = (rng.uniform(0, n - 1, (64, 64)) for n in size)
+    for edge, mode in (("mirror", "constant"), ("nearest", "nearest")):
+        places = (jnp.asarray(x, jnp.float32) for x in (rows + top, columns + left, corner, size))
+        found = anomalies.spline(jnp.asarray(image), *places, edge)
+        expected = ndi.map_coordinates(box, [rows, columns], mode=mode)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_peer_rounds_what_it_resamples_and_cuts_off_changes_of_intensity(healthy):
+    """Whole grey levels; an image of one grey level shows which way 8 bits are reached."""
+    flat = np.full((6, 112, 112), 100 / 255, np.float32)
+    keys = jax.random.split(jax.random.key(1), 6)
+    for kind in (0, 2):  # splines of a constant overshoot by rounding errors alone
+        new, _ = generate.batch(keys, flat, flat, np.full(6, kind, np.int32), "mediclip")
+        assert set(np.unique(np.round(new * 255))) <= {0, 100}
+    new, masks = generate.batch(keys, flat, flat, np.full(6, 1, np.int32), "mediclip")
+    np.testing.assert_allclose(new * 255, np.round(new * 255), atol=1e-3)
+    assert (new[masks == 0] == flat[masks == 0]).all()
 
 
 @pytest.fixture(scope="module")

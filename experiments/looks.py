@@ -1,0 +1,137 @@
+"""Report sets are scored with a frozen configuration only, and every look is logged.
+
+`sweep.py --freeze` writes frozen.json: the resolved fields of `ours`, how each variant of the table
+differs at K = 16, the words of each set, the checkpoint, and a hash of it all. `sweep.py --report`
+refuses whatever differs from it and adds a line to docs/looks.csv: date, commit, hash, sets.
+"""
+
+import csv
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from medclip_jax import config, files
+from medclip_jax.clip import checkpoint
+from medclip_jax.data.catalog import with_role
+from medclip_jax.errors import UserError
+
+FROZEN = Path(__file__).with_name("frozen.json")
+LOOKS = Path(__file__).parents[1] / "docs" / "looks.csv"
+HEAD = ("date", "commit", "config", "sets")
+OF_A_RUN = ("k", "seed", "cache", "data.root", "data.split", "explanation.count", "distributed")
+OF_A_RUN += ("join_timeout", "tensorboard", "checkpoint_every")  # none changes a score's meaning
+OF_A_SET = ("data.name", "data.modality", "data.anatomy", "data.conditions")
+
+
+def is_report(c: ConfigDict) -> bool:
+    """Whether a config's data set, by name or by its folder, is a report set."""
+    return bool({c.data.name, Path(c.data.root).name} & {*with_role("report")})
+
+
+def described(
+    settings: Callable[[str, str], ConfigDict],
+    sets: Sequence[str],
+    base: str,
+    variants: Sequence[str],
+) -> dict[str, Any]:
+    """What is frozen, variants as they differ from the base.
+
+    Args:
+      settings: the config of a data set and variant at K = 16.
+      sets: data sets by name.
+      base: the first variant of the table.
+      variants: of the table, those that run.
+
+    Raises:
+      ConfigError: a config that cannot be used.
+    """
+
+    def flat(c: ConfigDict) -> dict[str, Any]:
+        fields = json.loads(json.dumps(dict(config.flat(config.resolve(c)))))
+        return {name: x for name, x in fields.items() if name not in OF_A_RUN}
+
+    each = {name: flat(settings(name, base)) for name in sets}
+    first = {name: x for name, x in each[sets[0]].items() if name not in OF_A_SET}
+    of_variant = {}
+    for variant in variants:
+        fields = flat(settings(sets[0], variant))
+        of_variant[variant] = {n: x for n, x in fields.items() if first.get(n, x) != x}
+    return {
+        "checkpoint": checkpoint.load(first["clip.checkpoint"]).digest,
+        "fields": first,
+        "variants": of_variant,
+        "sets": {n: {field: x[field] for field in OF_A_SET} for n, x in each.items()},
+    }
+
+
+def digest(frozen: dict[str, Any]) -> str:
+    """16 hex digits that name a configuration."""
+    return hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def freeze(now: dict[str, Any]) -> str:
+    """Write the frozen configuration; returns its hash."""
+    files.write_json(FROZEN, {"date": str(date.today()), "hash": digest(now), "config": now})
+    return digest(now)
+
+
+def check(now: dict[str, Any]) -> str:
+    """Hash of the frozen configuration, which `now` (or some of its sets and variants) equals.
+
+    Raises:
+      UserError: it is not there, was edited by hand, or differs.
+    """
+    if not FROZEN.is_file():
+        raise UserError(f"there is no {FROZEN.name}: freeze the configuration first, by --freeze")
+    stored = json.loads(FROZEN.read_text())
+    frozen = stored["config"]
+    if digest(frozen) != stored["hash"]:
+        raise UserError(f"{FROZEN.name} was edited: its hash is {digest(frozen)}; restore the file")
+    if differing := difference(frozen, now):
+        raise UserError(
+            f"--report takes the configuration frozen on {stored['date']} ({FROZEN.name}) alone: "
+            f"{differing}; restore it, or decide on development sets and --freeze anew"
+        )
+    return stored["hash"]
+
+
+def difference(frozen: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first field of `now` that is not as frozen, in words; "" if all are."""
+    for part, fields in now.items():
+        if not isinstance(fields, dict):
+            if fields != frozen[part]:
+                return f"{part} is {fields}, not {frozen[part]}"
+            continue
+        for name, x in fields.items():
+            if name not in frozen[part]:
+                return f"{name} is not among the frozen {part} ({', '.join(frozen[part])})"
+            if x != frozen[part][name]:
+                return f"{part}: {name} is {x}, not {frozen[part][name]}"
+    return ""
+
+
+def log(config_hash: str, sets: Sequence[str]) -> None:
+    """Add the line of this look."""
+    new = not LOOKS.is_file()
+    with LOOKS.open("a", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        if new:
+            lines.writerow(HEAD)
+        lines.writerow([date.today(), commit(), config_hash, " ".join(sets)])
+
+
+def commit() -> str:
+    """The commit of the checkout, with + where files differ from it; "none" outside git."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", FROZEN.parent, *words], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    name = git("rev-parse", "--short=12", "HEAD")
+    return name + "+" * bool(git("status", "--porcelain", "--", ":!docs/looks.csv")) or "none"

@@ -1,0 +1,74 @@
+"""The `mediclip` preset beside MediCLIP's own code: image scores of the same supports and images.
+
+The reference holds no code: one file per set, draw and CLIP, with the image scores of the released
+program (largest pixel) after its 400 steps at K = 16.
+"""
+
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from medclip_jax import build, config, train
+from medclip_jax.data.catalog import PRESETS
+from medclip_jax.features import cache
+from medclip_jax.models import model, similarity
+from medclip_jax.training import loop
+from tests.support.paths import ROOT
+from tests.support.reference import reference_files
+
+SEEDS = 2  # of training, per draw: the standard deviation of one run is .012
+SETS = {"busi": "busi", "brain_mri": "brain"}
+WEIGHTS = "a4b25b9746fb8f55ab0b784441631298d0f1db17b885c21c3e1875948e6b7b93"  # of the reference
+
+
+def scores(prepared, encoded, workdir) -> np.ndarray:
+    """Largest pixel of the anomaly probability of each test image; no fold is held out."""
+    c, design = prepared.config, prepared.design
+    params = build.fresh_params(c, prepared.clip, design)
+    how = {"workdir": workdir, "mesh": prepared.mesh, **build.training(c, design)}
+    stacked = loop.fit(params, prepared.frozen, encoded.pools, [], **how)
+    params = jax.tree.map(lambda x: x[0], stacked)
+
+    @jax.jit
+    def score(params, features):
+        text = model.text_features(params, prepared.frozen, design)
+        logit = model.forward(params, text, features, design).logit
+        return jax.nn.sigmoid(similarity.to_pixels(logit, design.size)).max((1, 2))
+
+    groups = cache.load_images(encoded.feature_cache, prepared.split.test, 32)
+    return np.concatenate([np.asarray(score(params, x)) for x in groups])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_mean_image_auroc_is_the_peers(name, tmp_path):
+    data = ROOT.parent / "shared" / "data"
+    files = [x for x in reference_files("mediclip_runs/*_shipped_468.npz") if SETS[name] in x.name]
+    if len(files) != 3 or not data.is_dir():
+        pytest.skip("no runs of the peer beside the checkout: set MEDCLIP_REFERENCE")
+    weights = ROOT / "medclip_jax" / "assets" / "compact_clip" / "model.safetensors"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != WEIGHTS:
+        pytest.skip("the peer was run on another checkpoint than the embedded one")
+    ours, peers = [], []
+    for path in files:
+        draw = int(path.stem.split("_")[0][-1])
+        with np.load(path) as reference:
+            ids, labels, peer, support = (
+                reference[x] for x in ("ids", "labels", "score_max", "support")
+            )
+        peers.append(roc_auc_score(labels, peer))
+        arguments = f"k=16,seed={draw},method=mediclip,root={data}"
+        c = config.base(arguments, name=name, **PRESETS[name])
+        c.cache, c.validations, c.clip.layers = str(tmp_path / "cache"), 0, (4, 6, 8)
+        prepared = train.prepare(c)
+        assert [r.id for r in prepared.split.support] == support.tolist()
+        assert [r.id for r in prepared.split.test] == ids.tolist()
+        encoded = train.encode(prepared)
+        for seed in range(SEEDS):
+            prepared.config.seed = 10 + 10 * seed + draw  # of training
+            found = scores(prepared, encoded, tmp_path / f"{draw}-{seed}")
+            ours.append(roc_auc_score(labels, found))
+    assert np.mean(ours) == pytest.approx(np.mean(peers), abs=0.02)
