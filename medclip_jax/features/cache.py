@@ -63,7 +63,9 @@ def open(
     """
     vision = sharding.replicate(clip.vision, mesh)
     unnamed = FeatureCache(folder / "feature_cache" / "-", clip, fit, dtype, mesh, vision)
-    return with_recipe(unnamed, recipe, window)
+    feature_cache = with_recipe(unnamed, recipe, window)
+    files.sweep(feature_cache.folder)
+    return feature_cache
 
 
 def with_recipe(

@@ -144,9 +144,8 @@ def _group(entries: Sequence[walk.Entry]) -> Iterator[tuple]:
             kind, error = _kind(entry)
         if kind == "dicom":
             head = series.header(path)
-            error = series.refusal(head)
-        if kind and not error and _is_ours(path, kind, head):
-            error = OURS
+        if kind:
+            error = OURS if _is_ours(path, kind, head) else series.refusal(head)
         if error == OURS and not entry.literal:
             continue
         if error:

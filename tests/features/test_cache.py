@@ -78,3 +78,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(feature_cache, pictures,
     assert list(feature_cache.folder.iterdir()) == []
     monkeypatch.undo()
     assert encoder.encode_images(feature_cache, pictures[:1]) == 1
+
+
+def test_what_a_killed_process_left_is_swept(feature_cache, pictures):
+    encoder.encode_images(feature_cache, pictures[:1])
+    left = feature_cache.folder / ".image.safetensors.4194305.tmp"  # no process has that number
+    left.touch()
+    with files.writing(feature_cache.folder / "at work"):
+        again = cache.open(
+            *(feature_cache.folder.parents[1], feature_cache.clip, feature_cache.fit),
+            *(feature_cache.dtype, feature_cache.mesh),
+        )
+        assert again.folder == feature_cache.folder and not left.exists()
+        assert len(list(feature_cache.folder.glob(".*.tmp"))) == 1

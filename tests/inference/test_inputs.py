@@ -82,12 +82,14 @@ def test_results_of_this_program_are_no_images(tmp_path):
     )
     nifti.write_nifti(out / "v.nii.gz", tmp_path / "volume.nii.gz", np.zeros((6, 5, 4), np.uint16))
     change(dicom(out / "capture.dcm"), Manufacturer="medclip_jax")
+    ours = {"Manufacturer": "medclip_jax", "SOPClassUID": uid.SegmentationStorage}
+    change(dicom(out / "seg.dcm"), **ours)
     for named in ("in", "in/**/*", "in/**/*.png"):
         assert walked(tmp_path / named) == ([("in/scan.png",)], {}), named
     named = [tmp_path / "in" / "scan.png", *sorted(out.iterdir())]  # as a shell expands in/*
     names, refused = walked(*named)
     assert names == [("scan.png",)] and set(refused.values()) == {inputs.OURS}
-    assert len(refused) == 5
+    assert len(refused) == 6
     with pytest.raises(DataError, match="no image there"):
         walked(out)
 

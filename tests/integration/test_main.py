@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,10 +250,10 @@ def fill(monkeypatch, pattern: str, after: int = 0) -> list[str]:
             seen.append(Path(target).name)
             if len(seen) > after:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        os.replace(source, target)
+        real(source, target)
 
-    held = {name: getattr(os, name) for name in ("fsync", "getpid", "PathLike")}
-    monkeypatch.setattr(files, "os", SimpleNamespace(replace=replace, **held))
+    real = os.replace
+    monkeypatch.setattr(files.os, "replace", replace)
     return seen
 
 

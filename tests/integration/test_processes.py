@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medclip_jax import workdir
 from medclip_jax.data import phantom
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.paths import ROOT
@@ -128,3 +129,12 @@ def test_sigterm_to_one_process_stops_all(base):
     codes = ended(running)
     assert [code for code, _ in codes] == [143, 143], codes
     assert all("stopped by SIGTERM at step" in text for _, text in codes)
+
+
+def test_a_workdir_in_use_is_refused_by_all(base):
+    with workdir.locked(base / "used"):
+        codes = ended(start(base, "used"))
+    assert [code for code, _ in codes] == [2, 2], codes
+    assert "is in use by another run" in codes[0][1]
+    assert "process 0 says why" in codes[1][1]
+    assert not (base / "used" / "config.json").exists()
