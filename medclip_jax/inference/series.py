@@ -41,7 +41,9 @@ class Slice(NamedTuple):
 def header(path: str) -> Dataset | None:
     """The elements of HEADER; None where they cannot be read, of which reading says why."""
     try:
-        return dicom_header.parse(Path(path), HEADER)
+        head = dicom_header.parse(Path(path), HEADER)
+        list(head)  # pydicom converts values when they are read
+        return head
     except Exception as error:  # pydicom raises anything on broken files
         logging.debug("%s has no usable DICOM header (%s)", path, type(error).__name__)
         return None

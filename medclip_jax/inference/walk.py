@@ -34,8 +34,9 @@ def entries(name: str, visited: set[tuple[int, int]], follow: bool) -> tuple[str
     """
     if os.path.lexists(name) or not has_magic(name):
         path = os.path.abspath(name)
-        if not os.path.isdir(path):
-            return os.path.dirname(path), [Entry(path, _what(path), True, True)]
+        if not os.path.isdir(name):
+            what = _what(path) if name else "is not there"
+            return os.path.dirname(path), [Entry(path, what, True, True)]
         return os.path.dirname(path), list(_walk(path, (), visited, follow))
     parts = name.split("/")
     first = next(i for i, part in enumerate(parts) if has_magic(part))

@@ -369,6 +369,27 @@ def test_a_pattern_or_folder_without_images_is_listed(tmp_path, caplog):
         walked(monday, tmp_path / "empty")
 
 
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(png(tmp_path / "a.png").parent)
+    names, refused = walked("", "a.png")
+    assert names == [("a.png",)] and list(refused.values()) == ["is not there"]
+
+
+def test_damaged_headers_stop_nobody(tmp_path):
+    """Each byte of a header in turn: an item, or a refusal, and the others as they are."""
+    whole = dicom(tmp_path / "in" / "b.dcm").read_bytes()
+    rng = np.random.default_rng(0)
+    dicom(tmp_path / "in" / "a.dcm", 2)
+    for _ in range(300):
+        raw = bytearray(whole)
+        for at in rng.integers(132, len(whole) - 2000, 3):
+            raw[at] = rng.integers(256)
+        (tmp_path / "in" / "b.dcm").write_bytes(raw)
+        names, refused = walked(tmp_path / "in")
+        named = sorted(name for item in names for name in item)
+        assert sorted([*named, *refused]) == ["in/a.dcm", "in/b.dcm"]
+
+
 def test_things_named_twice_are_taken_once(tmp_path):
     png(tmp_path / "in" / "a.png")
     png(tmp_path / "in" / "b" / "c.png")
