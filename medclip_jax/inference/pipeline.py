@@ -51,6 +51,7 @@ class Job:
     scored: int = 0  # frames
     rows: list[dict[str, Any]] | None = None
     error: str = ""
+    notes: list[str] = field(default_factory=list)  # on outputs that are missing
 
     def content(self) -> Loaded:
         """What was read; only for items that are neither finished nor refused."""

@@ -21,13 +21,14 @@ from typing import NamedTuple
 from medclip_jax import files
 from medclip_jax.distributed import runtime
 from medclip_jax.errors import DataError, Preempted
-from medclip_jax.inference import inputs, pipeline, results
+from medclip_jax.inference import inputs, pipeline, pseudonyms, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.pipeline import Job
 from medclip_jax.inference.predictor import Predictor, batch_size
+from medclip_jax.inference.results import Privacy
 from medclip_jax.io import dicom_write
 
-FORMAT = 3  # of the outputs; with another number finished items are scored again
+FORMAT = 4  # of the outputs; with another number finished items are scored again
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
 
@@ -49,41 +50,65 @@ def run(
     part: str = "",
     pseudonymise: bool = False,
     cam: bool = False,
+    burned_in: bool = False,
 ) -> Summary:
     """Score items and write their results below `output`.
 
     Args:
-        items: as `inputs.find` names them, with the same `pseudonymise`.
+        items: as `inputs.find` names them.
         part: "i/n" takes the i-th of n shares, for several processes; each writes its own table,
             and one call without it joins them.
-        pseudonymise: no names or identifiers of the sources in any output, also where DICOM would
-            have them copied.
+        pseudonymise: no names or identifiers of the sources in any output, on the terminal or in
+            logs, also where DICOM would have them copied; pseudonyms are of the output folder.
         cam: also write the Grad-CAM of each item.
+        burned_in: pseudonymised pictures also of sources that say they have text in their pixels.
 
     Raises DataError if nothing could be read, ConfigError for a bad `part`, WorkdirError if the
     output cannot be written, Preempted on SIGTERM.
     """
     dicom_write.quieten()
     items = inputs.share(items, part)
+    privacy = Privacy(pseudonyms.salt_of(output) if pseudonymise else None, burned_in)
+    if privacy.salt is None:
+        return _run(predictor, items, output, part, cam, privacy)
+    items = pseudonyms.rename(items, privacy.salt)
+    with pseudonyms.nameless_log(items):
+        return _run(predictor, items, output, part, cam, privacy)
+
+
+def _run(
+    predictor: Predictor,
+    items: Sequence[Item],
+    output: Path,
+    part: str,
+    cam: bool,
+    privacy: Privacy,
+) -> Summary:
     logging.info("%d item(s) to score", len(items))
     predictor = predictor if cam else predictor._replace(explanation=None)
-    settings = f"{FORMAT} {predictor.digest} {pseudonymise} {predictor.explanation}"
+    settings = f"{FORMAT} {predictor.digest} {privacy} {predictor.explanation}"
     stamp = hashlib.sha256(settings.encode()).hexdigest()
     files.sweep(output)
     share = f".{part.replace('/', '-of-')}" if part else ""
     table, bad = output / f"results{share}.csv", output / f"unreadable{share}.csv"
     counts: collections.Counter[str] = collections.Counter()
     reasons: list[str] = []
+    notes: dict[str, list[str]] = collections.defaultdict(list)  # sources by note
     with _open_tables(table, bad) as add, runtime.sigterm() as stop:
-        stream = _stream(predictor, items, output, stamp, pseudonymise, stop)
+        stream = _stream(predictor, items, output, stamp, privacy, stop)
         with closing(stream):
             for job, rows in runtime.progress(stream, "predict", len(items)):
-                add(job.item, rows, job.error)
+                error = job.error
+                if privacy.salt and error:
+                    error = pseudonyms.without_names(error, job.item.paths, job.item.source)
+                add(job.item, rows, error)
+                for note in job.notes:
+                    notes[note].append(job.item.source)
                 known = "skipped" if job.rows is not None else "scored"
                 counts["unreadable" if job.error else known] += 1
                 counts["alarms"] += sum(row["alarm"] for row in rows)
                 if job.error and len(reasons) < LISTED:
-                    reasons.append(f"{job.item.source}: {job.error}")
+                    reasons.append(f"{job.item.source}: {error}")
         if stop.is_set():
             done = counts.total() - counts["alarms"]
             raise Preempted(f"stopped by SIGTERM after {done} of {len(items)} items")
@@ -92,6 +117,8 @@ def run(
         logging.warning(text, counts["unreadable"], bad)
         for reason in reasons:
             logging.warning("  %s", reason)
+    for note, sources in notes.items():
+        logging.warning("%s: %d item(s), the first is %s", note, len(sources), sources[0])
     if counts["unreadable"] == len(items) > 0:
         raise DataError(f"none of the {len(items)} item(s) could be read: {bad} says why")
     scored, skipped, unreadable, alarms = (counts[name] for name in Summary._fields[:4])
@@ -99,7 +126,7 @@ def run(
 
 
 def _stream(
-    predictor, items, output, stamp, pseudonymise, stop
+    predictor, items, output, stamp, privacy, stop
 ) -> Generator[tuple[Job, list[dict]], None, None]:
     """Read, score and write items; yields each, in order, with its rows of the table."""
     size = batch_size(predictor)
@@ -107,7 +134,7 @@ def _stream(
     objects = dicom_write.builder(sum(item.kind == "dicom" for item in items))
     # threads end first: they wait for objects
     with objects as build, _threads(1) as readers, _threads(2) as writers:
-        write = partial(_write, predictor, output, pseudonymise, build)
+        write = partial(_write, predictor, output, privacy, build)
         with closing(pipeline.read_ahead(readers, items, load, 2 * size, stop)) as reading:
             jobs = pipeline.score(predictor, reading, writers)
             # so many that the encoder does not wait for writers
@@ -142,7 +169,7 @@ def _threads(per_core: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _write(
-    predictor: Predictor, output: Path, pseudonymise: bool, build: dicom_write.Build, job: Job
+    predictor: Predictor, output: Path, privacy: Privacy, build: dicom_write.Build, job: Job
 ) -> list[dict]:
     """Write what was scored; the rows of the table. An input that vanished has an error instead."""
     if job.rows is not None:
@@ -165,7 +192,9 @@ def _write_scored(predictor, output, pseudonymise, build, job: Job) -> list[dict
     }
     parts = [future.result() for future in job.parts]  # submitted to the same pool, but before
     loaded = job.content()
-    return results.write(output, job.item, loaded, parts, predictor.fit, model, pseudonymise, build)
+    fit = predictor.fit
+    rows, job.notes = results.write(output, job.item, loaded, parts, fit, model, privacy, build)
+    return rows
 
 
 @contextmanager

@@ -1,15 +1,14 @@
 """What prediction leaves for one item: JSON, overlay, maps, DICOM objects.
 
-All names come from inputs.safe_name; every file appears whole or not at all, the JSON last, with
-the digests of the others and of itself: an item whose JSON agrees with its files is finished.
-Boxes are in the image's own pixels and, where it has a spacing, mm.
+All names come from inputs.safe_name; every file appears whole or not at all, the JSON last, so an
+item with a JSON is finished. Boxes are in the image's own pixels and, where it has a spacing, mm.
 Host values only, so that threads can do it while the encoder runs.
 """
 
-import hashlib
 import io
 import json
 import os
+import stat
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from medclip_jax import files
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.explain import boxes
+from medclip_jax.inference import inputs, pseudonyms
 from medclip_jax.inference.inputs import Item
 from medclip_jax.io import dicom_write, nifti, pillow, resize
 
@@ -29,8 +29,8 @@ HALF = 32768  # the code of 0.5, where the pixel threshold lies
 COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
+    *("file", "frame_in_file", "sop_instance_uid"),
 )
-LARGEST_PAGE = 1 << 28  # bytes of a JSON
 CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the image's frame
 
 
@@ -45,6 +45,13 @@ class Loaded(NamedTuple):
     meta: dict[str, str]
     mm2: float | None  # area of a pixel of the encoder frame
     codes: UInt16[np.ndarray, "f h w"]  # maps, filled as frames are scored
+
+
+class Privacy(NamedTuple):
+    """What an output may say of its source."""
+
+    salt: bytes | None = None  # of the pseudonyms; None: names and identity as DICOM wants them
+    burned_in: bool = False  # with a salt: pictures also where the source says they show text
 
 
 class Part(NamedTuple):
@@ -122,15 +129,19 @@ def write(
     parts: Sequence[Part],
     fit: resize.Mode,
     model: dict[str, Any],
-    pseudonymise: bool,
+    privacy: Privacy,
     build: dicom_write.Build,
-) -> list[dict[str, Any]]:
-    """Write all files of one item, or raise WorkdirError; returns its rows, one per frame.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write all files of one item, or raise WorkdirError.
 
     Args:
+        item: under a pseudonym, if there is a salt.
         parts: of all frames, in order.
         model: what the JSON says of the detector.
         build: as dicom_write.build, wherever it runs.
+
+    Returns:
+        Rows of the table, one per frame, and notes on what is missing.
     """
     frames = [frame for part in parts for frame in part.frames]
     scores = BatchScores(*map(np.concatenate, zip(*(part.scores for part in parts), strict=True)))
@@ -139,28 +150,34 @@ def write(
     heat = frame_map(scores.maps[top], pixels.shape, fit)
     pictures = {"overlay.png": pillow.draw_overlay(pixels, heat, frames[top]["boxes"])}
     pictures |= _cam_picture(parts, top, pixels, fit)
-    contents = {name: pillow.encode_png(picture) for name, picture in pictures.items()}
-    contents |= _maps(loaded.codes, scores, npz=item.kind != "nifti")
-    names, notes = {}, []
+    contents = _maps(loaded.codes, scores, npz=item.kind != "nifti")
+    names: dict[str, str] = {}
+    objects = dicom_write.DicomObjects({}, [], [], False)
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
         nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
     if item.kind == "dicom":
-        drawn = loaded.codes >= HALF, pictures["overlay.png"]
-        objects = build(item.paths, loaded.key, *drawn, top, pseudonymise)
+        marked, drawn = loaded.codes >= HALF, pictures["overlay.png"]
+        task = (item.paths, loaded.key, marked, drawn, top, *privacy)
+        objects = build(dicom_write.Task(*task))
         contents |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
-        notes = objects.notes
+    notes = objects.notes
+    if objects.burned_in and privacy.salt and not privacy.burned_in:
+        pictures = {}  # they would show what the header warns of
+    contents |= {name: pillow.encode_png(picture) for name, picture in pictures.items()}
     for name, raw in contents.items():
-        names[name.partition(".")[0]] = f"{item.output}.{name}"
+        names[_what(name)] = f"{item.output}.{name}"
         files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
+    _name_files(frames, item, objects, privacy.salt)
     page = {
-        "source": item.output if pseudonymise else item.source,
+        "source": item.source,
         "files_read": len(item.paths),
-        "sha256": loaded.sha256,
+        "sha256": None if privacy.salt else loaded.sha256,
         "key": loaded.key,
         "kind": item.kind,
         "meta": loaded.meta,
-        **dict(zip(("height", "width"), pixels.shape, strict=True)),
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
         "spacing_mm": loaded.spacing,
         "model": model,
         "score": frames[top]["score"],
@@ -168,13 +185,35 @@ def write(
         "alarms": sum(frame["alarm"] for frame in frames),
         "frames": frames,
         "files": names,
-        "file_sha256": {what: files.sha256_of(output / name) for what, name in names.items()},
+        "bytes": {what: (output / name).stat().st_size for what, name in names.items()},
         "notes": notes,
         "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }
-    path = output / f"{item.output}.json"
-    files.write_json(path, page | {"page_sha256": _seal(page)}, durable=False)
-    return table_rows(page, item)
+    files.write_json(output / f"{item.output}.json", page, durable=False)
+    return table_rows(page, item), notes
+
+
+def _what(name: str) -> str:
+    """ "map.png" -> "map", "seg.dcm" -> "seg", "2.seg.dcm" -> "seg_2"."""
+    first, second, *_ = name.split(".")
+    return f"{second}_{first}" if first.isdigit() else first
+
+
+def _name_files(
+    frames: list[dict[str, Any]],
+    item: Item,
+    objects: dicom_write.DicomObjects,
+    salt: bytes | None,
+) -> None:
+    """Say of each frame which file it is of, the how many-th there and, unless salted, its UID."""
+    one_each = len(item.paths) == len(frames)
+    for i, frame in enumerate(frames):
+        unknown = (i, 1, "") if one_each else (0, i + 1, "")
+        file, number, uid = objects.frames[i] if objects.frames else unknown
+        name = os.path.basename(item.paths[file])
+        frame["file"] = pseudonyms.pseudonym(name, salt) if salt else inputs.printable(name)
+        frame["frame_in_file"] = number
+        frame["sop_instance_uid"] = None if salt else uid or None
 
 
 def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: resize.Mode) -> dict[str, Any]:
@@ -210,6 +249,7 @@ def table_rows(page: dict[str, Any], item: Item) -> list[dict[str, Any]]:
         first = frame["boxes"][0] if frame["boxes"] else {}
         row = {name: first[name] for name in COLUMNS if name in first}
         row |= {name: frame[name] for name in ("frame", "score", "p_value", "uncertainty")}
+        row |= {name: frame[name] for name in ("file", "frame_in_file", "sop_instance_uid")}
         row |= {"alarm": int(frame["alarm"]), "boxes": len(frame["boxes"])}
         row |= {"height": page["height"], "width": page["width"]}
         rows.append(row | {"source": page["source"], "result": f"{item.output}.json"})
@@ -217,28 +257,19 @@ def table_rows(page: dict[str, Any], item: Item) -> list[dict[str, Any]]:
 
 
 def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
-    """The rows of a finished item of the same key; None if it has to be scored.
-
-    The JSON and each file that it names must be, byte for byte, what was written.
-    """
+    """The rows of a finished item of the same key; None if it has to be scored."""
+    path = output / f"{item.output}.json"
     try:
-        page = json.loads(files.read_regular(output / f"{item.output}.json", LARGEST_PAGE))
-        if page["key"] != key or page.pop("page_sha256") != _seal(page):
+        page = json.loads(path.read_bytes())
+        if page["key"] != key:
             return None
         for what, name in page["files"].items():
-            path = output / name
-            if not name.startswith(f"{item.output}.") or os.path.basename(name) != name:
-                return None  # of another item
-            if path.is_symlink() or files.sha256_of(path) != page["file_sha256"][what]:
-                return None  # altered, or cut short by a power cut
+            status = os.stat(output / os.path.basename(name))
+            if not stat.S_ISREG(status.st_mode) or status.st_size != page["bytes"][what]:
+                return None  # cut short by a power cut, or not ours
         return table_rows(page, item)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, or no result of ours
-
-
-def _seal(page: dict[str, Any]) -> str:
-    """SHA-256 of what a JSON says, whatever its layout."""
-    return hashlib.sha256(json.dumps(files.plain(page), sort_keys=True).encode()).hexdigest()
 
 
 def _npz(**arrays: np.ndarray) -> bytes:

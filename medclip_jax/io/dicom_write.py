@@ -1,8 +1,7 @@
-"""DICOM results: a Segmentation of the alarmed pixels, and a secondary capture of the overlay.
+"""DICOM results: Segmentations of the alarmed pixels, and a secondary capture of the overlay.
 
-Both lie in the study of their source and refer to it. Of the source only what these objects must
-share with it is copied (PS3.3 C.7.1.1 Patient and C.7.2.1 General Study, type 1 and 2, and
-geometry); other people's names, institutions, comments and private data are not.
+All lie in the study of their source and refer to it frame by frame. `dicom_reference` lists what is
+taken from a source. A Segmentation is read back and compared before it is handed out.
 """
 
 import io
@@ -17,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pydicom
@@ -27,74 +25,80 @@ from jaxtyping import Bool, UInt8
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
-from medclip_jax import __version__
+from medclip_jax.errors import DataError
+from medclip_jax.io import dicom_reference, dicom_seg
+from medclip_jax.io.dicom_reference import NoReferenceError, Plane, Source
 
-MODEL = "medclip-jax"
-COMMON: dict[str, Any] = {
-    "manufacturer": "medclip_jax",
-    "manufacturer_model_name": MODEL,
-    "software_versions": __version__,
-    "instance_number": 1,
-}
-# type 2: present, empty where the source does not say
-PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
-STUDY = ("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName")
-UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
-GEOMETRY = (
-    *("SOPClassUID", "Modality", "Rows", "Columns", "NumberOfFrames", "Laterality"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
-    *("SpacingBetweenSlices", "PositionReferenceIndicator", "PatientOrientation"),
-    *("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
-)
-GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-GROUP_GEOMETRY = ("PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence")
 MIN_FILES = 128  # for fewer, processes would start for longer than they work
+BURNED_IN = "the source says that text is burnt into its pixels"
 
 
 class DicomObjects(NamedTuple):
-    files: dict[str, bytes]  # by name
+    files: dict[str, bytes]  # "capture", and "seg" or, where several are needed, "1.seg", "2.seg"
     notes: list[str]  # why one is missing
+    frames: list[tuple[int, int, str]]  # (file, frame in it from 1, SOPInstanceUID) of each frame
+    burned_in: bool  # the source says that text is burnt into its pixels
 
 
-Build = Callable[..., DicomObjects]  # as `build`
+class Task(NamedTuple):
+    """One DICOM file, or the files of a series in order, with its result."""
+
+    paths: Sequence[str]
+    key: str  # names the result; the objects' own UIDs follow from it
+    mask: Bool[np.ndarray, "f h w"]  # alarmed pixels of every frame
+    picture: UInt8[np.ndarray, "a b 3"]  # RGB overlay of frame `top`
+    top: int
+    salt: bytes | None = None  # as of `dicom_reference.read`
+    burned_in: bool = False  # write a pseudonymised capture also where its pixels show text
 
 
-def build(
-    paths: Sequence[str],
-    key: str,
-    mask: Bool[np.ndarray, "f h w"],
-    picture: UInt8[np.ndarray, "a b 3"],
-    top: int,
-    pseudonymise: bool,
-) -> DicomObjects:
-    """Build `seg` and `capture` of one DICOM file or of the files of a series, in order.
+Build = Callable[[Task], DicomObjects]  # as `build`
 
-    A header that highdicom refuses costs its object, with a note.
 
-    Args:
-      key: names the result; the objects' own UIDs follow from it.
-      mask: alarmed pixels of every frame.
-      picture: RGB overlay of frame `top`.
-      pseudonymise: empty patient and study fields, and UIDs derived from those of the source.
-    """
-    built, notes = {}, []
-
-    @cache
-    def sources() -> list[Dataset]:
-        return [source(Path(p), pseudonymise) for p in paths]
-
-    jobs = {
-        "seg": lambda: _segmentation(sources(), key, mask),
-        "capture": lambda: _capture(sources()[min(top, len(paths) - 1)], key, picture),
-    }
-    for name, job in jobs.items():
+def build(task: Task) -> DicomObjects:
+    """The objects of one item. One that cannot be built costs itself and leaves a note."""
+    try:
+        sources = [dicom_reference.read(Path(p), task.salt) for p in task.paths]
+    except (NoReferenceError, DataError) as error:
+        reason = error if isinstance(error, NoReferenceError) else "its header cannot be read again"
+        return DicomObjects({}, [f"no DICOM objects: {reason}"], [], False)
+    owners = [(i, plane) for i, source in enumerate(sources) for plane in source.planes]
+    planes = [plane for _, plane in owners]
+    frames = [(i, plane.number or 1, plane.instance) for i, plane in owners]
+    burned_in = any(source.burned_in == "YES" for source in sources)
+    if len(planes) != len(task.mask):
+        note = f"no DICOM objects: headers state {len(planes)} frames, {len(task.mask)} were read"
+        return DicomObjects({}, [note], [], burned_in)
+    files, notes = {}, []
+    parts = dicom_reference.groups(planes)
+    for number, part in enumerate(parts, start=1):
+        name = f"{number}.seg" if len(parts) > 1 else "seg"
+        own = [planes[i] for i in part]
+        source = sources[owners[part[0]][0]]
         try:
-            buffer = io.BytesIO()
-            job().save_as(buffer)
-            built[name] = buffer.getvalue()
+            seg = dicom_seg.segmentation(own, f"{task.key} {number}", task.mask[part])
+            if not own[0].space:  # PS3.3 C.7.6.1: where no position says it
+                seg.PatientOrientation = list(dicom_reference.directions(source, own[0])) or ""
+            files[name] = _finished(seg, source, task.salt)
+            dicom_seg.check(files[name], own, task.mask[part])
         except Exception as error:  # highdicom raises many types on broken headers
-            notes.append(f"no {name}: the source's header forbids it ({type(error).__name__})")
-    return DicomObjects(built, notes)
+            files.pop(name, None)
+            notes.append(f"no {name}: {_reason(error)}")
+    if burned_in and task.salt and not task.burned_in:
+        notes.append(f"no capture and no pictures: {BURNED_IN}; --keep_burned_in writes them")
+        return DicomObjects(files, notes, frames, burned_in)
+    if burned_in:
+        notes.append(f"{BURNED_IN}: pictures and capture show it")
+    source, plane = sources[owners[task.top][0]], planes[task.top]
+    try:
+        capture = _capture(source, plane, task.key, task.picture)
+        capture.BurnedInAnnotation = "YES" if burned_in else source.burned_in
+        if not capture.BurnedInAnnotation:  # unknown: nothing is claimed
+            del capture.BurnedInAnnotation
+        files["capture"] = _finished(capture, source, task.salt)
+    except Exception as error:  # as above
+        notes.append(f"no capture: {_reason(error)}")
+    return DicomObjects(files, notes, frames, burned_in)
 
 
 @contextmanager
@@ -111,12 +115,12 @@ def builder(count: int) -> Iterator[Build]:
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang
     pool = ProcessPoolExecutor(mp_context=context, initializer=_start_worker)
 
-    def build_in_process(*args: Any) -> DicomObjects:
+    def build_in_process(task: Task) -> DicomObjects:
         try:
-            return pool.submit(build, *args).result()
+            return pool.submit(build, task).result()
         except (BrokenProcessPool, OSError) as error:
             logging.debug("no process to build DICOM objects (%s)", type(error).__name__)
-            return build(*args)
+            return build(task)
 
     try:
         yield build_in_process
@@ -127,7 +131,7 @@ def builder(count: int) -> Iterator[Build]:
 def _main_can_be_imported() -> bool:
     """Whether a new process may import __main__: a script without a guard would run again."""
     main = sys.modules["__main__"]
-    command = Path(getattr(main, "__file__", None) or MODEL).stem == MODEL
+    command = Path(getattr(main, "__file__", None) or dicom_seg.MODEL).stem == dicom_seg.MODEL
     return command or getattr(main, "__spec__", None) is not None
 
 
@@ -152,108 +156,66 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", module=rf"{name}(\..*)?")
 
 
-def source(path: Path, pseudonymise: bool) -> Dataset:
-    """What derived objects need of one source, and no more; no pixels."""
-    whole = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    copy = _only(whole, (*UIDS, *GEOMETRY))
-    for name in (*PATIENT, *STUDY):
-        setattr(copy, name, "" if pseudonymise else whole.get(name, ""))
-    for name in GROUPS:
-        if name in whole:
-            setattr(copy, name, [_only(group, GROUP_GEOMETRY) for group in whole[name].value])
-    for name in UIDS:
-        if pseudonymise and name in copy:
-            copy[name].value = generate_uid(entropy_srcs=[str(copy[name].value)])
-    copy.file_meta = pydicom.dataset.FileMetaDataset()
-    syntax = getattr(whole, "file_meta", {}).get("TransferSyntaxUID")
-    copy.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ImplicitVRLittleEndian
-    return copy
+def _reason(error: Exception) -> str:
+    """For people; texts of libraries may quote a value of the header."""
+    if isinstance(error, dicom_seg.UnequalError):
+        return str(error)
+    return f"the source's header forbids it ({type(error).__name__})"
 
 
-def _only(group: Dataset, names: Sequence[str]) -> Dataset:
-    part = Dataset()
-    for name in names:
-        if name in group:
-            part[name] = group[name]
-    return part
-
-
-def _segmentation(sources: list[Dataset], key: str, mask: Bool[np.ndarray, "f h w"]):
-    from highdicom import AlgorithmIdentificationSequence
-    from highdicom.seg import Segmentation, SegmentDescription
-    from pydicom.sr.codedict import codes
-
-    algorithm = AlgorithmIdentificationSequence(
-        MODEL, codes.cid7162.ArtificialIntelligence, __version__
-    )
-    segment = SegmentDescription(
-        1,
-        "anomaly",
-        codes.SCT.MorphologicallyAbnormalStructure,
-        codes.SCT.Lesion,
-        "AUTOMATIC",
-        algorithm,
-        tracking_uid=generate_uid(entropy_srcs=[key, "track"]),
-        tracking_id="anomaly",
-    )
-    return Segmentation(
-        source_images=sources,
-        pixel_array=mask.astype(np.uint8),
-        segmentation_type="BINARY",
-        segment_descriptions=[segment],
-        series_instance_uid=generate_uid(entropy_srcs=[key, "seg series"]),
-        series_number=9001,
-        sop_instance_uid=generate_uid(entropy_srcs=[key, "seg"]),
-        **COMMON,
-        device_serial_number="0",
-        content_label="ANOMALY",
-        content_description="Anomaly by few-shot detection; research only",
-        content_creator_name="medclip_jax",
-    )
-
-
-def _capture(source: Dataset, key: str, picture: np.ndarray):
+def _capture(source: Source, plane: Plane, key: str, picture: np.ndarray) -> Dataset:
     from highdicom.sc import SCImage
     from highdicom.sr import CodedConcept
 
     capture = SCImage.from_ref_dataset(
-        source,
+        dicom_seg.stand_in(plane, plane, plane.instance, picture[None, ..., 0]),
         pixel_array=np.ascontiguousarray(picture),
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
-        patient_orientation=_orientation(source),
+        patient_orientation=("L", "P"),  # highdicom wants one
         series_instance_uid=generate_uid(entropy_srcs=[key, "capture series"]),
         series_number=9002,
         sop_instance_uid=generate_uid(entropy_srcs=[key, "capture"]),
-        **COMMON,
+        **dicom_seg.COMMON,
         transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
     )
+    capture.PatientOrientation = list(dicom_reference.directions(source, plane)) or ""
     capture.SeriesDescription = "Anomaly overlay, research only"
     capture.DerivationDescription = "Overlay of an anomaly map; research only, not a diagnosis"
-    capture.BurnedInAnnotation = "NO"
-    if "Laterality" not in capture:
-        capture.Laterality = source.get("Laterality", "")
-    purpose = CodedConcept("121322", "DCM", "Source image for image processing operation")
-    reference = Dataset()
-    reference.ReferencedSOPClassUID = source.SOPClassUID
-    reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
-    reference.PurposeOfReferenceCodeSequence = [purpose]
+    capture.Laterality = source.laterality
+    reference = dicom_seg.reference_to(plane)
+    if plane.number is not None:
+        reference.ReferencedFrameNumber = plane.number
+    reference.PurposeOfReferenceCodeSequence = [
+        CodedConcept("121322", "DCM", "Source image for image processing operation")
+    ]
     capture.SourceImageSequence = [reference]
     return capture
 
 
-def _orientation(source: Dataset) -> tuple[str, str]:
-    """Where rows and columns point in the patient; ("L", "P") where the source does not say."""
-    stated = source.get("PatientOrientation")
-    if stated and len(stated) == 2 and all(stated):
-        return tuple(stated)
-    cosines = source.get("ImageOrientationPatient")
-    if not cosines or len(cosines) != 6:
-        return "L", "P"
-    vectors = np.array(cosines, float).reshape(2, 3)
-    row, column = (
-        ("LPH", "RAF")[int(v[axis] < 0)][axis]
-        for v, axis in zip(vectors, np.abs(vectors).argmax(1), strict=True)
-    )
-    return row, column
+def _finished(ds: Dataset, source: Source, salt: bytes | None) -> bytes:
+    """The bytes of an object with its patient and study, whose text is read as the source's is."""
+    for element in source.lossy:
+        ds[element.tag] = element
+    if salt:
+        ds.PatientIdentityRemoved = "YES"
+        ds.DeidentificationMethod = list(dicom_reference.DEIDENTIFICATION)
+        ds.LongitudinalTemporalInformationModified = "REMOVED"
+    ds.SpecificCharacterSet = source.charset
+    for element in source.identity:
+        ds[element.tag] = element
+    raw = _bytes(ds)
+    again = pydicom.dcmread(io.BytesIO(raw), stop_before_pixels=True)
+    if any(again[e.tag].value != e.value for e in source.identity):  # no such text in this set
+        ds.SpecificCharacterSet = dicom_reference.UTF8
+        for element in dicom_reference.as_utf8(source.identity):
+            ds[element.tag] = element
+        raw = _bytes(ds)
+    return raw
+
+
+def _bytes(ds: Dataset) -> bytes:
+    buffer = io.BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()

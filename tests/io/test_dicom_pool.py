@@ -22,14 +22,14 @@ CLOCK += ("ContributionDateTime", "DimensionOrganizationUID")  # the last is ran
 
 @pytest.fixture
 def work(tmp_path):
-    """Arguments of a build."""
+    """What to build."""
     dicom_write.quieten()  # as prediction does
     (tmp_path / "in").mkdir()
     path = dicom(tmp_path / "in" / "a.dcm")
     shape = pydicom.dcmread(path).pixel_array.shape
     marked = np.zeros((1, *shape), bool)
     marked[0, :9, :9] = True
-    return [str(path)], "key", marked, np.zeros((*shape, 3), np.uint8), 0, False
+    return dicom_write.Task([str(path)], "key", marked, np.zeros((*shape, 3), np.uint8), 0)
 
 
 def timeless(made: dicom_write.DicomObjects) -> dict[str, str]:
@@ -58,15 +58,15 @@ def test_few_files_are_built_in_line():
 
 
 def test_processes_build_the_same_and_their_death_is_no_loss(work):
-    expected = timeless(dicom_write.build(*work))
+    expected = timeless(dicom_write.build(work))
     assert len(expected["seg"]) > 1000
     with dicom_write.builder(dicom_write.MIN_FILES) as build:
-        assert timeless(build(*work)) == expected
+        assert timeless(build(work)) == expected
         started = workers(os.getpid())
         assert started
         for pid in started:
             os.kill(pid, signal.SIGKILL)
-        assert timeless(build(*work)) == expected
+        assert timeless(build(work)) == expected
     assert not workers(os.getpid())
 
 
@@ -75,14 +75,15 @@ import sys, time
 import numpy as np
 from medclip_jax.io import dicom_write
 with dicom_write.builder(dicom_write.MIN_FILES) as build:
-    build([sys.argv[1]], "k", np.zeros((1, 4, 4), bool), np.zeros((4, 4, 3), np.uint8), 0, False)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    build(dicom_write.Task([sys.argv[1]], "k", np.zeros((1, 4, 4), bool), picture, 0))
     print("ready", flush=True)
     time.sleep(600)
 """
 
 
 def test_processes_of_a_killed_prediction_end_by_themselves(work):
-    command = [sys.executable, "-c", PROGRAM, work[0][0]]
+    command = [sys.executable, "-c", PROGRAM, work.paths[0]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout and process.stdout.readline() == b"ready\n"
     left = workers(process.pid)

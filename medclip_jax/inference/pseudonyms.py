@@ -1,0 +1,120 @@
+"""What --pseudonymise writes in place of names: hashes with a random salt of the output folder.
+
+The salt lies in the folder, readable by its owner alone, so that the same command resumes. Without
+it nobody can tell, by trying, which name a pseudonym stands for; delete it before passing on the
+folder.
+"""
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from medclip_jax import files
+from medclip_jax.errors import WorkdirError
+from medclip_jax.inference import inputs
+from medclip_jax.inference.inputs import Item
+
+SALT_FILE = ".pseudonyms"
+SALT_BYTES = 32
+
+
+def salt_of(output: Path) -> bytes:
+    """The salt of an output folder; a new one where there is none.
+
+    Raises WorkdirError if it cannot be written, or is damaged: other pseudonyms would then be given
+    to the same names.
+    """
+    path = output / SALT_FILE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        except FileExistsError:
+            return _read_salt(path)
+        with os.fdopen(new, "wb") as file:
+            file.write(secrets.token_hex(SALT_BYTES).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        return _read_salt(path)
+    except OSError as error:
+        raise files.cannot_write(path, error) from error
+
+
+def _read_salt(path: Path) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        raw = file.read(1000) if regular else b""
+        if not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * SALT_BYTES), raw):
+            raise WorkdirError(
+                f"{path} is damaged: restore it, or predict into a new folder for new pseudonyms."
+            )
+        os.fchmod(file.fileno(), 0o600)
+    return bytes.fromhex(raw.decode())
+
+
+def pseudonym(text: str, salt: bytes) -> str:
+    """16 hexadecimal digits."""
+    return hmac.new(salt, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:16]
+
+
+def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
+    """The same items under pseudonyms, also where a user sees them."""
+    renamed = []
+    for item in items:
+        name = pseudonym(item.output, salt)
+        renamed.append(item._replace(source=name, output=name))
+    return renamed
+
+
+def without_names(message: str, paths: Iterable[str], name: str) -> str:
+    """A message with `name` for every path, and without what a library says in brackets."""
+    for path in paths:
+        whole = os.path.abspath(path)
+        parts = {path, whole, os.path.basename(whole)}
+        for part in sorted(parts | {inputs.printable(p) for p in parts}, key=len, reverse=True):
+            message = message.replace(part, name)
+        folder = os.path.dirname(whole)
+        message = message.replace(folder, "...").replace(inputs.printable(folder), "...")
+    while (shorter := re.sub(r" ?\([^()]*\)", "", message)) != message:
+        message = shorter
+    return message
+
+
+class _Nameless(logging.Filter):
+    """Takes the names of inputs out of what is logged."""
+
+    def __init__(self, names: dict[str, str], folders: set[str]):
+        super().__init__()
+        self.names, self.folders = names, folders
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(self.names.get(str(arg), arg) for arg in record.args)
+        text = record.getMessage()
+        if any(folder in text for folder in self.folders):
+            record.msg, record.args = "a message that names an input is left out", ()
+        return True
+
+
+@contextmanager
+def nameless_log(items: Iterable[Item]) -> Iterator[None]:
+    """Meanwhile no log line names a file of these items, or a folder with one of them."""
+    names = {path: item.output for item in items for path in item.paths}
+    names |= {os.path.basename(path): name for path, name in names.items()}
+    folders = {os.path.dirname(path) for path in names if os.path.isabs(path)} - {"/"}
+    hide = _Nameless(names, folders)
+    handlers = logging.getLogger().handlers[:]
+    for handler in handlers:
+        handler.addFilter(hide)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hide)
