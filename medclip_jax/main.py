@@ -3,7 +3,8 @@
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
                            [--mode train|evaluate|check|report] [--config.field=value ...]
 python -m medclip_jax.main --mode predict --workdir TRAINED --input PATH ... --output DIR
-                           [--part i/n] [--pseudonymise] [--cam] [--follow_links]
+                           [--part i/n] [--cam] [--follow_links]
+                           [--pseudonymise [--keep_burned_in]]
 python -m medclip_jax.main --mode export --workdir TRAINED --output FILE
 
 Exit code 0 on success, 2 on a user's mistake (one sentence on stderr), 1 on our own,
@@ -95,6 +96,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("output", None, "Where results go.", flag_values=args)
     flags.DEFINE_string("part", "", "i/n: the i-th of n shares.", flag_values=args)
     flags.DEFINE_boolean("pseudonymise", False, "No name or id of a source.", flag_values=args)
+    flags.DEFINE_boolean("keep_burned_in", False, "Pictures with text too.", flag_values=args)
     flags.DEFINE_boolean("follow_links", False, "Also out of named folders.", flag_values=args)
     flags.DEFINE_boolean("cam", False, "Also write the Grad-CAM of each item.", flag_values=args)
     try:
@@ -190,9 +192,10 @@ def use(args: flags.FlagValues, folder: Path) -> None:
         return
     from medclip_jax.inference import inputs, predict
 
-    items = inputs.find(args.input, args.pseudonymise, args.follow_links)
+    items = inputs.find(args.input, args.follow_links, nameless=args.pseudonymise)
     predictor = trained.load_predictor(folder)
-    summary = predict.run(predictor, items, output, args.part, args.pseudonymise, args.cam)
+    options = (args.part, args.pseudonymise, args.cam, args.keep_burned_in)
+    summary = predict.run(predictor, items, output, *options)
     logging.info(
         "%d scored, %d finished before, %d unreadable, %d alarm(s): %s",
         *summary,

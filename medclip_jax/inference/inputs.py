@@ -40,9 +40,7 @@ class Item(NamedTuple):
     error: str = ""  # why it is not read: a phrase without names
 
 
-def find(
-    named: Sequence[str], pseudonymise: bool = False, follow_links: bool = False
-) -> list[Item]:
+def find(named: Sequence[str], follow_links: bool = False, nameless: bool = False) -> list[Item]:
     """The images below the given paths, in the order given, folders in the order of their names.
 
     A path that exists is taken literally, else as a glob pattern (** goes through folders). In a
@@ -51,8 +49,8 @@ def find(
 
     Args:
       named: files, folders, patterns.
-      pseudonymise: sources and output names are hashes alone, and files are not named.
       follow_links: also those that lead out of the folder that was named.
+      nameless: warnings and errors name none of them.
 
     Raises DataError if there is no image.
     """
@@ -72,15 +70,15 @@ def find(
         if not groups and len(new) == len(entries):
             empty += 1
             reason = "no image in this folder" if os.path.isdir(name) else "matches nothing"
-            logging.warning("%s: %s", "a path" if pseudonymise else printable(name), reason)
+            logging.warning("%s: %s", "a path" if nameless else printable(name), reason)
             items.append(Item(printable(name), (name,), "", safe_name(name), error=reason))
     if len(items) == empty:
+        where = "the inputs" if nameless else ", ".join(named)
         raise DataError(
-            f"{', '.join(named)}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
-            "give files, folders or glob patterns"
+            f"{where}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): give files, "
+            "folders or glob patterns"
         )
-    items = _unique(items)
-    return [_pseudonym(item) for item in items] if pseudonymise else items
+    return _unique(items)
 
 
 def share(items: Sequence[Item], part: str) -> list[Item]:
@@ -206,12 +204,6 @@ def _item(
     names = tuple(printable(os.path.relpath(path, root)) for path in paths)
     source = names[0] if len(names) == 1 else f"{names[0]} (+{len(names) - 1})"
     return Item(source, paths, kind, safe_name(source), names, uids, error)
-
-
-def _pseudonym(item: Item) -> Item:
-    """The same without names and UIDs; the number that makes an output unique stays."""
-    hidden = re.sub(r".*-([0-9a-f]{12}(-\d+)?)$", r"\1", item.output)
-    return item._replace(source=hidden, output=hidden, names=(), uids=())
 
 
 def _unique(items: Sequence[Item]) -> list[Item]:

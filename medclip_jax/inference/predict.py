@@ -175,13 +175,13 @@ def _write(
     if job.rows is not None:
         return job.rows
     try:
-        return _write_scored(predictor, output, pseudonymise, build, job)
+        return _write_scored(predictor, output, privacy, build, job)
     except (DataError, OSError, MemoryError) as error:  # of the input: the output's is WorkdirError
         job.error = pipeline.reason(error, job.item)
         return []
 
 
-def _write_scored(predictor, output, pseudonymise, build, job: Job) -> list[dict]:
+def _write_scored(predictor, output, privacy, build, job: Job) -> list[dict]:
     image = predictor.calibration.image
     model = {
         "scorer": predictor.digest,

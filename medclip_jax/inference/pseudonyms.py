@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,34 +27,29 @@ SALT_BYTES = 32
 def salt_of(output: Path) -> bytes:
     """The salt of an output folder; a new one where there is none.
 
-    Raises WorkdirError if it cannot be written, or is damaged: other pseudonyms would then be given
-    to the same names.
+    Raises WorkdirError if it cannot be written, or is damaged: the same names would then get other
+    pseudonyms.
     """
     path = output / SALT_FILE
-    try:
+    with files.disk_errors(path):
         output.mkdir(parents=True, exist_ok=True)
-        try:
-            new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        except FileExistsError:
-            return _read_salt(path)
-        with os.fdopen(new, "wb") as file:
-            file.write(secrets.token_hex(SALT_BYTES).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        return _read_salt(path)
-    except OSError as error:
-        raise files.cannot_write(path, error) from error
-
-
-def _read_salt(path: Path) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        raw = file.read(1000) if regular else b""
-        if not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * SALT_BYTES), raw):
-            raise WorkdirError(
-                f"{path} is damaged: restore it, or predict into a new folder for new pseudonyms."
-            )
-        os.fchmod(file.fileno(), 0o600)
+        if not os.path.lexists(path):
+            new = output / f".{secrets.token_hex(8)}.tmp"
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_hex(SALT_BYTES).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(new, path)  # whole, or of another process that was faster
+            except FileExistsError:
+                pass
+            finally:
+                new.unlink()
+        raw = files.read_regular(path, 2 * SALT_BYTES)
+    if not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * SALT_BYTES), raw):
+        raise WorkdirError(
+            f"{path} is damaged: restore it, or predict into a new folder for new pseudonyms."
+        )
     return bytes.fromhex(raw.decode())
 
 
@@ -65,11 +59,12 @@ def pseudonym(text: str, salt: bytes) -> str:
 
 
 def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
-    """The same items under pseudonyms, also where a user sees them."""
+    """The same items under pseudonyms, also where a user sees them, without UIDs."""
     renamed = []
     for item in items:
         name = pseudonym(item.output, salt)
-        renamed.append(item._replace(source=name, output=name))
+        names = tuple(pseudonym(own, salt) for own in item.names)
+        renamed.append(item._replace(source=name, output=name, names=names, uids=()))
     return renamed
 
 

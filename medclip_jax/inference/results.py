@@ -1,14 +1,15 @@
 """What prediction leaves for one item: JSON, overlay, maps, DICOM objects.
 
-All names come from inputs.safe_name; every file appears whole or not at all, the JSON last, so an
-item with a JSON is finished. Boxes are in the image's own pixels and, where it has a spacing, mm.
+All names come from inputs.safe_name; every file appears whole or not at all, the JSON last, with
+the digests of the others and of itself: an item whose JSON agrees with its files is finished.
+Boxes are in the image's own pixels and, where it has a spacing, mm.
 Host values only, so that threads can do it while the encoder runs.
 """
 
+import hashlib
 import io
 import json
 import os
-import stat
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from medclip_jax import files
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.explain import boxes
-from medclip_jax.inference import inputs, pseudonyms
 from medclip_jax.inference.inputs import Item
 from medclip_jax.io import dicom_write, nifti, pillow, resize
 
@@ -31,6 +31,7 @@ COLUMNS = (
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
     *("file", "frame_in_file", "sop_instance_uid"),
 )
+LARGEST_PAGE = 1 << 28  # bytes of a JSON
 CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the image's frame
 
 
@@ -152,45 +153,51 @@ def write(
     pictures |= _cam_picture(parts, top, pixels, fit)
     contents = _maps(loaded.codes, scores, npz=item.kind != "nifti")
     names: dict[str, str] = {}
-    objects = dicom_write.DicomObjects({}, [], [], False)
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
         nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
+    objects = dicom_write.DicomObjects({}, [], [], False)
     if item.kind == "dicom":
-        marked, drawn = loaded.codes >= HALF, pictures["overlay.png"]
-        task = (item.paths, loaded.key, marked, drawn, top, *privacy)
-        objects = build(dicom_write.Task(*task))
-        contents |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
-    notes = objects.notes
-    if objects.burned_in and privacy.salt and not privacy.burned_in:
-        pictures = {}  # they would show what the header warns of
-    contents |= {name: pillow.encode_png(picture) for name, picture in pictures.items()}
+        shown = loaded.codes >= HALF, pictures["overlay.png"], top
+        objects = build(dicom_write.Task(item.paths, loaded.key, *shown, *privacy))
+    if not objects.burned_in or privacy.salt is None or privacy.burned_in:
+        contents |= {name: pillow.encode_png(picture) for name, picture in pictures.items()}
+    contents |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
     for name, raw in contents.items():
         names[_what(name)] = f"{item.output}.{name}"
         files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
-    _name_files(frames, item, objects, privacy.salt)
-    page = {
+    _name_files(frames, item, objects)
+    page = _page(item, loaded, frames, top, model) | {
+        "files": names,
+        "file_sha256": {what: files.sha256_of(output / name) for what, name in names.items()},
+        "notes": objects.notes,
+        "warning": "Research software. Not a medical device; this is not a diagnosis.",
+    }
+    if privacy.salt:
+        page["sha256"] = None  # of the source: who has it could tell that it was here
+    path = output / f"{item.output}.json"
+    files.write_json(path, page | {"page_sha256": _seal(page)}, durable=False)
+    return table_rows(page, item), objects.notes
+
+
+def _page(item: Item, loaded: Loaded, frames, top: int, model: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON says of an item and its scores."""
+    return {
         "source": item.source,
         "files_read": len(item.paths),
-        "sha256": None if privacy.salt else loaded.sha256,
+        "sha256": loaded.sha256,
         "key": loaded.key,
         "kind": item.kind,
         "meta": loaded.meta,
-        "height": pixels.shape[0],
-        "width": pixels.shape[1],
+        "height": loaded.pixels.shape[1],
+        "width": loaded.pixels.shape[2],
         "spacing_mm": loaded.spacing,
         "model": model,
         "score": frames[top]["score"],
         "top_frame": top,
         "alarms": sum(frame["alarm"] for frame in frames),
         "frames": frames,
-        "files": names,
-        "bytes": {what: (output / name).stat().st_size for what, name in names.items()},
-        "notes": notes,
-        "warning": "Research software. Not a medical device; this is not a diagnosis.",
     }
-    files.write_json(output / f"{item.output}.json", page, durable=False)
-    return table_rows(page, item), notes
 
 
 def _what(name: str) -> str:
@@ -199,21 +206,14 @@ def _what(name: str) -> str:
     return f"{second}_{first}" if first.isdigit() else first
 
 
-def _name_files(
-    frames: list[dict[str, Any]],
-    item: Item,
-    objects: dicom_write.DicomObjects,
-    salt: bytes | None,
-) -> None:
-    """Say of each frame which file it is of, the how many-th there and, unless salted, its UID."""
+def _name_files(frames: list[dict], item: Item, objects: dicom_write.DicomObjects) -> None:
+    """Say of each frame which file it is of, where in that, and its UID if there is one to say."""
     one_each = len(item.paths) == len(frames)
     for i, frame in enumerate(frames):
-        unknown = (i, 1, "") if one_each else (0, i + 1, "")
-        file, number, uid = objects.frames[i] if objects.frames else unknown
-        name = os.path.basename(item.paths[file])
-        frame["file"] = pseudonyms.pseudonym(name, salt) if salt else inputs.printable(name)
+        file, number = objects.frames[i] if objects.frames else (i, 1) if one_each else (0, i + 1)
+        frame["file"] = item.names[file] if item.names else item.source
         frame["frame_in_file"] = number
-        frame["sop_instance_uid"] = None if salt else uid or None
+        frame["sop_instance_uid"] = (item.uids[file] if item.uids else "") or None
 
 
 def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: resize.Mode) -> dict[str, Any]:
@@ -257,19 +257,28 @@ def table_rows(page: dict[str, Any], item: Item) -> list[dict[str, Any]]:
 
 
 def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
-    """The rows of a finished item of the same key; None if it has to be scored."""
-    path = output / f"{item.output}.json"
+    """The rows of a finished item of the same key; None if it has to be scored.
+
+    The JSON and each file that it names must be, byte for byte, what was written.
+    """
     try:
-        page = json.loads(path.read_bytes())
-        if page["key"] != key:
+        page = json.loads(files.read_regular(output / f"{item.output}.json", LARGEST_PAGE))
+        if page["key"] != key or page.pop("page_sha256") != _seal(page):
             return None
         for what, name in page["files"].items():
-            status = os.stat(output / os.path.basename(name))
-            if not stat.S_ISREG(status.st_mode) or status.st_size != page["bytes"][what]:
-                return None  # cut short by a power cut, or not ours
+            path = output / name
+            if not name.startswith(f"{item.output}.") or os.path.basename(name) != name:
+                return None  # of another item
+            if path.is_symlink() or files.sha256_of(path) != page["file_sha256"][what]:
+                return None  # altered, or cut short by a power cut
         return table_rows(page, item)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not there, or no result of ours
+
+
+def _seal(page: dict[str, Any]) -> str:
+    """SHA-256 of what a JSON says, whatever its layout."""
+    return hashlib.sha256(json.dumps(files.plain(page), sort_keys=True).encode()).hexdigest()
 
 
 def _npz(**arrays: np.ndarray) -> bytes:

@@ -36,7 +36,7 @@ BURNED_IN = "the source says that text is burnt into its pixels"
 class DicomObjects(NamedTuple):
     files: dict[str, bytes]  # "capture", and "seg" or, where several are needed, "1.seg", "2.seg"
     notes: list[str]  # why one is missing
-    frames: list[tuple[int, int, str]]  # (file, frame in it from 1, SOPInstanceUID) of each frame
+    frames: list[tuple[int, int]]  # (file, frame in it from 1) of each frame
     burned_in: bool  # the source says that text is burnt into its pixels
 
 
@@ -64,26 +64,12 @@ def build(task: Task) -> DicomObjects:
         return DicomObjects({}, [f"no DICOM objects: {reason}"], [], False)
     owners = [(i, plane) for i, source in enumerate(sources) for plane in source.planes]
     planes = [plane for _, plane in owners]
-    frames = [(i, plane.number or 1, plane.instance) for i, plane in owners]
+    frames = [(i, plane.number or 1) for i, plane in owners]
     burned_in = any(source.burned_in == "YES" for source in sources)
     if len(planes) != len(task.mask):
         note = f"no DICOM objects: headers state {len(planes)} frames, {len(task.mask)} were read"
         return DicomObjects({}, [note], [], burned_in)
-    files, notes = {}, []
-    parts = dicom_reference.groups(planes)
-    for number, part in enumerate(parts, start=1):
-        name = f"{number}.seg" if len(parts) > 1 else "seg"
-        own = [planes[i] for i in part]
-        source = sources[owners[part[0]][0]]
-        try:
-            seg = dicom_seg.segmentation(own, f"{task.key} {number}", task.mask[part])
-            if not own[0].space:  # PS3.3 C.7.6.1: where no position says it
-                seg.PatientOrientation = list(dicom_reference.directions(source, own[0])) or ""
-            files[name] = _finished(seg, source, task.salt)
-            dicom_seg.check(files[name], own, task.mask[part])
-        except Exception as error:  # highdicom raises many types on broken headers
-            files.pop(name, None)
-            notes.append(f"no {name}: {_reason(error)}")
+    files, notes = _segmentations(task, sources, owners)
     if burned_in and task.salt and not task.burned_in:
         notes.append(f"no capture and no pictures: {BURNED_IN}; --keep_burned_in writes them")
         return DicomObjects(files, notes, frames, burned_in)
@@ -92,13 +78,41 @@ def build(task: Task) -> DicomObjects:
     source, plane = sources[owners[task.top][0]], planes[task.top]
     try:
         capture = _capture(source, plane, task.key, task.picture)
-        capture.BurnedInAnnotation = "YES" if burned_in else source.burned_in
-        if not capture.BurnedInAnnotation:  # unknown: nothing is claimed
-            del capture.BurnedInAnnotation
+        stated = "YES" if burned_in else source.burned_in
+        if stated:  # else nothing is claimed
+            capture.BurnedInAnnotation = stated
         files["capture"] = _finished(capture, source, task.salt)
-    except Exception as error:  # as above
+    except Exception as error:  # as of the Segmentations
         notes.append(f"no capture: {_reason(error)}")
     return DicomObjects(files, notes, frames, burned_in)
+
+
+def _segmentations(
+    task: Task, sources: Sequence[Source], owners: Sequence[tuple[int, Plane]]
+) -> tuple[dict[str, bytes], list[str]]:
+    """The Segmentations by name, and why one is missing."""
+    planes = [plane for _, plane in owners]
+    parts = dicom_reference.groups(planes)
+    files: dict[str, bytes] = {}
+    notes = []
+    for number, part in enumerate(parts, start=1):
+        name = f"{number}.seg" if len(parts) > 1 else "seg"
+        own = [planes[i] for i in part]
+        source = sources[owners[part[0]][0]]
+        try:
+            seg = dicom_seg.segmentation(own, f"{task.key} {number}", task.mask[part])
+            if not own[0].space:  # PS3.3 C.7.6.1: where no position says it
+                _set_directions(seg, source, own[0])
+            raw = _finished(seg, source, task.salt)
+            dicom_seg.check(raw, own, task.mask[part])
+            files[name] = raw
+        except Exception as error:  # highdicom raises many types on broken headers
+            notes.append(f"no {name}: {_reason(error)}")
+    return files, notes
+
+
+def _set_directions(ds: Dataset, source: Source, plane: Plane) -> None:
+    ds.PatientOrientation = list(dicom_reference.directions(source, plane)) or ""
 
 
 @contextmanager
@@ -180,7 +194,7 @@ def _capture(source: Source, plane: Plane, key: str, picture: np.ndarray) -> Dat
         **dicom_seg.COMMON,
         transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
     )
-    capture.PatientOrientation = list(dicom_reference.directions(source, plane)) or ""
+    _set_directions(capture, source, plane)
     capture.SeriesDescription = "Anomaly overlay, research only"
     capture.DerivationDescription = "Overlay of an anomaly map; research only, not a diagnosis"
     capture.Laterality = source.laterality

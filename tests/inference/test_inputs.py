@@ -13,7 +13,7 @@ from PIL import Image
 from pydicom import uid
 
 from medclip_jax.errors import DataError
-from medclip_jax.inference import inputs, walk
+from medclip_jax.inference import inputs, pseudonyms, walk
 from medclip_jax.io import nifti, pillow
 from tests.support.predicting import dicom, noise
 
@@ -159,9 +159,11 @@ def test_a_series_names_its_files_and_instances_in_order(tmp_path):
     assert item.names == ("in/c", "in/a", "in/b", "in/d") and item.source == "in/c (+3)"
     assert item.paths == tuple(str(folder / name) for name in "cabd")
     assert item.uids == tuple(f"1.2.826.0.1.77.3.{i}" for i in range(4))
-    (hidden,) = inputs.find([str(folder)], pseudonymise=True)
-    assert hidden.names == hidden.uids == () and hidden.source == hidden.output
-    assert hidden.output == item.output[-12:]
+    (hidden,) = pseudonyms.rename([item], b"salt")
+    assert len(set(hidden.names)) == 4 and not hidden.uids and hidden.source == hidden.output
+    assert not set(hidden.names) & set(item.names) and hidden.paths == item.paths
+    assert pseudonyms.rename([item], b"salt") == [hidden]
+    assert pseudonyms.rename([item], b"other")[0].output != hidden.output
 
 
 @pytest.mark.parametrize("case", ["copied", "resent"])
@@ -404,8 +406,7 @@ def test_the_same_name_below_two_folders_stays_apart(tmp_path):
     items = inputs.find([str(tmp_path / folder / "in") for folder in "xy"])
     assert [item.source for item in items] == ["in/a.png", "in/a.png (2)"]
     assert items[1].output == f"{items[0].output}-2"
-    hidden = inputs.find([str(tmp_path / folder / "in") for folder in "xy"], pseudonymise=True)
-    assert [item.output for item in hidden] == [item.output.split("a.png-")[1] for item in items]
+    assert len({item.output for item in pseudonyms.rename(items, b"salt")}) == 2
 
 
 @pytest.mark.parametrize(

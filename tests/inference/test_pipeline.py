@@ -115,7 +115,8 @@ def result(tmp_path):
     pixels, codes = np.zeros((1, 50, 30), np.uint8), np.zeros((1, 50, 30), np.uint16)
     part = results.part(scores, codes, 0, None, "pad")
     loaded = results.Loaded("k", "0" * 64, pixels, maps, None, {}, None, codes)
-    results.write(tmp_path, item, loaded, [part], "pad", {}, False, lambda *_: None)
+    privacy = results.Privacy()
+    results.write(tmp_path, item, loaded, [part], "pad", {}, privacy, lambda _: None)
     return tmp_path, item
 
 
