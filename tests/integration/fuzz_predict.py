@@ -23,7 +23,7 @@ import numpy as np
 from tests.support.damaged import broken, seeds
 from tests.support.runs import make_world
 
-NAMES = ("a", "b c", "=cmd()", "x" * 150, "né\u202e", "n\nl", "..", "-rf", "%s{0}", "\udcff")
+NAMES = ("a", "b c", "=cmd()", "x" * 150, "né\u202e", "n\nl", "a..", "-rf", "%s{0}", "\udcff")
 
 
 def lay_out(folder: Path, cases: int, seed: int) -> int:

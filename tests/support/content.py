@@ -22,7 +22,7 @@ def of_run(workdir: Path) -> dict[str, object]:
 
 
 def of_prediction(folder: Path) -> dict[str, bytes]:
-    """By file name; a killed writer's hidden temporary file, swept after a day, does not count."""
+    """By file name; a killed writer's hidden temporary file does not count."""
     return {p.name: of_file(p) for p in folder.iterdir() if not p.name.startswith(".")}
 
 
