@@ -19,7 +19,7 @@ ORDER = (
     *("io", "synthesis", "data", "prompts", "distributed", "clip", "features", "models"),
     *("detectors", "explain", "training", "evaluation", "inference", "report"),
 )
-LOW = {"errors", "files", "config", "config_validation", ""}  # "" is __version__
+LOW = {"errors", "files", "stored", "config", "config_validation", ""}  # "" is __version__
 LOOP = {"training.loop.fit"}  # the one function that may be long
 NAMELESS = {"utils", "helpers", "helper", "manager", "base", "factory", "registry", "common"}
 FORBIDDEN = {"torch", "tensorflow"}

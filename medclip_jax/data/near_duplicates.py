@@ -5,6 +5,7 @@ group, images without any contrast only then.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from medclip_jax import files
+from medclip_jax import files, stored
 from medclip_jax.data.records import Record
 from medclip_jax.io.read import read_all
 
@@ -32,9 +33,9 @@ def groups(records: Sequence[Record], cache: Path | None = None) -> Int[np.ndarr
     windows = sorted({record.window for record in records} - {""})
     named = "\n".join([f"{SIDE} {THRESHOLD}", *windows, *hashes])
     digest = hashlib.sha256(named.encode()).hexdigest()[:24]
-    path = cache / f"near-duplicates-{digest}.bin" if cache else None
-    if path and path.is_file() and path.stat().st_size == 8 * len(records):
-        return np.fromfile(path, np.int64)
+    path = cache / f"near-duplicates-{digest}.json" if cache else None
+    if path and (groups := _stored(path, len(records))) is not None:
+        return groups
     _, first, back = np.unique(hashes, return_index=True, return_inverse=True)
     different = [records[i] for i in first]
     rows = np.zeros((len(different), SIDE * SIDE), np.float32)
@@ -42,8 +43,23 @@ def groups(records: Sequence[Record], cache: Path | None = None) -> Int[np.ndarr
         row[:] = normalised(pixels)
     labels = first_seen(correlated(rows)[back])
     if path:
-        files.write_bytes(path, labels.astype(np.int64).tobytes())
+        files.write_json(path, stored.sealed({"groups": labels.tolist()}))
     return labels
+
+
+def _stored(path: Path, n: int) -> Int[np.ndarray, " n"] | None:
+    """The groups of n images in a file; None if there is none, or it is damaged."""
+    try:
+        values = stored.read_json(path)
+        stored.check(values, {"groups": [stored.COUNT], "digest": stored.HEX})
+        stored.check_seal(values)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logging.warning("%s is damaged (%s) and will be made again", path, error)
+        return None
+    groups = np.array(values["groups"], np.int64)
+    return groups if len(groups) == n else None
 
 
 def normalised(pixels: Float[np.ndarray, "s s"]) -> Float[np.ndarray, " p"]:

@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from medclip_jax import files
+from medclip_jax import files, stored
 from medclip_jax.data import chexpert, layouts
 from medclip_jax.data.catalog import ABOUT, About
 from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError, UserError, WorkdirError
 from medclip_jax.io.image import reason
 
+DIGESTS = "sha256.json"  # of all other files of a prepared data set
 BATCH = 1024  # rows read at a time
 BUSI_URL = "https://scholar.cu.edu.eg/Dataset_BUSI.zip"
 
@@ -35,6 +36,12 @@ class Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
         """Nothing: TFDS would ask a server of its makers, and leave a folder in /tmp each time."""
 
+    def write_to_directory(self, dataset_info_dir: Any, *args: Any, **kwargs: Any) -> None:
+        """Also the digests of all files; TFDS renames the folder after this, so it has them."""
+        super().write_to_directory(dataset_info_dir, *args, **kwargs)
+        folder = Path(dataset_info_dir)
+        files.write_json(folder / DIGESTS, stored.sealed({"files": _digests(folder)}))
+
 
 class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Builder over a listed layout; its examples hold paths below `layout.root`.
@@ -42,8 +49,8 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     Without a layout, the files that were fetched by hand are listed.
     """
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Paths, labels, patients and SHA-256 of the image files."}
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES = {"1.2.0": "Paths, labels, patients, SHA-256; digests of its own files."}
     ABOUT: About
     list_files: ClassVar[Callable[[Path], layouts.Layout]]
 
@@ -166,10 +173,8 @@ def fetch(dl_manager: tfds.download.DownloadManager) -> Path:
 
 
 def prepared(name: str, layout: layouts.Layout, cache: Path) -> bool:
-    """Whether this very state of the data was prepared before, completely."""
-    place = _place(layout, cache) / BUILDERS[name].name / str(BUILDERS[name].VERSION)
-    # TFDS writes into a folder of another name and renames it when it is complete
-    return (place / "dataset_info.json").is_file()
+    """Whether this very state of the data was prepared before, completely and undamaged."""
+    return _damaged(_folder(name, layout, cache)) == ""
 
 
 def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...]:
@@ -188,6 +193,9 @@ def records(name: str, layout: layouts.Layout, cache: Path) -> tuple[Record, ...
 
 def _prepare(name: str, layout: layouts.Layout, place: Path) -> None:
     """Prepare below a temporary folder and rename it: what is in `place` is whole."""
+    folder = _folder(name, layout, place.parent)
+    if damaged := _damaged(folder):
+        logging.warning("%s is damaged: the data are listed again", folder / damaged)
     make_folder(place.parent)
     files.sweep(place.parent)
     with files.temporary_folder(place) as part:
@@ -203,6 +211,22 @@ def _prepare(name: str, layout: layouts.Layout, place: Path) -> None:
                 if not prepared(name, layout, place.parent):
                     shutil.rmtree(place)
                     os.rename(part, place)
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first file of a prepared data set that is not as it was written, "" where all are.
+
+    None where there is none.
+    """
+    if not folder.exists():
+        return None
+    try:
+        digests = stored.read_json(folder / DIGESTS)
+        stored.check_seal(digests)
+        stored.check(digests, {"files": dict, "digest": stored.HEX})
+        return min(dict(digests["files"].items() ^ _digests(folder).items()), default="")
+    except (OSError, ValueError, TypeError):
+        return DIGESTS
 
 
 def _of_disk(error: Exception, place: Path, root: Path) -> UserError | None:
@@ -228,9 +252,24 @@ def make_folder(place: Path) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise WorkdirError(
-            f"{place} cannot be written ({error.strerror}): give another cache folder."
-        ) from error
+        raise _not_written(place, error) from error
+
+
+def _not_written(place: Path, error: OSError) -> WorkdirError:
+    return WorkdirError(
+        f"{place} cannot be written ({error.strerror or reason(error)}): free space there or give "
+        "another cache folder."
+    )
+
+
+def _folder(name: str, layout: layouts.Layout, cache: Path) -> Path:
+    return _place(layout, cache) / BUILDERS[name].name / str(BUILDERS[name].VERSION)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a prepared data set, by name."""
+    names = sorted(p.name for p in folder.iterdir() if p.name != DIGESTS)
+    return {name: files.sha256_of(folder / name) for name in names}
 
 
 def _place(layout: layouts.Layout, cache: Path) -> Path:

@@ -8,11 +8,13 @@ Files are named by the content of everything that shapes the tokens:
 Variants that copy from all supports of a draw lie in a folder of that draw, supports-<digest>.
 `encoding` is the digest of checkpoint, layers, frame, pixel mean, number format and preprocessing;
 `synthesis` of preset, seed, number of variants, partners and augmentation. So the cache serves
-every K, seed and method. A file appears whole; one that is damaged is encoded again. Tensors:
+every K, seed and method. A file appears whole; one that is damaged, be it in one bit, is encoded
+again: each holds the checksum of all its bytes. Tensors:
 `pooled` [v, d], `level0` ... [v, p, d], with refinement `input0` ... [v, s, d]; of variants also
 `mask` [v, bytes] (packed bits) and `kind` [v]; augmented copies follow the variants there.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,10 +24,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
-from medclip_jax import files
+from medclip_jax import files, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.outputs import Features
 from medclip_jax.data import preprocessing
@@ -80,7 +82,7 @@ def with_recipe(
     named += [parse_window(window)] if window else []
     named += [encoder.implementation] if encoder.implementation != "fused" else []
     name = digest(
-        2, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
+        3, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
     )
     return feature_cache._replace(folder=feature_cache.folder.with_name(name), recipe=steps)
 
@@ -106,13 +108,13 @@ def is_whole(path: Path) -> bool:
     """Whether there is an undamaged file; a damaged one is removed."""
     if not path.is_file():
         return False
-    try:
-        with safe_open(path, framework="np"):
+    with contextlib.suppress(OSError):
+        if stored.has_crc(path):
             return True
-    except SafetensorError:
-        logging.warning("%s is damaged and will be encoded again", path.name)
+    logging.warning("%s is damaged and will be encoded again", path.name)
+    with contextlib.suppress(OSError):  # in a read-only cache the error comes with the new one
         path.unlink(missing_ok=True)
-        return False
+    return False
 
 
 def load(path: Path) -> Features:
@@ -143,4 +145,5 @@ def write(path: Path, features: Features, extra: dict[str, np.ndarray] | None = 
     tensors = {"pooled": features.pooled, **(extra or {})}
     tensors |= {f"level{i}": x for i, x in enumerate(features.levels)}
     tensors |= {f"input{i}": x for i, x in enumerate(features.inputs)}
-    files.write_bytes(path, save({n: np.ascontiguousarray(x) for n, x in tensors.items()}))
+    rows = {n: np.ascontiguousarray(x) for n, x in tensors.items()}
+    files.write_bytes(path, stored.with_crc(save(rows, metadata={"crc32": "00000000"})))

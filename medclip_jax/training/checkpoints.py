@@ -1,13 +1,18 @@
-"""Training state on disk (orbax): the newest two checkpoints, each whole or absent."""
+"""Training state on disk (orbax): the newest two checkpoints, each whole or absent.
+
+Beside the state lie the checksums of its arrays, which are compared when it is read.
+"""
 
 import logging
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from medclip_jax.errors import CheckpointError, WorkdirError
@@ -38,7 +43,8 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
         if step in manager.all_steps():  # damaged, since the run resumed before it
             manager.delete(step)
         # forced, or nothing would be saved below the step of a damaged checkpoint
-        item = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        checksums = ocp.args.JsonSave(_checksums(state))
+        item = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=checksums)
         manager.save(step, args=item, force=True)
 
 
@@ -63,10 +69,13 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return manager.restore(step, args=args)["state"]
+            wanted = {"state": ocp.args.StandardRestore(abstract), "checksums": ocp.args.JsonRestore()}
+            read = manager.restore(step, args=ocp.args.Composite(**wanted))
+            if _checksums(read["state"]) != read["checksums"]:
+                raise ValueError("its checksums differ: bits of it have changed")
+            return read["state"]
         except Exception as error:  # orbax and tensorstore raise many types on damaged files
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             logging.warning("checkpoint %d cannot be read and is skipped (%s)", step, reason)
     if steps:
         raise CheckpointError(
@@ -74,6 +83,16 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
             "another model; remove that folder to train from the start"
         )
     return None
+
+
+def _checksums(state: TrainState) -> dict[str, str]:
+    """CRC-32 of every leaf, by its path; every process has them all."""
+    own = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)
+    leaves = jax.tree_util.tree_leaves_with_path(own)
+    return {
+        jax.tree_util.keystr(path): f"{x.dtype}{x.shape} {zlib.crc32(np.ascontiguousarray(x)):08x}"
+        for path, x in leaves
+    }
 
 
 @contextmanager

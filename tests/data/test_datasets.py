@@ -18,6 +18,7 @@ from medclip_jax import files
 from medclip_jax.data import datasets, layouts, tfds_builders
 from medclip_jax.data.catalog import SETS, with_role
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
+from tests.support.damaged import one_bit
 from tests.support.folders import ROOT, png, write_busi, write_folder
 
 
@@ -280,6 +281,21 @@ def test_a_disk_that_fails_while_preparing(busi, cache, monkeypatch, error, kind
     with pytest.raises(kind, match=said):
         datasets.load("busi", busi, cache)
     assert not list(cache.iterdir())
+
+
+def test_a_damaged_list_is_named_and_made_again(folder, cache, caplog):
+    wanted = datasets.load("folder", folder, cache)
+    (place,) = cache.glob("*/folder_ad/*")
+    for path in sorted(place.iterdir()):
+        whole = path.read_bytes()
+        for flipped in one_bit(whole, 5):
+            path.write_bytes(flipped)
+            caplog.clear()
+            assert datasets.load("folder", folder, cache) == wanted
+            named = {f"{place / name} is damaged" for name in (path.name, "sha256.json")}
+            assert any(name in caplog.text for name in named) and len(caplog.records) == 1
+    (place / "features.json").unlink()
+    assert datasets.load("folder", folder, cache) == wanted
 
 
 def test_builders_say_where_they_come_from(tmp_path):

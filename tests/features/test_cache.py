@@ -10,6 +10,7 @@ import pytest
 from medclip_jax import files
 from medclip_jax.errors import WorkdirError
 from medclip_jax.features import cache, encoder
+from tests.support.damaged import one_bit
 from tests.support.pictures import everything, opened, record_of
 
 
@@ -56,6 +57,19 @@ def test_a_truncated_file_is_encoded_again(feature_cache, pictures, keep, caplog
     assert "is damaged and will be encoded again" in caplog.text
     assert path.read_bytes() == whole
     jax.tree.map(np.testing.assert_array_equal, everything(feature_cache, pictures[:2]), wanted)
+
+
+def test_a_flipped_bit_anywhere_is_found(feature_cache, pictures):
+    encoder.encode_images(feature_cache, pictures[:1])
+    path = cache.image_path(feature_cache, pictures[0])
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    flips = [*one_bit(whole[:head], head), *one_bit(whole, 2000)]
+    for flipped in flips:
+        path.write_bytes(flipped + whole[head:] if len(flipped) == head else flipped)
+        assert not cache.is_whole(path)
+    path.write_bytes(whole)
+    assert cache.is_whole(path)
 
 
 def test_a_file_half_written_by_a_killed_run_does_not_count(feature_cache, pictures):

@@ -1,6 +1,7 @@
 """Small whole files of every format, and the ways in which they are broken."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -38,6 +39,15 @@ def seeds() -> dict[str, list[tuple[str, bytes]]]:
             kind = "NIfTI, gzip" if packed else "NIfTI"
             found.setdefault(kind, []).append((".nii.gz" if packed else ".nii", path.read_bytes()))
     return {k: [s for s in files if len(s[1]) <= LARGEST] for k, files in found.items()}
+
+
+def one_bit(data: bytes, n: int, seed: int = 0) -> Iterator[bytes]:
+    """The same bytes with one bit flipped: n times, spread evenly with the ends among them."""
+    rng = np.random.default_rng(seed)
+    for place in np.linspace(0, len(data) - 1, n).astype(int):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        yield bytes(flipped)
 
 
 def broken(rng: np.random.Generator, whole: bytes) -> bytes:

@@ -13,6 +13,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.training import checkpoints
 from medclip_jax.training.step import TrainState
+from tests.support.damaged import one_bit
 
 # tensorstore leaves coroutines behind when a file it reads or writes is broken
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -92,6 +93,33 @@ def test_a_damaged_newest_is_skipped_and_replaced(tmp_path, caplog):
     caplog.clear()
     assert_equal(restored(tmp_path), state(20))
     assert not caplog.text
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, caplog):
+    """Whatever is restored has the values that were saved, of this checkpoint or the one before."""
+    folder = written(tmp_path, 10, 20)
+    files = sorted(p for p in (folder / "20").rglob("*") if p.is_file())
+    skipped = 0
+    for path in files:
+        whole = path.read_bytes()
+        for flipped in one_bit(whole, 6, seed=len(whole)):
+            path.write_bytes(flipped)
+            state_read = restored(tmp_path)
+            skipped += int(state_read.step) == 10
+            assert_equal(state_read, state(int(state_read.step)))
+        path.write_bytes(whole)
+    assert len(files) > 4 and skipped >= len(files)
+    assert "checkpoint 20 cannot be read and is skipped" in caplog.text
+    assert_equal(restored(tmp_path), state(20))
+
+
+def test_an_array_that_changed_is_named(tmp_path, caplog, monkeypatch):
+    written(tmp_path, 10)
+    monkeypatch.setattr(checkpoints.zlib, "crc32", lambda raw: 1)
+    written(tmp_path, 20)
+    monkeypatch.undo()
+    assert_equal(restored(tmp_path), state(10))
+    assert "its checksums differ" in caplog.text
 
 
 def test_all_damaged_is_an_error(tmp_path):

@@ -1,0 +1,228 @@
+"""What a run reads back is checked before it is believed: size, checksum, digest, type and range.
+
+Functions raise ValueError (OSError from the disk) with a reason; who calls them says of which file.
+"""
+
+import hashlib
+import json
+import math
+import re
+import stat
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MOST_JSON = 256 << 20  # bytes: split.json of a million images
+PLACEHOLDER = b'"crc32":"00000000"'  # in the header of a safetensors file, before it is known
+CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')
+
+
+class Number(NamedTuple):
+    """A finite number in a range, both ends included."""
+
+    low: float
+    high: float
+    whole: bool = False
+    absent: bool = False  # null is allowed
+
+
+HEX = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
+RAW = Number(-1e6, 1e6)  # raw scores: logits, distances, standardised sums
+WIDTH = Number(1e-12, 1e6)
+SHARE = Number(0, 1)
+UNKNOWN_SHARE = Number(0, 1, absent=True)
+COUNT = Number(0, 1 << 20, whole=True)
+FILTER = {  # map_filter.Steps; `ceiling` is left out where there is none
+    "median": Number(0, 99, whole=True),
+    "min_area_mm2": Number(0, 1e6),
+    "min_area_pixels": Number(0, 1e6),
+    "sigma": Number(0, 100),
+    "ceiling?": RAW,
+}
+IMAGE = {
+    "value": RAW,
+    "alpha_requested": SHARE,
+    "alpha_attained": UNKNOWN_SHARE,
+    "attainable": bool,
+    "message": str,
+}
+DETECTOR = {  # scorer.json
+    "format": COUNT,
+    "medclip-jax": str,
+    "checkpoint": HEX,
+    "language": str,
+    "supports": [HEX],
+    "sha256": HEX,
+    "calibration": {
+        "healthy": [RAW],
+        "image": IMAGE,
+        "scale": WIDTH,
+        "pixel": {
+            "value": RAW,
+            "rate_requested": SHARE,
+            "rate_attained": UNKNOWN_SHARE,
+            "pixels": Number(0, 1 << 40, whole=True),
+            "message": str,
+        },
+        "pixel_scale": WIDTH,
+        "k": COUNT,
+        "filter": FILTER,
+    },
+    "config": dict,  # config.restored
+    "digest": HEX,
+}
+EXPORTED = {  # manifest.json of an exported file
+    "kind": str,
+    "format": COUNT,
+    "medclip-jax": str,
+    "jax": str,
+    "recipe": {
+        "size": Number(8, 4096, whole=True),
+        "fit": re.compile("stretch|pad"),
+        "window": str,
+        "range": [Number(0, 1)],
+        "grey": bool,
+    },
+    "calibration": {
+        "healthy": [RAW],
+        "threshold": RAW,
+        "scale": WIDTH,
+        "pixel_threshold": RAW,
+        "pixel_scale": WIDTH,
+        "k": COUNT,
+    },
+    "alpha": IMAGE,
+    "scorer": HEX,
+    "checkpoint": HEX,
+    "sha256": {"scorer.stablehlo": HEX, "weights.npz": HEX, "README.md": HEX},
+    "digest": HEX,
+}
+
+
+def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
+    """A regular file of at most `most` bytes; a device or pipe is not opened."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > most:
+        raise ValueError(f"it has {status.st_size} bytes where at most {most} are read")
+    return path.read_bytes()
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+    """A JSON object of finite numbers."""
+    return parse_json(read_bytes(path, most))
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The same from bytes."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no number of JSON")
+
+    try:
+        value = json.loads(raw, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def digest(values: Any) -> str:
+    """16 hex digits that name a value of JSON's types."""
+    text = json.dumps(values, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with `digest`, of all the rest; values in JSON's types."""
+    rest = {name: value for name, value in values.items() if name != "digest"}
+    return rest | {"digest": digest(rest)}
+
+
+def check_seal(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where something was changed since `sealed`."""
+    if "digest" not in values:
+        raise ValueError("it has no digest, as of an older version")
+    if sealed(values)["digest"] != values["digest"]:
+        raise ValueError("it was changed since it was written: its digest differs")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(value: Any, schema: Any, where: str = "") -> None:
+    """Raise ValueError for the first value that is not as the schema says.
+
+    A schema is a type, a pattern, a Number, [schema of each item] or {name: schema}; a name with a
+    question mark may be absent, others may not.
+    """
+    if isinstance(schema, Mapping):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where or 'it'} is not an object")
+        names = {name.removesuffix("?"): name for name in schema}
+        for name in value:
+            if name not in names:
+                raise ValueError(f"{where}{name!r} does not belong there")
+        for name, key in names.items():
+            if name in value:
+                check(value[name], schema[key], f"{where}{name}" + "." * isinstance(schema[key], dict))
+            elif not key.endswith("?"):
+                raise ValueError(f"{where}{name} is missing")
+    elif isinstance(schema, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is not a list")
+        for i, item in enumerate(value):
+            check(item, schema[0], f"{where}[{i}]")
+    elif isinstance(schema, Number):
+        _check_number(value, schema, where)
+    elif isinstance(schema, re.Pattern):
+        if not isinstance(value, str) or not schema.fullmatch(value):
+            raise ValueError(f"{where} is {_short(value)}")
+    elif type(value) is not schema:
+        raise ValueError(f"{where} is {_short(value)} where a {schema.__name__} belongs")
+
+
+def _check_number(value: Any, schema: Number, where: str) -> None:
+    if value is None and schema.absent:
+        return
+    kinds = int if schema.whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = "whole number" if schema.whole else "number"
+        raise ValueError(f"{where} is {_short(value)} where a {kind} belongs")
+    if not schema.low <= value <= schema.high or not math.isfinite(value):
+        raise ValueError(f"{where} is {_short(value)}, outside {schema.low:g} to {schema.high:g}")
+
+
+def _short(value: Any) -> str:
+    text = ascii(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def with_crc(raw: bytes) -> bytes:
+    """A safetensors file whose metadata hold PLACEHOLDER, with the checksum of all its bytes."""
+    return raw.replace(PLACEHOLDER, b'"crc32":"%08x"' % zlib.crc32(raw), 1)
+
+
+def has_crc(path: Path) -> bool:
+    """Whether every byte of such a file is as `with_crc` left it."""
+    raw = memoryview(path.read_bytes())
+    found = CRC.search(raw[: 8 + int.from_bytes(raw[:8], "little")])
+    if not found:
+        return False
+    start, end = found.span()
+    parts = raw[:start], PLACEHOLDER, raw[end:]
+    return crc(parts) == int(found[1], 16)
+
+
+def crc(parts: Iterable[Any]) -> int:
+    """CRC-32 of bytes that follow one another: finds every flipped bit, at 3 GB/s."""
+    total = 0
+    for part in parts:
+        total = zlib.crc32(part, total)
+    return total
