@@ -6,7 +6,7 @@ arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ from medclip_jax import config_validation
 from medclip_jax.config_validation import FIXED_METHODS
 from medclip_jax.errors import ConfigError
 
+# settings that may change between two commands of one run, beside the data's place
+PLACES = (
+    *("cache", "validations", "explanation", "checkpoint_every", "tensorboard"),
+    *("distributed", "join_timeout"),
+)
 STEPS = 100  # of joint training; the episodic learners and the presets of published methods
 EPOCHS = 200  # keep the length they were measured at
 VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
@@ -221,6 +226,43 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return c
 
 
+def restored(values: Mapping[str, Any]) -> ConfigDict:
+    """The resolved settings that a workdir holds.
+
+    Raises:
+      ConfigError: a field is missing, unknown, of another type or outside its range.
+    """
+    c = base()
+    types = {name: type(value) for name, value in flat(c)}
+    fields = dict(flat(values))
+    for name in [*types, *fields]:
+        if name not in fields or name not in types:
+            where = "misses" if name in types else "has an unknown"
+            raise ConfigError(f"the stored configuration {where} config.{name}")
+    for name, value in fields.items():
+        kinds = {tuple: list, float: (int, float)}.get(types[name], types[name])
+        item = int if name == "clip.layers" else str
+        items = value if isinstance(value, list) else ()
+        boolean = isinstance(value, bool) and types[name] is not bool
+        if not isinstance(value, kinds) or boolean or not all(type(x) is item for x in items):
+            wanted = types[name].__name__
+            raise ConfigError(f"the stored config.{name} is {value!r} where a {wanted} belongs")
+        fields[name] = types[name](value)
+    c.update_from_flattened_dict(fields)
+    config_validation.check(c)
+    return c
+
+
+def comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays the same in all commands of a run: no PLACES and no root of the data.
+
+    split.json holds the digest of every image: the same ones may lie anywhere.
+    """
+    rest = {name: value for name, value in values.items() if name not in PLACES}
+    data = rest.get("data")
+    return rest | ({"data": {**data, "root": ""}} if isinstance(data, Mapping) else {})
+
+
 def training_steps(c: ConfigDict) -> int:
     """STEPS for joint training; else as many steps as EPOCHS passes over the supports take.
 
@@ -249,10 +291,10 @@ def cache_folder(name: str) -> Path:
     return Path(home) / "medclip_jax"
 
 
-def flat(fields: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field with its dotted name, in the order written."""
-    for name, value in fields.items(preserve_field_references=False):
-        if isinstance(value, ConfigDict):
+def flat(fields: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a ConfigDict or mapping with its dotted name, in the order written."""
+    for name, value in fields.items():
+        if isinstance(value, ConfigDict | Mapping):
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -34,3 +34,20 @@ TERMINATED = 143  # exit code: 128 + SIGTERM, as a shell reports it
 
 class Preempted(Exception):
     """The run was stopped from outside and has saved its state; the message says at which step."""
+
+
+def printable(text: str) -> str:
+    """Text that may hold a foreign file name, safe on any terminal, log, page or table.
+
+    Control characters (escape codes, line breaks), marks that turn the writing direction and bytes
+    that are no text are shown as backslash codes; other letters stay.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its type where it has none."""
+    message = str(error)
+    if isinstance(error, KeyError):  # prints the repr of its message
+        message = str(error.args[0]) if error.args else ""
+    return " ".join(message.split()) or type(error).__name__

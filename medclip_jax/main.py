@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from medclip_jax import config, config_validation
-from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError
+from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError, one_line, printable
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS),
@@ -41,7 +41,9 @@ TRAINED_MODES = ("predict", "export")  # use a trained workdir and take no confi
 
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     folder, code = None, 2
     try:
         if {"-h", "-help", "--help"} & set(argv[1:]):
@@ -72,8 +74,16 @@ def main(argv: list[str]) -> int:
     else:
         return 0
     # outside the handlers: with the error gone, progress bars are closed and this is the last line
+    message = printable(message)
     print(f"error: {message}" if code == 2 else message, file=sys.stderr)
     return code
+
+
+class Printable(logging.Formatter):
+    """A line for each message, whatever file names it holds."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def usage() -> str:
@@ -165,14 +175,6 @@ def complete(args: flags.FlagValues) -> flags.FlagValues:
             f"--mode {args.mode} takes no --config: the settings are those of the workdir"
         )
     return args
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error on one line."""
-    message = str(error)
-    if message.startswith("'"):  # a KeyError prints the repr of its message
-        message = message.strip("'").replace("\\n", " ").replace("\\'", "")
-    return " ".join(message.split())
 
 
 # One function for each kind of mode. Imports are inside so that --help is quick.

@@ -34,7 +34,7 @@ SHARE = Number(0, 1)
 UNKNOWN_SHARE = Number(0, 1, absent=True)
 COUNT = Number(0, 1 << 20, whole=True)
 FILTER = {  # map_filter.Steps; `ceiling` is left out where there is none
-    "median": Number(0, 99, whole=True),
+    "median": Number(0, 99),
     "min_area_mm2": Number(0, 1e6),
     "min_area_pixels": Number(0, 1e6),
     "sigma": Number(0, 100),
@@ -72,6 +72,14 @@ DETECTOR = {  # scorer.json
     "config": dict,  # config.restored
     "digest": HEX,
 }
+RESULTS = (  # files of a run, written before metrics.json
+    *("split.json", "metrics.jsonl", "predictions.npz", "scorer.json", "scorer.safetensors"),
+)
+FINISHED = {  # in metrics.json
+    "key": HEX,
+    "config": HEX,
+    "files": {f"{name}?": HEX for name in RESULTS},
+}
 EXPORTED = {  # manifest.json of an exported file
     "kind": str,
     "format": COUNT,
@@ -93,9 +101,9 @@ EXPORTED = {  # manifest.json of an exported file
         "k": COUNT,
     },
     "alpha": IMAGE,
-    "scorer": HEX,
+    "detector": HEX,
     "checkpoint": HEX,
-    "sha256": {"scorer.stablehlo": HEX, "weights.npz": HEX, "README.md": HEX},
+    "sha256": {"detector.stablehlo": HEX, "weights.npz": HEX, "README.md": HEX},
     "digest": HEX,
 }
 
@@ -148,12 +156,6 @@ def check_seal(values: Mapping[str, Any]) -> None:
         raise ValueError("it has no digest, as of an older version")
     if sealed(values)["digest"] != values["digest"]:
         raise ValueError("it was changed since it was written: its digest differs")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check(value: Any, schema: Any, where: str = "") -> None:

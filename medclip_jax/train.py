@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from medclip_jax import __version__, build, build_detector, files, trained
+from medclip_jax import __version__, build, build_detector, files, stored, trained
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.detectors import saved
@@ -101,7 +101,7 @@ def run(
         return None  # all scores are with the main process, which measures and writes
     saved.write(
         *(workdir, scored.detector, scored.calibration),
-        config=json.loads(c.to_json_best_effort()),
+        settings=json.loads(c.to_json_best_effort()),
         checkpoint=prepared.clip.digest,
         language=build.adapter_digest(c),
         supports=[r.sha256 for r in prepared.split.support],
@@ -214,6 +214,7 @@ def measure(
         "versions": versions(),
         "finished": workdirs.seal(workdir, key),
     }
+    result = stored.sealed(files.plain(result))
     files.write_json(workdir / "metrics.json", result)
     return result
 

@@ -1,6 +1,5 @@
 """A trained workdir, loaded: as a predictor, as a teacher, or to start adaptation from."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from medclip_jax import build, build_detector
+from medclip_jax import build, build_detector, config, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.data import preprocessing
 from medclip_jax.data.records import Record
@@ -34,9 +33,8 @@ def load_teacher(
     """
     workdir = Path(c.teacher).expanduser()
     trained = saved.read(workdir)
-    own = ConfigDict(trained.config)
-    supports = json.loads((workdir / saved.SETTINGS).read_text())["supports"]
-    distillation.check(workdir, own, c, supports, [r.sha256 for r in test])
+    own = trained.config
+    distillation.check(workdir, own, c, trained.supports, [r.sha256 for r in test])
     parts = ("layers", "dtype", "implementation")
     same = trained.checkpoint == clip.digest and own.model.refine == c.model.refine
     if not same or any(own.clip[part] != c.clip[part] for part in parts):
@@ -67,7 +65,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
       ConfigError: it is of a method for tables alone: baselines on pixels and tiles.
     """
     trained = saved.read(workdir)
-    c = ConfigDict(trained.config)
+    c = trained.config
     if c.method in pixel_baselines.METHODS:
         raise ConfigError(
             f"{workdir} holds the baseline {c.method}, which is for comparison in tables: "
@@ -91,7 +89,8 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
         )
     design, _ = build.model_parts(c, clip)
     empty = detector.Scores(jnp.zeros((0, clip.grid**2)), jnp.zeros(0))
-    k, random = trained.calibration.k, design.dropout > 0 and "learned" in trained.params
+    trains = {"learned", "model"} & trained.params.keys()  # as a branch, or as the whole detector
+    k, random = trained.calibration.k, design.dropout > 0 and bool(trains)
     params = jax.tree.map(jnp.asarray, trained.params)
     scores = detector.Detector(
         build_detector.score_function(c, clip, design), params, None, empty, k, random, clip.size
@@ -119,8 +118,8 @@ def load_start(workdir: Path) -> adapt.Start:
       CheckpointError: it has no checkpoint.
     """
     try:
-        c = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+        c = config.restored(stored.read_json(workdir / "config.json"))
+    except (OSError, ValueError, ConfigError) as error:
         raise WorkdirError(f"{workdir} holds no run ({error}): give one that was trained") from None
     if c.learner == "joint":
         raise ConfigError(f"{workdir} learned jointly: train one with --config.learner=maml")

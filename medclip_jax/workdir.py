@@ -13,24 +13,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from medclip_jax import files
+from medclip_jax import config, files, stored
 from medclip_jax.data import splits
 from medclip_jax.data.records import Record, Split
 from medclip_jax.distributed import multihost, sharding
 from medclip_jax.errors import WorkdirError
 
 LOCK = ".lock"
-# settings that may change between two commands of one run
-PLACES = (
-    *("cache", "validations", "explanation", "checkpoint_every", "tensorboard"),
-    *("distributed", "join_timeout"),
-)
 FILES = (
     *("config.json", "split.json", "metrics.jsonl", "metrics.json", "report.html"),
     *("scorer.json", "scorer.safetensors", "predictions.npz"),
 )
 FOLDERS = ("checkpoints", "figures", "tensorboard")
-RESULTS = ("predictions.npz", "scorer.json", "scorer.safetensors")  # written before metrics.json
 
 
 @contextmanager
@@ -109,20 +103,20 @@ def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
     path = workdir / "config.json"
     settings = json.loads(c.to_json_best_effort())
     try:
-        stored = json.loads(path.read_text()) if path.is_file() else None
+        before = stored.read_json(path) if path.exists() else None
     except ValueError:
-        stored = None  # a foreign or corrupt file: ours appears in one piece
+        before = None  # a foreign or corrupt file: ours appears in one piece
     except OSError as error:
         raise WorkdirError(
             f"{path} cannot be read ({error.strerror}): give another --workdir"
         ) from None
-    if stored is not None:
-        compared = [name for name in settings if name not in PLACES]
-        for name in compared:
-            if settings[name] != stored.get(name):
+    if before is not None:
+        old = config.comparable(before)
+        for name, value in config.comparable(settings).items():
+            if value != old.get(name):
                 raise WorkdirError(
-                    f"{workdir} holds a run with {name} = {stored.get(name)}, not "
-                    f"{settings[name]}: give another --workdir, or the settings it began with"
+                    f"{workdir} holds a run with {name} = {old.get(name)}, not "
+                    f"{value}: give another --workdir, or the settings it began with"
                 )
     if main:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -153,13 +147,16 @@ def key(*parts: Any) -> str:
 
 def seal(workdir: Path, key: str) -> dict[str, Any]:
     """What metrics.json says of a finished run: what it was made from, and the files it left."""
-    return {"key": key, "files": {name: files.sha256_of(workdir / name) for name in RESULTS}}
+    settings = config.comparable(stored.read_json(workdir / "config.json"))
+    digests = {name: files.sha256_of(workdir / name) for name in stored.RESULTS}
+    return {"key": key, "config": stored.digest(settings), "files": digests}
 
 
 def finished(workdir: Path, key: str) -> dict[str, Any] | None:
     """metrics.json of a run that was finished with this key and whose files are whole, or None."""
     try:
-        metrics = json.loads((workdir / "metrics.json").read_bytes())
+        metrics = stored.read_json(workdir / "metrics.json")
+        stored.check_seal(metrics)
         if metrics["finished"] != seal(workdir, key):
             return None
     except (OSError, ValueError, KeyError, TypeError):

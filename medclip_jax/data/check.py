@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from medclip_jax.data import datasets, layouts, near_duplicates, splits
 from medclip_jax.data.records import Record
-from medclip_jax.errors import DataError
+from medclip_jax.errors import DataError, printable
 from medclip_jax.io import read
 
 LOW_CONTRAST = 0.1  # of the full scale, between the 1st and the 99th percentile
@@ -185,15 +185,15 @@ def split_rows(
 
 def show(rows: Sequence[Row], title: str, console: Console) -> None:
     """Print the table; of one kind of problem at most ten lines."""
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     for column in ("", "subject", "images", "detail"):
         table.add_column(column, justify="right" if column == "images" else "left", overflow="fold")
     printed: Counter[tuple[str, str]] = Counter()
     for row in rows:
         printed[row.state, row.subject] += 1
         if printed[row.state, row.subject] <= datasets.LISTED or row.state == "ok":
-            cells = (row.state, row.subject, str(row.images), row.detail)
-            table.add_row(*map(escape, cells), style=STYLES[row.state])
+            cells = (row.state, row.subject, str(row.images), printable(row.detail))
+            table.add_row(*map(Text, cells), style=STYLES[row.state])
     for (state, subject), count in printed.items():
         if state != "ok" and count > datasets.LISTED:
             table.add_row(state, subject, str(count - datasets.LISTED), "more", style=STYLES[state])

@@ -15,14 +15,13 @@ from medclip_jax.models import model, similarity
 
 
 def scorer(design: model.Design, pool: Callable) -> Callable[..., Scores]:
-    """The `apply` of a trained model; params {learned, text}: its parameters and text features.
+    """The `apply` of a trained model; params {model, text}: its parameters and text features.
 
     pool: patch values [n, p] -> image scores [n].
     """
 
     def apply(params, features, key):
-        learned, text = params["learned"], params["text"]
-        patch = model.forward(learned, text, features, design, key).logit
+        patch = model.forward(params["model"], params["text"], features, design, key).logit
         return Scores(patch, pool(patch))
 
     return apply
@@ -48,7 +47,7 @@ def build(
     """
     apply = scorer(design, pool)
     text = jax.jit(jax.vmap(partial(model.text_features, design=design), (0, None)))(params, frozen)
-    stacked = {"learned": params, "text": text}
+    stacked = {"model": params, "text": text}
     own = jax.tree.map(lambda x: x[0], stacked)
     fold_params = jax.tree.map(lambda x: x[1:], stacked) if len(folds) else None
     if fold_params is None:
@@ -67,8 +66,8 @@ def learned(params: dict) -> tuple[Any, Any]:
 
     Raises KeyError for a detector without a trained branch.
     """
-    own = params["learned"]
-    return (own["learned"], own["text"]) if "learned" in own else (own, params["text"])
+    own = params.get("learned", params)  # a branch of its own, or the whole detector
+    return own["model"], own["text"]
 
 
 def zero_shot_scorer(clip: checkpoint.Clip, label: np.ndarray) -> Callable[..., Scores]:

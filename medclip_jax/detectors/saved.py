@@ -3,11 +3,11 @@
   scorer.safetensors   parameters of the detector, the memory's tokens among them
   scorer.json          settings, thresholds, digests (also of the file above)
 
-Both hold no pixel and no file name.
+Both hold no pixel and no file name. Settings are believed when their digest, their types and their
+ranges are right (stored.DETECTOR).
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from medclip_jax import __version__, files
+from medclip_jax import __version__, config, files, stored
 from medclip_jax.detectors import map_filter
 from medclip_jax.detectors.calibration import Calibration, PixelThreshold, Threshold
 from medclip_jax.detectors.detector import Detector
-from medclip_jax.errors import WorkdirError
+from medclip_jax.errors import ConfigError, WorkdirError, one_line
 
-FORMAT = 3
+FORMAT = 4
+MOST_BYTES = 8 << 30  # of a file: the memory of thousands of supports
 TENSORS, SETTINGS = "scorer.safetensors", "scorer.json"
 
 
@@ -33,9 +35,10 @@ class Stored(NamedTuple):
 
     params: Any
     calibration: Calibration
-    config: dict[str, Any]  # resolved
+    config: ConfigDict  # resolved
     checkpoint: str  # digest of the CLIP that it belongs to
     language: str  # digest of the language adapter, "" for none
+    supports: list[str]  # SHA-256 of each
     digest: str  # 16 hex digits that name this detector
 
 
@@ -44,7 +47,7 @@ def write(
     detector: Detector,
     calibration: Calibration,
     *,
-    config: dict[str, Any],
+    settings: dict[str, Any],
     checkpoint: str,
     language: str,
     supports: Sequence[str],
@@ -52,7 +55,7 @@ def write(
     """Write a detector into its workdir; each file appears whole, the settings last.
 
     Args:
-        config: resolved, in JSON's types; where things lay is left out.
+        settings: resolved, in JSON's types; where things lay is left out.
         checkpoint: digest of the CLIP.
         language: digest of the language adapter, "" for none.
         supports: SHA-256 of the supports.
@@ -62,7 +65,7 @@ def write(
     tensors = flatten(detector.params)
     raw = save({name: np.array(value, order="C") for name, value in tensors.items()})
     files.write_bytes(workdir / TENSORS, raw)
-    places = {"teacher": "", "cache": "", "data": config["data"] | {"root": ""}}
+    places = {"teacher": "", "cache": "", "data": settings["data"] | {"root": ""}}
     head = {
         "format": FORMAT,
         "medclip-jax": __version__,
@@ -71,48 +74,46 @@ def write(
         "supports": list(supports),
         "sha256": hashlib.sha256(raw).hexdigest(),
         "calibration": _plain(calibration),
-        "config": config | places,
+        "config": settings | places,
     }
-    files.write_json(workdir / SETTINGS, head)
+    files.write_json(workdir / SETTINGS, stored.sealed(files.plain(head)))
 
 
 def read(workdir: Path) -> Stored:
     """The detector of a workdir. Raises WorkdirError if it is missing or damaged."""
     path = workdir / SETTINGS
+    again = "run --mode evaluate with this workdir"
     try:
-        text, raw = path.read_bytes(), (workdir / TENSORS).read_bytes()
-    except OSError as error:
+        head = stored.read_json(path, MOST_BYTES)
+        if isinstance(head.get("format"), int) and head["format"] != FORMAT:
+            raise WorkdirError(
+                f"{path} has format {head['format']:.6g} and this version reads {FORMAT}: {again}"
+            )
+        stored.check_seal(head)
+        stored.check(head, stored.DETECTOR)
+        raw = stored.read_bytes(workdir / TENSORS, MOST_BYTES)
+        if hashlib.sha256(raw).hexdigest() != head["sha256"]:
+            raise ValueError(f"{TENSORS} is not the file that it was written with")
+        calibration = _calibration(head["calibration"])
+        return Stored(
+            unflatten(load(raw)),
+            calibration,
+            config.restored(head["config"]),
+            *(head["checkpoint"], head["language"], head["supports"], head["digest"]),
+        )
+    except FileNotFoundError as error:
         raise WorkdirError(
             f"{workdir} holds no trained detector ({Path(error.filename).name}: {error.strerror}): "
             "run --mode train with this workdir, or --mode evaluate if it was trained before"
         ) from None
-    try:
-        head = json.loads(text)
-        if head["format"] != FORMAT:
-            raise WorkdirError(
-                f"{path} has format {head['format']} and this version reads {FORMAT}: "
-                "run --mode evaluate with this workdir"
-            )
-        if hashlib.sha256(raw).hexdigest() != head["sha256"]:
-            raise ValueError(f"{TENSORS} is not the file that it was written with")
-        return Stored(
-            unflatten(load(raw)),
-            _calibration(head["calibration"]),
-            head["config"],
-            head["checkpoint"],
-            head["language"],
-            hashlib.sha256(text).hexdigest()[:16],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, SafetensorError, ConfigError) as error:
         raise WorkdirError(
-            f"{path} or {TENSORS} in that folder is damaged ({reason}): "
-            "run --mode evaluate with this workdir"
+            f"{path} or {TENSORS} in that folder is damaged ({one_line(error)}): {again}"
         ) from None
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """Leaves of dicts and tuples under names such as learned/adapters/[0]/kernel."""
+    """Leaves of dicts and tuples under names such as learned/model/adapters/[0]/kernel."""
     return {
         "/".join(str(getattr(part, "key", part)) for part in path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -148,12 +149,23 @@ def _plain(calibration: Calibration) -> dict[str, Any]:
 
 
 def _calibration(values: dict[str, Any]) -> Calibration:
+    """Raises ValueError where the threshold is not one of the scores that it is chosen from."""
+    healthy, k, value = values["healthy"], values["k"], values["image"]["value"]
+    if k > 1 and len(healthy) != k or k == 1 and not healthy:
+        raise ValueError(f"calibration.healthy has {len(healthy)} scores of k = {k} images")
+    if value not in (healthy or [0.0]):
+        raise ValueError(f"calibration.image.value {value} is none of calibration.healthy")
+    unknown = {"alpha_attained", "rate_attained"}  # null there is NaN
+    image, pixel = (
+        {n: math.nan if x is None and n in unknown else x for n, x in values[part].items()}
+        for part in ("image", "pixel")
+    )
     return Calibration(
-        np.asarray(values["healthy"], np.float64),
-        Threshold(**values["image"]),
+        np.asarray(healthy, np.float64),
+        Threshold(**image),
         values["scale"],
-        PixelThreshold(**values["pixel"]),
+        PixelThreshold(**pixel),
         values["pixel_scale"],
-        values["k"],
+        k,
         map_filter.Steps(**values["filter"]),
     )

@@ -153,7 +153,7 @@ def learned(
             loss=lambda p, batch: loss(p, frozen=frozen, batch=batch, key=None),
             inner=inner,
         )
-        both = {"learned": adapted, "text": model.text_features(adapted, frozen, design)}
+        both = {"model": adapted, "text": model.text_features(adapted, frozen, design)}
         clean = jax.tree.map(lambda x: x[: held_out.shape[1]], rows.features)
         return both, apply(both, clean, None)
 

@@ -8,6 +8,7 @@ This module imports jax and numpy only; what writing needs is imported where it 
 import hashlib
 import io
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from medclip_jax import __version__, files
-from medclip_jax.errors import CheckpointError, ConfigError
+from medclip_jax import __version__, files, stored
+from medclip_jax.errors import CheckpointError, ConfigError, one_line
 
-KIND, FORMAT = "medclip_jax scorer", 2
+KIND, FORMAT = "medclip_jax detector", 3
 PLATFORMS = ("cpu", "cuda", "tpu")
-MEMBERS = ("scorer.stablehlo", "weights.npz", "README.md")
-MOST_BYTES = 8 << 30  # of all members, unpacked: a foreign file may promise anything
+MEMBERS = ("detector.stablehlo", "weights.npz", "README.md")
+# a foreign file may promise anything: bytes that one packed byte, and a small member, may become
+MOST_PACKED, SMALL = 100, 1 << 20
 BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 
 
@@ -66,31 +68,67 @@ def load(path: str | Path) -> Exported:
     """Open an exported file. Raises CheckpointError for a foreign, damaged or newer file."""
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(i.file_size for i in archive.infolist()) > MOST_BYTES:
-                raise ValueError("it promises too many bytes")
-            manifest = json.loads(archive.read("manifest.json"))
-            if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-                raise ValueError("it is not of this program")
-            if manifest["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {manifest['format']} and this version reads {FORMAT}: "
-                    "export it again or install the version that wrote it "
-                    f"({manifest.get('medclip-jax')})"
-                )
-            parts = {name: archive.read(name) for name in MEMBERS}
-        for name, raw in parts.items():
-            if hashlib.sha256(raw).hexdigest() != manifest["sha256"][name]:
-                raise ValueError(f"{name} in it is not what was written")
-        called = jax.export.deserialize(bytearray(parts[MEMBERS[0]])).call
-        with np.load(io.BytesIO(parts[MEMBERS[1]]), allow_pickle=False) as arrays:
-            weights = [arrays[f"w{i}"] for i in range(len(arrays.files))]
-        return Exported(manifest, called, [jax.device_put(w) for w in weights])
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as error:
-        reason = " ".join(str(error).split())
+        manifest, parts = _members(path)
+        code = jax.export.deserialize(bytearray(parts[MEMBERS[0]]))
+        code.mlir_module()  # or a damaged program would be an error of the first image
+        weights, size = _arrays(parts[MEMBERS[1]]), manifest["recipe"]["size"]
+        *wanted, images = [(x.shape, x.dtype) for x in code.in_avals]
+        if [(w.shape, w.dtype) for w in weights] != wanted or images[0][1:] != (size, size):
+            raise ValueError("its program does not fit its weights and its recipe")
+        return Exported(manifest, code.call, [jax.device_put(w) for w in weights])
+    except CheckpointError:
+        raise
+    except Exception as error:  # flatbuffers, MLIR and zipfile raise many types on damaged bytes
         raise CheckpointError(
-            f"{path} is not a whole exported detector ({reason}): export it again"
+            f"{path} is not a whole exported detector ({one_line(error)[:200]}): export it again"
         ) from None
+
+
+def _members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest and the other members, whose sizes are bounded before they are unpacked."""
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.file_size > MOST_PACKED * info.compress_size + SMALL:
+                raise ValueError(f"{info.filename} in it would unpack to {info.file_size} bytes")
+        manifest = stored.parse_json(archive.read("manifest.json"))
+        if manifest.get("kind") != KIND:
+            raise ValueError("it is not of this program")
+        if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']:.6g} and this version reads {FORMAT}: "
+                "export it again or install the version that wrote it"
+            )
+        stored.check_seal(manifest)
+        stored.check(manifest, stored.EXPORTED)
+        parts = {name: archive.read(name) for name in MEMBERS}
+    for name, raw in parts.items():
+        if hashlib.sha256(raw).hexdigest() != manifest["sha256"][name]:
+            raise ValueError(f"{name} in it is not what was written")
+    return manifest, parts
+
+
+def _arrays(raw: bytes) -> list[np.ndarray]:
+    """w0, w1, ... of an npz file that holds its arrays as they are."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        names = [f"w{i}.npy" for i in range(len(archive.infolist()))]
+        members = [archive.getinfo(name) for name in names]
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+            raise ValueError("its weights are packed")
+        return [_array(archive.read(m)) for m in members]
+
+
+def _array(raw: bytes) -> np.ndarray:
+    """The array of an npy file; what its header promises is compared with its bytes first."""
+    file = io.BytesIO(raw)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array of its weights is of another version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    rest = raw[file.tell() :]
+    if dtype.hasobject or dtype.itemsize * math.prod(shape) != len(rest):
+        raise ValueError("an array of its weights has not the size that it promises")
+    return np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def save(predictor: Any, path: str | Path) -> int:
@@ -133,13 +171,14 @@ def save(predictor: Any, path: str | Path) -> int:
             "k": calibration.k,
         },
         "alpha": calibration.image._asdict(),
-        "scorer": predictor.digest,
+        "detector": predictor.digest,
         "checkpoint": predictor.about["checkpoint"],
         "sha256": {name: hashlib.sha256(raw).hexdigest() for name, raw in parts.items()},
     }
+    manifest = stored.sealed(files.plain(manifest))
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("manifest.json", json.dumps(files.plain(manifest), indent=2))
+        archive.writestr("manifest.json", json.dumps(manifest, indent=2))
         for name, raw in parts.items():
             archive.writestr(name, raw)
     files.write_bytes(path, whole.getvalue())

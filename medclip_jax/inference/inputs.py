@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from medclip_jax import errors
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.inference import series, walk
 from medclip_jax.io.nifti import MARK as NIFTI_MARK
@@ -221,8 +222,7 @@ def _unique(items: Sequence[Item]) -> list[Item]:
 
 def printable(path: str) -> str:
     """A path as text that any terminal, CSV or JSON reader can take."""
-    text = path.encode("utf-8", "backslashreplace").decode()
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    text = errors.printable(path)
     return f"./{text}" if text[:1] in ("=", "+", "-", "@") else text  # no spreadsheet formula
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from medclip_jax import files
 from medclip_jax.distributed import runtime
-from medclip_jax.errors import DataError, Preempted
+from medclip_jax.errors import DataError, Preempted, printable
 from medclip_jax.inference import inputs, pipeline, pseudonyms, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.pipeline import Job
@@ -214,6 +214,6 @@ def _open_tables(table: Path, bad: Path) -> Iterator[Callable[[Item, list[dict],
         def add(item: Item, rows: list[dict], error: str) -> None:
             scored.writerows(rows)
             if error:
-                unreadable.writerow({"source": item.source, "reason": error})
+                unreadable.writerow({"source": item.source, "reason": printable(error)})
 
         yield add

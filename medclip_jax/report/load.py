@@ -1,6 +1,5 @@
 """What a finished run left in its workdir, read and checked for the report."""
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medclip_jax.errors import WorkdirError
+from medclip_jax import config, files, stored
+from medclip_jax.errors import WorkdirError, one_line, printable
 from medclip_jax.explain.boxes import Box
 from medclip_jax.training.metrics_log import read_steps
 
@@ -57,8 +57,30 @@ def read(workdir: Path) -> Files:
     split = _load(workdir, "split.json", "train", _split)
     keys = ("dataset", "k", "seed", "split", "method", "backbone", "image")
     metrics = _load(workdir, "metrics.json", "evaluate", lambda path: _json(path, *keys))
+    _check(workdir, metrics)
     predictions = _load(workdir, "predictions.npz", "evaluate", _predictions)
     return Files(config, steps, split, metrics, *predictions)
+
+
+def _check(workdir: Path, metrics: dict[str, Any]) -> None:
+    """Raise WorkdirError unless all files are those of the run that metrics.json is of."""
+    path = workdir / "metrics.json"
+    try:
+        stored.check_seal(metrics)
+        settings = config.comparable(stored.read_json(workdir / "config.json"))
+        stored.check(metrics["finished"], stored.FINISHED, "finished.")
+        path = workdir / "config.json"
+        if stored.digest(settings) != metrics["finished"]["config"]:
+            raise ValueError("it is not that of the finished run")
+        for name in ("split.json", "metrics.jsonl", "predictions.npz"):
+            path = workdir / name
+            if path.exists() and files.sha256_of(path) != metrics["finished"]["files"][name]:
+                raise ValueError("it was changed since the run was finished")
+    except (OSError, ValueError, KeyError) as error:
+        raise WorkdirError(
+            f"{path} cannot be used ({one_line(error)}): restore it, or run --mode evaluate with "
+            "this workdir again"
+        ) from None
 
 
 def _load(workdir: Path, name: str, mode: str, parse: Callable[[Path], Any]) -> Any:
@@ -71,21 +93,19 @@ def _load(workdir: Path, name: str, mode: str, parse: Callable[[Path], Any]) -> 
         return parse(path)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise WorkdirError(
-            f"{path} cannot be used ({error}): run --mode {mode} with this workdir again"
+            f"{path} cannot be used ({one_line(error)}): run --mode {mode} with this workdir again"
         ) from error
 
 
 def _split(path: Path) -> dict[str, Any]:
     split = _json(path, "support", "test")
     for row in (*split["support"], *split["test"]):
-        row["id"], row["sha256"]  # a KeyError names what is absent
+        row["id"], row["sha256"] = printable(str(row["id"])), str(row["sha256"])
     return split
 
 
 def _json(path: Path, *keys: str) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
+    value = stored.read_json(path)
     absent = [key for key in keys if key not in value]
     if absent:
         raise ValueError(f"{absent[0]!r} is not in it")
@@ -100,6 +120,7 @@ def _predictions(path: Path) -> tuple[dict, list[Picture | None], float | None]:
         }
         stored = ("thumb", "frame", "boxes", "deviation_scale")
         arrays = {name: file[name] for name in file.files if name.startswith(stored)}
+    columns["id"] = np.array([printable(str(name)) for name in columns["id"].ravel()])
     if len({column.shape for column in columns.values()}) != 1 or columns["id"].ndim != 1:
         raise ValueError("its columns are not of one length")
     for name in ("score", "p_value", "uncertainty"):

@@ -1,5 +1,6 @@
 """Outlier suppression: known specks go, known lesions stay, supports go the same way."""
 
+import json
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medclip_jax import config
 from medclip_jax.detectors import calibration, detector, map_filter, saved
 from medclip_jax.features import cache
 from medclip_jax.io import read, resize
@@ -126,10 +128,13 @@ def test_thresholds_come_from_supports_filtered_the_same(scene):
 def test_a_calibration_survives_its_file(scene, tmp_path):
     *_, made = scene
     found = detector.calibrate(made, **RATES, filter_steps={"sigma": 1.5})
-    whose = {"checkpoint": "c", "language": "", "supports": ["s"]}
-    saved.write(tmp_path, made, found, config={"data": {"root": "/secret"}}, **whose)
+    settings = json.loads(config.resolve(config.base(root="/secret")).to_json_best_effort())
+    whose = {"checkpoint": "c" * 16, "language": "", "supports": ["5" * 64]}
+    saved.write(tmp_path, made, found, settings=settings, **whose)
     stored = saved.read(tmp_path)
     assert stored.calibration._replace(healthy=0) == found._replace(healthy=0)
     np.testing.assert_array_equal(stored.calibration.healthy, found.healthy)
     jax.tree.map(np.testing.assert_array_equal, stored.params, jax.device_get(made.params))
-    assert stored.config["data"]["root"] == ""
+    assert stored.config.data.root == ""
+    kept = json.loads(stored.config.to_json_best_effort())
+    assert kept == settings | {"cache": "", "data": settings["data"] | {"root": ""}}

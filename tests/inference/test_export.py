@@ -64,7 +64,7 @@ def test_foreign_and_damaged_files_are_refused(exported, tmp_path):
         with pytest.raises(CheckpointError, match="not a whole exported detector"):
             export.load(path)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("manifest.json", '{"kind": "medclip_jax scorer", "format": 99}')
+        archive.writestr("manifest.json", '{"kind": "medclip_jax detector", "format": 99}')
     with pytest.raises(CheckpointError, match="format 99"):
         export.load(path)
 

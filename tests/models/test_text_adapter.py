@@ -111,9 +111,9 @@ def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, tun
     assert np.isfinite(predictions(tmp_path / "run")["maps"]).all()
     assert predict(tmp_path / "run", tmp_path / "out", world.data) == 0
     with safe_open(tmp_path / "run" / "scorer.safetensors", framework="np") as held:
-        assert ("learned/learned/language/up/kernel" in held.keys()) == tuned  # noqa: SIM118
+        assert ("learned/model/language/up/kernel" in held.keys()) == tuned  # noqa: SIM118
         if tuned:
-            moved = held.get_tensor("learned/learned/language/up/kernel")
+            moved = held.get_tensor("learned/model/language/up/kernel")
             assert not np.array_equal(moved, random_adapter(tower.joint)["up"]["kernel"])
     other = jax.tree.map(lambda x: 2 * x, random_adapter(tower.joint))
     text_adapter.save(path, other, tower.digest, {})

@@ -16,7 +16,7 @@ from PIL import Image
 from medclip_jax.errors import WorkdirError
 from medclip_jax.report import html as report_html
 from medclip_jax.report.html import text
-from tests.support.workdirs import EVIL, edit, keep_pictures, make_workdir
+from tests.support.workdirs import EVIL, edit, keep_pictures, make_workdir, seal
 
 NAMES = ("loss", "roc", "scores", "calibration", "risk_coverage", "deletion", "gallery")
 
@@ -200,6 +200,7 @@ def test_one_class_and_missing_pictures_and_predictions_are_reported(tmp_path):
     split = json.loads((folder / "split.json").read_text())
     split["test"] += [{"id": "another", "sha256": "", "label": 0}]
     (folder / "split.json").write_text(json.dumps(split))
+    seal(folder)
     html = report_html.write(folder).read_text()
     text = Page(html).text
     assert "image AUROC is undefined, as all test images are of one class" in text

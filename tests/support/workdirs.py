@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from medclip_jax import stored, workdir
 from medclip_jax.evaluation import predictions
 from medclip_jax.explain.boxes import boxes_of
 from medclip_jax.report import load
@@ -138,12 +139,23 @@ def make_workdir(folder, *, n=60, label=None):
     config = {"data": {"name": "phantom", "k": 16}, "clip": {"layers": [3, 6]}, "note": "<script>"}
     config["explanation"] = {"method": "grad_cam", "layer": -1}
     (folder / "config.json").write_text(json.dumps(config))
+    return seal(folder)
+
+
+def seal(folder):
+    """metrics.json as of a finished run that left the files as they are now."""
+    for name in stored.RESULTS:
+        (folder / name).touch()
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text()) | {"finished": workdir.seal(folder, "0" * 16)}
+    path.write_text(json.dumps(stored.sealed(metrics)))
     return folder
 
 
 def edit(folder, **changes):
     path = folder / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    seal(folder)
 
 
 def keep_pictures(folder, rows):
@@ -158,3 +170,4 @@ def keep_pictures(folder, rows):
     arrays["boxes"] = np.concatenate([boxes[i] for i in rows])
     arrays["boxes_end"] = np.cumsum([len(boxes[i]) for i in rows])
     np.savez(path, **{**arrays, "frame": arrays["frame"][rows], "thumb_index": np.array(rows)})
+    seal(folder)
