@@ -240,7 +240,7 @@ def restored(values: Mapping[str, Any]) -> ConfigDict:
             where = "misses" if name in types else "has an unknown"
             raise ConfigError(f"the stored configuration {where} config.{name}")
     for name, value in fields.items():
-        kinds = {tuple: list, float: (int, float)}.get(types[name], types[name])
+        kinds: Any = {tuple: list, float: (int, float)}.get(types[name], types[name])
         item = int if name == "clip.layers" else str
         items = value if isinstance(value, list) else ()
         boolean = isinstance(value, bool) and types[name] is not bool

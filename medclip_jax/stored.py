@@ -173,7 +173,9 @@ def check(value: Any, schema: Any, where: str = "") -> None:
                 raise ValueError(f"{where}{name!r} does not belong there")
         for name, key in names.items():
             if name in value:
-                check(value[name], schema[key], f"{where}{name}" + "." * isinstance(schema[key], dict))
+                check(
+                    value[name], schema[key], f"{where}{name}" + "." * isinstance(schema[key], dict)
+                )
             elif not key.endswith("?"):
                 raise ValueError(f"{where}{name} is missing")
     elif isinstance(schema, list):

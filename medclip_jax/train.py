@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from medclip_jax import __version__, build, build_detector, files, stored, trained
+from medclip_jax import __version__, build, build_detector, trained
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.detectors import saved
@@ -212,11 +212,8 @@ def measure(
         "fusion": build_detector.branch_shares(c),
         "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
         "versions": versions(),
-        "finished": workdirs.seal(workdir, key),
     }
-    result = stored.sealed(files.plain(result))
-    files.write_json(workdir / "metrics.json", result)
-    return result
+    return workdirs.finish(workdir, key, result)
 
 
 def write_report(workdir: Path) -> Path:

@@ -152,6 +152,13 @@ def seal(workdir: Path, key: str) -> dict[str, Any]:
     return {"key": key, "config": stored.digest(settings), "files": digests}
 
 
+def finish(workdir: Path, key: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Write metrics.json, sealed, after all other files; returns what it holds."""
+    metrics = stored.sealed(files.plain(result | {"finished": seal(workdir, key)}))
+    files.write_json(workdir / "metrics.json", metrics)
+    return metrics
+
+
 def finished(workdir: Path, key: str) -> dict[str, Any] | None:
     """metrics.json of a run that was finished with this key and whose files are whole, or None."""
     try:

@@ -123,7 +123,8 @@ def contents(examples: Sequence[layouts.Example]) -> list[Row]:
         return rows
     for label, word in enumerate(("healthy", "abnormal")):
         if all(e.label != label for e in tested):
-            rows.append(Row("error", "test set", 0, f"no {word} image to test on"))
+            detail = f"no {word} image: what needs both classes is not measured"
+            rows.append(Row("warning", "test set", 0, detail))
     return rows
 
 

@@ -156,10 +156,11 @@ def _calibration(values: dict[str, Any]) -> Calibration:
     if value not in (healthy or [0.0]):
         raise ValueError(f"calibration.image.value {value} is none of calibration.healthy")
     unknown = {"alpha_attained", "rate_attained"}  # null there is NaN
-    image, pixel = (
+    parts: Any = (
         {n: math.nan if x is None and n in unknown else x for n, x in values[part].items()}
         for part in ("image", "pixel")
     )
+    image, pixel = parts
     return Calibration(
         np.asarray(healthy, np.float64),
         Threshold(**image),

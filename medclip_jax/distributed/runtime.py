@@ -1,7 +1,10 @@
 """What a process does beside computing: compiled programs on disk, reading ahead, SIGTERM."""
 
+import logging
+import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +26,11 @@ def keep_compiled(cache: Path) -> None:
     if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+    # XLA's own caches would put this path into the names: nothing is compiled again in a moved one
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    if cache.is_dir() and not os.access(cache, os.W_OK):
+        logging.warning("%s cannot be written: what it lacks is compiled again each time", cache)
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
     # small ones too: a job has some two hundred, and each is read faster than it is compiled
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -69,7 +69,10 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
-            wanted = {"state": ocp.args.StandardRestore(abstract), "checksums": ocp.args.JsonRestore()}
+            wanted = {
+                "state": ocp.args.StandardRestore(abstract),
+                "checksums": ocp.args.JsonRestore(),
+            }
             read = manager.restore(step, args=ocp.args.Composite(**wanted))
             if _checksums(read["state"]) != read["checksums"]:
                 raise ValueError("its checksums differ: bits of it have changed")
@@ -90,7 +93,7 @@ def _checksums(state: TrainState) -> dict[str, str]:
     own = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)
     leaves = jax.tree_util.tree_leaves_with_path(own)
     return {
-        jax.tree_util.keystr(path): f"{x.dtype}{x.shape} {zlib.crc32(np.ascontiguousarray(x)):08x}"
+        jax.tree_util.keystr(path): f"{x.dtype}{x.shape} {zlib.crc32(x.tobytes()):08x}"
         for path, x in leaves
     }
 
