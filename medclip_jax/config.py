@@ -244,7 +244,13 @@ def restored(values: Mapping[str, Any]) -> ConfigDict:
         item = int if name == "clip.layers" else str
         items = value if isinstance(value, list) else ()
         boolean = isinstance(value, bool) and types[name] is not bool
-        if not isinstance(value, kinds) or boolean or not all(type(x) is item for x in items):
+        large = isinstance(value, int) and abs(value) > 1 << 53
+        if (
+            not isinstance(value, kinds)
+            or boolean
+            or large
+            or not all(type(x) is item for x in items)
+        ):
             wanted = types[name].__name__
             raise ConfigError(f"the stored config.{name} is {value!r} where a {wanted} belongs")
         fields[name] = types[name](value)

@@ -187,9 +187,9 @@ def check(value: Any, schema: Any, where: str = "") -> None:
         _check_number(value, schema, where)
     elif isinstance(schema, re.Pattern):
         if not isinstance(value, str) or not schema.fullmatch(value):
-            raise ValueError(f"{where} is {_short(value)}")
+            raise ValueError(f"{where} is {short(value)}")
     elif type(value) is not schema:
-        raise ValueError(f"{where} is {_short(value)} where a {schema.__name__} belongs")
+        raise ValueError(f"{where} is {short(value)} where a {schema.__name__} belongs")
 
 
 def _check_number(value: Any, schema: Number, where: str) -> None:
@@ -198,12 +198,13 @@ def _check_number(value: Any, schema: Number, where: str) -> None:
     kinds = int if schema.whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind = "whole number" if schema.whole else "number"
-        raise ValueError(f"{where} is {_short(value)} where a {kind} belongs")
+        raise ValueError(f"{where} is {short(value)} where a {kind} belongs")
     if not schema.low <= value <= schema.high or not math.isfinite(value):
-        raise ValueError(f"{where} is {_short(value)}, outside {schema.low:g} to {schema.high:g}")
+        raise ValueError(f"{where} is {short(value)}, outside {schema.low:g} to {schema.high:g}")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value for a message."""
     text = ascii(value) if isinstance(value, str | int | float | None) else type(value).__name__
     return text if len(text) <= 40 else f"{text[:37]}..."
 

@@ -87,7 +87,7 @@ def read(workdir: Path) -> Stored:
         head = stored.read_json(path, MOST_BYTES)
         if isinstance(head.get("format"), int) and head["format"] != FORMAT:
             raise WorkdirError(
-                f"{path} has format {head['format']:.6g} and this version reads {FORMAT}: {again}"
+                f"{path} has format {stored.short(head['format'])} and this version reads {FORMAT}: {again}"
             )
         stored.check_seal(head)
         stored.check(head, stored.DETECTOR)

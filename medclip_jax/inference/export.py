@@ -97,7 +97,7 @@ def _members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             raise ValueError("it is not of this program")
         if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has format {manifest['format']:.6g} and this version reads {FORMAT}: "
+                f"{path} has format {stored.short(manifest['format'])} and this version reads {FORMAT}: "
                 "export it again or install the version that wrote it"
             )
         stored.check_seal(manifest)

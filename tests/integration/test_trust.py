@@ -1,0 +1,105 @@
+"""What a finished run stored and later commands believe: altered files are named in one sentence."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from medclip_jax import main, stored, trained
+from medclip_jax.detectors import saved
+from medclip_jax.errors import UserError
+from medclip_jax.report import load
+from tests.support.damaged import one_bit
+
+
+@pytest.fixture(scope="module")
+def small(world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trust") / "run"
+    world.train(workdir)
+    return workdir
+
+
+def altered(value, rng):
+    """One value of a JSON tree replaced by what does not belong there."""
+    inner = [k for k in (value if isinstance(value, dict) else range(len(value)))]
+    key = inner[rng.integers(len(inner))]
+    if isinstance(value[key], dict | list) and len(value[key]) and rng.random() < 0.8:
+        altered(value[key], rng)
+    elif isinstance(value, dict) and rng.random() < 0.2:
+        del value[key]
+    else:
+        odd = [1e9, -1, None, "x", [], {}, True, 10**400, "/dev/zero", {"a": [1]}]
+        value[key] = next(x for x in rng.permutation(np.array(odd, object)) if x != value[key])
+
+
+@pytest.mark.parametrize("resealed", [False, True])
+def test_altered_settings_of_a_detector_are_refused(small, tmp_path, resealed):
+    rng = np.random.default_rng(0)
+    head = json.loads((small / saved.SETTINGS).read_text())
+    shutil.copy(small / saved.TENSORS, tmp_path)
+    refused = 0
+    for _ in range(60):
+        values = json.loads(json.dumps(head))
+        altered(values, rng)
+        values = stored.sealed(values) if resealed else values
+        (tmp_path / saved.SETTINGS).write_text(json.dumps(values))
+        try:
+            saved.read(tmp_path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and saved.SETTINGS in str(error)
+    assert refused == 60 or resealed and refused > 40
+
+
+@pytest.mark.parametrize("name", ["scorer.json", "scorer.safetensors"])
+def test_a_flipped_bit_of_a_detector_is_found(small, tmp_path, name):
+    for file in (saved.SETTINGS, saved.TENSORS):
+        shutil.copy(small / file, tmp_path)
+    for flipped in one_bit((small / name).read_bytes(), 100):
+        (tmp_path / name).write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged|format"):
+            saved.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "split.json", "predictions.npz"])
+def test_a_flipped_bit_of_what_a_report_reads_is_found(small, tmp_path, name):
+    workdir = tmp_path / "run"
+    shutil.copytree(small, workdir)
+    load.read(workdir)
+    harmless = 0
+    for flipped in one_bit((small / name).read_bytes(), 60):
+        (workdir / name).write_bytes(flipped)
+        try:
+            load.read(workdir)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            harmless += 1  # a space, or a setting that two commands of one run may differ in
+    assert harmless == 0 or name in ("config.json", "metrics.json") and harmless < 20
+
+
+def test_a_run_goes_on_with_its_data_elsewhere(world, small, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(world.data, moved)
+    before = (small / "metrics.json").read_bytes()
+    assert world._replace(data=moved).train(small)["image"] == json.loads(before)["image"]
+    assert (small / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["good", "lesion"])
+def test_a_test_set_of_one_class_leaves_a_detector(world, tmp_path, kind):
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(world.data, data)
+    shutil.rmtree(data / "test" / ("good" if kind == "lesion" else "lesion"))
+    if kind == "good":
+        shutil.rmtree(data / "ground_truth", ignore_errors=True)
+    metrics = world._replace(data=data).train(workdir)
+    assert metrics["image"]["auroc"] is None and 0 <= metrics["image"]["accuracy"] <= 1
+    assert trained.load_predictor(workdir).calibration.k == 4
+
+
+def test_names_with_control_characters_stay_text(capsys):
+    code = main.main(["main", "--mode=report", "--config=x\x1b[31m\u202e\n.py", "--workdir=w"])
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and "\x1b" not in said and "\u202e" not in said
