@@ -15,7 +15,7 @@ from tests.support import content
 from tests.support.paths import ROOT
 from tests.support.predicting import run as predict
 
-IMAGES = 120
+IMAGES = 240
 # where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
 PROGRAM = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"

@@ -84,7 +84,7 @@ def test_the_shipped_adapter_is_the_embedded_clips(compact):
     assert text_adapter.EMBEDDED.stat().st_size < 1_000_000
 
 
-def test_it_follows_the_text_tower_wherever_text_is_encoded(compact):
+def test_it_follows_the_text_encoder_wherever_text_is_encoded(compact):
     """Prompts of the model and plain ones; a tuned one stands in for the frozen one."""
     c = config_module.base("")
     plain, frozen = build.model_parts(c, compact, context=0)
@@ -114,9 +114,9 @@ def test_only_a_tuned_adapter_is_learned(tiny):
 
 
 def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, capfd):
-    tower = checkpoint.load(str(world.clip))
+    clip = checkpoint.load(str(world.clip))
     path = tmp_path / "a.safetensors"
-    text_adapter.save(path, random_adapter(tower.joint), tower.digest, {})
+    text_adapter.save(path, random_adapter(clip.joint), clip.digest, {})
     flags = (f"--config.model.language={path}", "--config.model.language_tuned=True")
     flags += ("--config.steps=3", "--config.branches=('learned','zero_shot')")
     assert world.main(tmp_path / "run", *flags) == 0
@@ -124,9 +124,9 @@ def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, cap
     assert predict(tmp_path / "run", tmp_path / "out", world.data) == 0
     with safe_open(tmp_path / "run" / "scorer.safetensors", framework="np") as file:
         moved = file.get_tensor("learned/learned/language/up/kernel")
-    assert not np.array_equal(moved, random_adapter(tower.joint)["up"]["kernel"])
-    other = jax.tree.map(lambda x: 2 * x, random_adapter(tower.joint))
-    text_adapter.save(path, other, tower.digest, {})
+    assert not np.array_equal(moved, random_adapter(clip.joint)["up"]["kernel"])
+    other = jax.tree.map(lambda x: 2 * x, random_adapter(clip.joint))
+    text_adapter.save(path, other, clip.digest, {})
     assert predict(tmp_path / "run", tmp_path / "out2", world.data) == 2
     assert "another language adapter" in capfd.readouterr().err
 
@@ -213,5 +213,5 @@ def test_the_script_ends_with_a_file_that_loads(script, world, tmp_path, monkeyp
     monkeypatch.setattr(script, "ABSENT", script.ABSENT[:2])
     script.main()
     assert "held-out retrieval" in capsys.readouterr().out
-    tower = checkpoint.load(str(world.clip))
-    assert text_adapter.load(str(out), tower.digest, tower.joint)["up"]["kernel"].shape == (4, 16)
+    clip = checkpoint.load(str(world.clip))
+    assert text_adapter.load(str(out), clip.digest, clip.joint)["up"]["kernel"].shape == (4, 16)

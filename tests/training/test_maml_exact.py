@@ -1,4 +1,4 @@
-"""Exact meta-learning of the model's own loss: text tower and all, against steps written out."""
+"""Exact meta-learning of the model's own loss: text encoder and all, against steps written out."""
 
 from functools import partial
 
