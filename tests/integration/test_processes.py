@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medclip_jax import workdir
+from medclip_jax import workdir as workdirs
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
 from tests.support.runs import META
@@ -113,10 +113,10 @@ def test_sigterm_to_one_process_stops_all(world, tmp_path):
     assert all("stopped by SIGTERM at step" in text for _, text in codes)
 
 
-def test_a_workdir_in_use_is_refused_by_all(base):
-    with workdir.locked(base / "used"):
-        codes = ended(start(base, "used"))
+def test_a_workdir_in_use_is_refused_by_all(world, tmp_path):
+    with workdirs.locked(tmp_path / "used"):
+        codes = ended(start(world, tmp_path / "used"))
     assert [code for code, _ in codes] == [2, 2], codes
     assert "is in use by another run" in codes[0][1]
     assert "process 0 says why" in codes[1][1]
-    assert not (base / "used" / "config.json").exists()
+    assert not (tmp_path / "used" / "config.json").exists()
