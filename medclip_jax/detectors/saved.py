@@ -85,9 +85,10 @@ def read(workdir: Path) -> Stored:
     again = "run --mode evaluate with this workdir"
     try:
         head = stored.read_json(path, MOST_BYTES)
-        if isinstance(head.get("format"), int) and head["format"] != FORMAT:
+        old = head.get("format")
+        if isinstance(old, int) and old != FORMAT:
             raise WorkdirError(
-                f"{path} has format {stored.short(head['format'])} and this version reads {FORMAT}: {again}"
+                f"{path} has format {stored.short(old)} and this version reads {FORMAT}: {again}"
             )
         stored.check_seal(head)
         stored.check(head, stored.DETECTOR)

@@ -95,9 +95,10 @@ def _members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         manifest = stored.parse_json(archive.read("manifest.json"))
         if manifest.get("kind") != KIND:
             raise ValueError("it is not of this program")
-        if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
+        old = manifest.get("format")
+        if isinstance(old, int) and old != FORMAT:
             raise CheckpointError(
-                f"{path} has format {stored.short(manifest['format'])} and this version reads {FORMAT}: "
+                f"{path} has format {stored.short(old)} and this version reads {FORMAT}: "
                 "export it again or install the version that wrote it"
             )
         stored.check_seal(manifest)

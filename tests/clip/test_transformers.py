@@ -77,7 +77,7 @@ def test_both_implementations_agree_on_every_checkpoint(named, tmp_path):
 
 
 def test_flax_params_go_in_and_come_out_unchanged(tmp_path):
-    folder, theirs, params = tiny_checkpoint(tmp_path / "tiny")
+    folder, theirs, params = tiny_checkpoint(tmp_path / "tiny", text_blocks=2)
     clip = checkpoint.load(str(folder), layers=(1, 4))
     jax.tree.map(np.testing.assert_array_equal, clip.params, dict(params))
     # out of a plain FlaxCLIPModel's `params` into the encoder, without a file

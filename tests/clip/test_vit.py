@@ -60,7 +60,7 @@ def tiny_outputs(tmp_path_factory):
     @cache
     def run(activation):
         folder, theirs, params = tiny_checkpoint(
-            tmp_path_factory.mktemp(activation) / "tiny", activation
+            tmp_path_factory.mktemp(activation) / "tiny", activation, text_blocks=2
         )
 
         @jax.jit

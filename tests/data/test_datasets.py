@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -19,28 +18,7 @@ from medclip_jax.data import datasets, layouts, tfds_builders
 from medclip_jax.data.catalog import SETS, with_role
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from tests.support.damaged import one_bit
-from tests.support.folders import ROOT, png, write_busi, write_folder
-
-
-@pytest.fixture
-def busi(tmp_path) -> Path:
-    return write_busi(tmp_path / "data" / "Dataset_BUSI_with_GT")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return write_folder(tmp_path / "mine")
-
-
-@pytest.fixture
-def cache(tmp_path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def no_named_root(monkeypatch):
-    monkeypatch.delenv("MEDCLIP_DATA", raising=False)
-
+from tests.support.folders import ROOT, png
 
 # ---------------------------------------------------------------- what is refused
 

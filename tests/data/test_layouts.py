@@ -9,29 +9,9 @@ import pytest
 from medclip_jax.data import datasets, layouts, splits
 from medclip_jax.data.catalog import ABOUT, PRESETS
 from medclip_jax.errors import DataError
-from tests.support.folders import ROOT, real, write_brain, write_busi, write_chest, write_folder
+from tests.support.folders import ROOT, real, write_brain, write_chest
 
 CONFIGS = ROOT / "configs"
-
-
-@pytest.fixture
-def busi(tmp_path) -> Path:
-    return write_busi(tmp_path / "data" / "Dataset_BUSI_with_GT")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return write_folder(tmp_path / "mine")
-
-
-@pytest.fixture
-def cache(tmp_path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def no_named_root(monkeypatch):
-    monkeypatch.delenv("MEDCLIP_DATA", raising=False)
 
 
 @pytest.fixture

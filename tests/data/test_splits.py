@@ -11,28 +11,7 @@ from PIL import Image
 from medclip_jax.data import datasets, layouts, near_duplicates, splits
 from medclip_jax.data.records import Record, Split
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
-from tests.support.folders import REAL, png, real, write_busi, write_folder
-
-
-@pytest.fixture
-def busi(tmp_path) -> Path:
-    return write_busi(tmp_path / "data" / "Dataset_BUSI_with_GT")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return write_folder(tmp_path / "mine")
-
-
-@pytest.fixture
-def cache(tmp_path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def no_named_root(monkeypatch):
-    monkeypatch.delenv("MEDCLIP_DATA", raising=False)
-
+from tests.support.folders import REAL, png, real
 
 # ---------------------------------------------------------------- pools and splits
 

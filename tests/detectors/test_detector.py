@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPModel
 
 from medclip_jax.clip import checkpoint, hf_weights
 from medclip_jax.detectors import calibration, detector, prompt_detector
 from medclip_jax.models import model
+from tests.support.checkpoints import Theirs
 from tests.support.models import design_of, rows, tokens
 from tests.support.scenes import POOL, RATES, SIZE
 
@@ -110,15 +110,6 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
 
 
 # --- zero shot ----------------------------------------------------------------------------------
-
-
-class Theirs(FlaxCLIPModel):
-    """Without the random start, which takes long and which the checkpoint replaces."""
-
-    def init_weights(self, rng, input_shape, params=None):
-        whole = super().init_weights
-        shapes = jax.eval_shape(lambda key: whole(key, input_shape), rng)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from pretrain import captions, encoders, export, judge, leaks, loop, objective, tokens, views
-from transformers import CLIPTokenizer, CLIPTokenizerFast, FlaxCLIPModel
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from medclip_jax.clip import checkpoint
 from medclip_jax.data import phantom
+from tests.support.checkpoints import Theirs
 from tests.support.paths import ROOT
 
 ROWS = [
@@ -263,8 +264,13 @@ def check_export(folder, params, model, material):
     images = checkpoint.normalise(grey, clip.mean, clip.std).transpose(0, 3, 1, 2)
     ids = tokens.encode(material.tokenizer, ["a healthy brain", "no signs of glioma"], 77)
     with jax.numpy_rank_promotion("allow"):
-        flax_clip = FlaxCLIPModel.from_pretrained(folder)
-        seen, read = flax_clip.get_image_features(images), flax_clip.get_text_features(ids)
+        flax_clip = Theirs.from_pretrained(folder)
+        seen, read = jax.jit(
+            lambda p: (
+                flax_clip.get_image_features(images, params=p),
+                flax_clip.get_text_features(ids, params=p),
+            )
+        )(flax_clip.params)
     last = jax.jit(lambda x: encoders.encode_image(params, model, x)[1])(jnp.asarray(pixels))
     ours = encoders.project(params, model, last)[:, 0]
     np.testing.assert_allclose(ours, seen, atol=1e-4)

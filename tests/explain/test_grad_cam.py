@@ -28,15 +28,15 @@ METHODS = pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp"])
 # --- pytorch-grad-cam -----------------------------------------------------------------------------
 
 
-def of_first_norm(tower, pixels, text):
+def of_first_norm(clip, pixels, text):
     """Patch activations of the last block's first norm, and the gradient of the cosine to a text.
 
     The class-token score never depends on the last block's patch outputs, but on this norm.
     """
-    vision, encoder = tower.vision, tower.image_encoder
+    vision, encoder = clip.vision, clip.image_encoder
     whole = encoder.clone(levels=(encoder.depth,), inputs=True)
     (x,) = whole.apply({"params": vision}, pixels).inputs
-    p = tower.params["vision_model"]["encoder"]["layers"][str(encoder.depth - 1)]
+    p = clip.params["vision_model"]["encoder"]["layers"][str(encoder.depth - 1)]
     block = layers.Block(encoder.heads, encoder.hidden, encoder.activation, encoder.eps)
     run = partial(block.apply, {"params": p})
     activations = run(x, method=lambda block, x: block.layer_norm1(x))
@@ -56,10 +56,10 @@ def of_first_norm(tower, pixels, text):
 @pytest.mark.parametrize("path", CAM)
 def test_grad_cam_meets_pytorch_grad_cam(path, peer):
     ref, seed = np.load(path), path.stem.partition("_")[2]
-    parity, tower = peer(path.parent / f"mediclip_parity_{seed}" / "parity224.npz")
+    parity, clip = peer(path.parent / f"mediclip_parity_{seed}" / "parity224.npz")
     pixels = jnp.asarray(parity["pixel_values"].transpose(0, 2, 3, 1))
     for c, text in enumerate(ref["text_embeds"]):
-        a, g = of_first_norm(tower, pixels, text)
+        a, g = of_first_norm(clip, pixels, text)
         if c == 1:
             channels_last = [ref[n].reshape(3, 64, 196).swapaxes(1, 2) for n in
                              ("activations", "gradients_text1")]  # fmt: skip
@@ -157,10 +157,10 @@ def test_each_layer_has_its_own_cam(scene, method):
 @METHODS
 def test_cams_of_a_resnet_meet_on_the_finest_grid(method):
     """Stages 2 and 4 of CLIP's ResNet: 8 x 8 cells of 32 channels, 2 x 2 of 128; by hand."""
-    params, tower = resnet.read(load_file(RESNET / "tower.safetensors"))
-    tower = resnet.tapped(tower, (2, 4), "float32", False)
+    params, encoder = resnet.read(load_file(RESNET / "tower.safetensors"))
+    encoder = resnet.tapped(encoder, (2, 4), "float32", False)
     pixels = jnp.asarray(np.load(RESNET / "expected.npz")["pixels"])
-    features = jax.jit(partial(tower.apply, method="stages"))({"params": params}, pixels)
+    features = jax.jit(partial(encoder.apply, method="stages"))({"params": params}, pixels)
     levels = [np.asarray(x, np.float64) for x in features.levels]
     rng = np.random.default_rng(0)
     ways = [abs(rng.normal(size=x.shape[-1])) * np.sign(x.mean((0, 1))) for x in levels]

@@ -1,10 +1,10 @@
 """SIGTERM and SIGINT while predicting: the same command ends as if nothing had happened."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,63 +14,71 @@ from PIL import Image
 from tests.support import content
 from tests.support.paths import ROOT
 
-IMAGES = 300
+IMAGES = 150
 # where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
-PROGRAM = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "from medclip_jax import main; main.cli()"
-)
+PROGRAM = """
+import os, signal, sys
+from medclip_jax import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+replace, results = os.replace, []
+
+def counted(source, target):
+    replace(source, target)
+    results.append(target) if str(target).endswith(".json") else None
+    if len(results) == {least}:
+        os.kill(os.getpid(), {number})
+
+os.replace = counted
+sys.exit(max([main.main(command) for command in {commands}]))
+"""
 
 
 @pytest.fixture
-def start(tmp_path, whole):
-    """Predict IMAGES images into the named folder, in a process of its own."""
+def predict(tmp_path, whole):
+    """Predict IMAGES images into each folder, in a process that signals itself after some items."""
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for i in range(IMAGES):
         pixels = rng.integers(0, 256, (60, 50), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
 
-    def run(output: str) -> subprocess.Popen:
+    def run(*outputs: Path, number: int = 0, least: int = 0) -> tuple[int, str]:
         flags = "--mode=predict", f"--workdir={whole}", f"--input={tmp_path / 'in'}"
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *flags, f"--output={tmp_path / output}"],
+        commands = [["main", *flags, f"--output={folder}"] for folder in outputs]
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(number=number, least=least, commands=commands)],
             cwd=ROOT,
-            stderr=subprocess.PIPE,
+            # a batch is for all devices; of one, most images wait when the signal comes
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            capture_output=True,
             text=True,
+            timeout=300,
         )
+        return done.returncode, done.stderr
 
     return run
 
 
-def stopped(process: subprocess.Popen, folder: Path, with_: int, least: int) -> tuple[str, int]:
-    """Stop it once it has finished so many items; what it said, and how many it has finished."""
-    while process.poll() is None and len(list(folder.glob("*.json"))) < least:
-        time.sleep(0.002)
-    process.send_signal(with_)
-    _, stderr = process.communicate(timeout=300)
+def finished(folder: Path) -> int:
+    """Items that a stopped prediction has finished."""
     assert not (folder / "results.csv").exists()  # a table is of everything
     assert not list(folder.glob(".*"))  # nothing half-written stays
-    done = len(list(folder.glob("*.json")))
-    assert least <= done < IMAGES
-    return stderr, done
+    return len(list(folder.glob("*.json")))
 
 
-def test_signals_while_predicting_and_the_same_command_finishes(start, tmp_path):
-    undisturbed, cut = start("whole"), tmp_path / "cut"
-    process = start("cut")
-    stderr, done = stopped(process, cut, signal.SIGINT, 1)
-    assert process.returncode == 130, stderr[-3000:]
+def test_signals_while_predicting_and_the_same_command_finishes(predict, tmp_path):
+    cut, whole = tmp_path / "cut", tmp_path / "undisturbed"
+    code, stderr = predict(cut, number=signal.SIGINT, least=1)
+    assert code == 130, stderr[-3000:]
     assert stderr.splitlines()[-1] == "Interrupted. Re-run the same command to resume."
-    process = start("cut")
-    stderr, done = stopped(process, cut, signal.SIGTERM, done + 1)
-    assert process.returncode == 143, stderr[-3000:]
-    assert int(re.search(r"stopped by SIGTERM after (\d+) of 300 items", stderr)[1]) == done
-    process = start("cut")
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr[-3000:]
-    _, stderr = undisturbed.communicate(timeout=300)
-    assert undisturbed.returncode == 0, stderr[-3000:]
-    ours, theirs = content.of_prediction(cut), content.of_prediction(tmp_path / "whole")
+    first = finished(cut)
+    code, stderr = predict(cut, number=signal.SIGTERM, least=1)
+    assert code == 143, stderr[-3000:]
+    second = finished(cut)
+    assert int(re.search(rf"stopped by SIGTERM after (\d+) of {IMAGES} items", stderr)[1]) == second
+    assert 1 <= first < second < IMAGES
+    code, stderr = predict(cut, whole)
+    assert code == 0, stderr[-3000:]
+    ours, theirs = content.of_prediction(cut), content.of_prediction(whole)
     # JSON, overlay, map and moments of MC-dropout of each, and two tables
     assert len(theirs) == 4 * IMAGES + 2 and ours == theirs

@@ -55,8 +55,8 @@ def test_mediclip_preset_on_two_supports(world, tmp_path):
 
 def test_joint_is_ours_without_episodes_and_predicts(world, tmp_path):
     """Whatever the learner of ours is; its memory is kept for other images as that of ours is."""
-    joint = world.train(tmp_path / "joint", "k=3,method=joint", learner="maml")
-    world.train(tmp_path / "ours", "k=3")
+    joint = world.train(tmp_path / "joint", "k=4,method=joint", learner="maml")
+    world.train(tmp_path / "ours", "k=4")
     rows = predictions(tmp_path / "joint")
     for name in ("score", "maps", "p_value"):
         np.testing.assert_array_equal(rows[name], predictions(tmp_path / "ours")[name])
@@ -67,7 +67,7 @@ def test_joint_is_ours_without_episodes_and_predicts(world, tmp_path):
 
 
 def test_the_papers_preset_meta_learns_and_predicts(world, tmp_path):
-    metrics = world.train(tmp_path / "run", "k=2,method=paper", synthesis__variants=50)
+    metrics = world.train(tmp_path / "run", "k=4,method=paper", synthesis__variants=16)
     assert {"focal", "dice", "align", "prompt", "simclr"} <= set(log(tmp_path / "run")[0])
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["learner"] == "maml" and settings["model"]["form"] == "distance"
@@ -78,10 +78,10 @@ def test_the_papers_preset_meta_learns_and_predicts(world, tmp_path):
 
 
 def test_prompts_without_learnable_context_train_resume_and_predict(world, tmp_path):
-    plain = {"prompts.context": 0, "learner": "anil", "synthesis.variants": 50}
-    world.train(tmp_path / "a", "k=2", **plain)  # episodes need two variants of a kind
+    plain = {"prompts.context": 0, "learner": "anil", "synthesis.variants": 16}
+    world.train(tmp_path / "a", "k=4", **plain)  # episodes need two variants of a kind
     first = predictions(tmp_path / "a")
-    world.train(tmp_path / "a", "k=2", **plain | {"seed": 0})
+    world.train(tmp_path / "a", "k=4", **plain | {"seed": 0})
     np.testing.assert_array_equal(predictions(tmp_path / "a")["score"], first["score"])
     assert predict(tmp_path / "a", tmp_path / "out", world.data / "test" / "lesion") == 0
     assert np.isfinite(first["maps"]).all() and len(np.unique(first["score"])) > 6

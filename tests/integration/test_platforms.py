@@ -32,54 +32,54 @@ def spec(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), tree)
 
 
-def train_step(tower, learner):
+def train_step(clip, learner):
     """The training step of one params, two tasks of two rows; with its arguments."""
     c = config.base("k=4,seed=0", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"learner": learner, "prompts.context": 2})
     c = config.resolve(c)
-    design, frozen = build.model_parts(c, tower)
+    design, frozen = build.model_parts(c, clip)
     loss, optimizer = partial(model.loss, design=design, weights=WEIGHTS), optax.adam(1e-3)
     inner = step.Learner(c.learner).inner(1)
     objective = loss if learner == "joint" else step.meta_objective(loss, inner)
     lead = (2, 1) if learner == "joint" else (2, 1, 2)
-    levels = tuple(np.zeros((*lead, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
+    levels = tuple(np.zeros((*lead, clip.grid**2, clip.widths[0]), np.float32) for _ in range(2))
     batch = Batch(
-        Features(np.zeros((*lead, tower.joint), np.float32), levels),
-        np.zeros((*lead, tower.size, tower.size), np.float32),
+        Features(np.zeros((*lead, clip.joint), np.float32), levels),
+        np.zeros((*lead, clip.size, clip.size), np.float32),
         np.zeros(lead, np.int32),
         np.ones(lead, bool),
     )
     if learner != "joint":
         batch = Episodes(batch, batch, np.ones((2, 1), bool))
-    state = start(build.fresh_params(c, tower, design), optimizer, 1, 0)
+    state = start(build.fresh_params(c, clip, design), optimizer, 1, 0)
     return step.make_step(objective, optimizer), spec((state, frozen, batch))
 
 
-def encoder(tower):
+def encoder(clip):
     def run(vision, grey):
         return checkpoint.encode_images(
-            vision, grey, encoder=tower.image_encoder, mean=tower.mean, std=tower.std
+            vision, grey, encoder=clip.image_encoder, mean=clip.mean, std=clip.std
         )
 
-    return jax.jit(run), spec((tower.vision, np.zeros((2, tower.size, tower.size), np.float32)))
+    return jax.jit(run), spec((clip.vision, np.zeros((2, clip.size, clip.size), np.float32)))
 
 
-def scorer(tower):
+def scorer(clip):
     """Adapted tokens, patch logits, pixel map and image score, as evaluate runs them."""
-    step, (state, frozen, _) = train_step(tower, "joint")
+    step, (state, frozen, _) = train_step(clip, "joint")
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.prompts.context = 2
-    design, _ = build.model_parts(config.resolve(c), tower)
+    design, _ = build.model_parts(config.resolve(c), clip)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.params)
 
     def run(params, frozen, tokens):
         text = model.text_features(params, frozen, design)
         values = model.forward(params, text, tokens, design).logit
-        scores = detector.image_score(values, size=tower.size, top=0.05)
-        return similarity.to_pixels(values, tower.size), scores
+        scores = detector.image_score(values, size=clip.size, top=0.05)
+        return similarity.to_pixels(values, clip.size), scores
 
-    levels = tuple(np.zeros((2, tower.grid**2, tower.widths[0]), np.float32) for _ in range(2))
-    tokens = Features(np.zeros((2, tower.joint), np.float32), levels)
+    levels = tuple(np.zeros((2, clip.grid**2, clip.widths[0]), np.float32) for _ in range(2))
+    tokens = Features(np.zeros((2, clip.joint), np.float32), levels)
     return jax.jit(run), (params, frozen, spec(tokens))
 
 
@@ -132,9 +132,9 @@ def test_a_callback_would_be_seen():
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_bfloat16_tower_lowers_and_multiplies_in_bfloat16(tiny, platform):
-    tower = tiny._replace(image_encoder=tiny.image_encoder.clone(dtype="bfloat16"))
-    function, given = encoder(tower)
+def test_a_bfloat16_encoder_lowers_and_multiplies_in_bfloat16(tiny, platform):
+    clip = tiny._replace(image_encoder=tiny.image_encoder.clone(dtype="bfloat16"))
+    function, given = encoder(clip)
     text = export.export(function, platforms=[platform])(*given).mlir_module()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     # all but the projection of one pooled embedding per image, [2, d] x [d, j]

@@ -1,4 +1,4 @@
-"""What a finished run stored and later commands believe: altered files are named in one sentence."""
+"""What a finished run stored and later commands believe: altered files are named."""
 
 import json
 import shutil

@@ -67,10 +67,10 @@ def augmented(pool):
     return pool._replace(variants=pool.variants - 3, copies=3, kinds=pool.kinds[:, :-3])
 
 
-def test_weight_zero_leaves_params_as_it_was_and_the_head_learns(tower, pool):
+def test_weight_zero_leaves_params_as_it_was_and_the_head_learns(clip, pool):
     off, on = settings(), settings(**{"loss.simclr": 0.3, "augment": "rotate=10"})
-    design, frozen = build.model_parts(off, tower)
-    bare, full = (build.fresh_params(c, tower, design) for c in (off, on))
+    design, frozen = build.model_parts(off, clip)
+    bare, full = (build.fresh_params(c, clip, design) for c in (off, on))
     assert set(full) - set(bare) == {"head"}
     jax.tree.map(np.testing.assert_array_equal, bare, {n: full[n] for n in bare})
 
@@ -100,13 +100,13 @@ def test_simclr_needs_augmentation():
     assert settings(**{"loss.simclr": 0.1, "method": "memory"}).steps == 0
 
 
-def test_training_with_simclr_logs_it(tmp_path, tower, pool):
-    c = settings(**{"loss.simclr": 0.3, "augment": "flip=0.5", "steps": 2})
-    design, frozen = build.model_parts(c, tower)
+def test_training_with_simclr_logs_it(tmp_path, clip, pool):
+    c = settings(**{"loss.simclr": 0.3, "augment": "flip=0.5", "steps": 2, "batch": 3})
+    design, frozen = build.model_parts(c, clip)
     params = loop.fit(
-        *(build.fresh_params(c, tower, design), frozen, [augmented(pool)], []),
+        *(build.fresh_params(c, clip, design), frozen, [augmented(pool)], []),
         workdir=tmp_path,
-        mesh=sharding.mesh(),  # eight devices and four rows: half of the rows only fill
+        mesh=sharding.mesh(),  # four devices and three rows: one only fills
         **build.training(c, design),
     )
     assert np.isfinite(params["head"]["out"]["kernel"]).all()

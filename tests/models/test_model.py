@@ -55,12 +55,12 @@ def peer_prompts(ref, position: str = "end") -> Prompts:
 
 def setting(path, peer, position="end", causal=False):
     """Design, params, frozen and batch that restate one fixture."""
-    ref, tower = peer(path)
+    ref, clip = peer(path)
     design = model.Design(
         peer_prompts(ref, position),
-        tower.text_encoder,
-        tower.size,
-        tower.grid,
+        clip.text_encoder,
+        clip.size,
+        clip.grid,
         "softmax",
         causal,
         False,
@@ -79,7 +79,7 @@ def setting(path, peer, position="end", causal=False):
         "offset": jnp.asarray(0.5),
     }
     pixels = jnp.asarray(ref["pixel_values"].transpose(0, 2, 3, 1))
-    features = image_features(tower.vision, pixels, encoder=tower.image_encoder)
+    features = image_features(clip.vision, pixels, encoder=clip.image_encoder)
     n = len(pixels)
     batch = Batch(
         features,
@@ -87,7 +87,7 @@ def setting(path, peer, position="end", causal=False):
         jnp.zeros(n, jnp.int32),
         jnp.ones(n, bool),
     )
-    frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
     return ref, design, params, frozen, batch
 
 
@@ -168,29 +168,27 @@ def test_causal_text_differs_from_the_peer_and_is_clip(path, peer):
 # --- our own form, on made-up tokens ------------------------------------------------------------
 
 
-def toy(tower, form="softmax", dropout=0.0, key=0):
-    """A design on a tiny CLIP's text tower with random tokens."""
+def toy(clip, form="softmax", dropout=0.0, key=0):
+    """A design on a tiny CLIP's text encoder with random tokens."""
     built = tokenize.build(
-        tower.tokenizer,
-        tower.eos_id,
+        clip.tokenizer,
+        clip.eos_id,
         phrases="templates",
         words=tokenize.Words(("breast",), ("mass",), ("ultrasound",)),
         context=4,
         position="end",
     )
-    design = model.Design(
-        built, tower.text_encoder, tower.size, tower.grid, form, True, True, dropout
-    )
-    params = model.init(jax.random.key(key), tower, design, 4, shared=False)
+    design = model.Design(built, clip.text_encoder, clip.size, clip.grid, form, True, True, dropout)
+    params = model.init(jax.random.key(key), clip, design, 4, shared=False)
     rng = np.random.default_rng(key)
     tokens = tuple(
-        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.widths[0])), jnp.float32)
+        jnp.asarray(rng.normal(size=(4, clip.grid**2, clip.widths[0])), jnp.float32)
         for _ in range(2)
     )
-    pooled = jnp.asarray(rng.normal(size=(4, tower.joint)), jnp.float32)
-    mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 6:20, 10:24].set(1.0)
+    pooled = jnp.asarray(rng.normal(size=(4, clip.joint)), jnp.float32)
+    mask = jnp.zeros((4, clip.size, clip.size)).at[2:, 6:20, 10:24].set(1.0)
     batch = Batch(Features(pooled, tokens), mask, jnp.array([0, 0, 1, 1]), jnp.array([True] * 4))
-    frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
     return design, params, frozen, batch
 
 

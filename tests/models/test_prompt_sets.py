@@ -17,10 +17,10 @@ from medclip_jax.training import batches, episodes, step
 WEIGHTS = dict(focal=1.0, dice=1.0, align=0.5, prompt=0.5)
 
 
-def words_of(tower, conditions, anatomy="breast", modality="ultrasound"):
+def words_of(clip, conditions, anatomy="breast", modality="ultrasound"):
     return tokenize.build(
-        tower.tokenizer,
-        tower.eos_id,
+        clip.tokenizer,
+        clip.eos_id,
         phrases="templates",
         words=tokenize.Words((anatomy,), conditions, (modality,)),
         context=4,
@@ -32,21 +32,21 @@ TARGET = ("mass",)
 MORE = ("nodule", "opacity", "fluid")
 
 
-def setting(tower, conditions, target=TARGET, form="softmax", shared=False, causal=True):
+def setting(clip, conditions, target=TARGET, form="softmax", shared=False, causal=True):
     """Design of a target beside a set with other conditions, params, frozen and a batch."""
-    sets = [words_of(tower, target), words_of(tower, conditions, "lung")]
-    static = tower.text_encoder, tower.size, tower.grid, form, causal, True, 0.0
+    sets = [words_of(clip, target), words_of(clip, conditions, "lung")]
+    static = clip.text_encoder, clip.size, clip.grid, form, causal, True, 0.0
     design = model.Design(sets[0], *static, sets=prompt_sets.stack(sets))
-    params = model.init(jax.random.key(0), tower, design, 4, shared)
+    params = model.init(jax.random.key(0), clip, design, 4, shared)
     rng = np.random.default_rng(0)
     tokens = tuple(
-        jnp.asarray(rng.normal(size=(4, tower.grid**2, tower.widths[0])), jnp.float32)
+        jnp.asarray(rng.normal(size=(4, clip.grid**2, clip.widths[0])), jnp.float32)
         for _ in range(2)
     )
-    pooled = jnp.asarray(rng.normal(size=(4, tower.joint)), jnp.float32)
-    mask = jnp.zeros((4, tower.size, tower.size)).at[2:, 6:20, 10:24].set(1.0)
+    pooled = jnp.asarray(rng.normal(size=(4, clip.joint)), jnp.float32)
+    mask = jnp.zeros((4, clip.size, clip.size)).at[2:, 6:20, 10:24].set(1.0)
     batch = Batch(Features(pooled, tokens), mask, jnp.array([0, 0, 1, 1]), jnp.array([True] * 4))
-    frozen = {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
     return sets, design, params, frozen, batch
 
 

@@ -84,10 +84,12 @@ def test_the_shipped_adapter_is_the_embedded_clips(compact):
     assert text_adapter.EMBEDDED.stat().st_size < 1_000_000
 
 
-def test_it_follows_the_text_tower_wherever_text_is_encoded(compact):
+def test_it_follows_the_text_encoder_wherever_text_is_encoded(compact):
     """Prompts of the model and plain ones; a tuned one stands in for the frozen one."""
     c = config_module.base("")
     plain, frozen = build.model_parts(c, compact, context=0)
+    c.model.language = "fresh"  # changes nothing
+    _, same = build.model_parts(c, compact, context=0)
     c.model.language = "embedded"
     _, adapted = build.model_parts(c, compact, context=0)
     words = model.text_features({}, frozen, plain)
@@ -98,37 +100,35 @@ def test_it_follows_the_text_tower_wherever_text_is_encoded(compact):
     fresh = text_adapter.init(jax.random.key(1), compact.joint)
     tuned = model.text_features({"language": fresh}, adapted, plain)
     np.testing.assert_array_equal(tuned, words)
+    np.testing.assert_array_equal(model.text_features({}, same, plain), words)
 
 
-@pytest.mark.parametrize("tuned", [False, True])
-def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, tuned, capfd):
-    tower = checkpoint.load(str(world.clip))
+def test_only_a_tuned_adapter_is_learned(tiny):
+    c = config_module.base("", name="folder", anatomy="breast", conditions=("mass",))
+    c.model.language = "fresh"
+    for tuned in (False, True):
+        c.model.language_tuned = tuned
+        design, frozen = build.model_parts(c, tiny)
+        assert ("language" in build.fresh_params(c, tiny, design)) == tuned
+        assert "language" in frozen
+
+
+def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, capfd):
+    clip = checkpoint.load(str(world.clip))
     path = tmp_path / "a.safetensors"
-    text_adapter.save(path, random_adapter(tower.joint), tower.digest, {})
-    flags = (f"--config.model.language={path}", f"--config.model.language_tuned={tuned}")
+    text_adapter.save(path, random_adapter(clip.joint), clip.digest, {})
+    flags = (f"--config.model.language={path}", "--config.model.language_tuned=True")
     flags += ("--config.steps=3", "--config.branches=('learned','zero_shot')")
-    assert world.main(tmp_path / "run", *flags, arguments="k=2") == 0
+    assert world.main(tmp_path / "run", *flags) == 0
     assert np.isfinite(predictions(tmp_path / "run")["maps"]).all()
     assert predict(tmp_path / "run", tmp_path / "out", world.data) == 0
-    with safe_open(tmp_path / "run" / "scorer.safetensors", framework="np") as held:
-        assert ("learned/model/language/up/kernel" in held.keys()) == tuned  # noqa: SIM118
-        if tuned:
-            moved = held.get_tensor("learned/model/language/up/kernel")
-            assert not np.array_equal(moved, random_adapter(tower.joint)["up"]["kernel"])
-    other = jax.tree.map(lambda x: 2 * x, random_adapter(tower.joint))
-    text_adapter.save(path, other, tower.digest, {})
+    with safe_open(tmp_path / "run" / "scorer.safetensors", framework="np") as file:
+        moved = file.get_tensor("learned/model/language/up/kernel")
+    assert not np.array_equal(moved, random_adapter(clip.joint)["up"]["kernel"])
+    other = jax.tree.map(lambda x: 2 * x, random_adapter(clip.joint))
+    text_adapter.save(path, other, clip.digest, {})
     assert predict(tmp_path / "run", tmp_path / "out2", world.data) == 2
     assert "another language adapter" in capfd.readouterr().err
-
-
-def test_a_fresh_frozen_adapter_changes_no_result(world, tmp_path):
-    steps = ("--config.steps=3",)
-    assert world.main(tmp_path / "a", *steps, arguments="k=2") == 0
-    flags = (*steps, "--config.model.language=fresh")
-    assert world.main(tmp_path / "b", *flags, arguments="k=2") == 0
-    for name in ("score", "maps"):
-        a, b = (predictions(tmp_path / x)[name] for x in "ab")
-        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_the_wrong_clip_and_nothing_to_tune_are_refused(world, tmp_path, capfd):
@@ -213,5 +213,5 @@ def test_the_script_ends_with_a_file_that_loads(script, world, tmp_path, monkeyp
     monkeypatch.setattr(script, "ABSENT", script.ABSENT[:2])
     script.main()
     assert "held-out retrieval" in capsys.readouterr().out
-    tower = checkpoint.load(str(world.clip))
-    assert text_adapter.load(str(out), tower.digest, tower.joint)["up"]["kernel"].shape == (4, 16)
+    clip = checkpoint.load(str(world.clip))
+    assert text_adapter.load(str(out), clip.digest, clip.joint)["up"]["kernel"].shape == (4, 16)

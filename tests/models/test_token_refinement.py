@@ -25,20 +25,20 @@ def folder(tmp_path_factory):
 
 
 def built(folder, levels, on=True):
-    tower = checkpoint.load(str(folder), levels, inputs=on)
+    clip = checkpoint.load(str(folder), levels, inputs=on)
     c = config.base("k=4", name="folder", anatomy="breast", conditions=("mass",))
     c.update_from_flattened_dict({"prompts.context": 2, "model.refine": on, "model.dropout": 0.0})
-    design, frozen = build.model_parts(config.resolve(c), tower)
-    params = model.init(jax.random.key(0), tower, design, 2, False)
-    return tower, design, frozen, params
+    design, frozen = build.model_parts(config.resolve(c), clip)
+    params = model.init(jax.random.key(0), clip, design, 2, False)
+    return clip, design, frozen, params
 
 
 @pytest.mark.parametrize("levels", LEVELS)
 def test_a_fresh_refinement_is_exactly_the_identity(folder, levels):
     pixels = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    tower, design, frozen, params = built(folder, levels)
+    clip, design, frozen, params = built(folder, levels)
     plain, bare, _, start = built(folder, levels, on=False)
-    tokens = image_features(tower.vision, pixels, tower.image_encoder)
+    tokens = image_features(clip.vision, pixels, clip.image_encoder)
     without = image_features(plain.vision, pixels, plain.image_encoder)
     assert without.inputs == () and bare.refinement is None
     jax.tree.map(
@@ -64,16 +64,16 @@ def test_a_fresh_refinement_is_exactly_the_identity(folder, levels):
 
 def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
     """With CLIP's own query in its place the result is the block's attention, level by level."""
-    tower, design, _, params = built(folder, (2, 4))
+    clip, design, _, params = built(folder, (2, 4))
     pixels = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
-    tokens = image_features(tower.vision, pixels, tower.image_encoder)
-    blocks = tower.params["vision_model"]["encoder"]["layers"]
-    one = layers.Block(2, 64, "gelu", tower.image_encoder.eps)
+    tokens = image_features(clip.vision, pixels, clip.image_encoder)
+    blocks = clip.params["vision_model"]["encoder"]["layers"]
+    one = layers.Block(2, 64, "gelu", clip.image_encoder.eps)
     for i, number in enumerate((2, 4)):
         block, own, x = design.refinement.blocks[i], params["refine"][i], tokens.inputs[i]
         np.testing.assert_array_equal(own["kernel"], block["self_attn"]["v_proj"]["kernel"])
         query = {**block["self_attn"]["q_proj"], "gate": jnp.asarray(1.0)}
-        refiner = token_refinement.TokenRefiner(2, tower.image_encoder.eps)
+        refiner = token_refinement.TokenRefiner(2, clip.image_encoder.eps)
         zeros = jnp.zeros_like(tokens.levels[i])
         got = refiner.apply({"params": query}, block, zeros, x)
         variables = {"params": blocks[str(number - 1)]}
@@ -85,9 +85,9 @@ def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
 
 
 def test_the_gate_learns_first_and_then_the_query(folder):
-    tower, design, frozen, params = built(folder, (1, 4))
+    clip, design, frozen, params = built(folder, (1, 4))
     pixels = jax.random.normal(jax.random.key(3), (2, 32, 32, 3))
-    tokens = image_features(tower.vision, pixels, tower.image_encoder)
+    tokens = image_features(clip.vision, pixels, clip.image_encoder)
     mask = jnp.zeros((2, 32, 32)).at[1, :16].set(1.0)
     batch = Batch(tokens, mask, jnp.array([0, 1]), jnp.ones(2, bool))
     weights = config.base().loss.to_dict()

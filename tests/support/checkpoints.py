@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPConfig
@@ -20,6 +21,15 @@ END = (
     len(json.loads((hf_weights.EMBEDDED / "vocab.json").read_text())) - 1
 )  # of text; the largest id
 START = END - 1
+
+
+class Theirs(FlaxCLIPModel):
+    """Without the random start, which takes long and which the checkpoint replaces."""
+
+    def init_weights(self, rng, input_shape, params=None):
+        whole = super().init_weights
+        shapes = jax.eval_shape(lambda key: whole(key, input_shape), rng)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def with_tokenizer(folder: Path, target: Path) -> Path:
@@ -39,18 +49,24 @@ def copy_tokenizer(target: Path) -> None:
         shutil.copyfile(hf_weights.EMBEDDED / name, target / name)
 
 
-def tiny_model(activation: str) -> tuple[FlaxCLIPModel, dict]:
+def tiny_model(activation: str, text_blocks: int = 1) -> tuple[FlaxCLIPModel, dict]:
     """A small CLIP of transformers' own making and random parameters for it.
 
     They are drawn here, biases too: transformers starts those at 0, which would hide a bias in the
     wrong place. Nor is its own init compiled, which is slow.
     """
-    tower = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, hidden_act=activation)
+    encoder = dict(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, hidden_act=activation
+    )
     config = CLIPConfig(
         projection_dim=16,
-        vision_config=dict(num_hidden_layers=4, image_size=32, patch_size=8, **tower),
+        vision_config=dict(num_hidden_layers=4, image_size=32, patch_size=8, **encoder),
         text_config=dict(
-            num_hidden_layers=2, vocab_size=END + 1, bos_token_id=START, eos_token_id=END, **tower
+            num_hidden_layers=text_blocks,
+            vocab_size=END + 1,
+            bos_token_id=START,
+            eos_token_id=END,
+            **encoder,
         ),
     )
     shape = (1, 77), (1, 32, 32, 3)
@@ -66,9 +82,14 @@ def tiny_model(activation: str) -> tuple[FlaxCLIPModel, dict]:
     return model, jax.tree_util.tree_map_with_path(draw, dict(shapes))
 
 
-def tiny_checkpoint(target: Path, activation: str = "gelu") -> tuple[Path, FlaxCLIPModel, dict]:
-    """`tiny_model` saved as Flax msgpack, with a tokenizer."""
-    model, params = tiny_model(activation)
+def tiny_checkpoint(
+    target: Path, activation: str = "gelu", text_blocks: int = 1
+) -> tuple[Path, FlaxCLIPModel, dict]:
+    """`tiny_model` saved as Flax msgpack, with a tokenizer.
+
+    One block of text suffices where its gradient is compiled, which takes most of a test's time.
+    """
+    model, params = tiny_model(activation, text_blocks)
     model.save_pretrained(target, params=params)
     copy_tokenizer(target)
     return target, model, params

@@ -16,19 +16,19 @@ def tokens(n, seed=0, grid=4, widths=(32, 32), joint=16) -> Features:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)
 
 
-def design_of(tower, dropout=0.0, context=2) -> tuple[model.Design, dict]:
+def design_of(clip, dropout=0.0, context=2) -> tuple[model.Design, dict]:
     built = tokenize.tokenise(
-        tower.tokenizer,
-        tower.eos_id,
+        clip.tokenizer,
+        clip.eos_id,
         ["normal", "healthy breast", "mass"],
         np.array([0, 0, 1]),
         context,
         "end",
     )
     design = model.Design(
-        built, tower.text_encoder, tower.size, tower.grid, "softmax", True, True, dropout
+        built, clip.text_encoder, clip.size, clip.grid, "softmax", True, True, dropout
     )
-    return design, {"text": tower.text, "logit_scale": jnp.asarray(tower.logit_scale)}
+    return design, {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
 
 
 def rows(features, wanted):

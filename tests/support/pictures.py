@@ -55,7 +55,7 @@ def feature_cache(tmp_path, tiny):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many batches the tower has seen."""
+    """How many batches the image encoder has seen."""
     seen = []
     real = checkpoint.encode_images
     monkeypatch.setattr(

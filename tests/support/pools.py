@@ -12,16 +12,16 @@ VARIANTS = 9
 
 
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory) -> checkpoint.Clip:
+def clip(tmp_path_factory) -> checkpoint.Clip:
     return checkpoint.load(str(tiny_checkpoint(tmp_path_factory.mktemp("clip"))[0]))
 
 
 @pytest.fixture(scope="module")
-def pool(tower) -> training_pool.TrainingPool:
+def pool(clip) -> training_pool.TrainingPool:
     """Four images; a variant's left or right half is anomalous, its tokens moved by a vector."""
     rng = np.random.default_rng(0)
-    grid, size, width = tower.grid, tower.size, tower.widths[0]
-    levels = len(tower.image_encoder.levels)
+    grid, size, width = clip.grid, clip.size, clip.widths[0]
+    levels = len(clip.image_encoder.levels)
     shift = 3 * rng.normal(size=(levels, width))
     clean, anomalous = [], []
     for _ in range(4):
@@ -35,7 +35,7 @@ def pool(tower) -> training_pool.TrainingPool:
             n = x.shape[1]
             tokens = x.reshape(levels, n, grid * grid, width).astype(np.float32)
             held = {f"level{i}": level for i, level in enumerate(tokens)}
-            held["pooled"] = np.zeros((n, tower.joint), np.float32)
+            held["pooled"] = np.zeros((n, clip.joint), np.float32)
             into.append((held | {"mask": np.packbits(mask, axis=1)}).__getitem__)
     kinds = np.tile(np.arange(VARIANTS) % 3, (4, 1))
     return training_pool.TrainingPool(tuple(clean), tuple(anomalous), levels, size, VARIANTS, kinds)

@@ -16,8 +16,13 @@ from medclip_jax.data import phantom
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.paths import ROOT
 
-STEPS, EVERY = 150, 10
-EXPLAINED = "--config.explanation.count=2", "--config.validations=20"  # of `finished` alone
+STEPS, EVERY = 60, 10
+# exact meta-learning; three tasks spread evenly neither over two processes nor over four devices
+META = (
+    *("--config.learner=maml", "--config.meta.tasks=3", "--config.synthesis.variants=16"),
+    "--config.checkpoint_every=90",
+)
+EXPLAINED = "--config.explanation.count=2", "--config.validations=6"  # of `finished` alone
 
 
 class World(NamedTuple):

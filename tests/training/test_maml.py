@@ -227,7 +227,7 @@ def test_padded_tasks_weigh_nothing():
 # Devices and memory
 
 
-@pytest.mark.parametrize("devices, first_order", [(2, False), (8, False), (8, True)])
+@pytest.mark.parametrize("devices, first_order", [(2, False), (4, False), (4, True)])
 def test_sharded_equals_unsharded(devices, first_order):
     params, episodes = problem(tasks=8)
     inner = Inner(0.1, 3, first_order)
