@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8, UInt16
+from jaxtyping import Bool, Float, Float16, UInt8, UInt16
 
 from medclip_jax import files
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.explain import boxes
 from medclip_jax.inference.inputs import Item
-from medclip_jax.io import dicom_write, nifti, pillow, resize
+from medclip_jax.io import dicom_write, nifti_write, pillow, resize
+from medclip_jax.io.image import Frames
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
 COLUMNS = (
@@ -36,16 +37,23 @@ CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the im
 
 
 class Loaded(NamedTuple):
-    """One item, read: in its own frame for display, in the encoder frame for scoring."""
+    """One item, opened; its frames are made when they are needed."""
 
     key: str  # names content, detector and settings
     sha256: str
-    pixels: UInt8[np.ndarray, "f h w"]
-    fitted: Float[np.ndarray, "f s s"]
-    spacing: tuple[float, float] | None  # mm (row, column)
-    meta: dict[str, str]
+    frames: Frames
     mm2: float | None  # area of a pixel of the encoder frame
-    codes: UInt16[np.ndarray, "f h w"]  # maps, filled as frames are scored
+    codes: UInt16[np.ndarray, "f h w"] | Bool[np.ndarray, "f h w"]  # maps; where marked, for many
+    keep_maps: bool  # those of the encoder frame are written too
+
+    def marked(self) -> Bool[np.ndarray, "f h w"]:
+        """Pixels over the threshold."""
+        return self.codes if self.codes.dtype == bool else self.codes >= HALF
+
+    def shown(self, index: int) -> UInt8[np.ndarray, "h w"]:
+        """A frame for display."""
+        frame = 255 * self.frames.part(index, index + 1)[0]
+        return np.round(frame, out=frame).astype(np.uint8)
 
 
 class Privacy(NamedTuple):
@@ -59,36 +67,50 @@ class Part(NamedTuple):
     """Results of neighbouring frames of one item."""
 
     frames: list[dict[str, Any]]  # of the JSON
-    scores: BatchScores  # maps as float16
+    scores: BatchScores  # maps as float16, of all frames or of the first with the highest score
     cams: Float[np.ndarray, "n p"] | None  # Grad-CAM; no column where it is not wanted
 
 
 def part(
     scores: BatchScores,
-    codes: UInt16[np.ndarray, "n h w"],
+    codes: UInt16[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"],
     first: int,
     spacing: tuple[float, float] | None,
     fit: resize.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
+    keep_maps: bool = True,
 ) -> Part:
     """Results of n frames.
 
     Args:
         scores: of these frames.
-        codes: to be filled with 16-bit values of the frames' maps.
+        codes: to be filled with 16-bit values of the frames' maps, or with where they are marked.
         first: number of the first frame in its item.
         spacing: mm (row, column).
         fit: how the image was brought to the encoder frame.
         cams: Grad-CAM of the patches, if it is wanted.
+        keep_maps: for all frames, else for the one with the highest score.
     """
     scores = scores._replace(maps=calibration.half_precision(scores.maps))
     frames = []
     for i, small in enumerate(scores.maps):
         heat = frame_map(small, codes.shape[1:], fit)
-        # HALF or more is exactly what is at least 0.5
-        codes[i] = np.minimum(heat * np.float32(65536), 65535).astype(np.uint16)
+        if codes.dtype == bool:
+            np.greater_equal(heat, 0.5, out=codes[i])
+        else:  # HALF or more is exactly what is at least 0.5
+            _encode(heat, codes[i])
         frames.append(_frame(scores, i, first + i, heat, spacing))
+    if not keep_maps:
+        best = int(np.argmax(scores.score))
+        scores = scores._replace(maps=scores.maps[best : best + 1].copy())
     return Part(frames, scores, cams)
+
+
+def _encode(heat: Float[np.ndarray, "h w"], codes: UInt16[np.ndarray, "h w"]) -> None:
+    """65536 times the map, some rows at a time."""
+    for rows in np.array_split(np.arange(len(heat)), max(1, heat.size >> 22)):
+        part = slice(rows[0], rows[-1] + 1)
+        codes[part] = np.minimum(heat[part] * np.float32(65536), 65535)
 
 
 def frame_map(
@@ -145,20 +167,20 @@ def write(
         Rows of the table, one per frame, and notes on what is missing.
     """
     frames = [frame for part in parts for frame in part.frames]
-    scores = BatchScores(*map(np.concatenate, zip(*(part.scores for part in parts), strict=True)))
-    top = int(np.argmax(scores.score))
-    pixels = loaded.pixels[top]
-    heat = frame_map(scores.maps[top], pixels.shape, fit)
-    pictures = {"overlay.png": pillow.draw_overlay(pixels, heat, frames[top]["boxes"])}
-    pictures |= _cam_picture(parts, top, pixels, fit)
-    contents = _maps(loaded.codes, scores, npz=item.kind != "nifti")
+    top = int(np.argmax((scores := _joined(parts)).score))
+    pixels = loaded.shown(top)
+    heat = frame_map(_top_map(parts, top), pixels.shape, fit)
+    overlay = pillow.draw_overlay(pixels, heat, frames[top]["boxes"])
+    pictures = {"overlay.png": overlay} | _cam_picture(parts, top, pixels, fit)
+    contents = _maps(loaded, scores, parts)
     names: dict[str, str] = {}
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
-        nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
+        grid = Path(item.paths[0]), loaded.codes, loaded.frames.axis
+        nifti_write.write_nifti(output / names["map"], *grid)
     objects = dicom_write.DicomObjects({}, [], [], False)
     if item.kind == "dicom":
-        shown = loaded.codes >= HALF, pictures["overlay.png"], top
+        shown = loaded.marked(), overlay, top
         objects = build(dicom_write.Task(item.paths, loaded.key, *shown, *privacy))
     if not objects.burned_in or privacy.salt is None or privacy.burned_in:
         contents |= {name: pillow.encode_png(picture) for name, picture in pictures.items()}
@@ -188,10 +210,12 @@ def _page(item: Item, loaded: Loaded, frames, top: int, model: dict[str, Any]) -
         "sha256": loaded.sha256,
         "key": loaded.key,
         "kind": item.kind,
-        "meta": loaded.meta,
-        "height": loaded.pixels.shape[1],
-        "width": loaded.pixels.shape[2],
-        "spacing_mm": loaded.spacing,
+        "meta": loaded.frames.meta,
+        "range": loaded.frames.range,
+        "axis": loaded.frames.axis,
+        "height": loaded.frames.shape[1],
+        "width": loaded.frames.shape[2],
+        "spacing_mm": loaded.frames.spacing,
         "model": model,
         "score": frames[top]["score"],
         "top_frame": top,
@@ -225,17 +249,34 @@ def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: resize.Mode) -> d
     return {"cam.png": pillow.draw_overlay(pixels, heat, [])}
 
 
-def _maps(codes: UInt16[np.ndarray, "f h w"], scores: BatchScores, npz: bool) -> dict[str, bytes]:
+def _joined(parts: Sequence[Part]) -> BatchScores:
+    """Scores of all frames without maps, of which only some may be there."""
+    each = [part.scores._replace(maps=part.scores.maps[:0]) for part in parts]
+    return BatchScores(*map(np.concatenate, zip(*each, strict=True)))
+
+
+def _top_map(parts: Sequence[Part], top: int) -> Float16[np.ndarray, "s s"]:
+    """The map of the frame with the highest score, whichever maps the parts have."""
+    first = 0
+    for part in parts:
+        count = len(part.frames)
+        if top < first + count:
+            return part.scores.maps[top - first if len(part.scores.maps) == count else 0]
+        first += count
+    raise RuntimeError(f"no part has frame {top}")
+
+
+def _maps(loaded: Loaded, scores: BatchScores, parts: Sequence[Part]) -> dict[str, bytes]:
     """Files of the maps, and of equation (10) where there are several passes of MC-dropout."""
     contents = {}
-    if npz and len(codes) == 1:
-        contents["map.png"] = pillow.encode_png(codes[0])
-    elif npz:
-        contents["map.npz"] = _npz(maps=scores.maps)
+    if loaded.codes.dtype != bool and loaded.keep_maps:
+        contents["map.png"] = pillow.encode_png(loaded.codes[0])
+    elif loaded.keep_maps:
+        contents["map.npz"] = _npz(maps=[part.scores.maps for part in parts])
     if scores.passes.shape[1] > 1:
         grid = round(scores.patch_mean.shape[1] ** 0.5)
         moments = {
-            name: getattr(scores, name).reshape(-1, grid, grid).astype(np.float32)
+            name: [getattr(scores, name).reshape(-1, grid, grid).astype(np.float32)]
             for name in ("patch_mean", "patch_variance")
         }
         contents["mc_dropout.npz"] = _npz(**moments)
@@ -281,11 +322,15 @@ def _seal(page: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files.plain(page), sort_keys=True).encode()).hexdigest()
 
 
-def _npz(**arrays: np.ndarray) -> bytes:
-    """An npz file as numpy's own, but deflated at the fastest level."""
+def _npz(**arrays: list[np.ndarray]) -> bytes:
+    """An npz file as numpy's own, but deflated at the fastest level; arrays in pieces of rows."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        for name, values in arrays.items():
-            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
-                np.lib.format.write_array(member, values)
+        for name, pieces in arrays.items():
+            shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
+            header = np.lib.format.header_data_from_array_1_0(pieces[0]) | {"shape": shape}
+            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces:
+                    member.write(np.ascontiguousarray(piece).data)
     return raw.getvalue()
