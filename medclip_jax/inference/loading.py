@@ -19,7 +19,7 @@ from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Predictor
-from medclip_jax.inference.results import Loaded
+from medclip_jax.inference.scored import Loaded
 from medclip_jax.io import dicom, dicom_header, nifti_header, pillow, read
 from medclip_jax.io.image import Frames, parse_window
 from medclip_jax.io.resize import pixel_area
@@ -47,7 +47,7 @@ class Job:
 
     item: Item
     loaded: Loaded | None = None
-    parts: list[Future] = field(default_factory=list)  # of results.Part, in order of frames
+    parts: list[Future] = field(default_factory=list)  # of scored.Part, in order of frames
     scored: int = 0  # frames
     rows: list[dict[str, Any]] | None = None
     error: str = ""
