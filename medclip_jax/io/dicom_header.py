@@ -30,6 +30,11 @@ STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # group 0002 or 0008, where "D
 MAX_INFLATED = 1 << 28  # bytes of a deflated file, which are in memory twice
 MAX_INFLATED_HEADER = 1 << 25  # bytes inflated where no pixels are needed
 MAX_READS = 1_000_000  # a header of 5,000 frames with functional groups needs half of them
+ITEM = b"\xfe\xff\x00\xe0"
+SEQUENCES = (
+    *("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence", "VOILUTSequence"),
+    *("ModalityLUTSequence", "SequenceOfUltrasoundRegions"),
+)
 BITS = {1, 8, 16, 32, 64}
 JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
 JPEG_LS = {uid.JPEGLSLossless, uid.JPEGLSNearLossless}
@@ -100,17 +105,24 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
             file.seek(0)
             ds = pydicom.dcmread(file, force=bare, stop_before_pixels=tags is not None, **options)
     except OSError as error:
+        if isinstance(error.__context__, TooManyElementsError):  # pydicom replaces it
+            raise _too_many(path) from None
+        if error.errno is None:  # pydicom's own, which may quote an element
+            raise DataError(f"{path} is damaged or truncated: copy it again.") from None
         raise DataError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from error
     except TooManyElementsError:
-        raise DataError(
-            f"{path} has far more header elements than an image needs: remove it if it is not "
-            "yours."
-        ) from None
+        raise _too_many(path) from None
     ds.file_meta = getattr(ds, "file_meta", None) or FileMetaDataset()
     if not ds.file_meta.get("TransferSyntaxUID"):
         implicit, little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = ENCODINGS[bool(implicit), bool(little)]
     return ds
+
+
+def _too_many(path: Path) -> DataError:
+    return DataError(
+        f"{path} has far more header elements than an image needs: remove it if it is not yours."
+    )
 
 
 def _file_meta(file: _Metered, bare: bool) -> FileMetaDataset:
@@ -152,6 +164,10 @@ def check(path: Path, ds: Dataset) -> None:
     """Raise DataError for what has no image, is too large or has no decoder here."""
     if not any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise DataError(f"{path} is DICOM without an image (no PixelData): remove it.")
+    for name in SEQUENCES:  # not parsed before they are looked at
+        value = getattr(ds.get_item(name), "value", None)
+        if isinstance(value, bytes) and value.count(ITEM) > MAX_READS // 4:
+            raise _too_many(path)
     rows, columns, frames = (count(path, ds, n) for n in ("Rows", "Columns", "NumberOfFrames"))
     check_size(path, columns, rows, frames)
     samples, bits = count(path, ds, "SamplesPerPixel"), count(path, ds, "BitsAllocated")
