@@ -1,5 +1,18 @@
-"""`read(path)` under the name that other tools import; the readers themselves are in `io`."""
+"""`read(path)` as other tools call it; the readers themselves are in `io`."""
 
-from medclip_jax.io.read import read
+from pathlib import Path
+
+from medclip_jax.io import read as io_read
+from medclip_jax.io.image import Image
 
 __all__ = ["read"]
+
+
+def read(
+    path: Path,
+    axis: io_read.Axis = "axial",
+    frames: tuple[int, int] | None = None,
+    window: str | None = None,
+) -> Image:
+    """As `io.read.read`, but NIfTI volumes are sliced axially unless another axis is named."""
+    return io_read.read(path, axis, frames, window)

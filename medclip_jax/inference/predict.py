@@ -21,9 +21,9 @@ from typing import NamedTuple
 from medclip_jax import files
 from medclip_jax.distributed import runtime
 from medclip_jax.errors import DataError, Preempted, printable
-from medclip_jax.inference import inputs, pipeline, pseudonyms, results
+from medclip_jax.inference import inputs, loading, pipeline, pseudonyms, results
 from medclip_jax.inference.inputs import Item
-from medclip_jax.inference.pipeline import Job
+from medclip_jax.inference.loading import Job
 from medclip_jax.inference.predictor import Predictor, batch_size
 from medclip_jax.inference.results import Privacy
 from medclip_jax.io import dicom_write
@@ -130,31 +130,39 @@ def _stream(
 ) -> Generator[tuple[Job, list[dict]], None, None]:
     """Read, score and write items; yields each, in order, with its rows of the table."""
     size = batch_size(predictor)
-    load = partial(pipeline.load, predictor=predictor, output=output, stamp=stamp)
+    load = partial(loading.load, predictor=predictor, output=output, stamp=stamp)
     objects = dicom_write.builder(sum(item.kind == "dicom" for item in items))
     # threads end first: they wait for objects
     with objects as build, _threads(1) as readers, _threads(2) as writers:
         write = partial(_write, predictor, output, privacy, build)
-        with closing(pipeline.read_ahead(readers, items, load, 2 * size, stop)) as reading:
+        weigh = partial(loading.weight, map_bytes=2 * predictor.size**2)
+        reading = pipeline.read_ahead(readers, items, load, 2 * size, stop, weigh)
+        with closing(reading):
             jobs = pipeline.score(predictor, reading, writers)
             # so many that the encoder does not wait for writers
             yield from _written(jobs, writers, write, 4 * size)
 
 
 def _written(
-    jobs: Iterable[Job], pool: ThreadPoolExecutor, write: Callable, most: int
+    jobs: Iterable[Job | None], pool: ThreadPoolExecutor, write: Callable, most: int
 ) -> Iterator[tuple[Job, list[dict]]]:
-    """Hand jobs to `write` on threads; yields them, in order, with their rows."""
+    """Hand jobs to `write` on threads; yields them, in order, with their rows.
+
+    At None all jobs are written, and their memory is free, before the next one is asked for.
+    """
     writing: collections.deque[tuple[Job, Future]] = collections.deque()
 
     def crowded() -> bool:
         return len(writing) > most or sum(job.size() for job, _ in writing) > PENDING
 
-    for job in jobs:
-        writing.append((job, pool.submit(write, job)))
-        while writing and (writing[0][1].done() or crowded()):
+    for new in jobs:
+        if new is not None:
+            writing.append((new, pool.submit(write, new)))
+        while writing and (new is None or writing[0][1].done() or crowded()):
             job, future = writing.popleft()
             yield job, future.result()
+            if new is None:
+                job.forget()
     for job, future in writing:
         yield job, future.result()
 
@@ -177,7 +185,7 @@ def _write(
     try:
         return _write_scored(predictor, output, privacy, build, job)
     except (DataError, OSError, MemoryError) as error:  # of the input: the output's is WorkdirError
-        job.error = pipeline.reason(error, job.item)
+        job.error = loading.reason(error, job.item)
         return []
 
 
@@ -193,7 +201,8 @@ def _write_scored(predictor, output, privacy, build, job: Job) -> list[dict]:
     parts = [future.result() for future in job.parts]  # submitted to the same pool, but before
     loaded = job.content()
     fit = predictor.fit
-    rows, job.notes = results.write(output, job.item, loaded, parts, fit, model, privacy, build)
+    with loading.in_turn(loading.one_drawn, loaded.codes[0].size):
+        rows, job.notes = results.write(output, job.item, loaded, parts, fit, model, privacy, build)
     return rows
 
 

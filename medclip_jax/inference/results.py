@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8, UInt16
 
 from medclip_jax import files
-from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
-from medclip_jax.explain import boxes
 from medclip_jax.inference.inputs import Item
-from medclip_jax.io import dicom_write, nifti, pillow, resize
+from medclip_jax.inference.scored import Loaded, Part, frame_map, joined, top_map
+from medclip_jax.io import dicom_write, nifti_write, pillow, resize
 
-HALF = 32768  # the code of 0.5, where the pixel threshold lies
 COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
@@ -35,92 +32,11 @@ LARGEST_PAGE = 1 << 28  # bytes of a JSON
 CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the image's frame
 
 
-class Loaded(NamedTuple):
-    """One item, read: in its own frame for display, in the encoder frame for scoring."""
-
-    key: str  # names content, detector and settings
-    sha256: str
-    pixels: UInt8[np.ndarray, "f h w"]
-    fitted: Float[np.ndarray, "f s s"]
-    spacing: tuple[float, float] | None  # mm (row, column)
-    meta: dict[str, str]
-    mm2: float | None  # area of a pixel of the encoder frame
-    codes: UInt16[np.ndarray, "f h w"]  # maps, filled as frames are scored
-
-
 class Privacy(NamedTuple):
     """What an output may say of its source."""
 
     salt: bytes | None = None  # of the pseudonyms; None: names and identity as DICOM wants them
     burned_in: bool = False  # with a salt: pictures also where the source says they show text
-
-
-class Part(NamedTuple):
-    """Results of neighbouring frames of one item."""
-
-    frames: list[dict[str, Any]]  # of the JSON
-    scores: BatchScores  # maps as float16
-    cams: Float[np.ndarray, "n p"] | None  # Grad-CAM; no column where it is not wanted
-
-
-def part(
-    scores: BatchScores,
-    codes: UInt16[np.ndarray, "n h w"],
-    first: int,
-    spacing: tuple[float, float] | None,
-    fit: resize.Mode,
-    cams: Float[np.ndarray, "n p"] | None = None,
-) -> Part:
-    """Results of n frames.
-
-    Args:
-        scores: of these frames.
-        codes: to be filled with 16-bit values of the frames' maps.
-        first: number of the first frame in its item.
-        spacing: mm (row, column).
-        fit: how the image was brought to the encoder frame.
-        cams: Grad-CAM of the patches, if it is wanted.
-    """
-    scores = scores._replace(maps=calibration.half_precision(scores.maps))
-    frames = []
-    for i, small in enumerate(scores.maps):
-        heat = frame_map(small, codes.shape[1:], fit)
-        # HALF or more is exactly what is at least 0.5
-        codes[i] = np.minimum(heat * np.float32(65536), 65535).astype(np.uint16)
-        frames.append(_frame(scores, i, first + i, heat, spacing))
-    return Part(frames, scores, cams)
-
-
-def frame_map(
-    small: Float[np.ndarray, "s s"], shape: tuple[int, ...], fit: resize.Mode
-) -> Float[np.ndarray, "h w"]:
-    """A map in the image's own frame (rows, columns), [0, 1]; 0.5 is the pixel threshold."""
-    height, width = shape
-    return resize.to_frame(small.astype(np.float32), height, width, fit)
-
-
-def _frame(scores: BatchScores, i: int, number: int, heat, spacing) -> dict[str, Any]:
-    return {
-        "frame": number,
-        "score": float(scores.score[i]),
-        "p_value": float(scores.p_value[i]),
-        "alarm": bool(scores.alarm[i]),
-        "uncertainty": float(scores.uncertainty[i]),
-        "patch_variance_mean": float(scores.patch_variance[i].mean()),
-        "patch_variance_max": float(scores.patch_variance[i].max()),
-        "boxes": [_box(box, spacing) for box in boxes.boxes_of(heat)],
-    }
-
-
-def _box(box: boxes.Box, spacing: tuple[float, float] | None) -> dict[str, Any]:
-    values = {name: getattr(box, name) for name in ("row0", "col0", "row1", "col1", "score")}
-    values["area_pixels"] = box.area
-    if spacing is not None:
-        row, column = spacing
-        values["height_mm"] = (box.row1 - box.row0) * row
-        values["width_mm"] = (box.col1 - box.col0) * column
-        values["area_mm2"] = box.area * row * column
-    return values
 
 
 def write(
@@ -145,20 +61,20 @@ def write(
         Rows of the table, one per frame, and notes on what is missing.
     """
     frames = [frame for part in parts for frame in part.frames]
-    scores = BatchScores(*map(np.concatenate, zip(*(part.scores for part in parts), strict=True)))
-    top = int(np.argmax(scores.score))
-    pixels = loaded.pixels[top]
-    heat = frame_map(scores.maps[top], pixels.shape, fit)
-    pictures = {"overlay.png": pillow.draw_overlay(pixels, heat, frames[top]["boxes"])}
-    pictures |= _cam_picture(parts, top, pixels, fit)
-    contents = _maps(loaded.codes, scores, npz=item.kind != "nifti")
+    top = int(np.argmax((scores := joined(parts)).score))
+    pixels = loaded.shown(top)
+    heat = frame_map(top_map(parts, top), pixels.shape, fit)
+    overlay = pillow.draw_overlay(pixels, heat, frames[top]["boxes"])
+    pictures = {"overlay.png": overlay} | _cam_picture(parts, top, pixels, fit)
+    contents = _maps(loaded, scores, parts)
     names: dict[str, str] = {}
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
-        nifti.write_nifti(output / names["map"], Path(item.paths[0]), loaded.codes)
+        grid = Path(item.paths[0]), loaded.codes, loaded.frames.axis
+        nifti_write.write_nifti(output / names["map"], *grid)
     objects = dicom_write.DicomObjects({}, [], [], False)
     if item.kind == "dicom":
-        shown = loaded.codes >= HALF, pictures["overlay.png"], top
+        shown = loaded.marked(), overlay, top
         objects = build(dicom_write.Task(item.paths, loaded.key, *shown, *privacy))
     if not objects.burned_in or privacy.salt is None or privacy.burned_in:
         contents |= {name: pillow.encode_png(picture) for name, picture in pictures.items()}
@@ -188,10 +104,12 @@ def _page(item: Item, loaded: Loaded, frames, top: int, model: dict[str, Any]) -
         "sha256": loaded.sha256,
         "key": loaded.key,
         "kind": item.kind,
-        "meta": loaded.meta,
-        "height": loaded.pixels.shape[1],
-        "width": loaded.pixels.shape[2],
-        "spacing_mm": loaded.spacing,
+        "meta": loaded.frames.meta,
+        "range": loaded.frames.range,
+        "axis": loaded.frames.axis,
+        "height": loaded.frames.shape[1],
+        "width": loaded.frames.shape[2],
+        "spacing_mm": loaded.frames.spacing,
         "model": model,
         "score": frames[top]["score"],
         "top_frame": top,
@@ -225,17 +143,17 @@ def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: resize.Mode) -> d
     return {"cam.png": pillow.draw_overlay(pixels, heat, [])}
 
 
-def _maps(codes: UInt16[np.ndarray, "f h w"], scores: BatchScores, npz: bool) -> dict[str, bytes]:
+def _maps(loaded: Loaded, scores: BatchScores, parts: Sequence[Part]) -> dict[str, bytes]:
     """Files of the maps, and of equation (10) where there are several passes of MC-dropout."""
     contents = {}
-    if npz and len(codes) == 1:
-        contents["map.png"] = pillow.encode_png(codes[0])
-    elif npz:
-        contents["map.npz"] = _npz(maps=scores.maps)
+    if loaded.codes.dtype != bool and loaded.keep_maps:
+        contents["map.png"] = pillow.encode_png(loaded.codes[0])
+    elif loaded.keep_maps:
+        contents["map.npz"] = _npz(maps=[part.scores.maps for part in parts])
     if scores.passes.shape[1] > 1:
         grid = round(scores.patch_mean.shape[1] ** 0.5)
         moments = {
-            name: getattr(scores, name).reshape(-1, grid, grid).astype(np.float32)
+            name: [getattr(scores, name).reshape(-1, grid, grid).astype(np.float32)]
             for name in ("patch_mean", "patch_variance")
         }
         contents["mc_dropout.npz"] = _npz(**moments)
@@ -281,11 +199,15 @@ def _seal(page: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files.plain(page), sort_keys=True).encode()).hexdigest()
 
 
-def _npz(**arrays: np.ndarray) -> bytes:
-    """An npz file as numpy's own, but deflated at the fastest level."""
+def _npz(**arrays: list[np.ndarray]) -> bytes:
+    """An npz file as numpy's own, but deflated at the fastest level; arrays in pieces of rows."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        for name, values in arrays.items():
-            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
-                np.lib.format.write_array(member, values)
+        for name, pieces in arrays.items():
+            shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
+            header = np.lib.format.header_data_from_array_1_0(pieces[0]) | {"shape": shape}
+            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces:
+                    member.write(np.ascontiguousarray(piece).data)
     return raw.getvalue()

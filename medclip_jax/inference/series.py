@@ -45,7 +45,7 @@ def header(path: str) -> Dataset | None:
         list(head)  # pydicom converts values when they are read
         return head
     except Exception as error:  # pydicom raises anything on broken files
-        logging.debug("%s has no usable DICOM header (%s)", path, type(error).__name__)
+        logging.debug("no usable DICOM header (%s)", type(error).__name__)
         return None
 
 

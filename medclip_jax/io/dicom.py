@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pydicom.pixels
 from jaxtyping import Float
 from pydicom.dataset import Dataset
 
 from medclip_jax.errors import DataError
-from medclip_jax.io import dicom_header, dicom_pixels, image
-from medclip_jax.io.image import MAX_VOXELS, Image, Window
+from medclip_jax.io import dicom_frames, dicom_header, dicom_pixels, image
+from medclip_jax.io.image import MAX_BYTES, MAX_VOXELS, SAMPLE, Frames, Stretch, Window
 
 # PS3.3 C.7.3.1.1.1, those with images; anything else becomes "OT" (other)
 MODALITIES = set(
@@ -31,63 +30,128 @@ SORT_TAGS = (
 )
 
 
-class _Decoded(NamedTuple):
-    """Decoded frames before the stretch that a whole series shares."""
-
-    pixels: Float[np.ndarray, "f h w"]
-    scaled: bool  # in [0, 1] already
-    inverted: bool  # MONOCHROME1, still to be inverted
-    spacing: tuple[float, float] | None
-    modality: str
-
-
-def read_dicom(
-    path: Path, frames: tuple[int, int] | None = None, window: Window | None = None
-) -> Image:
-    """Read a DICOM file, or a folder of them as one series sorted along the slice normal.
+def open_dicom(path: Path, window: Window | None = None) -> Frames:
+    """Open a DICOM file, or a folder of them as one series sorted along the slice normal.
 
     Modality LUT or rescale, then the first VOI LUT, else the first window (LINEAR, LINEAR_EXACT,
     SIGMOID), mapped to [0, 1] as PS3.3 C.11.2 says. Files without either are stretched together by
-    the least and the largest of their frames (a constant becomes 0). MONOCHROME1 is inverted;
-    palette, RGB and YBR become BT.601 luminance.
+    the least and the largest of their frames (a constant becomes 0; single spikes are clipped, see
+    `image.stretch_of`). MONOCHROME1 is inverted; palette, RGB and YBR become BT.601 luminance;
+    padding becomes 0.
 
     A series is sorted by Image Position projected on the normal of Image Orientation, ties by
     Instance Number; by Instance Number alone where a position is missing or orientations differ.
     Files without the letters DICM and files without rows (a DICOMDIR, a report) are skipped.
 
     Args:
-      frames: (first, end) of the (sorted) frames to return, end not included.
       window: maps the Hounsfield units of a CT to [0, 1] in place of the files' own windows.
 
     Raises:
       DataError: whatever keeps a file from being shown, or from being windowed by `window`; no
         DICOM image, several series, or sizes that differ.
     """
-    series = read_slices(_sorted_series(path) if path.is_dir() else [path], path, window)
-    return series._replace(pixels=series.pixels[image.choose(path, len(series.pixels), frames)])
+    return open_slices(_sorted_series(path) if path.is_dir() else [path], path, window)
 
 
-def read_slices(paths: Sequence[Path], source: Path, window: Window | None = None) -> Image:
-    """Read files, in order, as one series that messages call `source`; else as `read_dicom`.
+def open_slices(paths: Sequence[Path], source: Path, window: Window | None = None) -> Frames:
+    """Open files, in order, as one series that messages call `source`; else as `open_dicom`.
 
     Spacing is None where the files differ in it.
     """
-    series = [_decode(path, window) for path in paths]
-    if len({decoded.pixels.shape[1:] for decoded in series}) > 1:
-        raise DataError(f"{source} has images of several sizes: give a folder with one series.")
-    raw = [decoded for decoded in series if not decoded.scaled]
-    low = min((float(decoded.pixels.min()) for decoded in raw), default=0.0)
-    high = max((float(decoded.pixels.max()) for decoded in raw), default=0.0)
-    for decoded in raw:
-        image.stretch_to_unit(decoded.pixels, low, high)
-        if decoded.inverted:
-            np.subtract(1, decoded.pixels, out=decoded.pixels)
-    spacings, modalities = {d.spacing for d in series}, {d.modality for d in series}
-    return Image(
-        series[0].pixels if len(series) == 1 else np.concatenate([d.pixels for d in series]),
+    files: list[_File] = []
+    for path in paths:
+        files.append(_open(path, window))
+        _check_series(source, files)
+    places = [(f, i) for f in files for i in range(f.stored.number)]
+    stretch, ranges = _ranges(places, window)
+    spacings = {file.spacing for file in files}
+    modalities = {file.modality for file in files}
+
+    def part(first: int, end: int) -> Float[np.ndarray, "n h w"]:
+        pixels = np.empty((end - first, *files[0].shape), np.float32)
+        for into, (file, index) in zip(pixels, places[first:end], strict=True):
+            into[:], scaled = file.frame(index, window)
+            if not scaled:
+                image.stretch_to_unit(into, stretch)
+                if file.ds.PhotometricInterpretation == "MONOCHROME1":
+                    np.subtract(1, into, out=into)
+                np.nan_to_num(into, copy=False, nan=0.0)  # padding
+        return pixels
+
+    return Frames(
+        (len(places), *files[0].shape),
+        part,
         spacings.pop() if len(spacings) == 1 else None,
         {"format": "DICOM", "modality": modalities.pop() if len(modalities) == 1 else "OT"},
+        ranges,
+        sum(file.nbytes for file in files),
     )
+
+
+class _File(NamedTuple):
+    """One opened file."""
+
+    path: Path
+    ds: Dataset
+    stored: dicom_frames.Stored
+    shape: tuple[int, int]
+    spacing: tuple[float, float] | None
+    modality: str
+    nbytes: int
+
+    def frame(self, index: int, window: Window | None) -> tuple[Float[np.ndarray, "h w"], bool]:
+        """`display_values` of a frame; raises DataError."""
+        with _no_foreign_errors(self.path):
+            raw = self.stored.frame(index)
+            return dicom_pixels.display_values(self.ds, raw, index, window, self.stored.white)
+
+
+def _open(path: Path, window: Window | None) -> _File:
+    with _no_foreign_errors(path):
+        ds = dicom_header.parse(path)
+        dicom_header.check(path, ds)
+        if window and (reason := dicom_pixels.lacks_hounsfield(ds)):
+            raise image.no_hounsfield(path, reason)
+        shape = dicom_header.count(path, ds, "Rows"), dicom_header.count(path, ds, "Columns")
+        modality = str(ds.get("Modality", "")).strip()
+        modality = modality if modality in MODALITIES else "OT"
+        stored = dicom_frames.stored(path, ds)
+        nbytes = path.stat().st_size
+        return _File(path, ds, stored, shape, dicom_pixels.spacing(ds), modality, nbytes)
+
+
+def _check_series(source: Path, files: Sequence[_File]) -> None:
+    """Raise DataError where the newest file does not belong to the others, or is one too many."""
+    if len({file.shape for file in files}) > 1:
+        raise DataError(f"{source} has images of several sizes: give a folder with one series.")
+    image.check_size(source, *files[0].shape[::-1], sum(file.stored.number for file in files))
+    if sum(file.nbytes for file in files) > MAX_BYTES:
+        raise DataError(
+            f"{source} has more than {MAX_BYTES:,} bytes in its files and no more are read: "
+            "give it in parts."
+        )
+
+
+def _ranges(places: Sequence[tuple[_File, int]], window: Window | None) -> tuple[Stretch, str]:
+    """What the frames without a range of their own are stretched by; all ranges in words."""
+    words, bare = set(), []
+    for file, index in places:
+        with _no_foreign_errors(file.path):
+            words.add(text := dicom_pixels.range_of(file.ds, index, window))
+        if not text:
+            bare.append((file, index))
+    if not bare:
+        return Stretch(0, 1), words.pop() if len(words) == 1 else "each frame's own window"
+    low, high, samples = np.inf, -np.inf, []
+    step = len(bare) * math.prod(bare[0][0].shape) // SAMPLE | 1  # odd: passes all columns
+    for file, index in bare:
+        values = file.frame(index, window)[0].ravel()
+        low, high = min(low, np.nanmin(values)), max(high, np.nanmax(values))
+        samples.append(values[::step].copy())
+    stretch = image.stretch_of(float(low), float(high), np.concatenate(samples))
+    of = "its" if len(places) == 1 else f"all {len(bare)} frames'"
+    text = f"{of} values: {stretch.words()}"
+    return stretch, text if len(words) == 1 else f"{text}; some frames have their own window"
 
 
 def _sorted_series(folder: Path) -> list[Path]:
@@ -146,40 +210,4 @@ def _no_foreign_errors(path: Path) -> Iterator[None]:
         raise DataError(
             f"{path} cannot be read as DICOM ({type(error).__name__}): the file is damaged or "
             "truncated, copy it again or remove it."
-        ) from None
-
-
-def _decode(path: Path, window: Window | None) -> _Decoded:
-    with _no_foreign_errors(path):
-        return _decode_frames(path, window)
-
-
-def _decode_frames(path: Path, window: Window | None) -> _Decoded:
-    ds = dicom_header.parse(path)
-    dicom_header.check(path, ds)
-    if window and (reason := dicom_pixels.lacks_hounsfield(ds)):
-        raise image.no_hounsfield(path, reason)
-    shape = tuple(dicom_header.count(path, ds, name) for name in SIZE_TAGS)
-    pixels, count, scaled = np.empty(shape, np.float32), 0, True
-    for count, stored in enumerate(_frames(path, ds), start=1):
-        values, scaled = dicom_pixels.display_values(ds, stored, count - 1, window)
-        with np.errstate(over="ignore"):  # beyond float32: infinite, refused below
-            pixels[count - 1] = values
-    if count != len(pixels) or not np.isfinite(pixels).all():
-        raise DataError(f"{path} has missing, NaN or infinite pixels: remove it.")
-    inverted = ds.PhotometricInterpretation == "MONOCHROME1" and not scaled
-    modality = str(ds.get("Modality", "")).strip()
-    modality = modality if modality in MODALITIES else "OT"
-    return _Decoded(pixels, scaled, inverted, dicom_pixels.spacing(ds), modality)
-
-
-def _frames(path: Path, ds: Dataset) -> Iterator[np.ndarray]:
-    """Decoded frames one by one; a decoder's error becomes one that names the transfer syntax."""
-    plugin = dicom_header.plugin(path, ds)
-    try:
-        yield from pydicom.pixels.iter_pixels(ds, decoding_plugin=plugin)
-    except Exception as error:
-        raise DataError(
-            f"{path} has {dicom_header.syntax_name(ds)} pixels that cannot be decoded "
-            f"({type(error).__name__}): it is damaged or truncated, copy it again or remove it."
         ) from None

@@ -4,13 +4,15 @@ Nothing that a file says about its patient leaves this module: texts of pydicom'
 warnings may quote an element, so they are not passed on.
 """
 
+import io
 import logging
+import stat
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pydicom.config
 import pydicom.encaps
@@ -18,11 +20,21 @@ import pydicom.filereader
 import pydicom.pixels
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.tag import Tag
 
 from medclip_jax.errors import DataError
-from medclip_jax.io.image import COLOUR, GREY, MAX_BYTES, PALETTE, check_size, load_bytes
+from medclip_jax.io import jpeg_header
+from medclip_jax.io.image import COLOUR, GREY, PALETTE, check_regular, check_size
 
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # group 0002 or 0008, where "DICM" is missing
+MAX_INFLATED = 1 << 28  # bytes of a deflated file, which are in memory twice
+MAX_INFLATED_HEADER = 1 << 25  # bytes inflated where no pixels are needed
+MAX_READS = 1_000_000  # a header of 5,000 frames with functional groups needs half of them
+ITEM = b"\xfe\xff\x00\xe0"
+SEQUENCES = (
+    *("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence", "VOILUTSequence"),
+    *("ModalityLUTSequence", "SequenceOfUltrasoundRegions"),
+)
 BITS = {1, 8, 16, 32, 64}
 JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
 JPEG_LS = {uid.JPEGLSLossless, uid.JPEGLSNearLossless}
@@ -31,20 +43,39 @@ ENCODINGS = {  # (implicit VR, little endian) of files that do not name their tr
     (False, True): uid.ExplicitVRLittleEndian,
     (False, False): uid.ExplicitVRBigEndian,
 }
-JPEG_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0-15 without DHT, JPG, DAC; LS
-ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0-7, SOI
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="pydicom")
 
 
+class _Metered(io.BufferedReader):
+    """A file that ends where its elements are too many: each takes far more memory than its bytes.
+
+    pydicom reads the head of every element by a call of its own.
+    """
+
+    calls = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.calls += 1
+        if self.calls > MAX_READS:
+            raise TooManyElementsError
+        return super().read(size)
+
+
+class TooManyElementsError(Exception):
+    """More than a medical image needs."""
+
+
 def is_dicom(path: Path) -> bool:
-    """Whether a file has the letters DICM at byte 128, whatever its suffix."""
+    """Whether a regular file has the letters DICM at byte 128, whatever its suffix."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, ValueError):
         return False  # the reader for its suffix will say why
 
 
@@ -53,19 +84,34 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
 
     Files without preamble are accepted if they start with group 0002 or 0008; the encoding of files
     that do not name their transfer syntax is the one pydicom finds.
-    Raises DataError for a file that is missing, empty, too large (also once inflated) or not DICOM.
+    Raises DataError for a file that is missing, empty, too large (also once inflated), not DICOM,
+    or of too many elements; whatever pydicom raises for damaged ones.
     """
-    raw = load_bytes(path)
-    bare = raw[128:132] != b"DICM"
-    if bare and raw[:2] not in STARTS:
-        raise DataError(f"{path} is not a DICOM file (no DICM prefix): replace or remove it.")
-    _check_deflated(path, raw)
-    ds = pydicom.dcmread(
-        BytesIO(raw),
-        force=bare,
-        stop_before_pixels=tags is not None,
-        specific_tags=None if tags is None else list(tags),
-    )
+    check_regular(path)
+    options: dict[str, Any] = {"specific_tags": None if tags is None else list(tags)}
+    try:
+        with path.open("rb", buffering=0) as raw, _Metered(raw, 1 << 16) as file:
+            head = file.read(132)
+            bare = head[128:] != b"DICM"
+            if bare and head[:2] not in STARTS:
+                raise DataError(
+                    f"{path} is not a DICOM file (no DICM prefix): replace or remove it."
+                )
+            meta = _file_meta(file, bare)
+            if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+                ds = _deflated(path, file, tags is not None, options)
+                ds.file_meta = meta
+                return ds
+            file.seek(0)
+            ds = pydicom.dcmread(file, force=bare, stop_before_pixels=tags is not None, **options)
+    except OSError as error:
+        if isinstance(error.__context__, TooManyElementsError):  # pydicom replaces it
+            raise _too_many(path) from None
+        if error.errno is None:  # pydicom's own, which may quote an element
+            raise DataError(f"{path} is damaged or truncated: copy it again.") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from error
+    except TooManyElementsError:
+        raise _too_many(path) from None
     ds.file_meta = getattr(ds, "file_meta", None) or FileMetaDataset()
     if not ds.file_meta.get("TransferSyntaxUID"):
         implicit, little = ds.original_encoding
@@ -73,10 +119,55 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
     return ds
 
 
+def _too_many(path: Path) -> DataError:
+    return DataError(
+        f"{path} has far more header elements than an image needs: remove it if it is not yours."
+    )
+
+
+def _file_meta(file: _Metered, bare: bool) -> FileMetaDataset:
+    """Group 0002; the file is left at its end."""
+    file.seek(0 if bare else 132)
+    meta = pydicom.filereader.read_dataset(
+        file,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, *_: tag.group != 2,
+    )
+    return FileMetaDataset(meta)
+
+
+def _deflated(path: Path, file: _Metered, header: bool, options: dict[str, Any]) -> Dataset:
+    """The data set of a deflated file, inflated piece by piece up to what is read at most."""
+    inflate, whole = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
+    while not inflate.eof and (piece := inflate.unconsumed_tail or file.read(1 << 18)):
+        whole.write(inflate.decompress(piece, 1 << 20))
+        if header and whole.tell() > MAX_INFLATED_HEADER:
+            break
+        if whole.tell() > MAX_INFLATED:
+            raise DataError(
+                f"{path} inflates to more than {MAX_INFLATED:,} bytes: remove it if it is not "
+                "yours."
+            )
+    whole.seek(0)
+    pixels = (0x7FE0,)
+    return pydicom.filereader.read_dataset(
+        _Metered(whole),
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=(lambda tag, *_: tag.group in pixels) if header else None,
+        specific_tags=options["specific_tags"] and [Tag(t) for t in options["specific_tags"]],
+    )
+
+
 def check(path: Path, ds: Dataset) -> None:
     """Raise DataError for what has no image, is too large or has no decoder here."""
     if not any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise DataError(f"{path} is DICOM without an image (no PixelData): remove it.")
+    for name in SEQUENCES:  # not parsed before they are looked at
+        value = getattr(ds.get_item(name), "value", None)
+        if isinstance(value, bytes) and value.count(ITEM) > MAX_READS // 4:
+            raise _too_many(path)
     rows, columns, frames = (count(path, ds, n) for n in ("Rows", "Columns", "NumberOfFrames"))
     check_size(path, columns, rows, frames)
     samples, bits = count(path, ds, "SamplesPerPixel"), count(path, ds, "BitsAllocated")
@@ -148,78 +239,26 @@ def plugin(path: Path, ds: Dataset) -> str:
     return "pylibjpeg"
 
 
-def _check_deflated(path: Path, raw: bytes) -> None:
-    """Inflate a deflated data set piece by piece, keeping none, before pydicom keeps it whole."""
-    stream = BytesIO(raw)
-    pydicom.filereader.read_preamble(stream, True)
-    meta = pydicom.filereader.read_dataset(
-        stream,
-        is_implicit_VR=False,
-        is_little_endian=True,
-        stop_when=lambda tag, *_: tag.group != 2,
+def streams(ds: Dataset, frames: int) -> Iterator[bytes]:
+    """The compressed frames of a file, one after another."""
+    table = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
+    return pydicom.encaps.generate_frames(
+        ds.PixelData, number_of_frames=frames, extended_offsets=table if all(table) else None
     )
-    if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
-        return
-    inflate, total, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, raw[stream.tell() :]
-    while rest and not inflate.eof:
-        total += len(inflate.decompress(rest, 1 << 20))
-        rest = inflate.unconsumed_tail
-        if total > MAX_BYTES:
-            raise DataError(
-                f"{path} inflates to more than {MAX_BYTES:,} bytes: remove it if it is not yours."
-            )
 
 
 def _check_streams(path: Path, ds: Dataset, size: tuple[int, int, int], frames: int) -> None:
-    """Each compressed frame must state the size that the header states: its decoder believes it."""
-    table = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
-    streams = pydicom.encaps.generate_frames(
-        ds.PixelData, number_of_frames=frames, extended_offsets=table if all(table) else None
-    )
-    for stream in streams:
-        stated = stated_size(stream)
-        if stated != size:
-            stream_size = " x ".join(map(str, stated)) if stated else "no size"
+    """Each compressed frame must be whole and state the header's size: its decoder believes it."""
+    for number, stream in enumerate(streams(ds, frames), start=1):
+        head = jpeg_header.parse(stream)
+        if head is None or head[:3] != size:
+            stream_size = " x ".join(map(str, head[:3])) if head else "no size"
             raise DataError(
                 f"{path} says {' x '.join(map(str, size))} in its header and {stream_size} in its "
                 f"{syntax_name(ds)} stream: it is damaged, copy it again or remove it."
             )
-
-
-def stated_size(stream: bytes) -> tuple[int, int, int] | None:
-    """(width, height, components) that a JPEG, JPEG-LS or JPEG 2000 stream states, if it does.
-
-    Layouts: ISO/IEC 10918-1 B.2.2 (JPEG frame header; JPEG-LS, ISO/IEC 14495-1 C.2.2, has the same)
-    and ISO/IEC 15444-1 A.5.1 (JPEG 2000 SIZ; HTJ2K has the same).
-    """
-    if stream[:2] == b"\xff\xd8":
-        return _jpeg_size(stream)
-    start = stream.find(b"\xff\x4f\xff\x51")  # markers SOC and SIZ, at 0 or inside a JP2 file
-    siz = stream[start + 4 :]  # length, capabilities, x, y, x offset, y offset, tiles, components
-    if start < 0 or len(siz) < 38:
-        return None
-    x, y, left, top = (int.from_bytes(siz[4 + 4 * i : 8 + 4 * i]) for i in range(4))
-    return x - left, y - top, int.from_bytes(siz[36:38])
-
-
-def _jpeg_size(stream: bytes) -> tuple[int, int, int] | None:
-    """Walk the segments up to the frame header; entropy-coded data come only after it."""
-    offset = 2
-    while offset + 4 <= len(stream):
-        if stream[offset] != 0xFF:
-            return None
-        marker = stream[offset + 1]
-        if marker in JPEG_FRAMES:
-            head = stream[offset + 4 : offset + 10]
-            if len(head) < 6:
-                return None
-            return int.from_bytes(head[3:5]), int.from_bytes(head[1:3]), head[5]
-        if marker == 0xDA:  # a scan before any frame
-            return None
-        if marker == 0xFF:  # fill byte
-            offset += 1
-        elif marker in ALONE:
-            offset += 2
-        else:
-            offset += 2 + max(2, int.from_bytes(stream[offset + 2 : offset + 4]))
-    return None
+        if not head.whole:
+            raise DataError(
+                f"{path} has a {syntax_name(ds)} stream without an end (frame {number} of "
+                f"{frames}): it is truncated, copy it again."
+            )

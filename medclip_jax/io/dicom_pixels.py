@@ -5,10 +5,10 @@ C.7.9 palettes, C.7.6.16 functional groups. Nothing here reads who the patient i
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Float32, Num
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
@@ -16,7 +16,16 @@ from medclip_jax.io.image import COLOUR, GREY, LUMA, PALETTE, Window
 
 CM, REGION_2D = 3, 1  # PS3.3 C.8.5.5: unit code of centimetres, spatial format of a 2-D image
 MAX_PALETTE = 1 << 16
+BAND = 1 << 22  # pixels that are converted together, in float64
 HOUNSFIELD = ("", "HU", "HU_MOD", "US")  # Rescale Type of CT: none, as many scanners, or these
+
+
+class _Voi(NamedTuple):
+    """A window of a file."""
+
+    centre: float
+    width: float  # above 0
+    function: str  # VOI LUT function
 
 
 class GreyError(ValueError):
@@ -24,40 +33,68 @@ class GreyError(ValueError):
 
 
 def display_values(
-    ds: Dataset, stored: Num[np.ndarray, "h w *c"], frame: int, window: Window | None = None
-) -> tuple[Float[np.ndarray, "h w"], bool]:
+    ds: Dataset,
+    stored: Num[np.ndarray, "h w *c"],
+    frame: int,
+    window: Window | None = None,
+    white: float = 255.0,
+) -> tuple[Float32[np.ndarray, "h w"], bool]:
     """One frame as a screen would show it.
 
     Args:
-      stored: as pydicom decodes it; colour as RGB.
+      stored: as `dicom_frames` decodes it; colour as RGB.
       frame: its number from 0, to find its own window in an enhanced file.
       window: of Hounsfield units, in place of the file's own; see `lacks_hounsfield`.
+      white: largest value of colour.
 
     Returns:
-      (values float64, scaled): scaled means in [0, 1] with black 0, by a window, a VOI LUT or
-      colour. Else values are in the modality's units, for the caller to stretch and (MONOCHROME1)
-      invert.
+      (values float32, scaled): scaled means in [0, 1] with black 0, by a window, a VOI LUT or
+      colour. Else values are in the modality's units, NaN where nothing was imaged, for the caller
+      to stretch and (MONOCHROME1) invert.
 
     Raises:
-      GreyError: an impossible window, look-up table or palette.
+      GreyError: an impossible look-up table or palette, an unknown VOI LUT function, NaN or
+        infinite pixels.
     """
+    padding, scaled = _padding(ds, stored), True
+    shown = np.empty(stored.shape[:2], np.float32)
+    step = max(1, BAND // max(1, stored.shape[1]))
+    for first in range(0, len(shown), step):
+        rows = slice(first, first + step)
+        values, scaled = _display(ds, stored[rows], frame, window, white)
+        with np.errstate(over="ignore"):  # beyond float32: infinite
+            shown[rows] = values
+        if not np.isfinite(shown[rows]).all():
+            raise GreyError("it has NaN or infinite pixels")
+    if padding is not None:
+        shown[padding] = 0 if scaled else np.nan
+    return shown, scaled
+
+
+def _display(ds, stored, frame, window, white) -> tuple[Float[np.ndarray, "h w"], bool]:
+    """`display_values` of some rows, in float64, as if nothing were padding."""
     kind = ds.PhotometricInterpretation
     if kind in COLOUR:
-        return _luma(stored, 2.0 ** int(ds.BitsStored) - 1), True
+        return _luma(stored, white), True
     if kind == PALETTE:
-        _check_palette(ds)
-        looked_up = apply_color_lut(stored, ds)
-        return _luma(looked_up, float(np.iinfo(looked_up.dtype).max)), True
-    values, padding = _modality(ds, stored, frame), _padding(ds, stored)
+        return _luma(*_palette(ds, stored)), True
+    values = _modality(ds, stored, frame)
     unit = window.apply(values) if window else _voi(ds, values, frame)
-    if unit is None:  # padding as the darkest pixel, so that it does not widen the range
-        rest = values[~padding]
-        values[padding] = rest.max() if kind == "MONOCHROME1" else rest.min()
+    if unit is None:
         return values, False
-    if kind == "MONOCHROME1" and not window:
-        unit = 1 - unit
-    unit[padding] = 0
-    return unit, True
+    return (1 - unit if kind == "MONOCHROME1" and not window else unit), True
+
+
+def range_of(ds: Dataset, frame: int, window: Window | None = None) -> str:
+    """What maps the values of a frame to [0, 1], in words; "" for the range of the values."""
+    if ds.PhotometricInterpretation in COLOUR | {PALETTE}:
+        return "colour: 0 to white"
+    if window:
+        return f"window {window.centre:g}/{window.width:g} in Hounsfield units"
+    voi = _voi_of(ds, frame)
+    if isinstance(voi, Dataset):
+        return "its VOI LUT"
+    return f"its window {voi.centre:g}/{voi.width:g} ({voi.function})" if voi else ""
 
 
 def lacks_hounsfield(ds: Dataset) -> str:
@@ -91,15 +128,16 @@ def spacing(ds: Dataset) -> tuple[float, float] | None:
 
 
 def _ultrasound_spacing(ds: Dataset) -> list[float] | None:
-    pairs = {
+    pairs = [
         (abs(float(r.PhysicalDeltaY)) * 10, abs(float(r.PhysicalDeltaX)) * 10)
         for r in ds.get("SequenceOfUltrasoundRegions") or []
         if r.get("RegionSpatialFormat") == REGION_2D
         and r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == CM
         and "PhysicalDeltaX" in r
         and "PhysicalDeltaY" in r
-    }
-    return list(pairs.pop()) if len(pairs) == 1 else None
+    ]
+    same = pairs and np.allclose(pairs, pairs[0], rtol=1e-4, atol=0)  # rounded by the scanner
+    return list(pairs[0]) if same else None
 
 
 def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "h w"]:
@@ -119,43 +157,56 @@ def _rescale(group: Dataset) -> tuple[float, float] | None:
     return None if slope is None or intercept is None else (float(slope), float(intercept))
 
 
-def _padding(ds: Dataset, stored: Num[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Pixels outside the image (PS3.3 C.7.5.1.1.2); none where all would be."""
+def _padding(ds: Dataset, stored: Num[np.ndarray, "h w *c"]) -> Bool[np.ndarray, "h w"] | None:
+    """Pixels outside the image (PS3.3 C.7.5.1.1.2); None where none or all would be."""
     value = ds.get("PixelPaddingValue")
-    if value is None:
-        return np.zeros(stored.shape, bool)
+    if value is None or ds.PhotometricInterpretation not in GREY:
+        return None
     ends = [int(value), int(ds.get("PixelPaddingRangeLimit", value))]
     if stored.dtype.kind == "i":  # implicit VR reads a negative number as unsigned
         ends = [x - (1 << 16) if x >= 1 << 15 else x for x in ends]
+    elif stored.dtype.kind == "u":  # or a large one as negative
+        ends = [x + (1 << 16) if x < 0 else x for x in ends]
     padding = (stored >= min(ends)) & (stored <= max(ends))
-    return padding if not padding.all() else ~padding
+    return None if padding.all() else padding
+
+
+def _voi_of(ds: Dataset, frame: int) -> "Dataset | _Voi | None":
+    """The first VOI LUT, else the first window that has a width, else None."""
+    group = _item(ds, "FrameVOILUTSequence", frame)
+    if group.get("VOILUTSequence"):
+        return group.VOILUTSequence[0]
+    function = str(group.get("VOILUTFunction") or "LINEAR").strip().upper()
+    for centre, width in zip(
+        _numbers(group.get("WindowCenter")), _numbers(group.get("WindowWidth")), strict=False
+    ):
+        if np.isfinite((centre, width)).all() and width > 0:
+            exact = function == "LINEAR" and width < 1  # so narrow a window means what it says
+            return _Voi(centre, width, "LINEAR_EXACT" if exact else function)
+    return None
 
 
 def _voi(
     ds: Dataset, values: Float[np.ndarray, "h w"], frame: int
 ) -> Float[np.ndarray, "h w"] | None:
     """[0, 1] by the first VOI LUT, else by the first window, else None."""
-    group = _item(ds, "FrameVOILUTSequence", frame)
-    if group.get("VOILUTSequence"):
-        looked_up, bits = _look_up(ds, group.VOILUTSequence[0], values)
+    voi = _voi_of(ds, frame)
+    if isinstance(voi, Dataset):
+        looked_up, bits = _look_up(ds, voi, values)
         return looked_up / (2.0**bits - 1)
-    center, width = _first(group.get("WindowCenter")), _first(group.get("WindowWidth"))
-    if center is None or width is None:
+    if voi is None:
         return None
-    function = str(group.get("VOILUTFunction") or "LINEAR")
-    least = 1 if function == "LINEAR" else 0
-    if not np.isfinite((center, width)).all() or width < least or width == 0:
-        raise GreyError(f"its {function} window has the width {width:g}")
+    centre, width, function = voi
     if function == "SIGMOID":
         with np.errstate(over="ignore"):
-            return 1 / (1 + np.exp(-4 * (values - center) / width))
+            return 1 / (1 + np.exp(-4 * (values - centre) / width))
     if function == "LINEAR":
-        center, width = center - 0.5, width - 1
+        centre, width = centre - 0.5, width - 1
     elif function != "LINEAR_EXACT":
         raise GreyError("its window has an unknown VOI LUT function")
     if width == 0:
-        return (values > center).astype(np.float64)
-    return np.clip((values - center) / width + 0.5, 0, 1)
+        return (values > centre).astype(np.float64)
+    return np.clip((values - centre) / width + 0.5, 0, 1)
 
 
 def _look_up(
@@ -170,14 +221,38 @@ def _look_up(
     table = np.atleast_1d(np.asarray(data, np.float64))
     if first >= 1 << 15 and values.max() < first:  # implicit VR reads a negative number as unsigned
         first -= 1 << 16
-    if bits == 16 and 1 < table.max() < 1 << 12:  # a table of up to 12 bits in words of 16
-        bits = max(8, int(table.max()).bit_length())
+    if table.min() < 0:  # as does a signed one where numbers are unsigned
+        table = np.where(table < 0, table + (1 << 16), table)
+    used = max(8, int(table.max()).bit_length())
+    if bits == 16 and table.max() > 1 or used > bits:  # words of 16 bits may hold fewer, or more
+        bits = used
     if not 1 <= bits <= 16 or not 0 < entries <= len(table):
         raise GreyError("its look-up table is shorter than it says")
     index = np.clip(np.floor(values.astype(np.float64)) - first, 0, entries - 1)
     if not np.isfinite(index).all():
         raise GreyError("it has pixels that are NaN")
-    return np.minimum(table[index.astype(np.int64)], 2.0**bits - 1), bits
+    return table[index.astype(np.int64)], bits
+
+
+def _palette(ds: Dataset, stored: Num[np.ndarray, "h w"]) -> tuple[Num[np.ndarray, "h w 3"], float]:
+    """(colours, white). Tables of 8-bit values stand in words as well as in bytes."""
+    _check_palette(ds)
+    if "RedPaletteColorLookupTableData" not in ds:  # segmented
+        looked_up = apply_color_lut(stored, ds)
+        return looked_up, float(np.iinfo(looked_up.dtype).max)
+    colours, white = [], 255.0
+    for colour in ("Red", "Green", "Blue"):
+        entries, first, _ = (int(x) for x in ds[f"{colour}PaletteColorLookupTableDescriptor"].value)
+        entries = entries or 1 << 16
+        data = ds[f"{colour}PaletteColorLookupTableData"].value
+        table = _words(ds, data, wide=len(data) >= 2 * entries)[:entries]
+        if len(table) < entries:
+            raise GreyError("its palette is shorter than it says")
+        if first >= 1 << 15 and int(stored.max()) < first:  # a negative number read as unsigned
+            first -= 1 << 16
+        white = 65535.0 if table.max() > 255 else white
+        colours.append(table[np.clip(stored.astype(np.int64) - first, 0, entries - 1)])
+    return np.stack(colours, axis=-1), white
 
 
 def _check_palette(ds: Dataset) -> None:
@@ -213,7 +288,6 @@ def _item(ds: Dataset, name: str, frame: int) -> Dataset:
     return next((group[name][0] for group in (*own, *shared) if group.get(name)), ds)
 
 
-def _first(value: Any) -> float | None:
-    """First of one or more numbers; None for none."""
-    values = np.ravel([] if value is None or value == "" else value)
-    return float(values[0]) if len(values) else None
+def _numbers(value: Any) -> list[float]:
+    """One or more numbers of an element; [] for none."""
+    return [] if value is None or value == "" else np.ravel(value).astype(float).tolist()

@@ -1,5 +1,7 @@
 """What all readers share: the image they return, limits of size, CT windows, choice of frames."""
 
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,37 @@ class Image(NamedTuple):
     pixels: Float[np.ndarray, "f h w"]  # [0, 1], luminance
     spacing: tuple[float, float] | None  # mm per pixel (row, column), None if unknown
     meta: dict[str, str]  # format and modality only, never identity
+    range: str = ""  # what became 0 and 1, in words
+
+
+class Frames(NamedTuple):
+    """An opened image whose frames are made when they are needed, so that few are in memory."""
+
+    shape: tuple[int, int, int]  # frames, height, width
+    part: Callable[[int, int], Float[np.ndarray, "n h w"]]  # (first, end): float32 in [0, 1]
+    spacing: tuple[float, float] | None  # as of Image
+    meta: dict[str, str]
+    range: str
+    nbytes: int  # in memory for as long as this is
+    axis: str = ""  # along which a volume is sliced
+
+    def image(self, path: Path, frames: tuple[int, int] | None = None) -> Image:
+        """All frames or those from first to end; DataError if the range does not fit."""
+        chosen = choose(path, self.shape[0], frames)
+        return Image(self.part(chosen.start, chosen.stop), self.spacing, self.meta, self.range)
+
+
+class Stretch(NamedTuple):
+    """The values that become 0 and 1 where a file does not say how to show it."""
+
+    low: float
+    high: float
+    clipped: bool = False  # single spikes lie beyond
+
+    def words(self) -> str:
+        """For people; what the range was taken from is for the caller to add."""
+        text = f"{self.low:.6g} to {self.high:.6g}"
+        return f"{text} (0.1st to 99.9th percentile: spikes lie beyond)" if self.clipped else text
 
 
 class Window(NamedTuple):
@@ -37,8 +70,13 @@ WINDOWS = {
     "bone": Window(400.0, 1800.0),
 }
 MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
-MAX_VOXELS = 1 << 28  # of all frames of a file or series: 1 GiB as float32
-MAX_BYTES = 1 << 30  # of a file, packed or unpacked
+MAX_VOXELS = 1 << 28  # of all frames of a file or series
+MAX_FRAMES = 10_000  # each costs a row, a map and a run of the encoder, however small it is
+MAX_BYTES = 1 << 29  # of a file, packed or unpacked
+SAMPLE = 1 << 20  # values that are looked at for spikes
+SPIKE = 0.001  # share of the values that may be spikes, at either end
+FEW = 100  # values of which none can be called a spike
+FAR = 2.0  # widths of the range of all others beyond which a value is a spike
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: red, green, blue
 # photometric interpretations of DICOM, PS3.3 C.7.6.3.1.2
 GREY = {"MONOCHROME1", "MONOCHROME2"}
@@ -74,20 +112,27 @@ def no_hounsfield(path: Path, reason: str) -> DataError:
     )
 
 
-def load_bytes(path: Path) -> bytes:
-    """All bytes of a file; DataError if it is missing, empty, above 1 GiB or unreadable."""
+def check_regular(path: Path) -> int:
+    """Bytes of a file; DataError if it is missing, empty, too large, or no regular file."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise DataError(f"{path} has {size:,} bytes and at most {MAX_BYTES:,} are read.")
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise missing(path) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from error
-    if not raw:
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is no regular file (a pipe, device or folder): give a file.")
+    if status.st_size > MAX_BYTES:
+        raise DataError(f"{path} has {status.st_size:,} bytes and at most {MAX_BYTES:,} are read.")
+    if not status.st_size:
         raise DataError(f"{path} is empty: copy it again or remove it.")
-    return raw
+    return status.st_size
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): fix or remove it."
+    )
 
 
 def missing(path: Path) -> DataError:
@@ -105,6 +150,11 @@ def check_size(path: Path, width: int, height: int, frames: int = 1) -> None:
         raise DataError(f"{path} says it has {width} x {height} x {frames} pixels: remove it.")
     if width * height > MAX_PIXELS:
         raise DataError(too_large(path, f"{width} x {height}"))
+    if frames > MAX_FRAMES:
+        raise DataError(
+            f"{path} has {frames:,} frames and at most {MAX_FRAMES:,} are read: save it in parts "
+            "or remove it if it is not yours."
+        )
     if width * height * frames > MAX_VOXELS:
         raise DataError(
             f"{path} has {width} x {height} pixels in {frames} frames and at most {MAX_VOXELS:,} "
@@ -119,15 +169,35 @@ def too_large(path: Path, size: str) -> str:
     )
 
 
-def stretch_to_unit(values: Float[np.ndarray, "f h w"], low: float, high: float) -> None:
-    """(v - low) / (high - low), in place, for the least and largest value; a constant gives 0."""
+def stretch_of(low: float, high: float, sample: Float[np.ndarray, " n"]) -> Stretch:
+    """The range of values: the least to the largest, unless a few of them lie far from all others.
+
+    Args:
+      low, high: the least and the largest value.
+      sample: at most SAMPLE of the values, evenly spread over all; NaN is ignored.
+    """
+    values = sample[np.isfinite(sample)]
+    if len(values) < FEW:
+        return Stretch(low, high)
+    first = int(np.ceil(SPIKE * (len(values) - 1)))
+    last = len(values) - 1 - first
+    ordered = np.partition(values, (first, last))
+    start, end = float(ordered[first]), float(ordered[last])
+    width = end - start
+    clip = [width > 0 and far > FAR * width for far in (start - low, high - end)]
+    return Stretch(start if clip[0] else low, end if clip[1] else high, any(clip))
+
+
+def stretch_to_unit(values: Float[np.ndarray, "*f h w"], stretch: Stretch) -> None:
+    """(v - low) / (high - low), in place, clipped; a constant gives 0."""
+    low, high = stretch.low, stretch.high
     if high - low > float(np.finfo(np.float32).max):  # the difference would be infinite
         values /= 2
         low, high = low / 2, high / 2
     values -= np.float32(low)
     if high > low:
         values /= np.float32(high - low)
-        np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
+    np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
 
 
 def choose(path: Path, count: int, frames: tuple[int, int] | None) -> slice:

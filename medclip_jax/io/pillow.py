@@ -64,6 +64,12 @@ def read_pillow(path: Path) -> Image:
         ) from error
 
 
+def pixels_of(path: Path) -> int:
+    """Pixels of all pages as the header says, which Pillow reads without decoding."""
+    with PIL.Image.open(path, formats=FORMATS) as image:
+        return image.width * image.height * int(getattr(image, "n_frames", 1))
+
+
 def encode_png(pixels: UInt8[np.ndarray, "h w *_"] | UInt16[np.ndarray, "h w"]) -> bytes:
     """A PNG of grey (8 or 16 bits) or RGB [h, w, 3] (8 bits) pixels, compressed for speed."""
     buffer = BytesIO()

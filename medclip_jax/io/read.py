@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from medclip_jax.errors import DataError
-from medclip_jax.io.dicom import read_dicom
+from medclip_jax.io.dicom import open_dicom
 from medclip_jax.io.dicom_header import is_dicom
-from medclip_jax.io.image import Image, choose, no_hounsfield, parse_window
-from medclip_jax.io.nifti import Axis, read_nifti
+from medclip_jax.io.image import Frames, Image, no_hounsfield, parse_window
+from medclip_jax.io.nifti import Axis, open_nifti
 from medclip_jax.io.pillow import read_pillow
 from medclip_jax.io.resize import Mode, fit, fit_mask, pixel_area, to_frame
 
@@ -47,7 +47,7 @@ S = TypeVar("S", bound=Source)
 
 def read(
     path: Path,
-    axis: Axis = "axial",
+    axis: Axis = "acquisition",
     frames: tuple[int, int] | None = None,
     window: str | None = None,
 ) -> Image:
@@ -56,33 +56,43 @@ def read(
     Args:
       path: PNG, JPEG, BMP, TIFF, DICOM, NIfTI (.nii, .nii.gz, a pair), or a folder with one DICOM
         series.
-      axis: along which a NIfTI volume is sliced; ignored for other formats.
+      axis: along which a NIfTI volume is sliced, see `nifti.open_nifti`; ignored for others.
       frames: (first, end) of the frames, pages or slices to return, end not included; None for all.
       window: CT window in place of the file's own: "brain", "lung", "soft_tissue", "bone" or
         "centre/width" in Hounsfield units; None or "" for none.
 
     Returns:
       pixels float32 [f, h, w] in [0, 1], luminance, upright; spacing in mm or None; meta with
-      format and (DICOM) modality, never with identity. How stored values become [0, 1]: see
-      `read_pillow`, `read_dicom`, `read_nifti`.
+      format and (DICOM) modality, never with identity; range in words. How stored values become
+      [0, 1]: see `read_pillow`, `open_dicom`, `open_nifti`.
 
     Raises:
       DataError: missing, empty, truncated, too large, of a kind that cannot be read, or without
         Hounsfield units where a window needs them.
       ConfigError: no such window.
     """
+    return open_image(path, axis, window).image(path, frames)
+
+
+def open_image(path: Path, axis: Axis = "acquisition", window: str | None = None) -> Frames:
+    """As `read`, without making the frames yet: the way to read what is large."""
     name, ct_window = path.name.lower(), parse_window(window)
     if path.is_dir():
-        return read_dicom(path, frames, ct_window)
+        return open_dicom(path, ct_window)
     if name.endswith(PILLOW):
         image = read_pillow(path)
         if ct_window:
             raise no_hounsfield(path, image.meta["format"])
-        return image._replace(pixels=image.pixels[choose(path, len(image.pixels), frames)])
+        return Frames(
+            image.pixels.shape,
+            lambda first, end: image.pixels[first:end],
+            *image[1:],
+            image.pixels.nbytes,
+        )
     if name.endswith(NIFTI):
-        return read_nifti(path, axis, frames, ct_window)
+        return open_nifti(path, axis, ct_window)
     if name.endswith(DICOM) or is_dicom(path):
-        return read_dicom(path, frames, ct_window)
+        return open_dicom(path, ct_window)
     raise DataError(
         f"{path} has the suffix '{path.suffix}', which cannot be read, and is not DICOM: "
         f"give one of {', '.join(SUFFIXES)}."

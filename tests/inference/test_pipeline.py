@@ -13,9 +13,10 @@ import pytest
 from scipy import ndimage
 
 from medclip_jax.detectors.detector import BatchScores
-from medclip_jax.inference import pipeline, results
+from medclip_jax.inference import loading, pipeline, results, scored
 from medclip_jax.inference.inputs import Item
 from medclip_jax.io import pillow
+from medclip_jax.io.image import Frames
 from medclip_jax.io.pillow import encode_png
 
 
@@ -50,17 +51,17 @@ def test_results_of_parts_are_those_of_the_whole():
     columns = maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps
     scores = BatchScores(*columns, *[maps[:, 0]] * 4)
     codes = [np.zeros((4, 50, 30), np.uint16) for _ in range(2)]
-    whole = results.part(scores, codes[0], 0, (0.5, 0.25), "pad")
+    whole = scored.part(scores, codes[0], 0, (0.5, 0.25), "pad")
     parts = []
     for a, b in ((0, 1), (1, 4)):
         some = BatchScores(*(column[a:b] for column in scores))
-        parts += results.part(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
+        parts += scored.part(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
     assert parts == whole.frames and np.array_equal(*codes)
     assert [f["frame"] for f in whole.frames] == [0, 1, 2, 3]
     box = max((b for f in whole.frames for b in f["boxes"]), key=lambda b: b["area_pixels"])
     assert box["area_mm2"] == box["area_pixels"] * 0.125
-    frame = results.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
-    assert np.array_equal(codes[0][2] >= results.HALF, frame >= 0.5)
+    frame = scored.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
+    assert np.array_equal(codes[0][2] >= scored.HALF, frame >= 0.5)
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3), (1, 1), (1, 7, 3), (300, 2)])
@@ -112,9 +113,10 @@ def result(tmp_path):
     maps = np.stack([blobs(0, (24, 24))])
     columns = maps.max((1, 2)), maps.mean((1, 2)), np.ones(1, bool), maps[:, 0, 1], maps
     scores = BatchScores(*columns, *[maps[:, 0]] * 4)._replace(passes=maps[:, 0, :1])
-    pixels, codes = np.zeros((1, 50, 30), np.uint8), np.zeros((1, 50, 30), np.uint16)
-    part = results.part(scores, codes, 0, None, "pad")
-    loaded = results.Loaded("k", "0" * 64, pixels, maps, None, {}, None, codes)
+    pixels, codes = np.zeros((1, 50, 30), np.float32), np.zeros((1, 50, 30), np.uint16)
+    frames = Frames(pixels.shape, lambda first, end: pixels[first:end], None, {}, "", 0)
+    part = scored.part(scores, codes, 0, None, "pad")
+    loaded = scored.Loaded("k", "0" * 64, frames, None, codes, True)
     privacy = results.Privacy()
     results.write(tmp_path, item, loaded, [part], "pad", {}, privacy, lambda _: None)
     return tmp_path, item
@@ -187,7 +189,7 @@ def test_a_mutated_json_is_made_again(result):
 
 
 def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "LARGE_IMAGE", 100)
+    monkeypatch.setattr(loading, "LARGE_IMAGE", 100)
     most, now, lock = {"small": 0, "large": 0}, {"small": 0, "large": 0}, threading.Lock()
     meet = threading.Barrier(2)
     sizes = {"small": (10, 10), "large": (10, 11)}
@@ -205,7 +207,7 @@ def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_pa
             now[kind] -= 1
 
     def in_turn(item):
-        with pipeline._in_turn(item):
+        with loading.in_turn(loading.one_decoded, loading._pixels(item)):
             read(item)
 
     items = []
@@ -220,5 +222,19 @@ def test_images_of_many_pixels_are_decoded_one_after_another(monkeypatch, tmp_pa
 
 def test_a_size_that_cannot_be_read_is_no_obstacle(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    assert pipeline._pixels(str(tmp_path / "a.png")) == 0
-    assert pipeline._pixels(str(tmp_path / "absent.png")) == 0
+    for name in ("a.png", "absent.png"):
+        for kind in ("image", "nifti", "dicom"):
+            item = Item(name, (str(tmp_path / name),), kind, name)
+            assert loading.weight(item, 100) == 0
+
+
+def test_a_heavy_item_is_in_memory_alone():
+    """Nothing is read beside it: None asks for all others to be finished before and after."""
+    items = [Item(str(i), (f"/absent/{i}",), "image", str(i)) for i in range(5)]
+    weights = {"2": pipeline.HEAVY + 1}
+    with ThreadPoolExecutor(3) as pool:
+        stream = pipeline.read_ahead(
+            pool, items, pipeline.Job, 16, threading.Event(), lambda i: weights.get(i.source, 0)
+        )
+        order = [job and job.item.source for job in stream]
+    assert order == ["0", "1", None, "2", None, "3", "4"]

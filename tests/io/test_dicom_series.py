@@ -65,7 +65,7 @@ def test_folders_that_are_not_one_series(tmp_path):
 
 def test_a_series_of_too_many_pixels_is_refused_before_any_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom, "MAX_VOXELS", 50)
-    monkeypatch.setattr(dicom, "_decode", lambda path: pytest.fail("decoded"))
+    monkeypatch.setattr(dicom, "_open", lambda *_: pytest.fail("opened"))
     for i in range(3):
         save(tmp_path / f"{i}", slice_at(i, i))
     with pytest.raises(DataError, match="has 60 pixels and at most 50"):

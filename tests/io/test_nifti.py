@@ -9,8 +9,10 @@ import nibabel
 import numpy as np
 import pytest
 
+from medclip_jax.data import readers
 from medclip_jax.errors import DataError
-from medclip_jax.io import nifti, read
+from medclip_jax.io import nifti, nifti_header, read
+from medclip_jax.io.nifti_write import write_nifti
 from tests.support.reference import data_files, reference_files
 
 EXPECTED = reference_files("io/expected.json")[0]
@@ -51,7 +53,7 @@ def test_volume_equals_nibabels_canonical_one(name):
 
 @pytest.mark.parametrize("name", [n for n in GOOD if n != "nan_voxels_f32"])
 def test_slices_lie_as_a_radiologist_sees_them(name):
-    image = read.read(file(name))
+    image = readers.read(file(name))
     wanted = frames_first(ARRAYS[f"{name}__axial_radiological"])
     unit = (wanted - wanted.min()) / (wanted.max() - wanted.min())
     np.testing.assert_allclose(image.pixels, unit, atol=1e-6)
@@ -144,11 +146,11 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n=-1: sizes.append(n) or real(self, n))
     with pytest.raises(DataError, match=r"at most (64,000,000|268,435,456)"):
         read.read(tmp_path / "a.nii.gz")
-    assert sizes == [nifti.HEADER_BYTES]
+    assert sizes == [nifti_header.HEADER_BYTES]
 
 
 def test_a_gzip_that_unpacks_for_ever_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(nifti, "MAX_BYTES", 5_000_000)
+    monkeypatch.setattr(nifti_header, "MAX_BYTES", 5_000_000)
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(header((4, 4, 4)) + bytes(20_000_000)))
     with pytest.raises(DataError, match="unpacks to more than 5,000,000 bytes"):
         read.read(tmp_path / "a.nii.gz")
@@ -164,7 +166,7 @@ def test_texts_of_a_header_stay_in_the_file(tmp_path):
     image.to_filename(tmp_path / "a.nii")
     assert b"DOE" in (tmp_path / "a.nii").read_bytes()
     assert "DOE" not in str(read.read(tmp_path / "a.nii"))
-    nifti.write_nifti(tmp_path / "b.nii.gz", tmp_path / "a.nii", np.zeros((1, 5, 5), np.uint16))
+    write_nifti(tmp_path / "b.nii.gz", tmp_path / "a.nii", np.zeros((1, 5, 5), np.uint16))
     assert b"DOE" not in gzip.decompress((tmp_path / "b.nii.gz").read_bytes())
 
 
@@ -172,8 +174,8 @@ def test_texts_of_a_header_stay_in_the_file(tmp_path):
     "name", ["oblique_lefthanded_i16", "las_lefthanded_u8", "qform_only_f32", "fourd_f32"]
 )
 def test_a_saved_map_lies_over_its_volume(tmp_path, name):
-    codes = np.round(read.read(file(name)).pixels * 65535).astype(np.uint16)
-    nifti.write_nifti(tmp_path / "map.nii.gz", file(name), codes)
+    codes = np.round(readers.read(file(name)).pixels * 65535).astype(np.uint16)
+    write_nifti(tmp_path / "map.nii.gz", file(name), codes)
     saved, source = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(file(name))
     values = source.get_fdata()
     unit = (values - values.min()) / (values.max() - values.min())
@@ -221,6 +223,82 @@ def test_content_decides_on_gzip_not_the_suffix(tmp_path):
         (tmp_path / name).write_bytes(content)
         np.testing.assert_array_equal(read.read(tmp_path / name).pixels, expected)
         codes = np.round(expected * 65535).astype(np.uint16)
-        nifti.write_nifti(tmp_path / "map.nii.gz", tmp_path / name, codes)
+        write_nifti(tmp_path / "map.nii.gz", tmp_path / name, codes)
         saved = nibabel.load(tmp_path / "map.nii.gz").get_fdata()
         np.testing.assert_allclose(saved, (values - values.min()) / np.ptp(values), atol=3e-5)
+
+
+@pytest.mark.parametrize("sizes, axis", [((5, 1.5, 1.5), "sagittal"), ((1, 4, 1), "coronal")])
+def test_a_volume_is_sliced_as_it_was_acquired(tmp_path, sizes, axis):
+    """As scanners store it: the slow axis last, so that the affine permutes."""
+    rng, slow = np.random.default_rng(0), int(np.argmax(sizes))
+    shape = [12, 14, 16]
+    shape[slow] = 6
+    canonical = rng.integers(0, 99, shape).astype(np.int16)
+    order = [*(a for a in range(3) if a != slow), slow]
+    affine = np.zeros((4, 4))
+    for stored, a in enumerate(order):
+        affine[a, stored] = sizes[a]
+    affine[3, 3] = 1
+    path = tmp_path / "a.nii.gz"
+    nibabel.Nifti1Image(np.transpose(canonical, order), affine).to_filename(path)
+    image = nifti.open_nifti(path)
+    expected = nifti.slices(canonical / canonical.max(), axis)
+    assert image.axis == axis and image.shape[0] == 6
+    np.testing.assert_allclose(image.part(0, 6), expected, atol=1e-6)
+    across = [s for i, s in enumerate(sizes) if i != slow]
+    assert sorted(image.spacing) == pytest.approx(sorted(across))
+    codes = np.round(expected * 65535).astype(np.uint16)
+    write_nifti(tmp_path / "map.nii.gz", path, codes, axis)
+    saved = nibabel.load(tmp_path / "map.nii.gz")
+    assert np.allclose(saved.affine, affine)
+    np.testing.assert_allclose(
+        saved.get_fdata(), np.transpose(canonical, order) / canonical.max(), atol=3e-5
+    )
+
+
+def test_one_slice_is_one_frame_whichever_way_it_lies(tmp_path):
+    for slow in range(3):
+        shape = [7, 8, 9]
+        shape[slow] = 1
+        voxels = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+        nibabel.Nifti1Image(voxels, np.eye(4)).to_filename(tmp_path / "a.nii")
+        assert len(read.read(tmp_path / "a.nii").pixels) == 1
+
+
+@pytest.mark.parametrize("place, spike", [((0, 0, 0), 1e6), ((3, 3, 3), -1e6), ((1, 2, 3), 2000)])
+def test_a_spike_does_not_flatten_the_others(tmp_path, place, spike):
+    voxels = np.random.default_rng(0).integers(10, 200, (40, 40, 5)).astype(np.float32)
+    clean = nifti.slices((voxels - 10) / (199 - 10), "axial")
+    voxels[place] = spike
+    nibabel.Nifti1Image(voxels, np.eye(4)).to_filename(tmp_path / "a.nii")
+    image = read.read(tmp_path / "a.nii")
+    changed = np.abs(image.pixels - np.clip(clean, 0, 1)) > 0.02
+    assert changed.sum() <= 1 and image.pixels.max() == 1
+    assert "spikes lie beyond" in image.range
+    small = np.zeros((40, 40, 5), np.float32)
+    small[place] = 1  # nothing else has contrast: this is the picture
+    nibabel.Nifti1Image(small, np.eye(4)).to_filename(tmp_path / "a.nii")
+    assert read.read(tmp_path / "a.nii").pixels.sum() == 1
+
+
+def test_axes_of_length_one_at_the_end_hold_nothing(tmp_path):
+    voxels = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    nibabel.Nifti1Image(voxels, np.eye(4)).to_filename(tmp_path / "a.nii")
+    nibabel.Nifti1Image(voxels[..., None, None, None], np.eye(4)).to_filename(tmp_path / "b.nii")
+    one, two = (read.read(tmp_path / f"{n}.nii").pixels for n in "ab")
+    np.testing.assert_array_equal(one, two)
+
+
+def test_an_extension_that_cannot_be_parsed_is_not(tmp_path):
+    nibabel.Nifti1Image(np.eye(4)[:, :, None], np.eye(4)).to_filename(tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[348:352] = b"\1\0\0\0"
+    raw[108:112] = np.float32(368).tobytes()
+    extended = (
+        bytes(raw[:352]) + b"\xff\xff\xff\x7f\xff\xff\xff\xff" + b"\xfe" * 8 + bytes(raw[352:])
+    )
+    (tmp_path / "b.nii").write_bytes(extended)
+    one, two = (read.read(tmp_path / f"{n}.nii").pixels for n in "ab")
+    np.testing.assert_array_equal(one, two)
+    write_nifti(tmp_path / "m.nii.gz", tmp_path / "b.nii", np.zeros((1, 4, 4), np.uint16))

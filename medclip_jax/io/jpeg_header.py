@@ -1,0 +1,113 @@
+"""What a compressed stream inside DICOM says of itself: size, depth, colour, and whether it ends.
+
+Layouts: ISO/IEC 10918-1 B.2 (JPEG; JPEG-LS, ISO/IEC 14495-1 C.2.2, has the same frame header) and
+ISO/IEC 15444-1 A.4 to A.6 (JPEG 2000; HTJ2K has the same).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0-15 without DHT, JPG, DAC; LS
+LOSSY = {0xC0, 0xC1, 0xC2}  # Huffman: baseline, extended, progressive
+ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0-7, SOI
+SOC_SIZ, SOT, COD, EOC = b"\xff\x4f\xff\x51", b"\xff\x90", b"\xff\x52", b"\xff\xd9"
+RGB_LETTERS = (b"RGB", b"rgb")
+
+
+class StreamHeader(NamedTuple):
+    """What one compressed frame states."""
+
+    width: int
+    height: int
+    components: int
+    precision: int  # bits per sample
+    colour: str  # "RGB" or "YBR" where the stream says so, else ""
+    lossy_jpeg: bool  # DCT with Huffman codes and 8 bits, which Pillow decodes
+    whole: bool  # its last marker is there
+
+
+def parse(stream: bytes) -> StreamHeader | None:
+    """The header of a JPEG, JPEG-LS or JPEG 2000 stream; None if it has no size."""
+    if stream[:2] == b"\xff\xd8":
+        return _jpeg(stream)
+    return _jpeg2000(stream)
+
+
+def _segments(stream: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(marker, offset, content) up to the first scan."""
+    offset = 2
+    while offset + 4 <= len(stream) and stream[offset] == 0xFF:
+        marker = stream[offset + 1]
+        if marker == 0xFF:  # fill byte
+            offset += 1
+        elif marker in ALONE:
+            offset += 2
+        else:
+            length = max(2, int.from_bytes(stream[offset + 2 : offset + 4]))
+            yield marker, offset, stream[offset + 4 : offset + 2 + length]
+            if marker == 0xDA:
+                return
+            offset += 2 + length
+
+
+def _jpeg(stream: bytes) -> StreamHeader | None:
+    frame, kind, scan, jfif, adobe = b"", 0, len(stream), False, None
+    for marker, offset, content in _segments(stream):
+        if marker in FRAMES and not frame:
+            kind, frame = marker, content
+        elif marker == 0xE0 and content[:4] == b"JFIF":
+            jfif = True
+        elif marker == 0xEE and content[:5] == b"Adobe" and len(content) >= 12:
+            adobe = content[11]
+        elif marker == 0xDA:
+            scan = offset
+    if len(frame) < 6:
+        return None
+    precision, count = frame[0], frame[5]
+    table = frame[6 : 6 + 3 * count]
+    letters, sampling = table[::3], set(table[1::3])
+    lossy, colour = kind in LOSSY, ""
+    if count == 3 and letters in RGB_LETTERS:
+        colour = "RGB"
+    elif count == 3 and lossy:
+        if adobe is not None and not jfif:
+            colour = "YBR" if adobe else "RGB"
+        elif jfif or len(sampling) > 1:
+            colour = "YBR"
+    return StreamHeader(
+        int.from_bytes(frame[3:5]),
+        int.from_bytes(frame[1:3]),
+        count,
+        precision,
+        colour,
+        lossy and precision == 8,
+        stream.rfind(EOC) > scan,  # entropy-coded bytes never look like it
+    )
+
+
+def _jpeg2000(stream: bytes) -> StreamHeader | None:
+    start = stream.find(SOC_SIZ)  # at 0, or inside a JP2 file
+    siz = stream[start + 4 :][:48]  # length, capabilities, x, y, x offset, y offset, tiles, count
+    if start < 0 or len(siz) < 38:
+        return None
+    x, y, left, top = (int.from_bytes(siz[4 + 4 * i : 8 + 4 * i]) for i in range(4))
+    precision, colour, offset = (siz[38:39] or b"\7")[0] % 128 + 1, "", start + 2
+    whole = False
+    while offset + 12 <= len(stream):
+        marker, length = stream[offset : offset + 2], stream[offset + 2 : offset + 4]
+        if marker == SOT:
+            part = int.from_bytes(stream[offset + 6 : offset + 10])
+            end = len(stream.rstrip(b"\0")) - 2 if part == 0 else offset + part
+            whole = offset + 12 < end <= len(stream) and (part > 0 or stream[end : end + 2] == EOC)
+            if part == 0 or not whole:
+                break
+            offset = end
+        elif marker[:1] == b"\xff" and marker != EOC:
+            if marker == COD and stream[offset + 8 : offset + 9] == b"\1":
+                colour = "RGB"  # its own colour transform is undone by every decoder
+            offset += 2 + max(2, int.from_bytes(length))
+        else:
+            break
+    return StreamHeader(
+        x - left, y - top, int.from_bytes(siz[36:38]), precision, colour, False, whole
+    )
