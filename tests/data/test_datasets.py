@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+from pathlib import Path
 
 import pytest
 
