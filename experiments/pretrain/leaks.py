@@ -104,7 +104,7 @@ def thumbnail(image: Image.Image, pose: Pose) -> Float[np.ndarray, " 576"]:
     values, places = np.unique(flat, return_inverse=True)
     ends = np.cumsum(np.bincount(places))
     middle = ends - (np.bincount(places) - 1) / 2
-    return near_duplicates.normalised(middle[places])
+    return near_duplicates.normalised(middle[places].reshape(SIDE, SIDE))
 
 
 def edges(picture: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "s s"]:

@@ -12,14 +12,16 @@ from medclip_jax.data import catalog
 
 
 def person(seed: int) -> Image.Image:
-    """One of many alike bodies on black: the same outline, organs nearly so, texture one's own."""
+    """One of many alike bodies on black: outline and organs nearly the same, texture one's own."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1:1:170j, -1:1:150j]
     shape = 0.8 + 0.02 * rng.normal(size=2)
     inside = (x / shape[0]) ** 2 + (y / shape[1]) ** 2 < 1
-    organs = 0.35 + 0.3 * (np.hypot(x - 0.25, y + 0.1) < 0.3) + 0.2 * (np.hypot(x + 0.3, y) < 0.25)
+    a, b, c, d = 0.12 * rng.normal(size=4)
+    organs = 0.35 + 0.3 * (np.hypot(x - 0.25 + a, y + 0.1 + b) < 0.3 + c / 2)
+    organs = organs + 0.2 * (np.hypot(x + 0.3 + c, y + d) < 0.25 + a / 2)
     texture = sum(ndimage.gaussian_filter(rng.normal(size=x.shape), s) * s for s in (1.5, 3))
-    values = inside * np.clip(organs + 0.12 * texture, 0.15, 1)
+    values = inside * np.clip(organs + 0.15 * texture, 0.15, 1)
     return Image.fromarray((255 * values).astype(np.uint8))
 
 
