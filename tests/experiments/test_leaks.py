@@ -123,7 +123,7 @@ def test_constant_image_is_no_copy(tmp_path):
 def test_no_tone_changes_a_thumbnail():
     image, pose = person(3), leaks.Pose()
     seen = leaks.thumbnail(KINDS["other contrast"](image), pose)
-    assert leaks.thumbnail(image, pose) @ seen > 0.99
+    assert leaks.thumbnail(image, pose) @ seen > 0.98
 
 
 def test_collections_used_for_evaluation_are_named():
