@@ -1,23 +1,28 @@
-"""Train the embedded CLIP: `--stage views`, then `texts`, `tokens`, `train`; `--export` any time.
+"""Train the embedded CLIP: `--stage leaks`, `views`, `texts`, `tokens`, `train`; then `--export`.
 
-`views` and `texts` run the teachers once (the only stages that need PyTorch and the packages named
-in pretrain/teachers.py) and leave their answers in the run folder. `train` is JAX alone; the same
-command resumes from its checkpoint. `--judge` measures CLIP folders with the package's methods.
+`leaks` lists the training images that no evaluation set holds: no other is used. `views` and
+`texts` run the teachers once (the only stages that need PyTorch and the packages named in
+pretrain/teachers.py) and leave their answers in the run folder. `train` is JAX alone; the same
+command resumes from its checkpoint. `decay` continues a copy of that checkpoint for a short while,
+the rate falling to 0 over all patches: what is exported, whenever it is wanted. `--judge` measures
+CLIP folders with the package's methods.
 """
 
 import argparse
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from pretrain import captions, encoders, leaks, loop, objective, views
 
+from medclip_jax import files
 from medclip_jax.clip import checkpoint
+from medclip_jax.data import catalog
 
-EVALUATION = {"BUSI": "busi", "BrainMRI": "brain_mri", "chest_xray": "chest_xray"}
-DISJOINT_PATIENTS = {"chest_xray"}
-REPEATS = {"breast ultrasound": 10}  # few images: shown more often
+FOLDERS = {"busi": "busi/Dataset_BUSI_with_GT"}  # of evaluation sets that are not in sets/
+FOLDERS |= {name: name for name in ("brain_mri", "chest_xray")}
 VOCABULARY = 6000
 COMMON_WORDS = 6000
 ROOT = Path(__file__).parents[1]
@@ -30,11 +35,11 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with pretrain/, terminology/ ...")
     add("--run", type=Path, required=True, help="folder for caches and checkpoints")
-    add("--stage", choices=("views", "texts", "tokens", "train"))
+    add("--stage", choices=("leaks", "views", "texts", "tokens", "train", "decay"))
     add("--shards", type=int, default=60, help="shards of 512 views")
     add("--init", type=Path, help="CLIP folder whose image encoder is the starting point")
-    add("--hours", type=float, default=1.5)
-    add("--steps", type=int, help="a budget of steps in place of hours: exactly repeatable")
+    add("--steps", type=int, default=30000, help="of train, or of decay")
+    add("--batch", type=int, default=64)
     add(
         "--weight",
         action="append",
@@ -42,7 +47,9 @@ def arguments() -> argparse.Namespace:
         metavar="PART=X",
         help="weight of a part of the loss, as similarity=0",
     )
-    add("--width", type=int, default=192, help="of the image encoder, a multiple of 64")
+    add("--width", type=int, default=256, help="of the image encoder, a multiple of 64")
+    add("--layers", type=int, default=8, help="of the image encoder")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of its products")
     add("--rate", type=float, default=8e-4)
     add("--seed", type=int, default=0)
     add("--no-findings", action="store_true", help="captions never tell disease from health")
@@ -52,21 +59,46 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def checked_rows(data: Path, run: Path) -> list[views.Row]:
-    """Training rows that are in no evaluation set; the counts are left for the card."""
+def collection(row: views.Row) -> tuple[str, str, str]:
+    return row.source, row.modality, row.licence
+
+
+def make_leaks(data: Path, run: Path) -> None:
+    """leaks.json: names of the training images that are in no evaluation set, counts for the card.
+
+    Raises:
+      SystemExit: a collection of the training images is used for evaluation.
+    """
     rows = views.read_rows(data / "pretrain")
-    files = [data / "pretrain" / "images" / row.image for row in rows]
-    sets = {name: data / folder for name, folder in EVALUATION.items()}
-    keep, counts = leaks.leak_check(files, sets, DISJOINT_PATIENTS)
+    if seen := catalog.seen_collections(row.source for row in rows):
+        named = ", ".join(f"{source} ({name})" for name, source in seen.items())
+        raise SystemExit(f"captions.csv: {named} is used for evaluation; take its images out")
+    names = catalog.with_role("development", "report")
+    sets = {name: data / FOLDERS.get(name, f"sets/{name}") for name in names}
+    paths = [data / "pretrain" / "images" / row.image for row in rows]
+    keep, counts = leaks.leak_check(paths, sets)
     rows = [row for row, kept in zip(rows, keep, strict=True) if kept]
     report = {
-        "training_images": len(rows),
-        "sources": Counter(f"{row.source} ({row.modality}, {row.licence})" for row in rows),
+        "images": [row.image for row in rows],
+        "sources": [[*key, n] for key, n in Counter(map(collection, rows)).items()],
         "sets": [c._asdict() for c in counts],
     }
     run.mkdir(parents=True, exist_ok=True)
     (run / "leaks.json").write_text(json.dumps(report, indent=1))
-    return rows
+
+
+def usable(run: Path, rows: list[views.Row], shards: list[views.Shard]) -> np.ndarray:
+    """Views of images that the leak check passed, numbered through the shards.
+
+    Raises:
+      SystemExit: it has not been run.
+    """
+    path = run / "leaks.json"
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; run --stage leaks first")
+    passed = set(json.loads(path.read_text())["images"])
+    keep = np.array([row.image in passed for row in rows])
+    return np.flatnonzero(keep[np.concatenate([shard.index for shard in shards])])
 
 
 def make_texts(data: Path, run: Path, rows: list[views.Row], seed: int, findings: bool) -> None:
@@ -94,16 +126,20 @@ def make_tokens(run: Path) -> None:
     print(f"{size} entries")
 
 
-def starting_point(init: Path | None, vocabulary: int, seed: int, width: int = 192):
-    """Encoders and random parameters, the image encoder's replaced by those of `init` if given."""
-    model = encoders.build(encoders.make_config(vocabulary, width=width, heads=width // 64))
-    params = encoders.init(model, seed)
-    if init is not None:
-        theirs = checkpoint.load(str(init))
-        if theirs.image_encoder.clone(levels=()) != model.image:
-            raise SystemExit(f"{init}: its image encoder has another shape than --width {width}")
+def starting_point(args: argparse.Namespace, vocabulary: int):
+    """Encoders and random parameters, the image encoder's replaced by those of --init if given."""
+    model = encoders.build(shape(args.width, args.layers, vocabulary), args.dtype)
+    params = encoders.init(model, args.seed)
+    if args.init is not None:
+        theirs = checkpoint.load(str(args.init))
+        if theirs.image_encoder.clone(levels=(), dtype=args.dtype) != model.image:
+            raise SystemExit(f"{args.init}: its image encoder has another shape than asked for")
         params["vision_model"] = theirs.params["vision_model"]
     return model, params
+
+
+def shape(width: int, layers: int, vocabulary: int):
+    return encoders.make_config(vocabulary, width=width, layers=layers, heads=width // 64)
 
 
 def weights_of(assignments: list[str]) -> objective.Weights:
@@ -123,6 +159,7 @@ def load_material(run: Path, rows: list[views.Row], shards: int) -> loop.Materia
     read = views.read_shards(run / "views", shards)
     return loop.Material(
         shards=read,
+        places=usable(run, rows, read),
         rows=rows,
         scales=loop.channel_scales(read),
         tokenizer=CLIPTokenizerFast.from_pretrained(run / "tokenizer"),
@@ -132,39 +169,55 @@ def load_material(run: Path, rows: list[views.Row], shards: int) -> loop.Materia
 
 
 def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
-    """Train until the budget is used up; plan.json says how."""
+    """Train until all steps are done; plan.json says how."""
     material = load_material(args.run, rows, args.shards)
-    model, params = starting_point(args.init, len(material.tokenizer), args.seed, args.width)
+    model, params = starting_point(args, len(material.tokenizer))
     plan = loop.Plan(
-        hours=args.hours,
         steps=args.steps,
+        batch=args.batch,
         rate=args.rate,
         seed=args.seed,
         findings=not args.no_findings,
         weights=weights_of(args.weight),
     )
-    record = plan._asdict() | {"weights": plan.weights._asdict(), "width": args.width}
-    record |= {"shards": len(material.shards), "init": args.init and args.init.name}
-    (args.run / "plan.json").write_text(json.dumps(record, indent=1))
-    state = loop.start(params, model, args.seed)
-    loop.run(material, model, plan, state, args.run / "checkpoint.safetensors")
+    state, path = loop.start(params, model, args.seed), args.run / "checkpoint.safetensors"
+    if args.stage == "decay":
+        plan, path = decay_plan(args.run, plan, state), args.run / "decayed.safetensors"
+    else:
+        record = plan._asdict() | {"weights": plan.weights._asdict(), "dtype": args.dtype}
+        record |= {"width": args.width, "layers": args.layers, "shards": len(material.shards)}
+        files.write_json(args.run / "plan.json", record | {"init": args.init and args.init.name})
+    loop.run(material, model, plan, state, path)
+
+
+def decay_plan(run: Path, plan: loop.Plan, state: loop.State) -> loop.Plan:
+    """The plan of the decay, begun with a copy of the checkpoint; the same one when resumed."""
+    path, about = run / "decayed.safetensors", run / "decay.json"
+    if not about.is_file():
+        shutil.copyfile(run / "checkpoint.safetensors", path)
+        begun = loop.restore(path, state)[1].steps
+        files.write_json(about, {"from": begun, "steps": plan.steps})
+    stored = json.loads(about.read_text())
+    return plan._replace(steps=stored["from"] + stored["steps"], decay=stored["steps"])
 
 
 def main() -> None:
     args = arguments()
-    if args.stage in ("views", "texts", "train"):
-        rows = checked_rows(args.data, args.run)
-    if args.stage == "views":
-        from pretrain import teachers
-
-        cache, data = args.run / "views", args.data / "pretrain"
-        teachers.make_shards(data, rows, cache, args.shards, REPEATS, args.seed)
-    elif args.stage == "texts":
-        make_texts(args.data, args.run, rows, args.seed, not args.no_findings)
+    if args.stage == "leaks":
+        make_leaks(args.data, args.run)
     elif args.stage == "tokens":
         make_tokens(args.run)
-    elif args.stage == "train":
-        train(args, rows)
+    elif args.stage:
+        rows = views.read_rows(args.data / "pretrain")
+        if args.stage == "views":
+            from pretrain import teachers
+
+            cache, data = args.run / "views", args.data / "pretrain"
+            teachers.make_shards(data, rows, cache, args.shards, args.seed)
+        elif args.stage == "texts":
+            make_texts(args.data, args.run, rows, args.seed, not args.no_findings)
+        else:
+            train(args, rows)
     if args.judge:
         from pretrain import judge
 

@@ -195,7 +195,7 @@ def _scoring(c: ConfigDict) -> None:
     }
     c.calibration = {
         "alpha": 0.1,  # false-alarm rate asked for
-        "pixel_rate": 0.02,  # share of held-out healthy pixels above the pixel threshold
+        "pixel_rate": 0.02,  # share of a healthy image's pixels above the pixel threshold
     }
     c.explanation = {
         "method": "grad_cam",  # grad_cam | grad_cam_pp

@@ -16,6 +16,7 @@ class Modality(NamedTuple):
     organ: str
     findings: dict[str, tuple[str, ...]]  # finding of captions.csv -> its wordings
     any_finding: tuple[str, ...] = ()  # wordings that are true of all its findings
+    mirror: bool = True  # left and right may change places: no heart or liver to tell them by
 
 
 MODALITIES = {
@@ -34,6 +35,7 @@ MODALITIES = {
         "lungs",
         {"pneumonia": ("pneumonia", "lung opacity", "consolidation", "an infiltrate")},
         ("lung infection", "airspace disease"),
+        mirror=False,
     ),
     "breast ultrasound": Modality(
         ("breast ultrasound", "breast sonogram", "ultrasound of the breast"),
@@ -63,6 +65,7 @@ MODALITIES = {
         ("chest ct", "ct of the chest", "lung ct", "computed tomography of the lungs"),
         "lungs",
         {"lung cancer": ("lung cancer", "a lung tumor", "a pulmonary mass")},
+        mirror=False,
     ),
     "capsule endoscopy": Modality(
         ("capsule endoscopy", "capsule endoscopy image", "wireless endoscopy of the bowel"),

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from . import encoders, export, loop
+from medclip_jax.data import catalog
+
+from . import captions, encoders, export, leaks, loop, objective
 
 TEXT = """---
 license: cc-by-4.0
@@ -18,46 +20,54 @@ tests and users without access to a model hub. Not a medical device.
 {image}. Text encoder: width {text_width}, {text_layers} layers, context {context}. Joint width
 {joint}. Own byte-pair vocabulary of {vocabulary} entries in CLIP's file format.
 
-**Data.** {images} images: {sources}. Captions in many wordings, made from modality, plane, state
-and finding{findings}. Phrases without images: Disease Ontology labels (CC0), CheXpert labeler
-mentions (MIT), anatomy and modality names.
+**Data.** {images} images, of these collections; captions in many wordings, made from modality,
+plane, state and finding{findings}. Phrases without images: Disease Ontology labels (CC0), CheXpert
+labeler mentions (MIT), anatomy and modality names.
+
+| collection | modality | licence | images |
+|---|---|---|---|
+{sources}
 
 **Teachers.** EfficientNet-Lite0 (ImageNet, Apache-2.0) for patches; all-MiniLM-L6-v2 (Apache-2.0)
 for what phrases mean. Neither is needed to use this model.
 
-**Recipe.** {start} AdamW {rate}, cosine over the budget, batch {batch}, seed {seed}; {views} views
-(crop 50-100%, turn, brightness, contrast, gamma; mirrored at random), {patches} patches per image
-and step, all of them in the last {tail:.0%}. Loss: Huber to standardised teacher features (stride 8
-against layer {middle}, stride 16 against layer {layers}, pooled against the class token), squared
-difference between our and the teacher's token cosines, CLIP's contrastive loss with every true
-caption as a positive (class token, and mean of patches), and 1 - cosine of a linear map of phrase
-embeddings to MiniLM's; weights {weights}. Exported: running average of the weights (.005 a step).
+**Recipe.** {start} AdamW {rate}, warm-up {warm_up} steps, then constant{decay}; batch {batch}, seed
+{seed}. {views} views (crop 40-100%, turn, tone), modalities sharing them as the root of their
+numbers of images; each step varies bias field, gamma, contrast, brightness, blur and noise, mirrors
+where no organ tells left from right, and keeps {patches} of 196 patches. Loss: Huber to the
+teacher's standardised features of the unvaried view (stride 8 against layer {middle}, stride 16
+against layer {layers}, pooled against the class token), squared difference between our and the
+teacher's token cosines, agreement of two views of {pairs:.0%} of the images (balanced assignments
+of patches to {prototypes} prototypes), sigmoid image-text loss with every true caption as a
+positive (class token, and mean of patches), and 1 - cosine of a linear map of phrase embeddings to
+MiniLM's; weights {weights}. Exported: running average of the weights ({ema} a step).
 
-**Run.** {steps:,} steps, {seen:,} image views, {minutes:.0f} minutes.
+**Run.** {steps:,} steps, {shown:,} image views, {minutes:.0f} minutes.
 
-**Leak check** (correlation of 24x24 thumbnails over .95):
+**Leak check.** Training images are compared with every evaluation image, mirrored, turned by up to
+16 degrees, cropped to the body or further; ranks of grey values first, then edges of the nearest
+ones. Over {limit} (edges) an image counts as issued anew and is not used. No collection of an
+evaluation set is among those above but for {others} (other patients).
 
-| evaluation set | images | near-duplicates in training | highest correlation | rule |
+| evaluation set | images | pairs compared closely | left out | highest of the rest |
 |---|---|---|---|---|
 {leaks}
-
-Chest films of different children correlate that highly; there, patients are disjoint instead.
 
 **Results** (image AUROC of the package's methods `zero_shot` and `memory`, mean ± sd over draws):
 
 {results}
 
-**Limits.** Where it has seen captions of brain tumours, pneumonia or breast masses, say so beside
-its zero-shot numbers. Outside the modalities above it knows no more than its teachers' general
-shape. Text beyond {length} tokens was never trained.
+**Limits.** It has seen captions of these findings: {seen}. Say so beside its zero-shot numbers on
+them. Outside the modalities above it knows no more than its teachers' general shape. Where normal
+and abnormal come from different sources captions name neither. Text beyond {length} tokens was
+never trained.
 """
 
 
-def leak_table(run: Path) -> str:
-    sets = json.loads((run / "leaks.json").read_text())["sets"]
+def leak_table(sets: list[dict]) -> str:
     return "\n".join(
-        f"| {s['name']} | {s['evaluation_images']} | {s['near_duplicates']} | {s['highest']:.3f} | "
-        f"{'excluded' if s['excluded'] else 'patients disjoint'} |"
+        f"| {s['name']} | {s['evaluation_images']} | {s['candidates']} | {s['leaks']} | "
+        f"{max(s['highest'], 0):.3f} |"
         for s in sets
     )
 
@@ -68,7 +78,7 @@ def start_text(init: str | None) -> str:
     return f"The image encoder starts from the checkpoint `{init}`, the text encoder at random."
 
 
-def card_text(run: Path, config, steps: int, elapsed: float) -> str:
+def card_text(run: Path, config, done: loop.Done) -> str:
     """The card; results come from results.md of the run folder, which `--judge` writes."""
     plan = json.loads((run / "plan.json").read_text())
     data = json.loads((run / "leaks.json").read_text())
@@ -85,33 +95,56 @@ def card_text(run: Path, config, steps: int, elapsed: float) -> str:
         context=t.max_position_embeddings,
         vocabulary=t.vocab_size,
         joint=config.projection_dim,
-        images=data["training_images"],
-        sources=", ".join(f"{n} of {name}" for name, n in data["sources"].items()),
+        images=sum(n for *_, n in data["sources"]),
+        sources="\n".join(f"| {' | '.join(map(str, row))} |" for row in data["sources"]),
         findings="" if plan["findings"] else " (every finding, normal and abnormal left out)",
+        seen=findings_text() if plan["findings"] else "none",
         start=start_text(plan["init"]),
         rate=plan["rate"],
         batch=plan["batch"],
         seed=plan["seed"],
         views=f"{plan['shards'] * 512:,}",
         patches=plan["patches"],
-        tail=plan["full_tail"],
+        warm_up=loop.WARM_UP,
+        decay=decay_text(run),
+        pairs=objective.PAIRS,
+        prototypes=objective.PROTOTYPES,
+        ema=objective.EMA,
+        limit=leaks.LIMIT,
+        others=", ".join(catalog.OTHER_PATIENTS),
         weights=", ".join(f"{name} {x:g}" for name, x in plan["weights"].items()),
-        steps=steps,
-        seen=steps * plan["batch"],
-        minutes=elapsed / 60,
-        leaks=leak_table(run),
+        steps=done.steps,
+        shown=done.steps * plan["batch"],
+        minutes=done.seconds / 60,
+        leaks=leak_table(data["sets"]),
         results=results.read_text() if results.exists() else "not yet measured",
         length=loop.LENGTH,
     )
 
 
+def findings_text() -> str:
+    named = {name: m.findings for name, m in captions.MODALITIES.items()}
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in named.items())
+
+
+def decay_text(run: Path) -> str:
+    """How the last steps differed, if the decay was run."""
+    if not (run / "decay.json").is_file():
+        return ""
+    steps = json.loads((run / "decay.json").read_text())["steps"]
+    return f", falling to 0 over the last {steps} steps, which see all patches"
+
+
 def export_run(run: Path, folder: Path, half: bool) -> None:
-    """The Hugging Face folder of the run's latest checkpoint (the averaged weights)."""
+    """The Hugging Face folder of the decayed weights, else of the latest checkpoint (averaged)."""
     plan = json.loads((run / "plan.json").read_text())
     vocabulary = len(json.loads((run / "tokenizer" / "vocab.json").read_text()))
-    config = encoders.make_config(vocabulary, width=plan["width"], heads=plan["width"] // 64)
+    width, layers = plan["width"], plan["layers"]
+    config = encoders.make_config(vocabulary, width=width, layers=layers, heads=width // 64)
     model = encoders.build(config)
     template = loop.start(encoders.init(model, 0), model, 0)
-    state, steps, elapsed = loop.restore(run / "checkpoint.safetensors", template)
-    text = card_text(run, config, steps, elapsed)
+    decayed = run / "decayed.safetensors"
+    path = decayed if decayed.is_file() else run / "checkpoint.safetensors"
+    state, done = loop.restore(path, template)
+    text = card_text(run, config, done)
     export.write_folder(folder, state.average, config, run / "tokenizer", text, half)

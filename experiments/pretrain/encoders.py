@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 from transformers import CLIPConfig
 
 from medclip_jax.clip import checkpoint, hf_weights, text, vit
@@ -69,8 +69,9 @@ def make_config(
     )
 
 
-def build(config: CLIPConfig) -> Encoders:
-    """The modules of a config."""
+def build(config: CLIPConfig, dtype: str = "float32") -> Encoders:
+    """The modules of a config; with `dtype` bfloat16 the image encoder multiplies in it, and sums
+    in float32."""
     v, t, joint = config.vision_config, config.text_config, config.projection_dim
     image = vit.ViT(
         width=v.hidden_size,
@@ -80,6 +81,7 @@ def build(config: CLIPConfig) -> Encoders:
         patch=v.patch_size,
         positions=(v.image_size // v.patch_size) ** 2 + 1,
         joint=joint,
+        dtype=dtype,
     )
     words = text.TextEncoder(
         width=t.hidden_size,
@@ -118,10 +120,10 @@ def init(encoders: Encoders, seed: int) -> Params:
 def encode_image(
     params: Params,
     encoders: Encoders,
-    pixels: UInt8[Array, "n h w"],
+    grey: Float[Array, "n h w"],
     keep: Int[Array, "n t"] | None = None,
 ) -> tuple[Float[Array, "n 1+t d"], Float[Array, "n 1+t d"]]:
-    """Tokens after the middle and the last block, class token first.
+    """Tokens after the middle and the last block, float32, class token first, of images in [0, 1].
 
     `keep` names the patches that enter (random subsets make training steps cheaper).
     """
@@ -134,10 +136,10 @@ def encode_image(
         middle = blocks.scan(x, 0, half)
         return middle, blocks.scan(middle, half, encoder.depth)
 
-    grey = pixels.astype(jnp.float32) / 255
     images = checkpoint.normalise(grey, hf_weights.MEAN, hf_weights.STD)
     vision = encoders.image.prepare(params)  # blocks stacked for scan
-    return encoders.image.apply({"params": vision}, images, method=run)
+    states = encoders.image.apply({"params": vision}, images, method=run)
+    return tuple(x.astype(jnp.float32) for x in states)
 
 
 def project(params: Params, encoders: Encoders, tokens: Float[Array, "n t d"]):

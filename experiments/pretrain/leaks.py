@@ -1,16 +1,32 @@
-"""Refuses training images that stand, exactly or nearly, in an evaluation set."""
+"""Finds training images that issue an evaluation image anew: cropped, mirrored, turned, retouched.
 
+Two stages. The first compares coarse thumbnails of the body, ranks in place of grey values, of
+every training image mirrored and turned with every evaluation image, and keeps the nearest as
+candidates. The second aligns a candidate finely and correlates its edges: only the same exposure
+has the same edges; other patients of the same view have the same anatomy but not those.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Complex, Float, Int
 from PIL import Image
+from scipy import fft, ndimage
 
 from medclip_jax.data import near_duplicates
 
-SIDE = 24
-LIMIT = 0.95  # correlation of 24x24 thumbnails above which two images count as one
+SIDE = 24  # of a thumbnail
+DETAIL = 96  # of the pictures whose edges are compared
+ANGLES = tuple(range(-16, 17, 4))  # degrees
+FRAMES = ((True, 1.0), (False, 1.0), (False, 0.87))  # whole picture, body's box, middle of it
+FINE = [(turn, zoom) for turn in (-3, -1.5, 0, 1.5, 3) for zoom in (0.94, 0.97, 1, 1.03, 1.06)]
+CANDIDATES = 5  # nearest evaluation images of each training image that the second stage sees
+POSES = [(m, t, *f) for m in (False, True) for t in ANGLES for f in FRAMES]
+COARSE = 0.6  # correlation of thumbnails from which edges are compared ...
+PROMISING = 0.15  # ... and of edges as they lie, from which they are aligned finely
+LIMIT = 0.65  # correlation of aligned edges over which two images count as one exposure
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
@@ -19,46 +35,172 @@ class LeakCount(NamedTuple):
 
     name: str
     evaluation_images: int
-    near_duplicates: int  # training images over LIMIT
-    highest: float  # highest correlation found
-    excluded: bool  # False where patients are disjoint instead (chest films look alike)
+    candidates: int  # pairs whose edges were compared
+    leaks: int  # training images that issue one of its images anew: not used
+    highest: float  # highest correlation of edges among those used
 
 
-def thumbnails(paths: list[Path]) -> Float[np.ndarray, "n 576"]:
-    """Grey 24x24 thumbnails with mean 0 and length 1; of a constant image zeros."""
-    rows = []
-    for path in paths:
-        with Image.open(path) as image:
-            grey = image.convert("RGB").convert("L")
-            small = grey.resize((SIDE, SIDE), Image.Resampling.BOX)
-        rows.append(near_duplicates.normalised(np.asarray(small, np.float32)))
-    return np.stack(rows)
+class Pose(NamedTuple):
+    """How a picture is made comparable: mirrored, turned by degrees, cut to a share of its frame.
+
+    The frame is the body's box, or the `whole` picture.
+    """
+
+    mirror: bool = False
+    turn: float = 0.0
+    whole: bool = False
+    zoom: float = 1.0
+
+
+def read(path: Path) -> Image.Image:
+    """Grey, at most 192 pixels a side."""
+    with Image.open(path) as image:
+        image = image.convert("RGB").convert("L")
+    image.thumbnail((192, 192), Image.Resampling.BOX)
+    return image
+
+
+def body(grey: Float[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
+    """Box (left, top, right, bottom) of what differs from an even border; else the whole picture.
+
+    A row or column counts as empty if at most 2% of it differs by a tenth of the range, noise
+    smoothed away.
+    """
+    grey = ndimage.gaussian_filter(grey, 2)
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    ground = np.median(border)
+    other = np.abs(grey - ground) > 0.1 * max(float(np.ptp(grey)), 1.0)
+    rows, columns = (np.flatnonzero(other.mean(axis) > 0.02) for axis in (1, 0))
+    if min(len(rows), len(columns)) < 8:
+        return 0, 0, grey.shape[1], grey.shape[0]
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def posed(image: Image.Image, pose: Pose, side: int) -> Float[np.ndarray, "s s"]:
+    """The picture in a pose, as a square."""
+    if pose.mirror:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    grey = np.asarray(image, np.float32)
+    if pose.turn:
+        border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+        ground = int(np.median(border))
+        image = image.rotate(pose.turn, Image.Resampling.BILINEAR, fillcolor=ground)
+        grey = np.asarray(image, np.float32)
+    left, top, right, bottom = (0, 0, *image.size) if pose.whole else body(grey)
+    x, y = (right - left) * (1 - pose.zoom) / 2, (bottom - top) * (1 - pose.zoom) / 2
+    box = (left + x, top + y, right - x, bottom - y)
+    if pose.zoom > 1:  # beyond the body: what is there, or the edge repeated
+        pad = int(np.ceil(max(-x, -y)))
+        image = Image.fromarray(np.pad(grey, pad, "edge").astype(np.uint8))
+        box = tuple(v + pad for v in box)
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX, box=box), np.float32)
+
+
+def thumbnail(image: Image.Image, pose: Pose) -> Float[np.ndarray, " 576"]:
+    """Ranks of a coarse picture, mean 0 and length 1: no gamma or contrast changes it."""
+    flat = posed(image, pose, SIDE).ravel()
+    if np.ptp(flat) < 2:
+        return np.zeros(flat.size, np.float32)
+    values, places = np.unique(flat, return_inverse=True)
+    ends = np.cumsum(np.bincount(places))
+    middle = ends - (np.bincount(places) - 1) / 2
+    return near_duplicates.normalised(middle[places].reshape(SIDE, SIDE))
+
+
+def edges(picture: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "s s"]:
+    """Detail of 2 to 8 pixels at even strength, mean 0, faded towards the border."""
+    band = ndimage.gaussian_filter(picture, 1) - ndimage.gaussian_filter(picture, 4)
+    strength = np.sqrt(ndimage.gaussian_filter(band**2, 8))
+    band = band / (strength + 0.02 * float(np.ptp(picture)) + 1e-3)
+    window = np.hanning(len(picture) + 2)[1:-1]
+    band = (band - band.mean()) * np.sqrt(window[:, None] * window[None])
+    return band / max(float(np.linalg.norm(band)), 1e-6)
+
+
+def spectrum(image: Image.Image, pose: Pose) -> Complex[np.ndarray, "s f"]:
+    """Of the edges of a picture in a pose."""
+    return fft.rfft2(edges(posed(image, pose, DETAIL)))
+
+
+def highest_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Over all shifts of one picture against the other, given their spectra."""
+    return float(fft.irfft2(one * np.conj(other), (DETAIL, DETAIL)).max())
+
+
+def same_exposure(one: Image.Image, pose: Pose, other: np.ndarray) -> float:
+    """Correlation of edges with those of spectrum `other`, `one` turned and zoomed finely about a
+    pose; as it lies, if that is not PROMISING."""
+    score = highest_correlation(spectrum(one, pose), other)
+    if score <= PROMISING:
+        return score
+    near = [pose._replace(turn=pose.turn + t, zoom=pose.zoom * z) for t, z in FINE]
+    return max(highest_correlation(spectrum(one, p), other) for p in near)
 
 
 def image_files(folder: Path) -> list[Path]:
     """Images under `folder`, masks left out, in a fixed order."""
     return sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and "_mask" not in p.stem
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in SUFFIXES and "_mask" not in p.stem and "ground_truth" not in p.parts
     )
 
 
-def leak_check(
-    train: list[Path], evaluation: dict[str, Path], disjoint_patients: set[str]
-) -> tuple[Bool[np.ndarray, " n"], list[LeakCount]]:
-    """Which training images may stay, and the counts for the model card.
+def all_poses(images: Sequence[Image.Image]) -> Float[np.ndarray, "n q 576"]:
+    """Thumbnails of each image in POSES."""
+    return np.stack([[thumbnail(image, Pose(*pose)) for pose in POSES] for image in images])
 
-    Sets named in `disjoint_patients` are counted but exclude nothing: their patients are disjoint
-    by construction, and different healthy chest films do correlate over the limit.
+
+def nearest(
+    ours: Float[np.ndarray, "n q 576"], theirs: Float[np.ndarray, "f e 576"]
+) -> tuple[Int[np.ndarray, "n c"], Float[np.ndarray, "n c"], Int[np.ndarray, "n c 2"]]:
+    """The CANDIDATES evaluation images nearest to each training image.
+
+    Args:
+      ours: thumbnails of training images in POSES.
+      theirs: of evaluation images in FRAMES.
+
+    Returns:
+      Which they are, their correlation, and numbers of the pose and the frame at which it is so.
     """
-    ours = thumbnails(train)
+    count = min(CANDIDATES, theirs.shape[1])
+    index, near, how = [], [], []
+    for rows in ours:
+        scores = np.einsum("qp,fep->qfe", rows, theirs, optimize=True)
+        flat = scores.reshape(-1, scores.shape[-1])
+        best = np.argsort(-flat.max(0))[:count]
+        index.append(best)
+        near.append(flat.max(0)[best])
+        how.append(np.stack(np.divmod(flat[:, best].argmax(0), len(FRAMES)), -1))
+    return np.stack(index), np.stack(near), np.stack(how)
+
+
+def leak_check(
+    train: list[Path], evaluation: dict[str, Path], say: Callable[[str], None] = print
+) -> tuple[Bool[np.ndarray, " n"], list[LeakCount]]:
+    """Which training images may stay, and the counts for the model card."""
+    images = [read(path) for path in train]
+    ours = all_poses(images)
     keep = np.ones(len(train), bool)
     counts = []
     for name, folder in evaluation.items():
-        files = image_files(folder)
-        best = (ours @ thumbnails(files).T).max(axis=1)
-        near = best > LIMIT
-        excluded = name not in disjoint_patients
-        if excluded:
-            keep &= ~near
-        counts.append(LeakCount(name, len(files), int(near.sum()), float(best.max()), excluded))
+        others = [read(path) for path in image_files(folder)]
+        frames = [Pose(False, 0, *frame) for frame in FRAMES]
+        theirs = np.stack([[thumbnail(image, pose) for image in others] for pose in frames])
+        index, near, how = nearest(ours, theirs)
+        spectra: dict[tuple[int, int], np.ndarray] = {}
+        exact = np.full(near.shape, -1.0)
+        for n, c in np.argwhere(near > COARSE):
+            pose, frame = how[n, c]
+            place = int(index[n, c]), int(frame)
+            if place not in spectra:
+                spectra[place] = spectrum(others[place[0]], frames[frame])
+            exact[n, c] = same_exposure(images[n], Pose(*POSES[pose]), spectra[place])
+        best = exact.max(1)
+        leaks = best > LIMIT
+        keep &= ~leaks
+        rest = float(best[~leaks].max(initial=-1.0))
+        compared = int((near > COARSE).sum())
+        counts.append(LeakCount(name, len(others), compared, int(leaks.sum()), rest))
+        say(f"leak check {name}: {counts[-1]}")
     return keep, counts

@@ -1,15 +1,18 @@
-"""The training loop: a wall-clock budget, steps that depend only on their number, checkpoints."""
+"""The training loop: steps that depend only on their number, checkpoints, a log of JSON lines."""
 
 import functools
+import json
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizerFast
 
@@ -17,20 +20,23 @@ from . import captions, objective, tokens, views
 from .encoders import Encoders, Params
 
 LENGTH = 32  # text tokens in training; the later positions of the context stay as they began
+GRID = views.SIZE // 16  # of the teacher's patches
+WARM_UP = 300  # steps
+LOGGED = 20  # steps between lines of the log
+AHEAD = 3  # batches made in advance
 
 
 class Plan(NamedTuple):
     """Everything that decides a run."""
 
-    hours: float = 1.5  # budget; the schedule is a function of the fraction used
-    steps: int | None = None  # a step budget instead (exactly repeatable)
+    steps: int  # in all; the rate is constant but for the warm-up and the decay
+    decay: int = 0  # of them the last: the rate falls to 0, and all patches are seen
     batch: int = 64
-    patches: int = 98  # patches kept of 196 ...
-    full_tail: float = 0.1  # ... but all of them in this last fraction
+    patches: int = 98  # patches kept of 196
     rate: float = 8e-4
     seed: int = 0
     findings: bool = True
-    save_minutes: float = 4.0
+    save_minutes: float = 5.0
     weights: objective.Weights = objective.Weights()
 
 
@@ -38,6 +44,7 @@ class Material(NamedTuple):
     """What the loop reads: cached views, their rows, the channel scales, the tokenizer, phrases."""
 
     shards: list[views.Shard]
+    places: np.ndarray  # views that may be used, numbered through the shards
     rows: list[views.Row]
     scales: dict[str, tuple[np.ndarray, np.ndarray]]
     tokenizer: CLIPTokenizerFast
@@ -51,6 +58,13 @@ class State(NamedTuple):
     average: dict
 
 
+class Done(NamedTuple):
+    """What a checkpoint says of its run: steps, and seconds that they took in all processes."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+
 def channel_scales(shards: list[views.Shard]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Mean and standard deviation of each teacher channel over the first shards."""
     out = {}
@@ -61,40 +75,52 @@ def channel_scales(shards: list[views.Shard]) -> dict[str, tuple[np.ndarray, np.
     return out
 
 
-def make_batch(material: Material, plan: Plan, number: int, kept: int) -> objective.Batch:
-    """The batch of step `number`: a function of the seed and the number alone."""
-    rng = np.random.default_rng([plan.seed, 13, number])
-    per_shard = len(material.shards[0].index)
-    chosen = rng.integers(per_shard * len(material.shards), size=plan.batch)
-    flips = rng.random(plan.batch) < 0.5
-    columns = {name: [] for name in views.Shard._fields}
-    for place, flip in zip(chosen, flips, strict=True):
-        shard = material.shards[place // per_shard]
-        for name in views.Shard._fields:
-            value = getattr(shard, name)[place % per_shard]
-            turned = flip and name in ("pixels", "fine", "coarse")
-            columns[name].append(np.flip(value, 1) if turned else value)
-    rows = [material.rows[i] for i in columns["index"]]
-    keep = np.argsort(rng.random((plan.batch, 196)), axis=1)[:, :kept].astype(np.int32)
+def mirrored(keep: np.ndarray) -> np.ndarray:
+    """The patches that show, in the mirrored image, what patches `keep` show."""
+    row, column = np.divmod(keep, GRID)
+    return row * GRID + GRID - 1 - column
 
-    def standard(name):
-        mean, sd = material.scales[name]
-        return (np.asarray(np.stack(columns[name]), np.float32) - mean) / sd
+
+def make_batch(material: Material, plan: Plan, number: int, kept: int) -> objective.Batch:
+    """The batch of step `number`: a function of the seed and the number alone.
+
+    The last objective.PAIRS of it are the first once more, mirrored or not by a toss of their own,
+    their kept patches at the same places of the body.
+    """
+    rng = np.random.default_rng([plan.seed, 13, number])
+    per_shard, twice = len(material.shards[0].index), int(plan.batch * objective.PAIRS)
+    chosen = rng.choice(material.places, size=plan.batch)
+    flips = rng.random(plan.batch) < 0.5
+    keep = np.argsort(rng.random((plan.batch, GRID**2)), axis=1)[:, :kept].astype(np.int32)
+    chosen[plan.batch - twice :] = chosen[:twice]
+    found = [(material.shards[p // per_shard], p % per_shard) for p in chosen]
+    rows = [material.rows[shard.index[place]] for shard, place in found]
+    flips &= np.array([captions.MODALITIES[row.modality].mirror for row in rows])
+    for one, other in enumerate(range(plan.batch - twice, plan.batch)):
+        keep[other] = mirrored(keep[one]) if flips[one] != flips[other] else keep[one]
+
+    def column(name):
+        values = [getattr(shard, name)[place] for shard, place in found]
+        return np.stack([np.flip(v, 1) if f else v for v, f in zip(values, flips, strict=True)])
 
     def patches(name):
-        grid = standard(name).reshape(plan.batch, 196, -1)
-        return np.take_along_axis(grid, keep[..., None], 1)
+        grid = column(name).reshape(plan.batch, GRID**2, -1)
+        mean, sd = material.scales[name]
+        chosen = np.take_along_axis(grid, keep[..., None], 1)
+        return (chosen.astype(np.float32) - mean) / sd
 
+    mean, sd = material.scales["pooled"]
+    pooled = np.stack([shard.pooled[place] for shard, place in found]).astype(np.float32)
     own = [captions.make_caption(row, rng, plan.findings) for row in rows]
     other = rng.integers(len(material.phrases), size=plan.batch)
     texts = [c.text for c in own] + [material.phrases[i] for i in other]
     ids = tokens.encode(material.tokenizer, texts, LENGTH)
     return objective.Batch(
-        pixels=np.stack(columns["pixels"]),
+        pixels=column("pixels"),
         keep=keep,
         fine=patches("fine"),
         coarse=patches("coarse"),
-        pooled=standard("pooled"),
+        pooled=(pooled - mean) / sd,
         captions=ids[: plan.batch],
         match=captions.matches(own, rows),
         phrases=ids[plan.batch :],
@@ -102,29 +128,40 @@ def make_batch(material: Material, plan: Plan, number: int, kept: int) -> object
     )
 
 
-def rate_at(plan: Plan, fraction: float, number: int) -> np.float32:
-    """Linear warm-up over 100 steps, then cosine over the fraction of the budget used."""
-    cosine = 0.5 * (1 + np.cos(np.pi * min(fraction, 1.0)))
-    return np.float32(plan.rate * min(1.0, (number + 1) / 100) * max(cosine, 0.01))
+def rate_at(plan: Plan, number: int) -> np.float32:
+    """Linear warm-up, then constant, then linear to 0 over the decay (so any stop will do)."""
+    left = (plan.steps - number) / plan.decay if plan.decay else 1.0
+    return np.float32(plan.rate * min(1.0, (number + 1) / WARM_UP, left))
 
 
-def save(path: Path, state: State, number: int, elapsed: float) -> None:
-    """One file, replaced atomically."""
+def save(path: Path, state: State, done: Done) -> None:
+    """One file, replaced atomically; the one before stays beside it."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
-    half_written = path.with_suffix(".part")
-    save_file(arrays, half_written, metadata={"step": str(number), "elapsed": repr(elapsed)})
-    os.replace(half_written, path)
+    about = {name: repr(value) for name, value in done._asdict().items()}
+    part = path.with_suffix(".part")
+    save_file(arrays, part, metadata=about)
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous"))
+    os.replace(part, path)
 
 
-def restore(path: Path, template: State) -> tuple[State, int, float]:
-    """State, next step's number and elapsed seconds from `save`."""
-    with safe_open(path, "numpy") as file:
-        about = file.metadata()
-        paths, tree = jax.tree_util.tree_flatten_with_path(template)
-        leaves = [file.get_tensor(jax.tree_util.keystr(k)) for k, _ in paths]
-    state = jax.tree_util.tree_unflatten(tree, leaves)
-    return state, int(about["step"]), float(about["elapsed"])
+def restore(path: Path, template: State) -> tuple[State, Done]:
+    """State and position of the newest whole file of `save`; `template` if there is none."""
+    for file_path in (path, path.with_suffix(".previous")):
+        if not file_path.exists():
+            continue
+        try:
+            with safe_open(file_path, "numpy") as file:
+                about = file.metadata()
+                paths, tree = jax.tree_util.tree_flatten_with_path(template)
+                leaves = [file.get_tensor(jax.tree_util.keystr(k)) for k, _ in paths]
+        except SafetensorError as error:
+            print(f"{file_path}: {error}; the checkpoint before it is taken", flush=True)
+            continue
+        state = jax.tree_util.tree_unflatten(tree, leaves)
+        return state, Done(int(about["steps"]), float(about["seconds"]))
+    return template, Done()
 
 
 def start(clip: Params, encoders: Encoders, seed: int) -> State:
@@ -139,55 +176,74 @@ def _check(parts: dict[str, float], number: int) -> None:
         raise FloatingPointError(f"step {number}: {', '.join(bad)} is not finite")
 
 
-def _line(number: int, used: float, speed: float, parts: dict[str, float]) -> str:
-    values = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
-    return f"step {number} {used / 60:.1f} min {speed:.0f} images/s {values}"
-
-
 @functools.cache
-def compiled_step(encoders: Encoders, weights: objective.Weights):
+def compiled_step(encoders: Encoders, weights: objective.Weights, seed: int):
     """`objective.step` for one CLIP, compiled once per process; its state is donated."""
     fixed = {"encoders": encoders, "weights": weights, "optimiser": objective.make_optimiser()}
-    return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
+    return jax.jit(functools.partial(objective.step, seed=seed, **fixed), donate_argnums=(0, 1, 2))
 
 
-def counted(times: list[float]) -> float:
-    """Seconds the last step counts for: at most five median steps, however long it was stopped."""
-    return min(times[-1], 5 * float(np.median(times)))
+def batches(material: Material, plan: Plan, number: int, split) -> Iterator[objective.Batch]:
+    """Batches from step `number` on, on the devices; threads make the next ones in advance."""
+
+    def make(step: int):
+        kept = GRID**2 if step >= plan.steps - plan.decay else plan.patches
+        return make_batch(material, plan, step, kept)
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting = [pool.submit(make, n) for n in range(number, min(number + AHEAD, plan.steps))]
+        for step in range(number, plan.steps):
+            batch = jax.device_put(waiting.pop(0).result(), split)
+            if step + AHEAD < plan.steps:
+                waiting.append(pool.submit(make, step + AHEAD))
+            yield batch
 
 
 def run(material: Material, encoders: Encoders, plan: Plan, state: State, path: Path) -> State:
-    """Trains from `state`, or from the checkpoint at `path`, until the budget is used up.
+    """Trains from `state`, or from the checkpoint at `path`, until all steps are done.
 
-    A process may be stopped and continued without losing budget (see `counted`).
+    Appends to log.jsonl beside `path`: step, rate, images/s and the share of the time in which the
+    devices waited for data since the line before, and the parts of the loss at that step.
     """
-    number, elapsed, times = 0, 0.0, []
-    if path.exists():
-        state, number, elapsed = restore(path, state)
+    state, done = restore(path, state)
     mesh = jax.make_mesh((jax.device_count(),), ("n",), axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("n"))
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    step = compiled_step(encoders, plan.weights)
-    saved = elapsed
-    while True:
-        fraction = number / plan.steps if plan.steps else elapsed / (plan.hours * 3600)
-        if fraction >= 1:
-            break
-        begun = time.monotonic()
-        kept = 196 if fraction >= 1 - plan.full_tail else plan.patches
-        batch = jax.device_put(make_batch(material, plan, number, kept), split)
-        rate = rate_at(plan, fraction, number)
-        *changed, parts = step(*state, rate, batch)
-        state = State(*changed)
-        parts = {name: float(value) for name, value in parts.items()}
-        _check(parts, number)
-        number += 1
-        times = [*times[-50:], time.monotonic() - begun]
-        elapsed += counted(times)
-        line = _line(number, elapsed, plan.batch / np.median(times), parts)
-        print(f"\r{line}", end="" if number % 20 else "\n", flush=True)
-        if elapsed - saved > plan.save_minutes * 60:
-            save(path, state, number, elapsed)
-            saved = elapsed
-    save(path, state, number, elapsed)
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.device_put(state, whole)
+    step = compiled_step(encoders, plan.weights, plan.seed)
+    supply = batches(material, plan, done.steps, NamedSharding(mesh, PartitionSpec("n")))
+    number, begun, waited, lines = done.steps, time.monotonic(), 0.0, []
+    saved = lined = begun
+
+    def position(now: float) -> Done:
+        return Done(number, done.seconds + now - begun)
+
+    while number < plan.steps:
+        asked = time.monotonic()
+        batch = next(supply)
+        waited += time.monotonic() - asked
+        rate = rate_at(plan, number)
+        *changed, parts = step(*state, rate, np.int32(number), batch)
+        state, number = State(*changed), number + 1
+        parts = {name: float(value) for name, value in parts.items()}  # waits for the step
+        _check(parts, number - 1)
+        if number % LOGGED == 0 or number == plan.steps:
+            now = time.monotonic()
+            speed = plan.batch * (number - max(number - LOGGED, done.steps)) / (now - lined)
+            line = {"step": number, "rate": float(rate), "images_per_second": round(speed, 2)}
+            line |= {"waiting": round(waited / (now - lined), 3), "shards": len(material.shards)}
+            lines.append(json.dumps(line | {k: round(v, 5) for k, v in parts.items()}))
+            print(lines[-1], flush=True)
+            lined, waited = now, 0.0
+        if time.monotonic() - saved > plan.save_minutes * 60 and number < plan.steps:
+            saved = _save_all(path, state, position(time.monotonic()), lines)
+    _save_all(path, state, position(time.monotonic()), lines)
     return state
+
+
+def _save_all(path: Path, state: State, done: Done, lines: list[str]) -> float:
+    """Checkpoint and the log's lines up to it, which `lines` then no longer holds; the time."""
+    save(path, state, done)
+    with open(path.with_name("log.jsonl"), "a") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    lines.clear()
+    return time.monotonic()

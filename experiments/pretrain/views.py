@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 SIZE = 224
 SHARD = 512  # views per shard
+BALANCE = 0.5  # a modality's share grows with this power of its number of images
+TURN = 16  # degrees
 
 
 class Row(NamedTuple):
@@ -31,29 +33,47 @@ def read_rows(folder: Path) -> list[Row]:
         return [Row(**row) for row in csv.DictReader(file)]
 
 
-def view_order(rows: list[Row], repeats: dict[str, int], seed: int, round_: int) -> np.ndarray:
-    """Image index of each view in one round: every image once, rare modalities several times."""
-    counts = [repeats.get(row.modality, 1) for row in rows]
-    order = np.repeat(np.arange(len(rows)), counts)
-    return np.random.default_rng([seed, round_]).permutation(order)
+def balanced(modalities: list[str], seed: int, number: int) -> Int[np.ndarray, " 512"]:
+    """Image index of each view of shard `number`.
+
+    Modalities share a shard as count**BALANCE; images of one come in turn, in an order that is
+    random anew each time all were shown.
+    """
+    names, inverse = np.unique(modalities, return_inverse=True)
+    weight = np.bincount(inverse).astype(float) ** BALANCE
+    edges = np.cumsum(weight) / weight.sum()
+    out = []
+    for kind in range(len(names)):
+        members = np.flatnonzero(inverse == kind)
+        before, after = (0.0 if kind == 0 else edges[kind - 1]), edges[kind]
+        each = int(np.round(after * SHARD)) - int(np.round(before * SHARD))
+        for place in range(number * each, (number + 1) * each):
+            round_, rank = divmod(place, len(members))
+            order = np.random.default_rng([seed, 3, kind, round_]).permutation(len(members))
+            out.append(members[order[rank]])
+    return np.random.default_rng([seed, 4, number]).permutation(out)
 
 
 def random_view(
     pixels: UInt8[np.ndarray, "h w"], rng: np.random.Generator
 ) -> UInt8[np.ndarray, "224 224"]:
-    """A crop of 50-100% of the area, turned by up to 10 degrees, other brightness and gamma."""
+    """A crop of 40-100% of the area, half of them turned by up to TURN, of mildly other tone.
+
+    Tones that a scanner would make come in training, where every step draws them anew
+    (scanner.vary).
+    """
     image = Image.fromarray(pixels)
-    if rng.random() < 0.3:
-        image = image.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+        image = image.rotate(float(rng.uniform(-TURN, TURN)), Image.Resampling.BILINEAR)
     width, height = image.size
-    area, ratio = rng.uniform(0.5, 1.0), np.exp(rng.uniform(-0.2, 0.2))
+    area, ratio = rng.uniform(0.4, 1.0), np.exp(rng.uniform(-0.2, 0.2))
     w = min(width, width * np.sqrt(area * ratio))
     h = min(height, height * np.sqrt(area / ratio))
     x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
     image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
     values = np.asarray(image, np.float32) / 255.0
-    values = values ** np.exp(rng.uniform(-0.35, 0.35))
-    values = (values - 0.5) * rng.uniform(0.75, 1.25) + 0.5 + rng.uniform(-0.08, 0.08)
+    values = values ** np.exp(rng.uniform(-0.2, 0.2))
+    values = (values - 0.5) * rng.uniform(0.85, 1.15) + 0.5 + rng.uniform(-0.05, 0.05)
     return np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 

@@ -1,5 +1,6 @@
 """Where each data set comes from, under which licence, and what to cite."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -169,3 +170,20 @@ EVIDENCE: dict[str, Evidence] = {
 def with_role(*roles: str) -> tuple[str, ...]:
     """Names of the data sets of these roles, in the catalogue's order."""
     return tuple(name for name, about in EVIDENCE.items() if about.role in roles)
+
+
+# Collections that are also in pre-training, with other patients: such a set is no unseen modality.
+OTHER_PATIENTS = ("knee_xr", "gallbladder_us", "wce_bleed", "lung_ct")
+
+
+def seen_collections(sources: Iterable[str]) -> dict[str, str]:
+    """Evaluation sets whose own collection is among `sources`, the collections of pre-training.
+
+    Sets of OTHER_PATIENTS are not named: there the overlap is declared.
+    """
+    sources = set(sources)
+    return {
+        name: EVIDENCE[name].collection
+        for name in with_role("development", "report")
+        if EVIDENCE[name].collection in sources and name not in OTHER_PATIENTS
+    }

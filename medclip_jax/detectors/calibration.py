@@ -1,14 +1,16 @@
-"""Thresholds and p-values from healthy images only (split-conformal).
+"""Thresholds and p-values from healthy images only (split-conformal; conformal risk control).
 
-If a healthy test score and the k healthy support scores are exchangeable, `score > threshold`
-happens with probability at most `alpha_attained`. Leave-one-out support scores are exchangeable
-with test scores only approximately, because the test image is compared with one support more.
+If a healthy test image and the k supports are exchangeable, and its score is no larger than it
+would be if each support were scored as it is, `score > threshold` happens with probability at most
+`alpha_attained`: that is the proven bound of detectors that learn nothing from the supports, or
+compare with the nearest of them. A model trained on k supports and those trained on fewer, which
+score the supports, have no such relation: then `alpha_attained` is what to expect, and no bound.
 The decision is strict on raw scores. `to_unit` maps the threshold itself just below 0.5, so that
 `unit >= 0.5`, as `metrics` decides, is the same decision.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,15 @@ from jaxtyping import Float, Num
 from scipy import stats
 
 from medclip_jax.detectors import map_filter
-from medclip_jax.errors import ConfigError, DataError
+from medclip_jax.detectors.pixel_threshold import (
+    PixelThreshold,
+    check_share,
+    finite,
+    percent,
+    pixel_quantile,
+    pixel_threshold,
+)
+from medclip_jax.errors import DataError
 
 # The float32 just below 0.5: a unit score keeps its side of 0.5 when it is stored as float32.
 BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
@@ -27,19 +37,10 @@ class Threshold(NamedTuple):
 
     value: float
     alpha_requested: float
-    alpha_attained: float  # bound on the false-alarm rate
+    alpha_attained: float  # false-alarm rate to expect
     attainable: bool  # False if alpha_requested < 1 / (k + 1)
     message: str
-
-
-class PixelThreshold(NamedTuple):
-    """A decision `pixel > value` and its rate on the healthy support maps themselves."""
-
-    value: float
-    rate_requested: float
-    rate_attained: float
-    pixels: int
-    message: str
+    bound: float | None = None  # that the rate is proven to keep; None: nothing is proven
 
 
 class Calibration(NamedTuple):
@@ -61,24 +62,32 @@ def calibrate(
     alpha: float,
     pixel_rate: float,
     steps: map_filter.Steps,
+    proven: Collection[str] = (),
 ) -> Calibration:
     """Thresholds and scales from the image scores and maps of the held-out supports.
 
-    maps: after `steps`. k: number of supports; of a single one the rows are views.
+    maps: after `steps`. k: number of supports; of a single one the rows are views. proven: as of
+    `Detector`.
     """
-    image = threshold(healthy, alpha) if k > 1 else largest(healthy, alpha)
-    pixel = pixel_threshold(maps, pixel_rate)
+    if k > 1:
+        image = threshold(healthy, alpha, proven="image" in proven)
+        pixel = pixel_threshold(maps, pixel_rate, proven="map" in proven)
+    else:
+        image, pixel = largest(healthy, alpha), pixel_quantile(maps, pixel_rate)
     scale = spread(np.asarray(maps).ravel())
     return Calibration(healthy, image, spread(healthy), pixel, scale, k, steps)
 
 
-def described(calibration: Calibration) -> dict[str, float | str]:
+def described(calibration: Calibration) -> dict[str, float | str | None]:
     """What metrics.json says of the thresholds beside `calibration_summary`."""
+    typical = calibration.pixel.rate_attained
     return {
         "threshold_raw": calibration.image.value,
         "scale": calibration.scale,
         "pixel_threshold_raw": calibration.pixel.value,
         "pixel_scale": calibration.pixel_scale,
+        "pixel_typical": None if math.isnan(typical) else typical,
+        "pixel_bound": calibration.pixel.bound,
         "pixel_message": calibration.pixel.message,
     }
 
@@ -91,22 +100,24 @@ def p_values(
     Small means unlike the healthy images; P(p <= a) <= a for exchangeable healthy scores
     (Vovk et al., Algorithmic Learning in a Random World, 2005). Raises DataError.
     """
-    ordered = np.sort(_finite(healthy, "healthy support image"))
-    below = np.searchsorted(ordered, _finite(scores, "image", least=0), side="left")
+    ordered = np.sort(finite(healthy, "healthy support image"))
+    below = np.searchsorted(ordered, finite(scores, "image", least=0), side="left")
     return (1 + len(ordered) - below) / (len(ordered) + 1)
 
 
-def threshold(healthy: Num[np.ndarray, " k"], alpha: float) -> Threshold:
+def threshold(healthy: Num[np.ndarray, " k"], alpha: float, *, proven: bool = False) -> Threshold:
     """The ceil((k + 1) (1 - alpha))-th smallest healthy score.
 
-    alpha: bound wanted for the false-alarm rate, in (0, 1). Below 1 / (k + 1) no bound can be
-    kept: then the largest healthy score is used and the message says what it promises.
+    alpha: false-alarm rate that is asked for, in (0, 1). None below 1 / (k + 1) can be attained:
+    then the largest healthy score is used and the message says what it promises. proven: the rate
+    is a bound (see above), not only what to expect.
     Raises DataError for no healthy scores or NaN, ConfigError for alpha outside (0, 1).
     """
-    ordered = np.sort(_finite(healthy, "healthy support image"))
+    ordered = np.sort(finite(healthy, "healthy support image"))
     k = len(ordered)
-    alarms, attainable, message = _promise(k, alpha)
-    return Threshold(float(ordered[k - alarms]), alpha, alarms / (k + 1), attainable, message)
+    alarms, attainable, message = _promise(k, alpha, proven)
+    value, rate = float(ordered[k - alarms]), alarms / (k + 1)
+    return Threshold(value, alpha, rate, attainable, message, rate if proven else None)
 
 
 def even_odds(alpha: float, rate: float) -> Calibration:
@@ -129,7 +140,7 @@ def largest(healthy: Num[np.ndarray, " v"], alpha: float) -> Threshold:
         "with one healthy image none can be held out, so no false-alarm rate can be promised: "
         f"the threshold is the largest score of {len(healthy)} views of it"
     )
-    value = float(_finite(healthy, "view of the healthy image").max())
+    value = float(finite(healthy, "view of the healthy image").max())
     return Threshold(value, alpha, math.nan, False, message)
 
 
@@ -138,7 +149,7 @@ def spread(healthy: Num[np.ndarray, " k"]) -> float:
 
     Not below 1e-6 of the largest absolute score; 1 if that is 0, too, so never zero.
     """
-    healthy = _finite(healthy, "healthy support image")
+    healthy = finite(healthy, "healthy support image")
     deviation = float(healthy.std(ddof=1)) if len(healthy) > 1 else 0.0
     return max(deviation, 1e-6 * float(np.abs(healthy).max())) or 1.0
 
@@ -163,43 +174,27 @@ def to_unit(
     return np.where(scores > threshold, 1 - 0.5 / (1 + z), BELOW_HALF / (1 + z))
 
 
-def pixel_threshold(maps: Iterable[np.ndarray], rate: float) -> PixelThreshold:
-    """Smallest value that at most `rate` of the pooled healthy support pixels exceed.
-
-    maps: k 2-D maps (leave-one-out, so that no image explains itself). Neighbouring pixels are
-    not exchangeable: this describes the supports and promises nothing for other images.
-    Raises DataError for no maps or NaN, ConfigError for a rate outside (0, 1).
-    """
-    _check_share(rate, "pixel rate")
-    flat = [np.asarray(values, np.float64).ravel() for values in maps]
-    pooled = _finite(np.concatenate(flat) if flat else np.empty(0), "healthy support pixel")
-    value = float(np.quantile(pooled, 1 - rate, method="inverted_cdf"))
-    attained = float(np.mean(pooled > value))
-    message = (
-        f"{attained:.2%} of the pixels of {len(flat)} healthy images lie above the pixel "
-        f"threshold (asked for {rate:.2%}); other images may differ."
-    )
-    return PixelThreshold(value, rate, attained, len(pooled), message)
-
-
 def calibration_summary(
-    healthy_p_values: Num[np.ndarray, " n"], k: int, alpha: float
+    healthy_p_values: Num[np.ndarray, " n"], k: int, alpha: float, proven: bool = False
 ) -> dict[str, float | int | bool | str | None]:
     """What the threshold promised and what healthy test images showed.
 
+    `typical` is the rate to expect (`alpha_attained`), `bound` the same where it is proven.
     `false_alarm_rate` is the share of the p-values at or under `alpha_attained`, which is the
     decision `score > threshold`; NaN for none. `expected_low` and `expected_high` hold 95% of such
     rates over support draws when the promise is exact (beta-binomial).
     Raises DataError, ConfigError.
     """
-    p = _finite(healthy_p_values, "healthy test image", least=0)
-    alarms, attainable, message = _promise(k, alpha)
+    p = finite(healthy_p_values, "healthy test image", least=0)
+    alarms, attainable, message = _promise(k, alpha, proven)
     attained, n = alarms / (k + 1), len(p)
     expected = stats.betabinom(n, alarms, k + 1 - alarms)
     low, high = (float(expected.ppf(q)) / n if n else math.nan for q in (0.025, 0.975))
     return {
         "alpha_requested": alpha,
         "alpha_attained": attained,
+        "typical": attained,
+        "bound": attained if proven else None,
         "attainable": attainable,
         "least_attainable": 1 / (k + 1),
         "k": k,
@@ -216,7 +211,14 @@ def no_promise(
 ) -> dict[str, float | int | bool | str | None]:
     """`calibration_summary` where K is 0 or 1, from unit scores: what cannot be known is None."""
     n = len(healthy_scores)
-    unknown = ("alpha_attained", "least_attainable", "expected_low", "expected_high")
+    unknown = (
+        "alpha_attained",
+        "typical",
+        "bound",
+        "least_attainable",
+        "expected_low",
+        "expected_high",
+    )
     return {
         "alpha_requested": image.alpha_requested,
         **dict.fromkeys(unknown),
@@ -228,39 +230,23 @@ def no_promise(
     }
 
 
-def _promise(k: int, alpha: float) -> tuple[int, bool, str]:
+def _promise(k: int, alpha: float, proven: bool) -> tuple[int, bool, str]:
     """How many of k + 1 exchangeable scores may exceed the threshold, and the sentence for it."""
-    _check_share(alpha, "false-alarm rate")
+    check_share(alpha, "false-alarm rate")
     if k < 1:
         raise DataError("There are no healthy support scores; give at least one healthy image.")
     # (k + 1) alpha can fall short of a whole number by rounding alone, as 100 * 0.29 does.
     alarms = min(math.floor((k + 1) * alpha + 1e-9), k)
     images = f"with {k} healthy image" + "s" * (k > 1)
-    rate, request = _percent(max(alarms, 1) / (k + 1)), f"asked for {_percent(alpha)}"
+    rate, request = percent(max(alarms, 1) / (k + 1)), f"asked for {percent(alpha)}"
     if alarms < 1:
-        return 1, False, f"{images} the least attainable false-alarm rate is {rate}, {request}"
-    expected = f"a false-alarm rate of about {rate} is to be expected"
-    return alarms, True, f"{images} {expected} (more where few supports teach the model), {request}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
-
-
-def _check_share(value: float, name: str) -> None:
-    if not 0 < value < 1:
-        raise ConfigError(f"The {name} is {value}; give a number between 0 and 1.")
-
-
-def _finite(values: np.ndarray, name: str, least: int = 1) -> Float[np.ndarray, " n"]:
-    """As float64, or a DataError that names the first value that is not finite."""
-    values = np.asarray(values, np.float64)
-    if len(values) < least:
-        raise DataError(f"There is no {name} to calibrate with; give at least one.")
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise DataError(f"The score of {name} {bad[0]} is {values[bad[0]]}; check that image.")
-    return values
+        least = f"{images} the least attainable false-alarm rate is"
+        sure = f"{rate}, a proven bound" if proven else f"about {rate}, with no proven bound"
+        return 1, False, f"{least} {sure}, {request}"
+    sure = f"at most {rate} is proven"
+    if not proven:
+        sure = f"about {rate}, with no proven bound, is to be expected"
+    return alarms, True, f"{images} a false-alarm rate of {sure}, {request}"
 
 
 def half_precision(heat: Float[np.ndarray, "*n h w"]) -> Float[np.ndarray, "*n h w"]:

@@ -43,6 +43,9 @@ class Detector(NamedTuple):
     # how images become Features (of a feature cache, records and a batch size) where these are not
     # the tokens of the whole image: pixel baselines, tiles
     read: Callable[..., Iterator[Features]] | None = None
+    # "image", "map": where no score of a new healthy image is larger than it would be if each
+    # support were scored as it is, so that calibration is proven; empty: that is not known
+    proven: tuple[str, ...] = ()
 
 
 class Raw(NamedTuple):
@@ -130,7 +133,7 @@ def calibrate(
 
     Args:
         alpha: false-alarm rate that is asked for, in (0, 1).
-        pixel_rate: share of the supports' pixels above the pixel threshold, in (0, 1).
+        pixel_rate: share of a healthy image's pixels above the pixel threshold, in (0, 1).
         filter_steps: of config.score.map_filter by name; the ceiling is learned here.
         mm2: area in mm² of a pixel of each row of `detector.calibration`, None where unknown.
     """
@@ -139,7 +142,9 @@ def calibrate(
         return calibration.even_odds(alpha, pixel_rate)
     maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size))
     steps, maps = map_filter.learn(filter_steps or {}, maps, mm2)
-    return calibration.calibrate(np.asarray(image), maps, detector.k, alpha, pixel_rate, steps)
+    return calibration.calibrate(
+        np.asarray(image), maps, detector.k, alpha, pixel_rate, steps, detector.proven
+    )
 
 
 def finish(

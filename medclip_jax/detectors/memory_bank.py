@@ -100,7 +100,10 @@ def build(
             others = remember(pooled, np.delete(np.arange(k), i))
             each.append(run(others, jax.tree.map(lambda x, r=own: x[r], tokens), None))
         calibration = jax.tree.map(lambda *x: np.concatenate(x), *each)
-    return Detector(apply, params, None, jax.device_get(calibration), k, False, size)
+    # the nearest of more images is no farther; a coreset of more may lack it
+    proven = ("image", "map") if coreset >= 1 else ()
+    calibration = jax.device_get(calibration)
+    return Detector(apply, params, None, calibration, k, False, size, proven=proven)
 
 
 def memory_distance(

@@ -33,7 +33,8 @@ def grey_level(features: Features, k: int, size: int) -> Detector:
         return Scores(batch.levels[0][..., 0], batch.pooled[:, 0])
 
     calibration = jax.device_get(apply({}, features, None))
-    return Detector(apply, {}, None, calibration, k, False, size, load_thumbnails)
+    proven = ("image", "map")
+    return Detector(apply, {}, None, calibration, k, False, size, load_thumbnails, proven)
 
 
 def thumbnails(features: Features, k: int, size: int) -> Detector:
@@ -51,7 +52,8 @@ def thumbnails(features: Features, k: int, size: int) -> Detector:
     patch: Any = np.concatenate(alone)
     calibration = Scores(patch, patch.mean(1))
     params = {"supports": rows}
-    return Detector(apply, params, None, calibration, k, False, size, load_thumbnails)
+    proven = ("image",)  # the nearest of more images is no farther, but its pixels may be
+    return Detector(apply, params, None, calibration, k, False, size, load_thumbnails, proven)
 
 
 def standardise(pixels: Float[Array, "n p"]) -> Float[Array, "n p"]:

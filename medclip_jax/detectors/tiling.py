@@ -2,12 +2,13 @@
 
 A tile is a square of the image read at a higher resolution, so that a lesion of few pixels fills
 more of the encoder's view. Every detector scores tiles as it scores images. Each scale's values are
-standardised on its held-out supports; where tiles overlap they are averaged, and the scales are
-averaged after that. Features are packed ones (features/tiles.py).
+standardised on its held-out supports (a support by the others, when it calibrates); where tiles
+overlap they are averaged, and the scales are averaged after that. Features are packed ones
+(features/tiles.py).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +53,11 @@ def part(packed: Features, i: int, patches: int) -> Features:
     return packed._replace(levels=tuple(x[:, rows] for x in packed.levels))
 
 
+def units_of(healthy: Sequence[Float[np.ndarray, "_ _"]]) -> Float[np.ndarray, "2 2"]:
+    """Mean and standard deviation of the patches of the whole images, then of the tiles."""
+    return np.asarray([(x.mean(), calibration.spread(x.ravel())) for x in healthy], np.float32)
+
+
 def build(
     whole: Detector, small: Detector, tiles: int, grid: int, pool: Callable | None
 ) -> Detector:
@@ -66,10 +72,10 @@ def build(
     """
     count, spread = 1 + tiles**2, spreading(grid, whole.size, tiles)
     detectors = {"whole": whole, "tiles": small}
-    units = np.asarray(
-        [(d.calibration.patch.mean(), calibration.spread(d.calibration.patch.ravel()))
-         for d in detectors.values()], np.float32
-    )  # fmt: skip
+    k, image = whole.k, whole.calibration.image
+    # of every scale [rows, patches], the tiles of an image in one row
+    healthy = [d.calibration.patch.reshape(len(image), -1) for d in detectors.values()]
+    units = units_of(healthy)
 
     def fused(image: Any, patches: list, units) -> Scores:
         """Mean of the scales; patches: values [n, p] of the whole, then of every tile."""
@@ -89,11 +95,17 @@ def build(
 
     of_tiles = small.calibration.patch.reshape(-1, count - 1, grid**2)
     patches = [jnp.asarray(x) for x in (whole.calibration.patch, *np.moveaxis(of_tiles, 1, 0))]
+    own = []
+    for i in range(k) if k > 1 else ():  # a support is standardised by the others
+        of_others = units_of([np.delete(x, i, 0) for x in healthy])
+        own.append(fused(image[i : i + 1], [x[i : i + 1] for x in patches], of_others))
+    own = own or [fused(image, patches, units)]
     folds = {n: d.fold_params for n, d in detectors.items() if d.fold_params is not None}
     return whole._replace(
         apply=apply,
         params={n: d.params for n, d in detectors.items()} | {"units": jnp.asarray(units)},
         fold_params=folds or None,
-        calibration=jax.device_get(fused(whole.calibration.image, patches, units)),
+        calibration=jax.tree.map(lambda *x: np.concatenate(x), *own),
         read=features_tiles.loader(tiles),
+        proven=tuple(x for x in whole.proven if x == "image" and pool is None),
     )

@@ -134,7 +134,8 @@ def measure(
         intervals["pixel"] |= bootstrap.means(each, p.label[known], groups=among)
     k, alpha, healthy = scored.calibration.k, scored.calibration.image.alpha_requested, p.label == 0
     if k > 1:
-        summary = detectors_calibration.calibration_summary(p.p_value[healthy], k, alpha)
+        proven = scored.calibration.image.bound is not None
+        summary = detectors_calibration.calibration_summary(p.p_value[healthy], k, alpha, proven)
     else:
         image = scored.calibration.image
         summary = detectors_calibration.no_promise(p.score[healthy], k, image)

@@ -41,13 +41,21 @@ def test_threshold_is_the_conformal_quantile(k, alpha, rank, attained):
 
 def test_message_says_what_cannot_be_promised():
     got = calibration.threshold(np.arange(4.0), 0.05)
-    sentence = "with 4 healthy images the least attainable false-alarm rate is 20%, asked for 5%"
+    sentence = (
+        "with 4 healthy images the least attainable false-alarm rate is about 20%, "
+        "with no proven bound, asked for 5%"
+    )
     assert (got.value, got.attainable, got.message) == (3.0, False, sentence)
     assert got.alpha_attained == pytest.approx(0.2)
     kept = calibration.threshold(np.arange(32.0), 0.05).message
     assert kept == (
-        "with 32 healthy images a false-alarm rate of about 3.03% is to be expected "
-        "(more where few supports teach the model), asked for 5%"
+        "with 32 healthy images a false-alarm rate of about 3.03%, with no proven bound, is to be "
+        "expected, asked for 5%"
+    )
+    proven = calibration.threshold(np.arange(32.0), 0.05, proven=True)
+    assert proven.bound == proven.alpha_attained == pytest.approx(1 / 33) and got.bound is None
+    assert proven.message == (
+        "with 32 healthy images a false-alarm rate of at most 3.03% is proven, asked for 5%"
     )
 
 
@@ -120,24 +128,14 @@ def test_spread_is_never_zero():
     assert calibration.spread(np.zeros(4)) == 1.0
 
 
-def test_pixel_threshold_keeps_its_rate():
-    maps = np.random.default_rng(0).permutation(1000).reshape(10, 10, 10) / 1000
-    got = calibration.pixel_threshold(maps, 0.05)
-    assert (got.value, got.rate_attained, got.pixels) == (0.949, 0.05, 1000)
-    assert "5.00% of the pixels of 10 healthy images" in got.message
-    ties = calibration.pixel_threshold([np.zeros((3, 4)), np.ones((2, 2))], 0.1)
-    assert (ties.value, ties.rate_attained) == (1.0, 0.0)
-    # Predicted pixels of the calibrated map are those above the threshold.
-    unit = calibration.to_unit(maps, got.value, 0.1)
-    assert np.mean(unit >= 0.5) == 0.05
-
-
 def test_summary_by_hand():
     got = calibration.calibration_summary(np.array([0.2, 0.4, 0.6, 1.0]), 4, 0.05)
     assert got["false_alarm_rate"] == 0.25
     assert got["alpha_attained"] == got["least_attainable"] == pytest.approx(0.2)
     assert (got["k"], got["n_healthy_test"], got["attainable"]) == (4, 4, False)
     assert 0 <= got["expected_low"] <= 0.25 <= got["expected_high"] <= 1
+    assert got["typical"] == got["alpha_attained"] and got["bound"] is None
+    assert calibration.calibration_summary(np.array([0.2]), 4, 0.05, True)["bound"] == 0.2
     empty = calibration.calibration_summary(np.array([]), 4, 0.3)
     assert math.isnan(empty["false_alarm_rate"]) and math.isnan(empty["expected_low"])
 
@@ -165,5 +163,3 @@ def test_wrong_input_is_named():
             calibration.threshold(np.arange(4.0), alpha)
     with pytest.raises(DataError):
         calibration.to_unit(np.array([1.0]), 0.5, 0.0)
-    with pytest.raises(DataError):
-        calibration.pixel_threshold([], 0.1)

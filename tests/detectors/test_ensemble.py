@@ -33,9 +33,53 @@ def test_fused_scores_are_the_standardised_sum_of_the_branches(fused):
     new = tokens(3)
     each = {name: detector.score(b, new) for name, b in branches.items()}
     assert_close(detector.score(whole, new), by_hand(branches, each))
-    calibration = {name: b.calibration for name, b in branches.items()}
-    assert_close(whole.calibration, by_hand(branches, calibration))
     assert whole.calibration.patch.shape == (4, 16) and whole.k == 4 and whole.stochastic
+    assert whole.proven == ()
+
+
+def test_a_support_calibrates_without_its_own_share_in_the_units(fused):
+    """Maps: standardised by the other supports. Images: see `healthy_scores`."""
+    branches, whole = fused
+    for i in range(4):
+        others = {
+            n: b._replace(calibration=Scores(*(np.delete(x, i, 0) for x in b.calibration)))
+            for n, b in branches.items()
+        }
+        own = {n: Scores(*(x[[i]] for x in b.calibration)) for n, b in branches.items()}
+        wanted = by_hand(others, own).patch[0]
+        np.testing.assert_allclose(whole.calibration.patch[i], wanted, rtol=1e-4, atol=2e-4)
+    images = np.stack([b.calibration.image for b in branches.values()], -1)
+    np.testing.assert_allclose(whole.calibration.image, ensemble.healthy_scores(images))
+
+
+def test_no_new_image_passes_the_healthy_scores_but_not_its_own_comparison():
+    """Whatever image passes the r-th healthy score beats r supports that are scored as it is."""
+    rng = np.random.default_rng(0)
+    for k, branches in ((4, 2), (5, 3), (8, 2)):
+        supports = np.exp(rng.normal(size=(k, branches)))
+        limits = np.sort(ensemble.healthy_scores(supports))
+        scale = np.exp(rng.uniform(-1, 3, (4000, 1)))
+        centre, spread = supports.mean(0), supports.std(0, ddof=1)
+        new = centre + spread * scale * rng.normal(size=(4000, branches))
+        score = np.arcsinh((new - centre) / spread).mean(1)
+        beaten = np.zeros(4000, int)
+        for i in range(k):
+            every = np.concatenate(
+                [np.tile(np.delete(supports, i, 0), (4000, 1, 1)), new[:, None]], 1
+            )
+            z = (supports[i] - every.mean(1)) / every.std(1, ddof=1)
+            beaten += score > np.arcsinh(z).mean(1)
+        passed = (score[:, None] > limits).sum(1)
+        assert (passed > beaten).mean() < 0.01  # the search is along rays
+        assert passed.max() == k
+
+
+def test_one_branch_needs_no_correction():
+    """Ranks decide: the scores themselves, standardised, in the supports' order."""
+    values = np.array([3.0, 1.0, 2.0, 10.0])
+    wanted = np.arcsinh((values - values.mean()) / values.std(ddof=1))
+    np.testing.assert_allclose(ensemble.healthy_scores(values[:, None]), wanted, atol=1e-4)
+    assert np.isfinite(ensemble.healthy_scores(np.ones((4, 2)))).all()  # no spread at all
 
 
 def test_plain_prompts_for_images_leave_the_map_as_it_is(fused):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax import build, config, trained
-from medclip_jax.detectors import detector
+from medclip_jax.detectors import calibration, detector
 from medclip_jax.errors import ConfigError, WorkdirError
 from medclip_jax.inference import adapt
 from medclip_jax.models import model
@@ -56,6 +56,19 @@ def test_without_steps_the_parameters_stay(tiny, images):
     np.testing.assert_allclose(ready.detector.calibration.patch, wanted, atol=1e-5)
     np.testing.assert_allclose(detector.score(ready.detector, tokens).patch, wanted, atol=1e-5)
     assert np.isfinite(ready.calibration.image.value) and len(ready.calibration.healthy) == 2
+
+
+def test_a_site_is_calibrated_with_its_own_number_of_images(tiny, images):
+    """Five images, whatever K the run had: the conformal rank of five, and their p-values."""
+    ready = adapt.adapt(started(tiny, **{"calibration.alpha": 0.4}), images)
+    scores = np.sort(ready.detector.calibration.image.astype(np.float64))
+    image, pixel = ready.calibration.image, ready.calibration.pixel
+    assert ready.calibration.k == ready.detector.k == len(ready.calibration.healthy) == 5
+    assert image.value == scores[3]  # two of six may be above
+    assert image.alpha_attained == pytest.approx(2 / 6) and image.attainable
+    assert "with 5 healthy images" in image.message and "with 5 healthy images" in pixel.message
+    p = calibration.p_values(np.array([scores[0] - 1, scores[4] + 1]), ready.calibration.healthy)
+    np.testing.assert_allclose(p, [1, 1 / 6])
 
 
 def test_altered_rows_show_every_kind_once(tiny, images):

@@ -14,7 +14,7 @@ from pydicom import uid
 
 from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, pseudonyms, walk
-from medclip_jax.io import nifti, pillow
+from medclip_jax.io import nifti_write, pillow
 from tests.support.predicting import dicom, noise
 
 MAMMOGRAM = "1.2.840.10008.5.1.4.1.1.1.2"
@@ -80,7 +80,9 @@ def test_results_of_this_program_are_no_images(tmp_path):
     nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)).to_filename(
         tmp_path / "volume.nii.gz"
     )
-    nifti.write_nifti(out / "v.nii.gz", tmp_path / "volume.nii.gz", np.zeros((6, 5, 4), np.uint16))
+    nifti_write.write_nifti(
+        out / "v.nii.gz", tmp_path / "volume.nii.gz", np.zeros((6, 5, 4), np.uint16)
+    )
     change(dicom(out / "capture.dcm"), Manufacturer="medclip_jax")
     ours = {"Manufacturer": "medclip_jax", "SOPClassUID": uid.SegmentationStorage}
     change(dicom(out / "seg.dcm"), **ours)

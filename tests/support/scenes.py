@@ -69,7 +69,7 @@ def scored(scene):
 def thresholds_of(value=0.0) -> calibration.Calibration:
     """Of raw scores: the pixel threshold is the value, the scale 1."""
     image = calibration.threshold(np.array([0.1, 0.2]), 0.2)
-    pixel = calibration.pixel_threshold(np.full((1, 2, 2), 0.1), 0.1)._replace(value=value)
+    pixel = calibration.pixel_threshold(np.full((2, 2, 2), 0.1), 0.1)._replace(value=value)
     healthy = np.array([0.1, 0.2])
     return calibration.Calibration(healthy, image, 1.0, pixel, 1.0, 5, map_filter.Steps())
 

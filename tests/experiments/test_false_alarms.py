@@ -1,0 +1,45 @@
+"""Thresholds keep what they promise for simulated healthy images of three kinds."""
+
+import false_alarms
+import numpy as np
+import pytest
+
+from medclip_jax.detectors import calibration
+
+
+@pytest.mark.parametrize("kind", false_alarms.KINDS)
+@pytest.mark.parametrize("k, draws", [(4, 600), (8, 300), (16, 100), (32, 50)])
+def test_fused_scores_keep_the_rate(kind, k, draws):
+    """No more than promised, with and without correlation; and not far from it."""
+    for branches, correlation in ((2, 0.5), (3, 0.0)):
+        promise, seen, error, others = false_alarms.image_rate(
+            kind, k, branches, correlation, draws
+        )
+        assert promise == pytest.approx(max(1, (k + 1) // 10) / (k + 1))
+        assert promise / 3 - error < seen < promise + 2 * error
+        assert abs(others["full"] - promise) < 3 * error  # the simulation is right
+    if k == 4 and kind == "lognormal":
+        assert others["by all"] > promise + 2 * error  # as in version 0.1
+
+
+@pytest.mark.parametrize("kind", false_alarms.KINDS)
+@pytest.mark.parametrize("k", [4, 8, 16, 32])
+def test_single_scores_have_the_rate(kind, k):
+    rng, draws = np.random.default_rng(k), 4000
+    scores = false_alarms.drawn(rng, kind, (draws, k + 1, 1), 0.0)[..., 0]
+    p = [calibration.p_values(row[k:], row[:k])[0] for row in scores]
+    promise = calibration.threshold(scores[0, :k], 0.1, proven=True).bound
+    error = (promise * (1 - promise) / draws) ** 0.5
+    assert abs(np.mean(np.array(p) <= promise + 1e-12) - promise) < 3 * error
+
+
+@pytest.mark.parametrize("kind", false_alarms.KINDS)
+@pytest.mark.parametrize("k, draws", [(4, 40), (8, 25), (32, 10)])
+def test_pixel_thresholds_keep_their_share(kind, k, draws):
+    """One branch: the proven bound, attainable or not. Fused maps: what is to be expected."""
+    for rate in (0.02, 0.25):
+        bound, seen, error = false_alarms.pixel_rate(kind, k, 1, 0.5, draws, rate, proven=True)
+        assert bound == pytest.approx(rate if rate * (k + 1) >= 1 else (k * rate + 1) / (k + 1))
+        assert seen < bound + 2 * error
+        expected, seen, error = false_alarms.pixel_rate(kind, k, 2, 0.5, draws, rate)
+        assert seen < expected + 2 * error
