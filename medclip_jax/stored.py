@@ -46,6 +46,7 @@ IMAGE = {
     "alpha_attained": UNKNOWN_SHARE,
     "attainable": bool,
     "message": str,
+    "bound": UNKNOWN_SHARE,
 }
 DETECTOR = {  # scorer.json
     "format": COUNT,
@@ -64,6 +65,7 @@ DETECTOR = {  # scorer.json
             "rate_attained": UNKNOWN_SHARE,
             "pixels": Number(0, 1 << 40, whole=True),
             "message": str,
+            "bound": UNKNOWN_SHARE,
         },
         "pixel_scale": WIDTH,
         "k": COUNT,
