@@ -227,30 +227,18 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def restored(values: Mapping[str, Any]) -> ConfigDict:
-    """The resolved settings that a workdir holds.
-
-    Raises:
-      ConfigError: a field is missing, unknown, of another type or outside its range.
-    """
+    """The resolved settings of a workdir; ConfigError for a field that is not as it may be."""
     c = base()
-    types = {name: type(value) for name, value in flat(c)}
-    fields = dict(flat(values))
-    for name in [*types, *fields]:
-        if name not in fields or name not in types:
-            where = "misses" if name in types else "has an unknown"
-            raise ConfigError(f"the stored configuration {where} config.{name}")
+    types, fields = {name: type(value) for name, value in flat(c)}, dict(flat(values))
+    if unpaired := sorted(types.keys() ^ fields.keys()):
+        raise ConfigError(f"the stored config.{unpaired[0]} is missing or unknown")
     for name, value in fields.items():
         kinds: Any = {tuple: list, float: (int, float)}.get(types[name], types[name])
         item = int if name == "clip.layers" else str
-        items = value if isinstance(value, list) else ()
+        foreign = isinstance(value, list) and any(type(x) is not item for x in value)
         boolean = isinstance(value, bool) and types[name] is not bool
         large = isinstance(value, int) and abs(value) > 1 << 53
-        if (
-            not isinstance(value, kinds)
-            or boolean
-            or large
-            or not all(type(x) is item for x in items)
-        ):
+        if not isinstance(value, kinds) or boolean or large or foreign:
             wanted = types[name].__name__
             raise ConfigError(f"the stored config.{name} is {value!r} where a {wanted} belongs")
         fields[name] = types[name](value)
