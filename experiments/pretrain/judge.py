@@ -41,7 +41,8 @@ def judge(
             cells = []
             for k in ks:
                 for variant in VARIANTS:
-                    jobs = [sweep.Job(config, k, variant, seed) for seed in range(draws)]
+                    job = sweep.Job(str(config), k, 0, "clean", variant)
+                    jobs = [job._replace(seed=seed) for seed in range(draws)]
                     for job in jobs:
                         sweep.run(args, job, wait=True)
                     read = [sweep.read(args.runs / j.name, j.seed) for j in jobs]

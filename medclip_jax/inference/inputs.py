@@ -76,8 +76,8 @@ def find(named: Sequence[str], follow_links: bool = False, nameless: bool = Fals
     if len(items) == empty:
         where = "the inputs" if nameless else ", ".join(named)
         raise DataError(
-            f"{where}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): give files, "
-            "folders or glob patterns"
+            f"{where}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
+            "give files, folders or glob patterns"
         )
     return _unique(items)
 

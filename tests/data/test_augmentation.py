@@ -141,5 +141,5 @@ def test_augmentation_is_in_the_name_and_off_is_not(feature_cache, pictures):  #
     ]
     assert len(set(names)) == 4
     sha = pictures[0].sha256
-    plain = cache.digest(generate.VERSION, ("medclip", 2, 0, "self"), [])
+    plain = cache.digest(generate.VERSION["medclip"], ("medclip", 2, 0, "self"), [])
     assert names[0] == f"{sha}-{plain}.safetensors"  # as before there was augmentation

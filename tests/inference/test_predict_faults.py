@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax import files
-from medclip_jax.inference import pipeline, predict
+from medclip_jax.inference import loading, predict
 from tests.support.predicting import noise, pages, run, table
 
 
@@ -173,7 +173,7 @@ def test_an_input_that_vanishes_is_one_line(whole, tmp_path, monkeypatch, moment
         Image.fromarray(noise(7)).save(victim)
     else:
         nibabel.Nifti1Image(np.ones((8, 9, 2), np.int16), np.eye(4)).to_filename(victim)
-    step = (pipeline, "load") if moment == "before reading" else (predict, "_write_scored")
+    step = (loading, "load") if moment == "before reading" else (predict, "_write_scored")
     real = getattr(*step)
 
     def vanish(*arguments, **named):
@@ -194,7 +194,7 @@ def test_an_input_that_vanishes_is_one_line(whole, tmp_path, monkeypatch, moment
 
 
 def test_whatever_a_decoder_raises_is_one_line(whole, tmp_path, monkeypatch):
-    real = pipeline._image
+    real = loading._open
 
     def image(item, *more):
         if item.source == "in/1.png":
@@ -205,7 +205,7 @@ def test_whatever_a_decoder_raises_is_one_line(whole, tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", item.paths[0])
         return real(item, *more)
 
-    monkeypatch.setattr(pipeline, "_image", image)
+    monkeypatch.setattr(loading, "_open", image)
     assert run(whole, tmp_path / "out", some(tmp_path / "in", 5)) == 0
     assert [row["source"] for row in table(tmp_path / "out")] == ["in/0.png", "in/4.png"]
     bad = {row["source"]: row["reason"] for row in table(tmp_path / "out", "unreadable.csv")}
