@@ -13,6 +13,11 @@ BUSI_LABELS = {"benign": 1, "malignant": 1, "normal": 0}
 BRAIN_LABELS = {"no": 0, "yes": 1}
 CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
 CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
+NOT_GOOD = (
+    "normal",
+    "healthy",
+    "ok",
+)  # would count as kinds of anomaly: only `good` is healthy
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
 
@@ -84,19 +89,21 @@ def chest_xray(root: Path) -> Layout:
 
 
 def folder(root: Path) -> Layout:
-    """List the MVTec-AD layout.
+    """List the MVTec-AD layout, or BMAD's.
 
     `train/good/*`, `test/good/*`, `test/<kind>/*`, and optionally
     `ground_truth/<kind>/<name>_mask.png`. Where a kind has a folder in `ground_truth`, each of its
-    images must have a mask. Without a folder `test` there is nothing to measure on.
+    images must have a mask. Without a folder `test` there is nothing to measure on. In BMAD's
+    archives the images of a kind lie in `test/<kind>/img` and their masks, if there are any, under
+    the same names in `test/<kind>/label`; `valid` is not used.
     """
     needed = root / "train" / "good"
     if not needed.is_dir():
         raise DataError(
             f"no folder {needed} (layout: train/good, test/good, test/<kind>): {GIVE_ROOT}."
         )
-    examples = [_example(root, image, 0, "good", "train", []) for image in _files(needed)]
-    problems = [
+    examples = [_example(root, image, 0, "good", "train", []) for image in _images(needed)]
+    problems = _too_deep(root, needed) + [
         f"train/{extra.name} is not allowed: only train/good is trained on"
         for extra in _folders(root / "train")
         if extra.name != "good"
@@ -154,18 +161,34 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     """Test images of one kind with their masks, and what does not fit together."""
     truth = root / "ground_truth" / kind.name
-    masks = _masks(_files(truth))
-    label = 0 if kind.name == "good" else 1
-    examples, problems = [], []
-    for image in _files(kind):
+    masks, form = _masks(_files(truth)), f"ground_truth/{kind.name}/{{}}_mask.png"
+    label = 0 if kind.name.lower() == "good" else 1
+    if (kind / "label").is_dir():
+        truth, form = kind / "label", f"test/{kind.name}/label/{{}}.png"
+        masks = {path.stem: [path] for path in _files(truth)} if label else {}  # good: all black
+    examples, problems = [], _too_deep(root, kind)
+    if kind.name.lower() in NOT_GOOD:
+        problems.append(f"test/{kind.name} would count as abnormal: name it test/good")
+    for image in _images(kind):
         lesions = masks.pop(image.stem, [])
         if label and not lesions and truth.is_dir():
-            problems.append(
-                f"test/{kind.name}/{image.name} has no mask "
-                f"ground_truth/{kind.name}/{image.stem}_mask.png"
-            )
+            problems.append(f"{_below(root, image)} has no mask {form.format(image.stem)}")
         examples.append(_example(root, image, label, kind.name, "test", lesions))
     return examples, problems + _orphans(root, masks)
+
+
+def _images(place: Path) -> list[Path]:
+    """Files of a kind: in its folder, or in `img` below it."""
+    return _files(place / "img" if (place / "img").is_dir() else place)
+
+
+def _too_deep(root: Path, place: Path) -> list[str]:
+    """What nobody would read: files below a kind's folder, or beside its `img`."""
+    names = [p for p in _folders(place) if p.name not in ("img", "label") and _files(p)]
+    problems = [f"{_below(root, p)} is one folder too deep: move its images up" for p in names]
+    if (place / "img").is_dir() and (beside := _files(place)):
+        problems.append(f"{_below(root, beside[0])} lies beside the folder img: move it there")
+    return problems
 
 
 def _files(place: Path) -> list[Path]:

@@ -61,6 +61,51 @@ def test_folder_records(folder, cache):
     assert rows["test/stain/3.png"] == (1, "test", 0)
 
 
+def empty_files(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
+    both = [f"test/{kind}/{part}/{i}.png" for kind in ("good", "Ungood") for i in (1, 2)
+            for part in ("img", "label")]  # fmt: skip
+    root = empty_files(tmp_path, "train/good/1.png", "valid/good/img/1.png", *both)
+    layout = layouts.folder(root)
+    assert not layout.problems
+    assert {e.id: (e.label, e.part, e.masks) for e in layout.examples} == {
+        "train/good/1.png": (0, "train", ()),
+        "test/good/img/1.png": (0, "test", ()),
+        "test/good/img/2.png": (0, "test", ()),
+        "test/Ungood/img/1.png": (1, "test", ("test/Ungood/label/1.png",)),
+        "test/Ungood/img/2.png": (1, "test", ("test/Ungood/label/2.png",)),
+    }
+    (root / "test/Ungood/label/2.png").unlink()
+    assert layouts.folder(root).problems == (
+        "test/Ungood/img/2.png has no mask test/Ungood/label/2.png",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("test/crack/1/a.png", "test/crack/1 is one folder too deep"),
+        ("train/good/old/a.png", "train/good/old is one folder too deep"),
+        ("test/normal/a.png", "test/normal would count as abnormal"),
+        ("test/stain/b.png", "test/stain/b.png lies beside the folder img"),
+    ],
+)
+def test_images_that_nobody_would_read_are_named(tmp_path, name, problem):
+    layout = layouts.folder(empty_files(tmp_path, "train/good/1.png", "test/stain/img/1.png", name))
+    assert [x for x in layout.problems if x.startswith(problem)]
+
+
+def test_good_is_healthy_however_it_is_spelt(tmp_path):
+    root = empty_files(tmp_path, "train/good/1.png", "test/Good/1.png")
+    assert [e.label for e in layouts.folder(root).examples] == [0, 0]
+
+
 def test_natural_order_is_total_and_numeric():
     names = ["b2", "a10", "a2", "a02", "10", "9", "a", ""]
     assert sorted(names, key=layouts.natural) == ["", "9", "10", "a", "a02", "a2", "a10", "b2"]
