@@ -4,6 +4,9 @@
 and ends with a traceback and exit code 1.
 """
 
+import ast
+from contextlib import suppress
+
 
 class UserError(Exception):
     """Base of all errors that a user can correct."""
@@ -48,6 +51,7 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an error on one line; its type where it has none."""
     message = str(error)
-    if isinstance(error, KeyError):  # prints the repr of its message
-        message = str(error.args[0]) if error.args else ""
+    if message[:1] in ("'", '"'):  # a KeyError, or what quotes one, is the repr of its message
+        with suppress(ValueError, SyntaxError):
+            message = str(ast.literal_eval(message))
     return " ".join(message.split()) or type(error).__name__

@@ -110,13 +110,18 @@ EXPORTED = {  # manifest.json of an exported file
 }
 
 
-def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
-    """A regular file of at most `most` bytes; a device or pipe is not opened."""
+def check_file(path: Path, most: int) -> None:
+    """Raise ValueError for what is no regular file of at most `most` bytes; nothing is opened."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
     if status.st_size > most:
         raise ValueError(f"it has {status.st_size} bytes where at most {most} are read")
+
+
+def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
+    """The bytes of a file that `check_file` accepts."""
+    check_file(path, most)
     return path.read_bytes()
 
 

@@ -4,7 +4,6 @@ Parameters come out as the tree of transformers' FlaxCLIPModel, whichever file t
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from medclip_jax import stored
 from medclip_jax.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "compact_clip"
@@ -146,9 +146,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object. Raises CheckpointError."""
     try:
-        if isinstance(content := json.loads(path.read_text()), dict):
-            return content
-        raise ValueError("not a JSON object")
+        return stored.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
 

@@ -1,6 +1,5 @@
 """Who may be support and who is test: two kinds of split, both of which keep patients apart."""
 
-import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from medclip_jax import files
+from medclip_jax import files, stored
 from medclip_jax.data import near_duplicates
 from medclip_jax.data.records import Record, Split
 from medclip_jax.errors import ConfigError, DataError
@@ -197,9 +196,9 @@ def write_split(split: Split, path: Path, *, name: str, seed: int, kind: str = "
 def check_split(path: Path, split: Split) -> None:
     """Raise DataError for a stored split that cannot be read or differs from the data on disk."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        before = stored.read_json(path)
         rows = {
-            part: [(r["id"], r["sha256"], r["label"]) for r in stored[part]]
+            part: [(r["id"], r["sha256"], r["label"]) for r in before[part]]
             for part in Split._fields
         }
     except OSError as error:

@@ -17,11 +17,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from medclip_jax import files
-from medclip_jax.errors import CheckpointError
+from medclip_jax import files, stored
+from medclip_jax.errors import CheckpointError, one_line
 from medclip_jax.models.modules import from_key
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "language" / "compact.safetensors"
+MOST_BYTES = 1 << 28  # of a file
 SHARE = 4  # the bottleneck is a quarter as wide
 NAMES = ("down/kernel", "down/bias", "up/kernel", "up/bias")
 
@@ -74,10 +75,11 @@ def load(source: str, digest: str, width: int) -> dict[str, Any]:
     if source == "fresh":
         return init(jax.random.key(0), width)
     try:
+        stored.check_file(_path(source), MOST_BYTES)
         with safe_open(_path(source), framework="np") as file:
             clip_digest = (file.metadata() or {}).get("clip")
             tensors = {name: jnp.asarray(file.get_tensor(name)) for name in NAMES}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"config.model.language {source}: not a language adapter ({error}); give embedded, "
             "fresh, or a file of experiments/pretrain_language_adapter.py"
@@ -102,8 +104,8 @@ def digest(source: str) -> str:
     if source in ("", "fresh"):
         return source
     try:
-        return hashlib.sha256(_path(source).read_bytes()).hexdigest()[:16]
-    except OSError as error:
+        return hashlib.sha256(stored.read_bytes(_path(source), MOST_BYTES)).hexdigest()[:16]
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"config.model.language {source}: cannot be read ({error.strerror}); restore it"
+            f"config.model.language {source}: cannot be read ({one_line(error)}); restore it"
         ) from None

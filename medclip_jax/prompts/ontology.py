@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from absl import logging
 
+from medclip_jax import stored
 from medclip_jax.errors import ConfigError
 from medclip_jax.prompts import umls_snomed
 from medclip_jax.prompts.tokenize import Words
@@ -74,8 +75,8 @@ def load(extra: str = "") -> Ontology:
         field, read = ("sctid", umls_snomed.snomed) if path.is_dir() else ("cui", umls_snomed.umls)
         return licensed(concepts, field, read(path, {getattr(c, field) for c in concepts} - {""}))
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = stored.read_bytes(path).decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); save it as UTF-8 CSV") from None
     return indexed(merge(concepts, rows(str(path), lines)))
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medclip_jax.errors import WorkdirError
+from medclip_jax import stored
+from medclip_jax.errors import WorkdirError, one_line
 from medclip_jax.files import disk_errors, plain, write_bytes
+
+MOST_BYTES = 1 << 30  # of a log that is read
 
 
 class MetricsLog:
@@ -71,10 +74,10 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     Raises WorkdirError if it cannot be read, naming the first line that is not a logged step.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
+        raw = stored.read_bytes(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise WorkdirError(
-            f"Cannot read {path} ({error.strerror}): fix its permissions or set another workdir."
+            f"Cannot read {path} ({one_line(error)}): fix its permissions or set another workdir."
         ) from error
     lines = []
     for number, text in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), start=1):

@@ -215,3 +215,13 @@ def test_the_script_ends_with_a_file_that_loads(script, world, tmp_path, monkeyp
     assert "held-out retrieval" in capsys.readouterr().out
     clip = checkpoint.load(str(world.clip))
     assert text_adapter.load(str(out), clip.digest, clip.joint)["up"]["kernel"].shape == (4, 16)
+
+
+@pytest.mark.parametrize("read", [text_adapter.digest, lambda x: text_adapter.load(x, "0", 32)])
+def test_a_device_or_a_huge_file_is_never_read(tmp_path, read):
+    huge = tmp_path / "huge.safetensors"
+    with huge.open("wb") as file:
+        file.truncate(text_adapter.MOST_BYTES + 1)
+    for path, reason in (("/dev/zero", "no regular file|not a regular file"), (huge, "at most")):
+        with pytest.raises(CheckpointError, match=reason):
+            read(str(path))
