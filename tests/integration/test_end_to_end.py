@@ -86,7 +86,10 @@ def test_metrics_json_has_the_keys_of_the_contract(whole):
 
 def test_an_unattainable_rate_is_a_warning_on_the_terminal(finished):
     said = finished.stderr.splitlines()
-    sentence = "with 4 healthy images the least attainable false-alarm rate is about 20%, with no proven bound, asked for 10%"
+    sentence = (
+        "with 4 healthy images the least attainable false-alarm rate is about 20%, with no proven "
+        "bound, asked for 10%"
+    )
     assert said.count(sentence) == 1
 
 
