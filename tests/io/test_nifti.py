@@ -204,7 +204,8 @@ def test_files_of_others(path):
     np.testing.assert_allclose(volume.affine, peer.affine, atol=1e-5)
     image = read.read(path)
     assert image.pixels.min() == 0 and image.pixels.max() == 1
-    assert len(image.pixels) == int(np.prod(wanted.shape[2:]))
+    slices = {"standard.nii.gz": 5}  # of 1 x 3 x 2 mm: along its second axis, all others axial
+    assert len(image.pixels) == slices.get(path.name, int(np.prod(wanted.shape[2:])))
 
 
 def test_values_near_the_end_of_float32_still_fill_the_unit_range(tmp_path):
