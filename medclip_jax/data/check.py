@@ -3,7 +3,6 @@
 Every image and mask is decoded once. Nothing is written.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from medclip_jax import files
 from medclip_jax.data import datasets, layouts, near_duplicates, splits
 from medclip_jax.data.records import Record
 from medclip_jax.errors import DataError, printable
@@ -100,9 +100,7 @@ def examined(path: Path, frames: Float[np.ndarray, "f h w"]) -> Examined | str:
         return f"{path} holds {len(frames)} frames where one image is needed"
     low, high = np.percentile(frames, (1, 99))
     thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Examined(frames.shape[1:], float(high - low), thumbnail, digest)
+    return Examined(frames.shape[1:], float(high - low), thumbnail, files.sha256_of(path))
 
 
 def contents(examples: Sequence[layouts.Example]) -> list[Row]:

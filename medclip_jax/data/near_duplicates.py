@@ -56,7 +56,7 @@ def _stored(path: Path, n: int) -> Int[np.ndarray, " n"] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logging.warning("%s is damaged (%s) and will be made again", path, error)
+        logging.warning("%s is damaged (%s): the images are compared again", path, error)
         return None
     groups = np.array(values["groups"], np.int64)
     return groups if len(groups) == n else None
