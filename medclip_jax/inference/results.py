@@ -6,7 +6,6 @@ Boxes are in the image's own pixels and, where it has a spacing, mm.
 Host values only, so that threads can do it while the encoder runs.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medclip_jax import files
+from medclip_jax import files, stored
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.scored import Loaded, Part, frame_map, joined, top_map
@@ -92,7 +91,7 @@ def write(
     if privacy.salt:
         page["sha256"] = None  # of the source: who has it could tell that it was here
     path = output / f"{item.output}.json"
-    files.write_json(path, page | {"page_sha256": _seal(page)}, durable=False)
+    files.write_json(path, stored.sealed(files.plain(page)), durable=False)
     return table_rows(page, item), objects.notes
 
 
@@ -181,7 +180,8 @@ def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
     """
     try:
         page = json.loads(files.read_regular(output / f"{item.output}.json", LARGEST_PAGE))
-        if page["key"] != key or page.pop("page_sha256") != _seal(page):
+        stored.check_seal(page)
+        if page["key"] != key:
             return None
         for what, name in page["files"].items():
             path = output / name
@@ -192,11 +192,6 @@ def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
         return table_rows(page, item)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not there, or no result of ours
-
-
-def _seal(page: dict[str, Any]) -> str:
-    """SHA-256 of what a JSON says, whatever its layout."""
-    return hashlib.sha256(json.dumps(files.plain(page), sort_keys=True).encode()).hexdigest()
 
 
 def _npz(**arrays: list[np.ndarray]) -> bytes:

@@ -158,7 +158,7 @@ def test_an_altered_result_is_made_again(result):
         page | {"source": "b"},
         page | {"files": {}},
         page | {"frames": []},
-        {name: value for name, value in page.items() if name != "page_sha256"},
+        {name: value for name, value in page.items() if name != "digest"},
     ):
         (folder / "a-1.json").write_text(json.dumps(changed))
         assert results.finished(folder, item, "k") is None

@@ -32,6 +32,6 @@ def of_file(path: Path) -> bytes:
         return np.asarray(Image.open(path)).tobytes()
     if path.suffix == ".json":
         values = json.loads(path.read_text())
-        values.pop("file_sha256"), values.pop("page_sha256")
+        values.pop("file_sha256"), values.pop("digest")
         return json.dumps(values).encode()
     return path.read_bytes()
