@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 pytest_plugins = [  # a plugin that imports another comes after it
     "tests.support.pictures",
     "tests.support.pools",
+    "tests.support.dicom_objects",
     "tests.support.runs",
     "tests.support.scenes",
     "tests.support.ensembles",

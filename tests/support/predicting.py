@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from PIL import Image
 
 from medclip_jax import main
+from medclip_jax.inference import inputs
 
 PLANTED = ("DOEPLANTED", "IDPLANTED77", "19611117", "HOSPITALPLANTED", "PHYSICIANPLANTED")
 
@@ -54,3 +56,30 @@ def dicom(path: Path, number: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     ds.save_as(path, enforce_file_format=True)
     return path
+
+
+def png(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(seed)).save(path)
+    return path
+
+
+def change(path: Path, **elements) -> Path:
+    """A DICOM file with other elements; None removes one."""
+    ds = pydicom.dcmread(path)
+    for name, value in elements.items():
+        if value is None:
+            del ds[name]
+        else:
+            setattr(ds, name, value)
+        if name in ("SOPClassUID", "SOPInstanceUID"):
+            setattr(ds.file_meta, f"MediaStorage{name}", value)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def walked(*named, **options) -> tuple[list[tuple[str, ...]], dict[str, str]]:
+    """(names of the files of each item, why the others are none)."""
+    items = inputs.find([str(name) for name in named], **options)
+    assert len({item.output for item in items}) == len(items)
+    return [i.names for i in items if not i.error], {i.source: i.error for i in items if i.error}
