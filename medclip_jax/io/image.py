@@ -1,7 +1,7 @@
 """What all readers share: the image they return, limits of size, CT windows, choice of frames."""
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,16 +188,61 @@ def stretch_of(low: float, high: float, sample: Float[np.ndarray, " n"]) -> Stre
     return Stretch(start if clip[0] else low, end if clip[1] else high, any(clip))
 
 
+def range_of(
+    path: Path, raw: Callable[[int], np.ndarray], count: int, size: int
+) -> tuple[Stretch, float]:
+    """What `count` slices of `size` values are stretched by, and the least value.
+
+    Raises DataError for NaN and infinite values.
+    """
+    low, high, samples, bad = np.inf, -np.inf, [], 0
+    step = count * size // SAMPLE | 1  # odd: passes all columns
+    for index in range(count):
+        values = raw(index).ravel()
+        finite = np.isfinite(values)
+        bad += values.size - int(np.count_nonzero(finite))
+        if not bad:
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+            samples.append(values[::step].copy())
+    if bad:
+        raise DataError(
+            f"{path} has {bad:,} voxels that are NaN, infinite or beyond float32: "
+            "set them to a number first."
+        )
+    return stretch_of(low, high, np.concatenate(samples)), low
+
+
 def stretch_to_unit(values: Float[np.ndarray, "*f h w"], stretch: Stretch) -> None:
     """(v - low) / (high - low), in place, clipped; a constant gives 0."""
     low, high = stretch.low, stretch.high
     if high - low > float(np.finfo(np.float32).max):  # the difference would be infinite
         values /= 2
         low, high = low / 2, high / 2
-    values -= np.float32(low)
+    values -= low
     if high > low:
-        values /= np.float32(high - low)
+        values /= high - low
     np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
+
+
+def scaled(
+    path: Path, values: Sequence[np.ndarray], white: float | None, words: str
+) -> tuple[Float[np.ndarray, "f h w"], str]:
+    """By the value that is white, else floats within [0, 1] as they are, else stretched."""
+    pixels = np.empty((len(values), *values[0].shape), np.float32)
+    if white is None and all(v.dtype.kind == "f" and v.min() >= 0 and v.max() <= 1 for v in values):
+        white = 1.0
+    if white is not None:
+        for into, stored in zip(pixels, values, strict=True):
+            np.divide(stored, np.float32(white), out=into, dtype=np.float32, casting="unsafe")
+        np.minimum(pixels, 1, out=pixels)  # rounding may pass 1 by one unit
+        return pixels, words or f"0 to {white:g}"
+    stretch, _ = range_of(path, lambda i: values[i].astype(np.float64), len(values), values[0].size)
+    for into, stored in zip(pixels, values, strict=True):
+        unit = stored.astype(np.float64)
+        stretch_to_unit(unit, stretch)
+        into[:] = unit
+    of = "its" if len(values) == 1 else f"all {len(values)} pages'"
+    return pixels, f"{of} values: {stretch.words()}"
 
 
 def choose(path: Path, count: int, frames: tuple[int, int] | None) -> slice:

@@ -6,7 +6,6 @@ its checksum is verified. Free text of a header (it may name a patient) is never
 
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -98,7 +97,7 @@ def open_nifti(path: Path, axis: Axis = "acquisition", window: Window | None = N
     def raw(index: int) -> Float[np.ndarray, "h w"]:
         return volume.values(turned[divmod(index, turned.shape[1])])
 
-    stretch, low = _range(path, raw, count, math.prod(shape))
+    stretch, low = image.range_of(path, raw, count, math.prod(shape))
     if window and low >= 0:
         logging.warning("%s has no value below 0: are these Hounsfield units?", path)
 
@@ -121,27 +120,6 @@ def open_nifti(path: Path, axis: Axis = "acquisition", window: Window | None = N
         volume.stored.nbytes,
         way,
     )
-
-
-def _range(
-    path: Path, raw: Callable[[int], np.ndarray], count: int, size: int
-) -> tuple[image.Stretch, float]:
-    """What `count` slices of `size` values are stretched by, and the least value; no NaN."""
-    low, high, samples, bad = np.inf, -np.inf, [], 0
-    step = count * size // image.SAMPLE | 1  # odd: passes all columns
-    for index in range(count):
-        values = raw(index).ravel()
-        finite = np.isfinite(values)
-        bad += values.size - int(np.count_nonzero(finite))
-        if not bad:
-            low, high = min(low, float(values.min())), max(high, float(values.max()))
-            samples.append(values[::step].copy())
-    if bad:
-        raise DataError(
-            f"{path} has {bad:,} voxels that are NaN, infinite or beyond float32: "
-            "set them to a number first."
-        )
-    return image.stretch_of(low, high, np.concatenate(samples)), low
 
 
 def nifti_volume(path: Path, hounsfield: bool = False) -> Volume:

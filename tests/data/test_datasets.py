@@ -63,7 +63,7 @@ def test_folder_problems_are_listed_together(folder, cache):
         "only train/good is trained on",
         "only 6 healthy images where K = 8",
         "3_mask.png is 4 x 5 pixels but its image is 7 x 9",
-        "test/good/0.png is empty or is not a PNG",
+        "test/good/0.png is not a PNG",
     ):
         assert words in message
 

@@ -147,7 +147,7 @@ def spoil_image(data: Path) -> str:
 def spoil_not_an_image(data: Path) -> str:
     path = next((data / "test/good").iterdir())
     path.write_bytes(b"hello")
-    return f"{path.name} is empty or is not a PNG"
+    return f"{path.name} is not a PNG"
 
 
 def spoil_mask_size(data: Path) -> str:

@@ -89,20 +89,6 @@ def test_sixteen_bit_is_scaled_by_65535(tmp_path, suffix):
     np.testing.assert_allclose(pixels, array / 65535, rtol=1e-6)
 
 
-def test_float_tiff_in_unit_range_is_taken_and_else_refused(tmp_path):
-    good = np.array([[0, 0.25], [0.5, 1]], np.float32)
-    np.testing.assert_array_equal(read.read(save(tmp_path / "a.tif", good)).pixels[0], good)
-    for bad in (good * 2, good - 1, good * np.nan):
-        with pytest.raises(DataError, match=r"b\.tif holds floats outside"):
-            read.read(save(tmp_path / "b.tif", bad))
-
-
-def test_int32_tiff_is_refused(tmp_path):
-    path = save(tmp_path / "a.tif", np.full((3, 3), 70000, np.int32))
-    with pytest.raises(DataError, match="16-bit grey"):
-        read.read(path)
-
-
 def test_cmyk_jpeg(tmp_path):
     path = save(tmp_path / "a.jpg", np.full((16, 16, 3), 128, np.uint8), "CMYK", quality=95)
     np.testing.assert_allclose(read.read(path).pixels, 128 / 255, atol=0.02)
@@ -142,7 +128,7 @@ def test_unknown_suffix_missing_file_folder_and_not_an_image(tmp_path):
         "a.txt": "suffix '.txt'",
         "gone.png": "does not exist",
         "b.png": "not a PNG",
-        "empty.png": "empty or is not",
+        "empty.png": "is empty: copy it",
         "folder.png": "holds no DICOM image",
     }
     for name, words in cases.items():
@@ -311,22 +297,3 @@ def test_forbidden_file(tmp_path, rng):
     path.chmod(0)
     with pytest.raises(DataError, match="Permission denied"):
         read.read(path)
-
-
-def test_16_bit_tiff_whose_white_is_zero(tmp_path):
-    grey = np.linspace(0, 65535, 48).reshape(6, 8).astype(np.uint16)
-    for photometric, stored in ((1, grey), (0, 65535 - grey)):
-        image = PIL.Image.fromarray(stored)
-        image.save(tmp_path / "a.tif", tiffinfo={262: photometric})
-        with PIL.Image.open(tmp_path / "a.tif") as saved:
-            assert saved.tag_v2[262] == photometric
-        np.testing.assert_allclose(read.read(tmp_path / "a.tif").pixels[0], grey / 65535, atol=1e-6)
-
-
-def test_png_with_a_large_profile_or_text(tmp_path):
-    image, text = PIL.Image.fromarray(np.eye(9, dtype=np.uint8) * 255), PIL.PngImagePlugin.PngInfo()
-    text.add_text("note", "x" * (3 << 20), zip=True)
-    image.save(tmp_path / "text.png", pnginfo=text)
-    image.save(tmp_path / "profile.png", icc_profile=bytes(3 << 20))
-    for name in ("text.png", "profile.png"):
-        np.testing.assert_array_equal(read.read(tmp_path / name).pixels[0], np.eye(9))
