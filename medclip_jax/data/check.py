@@ -40,6 +40,7 @@ class Examined(NamedTuple):
     contrast: float  # 99th less 1st percentile, of the full scale
     thumbnail: Float[np.ndarray, " p"]
     sha256: str
+    covered: float | None  # share of the image that its masks cover
 
 
 Readable = Sequence[tuple[layouts.Example, Examined]]
@@ -80,6 +81,12 @@ def run(
     rows = [Row("error", "name", 1, text) for text in datasets.problems(layout, k)]
     rows += [Row("error", "file", 1, text) for text in results if isinstance(text, str)]
     rows += contents(layout.examples) + appearance(readable)
+    covered = [image.covered for _, image in readable]
+    strange, useless = datasets.masks_of([example for example, _ in readable], covered)
+    rows += [Row("error", "mask", 1, text) for text in useless]
+    rows += [
+        Row("warning", subject, 1, file) for subject, names in strange.items() for file in names
+    ]
     records = [
         Record(e.id, e.label, e.part, layout.root / e.id, (), image.sha256, e.patient)
         for e, image in readable
@@ -94,13 +101,15 @@ def run(
     return tuple(rows)
 
 
-def examined(path: Path, frames: Float[np.ndarray, "f h w"]) -> Examined | str:
+def examined(
+    path: Path, frames: Float[np.ndarray, "f h w"], covered: float | None
+) -> Examined | str:
     """What a decoded image looks like; a sentence where it has several frames."""
     if len(frames) != 1:
         return f"{path} holds {len(frames)} frames where one image is needed"
     low, high = np.percentile(frames, (1, 99))
     thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
-    return Examined(frames.shape[1:], float(high - low), thumbnail, files.sha256_of(path))
+    return Examined(frames.shape[1:], float(high - low), thumbnail, files.sha256_of(path), covered)
 
 
 def contents(examples: Sequence[layouts.Example]) -> list[Row]:

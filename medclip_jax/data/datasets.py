@@ -1,7 +1,8 @@
 """Data sets by name: where they lie, what is wrong with them, and their records."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ DOWNLOADABLE = ("busi",)
 PHANTOMS = {f"phantom-{m}": (m, 32, 40, 40) for m in ("ultrasound", "mri", "xray")}
 PHANTOM_SIZE = (224, 256)
 LISTED = 10  # problems named in one message
+COVERED = 0.75  # share of an image beyond which a mask looks inverted
 CHUNK = 1024  # files handed to the threads at a time
 
 
@@ -60,7 +62,14 @@ def load(
     name, layout = find(name, root, cache, uncertain)
     wrong = problems(layout, k)
     if not tfds_builders.prepared(name, layout, cache):
-        wrong += tuple(filter(None, examine(layout, window)))
+        results = examine(layout, window)
+        wrong += tuple(result for result in results if isinstance(result, str))
+        strange, useless = masks_of(layout.examples, results)
+        wrong += useless
+        for subject, names in strange.items():
+            logging.warning(
+                "%s: %d x %s: %s", layout.root, len(names), subject, ", ".join(names[:LISTED])
+            )
     if wrong:
         more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         raise DataError(
@@ -111,10 +120,36 @@ def problems(layout: layouts.Layout, k: int = 1) -> tuple[str, ...]:
     return (*layout.problems, f"only {healthy} healthy images where K = {k} are needed")
 
 
+def masks_of(
+    examples: Sequence[layouts.Example], covered: Sequence[Any]
+) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """What is strange about masks, with the files; and what makes them useless.
+
+    Args:
+      covered: share of each image that its masks cover; anything else where that is not known.
+    """
+    known = [(e, c) for e, c in zip(examples, covered, strict=True) if isinstance(c, float)]
+    lesions = [(e, c) for e, c in known if e.label]
+    files = {
+        "empty mask of an abnormal image": [e.masks[0] for e, c in lesions if c == 0],
+        "mask of nearly the whole image (inverted?)": [e.masks[0] for e, c in known if c > COVERED],
+        "mask of a healthy image that is not empty": [
+            e.masks[0] for e, c in known if c and not e.label
+        ],
+    }
+    useless: tuple[str, ...] = ()
+    if lesions and not any(c for _, c in lesions):
+        first = lesions[0][0].masks[0]
+        useless = (f"all {len(lesions)} masks of abnormal images are empty, first {first}",)
+    return {subject: names for subject, names in files.items() if names}, useless
+
+
 def examine(
-    layout: layouts.Layout, window: str = "", look: Callable[..., Any] = lambda path, frames: None
+    layout: layouts.Layout, window: str = "", look: Callable[..., Any] = lambda *args: args[2]
 ) -> list[Any]:
-    """`look(path, frames)` of every image, all decoded with their masks once, on threads.
+    """`look(path, frames, covered)` of every image, all decoded with their masks once, on threads.
+
+    covered is the share of the image that its masks cover, None without a mask.
 
     What cannot be read, or differs from its mask in size, gives a sentence instead.
     """
@@ -123,10 +158,11 @@ def examine(
         path = layout.root / example.id
         try:
             frames = read.read(path, window=window).pixels
-            read.read_mask([layout.root / mask for mask in example.masks], frames.shape[1:])
+            masks = [layout.root / mask for mask in example.masks]
+            lesion = read.read_mask(masks, frames.shape[1:], path)
         except DataError as error:
             return str(error).rstrip(".")
-        return look(path, frames)
+        return look(path, frames, float(lesion.mean()) if masks else None)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts = range(0, len(layout.examples), CHUNK)  # or all the files would wait at once

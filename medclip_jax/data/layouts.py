@@ -47,8 +47,8 @@ def busi(root: Path) -> Layout:
     for kind, label in BUSI_LABELS.items():
         files = _files(root / kind)
         masks = _masks(files)
-        for image in (f for f in files if not MASK.fullmatch(f.stem)):
-            lesions = masks.pop(image.stem, [])
+        for image in (f for f in files if not MASK.fullmatch(_stem(f))):
+            lesions = masks.pop(_stem(image), [])
             if label and not lesions:
                 problems.append(f"{kind}/{image.name} has no mask {image.stem}_mask.png")
             examples.append(_example(root, image, label, kind, "", lesions))
@@ -165,12 +165,12 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     label = 0 if kind.name.lower() == "good" else 1
     if (kind / "label").is_dir():
         truth, form = kind / "label", f"test/{kind.name}/label/{{}}.png"
-        masks = {path.stem: [path] for path in _files(truth)} if label else {}  # good: all black
+        masks = {_stem(path): [path] for path in _files(truth)} if label else {}  # good: all black
     examples, problems = [], _too_deep(root, kind)
     if kind.name.lower() in NOT_GOOD:
         problems.append(f"test/{kind.name} would count as abnormal: name it test/good")
     for image in _images(kind):
-        lesions = masks.pop(image.stem, [])
+        lesions = masks.pop(_stem(image), [])
         if label and not lesions and truth.is_dir():
             problems.append(f"{_below(root, image)} has no mask {form.format(image.stem)}")
         examples.append(_example(root, image, label, kind.name, "test", lesions))
@@ -204,11 +204,15 @@ def _folders(place: Path) -> list[Path]:
     return sorted(p for p in entries if p.is_dir() and not p.name.startswith("."))
 
 
+def _stem(path: Path) -> str:
+    return path.stem.removesuffix(".nii") if path.suffix == ".gz" else path.stem
+
+
 def _masks(files: list[Path]) -> dict[str, list[Path]]:
     """Mask files by the stem of the image they belong to."""
     masks: dict[str, list[Path]] = {}
     for file in files:
-        if match := MASK.fullmatch(file.stem):
+        if match := MASK.fullmatch(_stem(file)):
             masks.setdefault(match["name"], []).append(file)
     return masks
 

@@ -68,7 +68,7 @@ def lesion_mask(record: Record) -> Bool[np.ndarray, "h w"]:
     Raises DataError for a mask of another size than its image.
     """
     shape = read.read(record.path).pixels.shape[1:]
-    return read.read_mask(record.masks, shape)
+    return read.read_mask(record.masks, shape, record.path)
 
 
 def patients(records: Sequence[Record]) -> np.ndarray | None:

@@ -150,7 +150,7 @@ def _one(record: Record, map, patches, fit: read.Mode):
     image = PIL.Image.fromarray(np.round(255 * pixels).astype(np.uint8))
     mask = b""
     if record.masks:
-        lesion = read.read_mask(record.masks, frame)
+        lesion = read.read_mask(record.masks, frame, record.path)
         mask = small(PIL.Image.fromarray(lesion.astype(np.uint8) * 255), "PNG")
     squares = [x if x is None else resize.to_square(x[None], MAP_SIDE)[0] for x in patches]
     sides = small_size(*frame, MAP_SIDE)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import PIL.Image
+import PIL.ImageFilter
 from jaxtyping import Bool, Float
 
 from medclip_jax.errors import DataError
@@ -25,7 +27,8 @@ from medclip_jax.io.resize import Mode, fit, fit_mask, pixel_area, to_frame
 __all__ = ["Axis", "Mode", "fit", "fit_mask", "read", "read_all", "read_mask", "to_frame"]
 
 MASK_THRESHOLD = 127  # of 255: JPEG-like noise round 0 and 255 stays on its side
-MASK_NOISE = 16  # of 255: a darker mask is an empty one
+MASK_NOISE = 16  # of 255: darker than that is no lesion, where others are bright
+MASK_LABELS = 16  # values of a mask whose values are labels
 PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM = (".dcm", ".dicom", ".ima")
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
@@ -138,29 +141,48 @@ def pixel_areas(sources: Iterable[Source], size: int, mode: Mode) -> list[float 
     return [pixel_area(x.spacing, x.pixels.shape[1:], size, mode) for x in images]
 
 
-def read_mask(paths: Iterable[Path], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Union of the mask files of an image [h, w]: True where one is brighter than 127 of 255.
+def read_mask(
+    paths: Iterable[Path], shape: tuple[int, int], image: Path | None = None
+) -> Bool[np.ndarray, "h w"]:
+    """Union of the mask files of an image [h, w]; no files give an empty mask.
 
-    A file of two values of which one is 0, whatever the other (1, a palette's red, 255 of 16 bits),
-    is True where it is not 0. No files give an empty mask.
+    Of 0 to 255, what is brighter than 127 is True. Files of at most 16 values (labels: 0 and 1, a
+    palette's colours, 16 bits) are True wherever they are not 0, but for soft edges, which lie
+    beside brighter pixels, and for noise up to 16. A JPEG is True above half of its brightest.
 
     Raises:
-      DataError: a mask is unreadable, of another size, or of several values and none bright.
+      DataError: a mask is unreadable, of another size, of several frames, or of several values
+        of which none is bright or none dark.
     """
     union = np.zeros(shape, bool)
     for path in paths:
-        pixels = read(path).pixels[0]
-        if pixels.shape != tuple(shape):
-            size, other = (f"{width} x {height}" for height, width in (pixels.shape, shape))
+        frames, _, meta, _ = read(path)
+        if len(frames) != 1 or frames[0].shape != tuple(shape):
+            (height, width), (rows, columns) = frames.shape[1:], shape
+            count = "" if len(frames) == 1 else f"{len(frames)} frames of "
             raise DataError(
-                f"mask {path} is {size} pixels but its image is {other}: "
-                "give a mask drawn on the image itself."
+                f"mask {path} is {count}{width} x {height} pixels but its image is {columns} x "
+                f"{rows}: give a mask drawn on {image or 'the image'} itself."
             )
-        values = np.unique(pixels) * 255
-        two = len(values) == 2 and values[0] == 0
-        if not two and MASK_NOISE < values[-1] <= MASK_THRESHOLD:
+        lesion = _foreground(255 * frames[0], meta["format"] == "JPEG")
+        if lesion is None:
             raise DataError(
-                f"mask {path} has several values and none is bright: save it as 0 and 255."
+                f"mask {path} has several values and none is bright or none is dark: save it as "
+                "0 and 255."
             )
-        union |= pixels > (0 if two else MASK_THRESHOLD / 255)
+        union |= lesion
     return union
+
+
+def _foreground(values: Float[np.ndarray, "h w"], lossy: bool) -> Bool[np.ndarray, "h w"] | None:
+    """Where a mask of 0 to 255 is True; None where nothing tells."""
+    top, levels = values.max(), np.unique(values)
+    if lossy:
+        return values > max(top / 2, MASK_NOISE)
+    bright, labels = values > MASK_THRESHOLD, len(levels) <= MASK_LABELS
+    if bright.any():
+        dim = (values > MASK_NOISE) & ~bright
+        near = PIL.Image.fromarray(bright.astype(np.uint8)).filter(PIL.ImageFilter.MaxFilter(3))
+        foreground = bright | dim if labels and (dim & ~np.asarray(near, bool)).any() else bright
+        return None if len(levels) > 1 and foreground.all() else foreground
+    return values > 0 if labels and (levels[0] == 0 or len(levels) == 1) else None

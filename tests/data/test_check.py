@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from medclip_jax import main
-from medclip_jax.data import check
+from medclip_jax.data import check, datasets
 from medclip_jax.errors import DataError
 from tests.support.folders import ROOT, png, write_busi, write_folder
 
@@ -67,6 +67,28 @@ def test_what_cannot_be_used_is_all_in_one_table(folder):
         check.run("folder", folder, folder.parent, 8, console=shown)
     for words in ("1.png has no mask", "is 4 x 5 pixels", "[0].png", "K = 8"):
         assert words in text.getvalue()
+
+
+def test_masks_whose_content_is_strange(folder, caplog):
+    truth = folder / "ground_truth" / "crack"
+    PIL.Image.new("L", (7, 9)).save(truth / "0_mask.png")
+    PIL.Image.new("L", (7, 9), 255).save(truth / "1_mask.png")
+    png(folder / "ground_truth" / "good" / "3_mask.png", 3, mask=True)
+    rows, _ = table("folder", folder)
+    warnings = {what: row.detail for what, row in rows.items() if row.state == "warning"}
+    assert warnings == {
+        "empty mask of an abnormal image": "ground_truth/crack/0_mask.png",
+        "mask of nearly the whole image (inverted?)": "ground_truth/crack/1_mask.png",
+        "mask of a healthy image that is not empty": "ground_truth/good/3_mask.png",
+    }
+    records = datasets.load("folder", folder, folder.parent / "cache")
+    assert len(records) == 24 and "1 x empty mask of an abnormal image: ground" in caplog.text
+    for n in range(6):
+        PIL.Image.new("L", (7, 9)).save(truth / f"{n}_mask.png")
+    with pytest.raises(DataError, match="cannot be used: 1 problem"):
+        table("folder", folder)
+    with pytest.raises(DataError, match="all 6 masks of abnormal images are empty, first ground"):
+        datasets.load("folder", folder, folder.parent / "cache")
 
 
 def test_folder_without_test_part(folder):

@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
@@ -228,20 +229,116 @@ def test_mask_is_the_union_above_127(tmp_path):
     assert not read.read_mask([], (2, 3)).any()
 
 
-@pytest.mark.parametrize("kind", ["255", "1", "red", "palette", "16 bit"])
-def test_two_valued_masks_however_stored(tmp_path, kind):
-    lesion = np.zeros((5, 6), np.uint8)
-    lesion[1:3, 2:5] = 1
-    image = PIL.Image.fromarray(lesion * 255 if kind == "255" else lesion)
-    if kind == "red":
-        image = PIL.Image.fromarray(lesion[..., None] * np.array([255, 0, 0], np.uint8))
-    if kind == "palette":
-        image = PIL.Image.fromarray(lesion).convert("P")
-        image.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)
-    if kind == "16 bit":
-        image = PIL.Image.fromarray(lesion.astype(np.uint16) * 255)
-    image.save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read.read_mask([tmp_path / "a.png"], (5, 6)), lesion > 0)
+LESION = np.zeros((24, 30), np.uint8)
+LESION[4:13, 5:22] = 1  # 153 pixels
+INNER = np.zeros_like(LESION)
+INNER[6:11, 8:15] = 1
+
+
+def paletted(indices: np.ndarray, *colours: tuple[int, int, int]) -> PIL.Image.Image:
+    image = PIL.Image.fromarray(indices).convert("P")
+    image.putpalette(np.ravel(colours).tolist())
+    return image
+
+
+def coloured(*colour: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(LESION[..., None] * np.array(colour, np.uint8))
+
+
+def with_alpha(colour: np.ndarray, alpha: np.ndarray) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.dstack([colour, colour, colour, alpha]).astype(np.uint8))
+
+
+FORMS = {  # file name -> how a mask is stored
+    "255.png": lambda: PIL.Image.fromarray(LESION * 255),
+    "254.png": lambda: PIL.Image.fromarray(LESION * 254),
+    "1.png": lambda: PIL.Image.fromarray(LESION),
+    "1.bmp": lambda: PIL.Image.fromarray(LESION),
+    "one bit.png": lambda: PIL.Image.fromarray(LESION > 0),
+    "white is zero.tif": lambda: PIL.Image.fromarray(LESION * 255),
+    "16 bits.png": lambda: PIL.Image.fromarray(LESION.astype(np.uint16)),
+    "16 bits.tif": lambda: PIL.Image.fromarray(LESION.astype(np.uint16) * 255),
+    "32 bits.tif": lambda: PIL.Image.fromarray(LESION.astype(np.int32) * 7),
+    "float.tif": lambda: PIL.Image.fromarray(LESION.astype(np.float32)),
+    "red.png": lambda: coloured(255, 0, 0),
+    "blue.png": lambda: coloured(0, 0, 90),
+    "voc.png": lambda: paletted(LESION, (0, 0, 0), (128, 0, 0)),
+    "index 2.png": lambda: paletted(LESION * 2, (0, 0, 0), (9, 9, 9), (0, 64, 0)),
+    "inverted palette.png": lambda: paletted(1 - LESION, (255, 255, 255), (0, 0, 0)),
+    "labels.png": lambda: PIL.Image.fromarray(LESION + INNER),
+    "spread labels.png": lambda: PIL.Image.fromarray(LESION * 85 + INNER * 85 + INNER * 85),
+    "16-bit labels.png": lambda: PIL.Image.fromarray((LESION + INNER).astype(np.uint16)),
+    "voc labels.png": lambda: paletted(
+        LESION + INNER, (0, 0, 0), (64, 0, 0), (192, 128, 128), *[(0, 0, 0)] * 3
+    ),
+    "opaque.png": lambda: with_alpha(LESION * 255, np.full_like(LESION, 255)),
+    "opaque 1.png": lambda: with_alpha(LESION, np.full_like(LESION, 255)),
+    "cut out.png": lambda: with_alpha(np.full_like(LESION, 255), LESION * 255),
+    "half transparent.png": lambda: with_alpha(LESION * 255, LESION * 100),
+    "lossy.jpg": lambda: PIL.Image.fromarray(LESION * 255),
+    "red.jpg": lambda: coloured(255, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_mask_however_it_is_stored(tmp_path, name):
+    options = {"tiffinfo": {262: 0}} if name == "white is zero.tif" else {}
+    options |= {"quality": 60} if name.endswith(".jpg") else {}
+    FORMS[name]().save(tmp_path / name, **options)
+    found = read.read_mask([tmp_path / name], LESION.shape)
+    if name == "red.jpg":  # its colour has half the resolution
+        assert abs(int(found.sum()) - 153) < 30 and found[6:11, 8:18].all()
+    else:
+        np.testing.assert_array_equal(found, LESION > 0)
+
+
+@pytest.mark.parametrize("labels", [LESION, LESION + INNER, LESION * 3 + INNER])
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32])
+def test_a_mask_of_nifti(tmp_path, labels, kind):
+    stored = labels[::-1, ::-1].T[..., None].astype(kind)
+    nibabel.Nifti1Image(stored, np.eye(4)).to_filename(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(read.read_mask([tmp_path / "a.nii.gz"], (24, 30)), LESION > 0)
+
+
+def test_soft_edges_and_noise_of_a_mask_are_not_lesion(tmp_path):
+    soft = LESION * 255
+    soft[3, 5:22], soft[2, 0] = 60, 9  # an edge, and a remnant of JPEG
+    found = read.read_mask([save(tmp_path / "a.png", soft)], LESION.shape)
+    np.testing.assert_array_equal(found, LESION > 0)
+
+
+def test_whole_and_empty_masks(tmp_path):
+    for value in (1, 255):
+        path = save(tmp_path / "a.png", np.full((4, 5), value, np.uint8))
+        assert read.read_mask([path], (4, 5)).all()
+    for suffix in ("png", "jpg", "tif"):
+        path = save(tmp_path / f"a.{suffix}", np.zeros((4, 5), np.uint8))
+        assert not read.read_mask([path], (4, 5)).any()
+
+
+def test_a_mask_is_turned_as_its_image_is(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    stored = np.rot90(LESION * 255)
+    for suffix in ("png", "tif"):
+        save(tmp_path / f"a.{suffix}", np.ascontiguousarray(stored), exif=exif)
+        found = read.read_mask([tmp_path / f"a.{suffix}"], LESION.shape)
+        np.testing.assert_array_equal(found, LESION > 0)
+
+
+@pytest.mark.parametrize("values", [(254, 255), (1, 2), (200, 250, 255)])
+def test_masks_without_background_are_refused(tmp_path, values):
+    array = np.full((4, 5), values[0], np.uint8)
+    array[1, : len(values)] = values
+    with pytest.raises(DataError, match=r"a\.png has several values and none is bright or none"):
+        read.read_mask([save(tmp_path / "a.png", array)], (4, 5))
+
+
+def test_a_mask_of_several_pages_is_refused(tmp_path):
+    pages = [PIL.Image.fromarray(LESION * 255)] * 2
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(DataError, match=r"a\.tif is 2 frames of 30 x 24 pixels but its image is"):
+        read.read_mask([tmp_path / "a.tif"], LESION.shape)
 
 
 def test_masks_of_several_dark_values_are_refused(tmp_path):
@@ -254,6 +351,8 @@ def test_mask_of_another_size_names_both(tmp_path):
     path = save(tmp_path / "m.png", np.zeros((4, 5), np.uint8))
     with pytest.raises(DataError, match=r"m\.png is 5 x 4 pixels but its image is 7 x 6"):
         read.read_mask([path], (6, 7))
+    with pytest.raises(DataError, match=r"give a mask drawn on mine/i\.png itself"):
+        read.read_mask([path], (6, 7), Path("mine/i.png"))
 
 
 def test_missing_mask(tmp_path):

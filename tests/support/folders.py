@@ -30,7 +30,9 @@ def write_busi(root: Path) -> Path:
         for n in range(1, count + 1):
             seed += 1
             png(root / kind / f"{kind} ({n}).png", seed)
-            png(root / kind / f"{kind} ({n})_mask.png", seed, mask=True)
+            mask = png(root / kind / f"{kind} ({n})_mask.png", seed, mask=True)
+            if kind == "normal":
+                PIL.Image.new("L", (7, 9)).save(mask)
     png(root / "benign" / "benign (2)_mask_1.png", 99, mask=True)
     return root
 
