@@ -16,7 +16,7 @@ import numpy as np
 from bench import clock, sizes
 from medclip_jax import build as build_objects
 from medclip_jax import config
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.distributed import sharding
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from medclip_jax.clip import hf_weights, open_clip_weights, resnet, text, transformers_flax, vit
-from medclip_jax.clip.outputs import Features, ImageEncoder
+from medclip_jax.clip.layers import Features, ImageEncoder
 from medclip_jax.errors import CheckpointError, ConfigError
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from medclip_jax.clip import layers
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 
 
 class PatchEmbedding(nn.Module):

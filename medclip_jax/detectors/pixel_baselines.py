@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.data.records import Record
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.distributed.runtime import batches

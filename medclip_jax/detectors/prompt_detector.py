@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medclip_jax.clip import checkpoint
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.models import model, similarity
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.features import tiles as features_tiles

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from medclip_jax import files
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration as detectors_calibration
 from medclip_jax.detectors.calibration import Calibration

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Num
 from scipy import stats
 
-from medclip_jax.clip.outputs import Features, ImageEncoder
+from medclip_jax.clip.layers import Features, ImageEncoder
 from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors import detector as detectors_detector

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.errors import UserError
 from medclip_jax.io import resize
 from medclip_jax.models import similarity

@@ -29,7 +29,7 @@ from safetensors.numpy import save
 
 from medclip_jax import files, stored
 from medclip_jax.clip import checkpoint
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.data import preprocessing
 from medclip_jax.data.records import Record, unique
 from medclip_jax.distributed import multihost, sharding

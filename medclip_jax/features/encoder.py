@@ -10,7 +10,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 
 from medclip_jax.clip import checkpoint
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.data import augmentation, preprocessing
 from medclip_jax.data.augmentation import Synthesis, variants
 from medclip_jax.data.records import Record

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 
 Tensors = Callable[[str], Any]  # name -> lazily sliced tensor of a cache file
 

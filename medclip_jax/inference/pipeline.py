@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.detector import Raw, finish
 from medclip_jax.inference import predictor as predictors
 from medclip_jax.inference import scored

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import BatchScores, Detector, Raw, finish, read_batch
 from medclip_jax.explain import grad_cam

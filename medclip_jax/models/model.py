@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from medclip_jax.clip.checkpoint import Clip
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.clip.text import encode_text
 from medclip_jax.features.training_pool import Batch, Views
 from medclip_jax.models import (

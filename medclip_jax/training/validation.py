@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.distributed import sharding
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import TrainingPool

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from scipy import stats
 
 from medclip_jax.clip import resnet
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors import calibration, detector
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.explain import faithfulness, grad_cam

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from medclip_jax.clip import checkpoint, layers, resnet
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors import memory_bank
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.explain import grad_cam

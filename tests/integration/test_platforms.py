@@ -13,7 +13,7 @@ from jax import export
 
 from medclip_jax import build, config
 from medclip_jax.clip import checkpoint
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors import detector
 from medclip_jax.distributed import sharding
 from medclip_jax.features.training_pool import Batch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.clip import checkpoint, vit
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.clip.text import TextEncoder
 from medclip_jax.features.training_pool import Batch, Views
 from medclip_jax.models import (

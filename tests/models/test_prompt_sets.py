@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model, prompt_sets

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import build, config
-from medclip_jax.clip.outputs import Features
+from medclip_jax.clip.layers import Features
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model
 from medclip_jax.training import step
