@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import published
 
-from medclip_jax.evaluation import draw_bootstrap, significance
+from medclip_jax.evaluation import significance
 
 METRICS = {  # name -> where it stands in metrics.json
     **{f"image {x}": ("image", x) for x in ("auroc", "auprc", "sensitivity_at_90")},
@@ -123,7 +123,9 @@ def numbers(runs: Sequence[Run]) -> dict[str, Number]:
 def intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
     """Two-level 95% limits of the means by metric; draws may be tested on different images."""
     places, labels, units = images(runs)
-    of_image = draw_bootstrap.image([r["score"] for r in runs], labels, units, indices=places)
+    of_image = significance.image_estimates(
+        [r["score"] for r in runs], labels, units, indices=places
+    )
     limits = {f"image {name}": x for name, x in of_image.items()}
     if "false_alarm_rate" in of_image:
         limits["calibration false_alarm_rate"] = of_image["false_alarm_rate"]
@@ -132,7 +134,7 @@ def intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
         masks = [c.any((1, 2)) for c in counts]  # of images whose lesions are outlined
         counts = [c[known] for c, known in zip(counts, masks, strict=True)]
         outlined = [place[known] for place, known in zip(places, masks, strict=True)]
-        of_pixel = draw_bootstrap.pixel(counts, labels, units, indices=outlined)
+        of_pixel = significance.pixel_estimates(counts, labels, units, indices=outlined)
         limits |= {f"pixel {name}": x for name, x in of_pixel.items()}
     # with few draws the limits would reach beyond what a rate can be
     return {name: (max(x.low, 0.0), min(x.high, 1.0)) for name, x in limits.items()}
@@ -142,7 +144,7 @@ def images(runs: Sequence[Run]):
     """Places of each draw's images among those of all draws; their labels and units or None."""
     unit = [name for name in ("unit", "patient") if all(name in r for r in runs)][:1]
     values = ([r[name] for r in runs] for name in ("label", *unit))
-    places, (labels, *units) = draw_bootstrap.union([r["id"] for r in runs], *values)
+    places, (labels, *units) = significance.union([r["id"] for r in runs], *values)
     return places, labels, units[0] if units else None
 
 
@@ -223,7 +225,7 @@ def two_level(
     """Mean difference with its limits and p, draws and images resampled together for both."""
     variant, base = zip(*pairs, strict=True)
     places, labels, units = images(variant)
-    estimates = draw_bootstrap.image(
+    estimates = significance.image_estimates(
         [r["score"] for r in variant],
         labels,
         units,

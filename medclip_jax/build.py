@@ -17,19 +17,15 @@ from medclip_jax import config_validation
 from medclip_jax.clip.checkpoint import Clip, load
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.records import Split
+from medclip_jax.detectors import tiling
 from medclip_jax.errors import ConfigError
 from medclip_jax.explain import grad_cam
-from medclip_jax.features import (
-    auxiliary,
-    cache,
-    encoder,
-    tiles,
-)
+from medclip_jax.features import auxiliary, cache, encoder, training_pool
 from medclip_jax.io.image import parse_window
-from medclip_jax.models import losses, model, prompt_sets, text_adapter, token_refinement
+from medclip_jax.models import losses, model, modules, similarity, text_adapter
 from medclip_jax.prompts import ontology, tokenize
 from medclip_jax.prompts.tokenize import Prompts
-from medclip_jax.training import batches, distillation, loop, validation
+from medclip_jax.training import distillation, loop, validation
 from medclip_jax.training.step import Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
@@ -104,7 +100,7 @@ def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None):
     pools += auxiliary.open_pools(*target, **where, seed=c.seed)
     encoder.encode_images(feature_cache, split.test)
     if c.score.tiles > 1:
-        tiles.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)
+        tiling.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)
     if teacher is not None:
         pools = [distillation.add_logits(pools[0], teacher, feature_cache, split.support, variants)]
     return feature_cache, pools
@@ -145,7 +141,7 @@ def training(c: ConfigDict, design: model.Design) -> dict[str, Any]:
 
 def folds(c: ConfigDict) -> list[np.ndarray]:
     """Indices of the supports that each fold model does not see."""
-    return batches.folds(c.k, FOLDS)
+    return training_pool.folds(c.k, FOLDS)
 
 
 def adapter_digest(c: ConfigDict) -> str:
@@ -173,7 +169,7 @@ def model_parts(
     own, sets = prompts_of(c, clip, context, **words), None
     if others and c.steps:
         more = [prompts_of(c, clip, context, **other.words) for other in others]
-        sets = prompt_sets.stack([own, *more])
+        sets = similarity.stack_prompts([own, *more])
     image = clip.image_encoder
     design = model.Design(
         own,
@@ -184,7 +180,7 @@ def model_parts(
         c.prompts.causal,
         c.model.learn_scale,
         c.model.dropout,
-        token_refinement.frozen(clip.params, image) if image.inputs else None,
+        modules.frozen_blocks(clip.params, image) if image.inputs else None,
         sets,
     )
     frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}

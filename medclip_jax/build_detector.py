@@ -20,7 +20,7 @@ from medclip_jax.detectors import (
     prompt_detector,
     tiling,
 )
-from medclip_jax.features import cache, tiles
+from medclip_jax.features import cache
 from medclip_jax.io import read
 from medclip_jax.models import model
 
@@ -61,15 +61,15 @@ def branch_shares(c: ConfigDict) -> dict | None:
 
 def supports(
     c: ConfigDict, feature_cache: cache.FeatureCache, records: Sequence[Record]
-) -> tiles.Supports | None:
+) -> tiling.Supports | None:
     """Tokens of the supports; thumbnails for a baseline on pixels, None where there are none."""
     if not records:
         return None
     if c.method in pixel_baselines.METHODS:
-        images = tiles.healthy_images(feature_cache, records)
+        images = tiling.healthy_images(feature_cache, records)
         features = pixel_baselines.to_thumbnails(images)
-        return tiles.Supports(len(records), features, features, None, None)
-    return tiles.load_supports(feature_cache, records, c.score.tiles)
+        return tiling.Supports(len(records), features, features, None, None)
+    return tiling.load_supports(feature_cache, records, c.score.tiles)
 
 
 def assemble(
@@ -79,7 +79,7 @@ def assemble(
     plain_design: model.Design,
     frozen: dict,
     params: Any,
-    images: tiles.Supports | None,
+    images: tiling.Supports | None,
     folds: Sequence[np.ndarray],
 ) -> detector.Detector:
     """The detector that the config asks for.

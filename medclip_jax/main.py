@@ -223,9 +223,9 @@ def check(fields: ConfigDict) -> None:
 def run(mode: str, fields: ConfigDict, folder: Path) -> None:
     """Train, evaluate or report in a workdir that no other run uses meanwhile."""
     from medclip_jax import train, workdir
-    from medclip_jax.distributed import multihost
+    from medclip_jax.distributed import runtime
 
-    with multihost.exit_together():
+    with runtime.exit_together():
         if mode != "report":
             join(fields)
         with workdir.locked(folder):
@@ -243,11 +243,11 @@ def run(mode: str, fields: ConfigDict, folder: Path) -> None:
 
 def join(fields: ConfigDict) -> None:
     """Join the other processes of the run, if there are any; the first thing that touches JAX."""
-    from medclip_jax.distributed import multihost
+    from medclip_jax.distributed import runtime
 
     address = config_validation.cluster(fields.distributed)
     if address is not None:
-        multihost.start(**address, timeout=fields.join_timeout)
+        runtime.start(**address, timeout=fields.join_timeout)
 
 
 def log_devices() -> None:
@@ -273,9 +273,9 @@ def cli() -> None:
     code = main(sys.argv)
     if "jax" not in sys.modules:
         sys.exit(code)
-    from medclip_jax.distributed import multihost
+    from medclip_jax.distributed import runtime
 
-    multihost.leave(code)
+    runtime.leave(code)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ WIDTH = Number(1e-12, 1e6)
 SHARE = Number(0, 1)
 UNKNOWN_SHARE = Number(0, 1, absent=True)
 COUNT = Number(0, 1 << 20, whole=True)
-FILTER = {  # map_filter.Steps; `ceiling` is left out where there is none
+FILTER = {  # anomaly_maps.MapFilter; `ceiling` is left out where there is none
     "median": Number(0, 99),
     "min_area_mm2": Number(0, 1e6),
     "min_area_pixels": Number(0, 1e6),

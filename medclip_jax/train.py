@@ -17,7 +17,7 @@ from medclip_jax import __version__, build, build_detector, trained
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.detectors import saved
-from medclip_jax.distributed import multihost, runtime, sharding
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
 from medclip_jax.training import loop
@@ -87,7 +87,7 @@ def run(
     workdirs.keep_split(workdir, prepared.split, c, main)
     key = key_of(prepared, report)
     finished = workdirs.finished(workdir, key) if train else None
-    if not multihost.any_process(finished is None).any():
+    if not runtime.any_process(finished is None).any():
         if main and report:
             write_report(workdir)
         return finished if main else None

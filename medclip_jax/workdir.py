@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from medclip_jax import config, files, stored
 from medclip_jax.data import splits
 from medclip_jax.data.records import Record, Split
-from medclip_jax.distributed import multihost, sharding
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import WorkdirError
 
 LOCK = ".lock"
@@ -38,7 +38,7 @@ def locked(workdir: Path) -> Iterator[None]:
       WorkdirError: the folder cannot be made or written, another run is in it, or one of its names
         is taken by a link or a special file.
     """
-    refusal, main = None, not multihost.several() or sharding.is_main()
+    refusal, main = None, not runtime.several() or sharding.is_main()
     with ExitStack() as stack:
         if main:
             try:
@@ -48,7 +48,7 @@ def locked(workdir: Path) -> Iterator[None]:
                     files.sweep(folder)
             except WorkdirError as error:
                 refusal = error
-        if multihost.any_process(refusal is not None).any():
+        if runtime.any_process(refusal is not None).any():
             raise refusal or WorkdirError(f"{workdir} cannot be used: process 0 says why")
         yield
 

@@ -200,7 +200,7 @@ def test_nothing_of_the_package_is_for_tests_alone():
 def test_what_is_learned_is_flax():
     """Each learned part is a linen module of the models, and each encoder one of clip's."""
     learned = {
-        *("modules.VisualAdapter", "token_refinement.TokenRefiner", "text_adapter.TextAdapter"),
+        *("modules.VisualAdapter", "modules.TokenRefiner", "text_adapter.TextAdapter"),
         *("modules.ProjectionHead", "modules.PromptLearner", "similarity.AnomalyLogit"),
     }
     encoders = {"clip.vit.ViT", "clip.resnet.ResNet", "clip.text.TextEncoder"}

@@ -113,7 +113,7 @@ def test_what_a_killed_report_left_is_swept(tmp_path):
 def test_of_several_processes_the_first_holds_the_lock_and_tells_the_others(
     tmp_path, monkeypatch, process
 ):
-    monkeypatch.setattr(workdir.multihost, "several", lambda: True)
+    monkeypatch.setattr(workdir.runtime, "several", lambda: True)
     monkeypatch.setattr(workdir.sharding, "is_main", lambda: process == 0)
     asked = []
 
@@ -121,7 +121,7 @@ def test_of_several_processes_the_first_holds_the_lock_and_tells_the_others(
         asked.append(flag)
         return np.array([in_use if process else flag])
 
-    monkeypatch.setattr(workdir.multihost, "any_process", any_process)
+    monkeypatch.setattr(workdir.runtime, "any_process", any_process)
     in_use = False
     with locked(tmp_path):
         assert (tmp_path / ".lock").exists() == (process == 0)

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float, Num
 from scipy import stats
 
-from medclip_jax.detectors import map_filter
-from medclip_jax.detectors.pixel_threshold import (
+from medclip_jax.detectors import anomaly_maps
+from medclip_jax.detectors.anomaly_maps import (
     PixelThreshold,
     check_share,
     finite,
@@ -52,7 +52,9 @@ class Calibration(NamedTuple):
     pixel: PixelThreshold
     pixel_scale: float
     k: int  # supports; with fewer than 2 there are no p-values
-    filter: map_filter.Steps = map_filter.Steps()  # of the maps, before the pixel threshold
+    filter: anomaly_maps.MapFilter = (
+        anomaly_maps.MapFilter()
+    )  # of the maps, before the pixel threshold
 
 
 def calibrate(
@@ -61,7 +63,7 @@ def calibrate(
     k: int,
     alpha: float,
     pixel_rate: float,
-    steps: map_filter.Steps,
+    steps: anomaly_maps.MapFilter,
     proven: Collection[str] = (),
 ) -> Calibration:
     """Thresholds and scales from the image scores and maps of the held-out supports.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from medclip_jax.clip.layers import Features
-from medclip_jax.detectors import calibration, map_filter
+from medclip_jax.detectors import anomaly_maps, calibration
 from medclip_jax.models import similarity
 
 
@@ -141,7 +141,7 @@ def calibrate(
     if not len(image):
         return calibration.even_odds(alpha, pixel_rate)
     maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size))
-    steps, maps = map_filter.learn(filter_steps or {}, maps, mm2)
+    steps, maps = anomaly_maps.learn_filter(filter_steps or {}, maps, mm2)
     return calibration.calibrate(
         np.asarray(image), maps, detector.k, alpha, pixel_rate, steps, detector.proven
     )
@@ -171,7 +171,7 @@ def finish(
         p_value,
         image > calibrated.image.value,
         passes.std(1),
-        pixel_unit(map_filter.apply(np.asarray(raw.maps), calibrated.filter, mm2)),
+        pixel_unit(anomaly_maps.apply_filter(np.asarray(raw.maps), calibrated.filter, mm2)),
         patches.mean(1),
         patches.var(1),
         passes,

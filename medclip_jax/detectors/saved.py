@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from medclip_jax import __version__, config, files, stored
-from medclip_jax.detectors import map_filter
+from medclip_jax.detectors import anomaly_maps
 from medclip_jax.detectors.calibration import Calibration, PixelThreshold, Threshold
 from medclip_jax.detectors.detector import Detector
 from medclip_jax.errors import ConfigError, WorkdirError, one_line
@@ -169,5 +169,5 @@ def _calibration(values: dict[str, Any]) -> Calibration:
         PixelThreshold(**pixel),
         values["pixel_scale"],
         k,
-        map_filter.Steps(**values["filter"]),
+        anomaly_maps.MapFilter(**values["filter"]),
     )

@@ -1,19 +1,45 @@
-"""What a process does beside computing: compiled programs on disk, reading ahead, SIGTERM."""
+"""What a process does beside computing: compiled programs on disk, reading ahead, SIGTERM.
+
+And several processes as one run: how they join, who does what, what they agree on, how they end.
+Every process runs the whole program on its share of the rows; process 0 alone writes. In a run of
+one process all this is the identity.
+"""
 
 import logging
 import os
 import signal
+import sys
 import threading
+import time
+import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int, PyTree
 from rich.console import Console
 from rich.progress import track
+
+from medclip_jax import files
+from medclip_jax.errors import (
+    TERMINATED,
+    ConfigError,
+    Preempted,
+    ProcessError,
+    UserError,
+    WorkdirError,
+)
+
+PATIENCE = 60  # seconds until a file of process 0 must be seen by all; network folders lag
+A_DAY = 86400  # seconds
+# words of the messages with which JAX reports a process that it cannot reach
+LOST = ("gloo", "connection closed", "connection reset", "socket", "unavailable", "heartbeat")
 
 
 def keep_compiled(cache: Path) -> None:
@@ -83,3 +109,146 @@ def sigterm() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    timeout: int = 300,
+) -> None:
+    """Join the other processes of the run; call it once, before anything else touches JAX.
+
+    Args:
+      coordinator: "host:port" of process 0; None, as the next two, on Cloud TPU, SLURM or Open MPI,
+        whose environment has them. Raises ConfigError if it has not.
+      processes: their number.
+      process: which one this is, from 0.
+      timeout: seconds to wait for the others.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=timeout,
+            shutdown_timeout_seconds=A_DAY,  # the others wait while process 0 writes the report
+        )
+    except ValueError as error:  # JAX's way to say that it found no address
+        raise ConfigError(
+            f"config.distributed is auto and nothing tells who takes part ({error}): "
+            "set HOST:PORT,PROCESS/PROCESSES"
+        ) from error
+
+
+def several() -> bool:
+    """Is this one of several processes? Asking does not start JAX."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+@contextmanager
+def exit_together() -> Iterator[None]:
+    """Run a block that all processes run; one that fails does not wait for the others.
+
+    A lost process shows as a failed collective operation: it becomes a ProcessError. Any other
+    fault of ours ends this process at once with exit code 1: the usual end would wait for
+    processes that in turn wait for this one.
+    """
+    try:
+        yield
+    except (UserError, Preempted):
+        raise
+    except Exception as error:
+        if not several():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        if lost and any(word in reason.lower() for word in LOST):
+            raise ProcessError(
+                f"Another process of the run has ended or cannot be reached ({reason}): "
+                "start all of them again, the same commands resume from the last checkpoint."
+            ) from error
+        traceback.print_exc()
+        _exit_now(1)
+
+
+def leave(code: int) -> None:
+    """End this process with `code`; without waiting for the others if it failed."""
+    if code in (0, TERMINATED) or not several():
+        sys.exit(code)  # at the end of a whole run, or a stop that all agreed on, all arrive
+    _exit_now(code)
+
+
+def _exit_now(code: int) -> None:
+    """No handler runs that would wait for other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def any_process(flags: Sequence[bool] | bool) -> np.ndarray:
+    """True where any process has True, in every process alike. All processes must call it."""
+    own = np.atleast_1d(np.asarray(flags, bool))
+    if not several():
+        return own
+    everyone = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, len(own))
+    return np.logical_or.reduce(everyone, axis=0)
+
+
+def process_rows(n: int) -> Int[np.ndarray, " m"]:
+    """Which of `n` rows this process works on; the last is repeated so that all have as many."""
+    count = -(-n // jax.process_count())
+    first = jax.process_index() * count
+    return np.minimum(np.arange(first, first + count), n - 1)
+
+
+def gather(tree: PyTree, n: int) -> PyTree:
+    """Rows of every process's `process_rows(n)` -> all `n` rows on every host, bit for bit.
+
+    Leaves are numpy arrays with those rows on axis 0.
+    """
+    if not several():
+        return tree
+
+    def one(x):
+        # as bytes: JAX would round float64
+        raw = np.ascontiguousarray(x).reshape(len(x), -1).view(np.uint8)
+        rows = np.asarray(multihost_utils.process_allgather(raw, tiled=True))[:n]
+        return np.ascontiguousarray(rows).view(x.dtype).reshape(n, *x.shape[1:])
+
+    return jax.tree.map(one, tree)
+
+
+def gather_rows(own: np.ndarray, n: int, batch: int, folder: Path | None) -> np.ndarray:
+    """`gather` of rows on disk (files.temporary_array), `batch` of each process at a time."""
+    if not several():
+        return own
+    whole = files.temporary_array((n, *own.shape[1:]), own.dtype, folder)
+    for start in range(0, len(own), batch):
+        rows = np.asarray(own[start : start + batch])
+        everyone = gather(rows, len(rows) * jax.process_count())
+        for process, part in enumerate(np.split(everyone, jax.process_count())):
+            first = process * len(own) + start
+            part = part[: max(0, n - first)]
+            whole[first : first + len(part)] = part
+    return whole
+
+
+def wait_for_files(paths: Sequence[Path]) -> None:
+    """Wait until files that process 0 has written are there for this process too.
+
+    Raises WorkdirError if they do not appear: the folder is not one that all processes share.
+    """
+    if not several():
+        return
+    any_process(False)  # process 0 comes here when it has written
+    deadline = time.monotonic() + PATIENCE
+    for path in paths:
+        while not path.is_file():
+            if time.monotonic() > deadline:
+                raise WorkdirError(
+                    f"{path}, written by process 0, is not seen by process {jax.process_index()}: "
+                    "set a cache and a workdir on a folder that all processes share."
+                )
+            time.sleep(0.2)

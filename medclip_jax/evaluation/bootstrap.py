@@ -4,7 +4,7 @@ Images are resampled within their class (percentile bootstrap). A resample is a 
 its metrics follow from weighted counts by score (see metrics.py): no score is sorted twice, and
 pixels, stored as one histogram per image, cost no more than images. Rates of images (sensitivity,
 specificity and their complements) get Wilson's interval instead, which stays honest at 0 and 1.
-The intervals say nothing about other choices of support images: see draw_bootstrap.py.
+The intervals say nothing about other choices of support images: see significance.py.
 """
 
 import math

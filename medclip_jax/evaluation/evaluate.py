@@ -14,7 +14,7 @@ from medclip_jax.data.records import Record
 from medclip_jax.detectors import calibration as detectors_calibration
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
-from medclip_jax.distributed import multihost, sharding
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import progress
 from medclip_jax.evaluation import bootstrap, ground_truth, metrics, pixel_metrics, uncertainty
 from medclip_jax.evaluation.metrics import MetricError
@@ -48,7 +48,7 @@ def score_images(
     Raises MetricError naming an image whose score or map is not finite.
     """
     keys = jax.random.split(jax.random.key(seed), passes)
-    mine = [test[i] for i in multihost.process_rows(len(test))]
+    mine = [test[i] for i in runtime.process_rows(len(test))]
     maps = files.temporary_array((len(mine), detector.size, detector.size), np.float16, folder)
     parts = []
     groups = (detector.read or cache.load_images)(feature_cache, mine, BATCH)
@@ -64,7 +64,7 @@ def score_images(
         scores = finish(raw, calibration, mm2)
         maps[i * BATCH : i * BATCH + n] = detectors_calibration.half_precision(scores.maps)
         parts.append((scores._replace(maps=np.zeros(n)), cams[:n]))
-    scores, cams = multihost.gather(jax.tree.map(lambda *x: np.concatenate(x), *parts), len(test))
+    scores, cams = runtime.gather(jax.tree.map(lambda *x: np.concatenate(x), *parts), len(test))
     grid = round(scores.patch_mean.shape[1] ** 0.5)
     predictions = Predictions(
         tuple(r.id for r in test),
@@ -72,7 +72,7 @@ def score_images(
         scores.score,
         scores.p_value,
         scores.uncertainty,
-        multihost.gather_rows(maps, len(test), BATCH, folder),
+        runtime.gather_rows(maps, len(test), BATCH, folder),
         *(x.reshape(-1, grid, grid).astype(np.float32) for x in scores[5:7]),
     )
     measures = None

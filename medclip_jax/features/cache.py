@@ -32,7 +32,7 @@ from medclip_jax.clip import checkpoint
 from medclip_jax.clip.layers import Features
 from medclip_jax.data import preprocessing
 from medclip_jax.data.records import Record, unique
-from medclip_jax.distributed import multihost, sharding
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import batches
 from medclip_jax.io.image import parse_window
 from medclip_jax.io.resize import Mode
@@ -100,7 +100,7 @@ def image_path(feature_cache: FeatureCache, record: Record) -> Path:
 def missing(records: Iterable[Record], path: Callable[[Record], Path]) -> list[Record]:
     """Records of different content without an undamaged file, the same list in every process."""
     distinct = unique(records)
-    absent = multihost.any_process([not is_whole(path(r)) for r in distinct])
+    absent = runtime.any_process([not is_whole(path(r)) for r in distinct])
     return [r for r, lacks in zip(distinct, absent, strict=True) if lacks]
 
 

@@ -14,7 +14,7 @@ from medclip_jax.clip.layers import Features
 from medclip_jax.data import augmentation, preprocessing
 from medclip_jax.data.augmentation import Synthesis, variants
 from medclip_jax.data.records import Record
-from medclip_jax.distributed import multihost, sharding
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import batches, progress
 from medclip_jax.features import cache
 from medclip_jax.features.cache import FeatureCache
@@ -45,7 +45,7 @@ def encode_images(feature_cache: FeatureCache, images: Sequence[Record]) -> int:
         for i, record in enumerate(group):
             one = jax.tree.map(lambda x, i=i: x[i : i + 1], features)
             cache.write(cache.image_path(feature_cache, record), one)
-    multihost.wait_for_files([cache.image_path(feature_cache, r) for r in todo])
+    runtime.wait_for_files([cache.image_path(feature_cache, r) for r in todo])
     return len(todo)
 
 
@@ -93,7 +93,7 @@ def encode_variants(
         packed = np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1)
         tokens = encode(feature_cache, altered)
         cache.write(path(record), tokens, {"mask": packed, "kind": kinds})
-    multihost.wait_for_files([path(r) for r in todo])
+    runtime.wait_for_files([path(r) for r in todo])
     return len(todo) * (synthesis.variants + synthesis.copies)
 
 
@@ -142,11 +142,11 @@ def encode_stacks(
     determine them.
     """
     paths = [stack_path(feature_cache, x, name) for x in stacks]
-    absent = multihost.any_process([not cache.is_whole(p) for p in paths])
+    absent = runtime.any_process([not cache.is_whole(p) for p in paths])
     for path, images, lacks in zip(paths, stacks, absent, strict=True):
         if lacks:
             cache.write(path, how(feature_cache, np.asarray(images)))
-    multihost.wait_for_files(paths)
+    runtime.wait_for_files(paths)
     return [cache.load(p) for p in paths]
 
 

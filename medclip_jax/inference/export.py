@@ -137,7 +137,7 @@ def save(predictor: Any, path: str | Path) -> int:
 
     Raises ConfigError for one that needs more than JAX, WorkdirError if the file cannot be written.
     """
-    from medclip_jax.detectors import map_filter
+    from medclip_jax.detectors import anomaly_maps
 
     calibration = predictor.calibration
     if predictor.encoder.recipe:
@@ -145,7 +145,7 @@ def save(predictor: Any, path: str | Path) -> int:
             f"the run was trained with data.recipe {', '.join(predictor.encoder.recipe)}, which an "
             "exported file cannot carry: use --mode predict, or train without a recipe"
         )
-    if calibration.filter != map_filter.Steps():
+    if calibration.filter != anomaly_maps.MapFilter():
         raise ConfigError(
             "the run filters its maps (config.score.map_filter), which an exported file cannot: "
             "use --mode predict, or train without it"

@@ -26,14 +26,7 @@ from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.clip.layers import Features
 from medclip_jax.clip.text import encode_text
 from medclip_jax.features.training_pool import Batch, Views
-from medclip_jax.models import (
-    losses,
-    modules,
-    prompt_sets,
-    similarity,
-    text_adapter,
-    token_refinement,
-)
+from medclip_jax.models import losses, modules, similarity, text_adapter
 from medclip_jax.models.similarity import AnomalyLogit, Text
 from medclip_jax.prompts.tokenize import Prompts
 
@@ -51,8 +44,8 @@ class Design(NamedTuple):
     causal: bool  # CLIP's mask of the text; False as MediCLIP
     learn_scale: bool  # False: temperature 1, as MediCLIP
     dropout: float  # rate, on the adapted tokens
-    refinement: token_refinement.Frozen | None = None  # of the tapped blocks; None: off
-    sets: prompt_sets.Sets | None = None  # prompts of all data sets, where training has several
+    refinement: modules.FrozenBlocks | None = None  # of the tapped blocks; None: off
+    sets: similarity.PromptSets | None = None  # of all data sets, where there are several
 
 
 class Output(NamedTuple):
@@ -94,7 +87,7 @@ def init(
     logit = AnomalyLogit(design.form, design.learn_scale)
     params |= logit.init(key, (jnp.zeros((1, 1, model.joint)),), text)["params"]
     if design.refinement is not None:
-        params["refine"] = token_refinement.init(key, design.refinement)
+        params["refine"] = modules.init_refiners(key, design.refinement)
     if language is not None:
         params["language"] = language
     if contrast:
@@ -139,9 +132,7 @@ def adapt_tokens(
     """
     levels = features.levels
     if design.refinement is not None:
-        levels = token_refinement.refine(
-            params["refine"], design.refinement, levels, features.inputs
-        )
+        levels = modules.refine(params["refine"], design.refinement, levels, features.inputs)
     adapted: list[Any] = [
         modules.VisualAdapter(p["bias"].shape[0], rate=design.dropout).apply(
             {"params": p}, tokens, None if key is None else jax.random.fold_in(key, i)
@@ -189,7 +180,7 @@ def batch_text(params: Mapping, frozen: Mapping, batch: Batch, design: Design) -
         return Text(text_features(params, frozen, design), design.prompts.label)
     rows = params["context"].shape[0] if "context" in params else 1
     context, encoding = context_of(params, frozen, rows), (design.text_encoder, design.causal)
-    text = prompt_sets.text_features(context, frozen["text"], design.sets, batch.source, *encoding)
+    text = similarity.set_features(context, frozen["text"], design.sets, batch.source, *encoding)
     return text._replace(features=adapt_text(params, frozen, text.features))
 
 

@@ -21,7 +21,6 @@ from medclip_jax.errors import ConfigError
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import Batch, Episodes, TrainingPool
 from medclip_jax.synthesis import generate
-from medclip_jax.training import batches
 
 IDENTITY = generate.KINDS.index("identity")
 LEAST = 2  # variants of each kind per image: one for the support, one for the query
@@ -160,8 +159,8 @@ def episodes_batch(
 ) -> Episodes:
     """The tasks of one step for every params of the stack, on the host.
 
-    members: images of each params and dataset (batches.members). The rest is as in `sample` and
-    `batches.joint_batch`.
+    members: images of each params and dataset (training_pool.members). The rest is as in `sample`
+    and `training_pool.joint_batch`.
     """
     rows = np.arange(sizes.tasks) if rows is None else rows
     tasks = [sample(step, seed, own, pool.kinds, sizes, pool.copies) for own in members]
@@ -169,7 +168,7 @@ def episodes_batch(
     for i, name in enumerate(("support", "query")):
         side = [getattr(t, name) for t in tasks]
         shape = 2, len(side[0].image), len(side), side[0].image.shape[1]
-        pair = batches.sample_views(seed, step, shape, pool.copies) if views else ()
+        pair = training_pool.sample_views(seed, step, shape, pool.copies) if views else ()
         own = [jax.tree.map(lambda x: x[rows], x) for x in side]
         sides.append(_take(pool, own, [view[i][rows] for view in pair]))
     valid: Any = np.ones((len(rows), len(members)), bool)

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import optax
 
-from medclip_jax.distributed import multihost, runtime, sharding
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import CheckpointError, Preempted
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import TrainingPool
-from medclip_jax.training import batches, checkpoints, episodes, maml, validation
+from medclip_jax.training import checkpoints, episodes, maml, validation
 from medclip_jax.training import step as training_step
 from medclip_jax.training.metrics_log import MetricsLog
 from medclip_jax.training.step import start
@@ -64,7 +64,7 @@ def fit(
       params: fresh ones; all of the stack start from them.
       frozen: second argument of the loss.
       pools: of the supports, then of each auxiliary dataset.
-      folds: of the supports (batches.folds).
+      folds: of the supports (training_pool.folds).
       loss: (params, frozen, batch, key) -> (scalar, parts).
       optimizer: of each params.
       learner: how params learn.
@@ -130,7 +130,7 @@ def fit(
                 log.write_later(done, parts)
             save = last or done % schedule.checkpoint_every == 0
             # several processes agree where they wait for the device anyway
-            stop = (logged or save or not multihost.several()) and _stopping(sigterm)
+            stop = (logged or save or not runtime.several()) and _stopping(sigterm)
             if stop or save:
                 log.flush()  # before it is saved: a resume does not repeat it
                 _check_finite(done, jax.device_get(parts))
@@ -166,7 +166,7 @@ class _DelayedLog:
 
 def _stopping(sigterm) -> bool:
     """Has any process of the run received SIGTERM?"""
-    return bool(multihost.any_process(sigterm.is_set())[0])
+    return bool(runtime.any_process(sigterm.is_set())[0])
 
 
 def _check_finite(step: int, values: dict) -> None:
@@ -179,7 +179,7 @@ def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any
     """(params, frozen) -> params adapted to their supports, but for the joint learner's."""
     if learner.name == "joint":
         return lambda params, _: params
-    own = batches.supports(len(pool.clean), folds)
+    own = training_pool.supports(len(pool.clean), folds)
     rows, valid = sharding.spread(episodes.adaptation_batch(pool, own), mesh)
     rows = rows._replace(valid=rows.valid & valid[:, None])
     inner = learner.inner(learner.adapt_steps)
@@ -194,14 +194,14 @@ def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any
 def _reader(pools, folds, joint, schedule, mesh, views, on_target) -> Callable[[int], Any]:
     """What a step reads: step -> this process's share of rows (joint) or episodes, placed."""
     pool, k = training_pool.join(pools), len(pools[0].clean)
-    members = batches.members(k, folds, [len(p.clean) for p in pools[1:]], on_target)
+    members = training_pool.members(k, folds, [len(p.clean) for p in pools[1:]], on_target)
     n = schedule.batch if joint else schedule.tasks
     rows, valid = sharding.local_rows(n, mesh), sharding.valid_rows(n, mesh)
     make: Callable
     own: list[Any] = members
     size: Any = n
     if joint:
-        make, own = batches.joint_batch, [np.concatenate(sets) for sets in members]
+        make, own = training_pool.joint_batch, [np.concatenate(sets) for sets in members]
     else:
         make, size = episodes.episodes_batch, episodes.Sizes(n, k, schedule.shots)
         episodes.check(pool.kinds)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from medclip_jax import config
-from medclip_jax.detectors import calibration, detector, map_filter, saved
+from medclip_jax.detectors import anomaly_maps, calibration, detector, saved
+from medclip_jax.detectors.anomaly_maps import least_pixels
 from medclip_jax.features import cache
 from medclip_jax.io import read, resize
 from medclip_jax.io.image import Image
@@ -17,7 +18,7 @@ from medclip_jax.models import similarity
 from tests.support.pictures import write_pictures
 from tests.support.scenes import RATES, score
 
-OFF = map_filter.Steps()
+OFF = anomaly_maps.MapFilter()
 
 
 def speckled(size=40):
@@ -31,14 +32,14 @@ def speckled(size=40):
 
 def test_off_changes_nothing():
     heat = np.random.default_rng(0).normal(size=(3, 20, 20)).astype(np.float32)
-    np.testing.assert_array_equal(map_filter.apply(heat, OFF, [None, 1.0, 0.5]), heat)
-    steps, maps = map_filter.learn({}, heat)
+    np.testing.assert_array_equal(anomaly_maps.apply_filter(heat, OFF, [None, 1.0, 0.5]), heat)
+    steps, maps = anomaly_maps.learn_filter({}, heat)
     assert steps == OFF
     np.testing.assert_array_equal(maps, heat)
 
 
 def test_the_median_removes_single_pixels_and_keeps_edges():
-    got = map_filter.apply(speckled(), OFF._replace(median=3))[0]
+    got = anomaly_maps.apply_filter(speckled(), OFF._replace(median=3))[0]
     assert got[30, 30] == 1 and got[20, 4] == 1
     assert got[5:11, 5:11].min() == 5 and got[:, 20].max() == 1
 
@@ -47,7 +48,7 @@ def test_the_median_removes_single_pixels_and_keeps_edges():
 def test_components_under_the_area_go(smallest, left):
     """Corners connect: (20, 4) and (21, 5) are one speck of two pixels."""
     heat = speckled()
-    got = map_filter.apply(heat, OFF._replace(min_area_pixels=smallest))
+    got = anomaly_maps.apply_filter(heat, OFF._replace(min_area_pixels=smallest))
     specks = [got[0, 30, 30] == 9, got[0, 20, 4] == 9, got[0, 31, 10] == 9]
     assert sum(specks) == left
     lesion = np.s_[0, 4:12, 4:12]
@@ -59,16 +60,16 @@ def test_a_speck_on_a_lesion_is_lowered_to_the_lesion():
     heat = np.ones((1, 20, 20), np.float32)
     heat[0, 5:15, 5:15] = 4
     heat[0, 8, 8] = 9
-    got = map_filter.apply(heat, OFF._replace(min_area_pixels=5))
+    got = anomaly_maps.apply_filter(heat, OFF._replace(min_area_pixels=5))
     assert got[0, 8, 8] == 4 and got.max() == 4 and (got == 4).sum() == 100
 
 
 def test_the_area_is_in_square_millimetres_where_the_spacing_is_known():
     steps = OFF._replace(min_area_mm2=2.0, min_area_pixels=7)
-    assert map_filter.pixels(steps, 0.1) == 20 and map_filter.pixels(steps, 0.3) == 7
-    assert map_filter.pixels(steps, 2.0) == 1 and map_filter.pixels(steps, None) == 7
+    assert least_pixels(steps, 0.1) == 20 and least_pixels(steps, 0.3) == 7
+    assert least_pixels(steps, 2.0) == 1 and least_pixels(steps, None) == 7
     # 6 pixels of 0.5 mm² are 3 mm², of 0.25 mm² they are 1.5 mm²
-    coarse, fine = map_filter.apply(np.repeat(speckled(), 2, 0), steps, [0.5, 0.25])
+    coarse, fine = anomaly_maps.apply_filter(np.repeat(speckled(), 2, 0), steps, [0.5, 0.25])
     assert coarse[31, 10] == 9 and coarse[30, 30] == 1  # 0.5 mm²
     assert fine[31, 10] == 1 and fine[5, 5] == 5  # 16 mm²
 
@@ -91,18 +92,18 @@ def test_areas_read_the_images(tmp_path, monkeypatch):
 def test_smoothing_keeps_the_sum_and_lowers_the_peak():
     heat = np.zeros((1, 41, 41), np.float32)
     heat[0, 20, 20] = 1
-    got = map_filter.apply(heat, OFF._replace(sigma=2.0))
+    got = anomaly_maps.apply_filter(heat, OFF._replace(sigma=2.0))
     assert got.sum() == pytest.approx(1, abs=1e-4)
     assert got.max() == pytest.approx(1 / (2 * math.pi * 4), rel=0.02)
 
 
 def test_the_ceiling_is_learned_from_the_filtered_supports():
     heat = np.random.default_rng(1).normal(size=(4, 30, 30)).astype(np.float32)
-    steps, maps = map_filter.learn({"median": 3.0, "sigma": 1.0, "ceiling": 0.99}, heat)
-    smooth = map_filter.apply(heat, OFF._replace(median=3, sigma=1.0))
+    steps, maps = anomaly_maps.learn_filter({"median": 3.0, "sigma": 1.0, "ceiling": 0.99}, heat)
+    smooth = anomaly_maps.apply_filter(heat, OFF._replace(median=3, sigma=1.0))
     assert steps.ceiling == pytest.approx(np.quantile(smooth, 0.99))
     # supports and new images go the same way
-    np.testing.assert_array_equal(maps, map_filter.apply(heat, steps))
+    np.testing.assert_array_equal(maps, anomaly_maps.apply_filter(heat, steps))
     assert maps.max() == np.float32(steps.ceiling)
 
 
@@ -113,14 +114,14 @@ def test_thresholds_come_from_supports_filtered_the_same(scene):
     found = detector.calibrate(made, **RATES, filter_steps=steps)
     got = score(made, feature_cache, test, thresholds=found)
     maps = np.asarray(similarity.to_pixels(jnp.asarray(made.calibration.patch), 32))
-    filtered = map_filter.apply(maps, found.filter)
+    filtered = anomaly_maps.apply_filter(maps, found.filter)
     assert found.pixel == calibration.pixel_threshold(filtered, RATES["pixel_rate"])
     assert found.pixel.value < plain.calibration.pixel.value
     np.testing.assert_array_equal(got.predictions.score, plain.predictions.score)
     # the whole, by hand
     (tokens,) = cache.load_images(feature_cache, test, len(test))
     raw = np.asarray(similarity.to_pixels(detector.score(made, tokens).patch, 32))
-    wanted = map_filter.apply(raw, found.filter)
+    wanted = anomaly_maps.apply_filter(raw, found.filter)
     unit = calibration.to_unit(wanted, found.pixel.value, found.pixel_scale)
     np.testing.assert_allclose(got.predictions.maps, unit, atol=2e-3)
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from medclip_jax import config_validation
-from medclip_jax.detectors import detector, pixel_baselines
+from medclip_jax.detectors import detector, pixel_baselines, tiling
 from medclip_jax.evaluation import evaluate
-from medclip_jax.features import cache, tiles
+from medclip_jax.features import cache
 from medclip_jax.io import read
 from tests.support.pictures import one_device, write_pictures
 from tests.support.scenes import score
@@ -22,7 +22,7 @@ def scene(tmp_path_factory, tiny):
 
 
 def build(method, feature_cache, supports):
-    images = tiles.healthy_images(feature_cache, supports)
+    images = tiling.healthy_images(feature_cache, supports)
     features = pixel_baselines.to_thumbnails(images)
     return pixel_baselines.METHODS[method](features, len(supports), feature_cache.clip.size)
 

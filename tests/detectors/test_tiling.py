@@ -15,7 +15,7 @@ from medclip_jax.detectors import (
     tiling,
 )
 from medclip_jax.evaluation import evaluate
-from medclip_jax.features import cache, encoder, tiles
+from medclip_jax.features import cache, encoder
 from medclip_jax.models import similarity
 from tests.support.models import design_of
 from tests.support.pictures import one_device, write_pictures
@@ -26,19 +26,19 @@ GRID = 4
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_tiles_cover_the_frame_and_overlap(count):
-    frame = tiles.side(224, count)
+    frame = tiling.side(224, count)
     seen = np.zeros((frame, frame), int)
-    for row, column in tiles.starts(224, count):
+    for row, column in tiling.starts(224, count):
         seen[row : row + 224, column : column + 224] += 1
     assert seen.min() == 1 and seen.max() == 4
     assert seen[0, 0] == seen[-1, -1] == 1 and seen[frame // 2, 0] == (2 if count == 2 else 1)
-    assert frame == 224 * (count - 0.25 * (count - 1)) and tiles.side(224, 1) == 224
+    assert frame == 224 * (count - 0.25 * (count - 1)) and tiling.side(224, 1) == 224
 
 
 def test_cut_tiles_are_squares_of_the_image():
-    frame = tiles.side(SIZE, 2)
+    frame = tiling.side(SIZE, 2)
     image = np.random.default_rng(0).random((2, frame, frame)).astype(np.float32)
-    got = tiles.cut(image, SIZE, 2)
+    got = tiling.cut(image, SIZE, 2)
     assert got.shape == (8, SIZE, SIZE)
     np.testing.assert_array_equal(got[0], image[0, :SIZE, :SIZE])
     np.testing.assert_array_equal(got[5], image[1, :SIZE, -SIZE:])
@@ -61,9 +61,9 @@ def test_spreading_averages_where_tiles_overlap(count, grid, size):
 
 def test_a_map_cut_into_tiles_comes_back_whole():
     """Values that are linear in the place are the same from every tile."""
-    frame, inside = tiles.side(SIZE, 2), np.arange(GRID) * (SIZE - 1) / (GRID - 1)
+    frame, inside = tiling.side(SIZE, 2), np.arange(GRID) * (SIZE - 1) / (GRID - 1)
     parts = [
-        ((r + inside)[:, None] + 3 * (c + inside)[None]).ravel() for r, c in tiles.starts(SIZE, 2)
+        ((r + inside)[:, None] + 3 * (c + inside)[None]).ravel() for r, c in tiling.starts(SIZE, 2)
     ]
     made = tiling.spreading(GRID, SIZE, 2)[1:]
     got = sum(m @ x for m, x in zip(made, parts, strict=True))
@@ -81,14 +81,14 @@ def wide(tmp_path_factory, tiny):
     pictures = write_pictures(folder, 6, start=300)
     feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, pictures)
-    assert tiles.encode_images(feature_cache, pictures, 2) == 6
+    assert tiling.encode_images(feature_cache, pictures, 2) == 6
     design, frozen = design_of(tiny, dropout=0.2)
     plain, _ = design_of(tiny, context=0)
     params = stacked(tiny, design)
 
     @functools.cache
     def build(name, k=4):
-        found = tiles.load_supports(feature_cache, pictures[:k], 2)
+        found = tiling.load_supports(feature_cache, pictures[:k], 2)
         folds = [np.array([0, 2]), np.array([1, 3])] if k > 1 else []
         own = jax.tree.map(lambda x: x[: 1 + len(folds)], params)
 
@@ -108,15 +108,15 @@ def wide(tmp_path_factory, tiny):
 
 
 def packed(feature_cache, records):
-    (got,) = tiles.loader(2)(feature_cache, records, len(records))
+    (got,) = tiling.loader(2)(feature_cache, records, len(records))
     return jax.tree.map(jnp.asarray, got)
 
 
 def test_packed_tokens_are_those_of_the_pixels(wide):
     feature_cache, supports, *_ = wide
-    images = tiles.healthy_images(feature_cache, supports, tiles.side(SIZE, 2))
-    fresh, stored = tiles.encode(feature_cache, images, 2), packed(feature_cache, supports)
-    tokens = encoder.encode(feature_cache, tiles.cut(images, SIZE, 2))
+    images = tiling.healthy_images(feature_cache, supports, tiling.side(SIZE, 2))
+    fresh, stored = tiling.encode(feature_cache, images, 2), packed(feature_cache, supports)
+    tokens = encoder.encode(feature_cache, tiling.cut(images, SIZE, 2))
     for level, (a, b) in enumerate(zip(fresh.levels, stored.levels, strict=True)):
         assert a.shape == (4, 5 * GRID**2, a.shape[-1])
         np.testing.assert_allclose(b[:, GRID**2 :], a[:, GRID**2 :], atol=1e-5)
@@ -124,9 +124,9 @@ def test_packed_tokens_are_those_of_the_pixels(wide):
         np.testing.assert_allclose(third, tokens.levels[level][2::4], atol=1e-5)
     (whole,) = cache.load_images(feature_cache, supports, 4)
     np.testing.assert_array_equal(tiling.part(stored, 0, GRID**2).levels[0], whole.levels[0])
-    np.testing.assert_array_equal(tiles.unpack(stored, 2).levels[0][5], stored.levels[0][1, 32:48])
-    assert tiles.encode_images(feature_cache, supports, 2) == 0
-    names = {tiles.tiles_path(feature_cache, supports[0], t).name for t in (2, 3)}
+    np.testing.assert_array_equal(tiling.unpack(stored, 2).levels[0][5], stored.levels[0][1, 32:48])
+    assert tiling.encode_images(feature_cache, supports, 2) == 0
+    names = {tiling.tiles_path(feature_cache, supports[0], t).name for t in (2, 3)}
     assert len(names) == 2 and cache.image_path(feature_cache, supports[0]).name not in names
 
 
@@ -164,7 +164,7 @@ def test_the_fused_map_is_the_mean_of_standardised_scales(wide, name):
 def test_a_memory_holds_all_tiles_of_a_support_out(wide):
     feature_cache, supports, _, build = wide
     _, small, _ = build("memory")
-    tokens = jax.tree.map(jnp.asarray, tiles.unpack(packed(feature_cache, supports), 2))
+    tokens = jax.tree.map(jnp.asarray, tiling.unpack(packed(feature_cache, supports), 2))
     np.testing.assert_allclose(detector.score(small, tokens).patch, 0, atol=1e-6)
     own, others = (jax.tree.map(lambda x, r=r: x[r], tokens) for r in (slice(4), slice(4, None)))
     alone = memory_bank.build(others, POOL, SIZE, k=3)

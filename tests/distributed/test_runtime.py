@@ -1,12 +1,18 @@
-"""Reading ahead and SIGTERM."""
+"""Reading ahead, SIGTERM, and two real processes on loopback that equal one."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 
+import numpy as np
 import pytest
 
 from medclip_jax.distributed import runtime
+from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
 
 def test_items_come_in_order_one_ahead_and_errors_at_their_turn():
@@ -40,3 +46,78 @@ def test_sigterm_sets_the_event_until_the_block_is_left():
     other.start()  # of another thread the handler stays as it is
     other.join()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+PROCESS = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from medclip_jax import files
+from medclip_jax.distributed import runtime, sharding
+
+port, process = int(sys.argv[1]), int(sys.argv[2])
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+runtime.start(f"localhost:{port}", 2, process, timeout=60)
+mesh, n = sharding.mesh(), 7
+whole = np.random.default_rng(n).standard_normal((n, 3)).astype(np.float32)
+index = sharding.local_rows(n, mesh)
+x = sharding.place(whole[index], mesh)            # each process has only its own rows
+again, valid = sharding.spread(whole, mesh)
+weight = sharding.replicate(np.arange(3, dtype=np.float32), mesh)
+total = jax.jit(
+    lambda x, v, w: jnp.where(v, jnp.tanh(x @ w), 0).sum(), out_shardings=sharding.replicated(mesh)
+)(x, valid, weight)
+own = runtime.process_rows(n)
+stored = files.temporary_array((len(own), 3), np.float64)
+stored[:] = whole[own] / np.float64(3)
+print(json.dumps(dict(
+    main=sharding.is_main(), devices=mesh.size, index=index.tolist(), total=float(total),
+    rows=sharding.fetch(x, n).tolist(), again=sharding.fetch(again, n).tolist(),
+    any=runtime.any_process([process == 0, process == 1, False]).tolist(),
+    gathered=runtime.gather(whole[own] / np.float64(3), n).tolist(),
+    from_disk=np.asarray(runtime.gather_rows(stored, n, 3, None)).tolist(),
+)))
+"""
+
+
+def test_one_process_is_the_identity():
+    assert not runtime.several() and runtime.process_rows(3).tolist() == [0, 1, 2]
+    assert runtime.any_process([True, False]).tolist() == [True, False]
+    rows = np.arange(3)
+    assert runtime.gather(rows, 3) is rows and runtime.gather_rows(rows, 3, 2, None) is rows
+
+
+def test_two_processes_equal_one():
+    port = str(free_port())
+    environment = os.environ | {"JAX_ENABLE_X64": "0"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, port, str(i)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        ended = [(*p.communicate(timeout=120), p.returncode) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    assert [code for _, _, code in ended] == [0, 0], ended
+    first, second = (json.loads(out.splitlines()[-1]) for out, _, _ in ended)
+
+    n = 7
+    whole = np.random.default_rng(n).standard_normal((n, 3)).astype(np.float32)
+    assert (first["main"], second["main"]) == (True, False)
+    assert first["devices"] == second["devices"] == 4
+    assert first["index"] == [0, 1, 2, 3] and second["index"] == [4, 5, 6, 6]
+    for found in (first, second):
+        np.testing.assert_array_equal(np.float32(found["rows"]), whole)
+        np.testing.assert_array_equal(np.float32(found["again"]), whole)
+        np.testing.assert_allclose(found["total"], np.tanh(whole @ np.arange(3)).sum(), rtol=1e-5)
+        assert found["any"] == [True, True, False]
+        for name in ("gathered", "from_disk"):  # bit for bit, in float64
+            np.testing.assert_array_equal(found[name], whole / np.float64(3))

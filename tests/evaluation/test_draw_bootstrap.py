@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 
 from medclip_jax.errors import DataError
-from medclip_jax.evaluation import bootstrap, draw_bootstrap, metrics
+from medclip_jax.evaluation import bootstrap, metrics, significance
 from medclip_jax.evaluation.pixel_metrics import PixelMetrics
 
 
@@ -20,7 +20,7 @@ def runs():
 
 def test_values_are_means_of_the_draws_metrics(runs):
     scores, label = runs
-    found = draw_bootstrap.image(scores, label)
+    found = significance.image_estimates(scores, label)
     each = [metrics.image_level(s, label) for s in scores]
     for name in ("auroc", "auprc", "recall", "specificity", "f1", "mcc"):
         assert found[name].value == pytest.approx(np.mean([m[name] for m in each])), name
@@ -29,13 +29,13 @@ def test_values_are_means_of_the_draws_metrics(runs):
     assert found["false_alarm_rate"].value == pytest.approx(alarms)
     wanted = np.mean([metrics.sensitivity_at(s, label, 0.9) for s in scores])
     assert found["sensitivity_at_90"].value == pytest.approx(wanted)
-    assert draw_bootstrap.image(scores, np.ones(120)) == {}
+    assert significance.image_estimates(scores, np.ones(120)) == {}
 
 
 def test_auroc_has_the_error_of_crossed_effects(runs):
     """Variance between draws, and DeLong's covariance of two draws on the same images."""
     scores, label = runs
-    got = draw_bootstrap.image(scores, label)["auroc"]
+    got = significance.image_estimates(scores, label)["auroc"]
     wins = []
     for x in scores:
         above, below = x[label == 1, None], x[None, label == 0]
@@ -56,11 +56,11 @@ def test_standard_error_of_known_effects():
     together, alone = 2 * rng.normal(size=(1, 20000)), 3 * rng.normal(size=(4, 20000))
     own = np.array([[-1.0], [1.0], [1.0], [-1.0]])
     values = np.concatenate([own, together + alone], axis=1)
-    assert draw_bootstrap.standard_error(values) == pytest.approx((4 / 3 / 4 + 4) ** 0.5, rel=0.03)
-    assert draw_bootstrap.standard_error(np.concatenate([own, alone], axis=1)) == pytest.approx(
+    assert significance.standard_error(values) == pytest.approx((4 / 3 / 4 + 4) ** 0.5, rel=0.03)
+    assert significance.standard_error(np.concatenate([own, alone], axis=1)) == pytest.approx(
         (1 / 3) ** 0.5, rel=0.1
     )
-    assert draw_bootstrap.standard_error(values[:1]) == pytest.approx(13**0.5, rel=0.03)
+    assert significance.standard_error(values[:1]) == pytest.approx(13**0.5, rel=0.03)
 
 
 def test_draws_tested_on_other_images(runs):
@@ -69,35 +69,35 @@ def test_draws_tested_on_other_images(runs):
     rng = np.random.default_rng(5)
     indices = [np.sort(rng.permutation(120)[:90]) for _ in scores]
     own = [s[at] for s, at in zip(scores, indices, strict=True)]
-    found = draw_bootstrap.image(own, label, indices=indices)
+    found = significance.image_estimates(own, label, indices=indices)
     each = [metrics.image_level(s, label[at]) for s, at in zip(own, indices, strict=True)]
-    plain = draw_bootstrap.image(scores, label)
+    plain = significance.image_estimates(scores, label)
     for name in ("auroc", "recall", "specificity"):
         assert found[name].value == pytest.approx(np.mean([m[name] for m in each])), name
     assert found["auroc"].se > plain["auroc"].se  # fewer images each
     whole = [np.arange(120)] * 5
-    assert draw_bootstrap.image(scores, label, indices=whole) == plain
+    assert significance.image_estimates(scores, label, indices=whole) == plain
 
 
 def test_all_images_of_the_draws():
     ids = [np.array(["b", "a"]), np.array(["a", "c"])]
-    indices, (label, patient) = draw_bootstrap.union(
+    indices, (label, patient) = significance.union(
         ids, [np.array([0, 1]), np.array([1, 0])], [np.array(["x", "y"]), np.array(["y", "z"])]
     )
     assert [at.tolist() for at in indices] == [[0, 1], [1, 2]]
     assert label.tolist() == [0, 1, 0] and patient.tolist() == ["x", "y", "z"]
     with pytest.raises(DataError, match="a differs between draws"):
-        draw_bootstrap.union(ids, [np.array([0, 1]), np.array([0, 0])])
+        significance.union(ids, [np.array([0, 1]), np.array([0, 0])])
 
 
 def test_ten_equal_images_of_a_patient_are_worth_one(runs):
     scores, label = runs
     many, patient = [np.repeat(scores[0], 10)], np.repeat(np.arange(120), 10)
     labels = np.repeat(label, 10)
-    whole = draw_bootstrap.image(many, labels, patient)["auroc"]
-    single = draw_bootstrap.image(scores[:1], label)["auroc"]
+    whole = significance.image_estimates(many, labels, patient)["auroc"]
+    single = significance.image_estimates(scores[:1], label)["auroc"]
     assert whole.se == pytest.approx(single.se, rel=0.1)
-    naive = draw_bootstrap.image(many, labels)["auroc"]
+    naive = significance.image_estimates(many, labels)["auroc"]
     assert naive.se == pytest.approx(single.se / 10**0.5, rel=0.2)
 
 
@@ -112,14 +112,14 @@ def test_pixel_metrics_from_histograms():
         rows = [measured.add(*pair) for pair in zip(maps, masks, strict=True)]
         histograms.append(np.stack(rows))
         wanted.append(measured.pooled())
-    found = draw_bootstrap.pixel(histograms, label)
+    found = significance.pixel_estimates(histograms, label)
     for name in ("auroc", "auprc", "aupro", "dice"):
         value = np.mean([m[name] for m in wanted])
         assert found[name].value == pytest.approx(value, abs=1e-6), name
         assert found[name].low < value < found[name].high
     part = [np.arange(9), np.arange(3, 12), np.arange(12)]
     own = [h[at] for h, at in zip(histograms, part, strict=True)]
-    assert draw_bootstrap.pixel(own, label, indices=part)["dice"].value != found["dice"].value
+    assert significance.pixel_estimates(own, label, indices=part)["dice"] != found["dice"]
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_intervals_hold_the_truth_95_times_in_100(tested, monkeypatch):
         scores = parts / 2**0.5 + rng.normal(1, 0.2, (5, 1)) * label
         indices = [np.append(rng.permutation(60)[:tested], np.arange(60, 120)) for _ in scores]
         own = [s[at] for s, at in zip(scores, indices, strict=True)]
-        found = draw_bootstrap.image(own, label, seed=run, indices=indices)
+        found = significance.image_estimates(own, label, seed=run, indices=indices)
         for name, value in truth.items():
             counts[name] += found[name].low <= value <= found[name].high
     for name, count in counts.items():

@@ -9,8 +9,9 @@ import pytest
 from medclip_jax import build
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import ConfigError
+from medclip_jax.features import training_pool
 from medclip_jax.models import losses, model
-from medclip_jax.training import batches, loop
+from medclip_jax.training import loop
 from tests.support.pools import settings
 from tests.support.reference import reference_params
 
@@ -74,7 +75,7 @@ def test_weight_zero_leaves_params_as_it_was_and_the_head_learns(clip, pool):
     assert set(full) - set(bare) == {"head"}
     jax.tree.map(np.testing.assert_array_equal, bare, {n: full[n] for n in bare})
 
-    batch = batches.joint_batch(0, augmented(pool), [np.arange(4)], 4, 0, views=True)
+    batch = training_pool.joint_batch(0, augmented(pool), [np.arange(4)], 4, 0, views=True)
     batch = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), batch)
 
     @jax.jit

@@ -12,14 +12,7 @@ from medclip_jax.clip import checkpoint, vit
 from medclip_jax.clip.layers import Features
 from medclip_jax.clip.text import TextEncoder
 from medclip_jax.features.training_pool import Batch, Views
-from medclip_jax.models import (
-    losses,
-    model,
-    modules,
-    similarity,
-    text_adapter,
-    token_refinement,
-)
+from medclip_jax.models import losses, model, modules, similarity, text_adapter
 from medclip_jax.prompts import tokenize
 from medclip_jax.prompts.tokenize import Prompts
 from tests.support.checkpoints import PARITY, image_features, tiny_checkpoint
@@ -270,7 +263,7 @@ def test_what_computes_the_loss_is_flax_modules(tiny_with_inputs, monkeypatch):
 
     monkeypatch.setattr(nn.Module, "apply", watched)
     design, _, frozen, batch = toy(clip, dropout=0.1)
-    kept = token_refinement.frozen(clip.params, clip.image_encoder)
+    kept = modules.frozen_blocks(clip.params, clip.image_encoder)
     design = design._replace(refinement=kept)
     adapter = text_adapter.init(jax.random.key(1), clip.joint)
     params = model.init(jax.random.key(0), clip, design, 4, False, True, adapter)
@@ -290,7 +283,7 @@ def test_what_computes_the_loss_is_flax_modules(tiny_with_inputs, monkeypatch):
         modules.VisualAdapter,
         similarity.AnomalyLogit,
         text_adapter.TextAdapter,
-        token_refinement.TokenRefiner,
+        modules.TokenRefiner,
         modules.ProjectionHead,
     }
     assert learned | {vit.ViT, TextEncoder} <= applied

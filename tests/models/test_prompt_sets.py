@@ -10,9 +10,9 @@ import pytest
 from medclip_jax.clip.layers import Features
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import Batch
-from medclip_jax.models import model, prompt_sets
+from medclip_jax.models import model, similarity
 from medclip_jax.prompts import tokenize
-from medclip_jax.training import batches, episodes, step
+from medclip_jax.training import episodes, step
 
 WEIGHTS = dict(focal=1.0, dice=1.0, align=0.5, prompt=0.5)
 
@@ -36,7 +36,7 @@ def setting(clip, conditions, target=TARGET, form="softmax", shared=False, causa
     """Design of a target beside a set with other conditions, params, frozen and a batch."""
     sets = [words_of(clip, target), words_of(clip, conditions, "lung")]
     static = clip.text_encoder, clip.size, clip.grid, form, causal, True, 0.0
-    design = model.Design(sets[0], *static, sets=prompt_sets.stack(sets))
+    design = model.Design(sets[0], *static, sets=similarity.stack_prompts(sets))
     params = model.init(jax.random.key(0), clip, design, 4, shared)
     rng = np.random.default_rng(0)
     tokens = tuple(
@@ -151,7 +151,7 @@ def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     sets, design, params, frozen, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2, 3))
     assert pool.source.tolist() == [0, 0, 1, 1, 1]
-    members = batches.members(2, [], (3,))
+    members = training_pool.members(2, [], (3,))
     tasks = episodes.episodes_batch(0, pool, members, episodes.Sizes(tasks=6, k=2, shots=2), 0)
     source = tasks.support.source[:, 0]
     assert tasks.support.source.shape == (6, 1) and set(source.tolist()) == {0, 1}
@@ -160,7 +160,7 @@ def test_swapping_the_words_of_one_set_changes_its_episodes_alone(tiny):
     before = episode_losses(design, params, frozen, tasks)
     # as many prompts and as long, so that nothing but the words differs
     other = words_of(tiny, MORE[::-1], "brain")
-    swapped = design._replace(sets=prompt_sets.stack([sets[0], other]))
+    swapped = design._replace(sets=similarity.stack_prompts([sets[0], other]))
     after = episode_losses(swapped, params, frozen, tasks)
     np.testing.assert_array_equal(after[source == 0], before[source == 0])
     assert np.abs(after - before)[source == 1].min() > 1e-6
@@ -170,7 +170,7 @@ def test_one_data_set_carries_no_source(tiny):
     *_, batch = setting(tiny, MORE)
     pool = pool_of(batch, (2,))
     assert pool.source is None
-    drawn = batches.joint_batch(0, pool, [np.arange(2)], 2, 0)
+    drawn = training_pool.joint_batch(0, pool, [np.arange(2)], 2, 0)
     assert drawn.source is None and len(jax.tree.leaves(drawn)) == 6
     joined = pool_of(batch, (2, 3))
-    assert batches.joint_batch(0, joined, [np.arange(5)], 5, 0).source.shape == (5, 1)
+    assert training_pool.joint_batch(0, joined, [np.arange(5)], 5, 0).source.shape == (5, 1)

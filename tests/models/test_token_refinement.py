@@ -13,7 +13,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.inference import predictor
-from medclip_jax.models import model, token_refinement
+from medclip_jax.models import model, modules
 from tests.support.checkpoints import image_features, tiny_checkpoint
 
 LEVELS = [(1,), (2, 3), (1, 2, 3, 4)]
@@ -73,7 +73,7 @@ def test_the_query_starts_as_the_value_and_the_rest_is_the_block(folder):
         block, own, x = design.refinement.blocks[i], params["refine"][i], tokens.inputs[i]
         np.testing.assert_array_equal(own["kernel"], block["self_attn"]["v_proj"]["kernel"])
         query = {**block["self_attn"]["q_proj"], "gate": jnp.asarray(1.0)}
-        refiner = token_refinement.TokenRefiner(2, clip.image_encoder.eps)
+        refiner = modules.TokenRefiner(2, clip.image_encoder.eps)
         zeros = jnp.zeros_like(tokens.levels[i])
         got = refiner.apply({"params": query}, block, zeros, x)
         variables = {"params": blocks[str(number - 1)]}

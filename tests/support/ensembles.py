@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from medclip_jax.detectors import ensemble, memory_bank, prompt_detector
-from medclip_jax.features import cache, encoder, tiles
+from medclip_jax.detectors import ensemble, memory_bank, prompt_detector, tiling
+from medclip_jax.features import cache, encoder
 from tests.support.models import design_of
 from tests.support.pictures import one_device, write_pictures
 from tests.support.scenes import POOL, SIZE, stacked
@@ -17,7 +17,7 @@ def fused(tmp_path_factory, tiny):
     supports = write_pictures(folder, 4, start=40)
     feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, supports)
-    tokens = tiles.load_supports(feature_cache, supports).tokens
+    tokens = tiling.load_supports(feature_cache, supports).tokens
     design, frozen = design_of(tiny, dropout=0.2)
     plain, _ = design_of(tiny, context=0)
     folds, params = [np.array([0, 2]), np.array([1, 3])], stacked(tiny, design)

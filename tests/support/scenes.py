@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax.detectors import calibration, detector, map_filter, prompt_detector
+from medclip_jax.detectors import anomaly_maps, calibration, detector, prompt_detector, tiling
 from medclip_jax.evaluation import evaluate, ground_truth, predictions
 from medclip_jax.evaluation.predictions import Predictions
 from medclip_jax.explain import grad_cam
-from medclip_jax.features import cache, encoder, tiles
+from medclip_jax.features import cache, encoder
 from medclip_jax.models import model
 from tests.support.models import design_of
 from tests.support.pictures import one_device, write_pictures
@@ -39,7 +39,7 @@ def scene(tmp_path_factory, tiny):
         test[i] = test[i]._replace(label=1, masks=tuple(masks))
     feature_cache = cache.open(folder, tiny, "stretch", "float32", one_device())
     encoder.encode_images(feature_cache, pictures)
-    tokens = tiles.load_supports(feature_cache, supports).tokens
+    tokens = tiling.load_supports(feature_cache, supports).tokens
     folds = [np.array([0, 1, 2]), np.array([3, 4])]
     design, frozen = design_of(tiny, dropout=0.2)
     params = stacked(tiny, design)
@@ -71,7 +71,7 @@ def thresholds_of(value=0.0) -> calibration.Calibration:
     image = calibration.threshold(np.array([0.1, 0.2]), 0.2)
     pixel = calibration.pixel_threshold(np.full((2, 2, 2), 0.1), 0.1)._replace(value=value)
     healthy = np.array([0.1, 0.2])
-    return calibration.Calibration(healthy, image, 1.0, pixel, 1.0, 5, map_filter.Steps())
+    return calibration.Calibration(healthy, image, 1.0, pixel, 1.0, 5, anomaly_maps.MapFilter())
 
 
 def perfect(test, size=SIZE) -> predictions.Scored:

@@ -11,7 +11,7 @@ from medclip_jax.data.augmentation import Strengths
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import encoder, training_pool
 from medclip_jax.models import losses
-from medclip_jax.training import batches, distillation
+from medclip_jax.training import distillation
 from medclip_jax.training.metrics_log import read_steps
 from tests.support.pictures import opened
 from tests.support.reference import reference_params
@@ -77,7 +77,7 @@ def test_every_row_carries_the_logits_of_its_own_image(tmp_path, tiny, pictures)
     # an image that was only mirrored has mirrored patches
     mirrored = pool.teacher[0][0].reshape(grid, grid)[:, ::-1].ravel()
     np.testing.assert_allclose(pool.teacher[0][4], mirrored, atol=1e-5)
-    batch = batches.joint_batch(0, pool, [np.arange(2)], 2, 0)
+    batch = training_pool.joint_batch(0, pool, [np.arange(2)], 2, 0)
     assert batch.teacher.shape == (2, 1, grid**2)
 
 

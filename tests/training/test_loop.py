@@ -9,7 +9,8 @@ import pytest
 
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, Preempted
-from medclip_jax.training import batches, loop
+from medclip_jax.features import training_pool
+from medclip_jax.training import loop
 from medclip_jax.training.metrics_log import MetricsLog
 from medclip_jax.training.step import Learner
 from tests.support.toy import toy_loss, toy_params
@@ -26,7 +27,7 @@ def fit(workdir, pool, learner="joint", loss=toy_loss, score=None, **options):
         toy_params(pool.clean[0]("level0").shape[-1]),
         {},
         [pool],
-        batches.folds(4, 2),
+        training_pool.folds(4, 2),
         loss=loss,
         optimizer=loop.adam(0.05),
         learner=Learner(learner),

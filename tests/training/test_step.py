@@ -13,8 +13,9 @@ import pytest
 
 from medclip_jax import build
 from medclip_jax.distributed import sharding
+from medclip_jax.features import training_pool
 from medclip_jax.models import model
-from medclip_jax.training import batches, episodes, maml, step
+from medclip_jax.training import episodes, maml, step
 from medclip_jax.training.step import start
 from tests.support.pools import settings
 from tests.support.toy import toy_loss, toy_params
@@ -70,7 +71,7 @@ def test_every_learner_learns_and_adapting_helps(clip, pool, learner):
     before, old = float(value(plain(state.params))), jax.tree.map(np.array, state.params)
     for i in range(15):
         joint = learner == "joint"
-        batch = batches.joint_batch(i, pool, [ALL], 4, 0) if joint else tasks_of(pool, i)
+        batch = training_pool.joint_batch(i, pool, [ALL], 4, 0) if joint else tasks_of(pool, i)
         state, parts = take_step(state, {}, batch)
     assert int(state.step) == 15 and np.isfinite(float(parts["loss"]))
     assert value(plain(state.params)) < 0.9 * before
@@ -129,7 +130,7 @@ def test_four_devices_equal_one_with_dropout_and_uneven_tasks(clip, pool, learne
         loss = partial(model.loss, design=design, weights=WEIGHTS)
         params = model.init(jax.random.key(0), clip, design, 2, False)
     take_step = step_of(learner, optimizer, loss)
-    joint = batches.joint_batch(0, pool, members, 3, 0)
+    joint = training_pool.joint_batch(0, pool, members, 3, 0)
     for mesh in (sharding.mesh(), sharding.mesh(jax.devices()[:1])):
         state = start(params, optimizer, len(members), 0)
         state, placed = sharding.replicate((state, frozen), mesh)
@@ -154,7 +155,7 @@ def test_fold_params_see_their_own_images_alone(clip, pool):
         clean=(broken(pool.clean[0]), *pool.clean[1:]),
         anomalous=(broken(pool.anomalous[0]), *pool.anomalous[1:]),
     )
-    optimizer, own = optax.sgd(0.1), batches.supports(4, [np.array([0])])
+    optimizer, own = optax.sgd(0.1), training_pool.supports(4, [np.array([0])])
     take_step = step_of("maml", optimizer)
     state, _ = take_step(begin(clip, optimizer, 2), {}, tasks_of(pool, 0, own))
     for params in (state.params, adapted_to(pool, state, own)):

@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from medclip_jax.distributed import sharding
 from medclip_jax.features import training_pool
 from medclip_jax.models import model
-from medclip_jax.training import batches, validation
+from medclip_jax.training import validation
 from tests.support.models import design_of
 
 
@@ -72,7 +72,7 @@ def test_numbers_equal_scikit_learn_fold_by_fold():
 
 def test_each_fold_is_scored_by_params_that_never_saw_it(tiny, pool):
     design, frozen = design_of(tiny)
-    folds, mesh = batches.folds(4, 2), sharding.mesh(jax.devices()[:1])
+    folds, mesh = training_pool.folds(4, 2), sharding.mesh(jax.devices()[:1])
     fresh = model.init(jax.random.key(0), tiny, design, 2, False)
     params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -1.5 * x]), fresh)
     validate = validation.validator(pool, folds, validation.scorer(design, 0.25), mesh)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from medclip_jax.features import training_pool
-from medclip_jax.features.training_pool import Views
-from medclip_jax.training import batches, episodes
+from medclip_jax.features.training_pool import Views, joint_rows
+from medclip_jax.training import episodes
 
 
 def schedule(own, size, steps, seed=0, variants=5):
-    rows = [batches.joint_rows(i, np.asarray(own), size, seed, variants) for i in range(steps)]
+    rows = [joint_rows(i, np.asarray(own), size, seed, variants) for i in range(steps)]
     support, variant = (np.concatenate(x) for x in zip(*rows, strict=True))
     return support, variant
 
@@ -29,7 +29,7 @@ def test_every_support_comes_once_per_epoch(k, size):
 
 def test_rows_are_a_function_of_the_position_alone():
     support, variant = schedule(range(10), 4, steps=9)
-    again = batches.joint_rows(7, np.arange(10), 4, 0, 5)
+    again = joint_rows(7, np.arange(10), 4, 0, 5)
     assert np.array_equal(again[0], support[28:32]) and np.array_equal(again[1], variant[28:32])
     halves = schedule(range(10), 2, steps=18)
     assert np.array_equal(halves[0], support) and np.array_equal(halves[1], variant)
@@ -54,24 +54,24 @@ def test_without_variants_all_rows_are_identity():
     "k, parts, sizes", [(8, 4, [2] * 4), (5, 4, [2, 1, 1, 1]), (3, 4, [1] * 3)]
 )
 def test_folds_partition_the_supports(k, parts, sizes):
-    folds = batches.folds(k, parts)
+    folds = training_pool.folds(k, parts)
     assert [len(f) for f in folds] == sizes
     assert sorted(np.concatenate(folds)) == list(range(k))
 
 
 def test_one_support_or_one_part_has_no_folds():
-    assert batches.folds(1, 4) == [] and batches.folds(8, 0) == [] and batches.folds(8, 1) == []
+    assert [training_pool.folds(*x) for x in ((1, 4), (8, 0), (8, 1))] == [[], [], []]
 
 
 def test_images_of_auxiliary_datasets_follow_the_supports():
     folds = [np.array([0, 2]), np.array([1])]
-    both = batches.members(3, folds, (4, 2))
+    both = training_pool.members(3, folds, (4, 2))
     assert [[x.tolist() for x in sets] for sets in both] == [
         [[0, 1, 2], [3, 4, 5, 6], [7, 8]],
         [[1], [3, 4, 5, 6], [7, 8]],
         [[0, 2], [3, 4, 5, 6], [7, 8]],
     ]
-    without = batches.members(3, folds, (4, 2), on_target=False)
+    without = training_pool.members(3, folds, (4, 2), on_target=False)
     assert [[x.tolist() for x in sets] for sets in without] == [[[3, 4, 5, 6], [7, 8]]] * 3
 
 
@@ -93,11 +93,11 @@ def numbered():
 
 def test_a_batch_holds_the_rows_of_every_params(numbered):
     members = [np.arange(4), np.array([1, 2, 3])]
-    batch = batches.joint_batch(3, numbered, members, 2, seed=0)
+    batch = training_pool.joint_batch(3, numbered, members, 2, seed=0)
     assert batch.features.levels[0].shape == (2, 2, 4, 3)  # row, 1 + folds, patch, width
     assert batch.mask.shape == (2, 2, 8, 8) and batch.label.shape == (2, 2)
     for i, own in enumerate(members):
-        image, variant = batches.joint_rows(3, own, 2, 0, 8)
+        image, variant = joint_rows(3, own, 2, 0, 8)
         expected = image + np.maximum(variant, 0) / 10
         np.testing.assert_allclose(batch.features.levels[0][:, i, 0, 0], expected, rtol=1e-6)
         assert (batch.label[:, i] == (variant >= 0)).all()
@@ -105,17 +105,17 @@ def test_a_batch_holds_the_rows_of_every_params(numbered):
 
 
 def test_a_share_of_the_rows_is_part_of_the_batch(numbered):
-    whole = batches.joint_batch(3, numbered, [np.arange(4)], 4, seed=0)
-    share = batches.joint_batch(3, numbered, [np.arange(4)], 4, 0, np.array([1, 3]))
+    whole = training_pool.joint_batch(3, numbered, [np.arange(4)], 4, seed=0)
+    share = training_pool.joint_batch(3, numbered, [np.arange(4)], 4, 0, np.array([1, 3]))
     np.testing.assert_array_equal(share.features.pooled, whole.features.pooled[[1, 3]])
 
 
 def test_views_are_two_different_ones_and_a_function_of_the_step():
-    one, two = batches.sample_views(0, 3, (400,), 3)
+    one, two = training_pool.sample_views(0, 3, (400,), 3)
     assert set(one) == set(two) == {-1, -2, -3, -4} and (one != two).all()
-    again = batches.sample_views(0, 3, (400,), 3)
+    again = training_pool.sample_views(0, 3, (400,), 3)
     assert (one == again[0]).all() and (two == again[1]).all()
-    assert (one != batches.sample_views(0, 4, (400,), 3)[0]).any()
+    assert (one != training_pool.sample_views(0, 4, (400,), 3)[0]).any()
 
 
 @pytest.mark.parametrize("learner", ["joint", "episodes"])
@@ -126,7 +126,7 @@ def test_rows_carry_views_of_their_image_only_with_views(pool, learner):
 
     def batch(views):
         if learner == "joint":
-            return batches.joint_batch(2, pool, [own, own[:3]], 4, 0, views=views)
+            return training_pool.joint_batch(2, pool, [own, own[:3]], 4, 0, views=views)
         sizes = episodes.Sizes(tasks=3, k=4, shots=3)
         return episodes.episodes_batch(2, pool, [[own], [own[:3]]], sizes, 0, views=views).query
 
