@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from medclip_jax.detectors import calibration
+from medclip_jax.detectors import anomaly_maps, calibration
 from medclip_jax.errors import ConfigError, DataError
 
 
