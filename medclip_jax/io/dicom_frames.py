@@ -40,7 +40,8 @@ class Stored(NamedTuple):
 def stored(path: Path, ds: Dataset) -> Stored:
     """Access to the frames of a checked file. Its PixelData are dropped if they are compressed."""
     frames = dicom_header.count(path, ds, "NumberOfFrames")
-    white = 2.0 ** dicom_header.count(path, ds, "BitsStored") - 1
+    floats = "PixelData" not in ds  # which state no bits
+    white = 1.0 if floats else 2.0 ** dicom_header.count(path, ds, "BitsStored") - 1
     if not ds.file_meta.TransferSyntaxUID.is_encapsulated:
         get = _packed_bits(path, ds) if ds.BitsAllocated == 1 else _native(ds)
     else:
@@ -88,6 +89,8 @@ def _native(ds: Dataset) -> Callable[[int], np.ndarray]:
 
 def _unused_low_bits(ds: Dataset) -> int:
     """By how much stored values lie above bit 0; 0 where the header's claim is not true."""
+    if "PixelData" not in ds:
+        return 0
     allocated, bits = int(ds.BitsAllocated), int(ds.BitsStored)
     shift = int(ds.get("HighBit", bits - 1)) + 1 - bits
     if allocated not in (8, 16, 32) or not 0 < shift <= allocated - bits:
@@ -130,11 +133,10 @@ def _encapsulated(path: Path, ds: Dataset, streams: list[bytes]) -> Callable[[in
         "pixel_keyword": "PixelData",
     }
 
-    def get(index: int) -> np.ndarray:
-        head = jpeg_header.parse(streams[index]) if syntax != uid.RLELossless else None
+    def decoded(stream: bytes, head: jpeg_header.StreamHeader | None) -> np.ndarray:
         if head is not None and head.lossy_jpeg:
-            return _jpeg(streams[index], head, kind)
-        packed = pydicom.encaps.encapsulate([streams[index]], has_bot=False)
+            return _jpeg(stream, head, kind)
+        packed = pydicom.encaps.encapsulate([stream], has_bot=False)
         values, _ = decoder.as_array(
             packed, index=0, raw=True, decoding_plugin=plugin, validate=False, **options
         )
@@ -142,6 +144,16 @@ def _encapsulated(path: Path, ds: Dataset, streams: list[bytes]) -> Callable[[in
         if kind in COLOUR and syntax in NO_TRANSFORM and not colour and "FULL" not in kind:
             colour = "RGB"
         return _rgb(values, colour or kind)
+
+    def get(index: int) -> np.ndarray:
+        stream = streams[index]
+        head = jpeg_header.parse(stream) if syntax != uid.RLELossless else None
+        values = decoded(stream, head)
+        if syntax in dicom_header.JPEG and jpeg_header.ends_early(
+            stream, values[-1, -1], lambda data: decoded(data, head)
+        ):
+            raise EOFError
+        return values
 
     return get
 

@@ -154,7 +154,9 @@ def _modality(ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int) -> Float[
 
 def _rescale(group: Dataset) -> tuple[float, float] | None:
     slope, intercept = group.get("RescaleSlope"), group.get("RescaleIntercept")
-    return None if slope is None or intercept is None else (float(slope), float(intercept))
+    if slope is None or intercept is None or float(slope) == 0:  # 0 would leave nothing to see
+        return None
+    return float(slope), float(intercept)
 
 
 def _padding(ds: Dataset, stored: Num[np.ndarray, "h w *c"]) -> Bool[np.ndarray, "h w"] | None:

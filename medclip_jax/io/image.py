@@ -1,9 +1,9 @@
 """What all readers share: the image they return, limits of size, CT windows, choice of frames."""
 
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -167,6 +167,14 @@ def too_large(path: Path, size: str) -> str:
         f"{path} has {size} pixels and at most {MAX_PIXELS:,} are read: "
         "scale it down or remove it if it is not yours."
     )
+
+
+def luma(bands: Iterable[Any]) -> Float[np.ndarray, "*n"]:
+    """Luminance of red, green and blue, one at a time: three as floats would take much memory."""
+    total: Any = 0
+    for weight, band in zip(LUMA, bands, strict=True):
+        total = total + weight * np.asarray(band, np.float32)
+    return total
 
 
 def stretch_of(low: float, high: float, sample: Float[np.ndarray, " n"]) -> Stretch:

@@ -4,13 +4,18 @@ Layouts: ISO/IEC 10918-1 B.2 (JPEG; JPEG-LS, ISO/IEC 14495-1 C.2.2, has the same
 ISO/IEC 15444-1 A.4 to A.6 (JPEG 2000; HTJ2K has the same).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
 
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0-15 without DHT, JPG, DAC; LS
 LOSSY = {0xC0, 0xC1, 0xC2}  # Huffman: baseline, extended, progressive
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0-7, SOI
+SOI = b"\xff\xd8"
 SOC_SIZ, SOT, COD, EOC = b"\xff\x4f\xff\x51", b"\xff\x90", b"\xff\x52", b"\xff\xd9"
+JUNK = b"\x55\xaa\x12\x34\x9b\x6d" * 200  # without a marker
+GREY, NEAR = 128, 16  # what decoders put in place of missing blocks
 RGB_LETTERS = (b"RGB", b"rgb")
 
 
@@ -24,13 +29,33 @@ class StreamHeader(NamedTuple):
     colour: str  # "RGB" or "YBR" where the stream says so, else ""
     lossy_jpeg: bool  # DCT with Huffman codes and 8 bits, which Pillow decodes
     whole: bool  # its last marker is there
+    progressive: bool = False
 
 
 def parse(stream: bytes) -> StreamHeader | None:
     """The header of a JPEG, JPEG-LS or JPEG 2000 stream; None if it has no size."""
-    if stream[:2] == b"\xff\xd8":
+    if stream[:2] == SOI:
         return _jpeg(stream)
     return _jpeg2000(stream)
+
+
+def ends_early(stream: bytes, last: Any, decode: Callable[[bytes], np.ndarray]) -> bool:
+    """Whether a JPEG stops before its last pixel, although its last marker is there.
+
+    Decoders fill up what is missing and say nothing. Only then do bytes before the marker change
+    the picture, which is decoded again where it may be so.
+
+    Args:
+      last: the decoded last pixel, a number or one of each colour.
+    """
+    head = parse(stream)
+    if head is None or stream[:2] != SOI:
+        return False
+    baseline = head.lossy_jpeg and not head.progressive
+    if baseline and np.abs(np.subtract(last, GREY, dtype=int)).max() > NEAR:
+        return False
+    end = stream.rfind(EOC)
+    return not np.array_equal(decode(stream), decode(stream[:end] + JUNK + stream[end:]))
 
 
 def _segments(stream: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -82,6 +107,7 @@ def _jpeg(stream: bytes) -> StreamHeader | None:
         colour,
         lossy and precision == 8,
         stream.rfind(EOC) > scan,  # entropy-coded bytes never look like it
+        kind == 0xC2,
     )
 
 

@@ -44,8 +44,7 @@ class Volume(NamedTuple):
     def values(self, stored: np.ndarray) -> Float[np.ndarray, "*n"]:
         """float32, slope and intercept applied; a copy."""
         if stored.dtype.fields:
-            bands = zip(image.LUMA, "RGB", strict=True)
-            stored = np.sum([w * stored[band].astype(np.float32) for w, band in bands], axis=0)
+            stored = image.luma(stored[band] for band in "RGB")
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32: infinite
             values = stored.astype(np.float32)
             if (self.slope, self.intercept) != (1, 0):

@@ -7,8 +7,7 @@ becomes one `DataError` that names the file.
 import logging
 import math
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +15,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-import PIL.ImageSequence
 import PIL.PngImagePlugin
 import tifffile
 from jaxtyping import Float
@@ -29,6 +27,7 @@ from medclip_jax.io.image import (
     Image,
     check_regular,
     check_size,
+    luma,
     reason,
     scaled,
     too_large,
@@ -67,7 +66,7 @@ def read_pillow(path: Path) -> Image:
                 pixels, words = _tiff(path, file)
                 return Image(pixels, None, {"format": "TIFF"}, words)
             with PIL.Image.open(file, formats=FORMATS) as image:
-                pixels, words = _frames(path, image)
+                pixels, words = _frames(path, file, image)
                 return Image(pixels, None, {"format": str(image.format)}, words)
     except DataError:
         raise
@@ -106,7 +105,7 @@ def _what_else(path: Path) -> str:
 # --- PNG, JPEG, BMP ------------------------------------------------------------------------------
 
 
-def _frames(path: Path, image: Any) -> tuple[Float[np.ndarray, "f h w"], str]:
+def _frames(path: Path, file: BinaryIO, image: Any) -> tuple[Float[np.ndarray, "f h w"], str]:
     """Frames of an animated PNG, of others the one image (the first of an MPO), and their range."""
     count = getattr(image, "n_frames", 1) if image.format == "PNG" else 1
     check_size(path, image.width, image.height, count)
@@ -118,8 +117,18 @@ def _frames(path: Path, image: Any) -> tuple[Float[np.ndarray, "f h w"], str]:
     if image.mode in COLOUR and "L" not in image.mode:
         words = "colour: 0 to white"
     scale = {"L;2": 85, "L;4": 17}.get(str(args), 1)
-    frames = (_luminance(path, frame, scale) for frame in PIL.ImageSequence.Iterator(image))
-    return np.stack(list(islice(frames, count))), words
+    frames = [_luminance(path, image, scale)]
+    if image.format == "JPEG":
+        file.seek(0)
+        last = image.getpixel((image.width - 1, image.height - 1))
+        if jpeg_header.ends_early(
+            file.read(), last, lambda x: np.asarray(PIL.Image.open(BytesIO(x)))
+        ):
+            raise DataError(f"{path} stops before its last pixel: it is truncated, copy it again.")
+    for index in range(1, count):
+        image.seek(index)
+        frames.append(_luminance(path, image, scale))
+    return np.stack(frames), words
 
 
 def _upright(image: PIL.Image.Image) -> np.ndarray:
@@ -145,14 +154,8 @@ def _luminance(path: Path, image: PIL.Image.Image, scale: int = 1) -> Float[np.n
         )
     if image.has_transparency_data:
         *colour, alpha = image.convert("RGBA").split()
-        return _mix(colour) * (np.asarray(alpha, np.float32) / 255)
-    return _mix(image.convert("RGB").split())
-
-
-def _mix(colour: Iterable[PIL.Image.Image]) -> Float[np.ndarray, "h w"]:
-    """Weighted sum of the bands, one at a time, since three as floats would take much memory."""
-    bands = zip(LUMA, colour, strict=True)
-    return np.minimum(sum(w * np.asarray(band, np.float32) for w, band in bands) / 255, 1)
+        return np.minimum(luma(colour) / 255, 1) * (np.asarray(alpha, np.float32) / 255)
+    return np.minimum(luma(image.convert("RGB").split()) / 255, 1)
 
 
 # --- TIFF ----------------------------------------------------------------------------------------
@@ -226,13 +229,13 @@ def _tiff(path: Path, file: BinaryIO) -> tuple[Float[np.ndarray, "f h w"], str]:
     return (1 - pixels if invert else pixels), words
 
 
-@contextmanager
-def _opened(path: Path, file: BinaryIO, tif: Any) -> Iterator[PIL.Image.Image]:
+def _opened(path: Path, file: BinaryIO, tif: Any) -> PIL.Image.Image:
     """By Pillow, which need not know every kind of page, and takes some for others."""
     try:
         image = PIL.Image.open(file, formats=("TIFF",))
         if image.mode in ("I", "F") and tif.byteorder == ">":  # decoded as if it were not
             raise PIL.UnidentifiedImageError
+        return image
     except PIL.UnidentifiedImageError as error:
         page: Any = tif.pages[0]
         raise DataError(
@@ -240,8 +243,6 @@ def _opened(path: Path, file: BinaryIO, tif: Any) -> Iterator[PIL.Image.Image]:
             f"(compression {int(page.compression)}, photometric {int(page.photometric)}), which is "
             "not read: save it uncompressed as 8-bit or 16-bit grey or as RGB."
         ) from error
-    with image:
-        yield image
 
 
 def _of_pillow(path: Path, image: PIL.Image.Image, page: Any) -> np.ndarray:
@@ -288,7 +289,7 @@ def _grey(page: Any, stored: np.ndarray) -> np.ndarray:
     grey: Any = bands[0]
     colour = page.photometric == RGB
     if colour:
-        grey = sum(w * band.astype(np.float32) for w, band in zip(LUMA, bands[:3], strict=True))
+        grey = luma(bands[:3])
     if page.photometric == PALETTE:
         grey = np.asarray(LUMA, np.float32) @ page.colormap[:, grey]
     if tuple(page.extrasamples)[:1] == (UNASSOCIATED,) and stored.dtype.kind == "u":
