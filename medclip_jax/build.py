@@ -3,10 +3,11 @@
 Nothing further in knows the configuration: functions take the values they need.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from ml_collections import ConfigDict
 from medclip_jax import config_validation
 from medclip_jax.clip.checkpoint import Clip, load
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
-from medclip_jax.data.records import Split
+from medclip_jax.data.catalog import PRESETS, RECIPES, SETS
+from medclip_jax.data.layouts import Split
 from medclip_jax.detectors import tiling
 from medclip_jax.errors import ConfigError
 from medclip_jax.explain import grad_cam
-from medclip_jax.features import auxiliary, cache, encoder, training_pool
+from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.io.image import parse_window
 from medclip_jax.models import losses, model, modules, similarity, text_adapter
 from medclip_jax.prompts import ontology, tokenize
@@ -29,7 +31,19 @@ from medclip_jax.training import distillation, loop, validation
 from medclip_jax.training.step import Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
+AUXILIARY_IMAGES = 32  # healthy images of each auxiliary dataset
 SYNONYMS = 3  # words per anatomy, condition and modality that the ontology adds
+
+
+class Auxiliary(NamedTuple):
+    """A dataset whose healthy images are trained on beside the target's, with its own words."""
+
+    name: str
+    root: Path | None  # None: where the data lie by default
+    words: dict[str, Any]  # modality, anatomy and conditions, for the prompts
+    recipe: tuple[str, ...]  # preprocessing.STEPS
+    strengths: augmentation.Strengths
+    window: str  # of CT: the target's for a dataset without words of its own
 
 
 def load_clip(c: ConfigDict) -> Clip:
@@ -68,13 +82,41 @@ def synthesis(c: ConfigDict) -> augmentation.Synthesis:
     )
 
 
-def auxiliary_datasets(c: ConfigDict) -> tuple[auxiliary.Auxiliary, ...]:
-    """What config.meta.data names beside the target."""
-    words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
+def auxiliary_datasets(c: ConfigDict) -> tuple[Auxiliary, ...]:
+    """What config.meta.data names ("name" or "name=folder") beside the target.
+
+    What each shows is in data/catalog.py; one that is not there (a folder) takes the target's words
+    and CT window, and a warning says so. Where the target is preprocessed, each takes the recipe of
+    its own modality. Elastic deformation is off for modalities that must not be deformed, with a
+    warning. Raises ConfigError for an unknown name.
+    """
     _, strengths = augmentation.chosen(config_validation.augment(c), c.data.modality)
-    names = [name for name in c.meta.data if name != c.data.name]
-    reading = {"recipe": c.data.recipe, "window": c.data.window}
-    return auxiliary.choose(names, words=words, strengths=strengths, **reading)
+    words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
+    named, chosen = PRESETS | SETS, []
+    for full in (name for name in c.meta.data if name != c.data.name):
+        name, _, root = full.partition("=")
+        if name not in (known := (*datasets.LAYOUTS, *SETS, *datasets.PHANTOMS)):
+            raise ConfigError(f"config.meta.data has {full!r}: choose any of {', '.join(known)}.")
+        own, recipe, changes = dict(named.get(name, words)), c.data.recipe, strengths
+        if name not in named:
+            logging.warning(
+                "%s of config.meta.data has no words of its own: it takes the target's, "
+                "whose modality is %r",
+                *(full, words["modality"]),
+            )
+        elif recipe:
+            recipe = RECIPES.get(name, "")
+        if strengths.elastic and not augmentation.deforms(own["modality"]):
+            logging.warning(
+                "config.augment.elastic is off for %s, whose modality is %r: only ultrasound and "
+                "MRI may be deformed",
+                *(full, own["modality"]),
+            )
+            changes = strengths._replace(elastic=0.0)
+        place, window = Path(root) if root else None, "" if name in named else c.data.window
+        steps = preprocessing.steps(recipe)
+        chosen.append(Auxiliary(name, place, own, steps, changes, window))
+    return tuple(chosen)
 
 
 def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
@@ -95,9 +137,12 @@ def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None):
     """
     feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
     pools = [encoder.open_pool(feature_cache, split.support, variants)]
-    where = {"folder": Path(c.cache), "uncertain": c.data.uncertain}
-    target = (others, split, feature_cache, variants)
-    pools += auxiliary.open_pools(*target, **where, seed=c.seed)
+    for other in others:
+        where = other.name, other.root, Path(c.cache)
+        records = datasets.load(*where, uncertain=c.data.uncertain, window=other.window)
+        images = splits.healthy(records, split, AUXILIARY_IMAGES, c.seed)
+        own = cache.with_recipe(feature_cache, other.recipe, other.window)
+        pools.append(encoder.open_pool(own, images, variants._replace(strengths=other.strengths)))
     encoder.encode_images(feature_cache, split.test)
     if c.score.tiles > 1:
         tiling.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)

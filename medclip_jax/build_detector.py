@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from medclip_jax import config_validation
 from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.config_validation import FUSED_METHODS
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import (
     calibration,
     detector,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from medclip_jax import __version__, build, build_detector, trained
+from medclip_jax import __version__, build, build_detector, stored, trained
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.detectors import saved
@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
 
     config: ConfigDict  # resolved
     clip: Any
-    split: Any  # records.Split
+    split: Any  # layouts.Split
     auxiliary: tuple  # data sets that are trained on with the target's
     design: Any  # static parts of the model
     frozen: dict  # parameters that no step changes
@@ -241,7 +241,7 @@ def key_of(prepared: Prepared, report: bool) -> str:
     adapter = build.adapter_digest(c)
     truth = workdirs.truth_of(prepared.split.test)
     made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
-    return workdirs.key(*made_from, c.explanation.to_dict(), report, versions())
+    return stored.digest([*made_from, c.explanation.to_dict(), report, versions()])
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from medclip_jax import build, build_detector, config, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.data import preprocessing
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import detector, pixel_baselines, prompt_detector, saved
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError

@@ -1,6 +1,5 @@
 """The folder of a run: its lock, its settings, its split, and whether it is finished."""
 
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 
 from medclip_jax import config, files, stored
 from medclip_jax.data import splits
-from medclip_jax.data.records import Record, Split
+from medclip_jax.data.layouts import Record, Split
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import WorkdirError
 
@@ -138,11 +137,6 @@ def truth_of(test: Sequence[Record]) -> list[list[Any]]:
         [r.id, r.sha256, int(r.label), r.patient, [files.sha256_of(mask) for mask in r.masks]]
         for r in test
     ]
-
-
-def key(*parts: Any) -> str:
-    """16 hex digits that name what a result is made from (values that JSON can hold)."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seal(workdir: Path, key: str) -> dict[str, Any]:

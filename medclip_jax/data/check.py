@@ -16,7 +16,7 @@ from rich.text import Text
 
 from medclip_jax import files
 from medclip_jax.data import datasets, layouts, near_duplicates, splits
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.errors import DataError, printable
 from medclip_jax.io import read
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from medclip_jax.data import chexpert, layouts, phantom
 from medclip_jax.data.catalog import ABOUT, SETS
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
 

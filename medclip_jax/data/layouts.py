@@ -1,7 +1,14 @@
-"""What lies on disk: the folder layouts of the data sets, listed without opening a file."""
+"""What lies on disk: records of images, and the folder layouts that are listed as such.
+
+No file is opened. Shape letters, used in every annotation of the package:
+  e episodes/tasks   n images   h w pixels (the encoder's input unless said otherwise)   f frames
+  p patches (g x g grid, row-major)   l layers (tapped blocks)   d width
+  c prompts   t text positions
+"""
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +20,34 @@ BUSI_LABELS = {"benign": 1, "malignant": 1, "normal": 0}
 BRAIN_LABELS = {"no": 0, "yes": 1}
 CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
 CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
-NOT_GOOD = (
-    "normal",
-    "healthy",
-    "ok",
-)  # would count as kinds of anomaly: only `good` is healthy
+NOT_GOOD = ("normal", "healthy", "ok")  # would count as kinds of anomaly: only `good` is healthy
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
+
+
+class Record(NamedTuple):
+    """One image of a data set, named but not yet read."""
+
+    id: str  # path below the data root, '/' separated; unique
+    label: int  # 0 healthy, 1 abnormal
+    part: str  # the data set's own part: "train", "test", or "" where it has none
+    path: Path  # absolute
+    masks: tuple[Path, ...]  # their union is the lesion mask; empty if there is none
+    sha256: str  # of the image file's bytes
+    patient: str = ""  # whose image, where the data set says so; a code, never a name
+    window: str = ""  # CT window that the image is read with, see io.read
+    unit: int = -1  # near-duplicates and images of one patient have the same; -1: not known
+
+
+class Split(NamedTuple):
+    """Who is support and who is test. Supports are ordered: the first 4 of 8 are the 4 of K = 4."""
+
+    support: tuple[Record, ...]
+    test: tuple[Record, ...]
+
+
+def unique(records: Iterable[Record]) -> list[Record]:
+    """Records with different content: equal files are encoded once."""
+    return list({r.sha256: r for r in records}.values())
 
 
 class Example(NamedTuple):

@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from medclip_jax import files, stored
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.io.read import read_all
 
 SIDE = 24  # pixels

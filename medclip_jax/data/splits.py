@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from medclip_jax import files, stored
 from medclip_jax.data import near_duplicates
-from medclip_jax.data.records import Record, Split
+from medclip_jax.data.layouts import Record, Split
 from medclip_jax.errors import ConfigError, DataError
 
 KINDS = ("peer", "clean")

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from medclip_jax import files, stored
 from medclip_jax.data import chexpert, layouts
 from medclip_jax.data.catalog import ABOUT, About
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.errors import DataError, UserError, WorkdirError
 from medclip_jax.io.image import reason
 

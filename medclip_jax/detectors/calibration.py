@@ -213,14 +213,7 @@ def no_promise(
 ) -> dict[str, float | int | bool | str | None]:
     """`calibration_summary` where K is 0 or 1, from unit scores: what cannot be known is None."""
     n = len(healthy_scores)
-    unknown = (
-        "alpha_attained",
-        "typical",
-        "bound",
-        "least_attainable",
-        "expected_low",
-        "expected_high",
-    )
+    unknown = "alpha_attained typical bound least_attainable expected_low expected_high".split()
     return {
         "alpha_requested": image.alpha_requested,
         **dict.fromkeys(unknown),

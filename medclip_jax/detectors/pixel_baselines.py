@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from medclip_jax.clip.layers import Features
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.distributed.runtime import batches
 from medclip_jax.features import cache

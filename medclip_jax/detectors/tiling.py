@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from medclip_jax import stored
 from medclip_jax.clip.layers import Features
 from medclip_jax.data import augmentation
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.distributed import runtime
@@ -139,7 +140,7 @@ def cut(images: Float[np.ndarray, "n b b"], size: int, tiles: int) -> Float[np.n
 
 def tiles_path(feature_cache: cache.FeatureCache, record: Record, tiles: int) -> Path:
     """The feature cache file of an image's tiles."""
-    name = cache.digest("tiles", VERSION, OVERLAP, tiles)
+    name = stored.digest(["tiles", VERSION, OVERLAP, tiles])
     return feature_cache.folder / f"{record.sha256}-{name}.safetensors"
 
 

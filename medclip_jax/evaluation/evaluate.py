@@ -10,13 +10,13 @@ import numpy as np
 
 from medclip_jax import files
 from medclip_jax.clip.layers import Features
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration as detectors_calibration
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import progress
-from medclip_jax.evaluation import bootstrap, ground_truth, metrics, pixel_metrics, uncertainty
+from medclip_jax.evaluation import bootstrap, ground_truth, metrics, pixel_metrics
 from medclip_jax.evaluation.metrics import MetricError
 from medclip_jax.evaluation.predictions import Predictions, Scored
 from medclip_jax.explain import grad_cam
@@ -77,9 +77,9 @@ def score_images(
     )
     measures = None
     if detector.stochastic:
-        columns = [*uncertainty.of_passes(scores.passes.T)]
+        columns = [*metrics.of_passes(scores.passes.T)]
         columns += [scores.folds.std(1)] if scores.folds.shape[1] > 1 else []
-        measures = dict(zip(uncertainty.NAMES, columns, strict=False))
+        measures = dict(zip(metrics.UNCERTAINTIES, columns, strict=False))
     return Scored(predictions, calibration, cams if cams.any() else None, measures)
 
 
@@ -145,7 +145,7 @@ def measure(
         "pixel": pixel,
         "calibration": {**summary, **detectors_calibration.described(scored.calibration)},
         "intervals": intervals,
-        "uncertainty": uncertainty.measure(p.score, p.label, sd),
+        "uncertainty": metrics.risk_and_coverage(p.score, p.label, sd),
         "explanations": points and {"pointing": points},
         "pixel_counts": counts,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.io import read
 
 

@@ -17,7 +17,7 @@ import PIL.Image
 from jaxtyping import Float, Int
 
 from medclip_jax import files
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.evaluation import ground_truth
 from medclip_jax.explain import boxes

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Num
 from scipy import stats
 
 from medclip_jax.clip.layers import Features, ImageEncoder
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors import detector as detectors_detector
 from medclip_jax.detectors.calibration import Calibration

@@ -9,13 +9,14 @@ close to the map itself: it shows agreement, not independent evidence.
 import logging
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
 from medclip_jax.clip.layers import Features
+from medclip_jax.detectors.detector import Detector
 from medclip_jax.errors import UserError
 from medclip_jax.io import resize
 from medclip_jax.models import similarity
@@ -33,22 +34,12 @@ class Explanation(NamedTuple):
     top: float = LEAST_TOP
 
 
-@runtime_checkable
-class Differentiable(Protocol):
-    """What is read of a `detectors.detector.Detector`."""
-
-    @property
-    def apply(self) -> Callable: ...
-    @property
-    def params(self) -> Any: ...
-
-
 class NoGradientError(UserError):
     """The score does not depend on the layer."""
 
 
 def cam(
-    detector: Differentiable,
+    detector: Detector,
     features: Features,
     *,
     method: Method = "grad_cam",
@@ -72,7 +63,7 @@ def cam(
 
 
 def gradients(
-    detector: Differentiable, features: Features, layer: int, top: float
+    detector: Detector, features: Features, layer: int, top: float
 ) -> Float[Array, "n p d"]:
     """Gradients of the scores with respect to a layer, arguments as of `cam`; can be traced."""
     return _gradients(detector.apply, layer, max(top, LEAST_TOP), detector.params, features)

@@ -15,8 +15,6 @@ again: each holds the checksum of all its bytes. Tensors:
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ from medclip_jax import files, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.layers import Features
 from medclip_jax.data import preprocessing
-from medclip_jax.data.records import Record, unique
+from medclip_jax.data.layouts import Record, unique
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import batches
 from medclip_jax.io.image import parse_window
@@ -81,15 +79,9 @@ def with_recipe(
     named += ["inputs"] if encoder.inputs else []
     named += [parse_window(window)] if window else []
     named += [encoder.implementation] if encoder.implementation != "fused" else []
-    name = digest(
-        3, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
-    )
+    made_by = 3, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
+    name = stored.digest(made_by)
     return feature_cache._replace(folder=feature_cache.folder.with_name(name), recipe=steps)
-
-
-def digest(*parts: Any) -> str:
-    """16 hex digits that name the JSON-able values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def image_path(feature_cache: FeatureCache, record: Record) -> Path:

@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import safe_open
 
+from medclip_jax import stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.layers import Features
 from medclip_jax.data import augmentation, preprocessing
 from medclip_jax.data.augmentation import Synthesis, variants
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import batches, progress
 from medclip_jax.features import cache
@@ -112,12 +113,12 @@ def variant_path(
         partners,
         *([changes] if synthesis.copies else []),
     )
-    return folder / f"{record.sha256}-{cache.digest(*parts)}.safetensors"
+    return folder / f"{record.sha256}-{stored.digest(parts)}.safetensors"
 
 
 def supports_folder(hashes: Sequence[str]) -> str:
     """Folder below an encoding for variants that copy from these supports, so serve no others."""
-    return f"supports-{cache.digest(list(hashes))}"
+    return f"supports-{stored.digest([list(hashes)])}"
 
 
 def encode(feature_cache: FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
@@ -154,7 +155,7 @@ def stack_path(feature_cache: FeatureCache, images: Float[np.ndarray, "v s s"], 
     """The file of a stack of images; equal pixels have one."""
     pixels = np.ascontiguousarray(images, np.float32)
     content = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-    return feature_cache.folder / f"{content}-{cache.digest('stack', VERSION, name)}.safetensors"
+    return feature_cache.folder / f"{content}-{stored.digest(['stack', VERSION, name])}.safetensors"
 
 
 def batch_size(feature_cache: FeatureCache) -> int:

@@ -22,41 +22,7 @@ from medclip_jax.report.load import FILES, Files, Picture
 ASSETS = Path(__file__).parents[1] / "assets"
 GALLERY = ((1, 8), (0, 4))  # how many abnormal and healthy images, sampled by seed
 
-NAMES = {  # of metrics.json
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "f1": "F1",
-    "iou": "IoU",
-    "dice": "Dice",
-    "mcc": "Matthews correlation",
-    "fpr": "false-positive rate",
-    "tpr": "true-positive rate",
-    "tp": "true positives",
-    "tn": "true negatives",
-    "fp": "false positives",
-    "fn": "false negatives",
-    "hausdorff": "Hausdorff distance",
-    "hausdorff95": "Hausdorff distance, 95th percentile",
-    "boundary_f1": "boundary F1",
-    "hausdorff_or_diagonal": "Hausdorff distance, a missed lesion as the image's diagonal",
-    "hausdorff95_or_diagonal": "95th percentile, a missed lesion as the image's diagonal",
-    "hausdorff_images": "images with a Hausdorff distance",
-    "hausdorff95_images": "images with its 95th percentile",
-    "hausdorff_or_diagonal_images": "images with it or a missed lesion",
-    "hausdorff95_or_diagonal_images": "images with its percentile or a missed lesion",
-    "boundary_f1_images": "images with a boundary F1",
-    "aupro": "AUPRO, false-positive rate up to 0.3",
-    "boundary_tolerance": "tolerance of boundary F1",
-    "distance_unit": "unit of distances and tolerance",
-    "alpha_requested": "false-alarm rate requested (α)",
-    "alpha_attained": "false-alarm rate attained",
-    "k": "K",
-    "n_healthy_test": "healthy test images",
-    "least_attainable": "least rate attainable with K images",
-    "false_alarm_rate": "observed false-alarm rate",
-    "expected_low": "expected of such a sample (95%), from",
-    "expected_high": "expected of such a sample (95%), to",
-}
+NAMES = json.loads((ASSETS / "metric_names.json").read_text("utf-8"))  # of metrics.json
 
 
 class Cell(NamedTuple):

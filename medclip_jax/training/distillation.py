@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from medclip_jax.data import preprocessing
 from medclip_jax.data.augmentation import Synthesis, variants
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.errors import ConfigError
 from medclip_jax.features.cache import FeatureCache
 from medclip_jax.features.training_pool import TrainingPool

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import config, config_validation
+from medclip_jax import config, config_validation, stored
 from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
 from medclip_jax.errors import ConfigError
-from medclip_jax.features import cache, encoder, training_pool
+from medclip_jax.features import encoder, training_pool
 from medclip_jax.io import read
 from medclip_jax.synthesis import generate
 from tests.support.pictures import SYNTHESIS
@@ -141,5 +141,5 @@ def test_augmentation_is_in_the_name_and_off_is_not(feature_cache, pictures):  #
     ]
     assert len(set(names)) == 4
     sha = pictures[0].sha256
-    plain = cache.digest(generate.VERSION["medclip"], ("medclip", 2, 0, "self"), [])
+    plain = stored.digest([generate.VERSION["medclip"], ("medclip", 2, 0, "self"), []])
     assert names[0] == f"{sha}-{plain}.safetensors"  # as before there was augmentation

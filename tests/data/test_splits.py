@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax.data import datasets, layouts, near_duplicates, splits
-from medclip_jax.data.records import Record, Split
+from medclip_jax.data.layouts import Record, Split
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from tests.support.folders import REAL, png, real
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.detectors import detector, prompt_detector
-from medclip_jax.evaluation import evaluate, predictions, uncertainty
+from medclip_jax.evaluation import evaluate, metrics, predictions
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.models import model
 from tests.support.models import design_of, tokens
@@ -15,30 +15,30 @@ from tests.support.scenes import POOL, score
 def test_entropy_is_that_of_a_coin():
     p = np.array([0.5, 0.0, 1.0, 0.2])
     wanted = [np.log(2), 0, 0, -0.2 * np.log(0.2) - 0.8 * np.log(0.8)]
-    np.testing.assert_allclose(uncertainty.entropy(p), wanted, atol=1e-15)
+    np.testing.assert_allclose(metrics.entropy(p), wanted, atol=1e-15)
 
 
 def test_mutual_information_is_what_the_passes_disagree_about():
     """Passes that agree have none; passes that say 0 and 1 by turns have nothing else."""
     p = np.array([[0.0, 0.5, 0.3], [1.0, 0.5, 0.3]])
-    whole, mutual = uncertainty.of_passes(p)
+    whole, mutual = metrics.of_passes(p)
     np.testing.assert_allclose(whole[:2], np.log(2))
     np.testing.assert_allclose(mutual, [np.log(2), 0, 0], atol=1e-12)
     assert mutual[2] == 0
-    whole, mutual = uncertainty.of_passes(np.random.default_rng(0).random((20, 50)))
+    whole, mutual = metrics.of_passes(np.random.default_rng(0).random((20, 50)))
     assert (mutual > 0).all() and (mutual < whole).all() and (whole <= np.log(2) + 1e-12).all()
 
 
 def test_risk_falls_where_the_uncertain_are_wrong():
     wrong, values = np.array([1, 0, 0, 1]), np.array([0.9, 0.1, 0.2, 0.5])
-    np.testing.assert_allclose(uncertainty.risk_coverage(wrong, values), [0, 0, 1 / 3, 1 / 2])
+    np.testing.assert_allclose(metrics.risk_coverage(wrong, values), [0, 0, 1 / 3, 1 / 2])
 
 
 def test_what_remains_is_measured():
     score = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.4, 0.8, 0.9, 0.95, 0.45])
     label = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
     sd = np.array([1, 2, 3, 10, 4, 9, 5, 6, 7, 8.0])  # the two that are wrong last
-    found = uncertainty.measure(score, label, {"sd": sd, "entropy": np.ones(10)})
+    found = metrics.risk_and_coverage(score, label, {"sd": sd, "entropy": np.ones(10)})
     assert found["coverage"] == [1.0, 0.9, 0.8, 0.7, 0.5]
     assert set(found["measures"]) == {"sd", "distance"}  # a constant orders nothing
     by_sd = found["measures"]["sd"]
@@ -51,7 +51,7 @@ def test_what_remains_is_measured():
 
 
 def test_one_class_alone_has_no_auroc():
-    found = uncertainty.measure(
+    found = metrics.risk_and_coverage(
         np.array([0.9, 0.8, 0.1]), np.array([1, 1, 0]), {"sd": np.arange(3.0)}
     )
     assert found["measures"]["sd"]["auroc"][-1] is None  # two abnormal images remain
@@ -60,7 +60,7 @@ def test_one_class_alone_has_no_auroc():
 @pytest.mark.parametrize("measures", [{}, {"sd": np.zeros(4)}])
 def test_without_passes_nothing_is_measured(measures):
     score, label = np.linspace(0, 1, 4), np.array([0, 0, 1, 1])
-    assert uncertainty.measure(score, label, measures) is None
+    assert metrics.risk_and_coverage(score, label, measures) is None
 
 
 # --- in the whole -------------------------------------------------------------------------------
@@ -68,18 +68,18 @@ def test_without_passes_nothing_is_measured(measures):
 
 def test_predictions_and_metrics_hold_the_measures(scene, scored, tmp_path):  # noqa: F811
     _, _, test, _ = scene
-    assert set(scored.uncertainties) == set(uncertainty.NAMES)
+    assert set(scored.uncertainties) == set(metrics.UNCERTAINTIES)
     p, columns = scored.predictions, scored.uncertainties
     assert all(x.shape == p.score.shape for x in columns.values())
     assert (columns["mutual_information"] >= 0).all() and columns["ensemble"].min() > 0
     assert (columns["mutual_information"] <= columns["entropy"]).all()
     found = evaluate.measure(scored, test, "stretch")["uncertainty"]
-    assert set(found["measures"]) == {"sd", *uncertainty.NAMES, "distance"}
+    assert set(found["measures"]) == {"sd", *metrics.UNCERTAINTIES, "distance"}
     plain = found["measures"]["sd"]
     assert plain["auroc"][0] == evaluate.metrics.image_level(p.score, p.label)["auroc"]
     predictions.write_predictions(tmp_path, scored, test, "stretch", seed=0)
     with np.load(tmp_path / "predictions.npz", allow_pickle=False) as held:
-        for name in uncertainty.NAMES:
+        for name in metrics.UNCERTAINTIES:
             np.testing.assert_array_equal(held[name], columns[name])
 
 

@@ -11,7 +11,7 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.errors import DataError
 from medclip_jax.io import read
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medclip_jax.clip import checkpoint
 from medclip_jax.data import augmentation
-from medclip_jax.data.records import Record
+from medclip_jax.data.layouts import Record
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder
 

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 from medclip_jax import build, config, train
-from medclip_jax.data.augmentation import Strengths
 from medclip_jax.data.catalog import PRESETS, RECIPES
 from medclip_jax.data.preprocessing import RECIPES as STEPS
 from medclip_jax.errors import ConfigError
-from medclip_jax.features import auxiliary
 from tests.support.checkpoints import tiny_checkpoint
 
 WORDS = {n: PRESETS["phantom-ultrasound"][n] for n in ("modality", "anatomy", "conditions")}
 
 
 def choose(*names, recipe="", **strengths):
-    return auxiliary.choose(names, words=WORDS, recipe=recipe, strengths=Strengths(**strengths))
+    c = config.base(name="target", recipe=recipe, **WORDS)
+    augment = ",".join(f"{name}={value}" for name, value in strengths.items())
+    c.update_from_flattened_dict({"meta.data": names, "augment": augment})
+    return build.auxiliary_datasets(c)
 
 
 def test_every_preset_has_the_recipe_of_its_modality():
