@@ -15,7 +15,7 @@ from nibabel import orientations
 
 from medclip_jax import files
 from medclip_jax.io.nifti import AXES
-from medclip_jax.io.nifti_header import read_header
+from medclip_jax.io.nifti_header import affine_of, read_header
 
 PNG_MARK = b"Software\0medclip_jax"  # text of every PNG that is written
 NIFTI_MARK = b"medclip_jax anomaly map"  # description of every volume
@@ -84,7 +84,7 @@ def write_nifti(
       WorkdirError: the disk refuses it.
     """
     header = read_header(source)
-    turn = orientations.io_orientation(header.get_best_affine())
+    turn = orientations.io_orientation(affine_of(source, header))
     order = AXES[axis]
     slow = int(np.flatnonzero(turn[:, 0] == order[0])[0])  # the source's axis along the slices
     depth = (*header.get_data_shape(), 1, 1)[slow]

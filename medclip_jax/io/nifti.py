@@ -44,7 +44,8 @@ class Volume(NamedTuple):
     def values(self, stored: np.ndarray) -> Float[np.ndarray, "*n"]:
         """float32, slope and intercept applied; a copy."""
         if stored.dtype.fields:
-            stored = image.luma(stored[band] for band in "RGB")
+            alpha = stored["A"] / np.float32(255) if "A" in stored.dtype.fields else 1
+            stored = image.luma(stored[band] for band in "RGB") * alpha
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32: infinite
             values = stored.astype(np.float32)
             if (self.slope, self.intercept) != (1, 0):
@@ -171,10 +172,8 @@ def _volume(path: Path, hounsfield: bool) -> Volume:
         raise DataError(f"{path} holds voxels of kind '{data.dtype}': save real numbers.")
     if not (header["qform_code"] or header["sform_code"]):
         logging.warning("%s does not say how the patient lay: left and right are a guess.", path)
-    affine = header.get_best_affine()
+    affine = nifti_header.affine_of(path, header)
     turn = orientations.io_orientation(affine)
-    if np.isnan(turn).any():
-        raise DataError(f"{path} has an affine that flattens space: fix its header.")
     canonical = orientations.apply_orientation(data, turn)
     back = orientations.inv_ornt_aff(turn, data.shape[:3])
     return Volume(

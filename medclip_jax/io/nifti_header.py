@@ -119,15 +119,30 @@ def _header(path: Path, raw: bytearray, magics: tuple[bytes, bytes]) -> nibabel.
     elif raw[4:7] == magics[1]:
         header = nibabel.Nifti2Header(bytes(raw[:540]))
     else:
+        if (348).to_bytes(4, "little") in (raw[:4], raw[3::-1]):
+            raise DataError(
+                f"{path} is not a NIfTI file but Analyze 7.5, or has lost its magic letters, and "
+                "does not say which side is left: convert it to NIfTI."
+            )
         raise DataError(f"{path} is not a NIfTI file (no magic letters): replace or remove it.")
     shape = [int(n) for n in header.get_data_shape()]
-    while len(shape) > 3 and shape[-1] == 1:
+    while len(shape) > 3 and shape[-1] in (0, 1):
         shape.pop()  # an axis that holds nothing
     header.set_data_shape(shape)
+    if magics is SINGLE and not header["vox_offset"]:
+        header["vox_offset"] = header.single_vox_offset  # voxels cannot begin at the header
     if not 2 <= len(shape) <= 4:
         raise DataError(f"{path} has {len(shape)} axes and 2 to 4 are read: save it as 3-D.")
     image.check_size(path, shape[0], shape[1], math.prod(shape[2:]))
     return header
+
+
+def affine_of(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:
+    """Voxel index -> position [4, 4]: the best of sform, qform and voxel sizes that is usable."""
+    for affine in (header.get_best_affine(), header.get_qform(coded=True)[0]):
+        if affine is not None and np.isfinite(affine).all() and np.linalg.det(affine[:3, :3]):
+            return affine
+    raise DataError(f"{path} has an affine that flattens space: fix its header.")
 
 
 def _size(path: Path, header: nibabel.Nifti1Header) -> int:

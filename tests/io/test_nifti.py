@@ -303,3 +303,152 @@ def test_an_extension_that_cannot_be_parsed_is_not(tmp_path):
     one, two = (read.read(tmp_path / f"{n}.nii").pixels for n in "ab")
     np.testing.assert_array_equal(one, two)
     write_nifti(tmp_path / "m.nii.gz", tmp_path / "b.nii", np.zeros((1, 4, 4), np.uint16))
+
+
+VOXELS = np.random.default_rng(0).integers(0, 1000, (5, 6, 4)).astype(np.int16)
+
+
+def expected(values: np.ndarray) -> np.ndarray:
+    unit = values.astype(np.float64)
+    return nifti.slices((unit - unit.min()) / np.ptp(unit), "axial")
+
+
+def stored(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    affine = np.eye(4) if affine is None else affine
+    nibabel.Nifti1Image(voxels, affine, dtype=voxels.dtype).to_filename(path)
+    return path
+
+
+def patched(path: Path, **fields) -> Path:
+    """The volume with fields of its header overwritten, however wrong."""
+    raw = bytearray(stored(path, VOXELS).read_bytes())
+    for name, value in fields.items():
+        kind, offset = nibabel.Nifti1Header().template_dtype.fields[name][:2]
+        content = np.array(value, kind.base).tobytes()
+        raw[offset : offset + len(content)] = content
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("kind", "u1 i1 u2 i2 u4 i4 u8 i8 f4 f8".split())
+@pytest.mark.parametrize("order", "<>")
+def test_voxels_of_every_type(tmp_path, kind, order):
+    values = (VOXELS // 16 - (30 if kind[0] == "i" else 0)).astype(kind)
+    values = values << 40 if kind in ("u8", "i8") else values
+    header = nibabel.Nifti1Header(endianness=order)
+    header.set_data_shape(values.shape)
+    header.set_data_dtype(values.dtype)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    header.set_sform(np.diag([2, 3, 4, 1]), 1)
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes(order="F")
+    (tmp_path / "a.nii").write_bytes(header.binaryblock + bytes(4) + data)
+    image = read.read(tmp_path / "a.nii")
+    np.testing.assert_allclose(image.pixels, expected(values), atol=1e-6)
+    assert image.spacing == (3, 2)
+
+
+@pytest.mark.parametrize("bands", ["RGB", "RGBA"])
+def test_colour_voxels(tmp_path, bands):
+    voxels = np.zeros((5, 6, 4), [(band, "u1") for band in bands])
+    for band in bands:
+        voxels[band] = np.random.default_rng(ord(band)).integers(0, 256, (5, 6, 4))
+    grey = 0.299 * voxels["R"] + 0.587 * voxels["G"] + 0.114 * voxels["B"]
+    grey = grey * (voxels["A"] / 255 if "A" in bands else 1)
+    path = stored(tmp_path / "a.nii", voxels)
+    np.testing.assert_allclose(read.read(path).pixels, expected(grey), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.complex64, np.complex128])
+def test_complex_voxels_are_refused(tmp_path, kind):
+    with pytest.raises(
+        DataError, match=r"a\.nii holds voxels of kind 'complex.*: save real numbers"
+    ):
+        read.read(stored(tmp_path / "a.nii", VOXELS.astype(kind)))
+
+
+@pytest.mark.parametrize(
+    "slope, intercept, values",
+    [(2, -100, VOXELS * 2.0 - 100), (-1, 5, 5.0 - VOXELS), (1e-30, 0, VOXELS)]
+    + [(0, 0, VOXELS), (0, 5, VOXELS), (np.nan, np.nan, VOXELS), (np.nan, 0, VOXELS)],
+)
+def test_slopes_that_mean_something_or_nothing(tmp_path, slope, intercept, values):
+    path = patched(tmp_path / "a.nii", scl_slope=slope, scl_inter=intercept)
+    np.testing.assert_allclose(read.read(path).pixels, expected(values), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dim": [4, 5, 6, 4, 0]},
+        {"dim": [5, 5, 6, 4, 1, 0]},
+        {"dim": [3, 5, 6, 4, 77]},
+        {"pixdim": [0, 1, 1, 1]},
+        {"pixdim": [1, -2, 3, 4]},
+        {"bitpix": 8},
+        {"sizeof_hdr": 0},
+        {"vox_offset": 0},
+        {"quatern_b": 3, "quatern_c": 3},
+        {"srow_x": [0, 0, 0, 0], "qform_code": 1},
+        {"srow_x": [np.nan] * 4, "qform_code": 1},
+        {"srow_x": [np.inf] * 4, "qform_code": 1},
+    ],
+)
+def test_headers_that_are_wrong_and_harmless(tmp_path, fields):
+    path = patched(tmp_path / "a.nii", **fields)
+    np.testing.assert_allclose(read.read(path).pixels, expected(VOXELS), atol=1e-6)
+    write_nifti(tmp_path / "m.nii.gz", path, np.zeros((4, 6, 5), np.uint16))
+    assert nibabel.load(tmp_path / "m.nii.gz").shape == (5, 6, 4)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"dim": [3, 5, 6, -4]}, "says it has 5 x 6 x -4 pixels"),
+        ({"dim": [5, 5, 6, 2, 1, 2]}, "has 5 axes and 2 to 4 are read"),
+        ({"dim": [1, 5]}, "has 1 axes"),
+        ({"datatype": 0}, "cannot be read as NIfTI .data code 0 not"),
+        ({"datatype": 1}, "cannot be read as NIfTI .data code 1 not"),
+        ({"vox_offset": 1e9}, "says it holds 1,000,000,240 bytes"),
+        ({"srow_x": [0, 0, 0, 0]}, "has an affine that flattens space"),
+        ({"magic": b"\0\0\0\0"}, "is not a NIfTI file but Analyze 7.5"),
+    ],
+)
+def test_headers_that_are_refused_by_name(tmp_path, fields, words):
+    with pytest.raises(DataError, match=rf"a\.nii {words}"):
+        read.read(patched(tmp_path / "a.nii", **fields))
+
+
+def test_sform_before_qform(tmp_path):
+    image = nibabel.Nifti1Image(VOXELS, np.eye(4))
+    image.set_qform(np.diag([-2, 3, 4, 1]), 1)
+    image.set_sform(np.diag([5, 1, 1, 1]), 2)
+    image.to_filename(tmp_path / "a.nii")
+    found = nifti.open_nifti(tmp_path / "a.nii")
+    assert found.axis == "sagittal" and found.spacing == (1, 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_numbers_that_are_none(tmp_path, bad):
+    voxels = VOXELS.astype(np.float64)
+    voxels[1, 2, 3] = bad
+    with pytest.raises(DataError, match="has 1 voxels that are NaN, infinite or beyond float32"):
+        read.read(stored(tmp_path / "a.nii", voxels))
+
+
+def test_pairs_packed_and_analyze(tmp_path):
+    nibabel.Nifti1Pair(VOXELS, np.eye(4)).to_filename(tmp_path / "a.img")
+    for name in ("a.hdr", "a.img"):
+        (tmp_path / name).write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    np.testing.assert_allclose(read.read(tmp_path / "a.hdr").pixels, expected(VOXELS), atol=1e-6)
+    nibabel.AnalyzeImage(VOXELS, np.eye(4)).to_filename(tmp_path / "b.img")
+    for name in ("b.hdr", "b.img"):
+        with pytest.raises(DataError, match=r"b\.hdr is not a NIfTI file but Analyze 7\.5"):
+            read.read(tmp_path / name)
+
+
+def test_gzip_in_pieces_or_with_something_behind_it(tmp_path):
+    raw = stored(tmp_path / "a.nii", VOXELS).read_bytes()
+    for content in (gzip.compress(raw[:500]) + gzip.compress(raw[500:]), gzip.compress(raw + b"x")):
+        (tmp_path / "b.nii.gz").write_bytes(content)
+        found = read.read(tmp_path / "b.nii.gz").pixels
+        np.testing.assert_allclose(found, expected(VOXELS), atol=1e-6)
