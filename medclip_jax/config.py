@@ -118,7 +118,9 @@ def _data(root: str, data: dict) -> dict:
         "pool": 32,  # healthy images reserved for supports, of sets without parts in `peer`
         "uncertain": "exclude",  # CheXpert's label -1: exclude | positive | negative
         "fit": "stretch",  # into the encoder's square: stretch (as peers) | pad
-        "window": "",  # of CT, before scaling: brain | lung | soft_tissue | bone | CENTRE/WIDTH
+        # of CT, before scaling: brain | lung | soft_tissue | bone | CENTRE/WIDTH; and the axis that
+        # NIfTI volumes are sliced along, "" = as acquired: "lung,coronal", "sagittal"
+        "window": "",
         "recipe": "",  # preprocessing: "" | ultrasound, mri, ... | steps, "wavelet,clahe"
     } | data
 

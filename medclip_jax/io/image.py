@@ -69,6 +69,11 @@ WINDOWS = {
     "soft_tissue": Window(40.0, 400.0),
     "bone": Window(400.0, 1800.0),
 }
+AXES: dict[str, tuple[int, int, int]] = {  # canonical axis of (slices, rows, columns) of a volume
+    "axial": (2, 1, 0),
+    "coronal": (1, 2, 0),
+    "sagittal": (0, 2, 1),
+}
 MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
 MAX_VOXELS = 1 << 28  # of all frames of a file or series
 MAX_FRAMES = 10_000  # each costs a row, a map and a run of the encoder, however small it is
@@ -84,13 +89,22 @@ COLOUR = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
 PALETTE = "PALETTE COLOR"
 
 
-def parse_window(text: str | None) -> Window | None:
-    """The CT window that a text names: a key of WINDOWS or "centre/width"; None for "" or None.
+def parse_axis(text: str | None) -> str | None:
+    """The axis that a text such as "lung,coronal" names besides a window; None for none."""
+    return next((name for name in (text or "").split(",") if name in AXES), None)
 
-    Raises ConfigError for any other text.
+
+def parse_window(text: str | None) -> Window | None:
+    """The CT window that a text names: a key of WINDOWS or "centre/width"; None for none.
+
+    An axis may stand beside it, see `parse_axis`. Raises ConfigError for any other text.
     """
+    names = (text or "").split(",")
+    if axis := parse_axis(text):
+        names.remove(axis)
+    text = ",".join(names)
     if not text or text in WINDOWS:
-        return WINDOWS.get(text or "")
+        return WINDOWS.get(text)
     centre, _, width = text.partition("/")
     try:
         window = Window(float(centre), float(width))
@@ -99,7 +113,7 @@ def parse_window(text: str | None) -> Window | None:
     if not (np.isfinite(window).all() and window.width > 0):
         raise ConfigError(
             f"config.data.window is {text!r}: give one of {', '.join(WINDOWS)}, or centre/width "
-            "in Hounsfield units such as 40/80"
+            "in Hounsfield units such as 40/80; an axis of volumes may follow, as in lung,coronal"
         )
     return window
 

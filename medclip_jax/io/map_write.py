@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8, UInt16, UInt32
 from nibabel import orientations
 
 from medclip_jax import files
-from medclip_jax.io.nifti import AXES
+from medclip_jax.io.image import AXES
 from medclip_jax.io.nifti_header import affine_of, read_header
 
 PNG_MARK = b"Software\0medclip_jax"  # text of every PNG that is written

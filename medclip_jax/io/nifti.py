@@ -15,14 +15,9 @@ from nibabel import orientations
 
 from medclip_jax.errors import DataError
 from medclip_jax.io import image, nifti_header
-from medclip_jax.io.image import Frames, Window
+from medclip_jax.io.image import AXES, Frames, Window
 
 Axis = Literal["acquisition", "axial", "coronal", "sagittal"]
-AXES: dict[str, tuple[int, int, int]] = {  # canonical axis of (slices, rows, columns)
-    "axial": (2, 1, 0),
-    "coronal": (1, 2, 0),
-    "sagittal": (0, 2, 1),
-}
 MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 COARSER = 1.5  # voxels along the slices are longer than those within by this, or more
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from medclip_jax.errors import DataError
 from medclip_jax.io.dicom import open_dicom
 from medclip_jax.io.dicom_header import is_dicom
-from medclip_jax.io.image import Frames, Image, no_hounsfield, parse_window
+from medclip_jax.io.image import Frames, Image, no_hounsfield, parse_axis, parse_window
 from medclip_jax.io.nifti import Axis, open_nifti
 from medclip_jax.io.pillow import read_pillow
 from medclip_jax.io.resize import Mode, fit, fit_mask, pixel_area, to_frame
@@ -62,7 +62,8 @@ def read(
       axis: along which a NIfTI volume is sliced, see `nifti.open_nifti`; ignored for others.
       frames: (first, end) of the frames, pages or slices to return, end not included; None for all.
       window: CT window in place of the file's own: "brain", "lung", "soft_tissue", "bone" or
-        "centre/width" in Hounsfield units; None or "" for none.
+        "centre/width" in Hounsfield units; None or "" for none. An axis may follow or stand alone
+        ("lung,coronal"), for a volume whose `axis` is "acquisition".
 
     Returns:
       pixels float32 [f, h, w] in [0, 1], luminance, upright; spacing in mm or None; meta with
@@ -93,7 +94,8 @@ def open_image(path: Path, axis: Axis = "acquisition", window: str | None = None
             image.pixels.nbytes,
         )
     if name.endswith(NIFTI):
-        return open_nifti(path, axis, ct_window)
+        named: Any = parse_axis(window) if axis == "acquisition" else None
+        return open_nifti(path, named or axis, ct_window)
     if name.endswith(DICOM) or is_dicom(path):
         return open_dicom(path, ct_window)
     raise DataError(

@@ -258,6 +258,22 @@ def test_a_volume_is_sliced_as_it_was_acquired(tmp_path, sizes, axis):
     )
 
 
+def test_the_axis_that_a_model_is_configured_with(tmp_path):
+    path = tmp_path / "a.nii"
+    nibabel.Nifti1Image(VOXELS, np.diag([1, 1, 5, 1])).to_filename(path)
+    unit = (VOXELS - VOXELS.min()) / np.ptp(VOXELS)
+    for text, axis in (("", "axial"), ("coronal", "coronal"), ("sagittal", "sagittal")):
+        found = read.open_image(path, window=text)
+        assert found.axis == axis
+        np.testing.assert_allclose(
+            found.part(0, found.shape[0]), nifti.slices(unit, axis), atol=1e-6
+        )
+    windowed = read.read(path, window="coronal,500/400").pixels
+    wanted = np.clip((nifti.slices(VOXELS * 1.0, "coronal") - 500) / 400 + 0.5, 0, 1)
+    np.testing.assert_allclose(windowed, wanted, atol=1e-6)
+    assert read.open_image(path, "axial", "coronal").axis == "axial"  # who names it wins
+
+
 def test_one_slice_is_one_frame_whichever_way_it_lies(tmp_path):
     for slow in range(3):
         shape = [7, 8, 9]

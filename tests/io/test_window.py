@@ -51,6 +51,8 @@ def test_standard_windows():
     }
     assert parse_window("") is None and parse_window(None) is None
     assert parse_window("-600/1500") == Window(-600, 1500)
+    assert parse_window("lung,coronal") == parse_window("coronal,lung") == WINDOWS["lung"]
+    assert parse_window("sagittal") is None
     for text in ("liver", "40", "40/0", "40/-80", "nan/80", "40/inf", "40/80/2"):
         with pytest.raises(ConfigError, match="config.data.window is .* such as 40/80"):
             parse_window(text)
