@@ -1,10 +1,7 @@
 """ResNet CLIPs under OpenAI's and open_clip's tensor names -> what hf_weights.read gives of a ViT.
 
 A folder holds `open_clip_model.safetensors`, the tokenizer's files and, if it is open_clip's own,
-`open_clip_config.json`. Sizes follow from the tensors; the config says which activation the text
-encoder has and how pixels are normalised. Without one they are OpenAI's. OpenAI's own RN50.pt and
-the like are TorchScript archives, which experiments/convert_torchscript.py turns into such a
-folder.
+`open_clip_config.json`. OpenAI's own RN50.pt goes through experiments/convert_torchscript.py first.
 """
 
 import json

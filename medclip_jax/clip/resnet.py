@@ -1,9 +1,7 @@
 """CLIP's ResNet image encoders (RN50, RN101, RN50x4, x16, x64): tokens of every tapped stage.
 
 OpenAI's ModifiedResNet (Radford et al. 2021): a stem of three convolutions, average pooling in
-place of strides, and an attention pool. Weights come under OpenAI's or open_clip's names
-(`visual.…`, see open_clip_weights); the sizes follow from the tensors. Batch norms are those of
-inference and folded into the convolutions before them.
+place of strides, and an attention pool. Batch norms are folded into the convolutions before them.
 """
 
 import re

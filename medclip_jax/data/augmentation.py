@@ -1,12 +1,8 @@
 """Training images from healthy supports: augmented copies, and variants with synthetic anomalies.
 
-Copies: flips, rotation, elastic deformation, intensity jitter; variants: see `synthesis.generate`.
-
-Section 4.1.3 of the paper; training only. Images are float32 in [0, 1] and show no lesion, so there
-is no mask to move; all randomness comes from the key, everything runs under jit and vmap.
-
-Every kind of change has a random stream of its own, so switching one on or off leaves the others as
-they were; a strength of 0 removes the change from the computation, not only from the result.
+Section 4.1.3 of the paper: flips, rotation, elastic deformation, intensity jitter. Images are in
+[0, 1] and show no lesion, so there is no mask to move. Every kind of change has a random stream of
+its own; a strength of 0 removes it from the computation.
 """
 
 import re

@@ -1,9 +1,8 @@
 """Simulated medical images with exactly known lesions: ultrasound, brain MRI, chest X-ray.
 
-For the first run, the tests and the ablations: nothing here is patient data, and a result on it
-says nothing about patients. Each image has its own generator, seeded by (seed, modality, index),
-and samples everything, lesion included, whether or not the lesion is shown: the healthy render of
-an image differs from its diseased one by the lesion (and its shadow or halo) alone.
+For the first run, the tests and the ablations: a result on them says nothing about patients. Each
+image has its own generator, seeded by (seed, modality, index): its healthy render differs from the
+diseased one by the lesion (and its shadow or halo) alone.
 """
 
 import json

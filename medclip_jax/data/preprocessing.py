@@ -1,11 +1,8 @@
 """Preprocessing (section 4.1 of the paper): z-score, equalisation, wavelet denoising, CLAHE.
 
-A recipe is a tuple of step names, applied from left to right. Steps map float32 pixels in [0, 1]
-to [0, 1], so that any order is possible; the functions behind them are exact, of any range.
-
-Images are preprocessed at the encoder's input size, as the last step before it. So a synthetic
-anomaly goes through the same chain as a real one, and the search for the body, which knows air by
-its darkness, sees the image as it was acquired.
+A recipe is a tuple of step names, applied from left to right at the encoder's input size; steps map
+float32 pixels in [0, 1] to [0, 1], so that any order is possible. Synthetic anomalies go through
+the same chain as real ones.
 """
 
 import os

@@ -1,16 +1,12 @@
-"""Anomaly maps: their threshold and a filter.
+"""Anomaly maps: the threshold of their pixels, and a filter that removes specks.
 
-The threshold is set by the share of a healthy image's pixels that may lie above it.
 Neighbouring pixels are not exchangeable; whole images are. So the loss of an image is its share of
-pixels above the threshold, and the supports, each held out, are what it is estimated from.
-
-The filter removes specks and keeps lesions: a median, removal of small components, Gaussian
-smoothing, clipping at a quantile of the supports' maps, in this order; each step is off at its
-neutral setting. Supports go through it before anything is calibrated on them. Maps alone are
-filtered, not the image scores, which are means over patches.
+pixels above the threshold, and the supports, each held out, are what it is estimated from. They go
+through the filter as all maps do; image scores, which are means over patches, do not.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,9 +68,18 @@ def pixel_threshold(
         typical = _left_out(shares, level)
         if attainable or typical <= rate:
             break
-    value = _least_value(rows, pooled, k * level)
+
+    def is_enough(i: int) -> bool:  # the shares above pixel i sum to the mean that is aimed at
+        return sum(_share_above(x, pooled[i]) for x in rows) <= k * level + 1e-9
+
+    value = float(pooled[bisect_left(range(pixels - 1), True, key=is_enough)])
     proof = (rate if attainable else (k * rate + 1) / (k + 1)) if proven else None
-    message = _pixel_message(k, rate, typical, proof, attainable)
+    least = "" if attainable else f" (below {percent(1 / (k + 1))} nothing can be proven)"
+    bound = "no bound is proven" if proof is None else f"at most {percent(proof)} is proven"
+    message = (
+        f"with {k} healthy images about {percent(typical)} of a healthy image's pixels are to be "
+        f"expected above the pixel threshold; {bound}, asked for {percent(rate)}{least}"
+    )
     return PixelThreshold(value, rate, typical, pixels, message, proof)
 
 
@@ -82,33 +87,11 @@ def _share_above(ordered: np.ndarray, values: Any) -> Any:
     return 1 - np.searchsorted(ordered, values, side="right") / len(ordered)
 
 
-def _least_value(rows: Sequence[np.ndarray], pooled: np.ndarray, total: float) -> float:
-    """The smallest pixel above which the shares of all (sorted) rows sum to at most `total`."""
-    low, high = 0, len(pooled) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if sum(_share_above(x, pooled[middle]) for x in rows) <= total + 1e-9:
-            high = middle
-        else:
-            low = middle + 1
-    return float(pooled[low])
-
-
 def _left_out(shares: Float[np.ndarray, "k g"], level: float) -> float:
     """Mean share of each row above the first value where that of the others is at most `level`."""
     others = (shares.sum(0) - shares) / (len(shares) - 1)
     place = (others <= level + 1e-12).argmax(1)  # the last value is the largest: nothing above
     return float(shares[np.arange(len(shares)), place].mean())
-
-
-def _pixel_message(k: int, rate: float, typical: float, proof: float | None, attainable: bool):
-    images = f"with {k} healthy images"
-    least = "" if attainable else f" (below {percent(1 / (k + 1))} nothing can be proven)"
-    bound = "no bound is proven" if proof is None else f"at most {percent(proof)} is proven"
-    return (
-        f"{images} about {percent(typical)} of a healthy image's pixels are to be expected above "
-        f"the pixel threshold; {bound}, asked for {percent(rate)}{least}"
-    )
 
 
 def pixel_quantile(maps: Iterable[np.ndarray], rate: float) -> PixelThreshold:
@@ -149,7 +132,7 @@ def finite(values: np.ndarray, name: str, least: int = 1) -> Float[np.ndarray, "
 
 
 class MapFilter(NamedTuple):
-    """The settings of config.score.map_filter, with the ceiling as a value of the map."""
+    """The settings of config.score.map_filter, in the order of the steps; each can be off."""
 
     median: float = 0  # pixels, odd; 0 = off
     min_area_mm2: float = 0.0

@@ -1,12 +1,10 @@
 """Thresholds and p-values from healthy images only (split-conformal; conformal risk control).
 
-If a healthy test image and the k supports are exchangeable, and its score is no larger than it
-would be if each support were scored as it is, `score > threshold` happens with probability at most
-`alpha_attained`: that is the proven bound of detectors that learn nothing from the supports, or
-compare with the nearest of them. A model trained on k supports and those trained on fewer, which
-score the supports, have no such relation: then `alpha_attained` is what to expect, and no bound.
-The decision is strict on raw scores. `to_unit` maps the threshold itself just below 0.5, so that
-`unit >= 0.5`, as `metrics` decides, is the same decision.
+For a healthy test image exchangeable with the k supports, `score > threshold` happens with
+probability at most `alpha_attained`, if its score is no larger than it would be if each support
+were scored as it is. That is proven for detectors that learn nothing from the supports, or compare
+with the nearest of them; for trained ones `alpha_attained` is what to expect, and no bound.
+The decision is strict on raw scores; `to_unit` maps the threshold itself just below 0.5.
 """
 
 import math

@@ -1,12 +1,8 @@
 """Several detectors, its branches, as one: the trained prompts, the memory, and plain prompts.
 
 Every branch is standardised on its scores of the held-out supports, and all count equally. Maps
-are sums of standardised values, image scores means of their asinh: it is the value itself near the
-healthy and its logarithm far from them, so that a branch whose healthy values happen to lie close
-together does not drown the rest.
-
-To calibrate, a support is compared as a new image would be: its map is standardised by the other
-supports, and its image score by the others and the new image (`calibrating`).
+are sums of standardised values, image scores means of their asinh: the value itself near the
+healthy, its logarithm far from them, so that no branch with a narrow spread drowns the rest.
 """
 
 from collections.abc import Callable, Sequence

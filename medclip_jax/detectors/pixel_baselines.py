@@ -1,11 +1,6 @@
-"""Baselines without a CLIP: what brightness and thumbnails alone can do.
+"""Baselines without a CLIP, the honest floor of a table: brightness and thumbnails alone.
 
-They are the honest floor of a table: same supports, same test images, same calibration, but their
-features are thumbnails: pooled [n, 1] the mean grey level, one layer
-[n, p, 1] of pixels.
-
-    grey_level  mean grey level; brighter is more anomalous, a sign fixed before any test is read
-    thumbnails  1 - correlation with the nearest support
+Supports, test images and calibration are the same; features are `to_thumbnails`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +22,10 @@ SIDE = 32  # pixels of a thumbnail
 
 
 def grey_level(features: Features, k: int, size: int) -> Detector:
-    """The pixels are the map and their mean is the score; nothing is fitted to the supports."""
+    """The pixels are the map and their mean is the score, brighter being more anomalous.
+
+    Nothing is fitted to the supports, and the sign was fixed before any test was read.
+    """
 
     def apply(params, batch, key):
         return Scores(batch.levels[0][..., 0], batch.pooled[:, 0])

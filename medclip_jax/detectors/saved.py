@@ -1,10 +1,7 @@
 """The trained detector on disk: what prediction needs when the supports' files are gone.
 
-  scorer.safetensors   parameters of the detector, the memory's tokens among them
-  scorer.json          settings, thresholds, digests (also of the file above)
-
-Both hold no pixel and no file name. Settings are believed when their digest, their types and their
-ranges are right (stored.DETECTOR).
+scorer.safetensors holds its parameters, scorer.json settings, thresholds and digests; neither a
+pixel or a file name. They are believed when digest, types and ranges are right (stored.DETECTOR).
 """
 
 import hashlib

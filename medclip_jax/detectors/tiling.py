@@ -1,11 +1,8 @@
 """Two image scales as one detector: the whole image and overlapping tiles of it.
 
 A tile is a square of the image read at a higher resolution, so that a lesion of few pixels fills
-more of the encoder's view. Every detector scores tiles as it scores images. Each scale's values are
-standardised on its held-out supports (a support by the others, when it calibrates); where tiles
-overlap they are averaged, and the scales are averaged after that. Features are packed ones:
-`pooled` of the whole image, and in every layer its patches followed by those of the tiles, row by
-row. Tiles are encoded once and kept in the feature cache.
+more of the encoder's view; every detector scores tiles as it scores images. Features are packed
+ones (`pack`), which are encoded once and kept in the feature cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +68,7 @@ def units_of(healthy: Sequence[Float[np.ndarray, "_ _"]]) -> Float[np.ndarray, "
 def build(
     whole: Detector, small: Detector, tiles: int, grid: int, pool: Callable | None
 ) -> Detector:
-    """A detector of packed tokens.
+    """A detector of packed tokens: each scale standardised, tiles averaged, then the scales.
 
     Args:
         whole: of images.

@@ -1,9 +1,8 @@
 """Where arrays live: one mesh axis over all devices of all processes, rows spread along it.
 
 Rows are episodes in training and images in encoding and scoring; params are copied to every device.
-The rest of the program is written for one device and jitted with the placements of this module.
 Row i of n belongs to device i // ceil(n / devices); what is missing at the end is filled with
-copies of the last row, which are finite and of the right kind, and marked as not valid.
+copies of the last row, marked as not valid.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
 """95% intervals of one run's metrics, over the test images it was measured on.
 
-Images are resampled within their class (percentile bootstrap). A resample is a row of weights, and
-its metrics follow from weighted counts by score (see metrics.py): no score is sorted twice, and
-pixels, stored as one histogram per image, cost no more than images. Rates of images (sensitivity,
-specificity and their complements) get Wilson's interval instead, which stays honest at 0 and 1.
-The intervals say nothing about other choices of support images: see significance.py.
+Images are resampled within their class (percentile bootstrap) as rows of weights: metrics follow
+from weighted counts by score, so nothing is sorted twice. Rates of images get Wilson's interval,
+which stays honest at 0 and 1. Other choices of support images are in significance.py.
 """
 
 import math

@@ -1,11 +1,9 @@
 """Metrics of image scores, and the formulas that images and pixels share.
 
 Every metric is a function of how many negatives and positives have each score, or of the four
-counts at a threshold. The formulas take rows of counts, so that a bootstrap measures all its
-resamples at once and no score is sorted twice.
-
-A score equal to the threshold is positive (`score >= threshold`). Without anything to divide by,
-precision, recall, F1 and MCC are 0, as in scikit-learn; all other ratios are NaN.
+counts at a threshold, in rows: a bootstrap measures all its resamples at once. A score equal to the
+threshold is positive. Without anything to divide by, precision, recall, F1 and MCC are 0, as in
+scikit-learn; all other ratios are NaN.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
-"""Metrics of anomaly maps against lesion masks, one image at a time.
+"""Metrics of anomaly maps in [0, 1] against lesion masks, one image at a time.
 
-Pixels are counted in bins of their value, so memory does not grow with the number of images.
-Pixels of one bin are ties: AUROC, AUPRC and AUPRO are exact for maps of 8 and 16 bits, and within
-2^-20 of a map's range otherwise. Maps lie in [0, 1].
+Pixels are counted in bins of their value, so memory does not grow with the images. AUROC, AUPRC and
+AUPRO are exact for maps of 8 and 16 bits, and within 2^-20 of a map's range otherwise.
 """
 
 from collections.abc import Iterable
@@ -22,8 +21,6 @@ IMAGE_BINS = 512  # of one image's histogram, for the bootstrap; 0.5 is an edge
 DISTANCES = ("hausdorff", "hausdorff95", "boundary_f1")
 MISSED = "_or_diagonal"  # of a distance for which a missed lesion counts as the image's diagonal
 COLUMNS = ("tp", "tn", "fp", "fn", *DISTANCES, "diagonal")
-
-
 Distances = tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]]
 
 

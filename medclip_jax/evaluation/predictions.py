@@ -1,9 +1,7 @@
 """A scored test set and the file that holds it, predictions.npz.
 
-For the report it also holds small copies: JPEG of the image and 1-bit PNG of the mask, at most 256
-pixels a side; 8-bit PNG of the maps, at most 128; all in the aspect of the original. All files of a
-kind stand one after another in one uint8 array and `_end` says where each ends, so that nothing
-needs pickle.
+It also holds small JPEG and PNG copies for the report. All files of a kind stand one after another
+in one uint8 array and `_end` says where each ends, so that nothing needs pickle.
 """
 
 import io
@@ -23,7 +21,7 @@ from medclip_jax.evaluation import ground_truth
 from medclip_jax.explain import boxes
 from medclip_jax.io import read, resize
 
-SIDE = 256  # pixels of the longer side
+SIDE = 256  # pixels of the longer side of a copy, in the aspect of the original
 MAP_SIDE = 128  # of maps, which are smooth
 QUALITY = 80
 MOST = 1000  # images in a report, which opens in seconds then and stays below 40 MB

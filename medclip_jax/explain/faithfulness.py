@@ -1,12 +1,5 @@
 """Do the map and its Grad-CAM agree, and matter to the model? Checks of one run.
 
-    deletion     the map's score while tokens of an abnormal image are replaced by a healthy
-                 support's, most important first; an explanation that the model uses lets it fall
-                 faster than a random order
-    spearman     rank correlation of Grad-CAM and map over the patches
-    randomised   rank correlation of each with itself after the encoder's last block, or all blocks,
-                 are re-initialised; what stays near 1 does not explain the model (Adebayo, 2018)
-
 Labels are read here: call it after scoring. The score of the map is the mean of its top share,
 which Grad-CAM explains, as a unit value: 0.5 is the pixel threshold.
 """
@@ -50,9 +43,13 @@ def of_model(
     randomised: bool,
     seed: int,
 ) -> dict[str, Any] | None:
-    """Deletion, spearman and, if asked for, randomised of `count` abnormal test images.
+    """Checks of `count` abnormal test images; all processes of a run must call it.
 
-    All processes of a run must call it.
+        deletion    the map's score while tokens are replaced by a healthy support's, most important
+                    first; an explanation that the model uses lets it fall faster than a random one
+        spearman    rank correlation of Grad-CAM and map over the patches
+        randomised  rank correlation of each with itself after the encoder's last block, or all, are
+                    re-initialised; what stays near 1 does not explain the model (Adebayo, 2018)
 
     Args:
         support: whose tokens replace others.

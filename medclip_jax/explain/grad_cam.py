@@ -1,9 +1,8 @@
 """Grad-CAM and Grad-CAM++ of the anomaly score at one tapped layer of the encoder.
 
 The score that is explained is pooled (mean of the largest patch values), never the maximum, whose
-gradient reaches single patches. The gradient goes from the score to the layer's cached tokens, so
-no image is needed and every encoder is served. At the tokens that the map is made of, Grad-CAM is
-close to the map itself: it shows agreement, not independent evidence.
+gradient reaches single patches; it goes to the layer's cached tokens. At the tokens that the map is
+made of, Grad-CAM is close to the map itself: it shows agreement, not independent evidence.
 """
 
 import logging

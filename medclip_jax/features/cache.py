@@ -1,17 +1,10 @@
 """The feature cache: tokens on disk, one safetensors file per image or stack of images.
 
-Files are named by the content of everything that shapes the tokens:
-
-  <folder>/feature_cache/<encoding>/<image sha256>.safetensors              the image as it is
-  <folder>/feature_cache/<encoding>/<image sha256>-<synthesis>.safetensors  its synthetic variants
-
-Variants that copy from all supports of a draw lie in a folder of that draw, supports-<digest>.
-`encoding` is the digest of checkpoint, layers, frame, pixel mean, number format and preprocessing;
-`synthesis` of preset, seed, number of variants, partners and augmentation. So the cache serves
-every K, seed and method. A file appears whole; one that is damaged, be it in one bit, is encoded
-again: each holds the checksum of all its bytes. Tensors:
-`pooled` [v, d], `level0` ... [v, p, d], with refinement `input0` ... [v, s, d]; of variants also
-`mask` [v, bytes] (packed bits) and `kind` [v]; augmented copies follow the variants there.
+<folder>/feature_cache/<encoding>/<image sha256>.safetensors is the image as it is, and its variants
+are in `encoder.variant_path`. `encoding` names all that shapes tokens, so the cache serves every K,
+seed and method. A file appears whole and holds the checksum of all its bytes; a damaged one is
+encoded again. Tensors: `pooled` [v, d], `level0` ... [v, p, d], with refinement `input0` ...
+[v, s, d]; of variants also `mask` [v, bytes] (packed bits) and `kind` [v], augmented copies last.
 """
 
 import contextlib

@@ -1,9 +1,7 @@
 """From tokens and text features to anomaly: one cosine, and the two forms of a patch's logit.
 
-The cosine serves training and scoring. A patch's anomaly is a logit; its probability is the
-sigmoid. Both of the paper's forms fit: "softmax" (healthy against abnormal prompts, as MediCLIP)
-and "distance" (equation 9). Text features are of one set of prompts for all images ([c, j]) or of
-each image's own ([n, c, j]).
+"softmax" (healthy against abnormal prompts, as MediCLIP) and "distance" (equation 9). Text features
+are of one set of prompts for all images ([c, j]) or of each image's own ([n, c, j]).
 """
 
 from collections.abc import Iterable, Mapping, Sequence

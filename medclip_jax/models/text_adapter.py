@@ -1,8 +1,7 @@
 """The medical language adapter: a residual bottleneck after the text encoder.
 
-x + up(gelu(down(x))), d -> d/4 -> d in the joint space. A fresh one has an up-projection of zeros,
-so it is exactly the identity. experiments/pretrain_language_adapter.py trains one on paraphrases or
-reports; it is stored as a small safetensors file that names the CLIP it was trained for.
+A fresh one has an up-projection of zeros: exactly the identity. One that was trained by
+experiments/pretrain_language_adapter.py is a small safetensors file that names its CLIP.
 """
 
 import hashlib

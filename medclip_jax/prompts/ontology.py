@@ -1,9 +1,7 @@
 """Findings, anatomy and modalities with their codes and synonyms: UMLS, SNOMED CT, RadLex, DO.
 
-The shipped table (assets/ontology/*.csv) covers the shipped data sets. Codes are facts; each row
-says where each of its codes comes from, and a code that is not known for certain is left empty.
-No licensed terminology is shipped: `load` also reads a user's own CSV, a UMLS MRCONSO.RRF or the
-folder of a SNOMED CT RF2 release, and adds their words and codes.
+The shipped table (assets/ontology/*.csv) covers the shipped data sets; a code that is not known for
+certain is left empty. No licensed terminology is shipped: `load` reads a user's own.
 """
 
 import csv

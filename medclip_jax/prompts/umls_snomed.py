@@ -1,6 +1,5 @@
 """Licensed releases of UMLS and SNOMED CT, read line by line for some codes only.
 
-Both have gigabytes of text; memory grows with the number of codes, not with the file.
 Formats: UMLS Reference Manual, chapter 3 (MRCONSO.RRF, 18 columns each ended by a bar); SNOMED CT
 Release File Specification (RF2 Snapshot, tab separated with a header line).
 """

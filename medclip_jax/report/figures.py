@@ -1,8 +1,7 @@
-"""The report's figures, from arrays alone. Charts are white; the report darkens them on screen.
+"""The report's figures, from arrays alone, as bytes of a PNG, the same for the same input.
 
-Every function returns the bytes of a PNG, the same for the same input. Only matplotlib's figure
-objects are used, so nothing global is touched. Colours are Okabe and Ito's, safe for colour-blind
-readers, and never the only difference: healthy is hatched or dashed, abnormal is solid.
+Colours are Okabe and Ito's, safe for colour-blind readers, and never the only difference: healthy
+is hatched or dashed, abnormal is solid.
 """
 
 import io

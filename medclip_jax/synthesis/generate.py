@@ -1,20 +1,15 @@
 """Synthetic anomalies on healthy images: CutPaste, GaussIntensityChange, Source, Identity.
 
-Source: section 4.3 of the paper, whose tasks are those of MediCLIP (medsyn), re-implemented from
-their formulas. Two presets:
+The tasks are MediCLIP's (medsyn), re-implemented from the formulas of section 4.3. Two presets:
 
 `medclip` (default). Anomalies lie on the body (see `shapes.body_mask`), change nothing outside it,
-and the label is binary and true: pixels that differ by more than 2 grey levels, closed with a 5 x 5
-square so that zero crossings inside the anomaly do not pierce it. A sample that changes fewer than
-`MIN_PIXELS` is repeated, up to `TRIES` times. Gaussian intensity changes fade out at their edge.
-CutPaste takes its patch from the body of the partner.
+and the label is true: pixels that differ by more than VISIBLE, closed with a 5 x 5 square. A sample
+of fewer than MIN_PIXELS is repeated, up to TRIES times.
 
-`mediclip`. The peer as released: anywhere in the frame, cubic splines rounded to 8 bits, changes of
-intensity cut off to 8 bits, the whole shape as label of Gauss and Source, and for CutPaste the
-shape without unchanged pixels that can be reached from its outside. Its known faults are reproduced
-on purpose, for like-for-like comparison.
-
-Images are float32 in [0, 1]. All randomness comes from the key.
+`mediclip`. The peer as released, its known faults included, for like-for-like comparison: anywhere
+in the frame, cubic splines rounded to 8 bits, intensities cut off to 8 bits, the whole shape as
+label of Gauss and Source, and for CutPaste the shape without unchanged pixels that can be reached
+from its outside.
 """
 
 import os

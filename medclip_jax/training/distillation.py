@@ -1,9 +1,7 @@
 """Distillation (equation 13): the patch logits of a trained model teach this run.
 
-The teacher is the params of another run, of any CLIP and grid. It reads the very images that this
-run learns from (supports, variants, augmented copies), brought to its own frame, and its logits are
-brought to this run's grid. It runs once per image, before training; nothing is learned from a test
-image: a teacher whose supports are among them is refused.
+The teacher, of any CLIP and grid, reads the very images that this run learns from, once before
+training, in its own frame; its logits are brought to this run's grid.
 """
 
 from collections.abc import Callable, Sequence

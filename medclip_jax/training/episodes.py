@@ -1,13 +1,10 @@
 """Episodes of meta-learning: which images, healthy or altered, are a task's support and query.
 
-A task is a kind of synthetic anomaly, a dataset, K healthy images and their variants. Support and
-query are rows of the training pool, (image, variant) with variant -1 for the image as it is. Half
-of the rows are clean and half show the task's kind; all are clean in an identity task.
-
-Where the dataset holds more than K images, the query is on other images than the support. Where it
-does not (the target, of which K is all there is), clean images and altered ones are dealt out to
-both sides, so that support and query never share a row; a single image can be clean on the support
-side only, its query is then altered, and it takes no part in identity tasks.
+A task is a kind of synthetic anomaly, a dataset, K healthy images and their variants, as rows of
+the training pool. Half of the rows are clean and half show the task's kind; all are clean in an
+identity task. With more than K images in the dataset the query is on others than the support; with
+K (the target), rows are dealt out to both sides, so that they share none. A single image is clean
+on the support side only, and takes no part in identity tasks.
 """
 
 from collections.abc import Sequence

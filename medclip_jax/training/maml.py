@@ -1,11 +1,8 @@
-"""Meta-learning over any loss: exact MAML, first order, ANIL and Meta-SGD.
+"""Meta-learning over any loss: exact MAML (Finn et al. 2017), first order, ANIL and Meta-SGD.
 
 Equation (11): params'_i = params - rate * grad L(params, support_i), repeated `steps` times, and
-the outer loss is the mean over tasks i of L(params'_i, query_i). Finn et al. 2017 (MAML), Raghu et
-al. 2020 (ANIL), Li et al. 2017 (Meta-SGD).
-
-A loss is `loss(params, batch) -> (scalar, parts)`, parts a dict of named scalars. What is random in
-a loss (dropout) takes its keys from the batch, so that a step is a function of its inputs alone.
+the outer loss is the mean over tasks i of L(params'_i, query_i). A loss is `loss(params, batch) ->
+(scalar, parts)`; what is random in it (dropout) takes its keys from the batch.
 """
 
 from collections.abc import Callable

@@ -1,16 +1,10 @@
 """How params learn: jointly from rows, or from episodes (equation 11). One step serves both.
 
-    joint    Adam on the loss of a batch of rows
-    maml     Adam on the query loss after inner steps on the support, exact second order
-    fomaml   the same with the inner gradient as a constant
-    anil     exact, but only the head adapts: adapters, scale and offset; the body is the prompts'
-             context (and a tuned text adapter), so the text encoder is not in the inner loop
-             (Raghu et al. 2020)
-    meta_sgd exact, with a learned inner rate per tensor (Li et al. 2017): params are a maml.MetaSGD
-             until they are adapted
-
-Params are stacked, [1 + folds, ...]: the main params learn from all supports, the fold params from
-those outside their fold.
+joint    Adam on the loss of a batch of rows
+maml     Adam on the query loss after inner steps on the support, exact second order
+fomaml   the same with the inner gradient as a constant
+anil     exact, but only the head adapts, not the BODY (Raghu et al. 2020)
+meta_sgd exact, with a learned inner rate per tensor (Li et al. 2017): a maml.MetaSGD
 """
 
 from collections.abc import Callable
@@ -25,7 +19,7 @@ from jaxtyping import Array, Int
 from medclip_jax.features.training_pool import Batch, Episodes
 from medclip_jax.training import maml
 
-BODY = ("context", "language")  # parts of params that ANIL does not adapt
+BODY = ("context", "language")  # not adapted by ANIL: no text encoder in its inner loop
 
 
 class TrainState(NamedTuple):

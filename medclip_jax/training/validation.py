@@ -1,14 +1,8 @@
 """While it trains: do the fold params tell synthetic anomalies from healthy images?
 
-The fold params never see the supports of their fold. From time to time they score these and a few
-of their synthetic anomalies, and the log gets two numbers (the paper's Figures 5 to 7):
-
-    held_out_accuracy   share of right decisions, healthy and altered images weighing the same,
-                        [0, 1]; anomalous is what scores above every support of the other folds
-    held_out_auroc      share of pairs (healthy, altered) of one fold that are in order, [0, 1]
-
-Nothing is chosen by them and no test image is read. Other kinds of anomalies are not seen here, so
-they tell how training goes, not how good the result is.
+From time to time they score the supports of their fold, which they never see, and a few of their
+synthetic anomalies (the paper's Figures 5 to 7). Nothing is chosen by it and no test image is read;
+other kinds of anomalies are not seen here, so it does not tell how good the result is.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,7 +90,12 @@ def rows(pool: TrainingPool, folds: Sequence[np.ndarray]):
 def held_out_metrics(
     scores: Float[Array, "f r"], role: Int[Array, "f r"]
 ) -> dict[str, Float[Array, ""]]:
-    """The two numbers; params of each fold have their own scale, so pairs are of one fold."""
+    """Two numbers for the log, [0, 1].
+
+    held_out_accuracy   share of right decisions, healthy and altered images weighing the same;
+                        anomalous is what scores above every support of the other folds
+    held_out_auroc      share of pairs (healthy, altered) of one fold that are in order
+    """
     healthy, altered = ((role == x).astype(scores.dtype) for x in (HEALTHY, ALTERED))
     threshold = jnp.where(role == SEEN, scores, -jnp.inf).max(1, keepdims=True)
     specificity = (healthy * (scores <= threshold)).sum() / healthy.sum()
