@@ -9,7 +9,7 @@ import math
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,13 +228,5 @@ def has_crc(path: Path) -> bool:
     if not found:
         return False
     start, end = found.span()
-    parts = raw[:start], PLACEHOLDER, raw[end:]
-    return crc(parts) == int(found[1], 16)
-
-
-def crc(parts: Iterable[Any]) -> int:
-    """CRC-32 of bytes that follow one another: finds every flipped bit, at 3 GB/s."""
-    total = 0
-    for part in parts:
-        total = zlib.crc32(part, total)
-    return total
+    before = zlib.crc32(PLACEHOLDER, zlib.crc32(raw[:start]))
+    return zlib.crc32(raw[end:], before) == int(found[1], 16)

@@ -68,8 +68,6 @@ def run(
     A finished run is not repeated.
 
     Args:
-      config: as `config.base` gives it.
-      workdir: folder of the run, made if it is not there.
       train: False requires a finished training and scores the test set again.
       report: False leaves out report.html, figures and the small copies of images that they show.
 

@@ -69,10 +69,9 @@ def pixel_threshold(
         if attainable or typical <= rate:
             break
 
-    def is_enough(i: int) -> bool:  # the shares above pixel i sum to the mean that is aimed at
-        return sum(_share_above(x, pooled[i]) for x in rows) <= k * level + 1e-9
-
-    value = float(pooled[bisect_left(range(pixels - 1), True, key=is_enough)])
+    # the smallest pixel above which the shares of all rows sum to the level
+    total, above_all = k * level + 1e-9, lambda i: sum(_share_above(x, pooled[i]) for x in rows)
+    value = float(pooled[bisect_left(range(pixels - 1), True, key=lambda i: above_all(i) <= total)])
     proof = (rate if attainable else (k * rate + 1) / (k + 1)) if proven else None
     least = "" if attainable else f" (below {percent(1 / (k + 1))} nothing can be proven)"
     bound = "no bound is proven" if proof is None else f"at most {percent(proof)} is proven"

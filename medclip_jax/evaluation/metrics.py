@@ -40,10 +40,7 @@ def image_level(
 ) -> dict[str, float]:
     """Metrics of the images of a test set.
 
-    Args:
-      scores: one per image, any finite range, larger = more anomalous.
-      labels: one per image, 0 healthy or 1 abnormal.
-      threshold: scores from here on are called abnormal.
+    scores: finite, larger = more anomalous, abnormal from `threshold` on; labels: 0 or 1.
 
     Returns:
       auroc; auprc, the average precision sum of (R_k - R_{k-1}) P_k; accuracy, precision, recall,

@@ -44,12 +44,7 @@ class PixelMetrics:
         mask: Shaped[np.ndarray, "_ _"],
         spacing: tuple[float, float] = (1.0, 1.0),
     ) -> Float[np.ndarray, "3 b"]:
-        """Count one image.
-
-        Args:
-          values: anomaly map, [0, 1].
-          mask: True (or 1) where the lesion is.
-          spacing: size of a pixel (row, column), in mm or pixels.
+        """Count one image: a map in [0, 1], a lesion mask, and the size of a pixel (row, column).
 
         Returns:
           The image's own histogram of IMAGE_BINS bins: normal pixels, lesion pixels, and lesion

@@ -282,17 +282,12 @@ def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, E
             continue  # undefined in some round
         means = values[resampled.T, 1 + np.arange(rounds)].mean(0)
         own, se, spread = values[:, 0], standard_error(values), float(means.std(ddof=1))
-        df = _satterthwaite(se, own)
+        # Satterthwaite's: few draws estimate only the part of `se` that is between them
+        between = float(own.var(ddof=1)) / len(own) if len(own) > 1 else 0.0
+        df = (len(own) - 1) * (se**2 / between) ** 2 if between else np.inf
         wider = st.t.ppf(TAILS[1], df) / st.norm.ppf(TAILS[1])
         scale = wider * se / spread if spread else 1.0
         low, high = own.mean() + scale * (np.quantile(means, TAILS) - own.mean())
         p = 2 * st.t.sf(abs(own.mean()) / se, df) if se else float(own.mean() == 0)
         estimates[name] = Estimate(*map(float, (own.mean(), se, low, high, p)))
     return estimates
-
-
-def _satterthwaite(se: float, values: Float[np.ndarray, " d"]) -> float:
-    """Degrees of freedom of `se`, of whose parts few draws estimate only that between them."""
-    d = len(values)
-    between = float(values.var(ddof=1)) / d if d > 1 else 0.0
-    return (d - 1) * (se**2 / between) ** 2 if between else np.inf

@@ -49,8 +49,6 @@ def cam(
 
     Args:
         detector: one that reads patch tokens.
-        features: of n images.
-        method: formula for the weights of the channels.
         layer: which of the tapped layers, from 0 or, as -1 for the last, from the end. A coarser
             grid than the finest of all layers (ResNet) is brought to that one.
         top: share of the patches whose mean is the score, raised to LEAST_TOP.

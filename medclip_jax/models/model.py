@@ -65,11 +65,7 @@ def init(
     """Fresh params; a part's first values do not depend on which other parts there are.
 
     Args:
-        key: of the random values.
-        model: the CLIP.
-        design: of the model.
-        context: learnable vectors per prompt.
-        shared: one context for all prompts.
+        context: learnable vectors per prompt; shared: one context for all prompts.
         contrast: whether there is a SimCLR head.
         language: the adapter to tune, if one is.
     """
@@ -197,12 +193,9 @@ def loss(
     """The training loss: (scalar, named parts). A term of weight 0 is not computed.
 
     Args:
-        params: learned, differentiated.
-        frozen: not learned.
         batch: tokens, masks [n, h, w] and labels of n rows. Without views (in adaptation) SimCLR
             does not count, without teacher logits distillation does not.
         key: of dropout; None for none.
-        design: of the model.
         weights: of the terms, by name.
         distill: how the teacher's logits count.
     """

@@ -90,11 +90,8 @@ def init_context(
 ) -> dict[str, jax.Array]:
     """Fresh parameters of a PromptLearner.
 
-    Args:
-        key: of the random vectors.
-        rows, vectors: as its fields.
-        tokens: the text encoder's token embeddings.
-        start: token from whose embedding each vector starts instead; -1 for a random one.
+    tokens: the text encoder's token embeddings, of which vector i starts from number start[i], or
+    at random where that is -1.
     """
 
     def initialise(key, shape, dtype):

@@ -92,10 +92,8 @@ def build(
     """All prompts of a data set, healthy ones first.
 
     Args:
-      tokenizer: of transformers, of the CLIP in use.
-      eos_id: end-of-text token of its configuration (see `end_of_text`).
-      phrases: key of PHRASES.
-      words: what fills the templates.
+      tokenizer, eos_id: of the CLIP in use (see `end_of_text`).
+      phrases: key of PHRASES, whose templates `words` fill.
       context: number of learnable vectors.
       position: where the phrase stands, "end", "front" or in the "middle" of the context.
       init: "random", or a phrase whose tokens the vectors start from.

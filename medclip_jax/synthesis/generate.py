@@ -62,9 +62,7 @@ def batch(
     only what each image needs: on CPU this is faster than vmap.
 
     Args:
-      keys: of each variant, see `key_for`.
-      partners: what CutPaste copies from; may be the images themselves.
-      kinds: indices into KINDS.
+      keys: of `key_for`; partners: what CutPaste copies from; kinds: indices into KINDS.
 
     Returns:
       Altered images [0, 1] and masks (0 or 1), on the host.

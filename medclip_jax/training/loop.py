@@ -62,13 +62,9 @@ def fit(
 
     Args:
       params: fresh ones; all of the stack start from them.
-      frozen: second argument of the loss.
       pools: of the supports, then of each auxiliary dataset.
       folds: of the supports (training_pool.folds).
       loss: (params, frozen, batch, key) -> (scalar, parts).
-      optimizer: of each params.
-      learner: how params learn.
-      schedule: how long, and how often something is written.
       workdir: for checkpoints, metrics.jsonl and, with `tensorboard`, event files.
       mesh: over whose devices rows are spread.
       score: image scores for validation (validation.scorer); None: no validation.
