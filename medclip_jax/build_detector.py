@@ -16,7 +16,6 @@ from medclip_jax.detectors import (
     detector,
     ensemble,
     memory_bank,
-    pixel_baselines,
     prompt_detector,
     tiling,
 )
@@ -65,9 +64,9 @@ def supports(
     """Tokens of the supports; thumbnails for a baseline on pixels, None where there are none."""
     if not records:
         return None
-    if c.method in pixel_baselines.METHODS:
+    if c.method in memory_bank.PIXEL_BASELINES:
         images = tiling.healthy_images(feature_cache, records)
-        features = pixel_baselines.to_thumbnails(images)
+        features = memory_bank.to_thumbnails(images)
         return tiling.Supports(len(records), features, features, None, None)
     return tiling.load_supports(feature_cache, records, c.score.tiles)
 
@@ -90,8 +89,8 @@ def assemble(
         images: tokens of the supports; None: zero-shot without any.
         folds: the supports of each fold.
     """
-    if c.method in pixel_baselines.METHODS and images is not None:
-        return pixel_baselines.METHODS[c.method](images.calibrating, images.k, clip.size)
+    if c.method in memory_bank.PIXEL_BASELINES and images is not None:
+        return memory_bank.PIXEL_BASELINES[c.method](images.calibrating, images.k, clip.size)
     branches = {
         n: branch(n, c, clip, design, plain_design, frozen, params, images, folds)
         for n in branch_names(c)

@@ -13,7 +13,7 @@ from medclip_jax import build, build_detector, config, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record
-from medclip_jax.detectors import detector, pixel_baselines, prompt_detector, saved
+from medclip_jax.detectors import detector, memory_bank, prompt_detector, saved
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
 from medclip_jax.inference import adapt, predictor
@@ -66,7 +66,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
     """
     trained = saved.read(workdir)
     c = trained.config
-    if c.method in pixel_baselines.METHODS:
+    if c.method in memory_bank.PIXEL_BASELINES:
         raise ConfigError(
             f"{workdir} holds the baseline {c.method}, which is for comparison in tables: "
             "train with method=ours"

@@ -146,6 +146,27 @@ def with_units(test: Sequence[Record], records: Sequence[Record], cache: Path) -
     return [r._replace(unit=number[r.id]) for r in test]
 
 
+def patient_numbers(records: Sequence[Record]) -> np.ndarray | None:
+    """Patient of each image as a number (no name or id); None if no patient has two images.
+
+    An image without patient is its own.
+    """
+    names = [r.patient or f"image {r.id}" for r in records]
+    number = np.unique(names, return_inverse=True)[1]
+    return None if len(set(names)) == len(names) else number
+
+
+def unit_numbers(records: Sequence[Record]) -> np.ndarray | None:
+    """Unit of each image: what is resampled as one. None if every image is its own.
+
+    Near-duplicates and images of one patient (`with_units`) where known, else patients.
+    """
+    number = np.array([r.unit for r in records], int)
+    if (number < 0).any():
+        return patient_numbers(records)
+    return None if len(set(number.tolist())) == len(number) else number
+
+
 def labels_of(records: Sequence[Record], groups: Int[np.ndarray, " n"]) -> dict[int, set[int]]:
     """The labels in each group."""
     labels = defaultdict(set)

@@ -1,22 +1,26 @@
 """Score a test set: map, image score, uncertainty and p-value per image, then the metrics."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
 from medclip_jax import files
 from medclip_jax.clip.layers import Features
+from medclip_jax.data import splits
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration as detectors_calibration
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import progress
-from medclip_jax.evaluation import bootstrap, ground_truth, metrics, pixel_metrics
+from medclip_jax.evaluation import bootstrap, metrics, pixel_metrics
 from medclip_jax.evaluation.metrics import MetricError
 from medclip_jax.evaluation.predictions import Predictions, Scored
 from medclip_jax.explain import grad_cam
@@ -124,12 +128,12 @@ def measure(
     """
     p = scored.predictions
     pixel, each, counts, points = of_pixels(scored, test, fit, folder)
-    of = ground_truth.units(test)
+    of = splits.unit_numbers(test)
     intervals = {"image": bootstrap.image(p.score, p.label, groups=of), "pixel": {}}
     if counts is not None:
         known = [i for i in range(len(test)) if counts[i].any()]
         among = None if of is None else of[known]
-        rows = ground_truth.Rows(counts, known)
+        rows = Rows(counts, known)
         intervals["pixel"] = bootstrap.pixel(rows, p.label[known], groups=among)
         intervals["pixel"] |= bootstrap.means(each, p.label[known], groups=among)
     k, alpha, healthy = scored.calibration.k, scored.calibration.image.alpha_requested, p.label == 0
@@ -167,9 +171,9 @@ def of_pixels(
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     if not any(test[i].label for i in known):
         return None, None, None, None
-    records, maps = [test[i] for i in known], ground_truth.Rows(p.maps, known)
-    masks = ground_truth.Masks(records, p.maps.shape[-1], fit)
-    mm = ground_truth.spacings(records, p.maps.shape[-1], fit)
+    records, maps = [test[i] for i in known], Rows(p.maps, known)
+    masks = Masks(records, p.maps.shape[-1], fit)
+    mm = spacings(records, p.maps.shape[-1], fit)
     measured = pixel_metrics.PixelMetrics(tolerance=TOLERANCE)
     shape = len(test), 3, pixel_metrics.IMAGE_BINS
     counts = files.temporary_array(shape, np.float32, folder)
@@ -183,3 +187,78 @@ def of_pixels(
     }
     why = None if scored.cams is None else scored.cams[known]
     return pixel, measured.averaged(), counts, pixel_metrics.pointing(maps, why, masks)
+
+
+# --- what is known of test images: read after scoring only ---
+
+
+class Masks:
+    """Lesion masks in the encoder frame, bool [s, s] each; all False for an image without mask.
+
+    Read once and stored compressed, about 300 bytes each; iterating unpacks one at a time.
+    Raises DataError for a mask that cannot be read or is of another size than its image.
+    """
+
+    def __init__(self, records: Sequence[Record], size: int, fit: read.Mode):
+        self.size = size
+
+        def pack(record: Record) -> bytes:
+            if not record.masks:
+                return b""
+            return zlib.compress(np.packbits(read.fit_mask(lesion_mask(record), size, fit)).data, 1)
+
+        with ThreadPoolExecutor() as pool:
+            self.packed = list(pool.map(pack, records))
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __iter__(self) -> Iterator[Bool[np.ndarray, "s s"]]:
+        shape = self.size, self.size
+        for packed in self.packed:
+            if not packed:
+                yield np.zeros(shape, bool)
+                continue
+            bits = np.frombuffer(zlib.decompress(packed), np.uint8)
+            yield np.unpackbits(bits, count=self.size**2).astype(bool).reshape(shape)
+
+
+def spacings(
+    records: Sequence[Record], size: int, fit: read.Mode
+) -> list[tuple[float, float]] | None:
+    """Millimetres per pixel of the encoder frame (row, column) of each image; None if any lacks it.
+
+    Distances of one table must have one unit, so one image without spacing makes all of them
+    pixels.
+    """
+    sizes = []
+    for record in records:
+        image = read.read(record.path)
+        if image.spacing is None:
+            return None
+        sides = image.pixels.shape[1:]
+        sides = sides if fit == "stretch" else (max(sides),) * 2
+        sizes.append(tuple(mm * side / size for mm, side in zip(image.spacing, sides, strict=True)))
+    return sizes
+
+
+def lesion_mask(record: Record) -> Bool[np.ndarray, "h w"]:
+    """The lesion mask of one image in its own frame: the union of its mask files.
+
+    Raises DataError for a mask of another size than its image.
+    """
+    shape = read.read(record.path).pixels.shape[1:]
+    return read.read_mask(record.masks, shape, record.path)
+
+
+class Rows(Sequence):
+    """Some rows of stored arrays as float32, one at a time: a copy of all would take the memory."""
+
+    def __init__(self, stored: Any, rows: Sequence[int]):
+        self.stored, self.rows = stored, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.stored[self.rows[place]].astype(np.float32)

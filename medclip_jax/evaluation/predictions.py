@@ -15,9 +15,9 @@ import PIL.Image
 from jaxtyping import Float, Int
 
 from medclip_jax import files
+from medclip_jax.data import splits
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors.calibration import Calibration
-from medclip_jax.evaluation import ground_truth
 from medclip_jax.explain import boxes
 from medclip_jax.io import read, resize
 
@@ -78,7 +78,7 @@ def write_predictions(
     """
     p = scored.predictions
     more: dict[str, Any] = {} if counts is None else {"pixel_counts": counts}
-    patients = ground_truth.patients(test)
+    patients = splits.patient_numbers(test)
     more |= {} if patients is None else {"patient": patients}  # where one has several images
     units = np.array([r.unit for r in test], int)
     more |= {"unit": units} if (units >= 0).all() else {}

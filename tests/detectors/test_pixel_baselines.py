@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import config_validation
-from medclip_jax.detectors import detector, pixel_baselines, tiling
+from medclip_jax.detectors import detector, memory_bank, tiling
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features import cache
 from medclip_jax.io import read
@@ -23,8 +23,8 @@ def scene(tmp_path_factory, tiny):
 
 def build(method, feature_cache, supports):
     images = tiling.healthy_images(feature_cache, supports)
-    features = pixel_baselines.to_thumbnails(images)
-    return pixel_baselines.METHODS[method](features, len(supports), feature_cache.clip.size)
+    features = memory_bank.to_thumbnails(images)
+    return memory_bank.PIXEL_BASELINES[method](features, len(supports), feature_cache.clip.size)
 
 
 def pixels(feature_cache, records):
@@ -33,18 +33,18 @@ def pixels(feature_cache, records):
 
 
 def test_the_config_knows_them():
-    assert set(pixel_baselines.METHODS) == set(config_validation.PIXEL_METHODS)
+    assert set(memory_bank.PIXEL_BASELINES) == set(config_validation.PIXEL_METHODS)
 
 
 def test_shrinking_takes_means_of_equal_areas():
     rng = np.random.default_rng(0)
     x = rng.random((224, 224)).astype(np.float32)
     blocks = x.reshape(32, 7, 32, 7).mean((1, 3))
-    np.testing.assert_allclose(pixel_baselines.shrink(x), blocks, atol=1e-6)
-    odd = pixel_baselines.shrink(rng.random((50, 50)).astype(np.float32))
+    np.testing.assert_allclose(memory_bank.shrink(x), blocks, atol=1e-6)
+    odd = memory_bank.shrink(rng.random((50, 50)).astype(np.float32))
     assert odd.shape == (32, 32)
-    np.testing.assert_allclose(pixel_baselines.areas(50).sum(1), 1, atol=1e-12)
-    np.testing.assert_allclose(pixel_baselines.areas(50).sum(0), 32 / 50, atol=1e-12)
+    np.testing.assert_allclose(memory_bank.areas(50).sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(memory_bank.areas(50).sum(0), 32 / 50, atol=1e-12)
 
 
 def test_grey_level_is_the_mean_of_the_image(scene):
@@ -63,7 +63,7 @@ def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
     made = build("thumbnails", feature_cache, supports)
     (batch,) = made.read(feature_cache, test, 10)
     own, new = (
-        np.stack([pixel_baselines.shrink(x).ravel() for x in pixels(feature_cache, r)])
+        np.stack([memory_bank.shrink(x).ravel() for x in pixels(feature_cache, r)])
         for r in (supports, test)
     )
     both = np.corrcoef(np.concatenate([own, new]))
@@ -75,12 +75,12 @@ def test_thumbnails_score_is_one_minus_the_best_correlation(scene):
 
 
 def test_a_constant_image_correlates_with_nothing():
-    z = pixel_baselines.standardise(jnp.asarray([[0.5] * 4, [0.0, 1.0, 0.0, 1.0]]))
+    z = memory_bank.standardise(jnp.asarray([[0.5] * 4, [0.0, 1.0, 0.0, 1.0]]))
     np.testing.assert_allclose(z, [[0] * 4, [-1, 1, -1, 1]], atol=1e-6)
-    assert float(pixel_baselines.difference(z[:1], z[1:]).mean()) == pytest.approx(0.5)
+    assert float(memory_bank.difference(z[:1], z[1:]).mean()) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("method", list(pixel_baselines.METHODS))
+@pytest.mark.parametrize("method", list(memory_bank.PIXEL_BASELINES))
 def test_scores_depend_neither_on_order_nor_on_batches(scene, monkeypatch, method):
     feature_cache, supports, test = scene
     made = build(method, feature_cache, supports)

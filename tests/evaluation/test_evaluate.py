@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medclip_jax.data import splits
 from medclip_jax.detectors import calibration
 from medclip_jax.errors import DataError
-from medclip_jax.evaluation import evaluate, ground_truth, predictions
+from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.features import cache
 from medclip_jax.io import read as io_read
 from tests.support.scenes import perfect, score
@@ -69,8 +70,8 @@ def test_the_truth_is_the_union_of_the_mask_files(scene):
     _, _, test, _ = scene
     wanted = np.zeros((30, 40), bool)
     wanted[2:5, 2:5] = wanted[20:25, 20:25] = True
-    np.testing.assert_array_equal(ground_truth.lesion_mask(test[0]), wanted)
-    both = list(ground_truth.Masks(test[:3], 32, "pad"))
+    np.testing.assert_array_equal(evaluate.lesion_mask(test[0]), wanted)
+    both = list(evaluate.Masks(test[:3], 32, "pad"))
     np.testing.assert_array_equal(both[0], io_read.fit_mask(wanted, 32, "pad"))
     assert not both[2].any()
 
@@ -79,7 +80,7 @@ def test_a_mask_of_another_size_is_refused(scene, tmp_path):
     _, _, test, _ = scene
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(DataError, match="small.png is 10 x 10 pixels but its image is 40 x 30"):
-        ground_truth.lesion_mask(test[0]._replace(masks=(tmp_path / "small.png",)))
+        evaluate.lesion_mask(test[0]._replace(masks=(tmp_path / "small.png",)))
 
 
 def test_means_over_images_have_intervals(scene):
@@ -114,7 +115,7 @@ def test_copies_are_one_unit_of_all_intervals(scene):
     one = [0 if r.label else 1 for r in test]  # one healthy unit and one abnormal: no variance
     of = measured(one)["intervals"]["image"]["auroc"]
     assert of.low == of.high and alone["image"]["auroc"].low < alone["image"]["auroc"].high
-    assert ground_truth.units(with_unit(one)).tolist() == one
+    assert splits.unit_numbers(with_unit(one)).tolist() == one
 
 
 def test_measure_counts_healthy_images_as_empty_masks(scene):
@@ -163,7 +164,7 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
     plain = evaluate.measure(perfect(test), test, fit)["pixel"]
     read = io_read.read
     monkeypatch.setattr(io_read, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
-    assert ground_truth.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
+    assert evaluate.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
     said = perfect(test)
     wrong = np.array(said.predictions.maps)
     wrong[0] = np.roll(wrong[0], 2, axis=1)  # two columns off
@@ -182,4 +183,4 @@ def test_one_image_without_spacing_makes_all_distances_pixels(scene, monkeypatch
         "read",
         lambda path: read(path)._replace(spacing=None if path == last else (0.4, 0.8)),
     )
-    assert ground_truth.spacings(test, 32, "stretch") is None
+    assert evaluate.spacings(test, 32, "stretch") is None

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax.detectors import anomaly_maps, calibration, detector, prompt_detector, tiling
-from medclip_jax.evaluation import evaluate, ground_truth, predictions
+from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.evaluation.predictions import Predictions
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder
@@ -77,7 +77,7 @@ def thresholds_of(value=0.0) -> calibration.Calibration:
 def perfect(test, size=SIZE) -> predictions.Scored:
     """Predictions that say the truth."""
     label = np.array([r.label for r in test])
-    maps = 0.1 + 0.8 * np.stack([*ground_truth.Masks(test, size, "stretch")]).astype(np.float16)
+    maps = 0.1 + 0.8 * np.stack([*evaluate.Masks(test, size, "stretch")]).astype(np.float16)
     patches = np.zeros((len(test), 4, 4), np.float32)
     columns = label, 0.1 + 0.8 * label, 1.0 - 0.9 * label, 0.0 * label, maps, patches, patches
     return predictions.Scored(Predictions(tuple(r.id for r in test), *columns), thresholds_of())
