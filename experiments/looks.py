@@ -6,7 +6,6 @@ refuses whatever differs from it and adds a line to docs/looks.csv: date, commit
 """
 
 import csv
-import hashlib
 import json
 import subprocess
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medclip_jax import config, files
+from medclip_jax import config, files, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.data.catalog import with_role
 from medclip_jax.errors import UserError
@@ -70,15 +69,11 @@ def described(
     }
 
 
-def digest(frozen: dict[str, Any]) -> str:
-    """16 hex digits that name a configuration."""
-    return hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def freeze(now: dict[str, Any]) -> str:
     """Write the frozen configuration; returns its hash."""
-    files.write_json(FROZEN, {"date": str(date.today()), "hash": digest(now), "config": now})
-    return digest(now)
+    digest = stored.digest(now)
+    files.write_json(FROZEN, {"date": str(date.today()), "hash": digest, "config": now})
+    return digest
 
 
 def check(now: dict[str, Any]) -> str:
@@ -89,16 +84,16 @@ def check(now: dict[str, Any]) -> str:
     """
     if not FROZEN.is_file():
         raise UserError(f"there is no {FROZEN.name}: freeze the configuration first, by --freeze")
-    stored = json.loads(FROZEN.read_text())
-    frozen = stored["config"]
-    if digest(frozen) != stored["hash"]:
-        raise UserError(f"{FROZEN.name} was edited: its hash is {digest(frozen)}; restore the file")
+    before = json.loads(FROZEN.read_text())
+    frozen = before["config"]
+    if (digest := stored.digest(frozen)) != before["hash"]:
+        raise UserError(f"{FROZEN.name} was edited: its hash is {digest}; restore the file")
     if differing := difference(frozen, now):
         raise UserError(
-            f"--report takes the configuration frozen on {stored['date']} ({FROZEN.name}) alone: "
+            f"--report takes the configuration frozen on {before['date']} ({FROZEN.name}) alone: "
             f"{differing}; restore it, or decide on development sets and --freeze anew"
         )
-    return stored["hash"]
+    return before["hash"]
 
 
 def difference(frozen: dict[str, Any], now: dict[str, Any]) -> str:

@@ -189,11 +189,6 @@ def folds(c: ConfigDict) -> list[np.ndarray]:
     return training_pool.folds(c.k, FOLDS)
 
 
-def adapter_digest(c: ConfigDict) -> str:
-    """Names the text adapter; "" for none."""
-    return text_adapter.digest(c.model.language)
-
-
 def learner(c: ConfigDict) -> Learner:
     """How params learn."""
     return Learner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.adapt_steps)

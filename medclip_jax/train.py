@@ -20,6 +20,7 @@ from medclip_jax.detectors import saved
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
+from medclip_jax.models import text_adapter
 from medclip_jax.training import loop
 
 VERSIONS = ("jax", "flax", "optax", "transformers", "numpy", "scikit-learn")
@@ -101,7 +102,7 @@ def run(
         *(workdir, scored.detector, scored.calibration),
         settings=json.loads(c.to_json_best_effort()),
         checkpoint=prepared.clip.digest,
-        language=build.adapter_digest(c),
+        language=text_adapter.digest(c.model.language),
         supports=[r.sha256 for r in prepared.split.support],
     )
     if scored.test is None:
@@ -236,7 +237,7 @@ def log_unmeasured(workdir: Path, c: ConfigDict) -> None:
 def key_of(prepared: Prepared, report: bool) -> str:
     """Names what a result is made from, so that a finished run is recognised."""
     c = prepared.config
-    adapter = build.adapter_digest(c)
+    adapter = text_adapter.digest(c.model.language)
     truth = workdirs.truth_of(prepared.split.test)
     made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
     return stored.digest([*made_from, c.explanation.to_dict(), report, versions()])

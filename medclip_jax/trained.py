@@ -17,7 +17,7 @@ from medclip_jax.detectors import detector, memory_bank, prompt_detector, saved
 from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError
 from medclip_jax.inference import adapt, predictor
-from medclip_jax.models import model
+from medclip_jax.models import model, text_adapter
 from medclip_jax.training import checkpoints, distillation, loop, maml, step
 
 
@@ -82,7 +82,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
             f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
             f"({trained.checkpoint}, not {clip.digest}): restore that one"
         )
-    if build.adapter_digest(c) != trained.language:
+    if text_adapter.digest(c.model.language) != trained.language:
         raise CheckpointError(
             f"{workdir} was trained with another language adapter than {c.model.language} is now: "
             "restore that one"

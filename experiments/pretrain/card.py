@@ -7,61 +7,7 @@ from medclip_jax.data import catalog
 
 from . import captions, encoders, export, leaks, loop, objective
 
-TEXT = """---
-license: cc-by-4.0
-tags: [clip, medical, anomaly-detection]
----
-# compact_clip
-
-A small CLIP in Hugging Face format (FlaxCLIPModel and CLIPModel both load it), for first runs,
-tests and users without access to a model hub. Not a medical device.
-
-**Shape.** Image encoder: ViT, width {width}, {layers} layers, {heads} heads, patch {patch}, image
-{image}. Text encoder: width {text_width}, {text_layers} layers, context {context}. Joint width
-{joint}. Own byte-pair vocabulary of {vocabulary} entries in CLIP's file format.
-
-**Data.** {images} images, of these collections; captions in many wordings, made from modality,
-plane, state and finding{findings}. Phrases without images: Disease Ontology labels (CC0), CheXpert
-labeler mentions (MIT), anatomy and modality names.
-
-| collection | modality | licence | images |
-|---|---|---|---|
-{sources}
-
-**Teachers.** EfficientNet-Lite0 (ImageNet, Apache-2.0) for patches; all-MiniLM-L6-v2 (Apache-2.0)
-for what phrases mean. Neither is needed to use this model.
-
-**Recipe.** {start} AdamW {rate}, warm-up {warm_up} steps, then constant{decay}; batch {batch}, seed
-{seed}. {views} views (crop 40-100%, turn, tone), modalities sharing them as the root of their
-numbers of images; each step varies bias field, gamma, contrast, brightness, blur and noise, mirrors
-where no organ tells left from right, and keeps {patches} of 196 patches. Loss: Huber to the
-teacher's standardised features of the unvaried view (stride 8 against layer {middle}, stride 16
-against layer {layers}, pooled against the class token), squared difference between our and the
-teacher's token cosines, agreement of two views of {pairs:.0%} of the images (balanced assignments
-of patches to {prototypes} prototypes), sigmoid image-text loss with every true caption as a
-positive (class token, and mean of patches), and 1 - cosine of a linear map of phrase embeddings to
-MiniLM's; weights {weights}. Exported: running average of the weights ({ema} a step).
-
-**Run.** {steps:,} steps, {shown:,} image views, {minutes:.0f} minutes.
-
-**Leak check.** Training images are compared with every evaluation image, mirrored, turned by up to
-16 degrees, cropped to the body or further; ranks of grey values first, then edges of the nearest
-ones. Over {limit} (edges) an image counts as issued anew and is not used. No collection of an
-evaluation set is among those above but for {others} (other patients).
-
-| evaluation set | images | pairs compared closely | left out | highest of the rest |
-|---|---|---|---|---|
-{leaks}
-
-**Results** (image AUROC of the package's methods `zero_shot` and `memory`, mean ± sd over draws):
-
-{results}
-
-**Limits.** It has seen captions of these findings: {seen}. Say so beside its zero-shot numbers on
-them. Outside the modalities above it knows no more than its teachers' general shape. Where normal
-and abnormal come from different sources captions name neither. Text beyond {length} tokens was
-never trained.
-"""
+TEXT = Path(__file__).with_name("card.md").read_text()  # with fields in braces
 
 
 def leak_table(sets: list[dict]) -> str:

@@ -252,14 +252,10 @@ def make_folder(place: Path) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise _not_written(place, error) from error
-
-
-def _not_written(place: Path, error: OSError) -> WorkdirError:
-    return WorkdirError(
-        f"{place} cannot be written ({error.strerror or reason(error)}): free space there or give "
-        "another cache folder."
-    )
+        raise WorkdirError(
+            f"{place} cannot be written ({error.strerror or reason(error)}): free space there or "
+            "give another cache folder."
+        ) from error
 
 
 def _folder(name: str, layout: layouts.Layout, cache: Path) -> Path:
