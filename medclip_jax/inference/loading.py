@@ -18,8 +18,7 @@ from medclip_jax import files
 from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, results
 from medclip_jax.inference.inputs import Item
-from medclip_jax.inference.predictor import Predictor
-from medclip_jax.inference.scored import Loaded
+from medclip_jax.inference.predictor import Loaded, Predictor
 from medclip_jax.io import dicom, dicom_header, nifti_header, pillow, read
 from medclip_jax.io.image import Frames, parse_window
 from medclip_jax.io.resize import pixel_area

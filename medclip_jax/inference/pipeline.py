@@ -18,11 +18,9 @@ from jaxtyping import Float
 from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.detector import Raw, finish
 from medclip_jax.inference import predictor as predictors
-from medclip_jax.inference import scored
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.loading import Job, fit, in_turn, one_drawn
-from medclip_jax.inference.predictor import Predictor
-from medclip_jax.inference.scored import Loaded
+from medclip_jax.inference.predictor import Loaded, Predictor
 
 LARGE_FILE = 16 << 20  # bytes; a larger file is read alone
 READ_AHEAD = 1 << 28  # bytes of images that were read and wait for the encoder or a whole batch
@@ -188,10 +186,10 @@ def _submit(predictor: Predictor, group: Group, read: Read, pool: ThreadPoolExec
         start = end
 
 
-def _part(predictor: Predictor, loaded: Loaded, first: int, read: Read) -> scored.Part:
+def _part(predictor: Predictor, loaded: Loaded, first: int, read: Read) -> predictors.Part:
     raw, cams = read
     scores = finish(raw, predictor.calibration, [loaded.mm2] * len(raw.image))
     codes = loaded.codes[first : first + len(raw.image)]
     spacing, keep = loaded.frames.spacing, loaded.keep_maps
     with in_turn(one_drawn, codes[0].size):
-        return scored.part(scores, codes, first, spacing, predictor.fit, cams, keep)
+        return predictors.part(scores, codes, first, spacing, predictor.fit, cams, keep)

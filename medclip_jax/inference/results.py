@@ -19,7 +19,7 @@ import numpy as np
 from medclip_jax import files, stored
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.inference.inputs import Item
-from medclip_jax.inference.scored import Loaded, Part, frame_map, joined, top_map
+from medclip_jax.inference.predictor import Loaded, Part, frame_map, joined, top_map
 from medclip_jax.io import dicom_write, map_write, resize
 
 COLUMNS = (

@@ -9,7 +9,7 @@ from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.evaluation import predictions
 from medclip_jax.explain.boxes import Box
-from medclip_jax.inference import scored
+from medclip_jax.inference import predictor
 from medclip_jax.report import load
 from tests.support.pictures import write_pictures
 
@@ -22,7 +22,7 @@ def test_three_outputs_have_the_same_boxes(tmp_path, fit):
     columns = {name: np.zeros(3) for name in BatchScores._fields}
     scores = BatchScores(**{**columns, "maps": maps})
 
-    pages = scored.part(scores, np.zeros((3, 30, 40), np.uint16), 0, None, fit).frames
+    pages = predictor.part(scores, np.zeros((3, 30, 40), np.uint16), 0, None, fit).frames
     command_line = [
         [Box(*(box[name] for name in Box._fields[:5]), box["area_pixels"]) for box in page["boxes"]]
         for page in pages

@@ -13,7 +13,7 @@ import pytest
 from scipy import ndimage
 
 from medclip_jax.detectors.detector import BatchScores
-from medclip_jax.inference import loading, pipeline, results, scored
+from medclip_jax.inference import loading, pipeline, predictor, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.io import map_write
 from medclip_jax.io.image import Frames
@@ -51,17 +51,17 @@ def test_results_of_parts_are_those_of_the_whole():
     columns = maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps
     scores = BatchScores(*columns, *[maps[:, 0]] * 4)
     codes = [np.zeros((4, 50, 30), np.uint16) for _ in range(2)]
-    whole = scored.part(scores, codes[0], 0, (0.5, 0.25), "pad")
+    whole = predictor.part(scores, codes[0], 0, (0.5, 0.25), "pad")
     parts = []
     for a, b in ((0, 1), (1, 4)):
         some = BatchScores(*(column[a:b] for column in scores))
-        parts += scored.part(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
+        parts += predictor.part(some, codes[1][a:b], a, (0.5, 0.25), "pad").frames
     assert parts == whole.frames and np.array_equal(*codes)
     assert [f["frame"] for f in whole.frames] == [0, 1, 2, 3]
     box = max((b for f in whole.frames for b in f["boxes"]), key=lambda b: b["area_pixels"])
     assert box["area_mm2"] == box["area_pixels"] * 0.125
-    frame = scored.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
-    assert np.array_equal(codes[0][2] >= scored.HALF, frame >= 0.5)
+    frame = predictor.frame_map(maps[2].astype(np.float16), (50, 30), "pad")
+    assert np.array_equal(codes[0][2] >= predictor.HALF, frame >= 0.5)
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3), (1, 1), (1, 7, 3), (300, 2)])
@@ -115,8 +115,8 @@ def result(tmp_path):
     scores = BatchScores(*columns, *[maps[:, 0]] * 4)._replace(passes=maps[:, 0, :1])
     pixels, codes = np.zeros((1, 50, 30), np.float32), np.zeros((1, 50, 30), np.uint16)
     frames = Frames(pixels.shape, lambda first, end: pixels[first:end], None, {}, "", 0)
-    part = scored.part(scores, codes, 0, None, "pad")
-    loaded = scored.Loaded("k", "0" * 64, frames, None, codes, True)
+    part = predictor.part(scores, codes, 0, None, "pad")
+    loaded = predictor.Loaded("k", "0" * 64, frames, None, codes, True)
     privacy = results.Privacy()
     results.write(tmp_path, item, loaded, [part], "pad", {}, privacy, lambda _: None)
     return tmp_path, item
