@@ -19,16 +19,38 @@ from tests.support.runs import META
 EPISODES = (*META, "--config.learner=fomaml")  # each process compiles, and the exact step is slow
 
 
-def start(world, workdir: Path, *more: str) -> list[subprocess.Popen]:
+TOY = """
+from medclip_jax import main, train
+from medclip_jax.distributed import sharding
+from medclip_jax.features import training_pool
+from medclip_jax.training import loop, step
+from tests.support import toy
+
+def run(fields, workdir, **_):
+    many = 10**6
+    loop.fit(
+        toy.toy_params(8), {}, [toy.planted_pool(4, 8, 8, 1, 4)], training_pool.folds(4, 2),
+        loss=toy.toy_loss, optimizer=loop.adam(0.05), learner=step.Learner("joint"),
+        schedule=loop.Schedule(many, 0, 4, 3, 2, many, 0), workdir=workdir, mesh=sharding.mesh(),
+    )
+
+train.run = run  # all around it is as a user gets it
+main.cli()
+"""
+
+
+def start(
+    world, workdir: Path, *more: str, program=("-m", "medclip_jax.main")
+) -> list[subprocess.Popen]:
     """The same command in two processes that find one another on loopback."""
     port = free_port()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
     def one(i):
         address = f"--config.distributed=localhost:{port},{i}/2"
-        flags = world.flags(workdir, *EPISODES, *more, address)
+        flags = world.flags(workdir, *more, address)
         return subprocess.Popen(
-            [sys.executable, "-m", "medclip_jax.main", *flags],
+            [sys.executable, *program, *flags],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -57,9 +79,9 @@ def test_two_processes_equal_one(world, tmp_path):
     """
     one, two = tmp_path / "one", tmp_path / "two"
     caches = {p.name: f"--config.cache={tmp_path}/cache-{p.name}" for p in (one, two)}
-    more = ("--config.steps=4", "--config.explanation.count=2")
+    more = (*EPISODES, "--config.steps=4", "--config.explanation.count=2")
     running = start(world, two, *more, caches["two"])
-    assert world.main(one, *EPISODES, *more, caches["one"]) == 0
+    assert world.main(one, *more, caches["one"]) == 0
     codes = ended(running)
     assert all(code == 0 for code, _ in codes), codes
 
@@ -85,8 +107,8 @@ def test_two_processes_equal_one(world, tmp_path):
 
 
 def trains(world, workdir: Path) -> list[subprocess.Popen]:
-    """Two processes that have logged some steps of many."""
-    running = start(world, workdir, "--config.steps=100000")
+    """Two processes that have logged some of many steps of a loss of four numbers."""
+    running = start(world, workdir, program=("-c", TOY))
     log, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
     while not (log.is_file() and log.read_bytes().count(b"\n") > 1):
         if time.monotonic() > deadline or running[0].poll() is not None:
