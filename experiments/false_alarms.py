@@ -118,8 +118,8 @@ def main() -> None:
     for branches, correlation, kind, k in itertools.product(
         (2, 3), (0.0, 0.5), KINDS, (4, 8, 16, 32)
     ):
-        r = image_rate(kind, k, branches, correlation, args.draws)
-        others = " | ".join(f"{x:.3f}" for x in r.others.values())
+        rate, seen, error, ways = image_rate(kind, k, branches, correlation, args.draws)
+        others = " | ".join(f"{x:.3f}" for x in ways.values())
         print(f"| {kind} | {branches} | {correlation} | {k} | {rate:.3f} | {seen:.3f} "
               f"± {error:.3f} | {others} |", flush=True)  # fmt: skip
     print("\n| pixels | branches | shift | K | asked | expected (or bound) | observed |\n"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import trained
+from medclip_jax import build_detector
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ from medclip_jax.inference import adapt as inference_adapt
 from medclip_jax.inference import inputs, predictor
 from medclip_jax.inference import predict as inference_predict
 from medclip_jax.io import read as io_read
-from medclip_jax.io.resize import pixel_area
+from medclip_jax.io.read import pixel_area
 
 
 class Prediction(NamedTuple):
@@ -43,7 +43,7 @@ class Scorer:
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir).expanduser()
         self.adapted = False  # to another site than the workdir's
-        self._predictor = trained.load_predictor(self.workdir)
+        self._predictor = build_detector.load_predictor(self.workdir)
         self._start: inference_adapt.Start | None = None  # what `adapt` starts from, compiled once
 
     def predict(self, images: Iterable) -> list[Prediction]:
@@ -87,7 +87,7 @@ class Scorer:
         that cannot be read.
         """
         if self._start is None:
-            self._start = trained.load_start(self.workdir)
+            self._start = build_detector.load_start(self.workdir)
         ready = inference_adapt.adapt(self._start, [Path(i) for i in images])
         again = copy(self)
         again.adapted = True

@@ -184,18 +184,18 @@ def use(args: flags.FlagValues, folder: Path) -> None:
     """Predict with, or export, a trained workdir."""
     log_devices()
     output = Path(args.output).expanduser()
-    from medclip_jax import trained
+    from medclip_jax import build_detector
 
     if args.mode == "export":
         from medclip_jax.inference import export
 
-        size = export.save(trained.load_predictor(folder), output)
+        size = export.save(build_detector.load_predictor(folder), output)
         logging.info("%s: %.1f MB", output, size / 1e6)
         return
     from medclip_jax.inference import inputs, predict
 
     items = inputs.find(args.input, args.follow_links, nameless=args.pseudonymise)
-    predictor = trained.load_predictor(folder)
+    predictor = build_detector.load_predictor(folder)
     options = (args.part, args.pseudonymise, args.cam, args.keep_burned_in)
     summary = predict.run(predictor, items, output, *options)
     logging.info(

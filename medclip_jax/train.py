@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from medclip_jax import __version__, build, build_detector, stored, trained
+from medclip_jax import __version__, build, build_detector, stored
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.detectors import saved
@@ -130,7 +130,7 @@ def encode(prepared: Prepared) -> Encoded:
     """Images and synthetic variants through the image encoder, once ever; opens what was kept."""
     c, clip, split, others, *_, mesh = prepared
     teach = c.teacher and c.steps
-    teacher = trained.load_teacher(c, clip, split.test) if teach else None
+    teacher = build_detector.load_teacher(c, clip, split.test) if teach else None
     return Encoded(*build.encode(c, clip, split, others, mesh, teacher))
 
 

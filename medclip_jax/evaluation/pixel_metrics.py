@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from medclip_jax.evaluation import metrics
 from medclip_jax.evaluation.metrics import MetricError
-from medclip_jax.io import resize
+from medclip_jax.io import read
 
 BINS = 2**20  # of all images together; 24 MB
 IMAGE_BINS = 512  # of one image's histogram, for the bootstrap; 0.5 is an edge
@@ -145,7 +145,7 @@ def pointing(
         chances.append(mask.mean())
         each = {"map": heat}
         if cams is not None:
-            each["grad_cam"] = resize.to_square(cams[i : i + 1], len(mask))[0]
+            each["grad_cam"] = read.to_square(cams[i : i + 1], len(mask))[0]
         for name, values in each.items():
             hits[name].append(mask[values == values.max()].mean() if values.max() > 0 else 0.0)
             empty[name] += int(values.max() <= 0)

@@ -19,7 +19,7 @@ from medclip_jax.data import splits
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.explain import boxes
-from medclip_jax.io import read, resize
+from medclip_jax.io import read
 
 SIDE = 256  # pixels of the longer side of a copy, in the aspect of the original
 MAP_SIDE = 128  # of maps, which are smooth
@@ -150,7 +150,7 @@ def _one(record: Record, map, patches, fit: read.Mode):
     if record.masks:
         lesion = read.read_mask(record.masks, frame, record.path)
         mask = small(PIL.Image.fromarray(lesion.astype(np.uint8) * 255), "PNG")
-    squares = [x if x is None else resize.to_square(x[None], MAP_SIDE)[0] for x in patches]
+    squares = [x if x is None else read.to_square(x[None], MAP_SIDE)[0] for x in patches]
     sides = small_size(*frame, MAP_SIDE)
     greys = [b"" if x is None else grey(read.to_frame(x, *sides, fit)) for x in (map, *squares)]
     marked = boxes.boxes_of(read.to_frame(map, *frame, fit))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.detector import Detector
 from medclip_jax.errors import UserError
-from medclip_jax.io import resize
+from medclip_jax.io import read
 from medclip_jax.models import similarity
 
 LEAST_TOP = 0.05  # a smaller share of the patches would explain single patches only
@@ -79,7 +79,7 @@ def weigh(
     raw = METHODS[method](np.asarray(features.levels[layer]), slopes)[1]
     finest = max(x.shape[1] for x in features.levels)
     if raw.shape[1] < finest:
-        raw = resize.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
+        raw = read.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
     return unit(raw).astype(np.float32)
 
 

@@ -25,8 +25,7 @@ from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record, unique
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import batches
-from medclip_jax.io.image import parse_window
-from medclip_jax.io.resize import Mode
+from medclip_jax.io.image import Mode, parse_window
 
 
 class FeatureCache(NamedTuple):

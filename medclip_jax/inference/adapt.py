@@ -1,7 +1,7 @@
 """A new site: a handful of healthy images and meta-trained parameters become a detector.
 
 Nothing is written. The first call of a number of images compiles; later ones are quick.
-`trained.load_start` reads what it starts from.
+`build_detector.load_start` reads what it starts from.
 """
 
 import hashlib

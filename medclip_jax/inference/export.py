@@ -187,7 +187,7 @@ def save(predictor: Any, path: str | Path) -> int:
 
 
 def fit(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """Into the encoder frame as io.resize.fit does, without Pillow: antialiased bilinear.
+    """Into the encoder frame as io.read.fit does, without Pillow: antialiased bilinear.
 
     Raises ValueError for what is not a finite [h, w].
     """

@@ -21,7 +21,7 @@ from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Loaded, Predictor
 from medclip_jax.io import dicom, dicom_header, nifti_header, pillow, read
 from medclip_jax.io.image import Frames, parse_window
-from medclip_jax.io.resize import pixel_area
+from medclip_jax.io.read import pixel_area
 
 LARGE_IMAGE = 12_000_000  # pixels; larger ones are decoded, and drawn, one after another
 PER_PIXEL = 16  # bytes of one frame while it is decoded, scored and drawn

@@ -1,7 +1,7 @@
 """A trained workdir, loaded: images in the encoder frame -> calibrated scores and maps.
 
-`trained.load_predictor` makes one. Also one item between reading and its files: frames, maps,
-boxes, as host values only.
+`build_detector.load_predictor` makes one. Also one item between reading and its files: frames,
+maps, boxes, as host values only.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ from medclip_jax.detectors.detector import BatchScores, Detector, Raw, finish, r
 from medclip_jax.explain import boxes, grad_cam
 from medclip_jax.features import cache, encoder
 from medclip_jax.io import read as io_read
-from medclip_jax.io import resize
 from medclip_jax.io.image import Frames
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
@@ -130,7 +129,7 @@ def part(
     codes: UInt16[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"],
     first: int,
     spacing: tuple[float, float] | None,
-    fit: resize.Mode,
+    fit: io_read.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
     keep_maps: bool = True,
 ) -> Part:
@@ -168,11 +167,11 @@ def _encode(heat: Float[np.ndarray, "h w"], codes: UInt16[np.ndarray, "h w"]) ->
 
 
 def frame_map(
-    small: Float[np.ndarray, "s s"], shape: tuple[int, ...], fit: resize.Mode
+    small: Float[np.ndarray, "s s"], shape: tuple[int, ...], fit: io_read.Mode
 ) -> Float[np.ndarray, "h w"]:
     """A map in the image's own frame (rows, columns), [0, 1]; 0.5 is the pixel threshold."""
     height, width = shape
-    return resize.to_frame(small.astype(np.float32), height, width, fit)
+    return io_read.to_frame(small.astype(np.float32), height, width, fit)
 
 
 def _frame(scores: BatchScores, i: int, number: int, heat, spacing) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from medclip_jax import files, stored
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Loaded, Part, frame_map, joined, top_map
-from medclip_jax.io import dicom_write, map_write, resize
+from medclip_jax.io import dicom_write, map_write, read
 
 COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
@@ -43,7 +43,7 @@ def write(
     item: Item,
     loaded: Loaded,
     parts: Sequence[Part],
-    fit: resize.Mode,
+    fit: read.Mode,
     model: dict[str, Any],
     privacy: Privacy,
     build: dicom_write.Build,
@@ -133,12 +133,12 @@ def _name_files(frames: list[dict], item: Item, objects: dicom_write.DicomObject
         frame["sop_instance_uid"] = (item.uids[file] if item.uids else "") or None
 
 
-def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: resize.Mode) -> dict[str, Any]:
+def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: read.Mode) -> dict[str, Any]:
     """Grad-CAM over the top frame, where it was asked for."""
     if parts[0].cams is None or not parts[0].cams.size:
         return {}
     cam = np.concatenate([part.cams for part in parts])[top : top + 1]
-    heat = frame_map(resize.to_square(cam, CAM_SIDE)[0], pixels.shape, fit)
+    heat = frame_map(read.to_square(cam, CAM_SIDE)[0], pixels.shape, fit)
     return {"cam.png": map_write.draw_overlay(pixels, heat, [])}
 
 

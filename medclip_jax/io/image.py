@@ -3,12 +3,14 @@
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from medclip_jax.errors import ConfigError, DataError
+
+Mode = Literal["stretch", "pad"]  # how an image is brought to the encoder's square
 
 
 class Image(NamedTuple):

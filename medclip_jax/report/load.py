@@ -10,7 +10,7 @@ import numpy as np
 from medclip_jax import config, files, stored
 from medclip_jax.errors import WorkdirError, one_line, printable
 from medclip_jax.explain.boxes import Box
-from medclip_jax.training.metrics_log import read_steps
+from medclip_jax.training.checkpoints import read_steps
 
 COLUMNS = ("id", "label", "score", "p_value", "uncertainty")
 FILES = {  # of a Picture -> of predictions.npz

@@ -24,7 +24,7 @@ BATCH = 16  # images per call of the teacher's encoder
 
 
 class Teacher(NamedTuple):
-    """A trained model that gives patch logits (trained.load_teacher)."""
+    """A trained model that gives patch logits (build_detector.load_teacher)."""
 
     size: int  # pixels per side of its frame
     recipe: tuple[str, ...]  # of preprocessing.STEPS

@@ -15,7 +15,7 @@ from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.training import checkpoints, episodes, maml, validation
 from medclip_jax.training import step as training_step
-from medclip_jax.training.metrics_log import MetricsLog
+from medclip_jax.training.checkpoints import MetricsLog
 from medclip_jax.training.step import start
 
 LOG_EVERY = 10  # steps

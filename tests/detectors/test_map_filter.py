@@ -12,7 +12,7 @@ from medclip_jax import config
 from medclip_jax.detectors import anomaly_maps, calibration, detector, saved
 from medclip_jax.detectors.anomaly_maps import least_pixels
 from medclip_jax.features import cache
-from medclip_jax.io import read, resize
+from medclip_jax.io import read
 from medclip_jax.io.image import Image
 from medclip_jax.models import similarity
 from tests.support.pictures import write_pictures
@@ -77,8 +77,8 @@ def test_the_area_is_in_square_millimetres_where_the_spacing_is_known():
 @pytest.mark.parametrize("fit, wanted", [("stretch", 0.5 * 30 / 60 * 0.2), ("pad", 0.5 * 0.2)])
 def test_a_pixel_of_the_frame_covers_what_it_covered(fit, wanted):
     """An image of 30 x 60 pixels of 0.5 x 0.2 mm in a frame of 60."""
-    assert resize.pixel_area((0.5, 0.2), (30, 60), 60, fit) == pytest.approx(wanted)
-    assert resize.pixel_area(None, (30, 60), 60, fit) is None
+    assert read.pixel_area((0.5, 0.2), (30, 60), 60, fit) == pytest.approx(wanted)
+    assert read.pixel_area(None, (30, 60), 60, fit) is None
 
 
 def test_areas_read_the_images(tmp_path, monkeypatch):

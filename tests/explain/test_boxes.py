@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from medclip_jax.explain import grad_cam
 from medclip_jax.explain.boxes import MOST, SMALLEST, Box, boxes_of
-from medclip_jax.io import resize
+from medclip_jax.io import read
 
 
 def test_components_give_their_frames_largest_scores_and_areas():
@@ -77,6 +77,6 @@ def test_maps_without_anything_positive_are_zero():
 
 
 def test_resizing_has_pixel_centres_at_halves():
-    row = resize.to_square(np.array([[0.0, 1, 0, 1]]), 4)[0, 0]
+    row = read.to_square(np.array([[0.0, 1, 0, 1]]), 4)[0, 0]
     np.testing.assert_allclose(row, [0, 0.25, 0.75, 1])
-    np.testing.assert_allclose(resize.to_square(np.array([[0.7]]), 3), np.full((1, 3, 3), 0.7))
+    np.testing.assert_allclose(read.to_square(np.array([[0.7]]), 3), np.full((1, 3, 3), 0.7))

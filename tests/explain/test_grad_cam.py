@@ -13,7 +13,7 @@ from medclip_jax.clip.layers import Features
 from medclip_jax.detectors import memory_bank
 from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.explain import grad_cam
-from medclip_jax.io import resize
+from medclip_jax.io import read
 from medclip_jax.models import model, similarity
 from tests.support.models import design_of, tokens
 from tests.support.paths import REFERENCE
@@ -85,7 +85,7 @@ def meets(ref, stem, method, a, g):
     np.testing.assert_allclose(small, ref[f"{stem}_norm14"].reshape(raw.shape), atol=1e-4)
     if f"{stem}_final" in ref:
         wanted = ref[f"{stem}_final"]
-        final = grad_cam.unit(resize.to_square(small, 224))[: len(wanted)]
+        final = grad_cam.unit(read.to_square(small, 224))[: len(wanted)]
         np.testing.assert_allclose(final, wanted, atol=1e-4)
 
 
@@ -175,7 +175,7 @@ def test_cams_of_a_resnet_meet_on_the_finest_grid(method):
     for layer, (a, way) in enumerate(zip(levels, ways, strict=True)):
         # every cell counts the same in the mean of all patches
         raw = grad_cam.METHODS[method](a, np.broadcast_to(way / a.shape[1], a.shape))[1]
-        wanted = grad_cam.unit(resize.to_square(raw, 8).reshape(2, 64))
+        wanted = grad_cam.unit(read.to_square(raw, 8).reshape(2, 64))
         cam = grad_cam.cam(detector_of(patches), features, method=method, layer=layer, top=1.0)
         assert cam.shape == (2, 64) and cam.std() > 0.05
         np.testing.assert_allclose(cam, wanted, atol=2e-3)

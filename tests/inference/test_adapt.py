@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import build, config, trained
+from medclip_jax import build, build_detector, config
 from medclip_jax.detectors import calibration, detector
 from medclip_jax.errors import ConfigError, WorkdirError
 from medclip_jax.inference import adapt
@@ -23,7 +23,7 @@ def started(tiny, **fields) -> adapt.Start:
     c = settings(**fields)
     design, frozen = build.model_parts(c, tiny)
     params = model.init(jax.random.key(0), model=tiny, design=design, context=2, shared=False)
-    return trained.site_start(c, tiny, design, frozen, params)
+    return build_detector.site_start(c, tiny, design, frozen, params)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_what_cannot_be_adapted_is_refused(tiny, images, tmp_path):
     with pytest.raises(ConfigError, match="1 images to adapt to: give 2 or more"):
         adapt.adapt(started(tiny), images[:1])
     with pytest.raises(WorkdirError, match="holds no run"):
-        trained.load_start(tmp_path / "nothing")
+        build_detector.load_start(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(settings(learner="joint").to_json_best_effort())
     with pytest.raises(ConfigError, match="learned jointly"):
-        trained.load_start(tmp_path)
+        build_detector.load_start(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import medclip_jax
-from medclip_jax import trained
+from medclip_jax import build_detector
 from medclip_jax.errors import CheckpointError, DataError, WorkdirError
 from medclip_jax.inference import export, predictor
 from medclip_jax.io import read
@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 @pytest.fixture(scope="module")
 def exported(whole, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("export") / "scorer.medclip"
-    assert export.save(trained.load_predictor(whole), path) == path.stat().st_size
+    assert export.save(build_detector.load_predictor(whole), path) == path.stat().st_size
     return path
 
 
@@ -27,7 +27,7 @@ IMAGES = [np.random.default_rng(i).random((40 + 7 * i, 90 - i)).astype("float32"
 
 
 def test_it_equals_the_scorer_in_the_process(whole, exported):
-    model = trained.load_predictor(whole)
+    model = build_detector.load_predictor(whole)
     frames = np.stack([read.fit(x, model.size) for x in IMAGES])
     mine, theirs = predictor.score(model, frames), export.load(exported)(IMAGES)
     for name in theirs._fields:
@@ -93,7 +93,7 @@ def test_a_spoilt_scorer_is_refused(whole, tmp_path):
     raw[-1] ^= 1
     (tmp_path / "scorer.safetensors").write_bytes(raw)
     with pytest.raises(WorkdirError, match="is damaged"):
-        trained.load_predictor(tmp_path)
+        build_detector.load_predictor(tmp_path)
     (tmp_path / "scorer.safetensors").unlink()
     with pytest.raises(WorkdirError, match="holds no trained detector"):
-        trained.load_predictor(tmp_path)
+        build_detector.load_predictor(tmp_path)

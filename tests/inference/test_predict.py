@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import medclip_jax
-from medclip_jax import main, trained
+from medclip_jax import build_detector, main
 from medclip_jax.inference import inputs, predictor
 from medclip_jax.io import read
 from tests.support.paths import ROOT
@@ -28,7 +28,7 @@ def data(world) -> Path:
 def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     """From the workdir alone, against what training wrote for the same images."""
     held = predictions(whole)
-    model = trained.load_predictor(whole)
+    model = build_detector.load_predictor(whole)
     size = model.size
     images = [read.fit(read.read(data / i).pixels[0], size) for i in held["id"]]
     got = predictor.score(model, np.stack(images))

@@ -63,8 +63,8 @@ def trained(base: Path) -> Path:
 
 def run(cases: int, seed: int, base: Path, workdir: Path) -> dict:
     """Raises whatever prediction raises, AssertionError if a file is in neither table."""
+    from medclip_jax.build_detector import load_predictor
     from medclip_jax.inference import inputs, predict
-    from medclip_jax.trained import load_predictor
 
     scans, output = base / "scans", base / "out"
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import medclip_jax
-from medclip_jax import trained
+from medclip_jax import build_detector
 from medclip_jax.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -51,7 +51,7 @@ def test_an_adapted_scorer_is_of_the_new_site(desk, monkeypatch):
     assert after.score != before.score and after.uncertainty == 0
     assert after.p_value in (pytest.approx(1 / 3), pytest.approx(2 / 3), 1)  # of two images
     assert scorer.predict([desk / "scan.png"])[0].score == before.score
-    monkeypatch.setattr(trained, "load_start", None)  # loaded and compiled once
+    monkeypatch.setattr(build_detector, "load_start", None)  # loaded and compiled once
     (again,) = adapted.adapt(healthy).predict([desk / "scan.png"])
     assert again.score == after.score  # from the meta-trained params, not from the adapted one
     with pytest.raises(ConfigError, match="in memory alone"):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from medclip_jax import main, stored, trained
+from medclip_jax import build_detector, main, stored
 from medclip_jax.detectors import saved
 from medclip_jax.errors import UserError
 from medclip_jax.report import load
@@ -96,7 +96,7 @@ def test_a_test_set_of_one_class_leaves_a_detector(world, tmp_path, kind):
         shutil.rmtree(data / "ground_truth", ignore_errors=True)
     metrics = world._replace(data=data).train(workdir)
     assert metrics["image"]["auroc"] is None and 0 <= metrics["image"]["accuracy"] <= 1
-    assert trained.load_predictor(workdir).calibration.k == 4
+    assert build_detector.load_predictor(workdir).calibration.k == 4
 
 
 def test_names_with_control_characters_stay_text(capsys):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax import build, config, trained
+from medclip_jax import build, build_detector, config
 from medclip_jax.clip import checkpoint, layers
 from medclip_jax.data import augmentation
 from medclip_jax.detectors import prompt_detector, saved
@@ -131,6 +131,6 @@ def test_a_whole_run_learns_it_and_its_scorer_reads_alike(world, tmp_path):
     assert world.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
     held = saved.read(run)
     assert all(q["gate"] != 0 for q in prompt_detector.learned(held.params)[0]["refine"])
-    ready = trained.load_predictor(run)
+    ready = build_detector.load_predictor(run)
     got = predictor.score(ready, np.random.default_rng(0).random((2, 32, 32), np.float32))
     assert np.isfinite(got.score).all() and got.maps.shape == (2, 32, 32)

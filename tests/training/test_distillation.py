@@ -12,7 +12,7 @@ from medclip_jax.errors import ConfigError
 from medclip_jax.features import encoder, training_pool
 from medclip_jax.models import losses
 from medclip_jax.training import distillation
-from medclip_jax.training.metrics_log import read_steps
+from medclip_jax.training.checkpoints import read_steps
 from tests.support.pictures import opened
 from tests.support.reference import reference_params
 

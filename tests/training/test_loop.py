@@ -11,7 +11,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.errors import CheckpointError, Preempted
 from medclip_jax.features import training_pool
 from medclip_jax.training import loop
-from medclip_jax.training.metrics_log import MetricsLog
+from medclip_jax.training.checkpoints import MetricsLog
 from medclip_jax.training.step import Learner
 from tests.support.toy import toy_loss, toy_params
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.errors import WorkdirError
-from medclip_jax.training.metrics_log import MetricsLog, read_steps
+from medclip_jax.training.checkpoints import MetricsLog, read_steps
 
 
 def log(workdir, steps, **options):
