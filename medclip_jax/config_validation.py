@@ -1,9 +1,12 @@
 """Which values and combinations of configuration fields can be used; other code trusts them."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 from medclip_jax.errors import ConfigError
+
+Rules = Iterator[tuple[Any, str]]  # whether a combination cannot be used, and the message
 
 METHODS = ("ours", "paper", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED_METHODS = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing is trained
@@ -98,7 +101,7 @@ def map_filter(c: Any) -> dict[str, float]:
     return settings("score.map_filter", c.score.map_filter, MAP_FILTER)
 
 
-def cluster(text: str, field: str = "distributed") -> dict[str, Any] | None:
+def cluster(text: str) -> dict[str, Any] | None:
     """HOST:PORT,PROCESS/PROCESSES -> coordinator, process, processes; None for "", {} for auto.
 
     Raises:
@@ -113,13 +116,10 @@ def cluster(text: str, field: str = "distributed") -> dict[str, Any] | None:
     port = coordinator.rpartition(":")[2]
     if ":" in coordinator and all(x.isascii() and x.isdigit() for x in (port, process, processes)):
         if int(process) < int(processes):
-            return {
-                "coordinator": coordinator,
-                "process": int(process),
-                "processes": int(processes),
-            }
+            numbers = {"process": int(process), "processes": int(processes)}
+            return {"coordinator": coordinator, **numbers}
     raise ConfigError(
-        f"config.{field} is {text!r}: give auto, or HOST:PORT,PROCESS/PROCESSES such as "
+        f"config.distributed is {text!r}: give auto, or HOST:PORT,PROCESS/PROCESSES such as "
         "localhost:9876,0/2 with processes counted from 0"
     )
 
@@ -135,78 +135,76 @@ def check(c: Any) -> None:
         _in_range(name, _field(c, name), limits)
     augment(c)
     cluster(c.distributed)
-    if c.k == 0 and c.method != "zero_shot":
-        raise ConfigError(f"config.k is 0, but method {c.method} needs an image: give k=1 or more")
-    branches = set(c.branches)
-    plain = len(branches & {"zero_shot", "zero_shot_image"})
-    if branches - set(BRANCHES) or not branches - {"zero_shot_image"} or plain > 1:
-        raise ConfigError(
-            f"config.branches is {tuple(c.branches)}: give any of {', '.join(BRANCHES)}; "
-            "zero_shot_image speaks for the image score alone and needs another branch, "
-            "not zero_shot"
-        )
-    if c.meta.shots == 1:
-        raise ConfigError("config.meta.shots is 1: give 2 or more, one clean and one altered row")
-    check_map_filter(c)
-    check_tiles(c)
-
-
-def check_map_filter(c: Any) -> None:
-    """Raise ConfigError for steps of the map filter that cannot be used together."""
-    steps = map_filter(c)
-    if steps.get("median", 1) % 2 != 1:
-        raise ConfigError(
-            f"config.score.map_filter has median={steps['median']:g}: give an odd number"
-        )
-    ceiling, least = steps.get("ceiling", 1), 1 - c.calibration.pixel_rate
-    if ceiling <= least:
-        raise ConfigError(
-            f"config.score.map_filter has ceiling={ceiling:g}, so that no pixel could be abnormal: "
-            f"give more than 1 - config.calibration.pixel_rate, {least:g}"
-        )
-    if c.k == 0 and ceiling < 1:
-        raise ConfigError(
-            "config.score.map_filter has a ceiling, a quantile of the supports, and config.k is 0: "
-            "give k=1 or more, or leave it out"
-        )
-
-
-def check_tiles(c: Any) -> None:
-    """Raise ConfigError where tiles cannot be scored."""
-    if c.score.tiles == 1:
-        return
-    if c.k == 0:
-        raise ConfigError(
-            "config.score.tiles needs supports to standardise on and config.k is 0: "
-            "give k=1 or more, or tiles=1"
-        )
-    if c.model.refine:
-        raise ConfigError("config.score.tiles and model.refine exclude each other: give tiles=1")
-    if c.method in PIXEL_METHODS:
-        raise ConfigError(f"config.score.tiles is not for method {c.method}: give tiles=1")
+    _refuse(_combinations(c))
 
 
 def check_learned(c: Any) -> None:
     """Raise ConfigError if what is on lacks what it needs. c: with resolved steps."""
-    if c.model.language_tuned and not c.model.language:
-        raise ConfigError(
-            "config.model.language_tuned is on and there is no adapter to tune: give "
-            "config.model.language, such as fresh"
+    _refuse(_needs(c))
+
+
+def _combinations(c: Any) -> Rules:
+    branches, plain = set(c.branches), {"zero_shot", "zero_shot_image"}
+    yield (
+        c.k == 0 and c.method != "zero_shot",
+        f"k is 0, but method {c.method} needs an image: give k=1 or more",
+    )
+    yield (
+        not branches <= set(BRANCHES) or branches <= {"zero_shot_image"} or plain <= branches,
+        f"branches is {tuple(c.branches)}: give any of {', '.join(BRANCHES)}; "
+        "zero_shot_image speaks for the image score alone and needs another branch, not zero_shot",
+    )
+    yield c.meta.shots == 1, "meta.shots is 1: give 2 or more, one clean and one altered row"
+    steps, least = map_filter(c), 1 - c.calibration.pixel_rate
+    median, ceiling = steps.get("median", 1), steps.get("ceiling", 1)
+    yield median % 2 != 1, f"score.map_filter has median={median:g}: give an odd number"
+    yield (
+        ceiling <= least,
+        f"score.map_filter has ceiling={ceiling:g}, so that no pixel could be abnormal: "
+        f"give more than 1 - config.calibration.pixel_rate, {least:g}",
+    )
+    yield (
+        c.k == 0 and ceiling < 1,
+        "score.map_filter has a ceiling, a quantile of the supports, and config.k is 0: "
+        "give k=1 or more, or leave it out",
+    )
+    if c.score.tiles > 1:
+        yield (
+            c.k == 0,
+            "score.tiles needs supports to standardise on and config.k is 0: "
+            "give k=1 or more, or tiles=1",
         )
-    if c.steps and c.loss.simclr and not augment(c):
-        raise ConfigError(
-            f"config.loss.simclr is {c.loss.simclr} and nothing augments the supports: give "
-            "config.augment, such as rotate=10, or simclr 0"
-        )
-    if c.teacher and c.meta.data:
-        raise ConfigError(
-            "config.teacher teaches the target's images alone: leave config.meta.data empty"
-        )
-    if c.tensorboard and c.steps and find_spec("tensorboardX") is None:
-        raise ConfigError(
-            "config.tensorboard is on and tensorboardX is not installed: "
-            "pip install 'medclip-jax[tensorboard]' or turn it off."
-        )
+        yield c.model.refine, "score.tiles and model.refine exclude each other: give tiles=1"
+        unfit = c.method in PIXEL_METHODS
+        yield unfit, f"score.tiles is not for method {c.method}: give tiles=1"
+
+
+def _needs(c: Any) -> Rules:
+    yield (
+        c.model.language_tuned and not c.model.language,
+        "model.language_tuned is on and there is no adapter to tune: give "
+        "config.model.language, such as fresh",
+    )
+    yield (
+        c.steps and c.loss.simclr and not augment(c),
+        f"loss.simclr is {c.loss.simclr} and nothing augments the supports: give "
+        "config.augment, such as rotate=10, or simclr 0",
+    )
+    yield (
+        c.teacher and c.meta.data,
+        "teacher teaches the target's images alone: leave config.meta.data empty",
+    )
+    yield (
+        c.tensorboard and c.steps and find_spec("tensorboardX") is None,
+        "tensorboard is on and tensorboardX is not installed: "
+        "pip install 'medclip-jax[tensorboard]' or turn it off.",
+    )
+
+
+def _refuse(rules: Rules) -> None:
+    for applies, message in rules:
+        if applies:
+            raise ConfigError(f"config.{message}")
 
 
 def _field(c: Any, name: str) -> Any:

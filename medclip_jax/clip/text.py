@@ -97,14 +97,10 @@ def encode_text(
     encoder: nn.Module,
     causal: bool = True,
 ) -> Float[Array, "c j"]:
-    """Prompt embeddings in the joint space, not normalised.
+    """Prompt embeddings in the joint space, not normalised; context fills the slots (equation 4).
 
-    Args:
-        text: parameters of the text encoder.
-        context: fills the slots of `prompts` (equation 4).
-        prompts: tokenised.
-        encoder: TextEncoder, or transformers' own.
-        causal: False is MediCLIP's unmasked encoder, which also sees the padding.
+    encoder: TextEncoder, or transformers' own, of the parameters `text`.
+    causal: False is MediCLIP's unmasked encoder, which also sees the padding.
     """
     end = int(np.max(prompts.eos)) + 1 if causal else None
     ids, slots = (jnp.asarray(x)[:, :end] for x in (prompts.ids, prompts.slots))

@@ -31,10 +31,8 @@ def generate(
     """Images in [0, 1] and lesion masks, empty for healthy images.
 
     Args:
-      modality: a key of MODALITIES.
       n: images; image i depends on (modality, seed, i, size) only.
       size: side or (height, width), pixels, at least 32.
-      seed: of all randomness.
       lesion: which images are diseased, or which share of them (then sampled from the seed).
     """
     if modality not in MODALITIES:

@@ -85,8 +85,6 @@ def build(
     Args:
         tokens: as many rows per support as the next, in their order.
         pool: patch values [n, p] -> image scores [n].
-        size: pixels per side of the encoder frame.
-        k: number of supports.
         coreset: share of the patches that is remembered, in (0, 1].
         calibrating: views of a single support, which are compared with it.
     """

@@ -40,10 +40,8 @@ def build(
 
     Args:
         params: [1 + folds, ...]: of all supports, then of those outside each fold.
-        pool: patch values [n, p] -> image scores [n].
         tokens: of what calibrates, as many rows per support as the next, in their order.
         folds: numbers of the supports of each fold; none: the first parameters score `tokens`.
-        k: number of supports.
     """
     apply = scorer(design, pool)
     text = jax.jit(jax.vmap(partial(model.text_features, design=design), (0, None)))(params, frozen)

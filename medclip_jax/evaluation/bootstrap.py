@@ -74,11 +74,10 @@ def pixel(
 def means(
     values: Mapping[str, Float[np.ndarray, " n"]],
     labels: Shaped[np.ndarray, " n"],
-    seed: int = 0,
     groups: Shaped[np.ndarray, " n"] | None = None,
 ) -> Intervals:
     """Intervals of means over images; an image with NaN does not count in that mean."""
-    weights = resample(np.asarray(labels) == 1, ROUNDS, seed, groups).astype(float)
+    weights = resample(np.asarray(labels) == 1, ROUNDS, 0, groups).astype(float)
     resampled = {}
     for name, each in values.items():
         known = np.isfinite(each)

@@ -45,8 +45,6 @@ def score_images(
     """Scores and Grad-CAM of the test set. Labels are not read.
 
     Args:
-        how: Grad-CAM of each image.
-        passes: of MC-dropout.
         folder: on whose disk the maps lie until they are written; None for the temporary folder.
 
     Raises MetricError naming an image whose score or map is not finite.

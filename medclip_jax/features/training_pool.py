@@ -87,8 +87,6 @@ def take(
     """Rows of the pool as a batch on the host, in the shape of `image`.
 
     Args:
-      pool: to read.
-      image: number of each row's image.
       variant: of the image; -1 is the image itself, -2 - c its augmented copy c, both clean.
       views: variants of two views of each row's image, for SimCLR; or none.
     """
@@ -180,11 +178,8 @@ def joint_batch(
     image is itself with probability 1/4, else its next anomalous variant.
 
     Args:
-      step: from 0.
       pool: to read, as a batch on the host with leaves [row, 1 + folds, ...].
       members: images of each params.
-      size: rows per step.
-      seed: of the run.
       rows: which of them are read (this process's share), None for all.
       views: add two augmented views of every row's image, for SimCLR.
     """

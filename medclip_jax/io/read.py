@@ -234,13 +234,9 @@ def to_square(patch: Num[np.ndarray, "n p"], size: int) -> Float[np.ndarray, "n 
 def pixel_area(
     spacing: tuple[float, float] | None, shape: tuple[int, ...], size: int, mode: Mode
 ) -> float | None:
-    """Area in mm² that a pixel of the square covers, None without a spacing.
+    """Area in mm² that a pixel of the square covers, None without a spacing, mm (row, column).
 
-    Args:
-      spacing: of the image, mm (row, column).
-      shape: of the image, (height, width).
-      size: side of the square, pixels.
-      mode: the one `fit` was called with.
+    shape: of the image, (height, width). size, mode: as of `fit`.
     """
     if spacing is None:
         return None

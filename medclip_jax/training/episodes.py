@@ -64,7 +64,6 @@ def sample(
     """Sample the tasks of a step: a function of the arguments alone, whatever the devices.
 
     Args:
-      step: from 0. seed: of the run.
       members: of each dataset, the images (indices into the pool) that may be used.
       kinds: of each image of the pool, the kind of each variant (`check` them once before).
       sizes: kind (probability 1/4 each) and dataset are sampled for each task.

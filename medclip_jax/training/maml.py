@@ -94,9 +94,7 @@ def meta_loss(
     """Mean over tasks of the query loss after adaptation to the support: equation (11).
 
     Args:
-      params: to be adapted, shared by all tasks.
       episodes: (support, query); every leaf has the tasks on axis 0.
-      loss, inner: as in `adapt`.
       valid: False for tasks that only fill the shape: finite, and of no weight.
 
     Returns:

@@ -47,11 +47,7 @@ def validator(
 ) -> Callable[[Any, Any], dict[str, Float[Array, ""]]]:
     """(params [1 + folds, ...], frozen) -> the two numbers.
 
-    Args:
-      pool: of the supports, with variants.
-      folds: of the supports, 2 or more.
-      score: image scores (see `scorer`).
-      mesh: over whose devices params are replicated.
+    pool: of the supports, with variants. folds: of the supports, 2 or more. score: see `scorer`.
     """
     features, role = sharding.replicate(rows(pool, folds), mesh)
 
