@@ -22,7 +22,7 @@ def test_troubleshooting_quotes_ten_messages_of_the_code():
     assert len(quoted) == 10
     ends = [  # what follows the last value in each, as it stands in the code
         *("cannot be read: give one that exists", "(see --help)", "healthy images where K = "),
-        *("replace or remove it", "give a mask drawn on the image itself"),
+        *("replace or remove it", "give a mask drawn on "),
         *("or the settings it began with", "wait until it ends or give another --workdir"),
         *("or use 'compact'", "run --mode train with this workdir"),
         "give files, folders or glob patterns",
