@@ -1,5 +1,6 @@
 """Four fake devices, strict ranks, one cache of compiled programs; fixtures are in `support`."""
 
+import gc
 import os
 import sys
 from functools import cache
@@ -39,6 +40,25 @@ for name, value in SETTINGS.items():
     os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
     jax.config.update(name, value)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Files that take longest start first, so that the workers of `--dist loadfile` end together.
+FIRST = (
+    *("integration/test_end_to_end", "integration/test_processes", "integration/test_methods"),
+    *("synthesis/test_generate", "integration/test_counts", "models/test_text_adapter"),
+    *("training/test_maml_exact", "inference/test_predict_stop", "experiments/test_pretrain"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"{name}.py": i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(str(item.path.relative_to(ROOT / "tests")), len(FIRST)))
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector, which JAX's tracing keeps busy, passes over it."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_a_run_with_a_resnet_ends_in_a_report_and_predicts(world, checkpoint, tm
     assert rows["maps"].shape[1:] == (64, 64) and np.isfinite(rows["maps"]).all()
     assert len(np.unique(rows["score"])) > 6
     assert (tmp_path / "a" / "report.html").is_file()
-    assert predict(tmp_path / "a", tmp_path / "out", world.data) == 0
+    assert predict(tmp_path / "a", tmp_path / "out", world.data / "test" / "good") == 0
 
 
 def test_what_a_resnet_cannot_do_is_said(world, checkpoint, tmp_path, capfd):

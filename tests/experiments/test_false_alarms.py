@@ -1,14 +1,18 @@
 """Thresholds keep what they promise for simulated healthy images of three kinds."""
 
+from functools import partial
+
 import false_alarms
 import numpy as np
 import pytest
 
 from medclip_jax.detectors import calibration
 
+MORE = partial(pytest.param, marks=pytest.mark.slow)  # of the same with other K
+
 
 @pytest.mark.parametrize("kind", false_alarms.KINDS)
-@pytest.mark.parametrize("k, draws", [(4, 600), (8, 300), (16, 100), (32, 50)])
+@pytest.mark.parametrize("k, draws", [(4, 600), MORE(8, 300), MORE(16, 100), (32, 50)])
 def test_fused_scores_keep_the_rate(kind, k, draws):
     """No more than promised, with and without correlation; and not far from it."""
     for branches, correlation in ((2, 0.5), (3, 0.0)):
@@ -34,7 +38,7 @@ def test_single_scores_have_the_rate(kind, k):
 
 
 @pytest.mark.parametrize("kind", false_alarms.KINDS)
-@pytest.mark.parametrize("k, draws", [(4, 40), (8, 25), (32, 10)])
+@pytest.mark.parametrize("k, draws", [(4, 40), MORE(8, 25), (32, 10)])
 def test_pixel_thresholds_keep_their_share(kind, k, draws):
     """One branch: the proven bound, attainable or not. Fused maps: what is to be expected."""
     for rate in (0.02, 0.25):
@@ -43,3 +47,14 @@ def test_pixel_thresholds_keep_their_share(kind, k, draws):
         assert seen < bound + 2 * error
         expected, seen, error = false_alarms.pixel_rate(kind, k, 2, 0.5, draws, rate)
         assert seen < expected + 2 * error
+
+
+def test_the_script_prints_a_row_for_each_case(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["false_alarms", "--draws", "10"])
+    monkeypatch.setattr(false_alarms, "KINDS", ("normal",))
+    monkeypatch.setattr(false_alarms, "image_rate", lambda *_: (0.2, 0.19, 0.01, {"full": 0.2}))
+    monkeypatch.setattr(false_alarms, "pixel_rate", lambda *_, **__: (0.02, 0.018, 0.001))
+    false_alarms.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert "| normal | 2 | 0.0 | 4 | 0.200 | 0.190 ± 0.010 | 0.200 |" in rows
+    assert "| normal | 1 | 0.3 | 4 | 0.02 | 0.020 | 0.0180 ± 0.0010 |" in rows

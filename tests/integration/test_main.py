@@ -175,7 +175,7 @@ def test_spoilt_data_are_named(world, data, tmp_path, capfd, spoil):
 def test_data_that_changed_since_the_run(world, data, tmp_path, capfd):
     """The split of a workdir belongs to the very bytes it was drawn from."""
     memory, root = "k=4,method=memory", f"--config.data.root={data}"
-    assert world.main(tmp_path / "run", root, arguments=memory) == 0
+    assert world.main(tmp_path / "run", root, arguments=memory, report=False) == 0
     capfd.readouterr()
     path = next((data / "test/good").iterdir())
     Image.fromarray(np.full((64, 64), 9, np.uint8)).save(path)
@@ -269,7 +269,7 @@ def test_a_full_disk_while_the_bank_is_written(world, tmp_path, capfd, caplog, m
     assert len(held) == 5 and all(features_cache.is_whole(path) for path in held)
     assert not (tmp_path / "run/metrics.json").exists()
     held[0].write_bytes(held[0].read_bytes()[:100])  # a power cut may do this
-    assert world.main(tmp_path / "run", cache, arguments=arguments) == 0
+    assert world.main(tmp_path / "run", cache, arguments=arguments, report=False) == 0
     assert f"{held[0].name} is damaged and " in caplog.text
     assert all(
         features_cache.is_whole(path) for path in (tmp_path / "cache/feature_cache").rglob("*.*")

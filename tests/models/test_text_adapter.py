@@ -119,9 +119,9 @@ def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, cap
     text_adapter.save(path, random_adapter(clip.joint), clip.digest, {})
     flags = (f"--config.model.language={path}", "--config.model.language_tuned=True")
     flags += ("--config.steps=3", "--config.branches=('learned','zero_shot')")
-    assert world.main(tmp_path / "run", *flags) == 0
+    assert world.main(tmp_path / "run", *flags, report=False) == 0
     assert np.isfinite(predictions(tmp_path / "run")["maps"]).all()
-    assert predict(tmp_path / "run", tmp_path / "out", world.data) == 0
+    assert predict(tmp_path / "run", tmp_path / "out", world.data / "test" / "good") == 0
     with safe_open(tmp_path / "run" / "scorer.safetensors", framework="np") as file:
         moved = file.get_tensor("learned/model/language/up/kernel")
     assert not np.array_equal(moved, random_adapter(clip.joint)["up"]["kernel"])

@@ -128,7 +128,7 @@ def test_the_bank_keeps_inputs_under_a_name_of_their_own(folder, tmp_path, pictu
 
 def test_a_whole_run_learns_it_and_its_scorer_reads_alike(world, tmp_path):
     run = tmp_path / "run"
-    assert world.main(run, "--config.model.refine=True", "--config.steps=20", "--mode=train") == 0
+    world.train(run, model__refine=True, steps=20)
     held = saved.read(run)
     assert all(q["gate"] != 0 for q in prompt_detector.learned(held.params)[0]["refine"])
     ready = build_detector.load_predictor(run)
