@@ -18,7 +18,8 @@ from typing import NamedTuple
 from medclip_jax import errors
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.inference import series, walk
-from medclip_jax.io.map_write import NIFTI_MARK, PNG_MARK
+from medclip_jax.io.nifti import MARK as NIFTI_MARK
+from medclip_jax.io.pillow import MARK as PNG_MARK
 from medclip_jax.io.read import DICOM, NIFTI, PILLOW, is_dicom
 
 NOT_READ = (  # formats of images that people have, too

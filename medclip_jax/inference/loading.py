@@ -19,7 +19,7 @@ from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Loaded, Predictor
-from medclip_jax.io import dicom, dicom_header, nifti_header, pillow, read
+from medclip_jax.io import dicom, dicom_header, nifti_header, read
 from medclip_jax.io.image import Frames, parse_window
 from medclip_jax.io.read import pixel_area
 
@@ -145,7 +145,7 @@ def fit(predictor: Predictor, job: Job, number: int) -> Float[np.ndarray, "s s"]
 def _pixels(item: Item) -> int:
     """What the header of an image says; 0 where it cannot be read, of which reading says why."""
     try:
-        return pillow.pixels_of(Path(item.paths[0])) if item.kind == "image" else 0
+        return read.pixels_of(Path(item.paths[0])) if item.kind == "image" else 0
     except Exception as error:  # a decoder fed hostile bytes may throw anything
         logging.debug("no size of %s (%s)", item.source, type(error).__name__)
         return 0

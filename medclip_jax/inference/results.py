@@ -20,7 +20,7 @@ from medclip_jax import files, stored
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Loaded, Part, frame_map, joined, top_map
-from medclip_jax.io import dicom_write, map_write, read
+from medclip_jax.io import dicom_write, nifti, pillow, read
 
 COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
@@ -63,20 +63,20 @@ def write(
     top = int(np.argmax((scores := joined(parts)).score))
     pixels = loaded.shown(top)
     heat = frame_map(top_map(parts, top), pixels.shape, fit)
-    overlay = map_write.draw_overlay(pixels, heat, frames[top]["boxes"])
+    overlay = pillow.draw_overlay(pixels, heat, frames[top]["boxes"])
     pictures = {"overlay.png": overlay} | _cam_picture(parts, top, pixels, fit)
     contents = _maps(loaded, scores, parts)
     names: dict[str, str] = {}
     if item.kind == "nifti":
         names["map"] = f"{item.output}.map.nii.gz"
         grid = Path(item.paths[0]), loaded.codes, loaded.frames.axis
-        map_write.write_nifti(output / names["map"], *grid)
+        nifti.write_nifti(output / names["map"], *grid)
     objects = dicom_write.DicomObjects({}, [], [], False)
     if item.kind == "dicom":
         shown = loaded.marked(), overlay, top
         objects = build(dicom_write.Task(item.paths, loaded.key, *shown, *privacy))
     if not objects.burned_in or privacy.salt is None or privacy.burned_in:
-        contents |= {name: map_write.encode_png(picture) for name, picture in pictures.items()}
+        contents |= {name: pillow.encode_png(picture) for name, picture in pictures.items()}
     contents |= {f"{name}.dcm": raw for name, raw in objects.files.items()}
     for name, raw in contents.items():
         names[_what(name)] = f"{item.output}.{name}"
@@ -139,14 +139,14 @@ def _cam_picture(parts: Sequence[Part], top: int, pixels, fit: read.Mode) -> dic
         return {}
     cam = np.concatenate([part.cams for part in parts])[top : top + 1]
     heat = frame_map(read.to_square(cam, CAM_SIDE)[0], pixels.shape, fit)
-    return {"cam.png": map_write.draw_overlay(pixels, heat, [])}
+    return {"cam.png": pillow.draw_overlay(pixels, heat, [])}
 
 
 def _maps(loaded: Loaded, scores: BatchScores, parts: Sequence[Part]) -> dict[str, bytes]:
     """Files of the maps, and of equation (10) where there are several passes of MC-dropout."""
     contents = {}
     if loaded.codes.dtype != bool and loaded.keep_maps:
-        contents["map.png"] = map_write.encode_png(loaded.codes[0])
+        contents["map.png"] = pillow.encode_png(loaded.codes[0])
     elif loaded.keep_maps:
         contents["map.npz"] = _npz(maps=[part.scores.maps for part in parts])
     if scores.passes.shape[1] > 1:

@@ -1,7 +1,7 @@
 """What all readers share: the image they return, limits of size, CT windows, choice of frames."""
 
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +37,12 @@ class Frames(NamedTuple):
         """All frames or those from first to end; DataError if the range does not fit."""
         chosen = choose(path, self.shape[0], frames)
         return Image(self.part(chosen.start, chosen.stop), self.spacing, self.meta, self.range)
+
+
+def in_memory(pixels: Float[np.ndarray, "f h w"], kind: str, words: str) -> Frames:
+    """Frames that are made already."""
+    meta = {"format": kind}
+    return Frames(pixels.shape, lambda a, b: pixels[a:b], None, meta, words, pixels.nbytes)
 
 
 class Stretch(NamedTuple):
@@ -248,25 +254,38 @@ def stretch_to_unit(values: Float[np.ndarray, "*f h w"], stretch: Stretch) -> No
     np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
 
 
-def scaled(
-    path: Path, values: Sequence[np.ndarray], white: float | None, words: str
-) -> tuple[Float[np.ndarray, "f h w"], str]:
-    """By the value that is white, else floats within [0, 1] as they are, else stretched."""
-    pixels = np.empty((len(values), *values[0].shape), np.float32)
-    if white is None and all(v.dtype.kind == "f" and v.min() >= 0 and v.max() <= 1 for v in values):
-        white = 1.0
+def unit_scale(
+    path: Path,
+    stored: Callable[[int], np.ndarray],
+    count: int,
+    shape: tuple[int, int],
+    white: float | None,
+) -> tuple[Callable[[np.ndarray, np.ndarray], None], str]:
+    """How stored values become [0, 1], a function (values, into): by white, else floats within
+    [0, 1] as they are, else stretched; and what became 0 and 1."""
+    kind = stored(0).dtype.kind
+    if white is None and kind == "f":
+        frames = (stored(index) for index in range(count))
+        white = 1.0 if all(x.min() >= 0 and x.max() <= 1 for x in frames) else None
     if white is not None:
-        for into, stored in zip(pixels, values, strict=True):
-            np.divide(stored, np.float32(white), out=into, dtype=np.float32, casting="unsafe")
-        np.minimum(pixels, 1, out=pixels)  # rounding may pass 1 by one unit
-        return pixels, words or f"0 to {white:g}"
-    stretch, _ = range_of(path, lambda i: values[i].astype(np.float64), len(values), values[0].size)
-    for into, stored in zip(pixels, values, strict=True):
-        unit = stored.astype(np.float64)
-        stretch_to_unit(unit, stretch)
-        into[:] = unit
-    of = "its" if len(values) == 1 else f"all {len(values)} pages'"
-    return pixels, f"{of} values: {stretch.words()}"
+
+        def divide(values: np.ndarray, into: np.ndarray) -> None:
+            np.divide(values, np.float32(white), out=into, dtype=np.float32, casting="unsafe")
+            np.minimum(into, 1, out=into)  # rounding may pass 1 by one unit
+
+        return divide, f"0 to {white:g}"
+    exact, size = np.float64, shape[0] * shape[1]
+    stretch, _ = range_of(path, lambda i: stored(i).astype(exact, copy=False), count, size)
+
+    def spread(values: np.ndarray, into: np.ndarray) -> None:
+        step = max(1, SAMPLE // shape[1])
+        for first in range(0, shape[0], step):
+            rows = values[first : first + step].astype(exact)
+            stretch_to_unit(rows, stretch)
+            into[first : first + step] = rows
+
+    of = "its" if count == 1 else f"all {count} pages'"
+    return spread, f"{of} values: {stretch.words()}"
 
 
 def choose(path: Path, count: int, frames: tuple[int, int] | None) -> slice:

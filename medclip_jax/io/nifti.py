@@ -1,24 +1,33 @@
-"""NIfTI-1 and NIfTI-2 through nibabel: slices of canonical volumes.
+"""NIfTI-1 and NIfTI-2 through nibabel: slices of canonical volumes, and maps on their grids.
 
 The header is checked before the voxels are unpacked, and a gzip stream is read to its end, so that
 its checksum is verified. Free text of a header (it may name a patient) is never returned or copied.
 """
 
+import gzip
 import logging
 import math
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import nibabel
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt16
 from nibabel import orientations
 
+from medclip_jax import files
 from medclip_jax.errors import DataError
 from medclip_jax.io import image, nifti_header
 from medclip_jax.io.image import AXES, Frames, Window
 
 Axis = Literal["acquisition", "axial", "coronal", "sagittal"]
 MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+MARK = b"medclip_jax anomaly map"  # description of every volume that is written
+MAP_SLOPE = 2.0**-16  # of written maps, uint16: a voxel is at least 0.5 exactly where its map is
+GEOMETRY = (
+    *("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d", "xyzt_units"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
 COARSER = 1.5  # voxels along the slices are longer than those within by this, or more
 
 
@@ -142,6 +151,49 @@ def nifti_volume(path: Path, hounsfield: bool = False) -> Volume:
             f"{path} cannot be read as NIfTI ({image.reason(error)}): the file is damaged or of "
             "another format, copy it again or remove it."
         ) from error
+
+
+def write_nifti(
+    path: Path, source: Path, codes: UInt16[np.ndarray, "f h w"], axis: str = "axial"
+) -> None:
+    """Write the maps of a volume's slices on the voxel grid of that volume.
+
+    Args:
+      path: .nii.gz to write.
+      source: the volume that was read; of its header only the geometry is copied.
+      axis: along which it was sliced, as `Frames.axis` says.
+      codes: the map of every slice of all time points in order, 2^16 times its value.
+
+    Raises:
+      WorkdirError: the disk refuses it.
+    """
+    header = nifti_header.read_header(source)
+    turn = orientations.io_orientation(nifti_header.affine_of(source, header))
+    order = AXES[axis]
+    slow = int(np.flatnonzero(turn[:, 0] == order[0])[0])  # the source's axis along the slices
+    depth = (*header.get_data_shape(), 1, 1)[slow]
+    back = orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], turn)
+    volumes = [
+        orientations.apply_orientation(np.transpose(frames[:, ::-1, ::-1], np.argsort(order)), back)
+        for frames in codes.reshape(-1, depth, *codes.shape[1:])
+    ]
+    points = (len(volumes),) if len(volumes) > 1 else ()
+    written = nibabel.Nifti1Header()
+    written.set_data_dtype(np.uint16)
+    written.set_data_shape((*volumes[0].shape, *points))
+    for name in GEOMETRY:
+        written[name] = header[name]
+    written["magic"], written["descrip"] = b"n+1", MARK
+    written.set_data_offset(352)
+    written.set_slope_inter(MAP_SLOPE, 0)
+    with (
+        files.writing(path, durable=False) as file,
+        gzip.GzipFile(fileobj=file, filename="", mode="wb", compresslevel=1, mtime=0) as packed,
+    ):
+        packed.write(written.binaryblock + b"\0" * 4)
+        for volume in volumes:
+            for z in range(volume.shape[2]):
+                packed.write(volume[:, :, z].tobytes(order="F"))
 
 
 def slices(voxels: Float[np.ndarray, "x y z *t"], axis: Axis) -> Float[np.ndarray, "f h w"]:

@@ -17,11 +17,11 @@ import PIL.ImageFilter
 from jaxtyping import Bool, Float, Num
 
 from medclip_jax.errors import DataError
+from medclip_jax.io import pillow, tiff
 from medclip_jax.io.dicom import open_dicom
 from medclip_jax.io.dicom_header import is_dicom
 from medclip_jax.io.image import Frames, Image, Mode, no_hounsfield, parse_axis, parse_window
 from medclip_jax.io.nifti import Axis, open_nifti
-from medclip_jax.io.pillow import read_pillow
 
 __all__ = ["Axis", "Mode", "fit", "fit_mask", "read", "read_all", "read_mask", "to_frame"]
 
@@ -67,7 +67,7 @@ def read(
     Returns:
       pixels float32 [f, h, w] in [0, 1], luminance, upright; spacing in mm or None; meta with
       format and (DICOM) modality, never with identity; range in words. How stored values become
-      [0, 1]: see `read_pillow`, `open_dicom`, `open_nifti`.
+      [0, 1]: see `open_pillow`, `open_tiff`, `open_dicom`, `open_nifti`.
 
     Raises:
       DataError: missing, empty, truncated, too large, of a kind that cannot be read, or without
@@ -83,15 +83,10 @@ def open_image(path: Path, axis: Axis = "acquisition", window: str | None = None
     if path.is_dir():
         return open_dicom(path, ct_window)
     if name.endswith(PILLOW):
-        image = read_pillow(path)
+        opened = (tiff.open_tiff if tiff.is_tiff(path) else pillow.open_pillow)(path)
         if ct_window:
-            raise no_hounsfield(path, image.meta["format"])
-        return Frames(
-            image.pixels.shape,
-            lambda first, end: image.pixels[first:end],
-            *image[1:],
-            image.pixels.nbytes,
-        )
+            raise no_hounsfield(path, opened.meta["format"])
+        return opened
     if name.endswith(NIFTI):
         named: Any = parse_axis(window) if axis == "acquisition" else None
         return open_nifti(path, named or axis, ct_window)
@@ -101,6 +96,11 @@ def open_image(path: Path, axis: Axis = "acquisition", window: str | None = None
         f"{path} has the suffix '{path.suffix}', which cannot be read, and is not DICOM: "
         f"give one of {', '.join(SUFFIXES)}."
     )
+
+
+def pixels_of(path: Path) -> int:
+    """Pixels of all frames of a PNG, JPEG, BMP or TIFF, by its header."""
+    return (tiff if tiff.is_tiff(path) else pillow).pixels_of(path)
 
 
 def read_all(

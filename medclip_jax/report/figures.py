@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from scipy.stats import betabinom
 
 from medclip_jax.evaluation import metrics
-from medclip_jax.io import map_write
+from medclip_jax.io import pillow
 from medclip_jax.report.load import Picture
 
 HEALTHY, ABNORMAL, NEUTRAL = "#0072B2", "#D55E00", "#4d4d4d"
@@ -268,7 +268,7 @@ def _cells(picture: Picture) -> list[Image.Image]:
     for box in picture.boxes:
         corners = (box.col0 * x, box.row0 * y, box.col1 * x - 1, box.row1 * y - 1)
         pen.rectangle(corners, outline="black", width=3)
-        pen.rectangle(corners, outline=map_write.BOX, width=2)
+        pen.rectangle(corners, outline=pillow.BOX, width=2)
     cells = [image.convert("RGB"), _blend(image, picture.map), marked]
     return cells + ([_blend(image, picture.cam)] if picture.cam else [])
 
@@ -276,7 +276,7 @@ def _cells(picture: Picture) -> list[Image.Image]:
 def _blend(image: Image.Image, grey: bytes) -> Image.Image:
     heat = Image.open(io.BytesIO(grey)).resize(image.size, Image.Resampling.BILINEAR)
     unit = np.asarray(heat, np.float32) / 256
-    return Image.fromarray(map_write.draw_overlay(np.asarray(image), unit, []))
+    return Image.fromarray(pillow.draw_overlay(np.asarray(image), unit, []))
 
 
 def _bytes(image: Image.Image) -> bytes:

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from medclip_jax.evaluation import bootstrap
 from medclip_jax.explain import boxes
 from medclip_jax.files import write_bytes
-from medclip_jax.io.map_write import marked
+from medclip_jax.io.pillow import marked
 from medclip_jax.report import figures, load
 from medclip_jax.report.load import FILES, Files, Picture
 

@@ -11,7 +11,7 @@ from pydicom import uid
 
 from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, pseudonyms
-from medclip_jax.io import map_write
+from medclip_jax.io import nifti, pillow
 from tests.support.predicting import change, dicom, noise, png, walked
 
 MAMMOGRAM = "1.2.840.10008.5.1.4.1.1.1.2"
@@ -28,14 +28,12 @@ def test_results_of_this_program_are_no_images(tmp_path):
         "map": noise().astype(np.uint16),
         "cam": noise(1, (1, 1)),
     }.items():
-        (out / f"renamed_{name}.png").write_bytes(map_write.encode_png(pixels))
+        (out / f"renamed_{name}.png").write_bytes(pillow.encode_png(pixels))
         assert np.array_equal(np.asarray(Image.open(out / f"renamed_{name}.png")), pixels)
     nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)).to_filename(
         tmp_path / "volume.nii.gz"
     )
-    map_write.write_nifti(
-        out / "v.nii.gz", tmp_path / "volume.nii.gz", np.zeros((6, 5, 4), np.uint16)
-    )
+    nifti.write_nifti(out / "v.nii.gz", tmp_path / "volume.nii.gz", np.zeros((6, 5, 4), np.uint16))
     change(dicom(out / "capture.dcm"), Manufacturer="medclip_jax")
     ours = {"Manufacturer": "medclip_jax", "SOPClassUID": uid.SegmentationStorage}
     change(dicom(out / "seg.dcm"), **ours)

@@ -15,9 +15,9 @@ from scipy import ndimage
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.inference import loading, pipeline, predictor, results
 from medclip_jax.inference.inputs import Item
-from medclip_jax.io import map_write
+from medclip_jax.io import pillow
 from medclip_jax.io.image import Frames
-from medclip_jax.io.map_write import encode_png
+from medclip_jax.io.pillow import encode_png
 
 
 def blobs(seed: int, shape=(60, 70)) -> np.ndarray:
@@ -31,19 +31,19 @@ def test_an_overlay_is_the_weighted_sum_of_grey_and_colour(shape):
 
     rng = np.random.default_rng(0)
     pixels, heat = rng.integers(0, 256, shape, dtype=np.uint8), rng.random(shape, np.float32)
-    drawn = map_write.draw_overlay(pixels, heat, [])
-    scale = min(1, map_write.OVERLAY_SIDE / max(shape))
+    drawn = pillow.draw_overlay(pixels, heat, [])
+    scale = min(1, pillow.OVERLAY_SIDE / max(shape))
     size = tuple(max(1, round(side * scale)) for side in shape[::-1])
     grey = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BOX)
     warm = PIL.Image.fromarray(heat).resize(size, PIL.Image.Resampling.BILINEAR)
     table = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8)
     colour = table[np.clip(np.asarray(warm) * 255, 0, 255).astype(np.uint8)]
-    mixed = (1 - map_write.HEAT) * np.asarray(grey)[..., None] + map_write.HEAT * colour
+    mixed = (1 - pillow.HEAT) * np.asarray(grey)[..., None] + pillow.HEAT * colour
     assert np.array_equal(drawn, mixed.astype(np.uint8))
-    boxed = map_write.draw_overlay(
+    boxed = pillow.draw_overlay(
         pixels, heat, [{"row0": 0, "col0": 0, "row1": shape[0], "col1": shape[1]}]
     )
-    assert tuple(boxed[0, 0]) == map_write.BOX
+    assert tuple(boxed[0, 0]) == pillow.BOX
 
 
 def test_results_of_parts_are_those_of_the_whole():

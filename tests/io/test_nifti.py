@@ -12,7 +12,7 @@ import pytest
 from medclip_jax.data import readers
 from medclip_jax.errors import DataError
 from medclip_jax.io import nifti, nifti_header, read
-from medclip_jax.io.map_write import write_nifti
+from medclip_jax.io.nifti import write_nifti
 from tests.support.reference import data_files, reference_files
 
 EXPECTED = reference_files("io/expected.json")[0]

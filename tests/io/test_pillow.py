@@ -14,6 +14,7 @@ import tifffile
 
 from medclip_jax.errors import DataError
 from medclip_jax.io import image, pillow, read
+from medclip_jax.io import tiff as tiff_reader
 
 LUMA = np.array(image.LUMA)
 RNG = np.random.default_rng(0)
@@ -148,7 +149,7 @@ def test_a_stack_in_one_directory(tmp_path, kind, order):
     expected = stretched(stack) if kind == "f4" else stack / np.iinfo(stack.dtype).max
     expected = expected @ LUMA if kind == "rgb" else expected
     np.testing.assert_allclose(read.read(path).pixels, expected, atol=1e-6)
-    assert pillow.pixels_of(path) == 3 * 12 * 20
+    assert read.pixels_of(path) == 3 * 12 * 20
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"a\.tif holds .* bytes of its 3 images: it is truncated"):
         read.read(path)
@@ -395,6 +396,53 @@ def test_pipes_devices_and_folders_are_no_files(tmp_path):
     (tmp_path / "b.tif").symlink_to("/dev/zero")
     (tmp_path / "c.jpg").mkdir()
     for name in ("a.png", "b.tif", "c.jpg"):
-        for function in (pillow.read_pillow, pillow.pixels_of):
+        for function in (pillow.open_pillow, tiff_reader.open_tiff, read.pixels_of):
             with pytest.raises(DataError, match=rf"{name} is no regular file"):
                 function(tmp_path / name)
+
+
+@pytest.mark.parametrize("way", ["pages", "one directory", "by Pillow"])
+def test_many_pages_are_decoded_when_they_are_needed(tmp_path, monkeypatch, way):
+    stack = np.stack([WORDS + np.uint16(i) for i in range(5)])
+    path = tmp_path / "a.tif"
+    if way == "one directory":
+        one_directory(path, stack)
+    else:
+        options = {"compression": "lzma"} if way == "by Pillow" else {}
+        tifffile.imwrite(path, stack, photometric="minisblack", **options)
+    whole = read.read(path).pixels
+    monkeypatch.setattr(tiff_reader, "MAX_PIXELS", 300)
+    frames = read.open_image(path)
+    assert frames.shape == (5, 12, 20) and frames.nbytes == path.stat().st_size
+    path.unlink()
+    path.write_bytes(b"gone")  # what is needed was read
+    np.testing.assert_array_equal(frames.part(3, 5), whole[3:5])
+    np.testing.assert_array_equal(frames.part(0, 5), whole)
+
+
+def test_a_piece_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((12, 20), np.uint16), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        place = tif.pages[0].tags["StripByteCounts"].valueoffset
+        start = tif.pages[0].dataoffsets[0]
+    bomb = zlib.compress(bytes(50_000_000))
+    raw = bytearray((tmp_path / "a.tif").read_bytes()[:start])
+    raw[place : place + 4] = len(bomb).to_bytes(4, "little")
+    (tmp_path / "a.tif").write_bytes(bytes(raw) + bomb)
+    with pytest.raises(
+        DataError, match=r"a\.tif cannot be decoded \(a piece of it unpacks to more"
+    ):
+        read.read(tmp_path / "a.tif")
+
+
+def test_too_many_bytes_of_a_page_are_refused_by_the_header(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((12, 20, 3)), photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        tags = [tif.pages[0].tags[name].valueoffset for name in ("ImageWidth", "ImageLength")]
+        rows = tif.pages[0].tags["RowsPerStrip"].valueoffset
+    raw = bytearray((tmp_path / "a.tif").read_bytes())
+    for place in (*tags, rows):
+        raw[place : place + 2] = (7000).to_bytes(2, "little")
+    (tmp_path / "a.tif").write_bytes(raw)
+    with pytest.raises(DataError, match=r"a\.tif unpacks to 1,176,000,000 bytes and at most"):
+        read.read(tmp_path / "a.tif")
