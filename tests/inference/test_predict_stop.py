@@ -14,7 +14,7 @@ from PIL import Image
 from tests.support import content
 from tests.support.paths import ROOT
 
-IMAGES = 150
+IMAGES = 96  # six batches
 # where tests run in the background of a shell, SIGINT is ignored and a child would inherit that
 PROGRAM = """
 import os, signal, sys

@@ -8,10 +8,10 @@ from PIL import Image
 
 
 def of_run(workdir: Path) -> dict[str, object]:
-    """metrics.json and the log without times, predictions and the saved detector as they are."""
+    """metrics.json and the log without times and what seals them, predictions and the saved detector as they are."""
     metrics = json.loads((workdir / "metrics.json").read_text())
-    metrics.pop("timing")
-    metrics.pop("finished")
+    for name in ("timing", "finished", "digest"):  # the last is of the others, too
+        metrics.pop(name)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("seconds")

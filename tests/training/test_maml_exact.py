@@ -64,11 +64,10 @@ def test_the_gradient_of_the_models_loss_is_that_of_the_steps_written_out(given,
     loss, params, frozen, episodes = given
     objective = step.meta_objective(loss, step.Learner(learner, inner_rate=RATE).inner(2))
 
-    @jax.jit
     def ours(params):
         return objective(params, frozen, episodes, jax.random.key(0))[0]
 
-    value, grad = jax.value_and_grad(ours)(params)
+    value, grad = jax.jit(jax.value_and_grad(ours))(params)
     task = by_hand(loss, frozen, learner)
     rows = [jax.tree.map(lambda x, i=i: x[i], episodes[:2]) for i in range(TASKS)]
     each = [task(params, *sides) for sides in rows]
