@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def of_run(workdir: Path) -> dict[str, object]:
-    """metrics.json and the log without times and what seals them, predictions and the saved detector as they are."""
+    """Predictions and the saved detector as they are, metrics.json and the log without times."""
     metrics = json.loads((workdir / "metrics.json").read_text())
     for name in ("timing", "finished", "digest"):  # the last is of the others, too
         metrics.pop(name)
