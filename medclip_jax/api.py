@@ -88,12 +88,10 @@ class Scorer:
         """
         if self._start is None:
             self._start = build_detector.load_start(self.workdir)
-        ready = inference_adapt.adapt(self._start, [Path(i) for i in images])
+        detector, thresholds = inference_adapt.adapt(self._start, [Path(i) for i in images])
         again = copy(self)
         again.adapted = True
-        again._predictor = self._predictor._replace(
-            detector=ready.detector, calibration=ready.calibration
-        )
+        again._predictor = self._predictor._replace(detector=detector, calibration=thresholds)
         return again
 
 

@@ -276,12 +276,13 @@ def load_start(workdir: Path) -> adapt.Start:
 
 def site_start(c: ConfigDict, clip: Clip, design, frozen: dict, params: Any) -> adapt.Start:
     """What adaptation starts from; params: one set, a maml.MetaSGD if its rates were learned."""
-    return adapt.start(
-        *(clip, design, frozen, params),
-        loss=partial(model.loss, design=design, weights=c.loss.to_dict()),
-        inner=build.learner(c).inner(c.meta.adapt_steps),
-        apply=prompt_detector.scorer(design, image_score_of(c, clip)),
-        site=adapt.Site(
+    apply = prompt_detector.scorer(design, image_score_of(c, clip))
+    loss = partial(model.loss, design=design, weights=c.loss.to_dict())
+    inner = build.learner(c).inner(c.meta.adapt_steps)
+    learn = partial(adapt.learned, loss=loss, inner=inner, design=design, apply=apply)
+    return adapt.Start(
+        *(clip, frozen, params, jax.jit(learn), apply),
+        adapt.Site(
             c.data.fit,
             c.data.window,
             preprocessing.steps(c.data.recipe),

@@ -7,7 +7,6 @@ Nothing is written. The first call of a number of images compiles; later ones ar
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,35 +49,12 @@ class Start(NamedTuple):
     clip: checkpoint.Clip
     frozen: dict
     params: Any  # a maml.MetaSGD if the rates were learned
-    learn: Callable  # compiled `learned`
+    learn: Callable  # `learned` of this model, compiled
     apply: Callable  # of the detector
     site: Site
 
 
-class Ready(NamedTuple):
-    """A detector of the site and its thresholds."""
-
-    detector: Detector
-    calibration: Calibration
-
-
-def start(
-    clip: checkpoint.Clip,
-    design: model.Design,
-    frozen: dict,
-    params: Any,
-    *,
-    loss: Callable,
-    inner: maml.Inner,
-    apply: Callable,
-    site: Site,
-) -> Start:
-    """Compile-once parts of adaptation; arguments as of `learned`, and Start's fields."""
-    learn = jax.jit(partial(learned, loss=loss, inner=inner, design=design, apply=apply))
-    return Start(clip, frozen, params, learn, apply, site)
-
-
-def adapt(start: Start, images: Sequence[Path]) -> Ready:
+def adapt(start: Start, images: Sequence[Path]) -> tuple[Detector, Calibration]:
     """Adapt to a site's healthy images (files, 2 or more) and calibrate on them.
 
     One set of parameters adapts to all of them, and one more to those outside each fold, which
@@ -96,8 +72,7 @@ def adapt(start: Start, images: Sequence[Path]) -> Ready:
     params, scores = start.learn(start.params, start.frozen, rows, valid, held_out)
     scores = jax.device_get(scores)
     detector = Detector(start.apply, params, None, scores, k, False, start.clip.size)
-    thresholds = calibrate(detector, alpha=site.alpha, pixel_rate=site.pixel_rate)
-    return Ready(detector, thresholds)
+    return detector, calibrate(detector, alpha=site.alpha, pixel_rate=site.pixel_rate)
 
 
 def altered_rows(start: Start, images: Sequence[Path]) -> Batch:

@@ -37,10 +37,10 @@ def images(tmp_path):
 
 def test_an_image_is_calibrated_by_what_has_not_seen_it(tiny, images):
     start = started(tiny)
-    before = adapt.adapt(start, images).detector.calibration.patch
+    before = adapt.adapt(start, images)[0].calibration.patch
     assert before.shape == (5, 16) and np.isfinite(before).all()
     Image.fromarray(np.full((40, 48), 90, np.uint8)).save(images[0])
-    after = adapt.adapt(start, images).detector.calibration.patch
+    after = adapt.adapt(start, images)[0].calibration.patch
     # folds are {0, 4}, {1}, {2}, {3}: image 0 is in what scores 1 to 3, not in what scores 4
     np.testing.assert_allclose(after[4], before[4], atol=1e-6)
     assert all(np.abs(after[i] - before[i]).max() > 1e-4 for i in range(4))
@@ -48,26 +48,26 @@ def test_an_image_is_calibrated_by_what_has_not_seen_it(tiny, images):
 
 def test_without_steps_the_parameters_stay(tiny, images):
     start = started(tiny, **{"meta.adapt_steps": 0})
-    ready = adapt.adapt(start, images[:2])
+    ready, thresholds = adapt.adapt(start, images[:2])
     tokens = jax.tree.map(lambda x: x[:2], adapt.altered_rows(start, images[:2]).features)
     design, _ = build.model_parts(settings(), tiny)
     text = model.text_features(start.params, start.frozen, design)
     wanted = model.forward(start.params, text, tokens, design).logit
-    np.testing.assert_allclose(ready.detector.calibration.patch, wanted, atol=1e-5)
-    np.testing.assert_allclose(detector.score(ready.detector, tokens).patch, wanted, atol=1e-5)
-    assert np.isfinite(ready.calibration.image.value) and len(ready.calibration.healthy) == 2
+    np.testing.assert_allclose(ready.calibration.patch, wanted, atol=1e-5)
+    np.testing.assert_allclose(detector.score(ready, tokens).patch, wanted, atol=1e-5)
+    assert np.isfinite(thresholds.image.value) and len(thresholds.healthy) == 2
 
 
 def test_a_site_is_calibrated_with_its_own_number_of_images(tiny, images):
     """Five images, whatever K the run had: the conformal rank of five, and their p-values."""
-    ready = adapt.adapt(started(tiny, **{"calibration.alpha": 0.4}), images)
-    scores = np.sort(ready.detector.calibration.image.astype(np.float64))
-    image, pixel = ready.calibration.image, ready.calibration.pixel
-    assert ready.calibration.k == ready.detector.k == len(ready.calibration.healthy) == 5
+    ready, thresholds = adapt.adapt(started(tiny, **{"calibration.alpha": 0.4}), images)
+    scores = np.sort(ready.calibration.image.astype(np.float64))
+    image, pixel = thresholds.image, thresholds.pixel
+    assert thresholds.k == ready.k == len(thresholds.healthy) == 5
     assert image.value == scores[3]  # two of six may be above
     assert image.alpha_attained == pytest.approx(2 / 6) and image.attainable
     assert "with 5 healthy images" in image.message and "with 5 healthy images" in pixel.message
-    p = calibration.p_values(np.array([scores[0] - 1, scores[4] + 1]), ready.calibration.healthy)
+    p = calibration.p_values(np.array([scores[0] - 1, scores[4] + 1]), thresholds.healthy)
     np.testing.assert_allclose(p, [1, 1 / 6])
 
 
