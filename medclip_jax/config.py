@@ -6,14 +6,15 @@ arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden a
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from medclip_jax import config_validation
-from medclip_jax.config_validation import FIXED_METHODS
+from medclip_jax.config_validation import FIXED_METHODS, flat
 from medclip_jax.errors import ConfigError
 
 # settings that may change between two commands of one run, beside the data's place
@@ -236,11 +237,9 @@ def restored(values: Mapping[str, Any]) -> ConfigDict:
         raise ConfigError(f"the stored config.{unpaired[0]} is missing or unknown")
     for name, value in fields.items():
         kinds: Any = {tuple: list, float: (int, float)}.get(types[name], types[name])
-        item = int if name == "clip.layers" else str
-        foreign = isinstance(value, list) and any(type(x) is not item for x in value)
         boolean = isinstance(value, bool) and types[name] is not bool
         large = isinstance(value, int) and abs(value) > 1 << 53
-        if not isinstance(value, kinds) or boolean or large or foreign:
+        if not isinstance(value, kinds) or boolean or large:
             wanted = types[name].__name__
             raise ConfigError(f"the stored config.{name} is {value!r} where a {wanted} belongs")
         fields[name] = types[name](value)
@@ -281,16 +280,9 @@ def gradients(c: ConfigDict) -> int:
 def cache_folder(name: str) -> Path:
     """Where prepared data and tokens are kept between runs."""
     folder = name or os.environ.get("MEDCLIP_CACHE")
-    if folder:
+    if not folder:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medclip_jax"
+    with suppress(UnicodeEncodeError):  # libraries that keep files there take UTF-8 alone
+        str(folder).encode()
         return Path(folder).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "medclip_jax"
-
-
-def flat(fields: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a ConfigDict or mapping with its dotted name, in the order written."""
-    for name, value in fields.items():
-        if isinstance(value, ConfigDict | Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    raise ConfigError("the cache folder's name is no UTF-8: give another (config.cache)")

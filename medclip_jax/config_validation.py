@@ -1,8 +1,10 @@
 """Which values and combinations of configuration fields can be used; other code trusts them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from medclip_jax.errors import ConfigError
 
@@ -44,7 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
     "meta.inner_rate": (1e-9, 1e3),
     "meta.adapt_steps": (0, 1000),
     "learning_rate": (0, 1e3),
-    "batch": (0, 1 << 20),
+    "batch": (0, 4096),
     "steps": (0, 1 << 30),
     "validations": (0, 1 << 20),
     "checkpoint_every": (1, 1 << 30),
@@ -56,6 +58,11 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
     "explanation.count": (0, 32),
     "join_timeout": (1, 86_400),
 }
+PATHS = (
+    *("data.root", "cache", "teacher", "clip.checkpoint", "model.language"),
+    "prompts.ontology_file",
+)
+LONGEST = 4000  # characters of a text
 AUGMENT: dict[str, tuple[float, float]] = {
     "flip": (0, 1),
     "rotate": (0, 180),
@@ -126,6 +133,7 @@ def cluster(text: str) -> dict[str, Any] | None:
 
 def check(c: Any) -> None:
     """Raise ConfigError naming the first field whose value cannot be used."""
+    check_texts(c)
     for name, choices in CHOICES.items():
         if (value := _field(c, name)) not in choices:
             raise ConfigError(
@@ -136,6 +144,30 @@ def check(c: Any) -> None:
     augment(c)
     cluster(c.distributed)
     _refuse(_combinations(c))
+
+
+def check_texts(c: Any) -> None:
+    """Raise ConfigError for text that is no text, or is missing where there must be some."""
+    for name, value in flat(c):
+        items = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
+        kind = int if name == "clip.layers" else str
+        for item in items:
+            if type(item) is not kind:
+                wanted = "whole numbers, as (1, 2)" if kind is int else "texts, as ('a', 'b')"
+                raise ConfigError(f"config.{name} has {item!r}: give {wanted}")
+            if kind is int:
+                continue
+            if len(item) > LONGEST or "\0" in item:
+                raise ConfigError(
+                    f"config.{name} has {len(item)} characters, or a zero byte: give at most "
+                    f"{LONGEST} and no zero byte"
+                )
+            # a folder's name may be of any bytes, and words are encoded by the tokenizer
+            if name not in PATHS and any("\ud800" <= x <= "\udfff" for x in item):
+                raise ConfigError(f"config.{name} is no UTF-8 text: give it in UTF-8")
+            needed = ("data.modality", "data.anatomy", "data.conditions", "clip.checkpoint")
+            if name in needed and not item.strip():
+                raise ConfigError(f"config.{name} is empty: give a word, or leave it out")
 
 
 def check_learned(c: Any) -> None:
@@ -218,3 +250,12 @@ def _in_range(name: str, value: float, limits: tuple[float, float]) -> None:
     if not low <= value <= high:  # written so that NaN is refused
         wanted = f"{low:g} or more" if high >= 1e5 else f"a value from {low:g} to {high:g}"
         raise ConfigError(f"config.{name} is {value}: give {wanted}")
+
+
+def flat(fields: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a ConfigDict or mapping with its dotted name, in the order written."""
+    for name, value in fields.items():
+        if isinstance(value, ConfigDict | Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -29,7 +29,9 @@ def write_json(path: str | os.PathLike[str], obj: Any, durable: bool = True) -> 
     Raises WorkdirError if it cannot be written, TypeError for a value that JSON cannot hold.
     """
     text = json.dumps(plain(obj), indent=2, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode(), durable)
+    with suppress(UnicodeEncodeError):  # of a name that is no UTF-8
+        return write_bytes(path, (text + "\n").encode(), durable)
+    write_bytes(path, json.dumps(plain(obj), indent=2, allow_nan=False).encode(), durable)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, durable: bool = True) -> None:

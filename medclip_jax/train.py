@@ -16,6 +16,7 @@ from rich.console import Console
 from medclip_jax import __version__, build, build_detector, stored
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
+from medclip_jax.data import preprocessing
 from medclip_jax.detectors import saved
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
@@ -82,6 +83,8 @@ def run(
     with stage(timing, "load", shown=True):
         prepared = prepare(config)
     c, main = prepared.config, sharding.is_main()
+    if not (workdir / "config.json").exists():
+        teacher_of(prepared)
     workdirs.claim(workdir, c, main)  # only now: settings that cannot be used leave no claim
     workdirs.keep_split(workdir, prepared.split, c, main)
     key = key_of(prepared, report)
@@ -119,6 +122,7 @@ def prepare(config: ConfigDict) -> Prepared:
     c = config_module.resolve(config)
     others = build.auxiliary_datasets(c)
     build.synthesis(c)
+    preprocessing.steps(c.data.recipe)
     runtime.keep_compiled(Path(c.cache))
     clip, split = build.load_clip(c), build.load_split(c)
     build.explanation(c, clip)
@@ -129,9 +133,15 @@ def prepare(config: ConfigDict) -> Prepared:
 def encode(prepared: Prepared) -> Encoded:
     """Images and synthetic variants through the image encoder, once ever; opens what was kept."""
     c, clip, split, others, *_, mesh = prepared
-    teach = c.teacher and c.steps
-    teacher = build_detector.load_teacher(c, clip, split.test) if teach else None
+    teacher = teacher_of(prepared)
     return Encoded(*build.encode(c, clip, split, others, mesh, teacher))
+
+
+def teacher_of(prepared: Prepared) -> Any:
+    """The trained model that teaches this run, or None; an error where it cannot."""
+    c = prepared.config
+    teach = c.teacher and c.steps
+    return build_detector.load_teacher(c, prepared.clip, prepared.split.test) if teach else None
 
 
 def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True) -> Fitted:

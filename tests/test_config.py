@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from medclip_jax import config
+from medclip_jax import config, config_validation, main
 from medclip_jax.config_validation import FIXED_METHODS
 from medclip_jax.errors import ConfigError
 
@@ -157,3 +157,29 @@ def test_tensorboard_without_its_extra_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr("medclip_jax.config_validation.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'medclip-jax\[tensorboard\]'"):
         config.resolve(c)
+
+
+BAD = {
+    int: ("-2", "x", "1e300", "9" * 20, "nan", "", "1.5", "()"),
+    float: ("-1", "x", "1e300", "nan", "inf", "", "-inf", "()"),
+    bool: ("x", "2", "", "nan"),
+    tuple: ("((1,),)", "(None,)", "(1.5,)"),
+    str: ("x" * 5000, "a\0b"),
+}
+WORDS = "data.modality", "data.anatomy", "data.conditions"
+
+
+@pytest.mark.parametrize("name, default", list(config.flat(config.base())), ids=lambda x: str(x))
+def test_no_field_takes_a_value_of_another_kind(name, default):
+    """Wrong type, negative, huge, not a number, empty: one sentence that names the field."""
+    bad = [*BAD[type(default)], *["", " "] * (name in WORDS)]
+    if isinstance(default, str) and name not in config_validation.PATHS:
+        bad.append("\udcff")
+    if name == "explanation.layer":  # counted from the end too; the encoder knows how many
+        bad = [value for value in bad if value not in ("-2", "9" * 20)]
+    for value in bad:
+        argv = ["main", "--config=configs/phantom.py", "--workdir=w", f"--config.{name}={value}"]
+        with pytest.raises(ConfigError) as refused:
+            config.resolve(main.parse(argv).config)
+        said = str(refused.value)
+        assert "\n" not in said and (name in said or name.split(".")[-1] in said), (value, said)

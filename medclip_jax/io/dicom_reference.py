@@ -207,8 +207,22 @@ def _identity(head: Dataset) -> tuple[Any, list[DataElement]]:
             if element.VR in (None, "UN"):
                 element = element._replace(VR=pydicom.datadict.dictionary_VR(element.tag))
             element = convert_raw_data_element(element, encoding=encodings)
-        elements[element.tag] = element
+        elements[element.tag] = _dated(element)
     return charset, list(elements.values())
+
+
+def _dated(element: DataElement) -> DataElement:
+    """Dates and times as the standard writes them; of 1996.10.29 and 15:18:59, too, else empty."""
+    if element.VR not in ("DA", "TM"):
+        return element
+    text = re.sub(
+        r"(?<=\d)[.:](?=\d\d)" if element.VR == "DA" else ":", "", str(element.value or "")
+    )
+    valid = r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
+    if element.VR == "TM":
+        valid = r"([01]\d|2[0-3])([0-5]\d(([0-5]\d|60)(\.\d{1,6})?)?)?"
+    text = text.strip() if re.fullmatch(valid, text.strip()) else ""
+    return DataElement(element.tag, element.VR, text, validation_mode=0)
 
 
 def as_utf8(elements: Sequence[DataElement]) -> list[DataElement]:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from medclip_jax.distributed import runtime, sharding
-from medclip_jax.errors import CheckpointError, Preempted
+from medclip_jax.errors import CheckpointError, ConfigError, Preempted
 from medclip_jax.features import training_pool
 from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.training import checkpoints, episodes, maml, validation
@@ -77,7 +77,7 @@ def fit(
 
     Raises:
       CheckpointError: if checkpoints cannot be read, or training is not finished in `resume_only`.
-      FloatingPointError: for a part of the loss that is not finite, naming step and part.
+      ConfigError: for a part of the loss that is not finite, naming step and part.
       Preempted: after SIGTERM, when the state is saved.
     """
     steps, count = schedule.steps, 1 + len(folds)
@@ -168,7 +168,10 @@ def _stopping(sigterm) -> bool:
 def _check_finite(step: int, values: dict) -> None:
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite")
+        raise ConfigError(
+            f"step {step}: {', '.join(bad)} is not finite: lower config.learning_rate or the "
+            "weights of config.loss"
+        )
 
 
 def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any, Any], Any]:

@@ -10,7 +10,7 @@ from medclip_jax import build_detector, main, stored
 from medclip_jax.detectors import saved
 from medclip_jax.errors import UserError
 from medclip_jax.report import load
-from tests.support.damaged import one_bit
+from tests.support.damaged import altered, one_bit
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +18,6 @@ def small(world, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trust") / "run"
     world.train(workdir)
     return workdir
-
-
-def altered(value, rng):
-    """One value of a JSON tree replaced by what does not belong there."""
-    inner = [k for k in (value if isinstance(value, dict) else range(len(value)))]
-    key = inner[rng.integers(len(inner))]
-    if isinstance(value[key], dict | list) and len(value[key]) and rng.random() < 0.8:
-        altered(value[key], rng)
-    elif isinstance(value, dict) and rng.random() < 0.2:
-        del value[key]
-    else:
-        odd = [1e9, -1, None, "x", [], {}, True, 10**400, "/dev/zero", {"a": [1]}]
-        value[key] = next(x for x in rng.permutation(np.array(odd, object)) if x != value[key])
 
 
 @pytest.mark.parametrize("resealed", [False, True])

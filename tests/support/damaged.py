@@ -65,3 +65,16 @@ def broken(rng: np.random.Generator, whole: bytes) -> bytes:
         piece = bytes([int(rng.choice([0, 1, 127, 255]))]) * length
         data[at : at + (length if way == "overwrite" else 0)] = piece
     return bytes(data)
+
+
+def altered(value, rng):
+    """One value of a JSON tree replaced by what does not belong there."""
+    inner = [k for k in (value if isinstance(value, dict) else range(len(value)))]
+    key = inner[rng.integers(len(inner))]
+    if isinstance(value[key], dict | list) and len(value[key]) and rng.random() < 0.8:
+        altered(value[key], rng)
+    elif isinstance(value, dict) and rng.random() < 0.2:
+        del value[key]
+    else:
+        odd = [1e9, -1, None, "x", [], {}, True, 10**400, "/dev/zero", {"a": [1]}]
+        value[key] = next(x for x in rng.permutation(np.array(odd, object)) if x != value[key])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.distributed import sharding
-from medclip_jax.errors import CheckpointError, Preempted
+from medclip_jax.errors import CheckpointError, ConfigError, Preempted
 from medclip_jax.features import training_pool
 from medclip_jax.training import loop
 from medclip_jax.training.checkpoints import MetricsLog
@@ -97,6 +97,6 @@ def test_a_value_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, pool
         value, parts = toy_loss(params, frozen, batch, key)
         return value * np.nan, parts | {"dice": value * np.nan}
 
-    with pytest.raises(FloatingPointError, match=r"step 7: .*dice.* is not finite"):
+    with pytest.raises(ConfigError, match=r"step 7: .*dice.* is not finite"):
         fit(tmp_path, pool, loss=loss)
     assert saved(tmp_path) == set() and lines(tmp_path) == []
