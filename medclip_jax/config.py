@@ -279,10 +279,9 @@ def gradients(c: ConfigDict) -> int:
 
 def cache_folder(name: str) -> Path:
     """Where prepared data and tokens are kept between runs."""
-    folder = name or os.environ.get("MEDCLIP_CACHE")
-    if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medclip_jax"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(name or os.environ.get("MEDCLIP_CACHE") or Path(home) / "medclip_jax")
     with suppress(UnicodeEncodeError):  # libraries that keep files there take UTF-8 alone
         str(folder).encode()
-        return Path(folder).expanduser()
+        return folder.expanduser()
     raise ConfigError("the cache folder's name is no UTF-8: give another (config.cache)")

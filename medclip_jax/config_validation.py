@@ -149,8 +149,10 @@ def check(c: Any) -> None:
 def check_texts(c: Any) -> None:
     """Raise ConfigError for text that is no text, or is missing where there must be some."""
     for name, value in flat(c):
-        items = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
-        kind = int if name == "clip.layers" else str
+        items: Any = value if isinstance(value, tuple) else (value,)
+        if not isinstance(value, tuple | str):
+            continue
+        kind: Any = int if name == "clip.layers" else str
         for item in items:
             if type(item) is not kind:
                 wanted = "whole numbers, as (1, 2)" if kind is int else "texts, as ('a', 'b')"
