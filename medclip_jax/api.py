@@ -65,16 +65,25 @@ class Scorer:
         return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
 
     def predict_files(
-        self, *named: str, output: str | Path, cam: bool = False, follow_links: bool = False
+        self,
+        *named: str,
+        output: str | Path,
+        cam: bool = False,
+        follow_links: bool = False,
+        pseudonymise: bool = False,
     ) -> inference_predict.Summary:
         """What --mode predict does: results of files, folders and globs below `output`.
+
+        pseudonymise: no name or identifier of a source in the results, as --pseudonymise.
 
         Raises ConfigError for an adapted scorer, which is kept nowhere that files could refer to.
         """
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
-        items = inputs.find([str(name) for name in named], follow_links=follow_links)
-        return inference_predict.run(self._predictor, items, Path(output), cam=cam)
+        items = inputs.find([str(name) for name in named], follow_links, nameless=pseudonymise)
+        return inference_predict.run(
+            self._predictor, items, Path(output), cam=cam, pseudonymise=pseudonymise
+        )
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.

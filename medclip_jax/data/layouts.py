@@ -15,7 +15,7 @@ from typing import NamedTuple
 from medclip_jax.errors import DataError
 
 GIVE_ROOT = "give the folder by --config.data.root or $MEDCLIP_DATA"
-MASK = re.compile(r"(?P<name>.+)_mask(_\d+)?")
+MASK = re.compile(r"(?P<name>.+)_mask(_\d+)?", re.DOTALL)
 BUSI_LABELS = {"benign": 1, "malignant": 1, "normal": 0}
 BRAIN_LABELS = {"no": 0, "yes": 1}
 CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}

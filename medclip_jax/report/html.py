@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from matplotlib import colormaps
 
+from medclip_jax.errors import printable
 from medclip_jax.evaluation import bootstrap
 from medclip_jax.explain import boxes
 from medclip_jax.files import write_bytes
@@ -90,6 +92,7 @@ def page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -187,6 +190,12 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 # --- values as the page prints them --------------------------------------------------------------
+
+
+def _shown(value: Any) -> Any:
+    """Text without control characters, whatever file or setting it is of; markup of ours stays."""
+    plain = isinstance(value, str) and not isinstance(value, Markup)
+    return "\n".join(map(printable, value.split("\n"))) if plain else value
 
 
 def text(value: Any) -> str:

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 from pydicom.dataset import Dataset
 
+from medclip_jax import api
 from medclip_jax.errors import WorkdirError
 from medclip_jax.inference import pseudonyms
+from medclip_jax.io import dicom_reference
 from tests.support.predicting import dicom, noise, pages, run, table
 
 MARK = "Zq7Plant"  # in every text and every name
@@ -244,3 +246,32 @@ def test_a_missing_segmentation_is_said_once_with_its_reason(whole, tmp_path, ca
     assert [page["notes"] for page in pages(tmp_path / "out")] == [[note], [note]]
     said = [message for message in caplog.messages if note in message]
     assert said == [f"{note}: 2 item(s), the first is in/1.dcm"]
+
+
+def test_a_notebook_leaves_as_little_under_pseudonyms(whole, tmp_path):
+    source = fill(dicom(tmp_path / PLACE[0] / f"{MARK}.dcm"))
+    summary = api.load(whole).predict_files(str(source), output=tmp_path / "out", pseudonymise=True)
+    assert summary.scored == 1
+    assert not [p for p in (tmp_path / "out").rglob("*") if SECRETS.search(contents(p))]
+
+
+@pytest.mark.parametrize(
+    "name, stored, written",
+    [
+        ("StudyDate", "1996.10.29", "19961029"),
+        ("StudyDate", "19961331", ""),
+        ("PatientBirthDate", "00000000", ""),
+        ("StudyTime", "15:18:59", "151859"),
+        ("StudyTime", "1518", "1518"),
+        ("StudyTime", "101010.5", "101010.5"),
+        ("StudyTime", "25", ""),
+        ("StudyTime", "1015.5", ""),
+    ],
+)
+def test_dates_and_times_are_written_as_the_standard_has_them(tmp_path, name, stored, written):
+    path = dicom(tmp_path / "a.dcm")
+    ds = pydicom.dcmread(path)
+    ds[name] = pydicom.DataElement(name, ds[name].VR, stored, validation_mode=0)
+    ds.save_as(path)
+    identity = pydicom.Dataset({e.tag: e for e in dicom_reference.read(path, None).identity})
+    assert identity[name].value == written
