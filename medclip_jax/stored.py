@@ -4,16 +4,25 @@ Functions raise ValueError (OSError from the disk) with a reason; who calls them
 """
 
 import hashlib
+import io
 import json
 import math
+import os
 import re
 import stat
+import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import numpy as np
 
 MOST_JSON = 256 << 20  # bytes: split.json of a million images
+MOST_VALUES = 8_000_000  # in a JSON; each takes far more memory than its bytes
+MOST_LIST, MOST_FILE = 1 << 16, 1 << 33  # bytes of a zip file's list of members, of a cached file
 PLACEHOLDER = b'"crc32":"00000000"'  # in the header of a safetensors file, before it is known
 CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')
 
@@ -111,7 +120,7 @@ EXPORTED = {  # manifest.json of an exported file
 
 
 def check_file(path: Path, most: int) -> None:
-    """Raise ValueError for what is no regular file of at most `most` bytes; nothing is opened."""
+    """Raise ValueError for what is no regular file of at most `most` bytes."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
@@ -122,7 +131,8 @@ def check_file(path: Path, most: int) -> None:
 def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
     """The bytes of a file that `check_file` accepts."""
     check_file(path, most)
-    return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
@@ -136,6 +146,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     def refuse(text: str) -> None:
         raise ValueError(f"{text} is no number of JSON")
 
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES:,} values")
     try:
         value = json.loads(raw, parse_constant=refuse)
     except RecursionError:
@@ -143,6 +155,55 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
+
+
+@contextmanager
+def open_zip(file: io.RawIOBase | io.BytesIO) -> Iterator[zipfile.ZipFile]:
+    """A zip file, whose list of members is read in one piece and so has to be short."""
+
+    class Bounded(io.BufferedReader):
+        most = MOST_LIST
+
+        def read(self, size: int | None = -1) -> bytes:
+            if not self.most:
+                return super().read(size)
+            data = super().read(self.most if size is None or size < 0 else min(size, self.most))
+            if len(data) == self.most:
+                raise ValueError("its list of members is far too long")
+            return data
+
+    with Bounded(cast(io.RawIOBase, file)) as bounded, zipfile.ZipFile(bounded) as archive:
+        bounded.most = 0
+        yield archive
+
+
+def read_npz(
+    file: io.RawIOBase | io.BytesIO, most: int, wanted: Callable[[str], bool] = bool
+) -> dict[str, np.ndarray]:
+    """Arrays of an npz file whose members are not packed, of at most so many bytes each.
+
+    What the head of an array promises is compared with its bytes first.
+    """
+    arrays = {}
+    with open_zip(file) as archive:
+        for info in archive.infolist():
+            if not wanted(name := info.filename.removesuffix(".npy")):
+                continue
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > most:
+                raise ValueError(f"its {short(name)} is packed or has more than {most:,} bytes")
+            arrays[name] = _array(archive.read(info))
+    return arrays
+
+
+def _array(raw: bytes) -> np.ndarray:
+    head = io.BytesIO(raw)
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise ValueError("an array in it is of another version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    rest = raw[head.tell() :]
+    if dtype.hasobject or dtype.itemsize * math.prod(shape) != len(rest):
+        raise ValueError("an array in it has not the size that it promises")
+    return np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def digest(values: Any) -> str:
@@ -222,11 +283,18 @@ def with_crc(raw: bytes) -> bytes:
 
 
 def has_crc(path: Path) -> bool:
-    """Whether every byte of such a file is as `with_crc` left it."""
-    raw = memoryview(path.read_bytes())
-    found = CRC.search(raw[: 8 + int.from_bytes(raw[:8], "little")])
-    if not found:
-        return False
-    start, end = found.span()
-    before = zlib.crc32(PLACEHOLDER, zlib.crc32(raw[:start]))
-    return zlib.crc32(raw[end:], before) == int(found[1], 16)
+    """Whether every byte of such a file, which is no link, is as `with_crc` left it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_FILE:
+            return False
+        length = file.read(8)
+        head = length + file.read(min(MOST_LIST, int.from_bytes(length, "little")))
+        if found := CRC.search(head):
+            first = head[: found.start()], PLACEHOLDER, head[found.end() :]
+            total = 0
+            for part in chain(first, iter(lambda: file.read(1 << 20), b"")):
+                total = zlib.crc32(part, total)
+            return total == int(found[1], 16)
+    return False

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save
 
 from medclip_jax import __version__, config, files, stored
 from medclip_jax.detectors import anomaly_maps
@@ -23,7 +23,8 @@ from medclip_jax.detectors.detector import Detector
 from medclip_jax.errors import ConfigError, WorkdirError, one_line
 
 FORMAT = 4
-MOST_BYTES = 8 << 30  # of a file: the memory of thousands of supports
+MOST_BYTES = 8 << 30  # of the parameters: the memory of thousands of supports
+MOST_SETTINGS = 16 << 20  # bytes
 TENSORS, SETTINGS = "scorer.safetensors", "scorer.json"
 
 
@@ -81,7 +82,7 @@ def read(workdir: Path) -> Stored:
     path = workdir / SETTINGS
     again = "run --mode evaluate with this workdir"
     try:
-        head = stored.read_json(path, MOST_BYTES)
+        head = stored.read_json(path, MOST_SETTINGS)
         old = head.get("format")
         if isinstance(old, int) and old != FORMAT:
             raise WorkdirError(
@@ -89,12 +90,12 @@ def read(workdir: Path) -> Stored:
             )
         stored.check_seal(head)
         stored.check(head, stored.DETECTOR)
-        raw = stored.read_bytes(workdir / TENSORS, MOST_BYTES)
-        if hashlib.sha256(raw).hexdigest() != head["sha256"]:
+        stored.check_file(workdir / TENSORS, MOST_BYTES)
+        if files.sha256_of(workdir / TENSORS) != head["sha256"]:
             raise ValueError(f"{TENSORS} is not the file that it was written with")
         calibration = _calibration(head["calibration"])
         return Stored(
-            unflatten(load(raw)),
+            unflatten(load_file(workdir / TENSORS)),
             calibration,
             config.restored(head["config"]),
             *(head["checkpoint"], head["language"], head["supports"], head["digest"]),

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from medclip_jax.io.image import bands
+
 THRESHOLD = 0.5  # of a map in unit scores: a pixel of at least this is marked
 SMALLEST = 2000  # a component holds at least one pixel in this many of its map
 MOST = 10  # boxes of one image
@@ -36,11 +38,12 @@ def boxes_of(map: Float[np.ndarray, "h w"]) -> list[Box]:
     if not marked.any():
         return []
     labels, count = ndimage.label(marked, structure=np.ones((3, 3)))
-    # of marked pixels alone: sorting or summing all of them would be most of the time
-    label = labels[marked] - 1
-    areas = np.bincount(label, minlength=count)
-    scores = np.full(count, -np.inf, np.float32)
-    np.maximum.at(scores, label, map[marked].astype(np.float32))
+    areas, scores = np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
+    for rows in bands(map.shape):
+        # of marked pixels alone: sorting or summing all of them would be most of the time
+        label = labels[rows][marked[rows]] - 1
+        areas += np.bincount(label, minlength=count)
+        np.maximum.at(scores, label, map[rows][marked[rows]].astype(np.float32))
     components = zip(ndimage.find_objects(labels, count), scores, areas, strict=True)
     boxes = [
         Box(rows.start, columns.start, rows.stop, columns.stop, float(score), int(area))

@@ -11,7 +11,7 @@ import json
 import math
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -22,8 +22,9 @@ from medclip_jax.errors import CheckpointError, ConfigError, one_line
 KIND, FORMAT = "medclip_jax detector", 3
 PLATFORMS = ("cpu", "cuda", "tpu")
 MEMBERS = ("detector.stablehlo", "weights.npz", "README.md")
-# a foreign file may promise anything: bytes that one packed byte, and a small member, may become
-MOST_PACKED, SMALL = 100, 1 << 20
+# a foreign file may promise anything: bytes of manifest and card, program and weights that are read
+MOST_TEXT, MOST_PROGRAM, MOST_WEIGHTS = 1 << 20, 1 << 26, 1 << 33
+HEADER = 4096  # bytes at most of an array's head and entry, and of the file's list of members
 BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 
 
@@ -68,13 +69,7 @@ def load(path: str | Path) -> Exported:
     """Open an exported file. Raises CheckpointError for a foreign, damaged or newer file."""
     path = Path(path)
     try:
-        manifest, parts = _members(path)
-        code = jax.export.deserialize(bytearray(parts[MEMBERS[0]]))
-        code.mlir_module()  # or a damaged program would be an error of the first image
-        weights, size = _arrays(parts[MEMBERS[1]]), manifest["recipe"]["size"]
-        *wanted, images = [(x.shape, x.dtype) for x in code.in_avals]
-        if [(w.shape, w.dtype) for w in weights] != wanted or images[0][1:] != (size, size):
-            raise ValueError("its program does not fit its weights and its recipe")
+        manifest, code, weights = _members(path)
         return Exported(manifest, code.call, [jax.device_put(w) for w in weights])
     except CheckpointError:
         raise
@@ -84,15 +79,11 @@ def load(path: str | Path) -> Exported:
         ) from None
 
 
-def _members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the other members, whose sizes are bounded before they are unpacked."""
-    if not path.is_file():
-        raise ValueError("there is no such file")
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.file_size > MOST_PACKED * info.compress_size + SMALL:
-                raise ValueError(f"{info.filename} in it would unpack to {info.file_size} bytes")
-        manifest = stored.parse_json(archive.read("manifest.json"))
+def _members(path: Path) -> tuple[dict[str, Any], Any, list[np.ndarray]]:
+    """Manifest, program and weights: each is read once all before it say that it may be."""
+    stored.check_file(path, MOST_WEIGHTS)
+    with path.open("rb", buffering=0) as file, stored.open_zip(file) as archive:
+        manifest = stored.parse_json(_member(archive, "manifest.json", MOST_TEXT))
         if manifest.get("kind") != KIND:
             raise ValueError("it is not of this program")
         old = manifest.get("format")
@@ -101,35 +92,59 @@ def _members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 f"{path} has format {stored.short(old)} and this version reads {FORMAT}: "
                 "export it again or install the version that wrote it"
             )
+        if sorted(archive.namelist()) != sorted(("manifest.json", *MEMBERS)):
+            raise ValueError("its members are not those of an exported detector")
         stored.check_seal(manifest)
         stored.check(manifest, stored.EXPORTED)
-        parts = {name: archive.read(name) for name in MEMBERS}
-    for name, raw in parts.items():
-        if hashlib.sha256(raw).hexdigest() != manifest["sha256"][name]:
-            raise ValueError(f"{name} in it is not what was written")
-    return manifest, parts
+        for name in MEMBERS:  # piece by piece
+            with archive.open(name) as member:
+                if (
+                    hashlib.file_digest(cast(Any, member), "sha256").hexdigest()
+                    != manifest["sha256"][name]
+                ):
+                    raise ValueError(f"{name} in it is not what was written")
+        code = jax.export.deserialize(bytearray(_member(archive, MEMBERS[0], MOST_PROGRAM)))
+        wanted = _arguments(code, manifest["recipe"]["size"])
+        code.mlir_module()  # or a damaged program would be an error of the first image
+        most = sum(math.prod(x.shape) * x.dtype.itemsize + HEADER for x in wanted) + HEADER
+        if most > MOST_WEIGHTS:
+            raise ValueError("its program wants more weights than are read")
+        return manifest, code, _arrays(_member(archive, MEMBERS[1], most), wanted)
 
 
-def _arrays(raw: bytes) -> list[np.ndarray]:
-    """w0, w1, ... of an npz file that holds its arrays as they are."""
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        names = [f"w{i}.npy" for i in range(len(archive.infolist()))]
-        members = [archive.getinfo(name) for name in names]
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
-            raise ValueError("its weights are packed")
-        return [_array(archive.read(m)) for m in members]
+def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """A member of at most so many bytes."""
+    with archive.open(name) as member:
+        raw = member.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"{name} in it has more than {most} bytes")
+    return raw
 
 
-def _array(raw: bytes) -> np.ndarray:
-    """The array of an npy file; what its header promises is compared with its bytes first."""
-    file = io.BytesIO(raw)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an array of its weights is of another version")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    rest = raw[file.tell() :]
-    if dtype.hasobject or dtype.itemsize * math.prod(shape) != len(rest):
-        raise ValueError("an array of its weights has not the size that it promises")
-    return np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
+def _arguments(code: Any, size: int) -> list[Any]:
+    """Shapes and types of the weights that a program wants, images [n, size, size] after them."""
+    *weights, images = code.in_avals
+    raw, maps, passes = code.out_avals
+    n = images.shape[:1]
+    fits = images.shape[1:] == (size, size) and images.dtype == np.float32
+    fits = fits and raw.shape == n and maps.shape == (*n, size, size) and len(passes.shape) == 2
+    whole = all(isinstance(side, int) for x in weights for side in x.shape)
+    if not (fits and whole and len(code.in_tree.children()) > 0):
+        raise ValueError("its program does not take and give what an exported detector does")
+    return weights
+
+
+def _arrays(raw: bytes, wanted: list[Any]) -> list[np.ndarray]:
+    """w0, w1, ... of an npz file, all finite."""
+    arrays = stored.read_npz(io.BytesIO(raw), len(raw))
+    if list(arrays) != [f"w{i}" for i in range(len(wanted))]:
+        raise ValueError("its weights are not those that its program wants")
+    for array, want in zip(arrays.values(), wanted, strict=True):
+        if (array.shape, array.dtype) != (want.shape, want.dtype):
+            raise ValueError("its program does not fit its weights and its recipe")
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise ValueError("a weight of it is not a finite number")
+    return list(arrays.values())
 
 
 def save(predictor: Any, path: str | Path) -> int:

@@ -19,7 +19,7 @@ from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Loaded, Predictor
-from medclip_jax.io import dicom, dicom_header, nifti_header, read
+from medclip_jax.io import dicom, dicom_header, image, nifti_header, read
 from medclip_jax.io.image import Frames, parse_window
 from medclip_jax.io.read import pixel_area
 
@@ -103,9 +103,11 @@ def load(item: Item, predictor: Predictor, output: Path, stamp: str) -> Job:
     if item.error:
         return Job(item, rows=[], error=item.error)
     try:
-        for path in item.paths:
-            if not inputs.is_regular(path):
-                raise DataError(f"{path} is not there or is no regular file")
+        if sum(image.check_regular(Path(path)) for path in item.paths) > image.MAX_BYTES:
+            raise DataError(
+                f"{item.source} has more than {image.MAX_BYTES:,} bytes in its files and no more "
+                "are read: give it in parts."
+            )
         sha256 = _content(item)
         key = hashlib.sha256(f"{stamp} {sha256}".encode()).hexdigest()
         rows = results.finished(output, item, key)

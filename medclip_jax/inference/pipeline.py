@@ -19,7 +19,7 @@ from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.detector import Raw, finish
 from medclip_jax.inference import predictor as predictors
 from medclip_jax.inference.inputs import Item
-from medclip_jax.inference.loading import Job, fit, in_turn, one_drawn
+from medclip_jax.inference.loading import Job, fit, in_turn, one_drawn, reason
 from medclip_jax.inference.predictor import Loaded, Predictor
 
 LARGE_FILE = 16 << 20  # bytes; a larger file is read alone
@@ -139,7 +139,7 @@ def score(
 
         def encode() -> None:
             group = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-            frames = list(pool.map(lambda place: fit(predictor, *place), group))
+            frames = list(pool.map(lambda place: _frame(predictor, *place), group))
             tokens = predictors.encode(predictor, np.stack(frames))
             running.append((group, device.submit(_read, predictor, tokens, len(group))))
 
@@ -167,6 +167,15 @@ def score(
             encode()
         hand_out(0)
         yield from line
+
+
+def _frame(predictor: Predictor, job: Job, number: int) -> Float[np.ndarray, "s s"]:
+    """A frame in the encoder frame; black, and an error of its item, where it cannot be made."""
+    try:
+        return fit(predictor, job, number)
+    except Exception as error:  # decoders raise anything, and files vanish
+        job.error = job.error or reason(error, job.item)
+        return np.zeros((predictor.size, predictor.size), np.float32)
 
 
 def _read(predictor: Predictor, tokens: Features, n: int) -> Read:

@@ -182,6 +182,8 @@ def _write(
     """Write what was scored; the rows of the table. An input that vanished has an error instead."""
     if job.rows is not None:
         return job.rows
+    if job.error:  # a frame could not be made
+        return []
     try:
         return _write_scored(predictor, output, privacy, build, job)
     except (DataError, OSError, MemoryError) as error:  # of the input: the output's is WorkdirError

@@ -18,7 +18,7 @@ from medclip_jax.detectors.detector import BatchScores, Detector, Raw, finish, r
 from medclip_jax.explain import boxes, grad_cam
 from medclip_jax.features import cache, encoder
 from medclip_jax.io import read as io_read
-from medclip_jax.io.image import Frames
+from medclip_jax.io.image import Frames, bands
 
 HALF = 32768  # the code of 0.5, where the pixel threshold lies
 
@@ -112,8 +112,11 @@ class Loaded(NamedTuple):
 
     def shown(self, index: int) -> UInt8[np.ndarray, "h w"]:
         """A frame for display."""
-        frame = 255 * self.frames.part(index, index + 1)[0]
-        return np.round(frame, out=frame).astype(np.uint8)
+        frame = self.frames.part(index, index + 1)[0]
+        shown = np.empty(frame.shape, np.uint8)
+        for rows in bands(frame.shape):
+            shown[rows] = np.round(255 * frame[rows])
+        return shown
 
 
 class Part(NamedTuple):
@@ -160,9 +163,8 @@ def part(
 
 
 def _encode(heat: Float[np.ndarray, "h w"], codes: UInt16[np.ndarray, "h w"]) -> None:
-    """65536 times the map, some rows at a time."""
-    for rows in np.array_split(np.arange(len(heat)), max(1, heat.size >> 22)):
-        part = slice(rows[0], rows[-1] + 1)
+    """65536 times the map."""
+    for part in bands(heat.shape):
         codes[part] = np.minimum(heat[part] * np.float32(65536), 65535)
 
 

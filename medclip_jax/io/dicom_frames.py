@@ -6,6 +6,7 @@ header says (YBR) are RGB.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from medclip_jax.io import dicom_header, jpeg_header
 from medclip_jax.io.image import COLOUR
 
 NUMBERS = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored")
+JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
+JPEG_LS = {uid.JPEGLSLossless, uid.JPEGLSNearLossless}
 NO_TRANSFORM = {uid.JPEG2000, uid.JPEG2000Lossless, uid.HTJ2K, uid.HTJ2KLossless}
 OUT_OF_GAMUT = 24  # of 255: noise of lossy compression stays below
 SAMPLE = 1 << 16  # pixels looked at to tell YBR from RGB
@@ -71,7 +74,8 @@ def stored(path: Path, ds: Dataset) -> Stored:
 def _native(ds: Dataset) -> Callable[[int], np.ndarray]:
     decoder = pydicom.pixels.get_decoder(ds.file_meta.TransferSyntaxUID)
     kind, shift = str(ds.PhotometricInterpretation), _unused_low_bits(ds)
-    options: dict[str, Any] = {"correct_unused_bits": False} if shift else {}
+    options: dict[str, Any] = {"view_only": True}
+    options |= {"correct_unused_bits": False} if shift else {}
     whole = int(ds.Rows) * int(ds.Columns) * 3 * int(ds.get("NumberOfFrames") or 1)
     if kind == "YBR_FULL_422" and len(ds.PixelData) >= whole * int(ds.BitsAllocated) // 8:
         kind = "YBR_FULL"  # nothing is subsampled, whatever the header says
@@ -121,7 +125,7 @@ def _packed_bits(path: Path, ds: Dataset) -> Callable[[int], np.ndarray]:
 
 
 def _encapsulated(path: Path, ds: Dataset, streams: list[bytes]) -> Callable[[int], np.ndarray]:
-    syntax, plugin = ds.file_meta.TransferSyntaxUID, dicom_header.plugin(path, ds)
+    syntax, codec = ds.file_meta.TransferSyntaxUID, plugin(path, ds)
     decoder, kind = pydicom.pixels.get_decoder(syntax), str(ds.PhotometricInterpretation)
     numbers = (dicom_header.count(path, ds, name) for name in NUMBERS)
     keys = ("rows", "columns", "samples_per_pixel", "bits_allocated", "bits_stored")
@@ -138,7 +142,7 @@ def _encapsulated(path: Path, ds: Dataset, streams: list[bytes]) -> Callable[[in
             return _jpeg(stream, head, kind)
         packed = pydicom.encaps.encapsulate([stream], has_bot=False)
         values, _ = decoder.as_array(
-            packed, index=0, raw=True, decoding_plugin=plugin, validate=False, **options
+            packed, index=0, raw=True, decoding_plugin=codec, validate=False, **options
         )
         colour = head.colour if head is not None else ""
         if kind in COLOUR and syntax in NO_TRANSFORM and not colour and "FULL" not in kind:
@@ -149,13 +153,38 @@ def _encapsulated(path: Path, ds: Dataset, streams: list[bytes]) -> Callable[[in
         stream = streams[index]
         head = jpeg_header.parse(stream) if syntax != uid.RLELossless else None
         values = decoded(stream, head)
-        if syntax in dicom_header.JPEG and jpeg_header.ends_early(
+        if syntax in JPEG and jpeg_header.ends_early(
             stream, values[-1, -1], lambda data: decoded(data, head)
         ):
             raise EOFError
         return values
 
     return get
+
+
+def plugin(path: Path, ds: Dataset) -> str:
+    """The one decoder for a file; "" where pydicom itself reads uncompressed pixels.
+
+    Left alone, pydicom tries all that are installed, in an order that depends on earlier files.
+    CharLS refuses damaged JPEG-LS, libjpeg does not. pydicom's own RLE decoder is slow, but the
+    fast one panics on damaged segments. libjpeg is an extra, for its licence: 8-bit JPEG goes
+    without it, lossless and 12-bit JPEG are a DataError.
+    """
+    syntax = ds.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        return ""
+    if syntax == uid.RLELossless:
+        return "pydicom"
+    if syntax in JPEG_LS:
+        return "pyjpegls"
+    if syntax in JPEG and find_spec("libjpeg") is None:
+        if syntax == uid.JPEGBaseline8Bit:
+            return "pillow"
+        raise DataError(
+            f"{path} has {dicom_header.syntax_name(ds)} pixels, whose decoder is not installed: "
+            "pip install pylibjpeg-libjpeg (GPL-3)."
+        )
+    return "pylibjpeg"
 
 
 def _jpeg(stream: bytes, head: jpeg_header.StreamHeader, kind: str) -> np.ndarray:

@@ -10,17 +10,19 @@ import stat
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pydicom.charset
 import pydicom.config
 import pydicom.encaps
 import pydicom.filereader
 import pydicom.pixels
 from pydicom import uid
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 
 from medclip_jax.errors import DataError
 from medclip_jax.io import jpeg_header
@@ -30,14 +32,14 @@ STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # group 0002 or 0008, where "D
 MAX_INFLATED = 1 << 28  # bytes of a deflated file, which are in memory twice
 MAX_INFLATED_HEADER = 1 << 25  # bytes inflated where no pixels are needed
 MAX_READS = 1_000_000  # a header of 5,000 frames with functional groups needs half of them
-ITEM = b"\xfe\xff\x00\xe0"
-SEQUENCES = (
+MAX_VALUE = 1 << 16  # bytes of a value that pydicom splits into many
+SEQUENCES = (  # that are looked into
     *("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence", "VOILUTSequence"),
-    *("ModalityLUTSequence", "SequenceOfUltrasoundRegions"),
+    *("ModalityLUTSequence", "SequenceOfUltrasoundRegions", "DirectoryRecordSequence"),
 )
+WHOLE = {"OB", "OD", "OF", "OL", "OV", "OW", "UN", "ST", "LT", "UT", "UR"}  # VRs of one value
+CHARSET = b"\x08\x00\x05\x00"  # tag, the value of which pydicom splits while it reads
 BITS = {1, 8, 16, 32, 64}
-JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
-JPEG_LS = {uid.JPEGLSLossless, uid.JPEGLSNearLossless}
 ENCODINGS = {  # (implicit VR, little endian) of files that do not name their transfer syntax
     (True, True): uid.ImplicitVRLittleEndian,
     (False, True): uid.ExplicitVRLittleEndian,
@@ -55,13 +57,16 @@ class _Metered(io.BufferedReader):
     pydicom reads the head of every element by a call of its own.
     """
 
-    calls = 0
+    calls, head = 0, b""
 
     def read(self, size: int | None = -1) -> bytes:
         self.calls += 1
-        if self.calls > MAX_READS:
+        split = self.head[:4] == CHARSET and size is not None and size > MAX_VALUE
+        if self.calls > MAX_READS or split:
             raise TooManyElementsError
-        return super().read(size)
+        data = super().read(size)
+        self.head = data if size == 8 else b""
+        return data
 
 
 class TooManyElementsError(Exception):
@@ -101,9 +106,14 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
             if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
                 ds = _deflated(path, file, tags is not None, options)
                 ds.file_meta = meta
-                return ds
-            file.seek(0)
-            ds = pydicom.dcmread(file, force=bare, stop_before_pixels=tags is not None, **options)
+            else:
+                file.seek(0)
+                stop = tags is not None
+                ds = pydicom.dcmread(file, force=bare, stop_before_pixels=stop, **options)
+            calls = file.calls
+            for name in SEQUENCES:
+                calls = _expand(ds, Tag(name), calls)
+            _check_values(ds)
     except OSError as error:
         if isinstance(error.__context__, TooManyElementsError):  # pydicom replaces it
             raise _too_many(path) from None
@@ -117,6 +127,53 @@ def parse(path: Path, tags: Sequence[str] | None = None) -> Dataset:
         implicit, little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = ENCODINGS[bool(implicit), bool(little)]
     return ds
+
+
+def _expand(ds: Dataset, tag: BaseTag, calls: int) -> int:
+    """Parse a sequence, and those in it, which pydicom would do without end; returns all reads.
+
+    One that is damaged stays as it is, for whoever needs it. Raises TooManyElementsError.
+    """
+    raw = ds.get_item(tag) if tag in ds else None
+    value = getattr(raw, "value", None)
+    if raw is None or _kind(raw) != "SQ":
+        return calls
+    if isinstance(value, bytes):
+        file = _Metered(io.BytesIO(value))
+        file.calls, implicit = calls, getattr(raw, "is_implicit_VR", False)
+        little = getattr(raw, "is_little_endian", True)
+        try:
+            value = pydicom.filereader.read_sequence(
+                file, implicit, little, len(value), [pydicom.charset.default_encoding]
+            )
+        except Exception as error:
+            if isinstance(error.__context__ or error, TooManyElementsError):
+                raise TooManyElementsError from None
+            return file.calls
+        ds[tag], calls = DataElement(tag, "SQ", value), file.calls
+    for item in value or ():
+        _check_values(item)
+        for inner in list(item.keys()):
+            calls = _expand(item, inner, calls)
+    return calls
+
+
+def _check_values(ds: Dataset) -> None:
+    """Raise TooManyElementsError for a value that would be split into very many."""
+    for tag in ds.keys():  # noqa: SIM118  iterating over the data set itself converts its values
+        raw = ds.get_item(tag)
+        if isinstance(raw, RawDataElement) and len(raw.value or b"") > MAX_VALUE:
+            kind = _kind(raw)
+            if kind not in WHOLE and kind != "SQ" and " or " not in kind:
+                raise TooManyElementsError
+
+
+def _kind(element: RawDataElement | DataElement) -> str:
+    """The VR, also where the file does not say it; of two, pydicom leaves the value whole."""
+    try:
+        return element.VR or dictionary_VR(element.tag)
+    except KeyError:
+        return "UN"
 
 
 def _too_many(path: Path) -> DataError:
@@ -164,10 +221,6 @@ def check(path: Path, ds: Dataset) -> None:
     """Raise DataError for what has no image, is too large or has no decoder here."""
     if not any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise DataError(f"{path} is DICOM without an image (no PixelData): remove it.")
-    for name in SEQUENCES:  # not parsed before they are looked at
-        value = getattr(ds.get_item(name), "value", None)
-        if isinstance(value, bytes) and value.count(ITEM) > MAX_READS // 4:
-            raise _too_many(path)
     rows, columns, frames = (count(path, ds, n) for n in ("Rows", "Columns", "NumberOfFrames"))
     check_size(path, columns, rows, frames)
     samples, bits = count(path, ds, "SamplesPerPixel"), count(path, ds, "BitsAllocated")
@@ -212,31 +265,6 @@ def syntax_name(ds: Dataset) -> str:
     """Name of the transfer syntax, if it is one of the standard's."""
     syntax = ds.file_meta.TransferSyntaxUID
     return syntax.name if syntax in uid.UID_dictionary else "an unknown transfer syntax"
-
-
-def plugin(path: Path, ds: Dataset) -> str:
-    """The one decoder for a file; "" where pydicom itself reads uncompressed pixels.
-
-    Left alone, pydicom tries all that are installed, in an order that depends on earlier files.
-    CharLS refuses damaged JPEG-LS, libjpeg does not. pydicom's own RLE decoder is slow, but the
-    fast one panics on damaged segments. libjpeg is an extra, for its licence: 8-bit JPEG goes
-    without it, lossless and 12-bit JPEG are a DataError.
-    """
-    syntax = ds.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated:
-        return ""
-    if syntax == uid.RLELossless:
-        return "pydicom"
-    if syntax in JPEG_LS:
-        return "pyjpegls"
-    if syntax in JPEG and find_spec("libjpeg") is None:
-        if syntax == uid.JPEGBaseline8Bit:
-            return "pillow"
-        raise DataError(
-            f"{path} has {syntax_name(ds)} pixels, whose decoder is not installed: "
-            "pip install pylibjpeg-libjpeg (GPL-3)."
-        )
-    return "pylibjpeg"
 
 
 def streams(ds: Dataset, frames: int) -> Iterator[bytes]:

@@ -12,11 +12,10 @@ from jaxtyping import Bool, Float, Float32, Num
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
-from medclip_jax.io.image import COLOUR, GREY, LUMA, PALETTE, Window
+from medclip_jax.io.image import COLOUR, GREY, LUMA, PALETTE, Window, bands
 
 CM, REGION_2D = 3, 1  # PS3.3 C.8.5.5: unit code of centimetres, spatial format of a 2-D image
 MAX_PALETTE = 1 << 16
-BAND = 1 << 22  # pixels that are converted together, in float64
 HOUNSFIELD = ("", "HU", "HU_MOD", "US")  # Rescale Type of CT: none, as many scanners, or these
 
 
@@ -58,9 +57,7 @@ def display_values(
     """
     padding, scaled = _padding(ds, stored), True
     shown = np.empty(stored.shape[:2], np.float32)
-    step = max(1, BAND // max(1, stored.shape[1]))
-    for first in range(0, len(shown), step):
-        rows = slice(first, first + step)
+    for rows in bands(shown.shape):
         values, scaled = _display(ds, stored[rows], frame, window, white)
         with np.errstate(over="ignore"):  # beyond float32: infinite
             shown[rows] = values

@@ -1,7 +1,7 @@
 """What all readers share: the image they return, limits of size, CT windows, choice of frames."""
 
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,7 +86,7 @@ MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
 MAX_VOXELS = 1 << 28  # of all frames of a file or series
 MAX_FRAMES = 10_000  # each costs a row, a map and a run of the encoder, however small it is
 MAX_BYTES = 1 << 29  # of a file, packed or unpacked
-SAMPLE = 1 << 20  # values that are looked at for spikes
+BAND, SAMPLE = 1 << 22, 1 << 20  # pixels converted together; values looked at for spikes
 SPIKE = 0.001  # share of the values that may be spikes, at either end
 FEW = 100  # values of which none can be called a spike
 FAR = 2.0  # widths of the range of all others beyond which a value is a spike
@@ -141,7 +141,8 @@ def check_regular(path: Path) -> int:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise missing(path) from error
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read ({why}): fix or remove it.") from error
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path} is no regular file (a pipe, device or folder): give a file.")
     if status.st_size > MAX_BYTES:
@@ -149,12 +150,6 @@ def check_regular(path: Path) -> int:
     if not status.st_size:
         raise DataError(f"{path} is empty: copy it again or remove it.")
     return status.st_size
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): fix or remove it."
-    )
 
 
 def missing(path: Path) -> DataError:
@@ -254,6 +249,12 @@ def stretch_to_unit(values: Float[np.ndarray, "*f h w"], stretch: Stretch) -> No
     np.clip(values, 0, 1, out=values)  # rounding may pass 1 by one unit
 
 
+def bands(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of an image that are worked on together, so that copies of all of it are not needed."""
+    step = max(1, BAND // max(1, shape[1]))
+    return (slice(i, i + step) for i in range(0, shape[0], step))
+
+
 def unit_scale(
     path: Path,
     stored: Callable[[int], np.ndarray],
@@ -278,11 +279,10 @@ def unit_scale(
     stretch, _ = range_of(path, lambda i: stored(i).astype(exact, copy=False), count, size)
 
     def spread(values: np.ndarray, into: np.ndarray) -> None:
-        step = max(1, SAMPLE // shape[1])
-        for first in range(0, shape[0], step):
-            rows = values[first : first + step].astype(exact)
+        for part in bands(shape):
+            rows = values[part].astype(exact)
             stretch_to_unit(rows, stretch)
-            into[first : first + step] = rows
+            into[part] = rows
 
     of = "its" if count == 1 else f"all {count} pages'"
     return spread, f"{of} values: {stretch.words()}"

@@ -20,7 +20,16 @@ from medclip_jax.errors import DataError
 from medclip_jax.io import pillow, tiff
 from medclip_jax.io.dicom import open_dicom
 from medclip_jax.io.dicom_header import is_dicom
-from medclip_jax.io.image import Frames, Image, Mode, no_hounsfield, parse_axis, parse_window
+from medclip_jax.io.image import (
+    BAND,
+    Frames,
+    Image,
+    Mode,
+    bands,
+    no_hounsfield,
+    parse_axis,
+    parse_window,
+)
 from medclip_jax.io.nifti import Axis, open_nifti
 
 __all__ = ["Axis", "Mode", "fit", "fit_mask", "read", "read_all", "read_mask", "to_frame"]
@@ -264,4 +273,10 @@ def _place(pixels: np.ndarray, size: int, mode: Mode, resample: PIL.Image.Resamp
 def _resize(
     pixels: np.ndarray, rows: int, columns: int, resample: PIL.Image.Resampling
 ) -> np.ndarray:
-    return np.array(PIL.Image.fromarray(pixels).resize((columns, rows), resample))
+    image = PIL.Image.fromarray(pixels).resize((columns, rows), resample)
+    if rows * columns <= BAND:
+        return np.array(image)
+    values = np.empty((rows, columns), pixels.dtype)
+    for part in bands(values.shape):
+        values[part] = np.asarray(image.crop((0, part.start, columns, min(part.stop, rows))))
+    return values

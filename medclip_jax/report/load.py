@@ -12,6 +12,7 @@ from medclip_jax.errors import WorkdirError, one_line, printable
 from medclip_jax.explain.boxes import Box
 from medclip_jax.training.checkpoints import read_steps
 
+MOST_BYTES, MOST_ARRAY = 1 << 36, 1 << 28  # of predictions.npz and of an array that is read of it
 COLUMNS = ("id", "label", "score", "p_value", "uncertainty")
 FILES = {  # of a Picture -> of predictions.npz
     "image": "thumb",
@@ -114,12 +115,15 @@ def _json(path: Path, *keys: str) -> dict[str, Any]:
 
 def _predictions(path: Path) -> tuple[dict, list[Picture | None], float | None]:
     # the maps stay on disk: the report never needs them all
-    with np.load(path, allow_pickle=False) as file:
-        columns = {
-            name: file[name] for name in (*COLUMNS, "unit") if name != "unit" or name in file
-        }
-        stored = ("thumb", "frame", "boxes", "deviation_scale")
-        arrays = {name: file[name] for name in file.files if name.startswith(stored)}
+    small = ("thumb", "frame", "boxes", "deviation_scale")
+    stored.check_file(path, MOST_BYTES)
+    with path.open("rb", buffering=0) as file:
+        arrays = stored.read_npz(
+            file, MOST_ARRAY, lambda name: name in (*COLUMNS, "unit") or name.startswith(small)
+        )
+    columns = {
+        name: arrays[name] for name in (*COLUMNS, "unit") if name != "unit" or name in arrays
+    }
     columns["id"] = np.array([printable(str(name)) for name in columns["id"].ravel()])
     if len({column.shape for column in columns.values()}) != 1 or columns["id"].ndim != 1:
         raise ValueError("its columns are not of one length")
@@ -128,8 +132,8 @@ def _predictions(path: Path) -> tuple[dict, list[Picture | None], float | None]:
     if not np.isfinite(columns["score"]).all():
         raise ValueError("some scores are not finite")
     scale = arrays.get("deviation_scale")
-    small = pictures(arrays, len(columns["id"]))
-    return columns, small, None if scale is None else float(scale)
+    rows = pictures(arrays, len(columns["id"]))
+    return columns, rows, None if scale is None else float(scale)
 
 
 def pictures(arrays: Mapping[str, np.ndarray], n: int) -> list[Picture | None]:

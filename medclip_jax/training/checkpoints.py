@@ -25,7 +25,7 @@ from medclip_jax.errors import CheckpointError, WorkdirError, one_line
 from medclip_jax.files import disk_errors, plain, write_bytes
 from medclip_jax.training.step import TrainState
 
-MOST_BYTES = 1 << 30  # of a log that is read
+MOST_BYTES = 1 << 27  # of a log that is read
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:
@@ -196,7 +196,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             int(line["step"]), float(line["seconds"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise WorkdirError(
                 f"Line {number} of {path} is not a logged step: "
                 "delete that line or start in a new workdir."

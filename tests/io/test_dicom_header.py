@@ -68,7 +68,7 @@ def test_a_syntax_without_decoder_is_named(tmp_path):
 
 def test_jpeg_without_its_extra_decoder(monkeypatch):
     """8-bit JPEG goes to Pillow; lossless is refused with what to install."""
-    monkeypatch.setattr(dicom_header, "find_spec", lambda name: None)
+    monkeypatch.setattr(dicom_frames, "find_spec", lambda name: None)
 
     def film(syntax):
         ds = pydicom.Dataset()
@@ -76,9 +76,9 @@ def test_jpeg_without_its_extra_decoder(monkeypatch):
         ds.file_meta.TransferSyntaxUID = syntax
         return ds
 
-    assert dicom_header.plugin(Path("a.dcm"), film(pydicom.uid.JPEGBaseline8Bit)) == "pillow"
+    assert dicom_frames.plugin(Path("a.dcm"), film(pydicom.uid.JPEGBaseline8Bit)) == "pillow"
     with pytest.raises(DataError, match=r"a\.dcm has JPEG Lossless.*pip install pylibjpeg-libjpeg"):
-        dicom_header.plugin(Path("a.dcm"), film(pydicom.uid.JPEGLosslessSV1))
+        dicom_frames.plugin(Path("a.dcm"), film(pydicom.uid.JPEGLosslessSV1))
 
 
 # ---------------------------------------------------------------- sizes stated in streams
