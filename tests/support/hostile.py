@@ -281,13 +281,13 @@ kind(
     "a.dcm",
     deflated(element(0x7FE00010, "OB", b"", 2000 * MB), 2000 * MB),
     "inflates to more than",
-    True,
 )
 kind(
     "dicom deflated bomb in a private tag",
     "a.dcm",
-    deflated(element(0x00111011, "OB", b"", 400 * MB), 401 * MB),
+    deflated(element(0x00111011, "OB", b"", 270 * MB), 271 * MB),
     "inflates to more than",
+    True,
 )
 kind(
     "dicom deflated cut",
@@ -464,7 +464,7 @@ kind("dicom private tag of 1 GB", "a.dcm", private(1 << 30), BYTES, True)
 kind("dicom nested 10,000 deep", "a.dcm", dicom(lambda: nested(10_000, False)), "", True)
 kind("dicom nested 10,000 deep with lengths", "a.dcm", dicom(lambda: nested(10_000, True)), "")
 kind("dicom nested 1,000,000 deep", "a.dcm", dicom(lambda: nested(1_000_000, False)), "")
-kind("dicom 3,000,000 elements", "a.dcm", dicom(lambda: tiny_explicit(3_000_000)), TOO_MANY, True)
+kind("dicom 3,000,000 elements", "a.dcm", dicom(lambda: tiny_explicit(3_000_000)), TOO_MANY)
 kind(
     "dicom 3,000,000 implicit elements",
     "a.dcm",
@@ -852,7 +852,7 @@ kind("nifti 1 TB", "a.nii", sparse(1 << 40, nifti((8, 8, 2))), BYTES, True)
 kind(
     "gzip bomb behind a volume",
     "a.nii.gz",
-    packed((8, 8, 2), more=1000 * MB),
+    packed((8, 8, 2), more=560 * MB),
     "unpacks to more than",
     True,
 )
@@ -997,7 +997,7 @@ profile = b"p\0\0"
 kind(
     "png iCCP bomb",
     "a.png",
-    lazily(lambda: png(16, 16, chunk(b"iCCP", profile + zeros(1000 * MB, 1)))),
+    lazily(lambda: png(16, 16, chunk(b"iCCP", profile + zeros(200 * MB, 1)))),
     "",
     True,
 )
