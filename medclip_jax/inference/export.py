@@ -123,14 +123,16 @@ def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
 
 def _arguments(code: Any, size: int) -> list[Any]:
     """Shapes and types of the weights that a program wants, images [n, size, size] after them."""
+    error = ValueError("its program does not take and give what an exported detector does")
+    if not code.in_avals or len(code.out_avals) != 3:
+        raise error
     *weights, images = code.in_avals
     raw, maps, passes = code.out_avals
     n = images.shape[:1]
     fits = images.shape[1:] == (size, size) and images.dtype == np.float32
     fits = fits and raw.shape == n and maps.shape == (*n, size, size) and len(passes.shape) == 2
-    whole = all(isinstance(side, int) for x in weights for side in x.shape)
-    if not (fits and whole and len(code.in_tree.children()) > 0):
-        raise ValueError("its program does not take and give what an exported detector does")
+    if not (fits and all(isinstance(side, int) for x in weights for side in x.shape)):
+        raise error
     return weights
 
 
