@@ -87,7 +87,7 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
                 raise ValueError("its checksums differ: bits of it have changed")
             return read["state"]
         except Exception as error:  # orbax and tensorstore raise many types on damaged files
-            reason = str(error).partition("\n")[0]
+            reason = re.split(r"\n| See full TensorStore", str(error))[0]
             logging.warning("checkpoint %d cannot be read and is skipped (%s)", step, reason)
     if steps:
         raise CheckpointError(
