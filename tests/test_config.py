@@ -90,13 +90,13 @@ def test_without_supports_ours_is_zero_shot():
 
 @pytest.mark.parametrize("method", ["mediclip", "paper"])
 def test_a_preset_fixes_its_fields_and_no_other(method):
-    given = config.base(f"method={method},k=4")
-    given.learner = "anil"
-    done = dict(config.flat(config.resolve(given)))
+    arguments = config.base(f"method={method},k=4")
+    arguments.learner = "anil"
+    done = dict(config.flat(config.resolve(arguments)))
     fixed = dict(config.flat(ConfigDict(config.PRESETS[method])))
     assert {name: done[name] for name in fixed} == fixed
     derived = {"steps", "batch", "meta.shots", "synthesis.variants", "cache"}
-    free = {n: v for n, v in config.flat(given) if n not in fixed and n not in derived}
+    free = {n: v for n, v in config.flat(arguments) if n not in fixed and n not in derived}
     assert {name: done[name] for name in free} == free
 
 

@@ -35,10 +35,10 @@ def test_attention_of_one_query_of_each_row():
 
 def test_a_product_keeps_the_format_of_its_left_side_and_sums_in_float32():
     a, b = drawn(2, 300, dtype="bfloat16"), drawn(300, 4, seed=1)
-    made = product("na,ab->nb", a, b)
-    assert made.dtype == jnp.bfloat16
+    built = product("na,ab->nb", a, b)
+    assert built.dtype == jnp.bfloat16
     exact = np.asarray(a, np.float64) @ np.asarray(b.astype("bfloat16"), np.float64)
-    np.testing.assert_allclose(made.astype("float32"), exact, rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(built.astype("float32"), exact, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.skipif("avx512_bf16" not in FLAGS, reason="a processor without bfloat16 products")

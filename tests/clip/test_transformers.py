@@ -64,8 +64,8 @@ def test_both_implementations_agree_on_every_checkpoint(named, tmp_path):
     way = jnp.asarray(rng.normal(size=(len(prompts.ids), fused.joint)), jnp.float32)
 
     def text(clip, context):
-        made = encode_text(clip.text, context, prompts, clip.text_encoder)
-        return (made * way).sum(), made
+        built = encode_text(clip.text, context, prompts, clip.text_encoder)
+        return (built * way).sum(), built
 
     results = [
         jax.jit(jax.value_and_grad(partial(text, clip), has_aux=True))(context.astype(jnp.float32))

@@ -47,8 +47,8 @@ def test_message_says_what_cannot_be_promised():
     )
     assert (got.value, got.attainable, got.message) == (3.0, False, sentence)
     assert got.alpha_attained == pytest.approx(0.2)
-    kept = calibration.threshold(np.arange(32.0), 0.05).message
-    assert kept == (
+    remaining = calibration.threshold(np.arange(32.0), 0.05).message
+    assert remaining == (
         "with 32 healthy images a false-alarm rate of about 3.03%, with no proven bound, is to be "
         "expected, asked for 5%"
     )

@@ -95,14 +95,14 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
     """Equation (10) and the decisions, by hand from the raw scores."""
     made, *_ = folded
     new, keys = tokens(3, seed=2), jax.random.split(jax.random.key(1), 8)
-    found = detector.calibrate(made, **RATES)
-    got, raw = score_batch(made, found, new, keys), detector.read_batch(made, new, keys)
-    unit = calibration.to_unit(np.asarray(raw.passes.patch), found.pixel.value, found.pixel_scale)
+    result = detector.calibrate(made, **RATES)
+    got, raw = score_batch(made, result, new, keys), detector.read_batch(made, new, keys)
+    unit = calibration.to_unit(np.asarray(raw.passes.patch), result.pixel.value, result.pixel_scale)
     np.testing.assert_allclose(got.patch_mean, unit.mean(1), atol=1e-6)
     np.testing.assert_allclose(got.patch_variance, unit.var(1), atol=1e-7)
     assert got.patch_variance.min() > 0
     image = np.asarray(raw.image, float)
-    np.testing.assert_array_equal(got.alarm, image > found.image.value)
+    np.testing.assert_array_equal(got.alarm, image > result.image.value)
     np.testing.assert_array_equal(got.score >= 0.5, got.alarm)
     np.testing.assert_allclose(got.p_value, calibration.p_values(image, made.calibration.image))
     np.testing.assert_allclose(got.uncertainty, got.passes.std(1))
@@ -158,7 +158,7 @@ def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
 def test_without_supports_the_decision_is_where_both_classes_are_equally_likely(tiny):
     design, frozen = design_of(tiny, context=0)
     made = prompt_detector.zero_shot(tiny, frozen, design, None, 0)
-    found = detector.calibrate(made, **RATES)
-    got = score_batch(made, found, tokens(3), jax.random.split(jax.random.key(0), 2))
+    result = detector.calibrate(made, **RATES)
+    got = score_batch(made, result, tokens(3), jax.random.split(jax.random.key(0), 2))
     np.testing.assert_array_equal(got.alarm, np.asarray(detector.score(made, tokens(3)).image) > 0)
-    assert np.isnan(got.p_value).all() and found.k == 0
+    assert np.isnan(got.p_value).all() and result.k == 0

@@ -16,11 +16,11 @@ def standard(values, healthy):
 
 def by_hand(branches, each) -> Scores:
     """Scores of the branches -> fused ones."""
-    found = {name: branches[name].calibration for name in branches}
+    result = {name: branches[name].calibration for name in branches}
     patch = sum(
-        standard(s.patch, found[name].patch) for name, s in each.items() if name[-6:] != "_image"
+        standard(s.patch, result[name].patch) for name, s in each.items() if name[-6:] != "_image"
     )
-    image = [np.arcsinh(standard(s.image, found[name].image)) for name, s in each.items()]
+    image = [np.arcsinh(standard(s.image, result[name].image)) for name, s in each.items()]
     return Scores(patch, np.mean(image, axis=0))
 
 

@@ -116,18 +116,20 @@ def test_the_gradient_is_that_of_the_distance_to_the_nearest_row():
 
 def test_one_support_is_compared_with_its_views():
     own, seen = tokens(1), tokens(3, seed=4)
-    made = build(own, calibrating=seen)
-    np.testing.assert_allclose(made.calibration.patch, detector.score(made, seen).patch, atol=1e-6)
-    assert made.k == 1 and made.calibration.patch.shape == (3, 16)
-    assert made.calibration.patch.min() > 0
+    built = build(own, calibrating=seen)
+    np.testing.assert_allclose(
+        built.calibration.patch, detector.score(built, seen).patch, atol=1e-6
+    )
+    assert built.k == 1 and built.calibration.patch.shape == (3, 16)
+    assert built.calibration.patch.min() > 0
 
 
 def test_views_are_gentle():
     y, x = np.mgrid[:64, :64] / 63
     image = (0.5 + 0.4 * np.sin(4 * x) * np.cos(3 * y)).astype(np.float32)
-    made = augmentation.crops(image)
-    assert made.shape == (10, 64, 64) and made.dtype == np.float32
-    assert made.min() >= image.min() - 1e-6 and made.max() <= image.max() + 1e-6
-    np.testing.assert_array_equal(made[:5, :, ::-1], made[5:])
-    assert 0 < np.abs(made[:5] - image).mean() < 0.1
-    np.testing.assert_allclose(made[4][32, 32], image[32, 32], atol=0.02)
+    built = augmentation.crops(image)
+    assert built.shape == (10, 64, 64) and built.dtype == np.float32
+    assert built.min() >= image.min() - 1e-6 and built.max() <= image.max() + 1e-6
+    np.testing.assert_array_equal(built[:5, :, ::-1], built[5:])
+    assert 0 < np.abs(built[:5] - image).mean() < 0.1
+    np.testing.assert_allclose(built[4][32, 32], image[32, 32], atol=0.02)

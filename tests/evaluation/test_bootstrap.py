@@ -15,9 +15,9 @@ def scene(rng, healthy: int, abnormal: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_intervals_surround_the_metrics_of_the_sample():
     score, label = scene(np.random.default_rng(0), 40, 60)
-    found, wanted = bootstrap.image(np.round(score, 1), label), metrics.image_level(score, label)
-    assert set(found) == set(wanted) - {"threshold"}
-    for name, (low, high) in found.items():
+    result, wanted = bootstrap.image(np.round(score, 1), label), metrics.image_level(score, label)
+    assert set(result) == set(wanted) - {"threshold"}
+    for name, (low, high) in result.items():
         assert low < wanted[name] < high, name
     assert bootstrap.image(score, label) == bootstrap.image(score, label)
     assert bootstrap.image(score, label, seed=1) != bootstrap.image(score, label)

@@ -109,8 +109,8 @@ def test_a_job_is_timed_cold_again_and_warm(monkeypatch):
 @pytest.mark.slow
 def test_prediction_and_devices_are_measured(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    found = predict.run(flags(predict, "--kinds", "png", "--images", "64", "--few", "8"))
-    assert found["png"]["per_second"] > 0 and found["png"]["peak_megabytes"] > 100
+    actual = predict.run(flags(predict, "--kinds", "png", "--images", "64", "--few", "8"))
+    assert actual["png"]["per_second"] > 0 and actual["png"]["peak_megabytes"] > 100
     words = ["--devices", "1", "2", "--size", "tiny", "--tasks", "2", "--times", "1"]
     rows = scaling.run(flags(scaling, *words))["rows"]
     assert [r["devices"] for r in rows] == [1, 2] and rows[0]["relative"] == 1

@@ -18,10 +18,10 @@ def test_the_page_names_the_core():
     listed = {plain(row.split("|")[1].strip()) for row in rows if row.startswith("| ")}
     asked = {plain(p.name) for p in licences.tree(licences.core())}
     assert asked <= listed and "pylibjpeg-libjpeg" not in listed
-    held = {plain(name): version for name, version in pins().items()}
+    stored = {plain(name): version for name, version in pins().items()}
     cells = [row.split("|")[1:3] for row in rows if row.startswith("| ") and "version" not in row]
     for name, version in cells:
-        assert held[plain(name.strip())] == version.strip()
+        assert stored[plain(name.strip())] == version.strip()
 
 
 @pytest.mark.parametrize(

@@ -186,13 +186,13 @@ def test_plain_results_name_files_and_the_patient_in_dicom_alone(whole, planted,
 
 def test_pseudonyms_are_of_their_folder_and_resume(whole, tmp_path):
     source = dicom(tmp_path / "in" / "a.dcm")
-    found = []
+    result = []
     for output in (tmp_path / "one", tmp_path / "two", tmp_path / "one"):
         assert run(whole, output, source, more=["--pseudonymise"]) == 0
         (page,) = pages(output)
         seg = pydicom.dcmread(output / page["files"]["seg"])
-        found.append((page["source"], seg.StudyInstanceUID, page["key"], seg.SOPInstanceUID))
-    assert found[0] == found[2] and not set(found[0]) & set(found[1])
+        result.append((page["source"], seg.StudyInstanceUID, page["key"], seg.SOPInstanceUID))
+    assert result[0] == result[2] and not set(result[0]) & set(result[1])
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "one").glob("*.dcm")}
     assert run(whole, tmp_path / "one", source, more=["--pseudonymise"]) == 0
     assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "one").glob("*.dcm")}

@@ -35,10 +35,10 @@ def test_every_dependency_is_pinned_within_its_bounds():
 
     extras = PROJECT["project"]["optional-dependencies"]
     asked = PROJECT["project"]["dependencies"] + extras["test"] + extras["docs"] + extras["jpeg"]
-    held = {plain(name): version for name, version in pins().items()}
+    stored = {plain(name): version for name, version in pins().items()}
     for line in asked:
         wanted = Requirement(line)
-        version = held.get(plain(wanted.name))
+        version = stored.get(plain(wanted.name))
         assert version, f"constraints.txt lacks {wanted.name}"
         assert wanted.specifier.contains(version, prereleases=True), line
 
@@ -47,7 +47,7 @@ def test_what_they_need_in_turn_is_pinned_too():
     """Of what is installed here: the whole tree below the core has exact versions."""
     from packaging.requirements import Requirement
 
-    held, queue = {plain(name) for name in pins()}, list(PROJECT["project"]["dependencies"])
+    stored, queue = {plain(name) for name in pins()}, list(PROJECT["project"]["dependencies"])
     seen: set[str] = set()
     while queue:
         wanted = Requirement(queue.pop())
@@ -56,4 +56,4 @@ def test_what_they_need_in_turn_is_pinned_too():
             continue
         seen.add(name)
         queue += metadata.requires(wanted.name) or []
-    assert len(seen) > 60 and seen <= held, seen - held
+    assert len(seen) > 60 and seen <= stored, seen - stored

@@ -100,13 +100,13 @@ def test_modality_table_and_rescale(tmp_path):
     pixels = ramp(4, 4, np.uint8)
     table = item(LUTDescriptor=[16, 0, 16], LUTData=[int(x) for x in np.arange(16) ** 2])
     table["LUTDescriptor"].VR, table["LUTData"].VR, table.ModalityLUTType = "US", "US", "US"
-    found = read.read(save(tmp_path / "a.dcm", film(pixels, ModalityLUTSequence=[table])))
-    np.testing.assert_allclose(found.pixels[0], (pixels / 15.0) ** 2, atol=1e-6)
+    result = read.read(save(tmp_path / "a.dcm", film(pixels, ModalityLUTSequence=[table])))
+    np.testing.assert_allclose(result.pixels[0], (pixels / 15.0) ** 2, atol=1e-6)
     window = dict(RescaleSlope="2", RescaleIntercept="-10", WindowCenter="0", WindowWidth="20")
     window["VOILUTFunction"] = "LINEAR_EXACT"
-    found = read.read(save(tmp_path / "b.dcm", film(pixels, **window)))
+    result = read.read(save(tmp_path / "b.dcm", film(pixels, **window)))
     np.testing.assert_allclose(
-        found.pixels[0], np.clip((2.0 * pixels - 10) / 20 + 0.5, 0, 1), atol=1e-6
+        result.pixels[0], np.clip((2.0 * pixels - 10) / 20 + 0.5, 0, 1), atol=1e-6
     )
 
 
@@ -130,21 +130,21 @@ def test_enhanced_frames_have_windows_of_their_own(tmp_path):
 
 def palette(words: bytes, entries=256, segmented=False) -> dict:
     prefix = "Segmented" if segmented else ""
-    found = {"PhotometricInterpretation": "PALETTE COLOR"}
+    result = {"PhotometricInterpretation": "PALETTE COLOR"}
     for colour in ("Red", "Green", "Blue"):
-        found[f"{colour}PaletteColorLookupTableDescriptor"] = [entries, 0, 16]
-        found[f"{prefix}{colour}PaletteColorLookupTableData"] = words
-    return found
+        result[f"{colour}PaletteColorLookupTableDescriptor"] = [entries, 0, 16]
+        result[f"{prefix}{colour}PaletteColorLookupTableData"] = words
+    return result
 
 
 def test_palettes(tmp_path):
     pixels = ramp(4, 4, np.uint8)
     table = (np.arange(256, dtype=np.uint16) * 257)[::-1]
-    found = read.read(save(tmp_path / "a.dcm", film(pixels, **palette(table.tobytes()))))
-    np.testing.assert_allclose(found.pixels[0], 1 - pixels / 255.0, atol=1e-6)
+    result = read.read(save(tmp_path / "a.dcm", film(pixels, **palette(table.tobytes()))))
+    np.testing.assert_allclose(result.pixels[0], 1 - pixels / 255.0, atol=1e-6)
     line = np.array([0, 1, 0, 1, 255, 255 * 257], np.uint16).tobytes()  # one entry 0, then a line
-    found = read.read(save(tmp_path / "b.dcm", film(pixels, **palette(line, segmented=True))))
-    np.testing.assert_allclose(found.pixels[0], pixels / 255.0, atol=1e-6)
+    result = read.read(save(tmp_path / "b.dcm", film(pixels, **palette(line, segmented=True))))
+    np.testing.assert_allclose(result.pixels[0], pixels / 255.0, atol=1e-6)
 
 
 def test_a_palette_that_unrolls_for_ever_is_refused(tmp_path):
@@ -176,8 +176,8 @@ def test_a_palette_that_unrolls_for_ever_is_refused(tmp_path):
     ],
 )
 def test_spacing_is_row_then_column_in_mm(tmp_path, elements, wanted):
-    found = read.read(save(tmp_path / "a.dcm", film(ramp(), **elements))).spacing
-    assert found is wanted is None or found == pytest.approx(wanted)
+    result = read.read(save(tmp_path / "a.dcm", film(ramp(), **elements))).spacing
+    assert result is wanted is None or result == pytest.approx(wanted)
 
 
 def test_ultrasound_regions_give_spacing_where_they_agree(tmp_path):
@@ -207,21 +207,21 @@ def test_the_patient_stays_in_the_file(tmp_path, caplog, capfd, recwarn):
         {"PixelData": b"DOE^JANE"},
         {"SamplesPerPixel": 4711},
     ]
-    told = []
+    said = []
     for elements in broken:
         path = save(tmp_path / "b.dcm", film(ramp(), **elements))
         with pytest.raises(DataError) as caught:
             read.read(path)
-        told.append(f"{caught.value} {caught.value.__cause__}")
+        said.append(f"{caught.value} {caught.value.__cause__}")
     whole = (tmp_path / "a.dcm").read_bytes()
     for tag in (b"\x28\x00\x10\x00US", b"\x28\x00\x02\x00US"):  # a name where a number belongs
         at = whole.index(tag)
         (tmp_path / "c.dcm").write_bytes(whole[: at + 4] + b"IS\x08\x00DOE^JANE" + whole[at + 10 :])
         with pytest.raises(DataError) as caught:
             read.read(tmp_path / "c.dcm")
-        told.append(f"{caught.value} {caught.value.__cause__}")
-    everything = " ".join(told) + caplog.text + "".join(capfd.readouterr())
-    assert len(told) == 6 and "DOE" not in everything and " 4711 " not in told[2]
+        said.append(f"{caught.value} {caught.value.__cause__}")
+    everything = " ".join(said) + caplog.text + "".join(capfd.readouterr())
+    assert len(said) == 6 and "DOE" not in everything and " 4711 " not in said[2]
 
 
 def test_the_same_on_threads():

@@ -87,10 +87,10 @@ SIZ = bytes.fromhex("ff4fff51") + (47).to_bytes(2) + bytes(2)
 
 
 def jpeg(shape=(30, 50), **options) -> bytes:
-    held = io.BytesIO()
+    stored = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    Image.fromarray(pixels).save(held, "JPEG", **options)
-    return held.getvalue()
+    Image.fromarray(pixels).save(stored, "JPEG", **options)
+    return stored.getvalue()
 
 
 def jpeg2000(x: int, y: int, left=0, top=0, components=3) -> bytes:

@@ -34,22 +34,22 @@ def work(tmp_path):
 
 def timeless(made: dicom_write.DicomObjects) -> dict[str, str]:
     assert set(made.files) == {"seg", "capture"} and not made.notes
-    held = {}
+    stored = {}
     for name, raw in made.files.items():
         lines = str(pydicom.dcmread(io.BytesIO(raw))).splitlines()
         words = [pydicom.datadict.dictionary_description(word) for word in CLOCK]
-        held[name] = "\n".join(x for x in lines if not any(word in x for word in words))
-    return held
+        stored[name] = "\n".join(x for x in lines if not any(word in x for word in words))
+    return stored
 
 
 def workers(of: int) -> list[int]:
     """Processes below one that build objects."""
-    found = []
+    result = []
     for task in Path(f"/proc/{of}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
             if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
-    return found
+                result.append(child)
+    return result
 
 
 def test_few_files_are_built_in_line():

@@ -36,8 +36,8 @@ def test_series_without_positions_is_sorted_by_number(tmp_path):
         ds = slice_at(z, number)
         del ds.ImagePositionPatient
         save(tmp_path / f"{i}.dcm", ds)
-    found = read.read(tmp_path).pixels[:, 0, 0]
-    np.testing.assert_allclose(found, [0, 0.5, 1], atol=1e-6)
+    result = read.read(tmp_path).pixels[:, 0, 0]
+    np.testing.assert_allclose(result, [0, 0.5, 1], atol=1e-6)
     ds = slice_at(0, 0)
     del ds.ImagePositionPatient, ds.InstanceNumber
     save(tmp_path / "3.dcm", ds)

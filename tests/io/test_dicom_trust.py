@@ -60,26 +60,26 @@ def test_a_jpeg_is_decoded_by_its_own_stream(tmp_path, kind, subsampling, marker
     ds = packed(
         colour(pixels, kind), uid.JPEGBaseline8Bit, stream if marker else without_jfif(stream)
     )
-    found = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
-    np.testing.assert_allclose(found, pixels @ LUMA / 255, atol=0.05)
+    result = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
+    np.testing.assert_allclose(result, pixels @ LUMA / 255, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT"])
 def test_rgb_bytes_are_rgb_under_any_header(tmp_path, kind):
     pixels = picture()
-    found = read.read(save(tmp_path / "a.dcm", colour(pixels, kind))).pixels[0]
-    np.testing.assert_allclose(found, pixels @ LUMA / 255, atol=1e-6)
+    result = read.read(save(tmp_path / "a.dcm", colour(pixels, kind))).pixels[0]
+    np.testing.assert_allclose(result, pixels @ LUMA / 255, atol=1e-6)
 
 
 def test_ybr_bytes_are_ybr_also_subsampled(tmp_path):
     pixels = picture()
     ybr = convert_color_space(pixels, "RGB", "YBR_FULL")
-    found = read.read(save(tmp_path / "a.dcm", colour(ybr, "YBR_FULL"))).pixels[0]
-    np.testing.assert_allclose(found, pixels @ LUMA / 255, atol=0.01)
+    result = read.read(save(tmp_path / "a.dcm", colour(ybr, "YBR_FULL"))).pixels[0]
+    np.testing.assert_allclose(result, pixels @ LUMA / 255, atol=0.01)
     half = np.stack([ybr[:, ::2, 0], ybr[:, 1::2, 0], ybr[:, ::2, 1], ybr[:, ::2, 2]], -1)
     ds = colour(ybr, "YBR_FULL_422", PixelData=half.tobytes())
-    found = read.read(save(tmp_path / "b.dcm", ds)).pixels[0]
-    np.testing.assert_allclose(found, pixels @ LUMA / 255, atol=0.02)
+    result = read.read(save(tmp_path / "b.dcm", ds)).pixels[0]
+    np.testing.assert_allclose(result, pixels @ LUMA / 255, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["RGB", "YBR_RCT", "YBR_FULL"])
@@ -87,8 +87,8 @@ def test_jpeg_2000_undoes_its_own_transform(tmp_path, kind):
     pixels, buffer = picture(), io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG2000", no_jp2=True, mct=1)
     ds = packed(colour(pixels, kind), uid.JPEG2000Lossless, buffer.getvalue())
-    found = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
-    np.testing.assert_allclose(found, pixels @ LUMA / 255, atol=1e-6)
+    result = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
+    np.testing.assert_allclose(result, pixels @ LUMA / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -110,15 +110,15 @@ def test_values_above_unused_low_bits(tmp_path):
     left = film((values << 4).astype(np.uint16) | 5, BitsStored=12, HighBit=15)
     wrong = film(values.astype(np.uint16), BitsStored=12, HighBit=15)  # lies at bit 0
     for ds in (left, wrong):
-        found = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
-        np.testing.assert_allclose(found, values / values.max(), atol=1e-6)
+        result = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
+        np.testing.assert_allclose(result, values / values.max(), atol=1e-6)
 
 
 def test_overlays_in_unused_high_bits_are_not_seen(tmp_path):
     values = ramp(8, 8) * 60
     ds = film(values.astype(np.uint16) | 0xA000, BitsStored=12, HighBit=11)
-    found = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
-    np.testing.assert_allclose(found, values / values.max(), atol=1e-6)
+    result = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
+    np.testing.assert_allclose(result, values / values.max(), atol=1e-6)
 
 
 @pytest.mark.parametrize("bits, largest", [(8, 255), (16, 255), (16, 65535)])
@@ -129,8 +129,8 @@ def test_palettes_of_any_depth(tmp_path, bits, largest, first):
     for name in ("Red", "Green", "Blue"):
         setattr(ds, f"{name}PaletteColorLookupTableDescriptor", [64, first, bits])
         setattr(ds, f"{name}PaletteColorLookupTableData", table.tobytes())
-    found = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
-    np.testing.assert_allclose(found.ravel(), table / largest, atol=1e-5)
+    result = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
+    np.testing.assert_allclose(result.ravel(), table / largest, atol=1e-5)
 
 
 def test_a_palette_of_65536_entries(tmp_path):
@@ -139,8 +139,8 @@ def test_a_palette_of_65536_entries(tmp_path):
         setattr(ds, f"{name}PaletteColorLookupTableDescriptor", [0, 0, 16])
         table = np.arange(1 << 16, dtype=np.uint16)
         setattr(ds, f"{name}PaletteColorLookupTableData", table.tobytes())
-    found = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
-    np.testing.assert_allclose(found, ramp(8, 8) * 1000 / 65535, atol=1e-6)
+    result = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
+    np.testing.assert_allclose(result, ramp(8, 8) * 1000 / 65535, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_a_palette_of_65536_entries(tmp_path):
 def test_narrow_windows_and_those_without_width(tmp_path, window, expected):
     values = ramp(8, 8) / 63
     ds = film(ramp(8, 8), RescaleSlope=f"{1 / 63:.12g}", RescaleIntercept=0, **window)
-    found = read.read(save(tmp_path / "a.dcm", ds))
-    np.testing.assert_allclose(found.pixels[0], expected(values), atol=1e-5)
-    assert found.range
+    result = read.read(save(tmp_path / "a.dcm", ds))
+    np.testing.assert_allclose(result.pixels[0], expected(values), atol=1e-5)
+    assert result.range
 
 
 def test_one_bit_frames_off_byte_borders(tmp_path):
@@ -174,9 +174,9 @@ def test_one_bit_frames_off_byte_borders(tmp_path):
 def test_a_spike_without_window(tmp_path):
     values = np.random.default_rng(0).integers(100, 400, (64, 64)).astype(np.uint16)
     values[3, 3] = 65535
-    found = read.read(save(tmp_path / "a.dcm", film(values)))
+    result = read.read(save(tmp_path / "a.dcm", film(values)))
     clean = np.clip((values - 100.0) / 299, 0, 1)
-    assert np.abs(found.pixels[0] - clean).max() < 0.02 and "spikes" in found.range
+    assert np.abs(result.pixels[0] - clean).max() < 0.02 and "spikes" in result.range
 
 
 def test_more_frames_or_elements_than_an_image_needs(tmp_path, monkeypatch):

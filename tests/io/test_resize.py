@@ -21,11 +21,11 @@ def test_rectangle_comes_back_where_it_was(shape, mode):
     size = 224
     back = read.to_frame(read.fit(mask.astype(np.float32), size, mode), *shape, mode) > 0.5
     nearest = read.fit_mask(mask, size, mode).astype(np.float32)
-    for found in (back, read.to_frame(nearest, *shape, mode) > 0.5):
+    for result in (back, read.to_frame(nearest, *shape, mode) > 0.5):
         # one tower pixel, seen in the image's frame, and half a pixel of rounding
         scale = (height / size, width / size) if mode == "stretch" else (max(shape) / size,) * 2
         for axis, edges in enumerate((rows, columns)):
-            where = np.flatnonzero(found.any(axis=1 - axis))
+            where = np.flatnonzero(result.any(axis=1 - axis))
             assert abs(where[0] - edges.start) <= scale[axis] + 0.5
             assert abs(where[-1] + 1 - edges.stop) <= scale[axis] + 0.5
 

@@ -140,8 +140,8 @@ def test_memory_distance_is_brute_force():
         [
             np.mean(
                 [
-                    min(1 - unit(level[i, j]) @ unit(m) for m in held)
-                    for level, held in zip(levels, memory, strict=True)
+                    min(1 - unit(level[i, j]) @ unit(m) for m in stored)
+                    for level, stored in zip(levels, memory, strict=True)
                 ]
             )
             for j in range(4)

@@ -27,10 +27,10 @@ TABLE = ontology.load()
 def test_every_code_has_its_form_and_its_source():
     for c in TABLE.concepts:
         assert c.kind in ontology.KINDS
-        given = {f for f in ontology.CODES if getattr(c, f)}
+        arguments = {f for f in ontology.CODES if getattr(c, f)}
         said = ontology.sources(c)
-        assert set(said) == given | {"words"} and all(said.values()), c
-        for field in given:
+        assert set(said) == arguments | {"words"} and all(said.values()), c
+        for field in arguments:
             assert re.fullmatch(ontology.SHAPES[field][0], getattr(c, field)), c
         assert not c.sctid or ontology.check_digit(c.sctid), c
         assert len({ontology.key(w) for w in (c.name, *c.synonyms)}) == 1 + len(c.synonyms), c
@@ -98,11 +98,13 @@ def test_words_said_to_be_of_the_chexpert_labeler_share_one_with_it():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_the_shipped_data_sets_show_is_known(name):
-    given = PRESETS[name]
-    words = ontology.expand(TABLE, given["conditions"], given["anatomy"], given["modality"], 3)
-    assert words.anatomy[0] == given["anatomy"] and words.modality[0] == given["modality"]
-    assert set(given["conditions"]) <= set(words.conditions)
-    assert len(words.conditions) > 2 * len(given["conditions"])
+    arguments = PRESETS[name]
+    words = ontology.expand(
+        TABLE, arguments["conditions"], arguments["anatomy"], arguments["modality"], 3
+    )
+    assert words.anatomy[0] == arguments["anatomy"] and words.modality[0] == arguments["modality"]
+    assert set(arguments["conditions"]) <= set(words.conditions)
+    assert len(words.conditions) > 2 * len(arguments["conditions"])
 
 
 def test_the_defaults_of_the_configuration_are_known():

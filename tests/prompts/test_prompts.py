@@ -43,8 +43,8 @@ def warnings(monkeypatch):
 
 def build(tokenizer, **changed):
     words = tokenize.Words(("breast",), ("mass",), ("ultrasound",))
-    given = dict(phrases="templates", words=words, context=4, position="end") | changed
-    return tokenize.build(tokenizer, tokenizer.eos_token_id, **given)
+    arguments = dict(phrases="templates", words=words, context=4, position="end") | changed
+    return tokenize.build(tokenizer, tokenizer.eos_token_id, **arguments)
 
 
 def test_fill_says_each_sentence_once():
@@ -196,8 +196,10 @@ def test_a_context_that_starts_from_a_phrase_reads_as_that_phrase(tiny, key, sha
     """Embeddings in the slots are the phrase typed out: the text features are equal."""
     n = len(tiny.tokenizer("a photo of a", add_special_tokens=False).input_ids)
     words = tokenize.Words(("lung",), ("mass",), ("x-ray",))
-    given = dict(phrases="templates", words=words, position="end")
-    learned = tokenize.build(tiny.tokenizer, tiny.eos_id, **given, context=n, init="a photo of a")
+    arguments = dict(phrases="templates", words=words, position="end")
+    learned = tokenize.build(
+        tiny.tokenizer, tiny.eos_id, **arguments, context=n, init="a photo of a"
+    )
     typed = tokenize.tokenise(
         tiny.tokenizer,
         tiny.eos_id,
@@ -220,11 +222,11 @@ def test_a_context_that_starts_from_a_phrase_reads_as_that_phrase(tiny, key, sha
 
 
 def test_slots_without_a_word_of_the_phrase_start_as_ever(tiny, key):
-    given = dict(phrases="words", words=tokenize.Words(("",), (), ("",)), position="end")
+    arguments = dict(phrases="words", words=tokenize.Words(("",), (), ("",)), position="end")
     fixed = (tiny.text_encoder, tiny.size, tiny.grid, "softmax", True, True, 0.0)
 
     def context(init):
-        built = tokenize.build(tiny.tokenizer, tiny.eos_id, **given, context=6, init=init)
+        built = tokenize.build(tiny.tokenizer, tiny.eos_id, **arguments, context=6, init=init)
         return model.init(key, tiny, model.Design(built, *fixed), 6, False)["context"]
 
     random, begun = context("random"), context("photo")
@@ -238,8 +240,8 @@ def test_the_configuration_reaches_the_prompts(tiny, tmp_path):
     own = tmp_path / "own.csv"
     own.write_text("kind,name,synonyms\nfinding,blob,bright blob|round blob|dim blob\n")
     c = config.base("k=2", conditions=("blob",))
-    given = {"phrases": "ontology", "ontology_file": str(own), "init": "photo"}
-    c.prompts.update(given)
+    arguments = {"phrases": "ontology", "ontology_file": str(own), "init": "photo"}
+    c.prompts.update(arguments)
     design, _ = build_module.model_parts(config.resolve(c), tiny)
     assert {"signs of blob", "signs of bright blob"} < set(design.prompts.text)
     assert "signs of dim blob" not in design.prompts.text

@@ -50,8 +50,8 @@ def browser(workdir):
 
 @pytest.fixture
 def scores(workdir):
-    with np.load(workdir / "predictions.npz") as held:
-        return held["score"].astype(float), held["label"]
+    with np.load(workdir / "predictions.npz") as stored:
+        return stored["score"].astype(float), stored["label"]
 
 
 def by(browser, name):
@@ -154,10 +154,10 @@ def test_without_a_picture_the_viewer_says_so(browser, workdir, tmp_path):
     folder = shutil.copytree(workdir, tmp_path / "some")
     keep_pictures(folder, [3, 12])
     browser.get(html.write(folder).as_uri())
-    for i, kept in ((13, False), (12, True)):
+    for i, remaining in ((13, False), (12, True)):
         browser.find_element("css selector", f"tr[data-i='{i}'] td.id button").send_keys("\n")
-        assert by(browser, "viewer-none").is_displayed() != kept
-        assert by(browser, "views").is_displayed() == kept
+        assert by(browser, "viewer-none").is_displayed() != remaining
+        assert by(browser, "views").is_displayed() == remaining
         by(browser, "close").click()
     browser.get((workdir / "report.html").as_uri())
 

@@ -20,7 +20,7 @@ PILLOW = {
 def seeds() -> dict[str, list[tuple[str, bytes]]]:
     """(suffix, bytes) of whole files, by format."""
     rng = np.random.default_rng(0)
-    found: dict[str, list[tuple[str, bytes]]] = {}
+    result: dict[str, list[tuple[str, bytes]]] = {}
     for kind, ways in PILLOW.items():
         for mode, options in ways:
             grey = PIL.Image.fromarray(rng.integers(0, 256, (24, 20), dtype=np.uint8))
@@ -28,17 +28,17 @@ def seeds() -> dict[str, list[tuple[str, bytes]]]:
             image = grey.convert("I").point(lambda x: x * 257) if mode == "I;16" else grey
             buffer = io.BytesIO()
             image.convert(mode).save(buffer, kind, **options)
-            found.setdefault(kind, []).append((f".{kind.lower()}", buffer.getvalue()))
+            result.setdefault(kind, []).append((f".{kind.lower()}", buffer.getvalue()))
     dicoms = [p for p in reference_files("io/dicom/*") if not p.name.startswith("bad")]
     dicoms += [p for param in data_files("dicom/good/*") if (p := param.values[0])]
     for path in dicoms:
-        found.setdefault("DICOM", []).append((".dcm", path.read_bytes()))
+        result.setdefault("DICOM", []).append((".dcm", path.read_bytes()))
     for path in reference_files("io/nifti/*"):
         if not path.name.startswith("bad"):
             packed = path.name.endswith(".gz")
             kind = "NIfTI, gzip" if packed else "NIfTI"
-            found.setdefault(kind, []).append((".nii.gz" if packed else ".nii", path.read_bytes()))
-    return {k: [s for s in files if len(s[1]) <= LARGEST] for k, files in found.items()}
+            result.setdefault(kind, []).append((".nii.gz" if packed else ".nii", path.read_bytes()))
+    return {k: [s for s in files if len(s[1]) <= LARGEST] for k, files in result.items()}
 
 
 def one_bit(data: bytes, n: int, seed: int = 0) -> Iterator[bytes]:

@@ -161,8 +161,8 @@ def edit(folder, **changes):
 def keep_pictures(folder, rows):
     """Leave the small copies of some images alone, as of a test set that has too many."""
     path = folder / "predictions.npz"
-    with np.load(path) as held:
-        arrays = {name: held[name] for name in held.files}
+    with np.load(path) as saved:
+        arrays = {name: saved[name] for name in saved.files}
     for name in predictions.Copies._fields:
         files = load.unpack(arrays, name)
         arrays |= predictions.joined(name, [files[i] for i in rows])

@@ -77,8 +77,8 @@ def test_what_is_saved_is_not_touched_by_a_donated_step(tmp_path):
             checkpoints.save(manager, now)
             for _ in range(4):
                 now = step(now)
-    held = restored(tmp_path, now)
-    assert int(held.step) == 11 and np.unique(held.params["a"]).tolist() == [11.0]
+    stored = restored(tmp_path, now)
+    assert int(stored.step) == 11 and np.unique(stored.params["a"]).tolist() == [11.0]
 
 
 def test_a_damaged_newest_is_skipped_and_replaced(tmp_path, caplog):
@@ -171,6 +171,6 @@ def test_a_state_of_four_devices_resumes_on_one(tmp_path):
         manager = checkpoints.open(tmp_path / name)
         with checkpoints.closing(manager):
             checkpoints.save(manager, sharding.replicate(state(10), saved))
-        held = restored(tmp_path / name, sharding.replicate(state(0), wanted))
-        assert_equal(jax.device_get(held), jax.device_get(state(10)))
-        assert {len(x.sharding.device_set) for x in jax.tree.leaves(held)} == {wanted.size}
+        stored = restored(tmp_path / name, sharding.replicate(state(0), wanted))
+        assert_equal(jax.device_get(stored), jax.device_get(state(10)))
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(stored)} == {wanted.size}
