@@ -47,7 +47,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = make_workdir(tmp_path_factory.mktemp("run"))
-    report_report_html.write(folder)
+    report_html.write(folder)
     return folder
 
 
@@ -139,7 +139,7 @@ def test_units_of_distances_and_the_name_of_the_explanation(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["explanation"] = {"method": "grad_cam_pp", "layer": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    html = report_report_html.write(folder).read_text()
+    html = report_html.write(folder).read_text()
     words = Page(html).text
     assert "unit of distances and tolerance px" in words
     assert "tolerance of boundary F1 2" in words and "px are pixels of the square" in words
@@ -170,10 +170,10 @@ def test_a_missing_or_corrupt_file_is_named(tmp_path, name, command):
     folder = make_workdir(tmp_path, n=10)
     (folder / name).write_bytes(b"\x00not what it should be\n")
     with pytest.raises(WorkdirError, match=f"{name}.*run --mode {command}|Line 1 of .*{name}"):
-        report_report_html.write(folder)
+        report_html.write(folder)
     (folder / name).unlink()
     with pytest.raises(WorkdirError, match=f"{name} is missing: run --mode {command}"):
-        report_report_html.write(folder)
+        report_html.write(folder)
     assert not (folder / "report.html").exists()
 
 
@@ -181,13 +181,13 @@ def test_a_key_that_metrics_json_lacks_is_named(tmp_path):
     folder = make_workdir(tmp_path, n=10)
     (folder / "metrics.json").write_text('{"dataset": "x"}')
     with pytest.raises(WorkdirError, match="'k' is not in it"):
-        report_report_html.write(folder)
+        report_html.write(folder)
 
 
 def test_without_masks_pixel_metrics_are_undefined(tmp_path):
     folder = make_workdir(tmp_path, n=12)
     edit(folder, pixel=None, calibration=None, explanations=None)
-    text = Page(report_report_html.write(folder).read_text()).text
+    text = Page(report_html.write(folder).read_text()).text
     assert "Pixel metrics: undefined" in text and "no lesion masks" in text
     assert "Calibration: undefined" in text
     assert "Nothing was checked" in text
@@ -201,7 +201,7 @@ def test_one_class_and_missing_pictures_and_predictions_are_reported(tmp_path):
     split["test"] += [{"id": "another", "sha256": "", "label": 0}]
     (folder / "split.json").write_text(json.dumps(split))
     seal(folder)
-    html = report_report_html.write(folder).read_text()
+    html = report_html.write(folder).read_text()
     text = Page(html).text
     assert "image AUROC is undefined, as all test images are of one class" in text
     assert "AUROC undefined" in text and "1 of the test images in split.json" in text
