@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, temporary arrays, and JSON that any reader can read."""
+"""Files that appear whole or not at all, are read only if regular; temporary arrays; plain JSON."""
 
 import errno
 import fcntl
@@ -19,7 +19,9 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from medclip_jax.errors import WorkdirError
+from medclip_jax.errors import WorkdirError, one_line
+
+MOST_LOG = 1 << 27  # bytes of a metrics.jsonl that is read
 
 
 def write_json(path: str | os.PathLike[str], obj: Any, durable: bool = True) -> None:
@@ -134,6 +136,31 @@ def read_regular(path: Path, most: int) -> bytes:
         if not stat.S_ISREG(status.st_mode) or status.st_size > most:
             raise OSError(errno.EINVAL, "no regular file, or a very large one", str(path))
         return file.read(most)
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl, which may still be growing.
+
+    Raises WorkdirError if it cannot be read, naming the first line that is not a logged step.
+    """
+    try:
+        raw = read_regular(path, MOST_LOG)
+    except OSError as error:
+        raise WorkdirError(
+            f"Cannot read {path} ({one_line(error)}): fix its permissions or set another workdir."
+        ) from error
+    lines = []
+    for number, text in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            int(line["step"]), float(line["seconds"])
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+            raise WorkdirError(
+                f"Line {number} of {path} is not a logged step: "
+                "delete that line or start in a new workdir."
+            ) from error
+        lines.append(line)
+    return lines
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

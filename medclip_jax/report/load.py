@@ -10,7 +10,6 @@ import numpy as np
 from medclip_jax import config, files, stored
 from medclip_jax.errors import WorkdirError, one_line, printable
 from medclip_jax.explain.boxes import Box
-from medclip_jax.training.checkpoints import read_steps
 
 MOST_BYTES, MOST_ARRAY = 1 << 36, 1 << 28  # of predictions.npz and of an array that is read of it
 COLUMNS = ("id", "label", "score", "p_value", "uncertainty")
@@ -54,7 +53,7 @@ def read(workdir: Path) -> Files:
         WorkdirError: names the first that is missing or corrupt.
     """
     config = _load(workdir, "config.json", "train", _json)
-    steps = _load(workdir, "metrics.jsonl", "train", read_steps)
+    steps = _load(workdir, "metrics.jsonl", "train", files.read_steps)
     split = _load(workdir, "split.json", "train", _split)
     keys = ("dataset", "k", "seed", "split", "method", "backbone", "image")
     metrics = _load(workdir, "metrics.json", "evaluate", lambda path: _json(path, *keys))

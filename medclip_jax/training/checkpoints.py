@@ -20,12 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from medclip_jax import stored
-from medclip_jax.errors import CheckpointError, WorkdirError, one_line
-from medclip_jax.files import disk_errors, plain, write_bytes
+from medclip_jax.errors import CheckpointError, WorkdirError
+from medclip_jax.files import disk_errors, plain, read_steps, write_bytes
 from medclip_jax.training.step import TrainState
-
-MOST_BYTES = 1 << 27  # of a log that is read
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:
@@ -178,28 +175,3 @@ class MetricsLog:
             self._events.close()
         with disk_errors(self._path):
             self._file.close()
-
-
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, which may still be growing.
-
-    Raises WorkdirError if it cannot be read, naming the first line that is not a logged step.
-    """
-    try:
-        raw = stored.read_bytes(path, MOST_BYTES)
-    except (OSError, ValueError) as error:
-        raise WorkdirError(
-            f"Cannot read {path} ({one_line(error)}): fix its permissions or set another workdir."
-        ) from error
-    lines = []
-    for number, text in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            int(line["step"]), float(line["seconds"])
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-            raise WorkdirError(
-                f"Line {number} of {path} is not a logged step: "
-                "delete that line or start in a new workdir."
-            ) from error
-        lines.append(line)
-    return lines

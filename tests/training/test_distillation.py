@@ -10,9 +10,9 @@ from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import encoder, training_pool
+from medclip_jax.files import read_steps
 from medclip_jax.models import losses
 from medclip_jax.training import distillation
-from medclip_jax.training.checkpoints import read_steps
 from tests.support.pictures import opened
 from tests.support.reference import reference_params
 

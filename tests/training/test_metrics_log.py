@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from medclip_jax.errors import WorkdirError
-from medclip_jax.training.checkpoints import MetricsLog, read_steps
+from medclip_jax.files import read_steps
+from medclip_jax.training.checkpoints import MetricsLog
 
 
 def log(workdir, steps, **options):
