@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from medclip_jax.errors import WorkdirError, one_line
+from medclip_jax.errors import WorkdirError
 
 MOST_LOG = 1 << 27  # bytes of a metrics.jsonl that is read
 
@@ -133,8 +133,11 @@ def read_regular(path: Path, most: int) -> bytes:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     with open(handle, "rb") as file:
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            raise OSError(errno.EINVAL, "no regular file, or a very large one", str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        if status.st_size > most:
+            reason = f"it has {status.st_size} bytes where at most {most} are read"
+            raise OSError(errno.EFBIG, reason, str(path))
         return file.read(most)
 
 
@@ -147,7 +150,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         raw = read_regular(path, MOST_LOG)
     except OSError as error:
         raise WorkdirError(
-            f"Cannot read {path} ({one_line(error)}): fix its permissions or set another workdir."
+            f"Cannot read {path} ({error.strerror}): fix its permissions or set another workdir."
         ) from error
     lines = []
     for number, text in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), start=1):

@@ -162,9 +162,10 @@ def exit_together() -> Iterator[None]:
     except Exception as error:
         if not several():
             raise
-        reason = str(error).strip().partition("\n")[0]
-        lost = isinstance(error, jax.errors.JaxRuntimeError)
-        if lost and any(word in reason.lower() for word in LOST):
+        words = LOST if isinstance(error, jax.errors.JaxRuntimeError) else LOST[:1]
+        lines = str(error).strip().splitlines()
+        reason = next((x for x in lines if any(word in x.lower() for word in words)), "")
+        if reason:
             raise ProcessError(
                 f"Another process of the run has ended or cannot be reached ({reason}): "
                 "start all of them again, the same commands resume from the last checkpoint."

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 
+import jax
 import numpy as np
 import pytest
 
 from medclip_jax.distributed import runtime
+from medclip_jax.errors import ProcessError
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
 
@@ -121,3 +123,26 @@ def test_two_processes_equal_one():
         assert found["any"] == [True, True, False]
         for name in ("gathered", "from_disk"):  # bit for bit, in float64
             np.testing.assert_array_equal(found[name], whole / np.float64(3))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("INTERNAL: Connection closed by peer"),
+        ValueError("The program failed.\nGather failed: [external/gloo/pair.cc] Connection reset"),
+    ],
+)
+def test_a_lost_process_is_a_sentence_whichever_way_it_shows(monkeypatch, error):
+    monkeypatch.setattr(runtime, "several", lambda: True)
+    with pytest.raises(ProcessError, match="has ended or cannot be reached.*(closed|reset)"):
+        with runtime.exit_together():
+            raise error
+
+
+def test_another_fault_of_several_processes_ends_this_one_at_once(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(runtime, "several", lambda: True)
+    monkeypatch.setattr(runtime, "_exit_now", codes.append)
+    with runtime.exit_together():
+        raise ValueError("socket of an electrode")
+    assert codes == [1] and "socket of an electrode" in capsys.readouterr().err
