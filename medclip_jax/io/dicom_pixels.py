@@ -57,8 +57,9 @@ def display_values(
     """
     padding, scaled = _padding(ds, stored), True
     shown = np.empty(stored.shape[:2], np.float32)
+    ends = float(stored.min()), float(stored.max())
     for rows in bands(shown.shape):
-        values, scaled = _display(ds, stored[rows], frame, window, white)
+        values, scaled = _display(ds, stored[rows], frame, window, white, ends)
         with np.errstate(over="ignore"):  # beyond float32: infinite
             shown[rows] = values
         if not np.isfinite(shown[rows]).all():
@@ -68,15 +69,15 @@ def display_values(
     return shown, scaled
 
 
-def _display(ds, stored, frame, window, white) -> tuple[Float[np.ndarray, "h w"], bool]:
-    """`display_values` of some rows, in float64, as if nothing were padding."""
+def _display(ds, stored, frame, window, white, ends) -> tuple[Float[np.ndarray, "h w"], bool]:
+    """`display_values` of some rows, in float64, without padding; `ends` are those of the frame."""
     kind = ds.PhotometricInterpretation
     if kind in COLOUR:
         return _luma(stored, white), True
     if kind == PALETTE:
-        return _luma(*_palette(ds, stored)), True
-    values = _modality(ds, stored, frame)
-    unit = window.apply(values) if window else _voi(ds, values, frame)
+        return _luma(*_palette(ds, stored, ends[1])), True
+    values, most = _modality(ds, stored, frame, ends)
+    unit = window.apply(values) if window else _voi(ds, values, frame, most)
     if unit is None:
         return values, False
     return (1 - unit if kind == "MONOCHROME1" and not window else unit), True
@@ -142,11 +143,15 @@ def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "
     return np.clip(luminance / white, 0, 1)
 
 
-def _modality(ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int) -> Float[np.ndarray, "h w"]:
+def _modality(
+    ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int, ends: tuple[float, float]
+) -> tuple[Float[np.ndarray, "h w"], float]:
+    """(values in the modality's units, the largest that the whole frame can have)."""
     if ds.get("ModalityLUTSequence"):
-        return _look_up(ds, ds.ModalityLUTSequence[0], stored)[0]
+        values, bits = _look_up(ds, ds.ModalityLUTSequence[0], stored, ends[1])
+        return values, 2.0**bits - 1
     slope, intercept = _rescale(_item(ds, "PixelValueTransformationSequence", frame)) or (1, 0)
-    return stored.astype(np.float64) * slope + intercept
+    return stored.astype(np.float64) * slope + intercept, max(x * slope + intercept for x in ends)
 
 
 def _rescale(group: Dataset) -> tuple[float, float] | None:
@@ -186,12 +191,12 @@ def _voi_of(ds: Dataset, frame: int) -> "Dataset | _Voi | None":
 
 
 def _voi(
-    ds: Dataset, values: Float[np.ndarray, "h w"], frame: int
+    ds: Dataset, values: Float[np.ndarray, "h w"], frame: int, most: float
 ) -> Float[np.ndarray, "h w"] | None:
-    """[0, 1] by the first VOI LUT, else by the first window, else None."""
+    """[0, 1] by the first VOI LUT, else by the first window, else None; no value is over `most`."""
     voi = _voi_of(ds, frame)
     if isinstance(voi, Dataset):
-        looked_up, bits = _look_up(ds, voi, values)
+        looked_up, bits = _look_up(ds, voi, values, most)
         return looked_up / (2.0**bits - 1)
     if voi is None:
         return None
@@ -209,16 +214,17 @@ def _voi(
 
 
 def _look_up(
-    ds: Dataset, item: Dataset, values: Num[np.ndarray, "h w"]
+    ds: Dataset, item: Dataset, values: Num[np.ndarray, "h w"], most: float
 ) -> tuple[Float[np.ndarray, "h w"], int]:
-    """(table entries, bits per entry); values before and after the table take its ends."""
+    """(table entries, bits per entry); values before and after the table take its ends, and
+    `most` is the largest of the whole frame."""
     entries, first, bits = (int(x) for x in item.LUTDescriptor)
     entries = entries or 1 << 16
     data = item.LUTData
     if isinstance(data, bytes):
         data = _words(ds, data, wide=len(data) >= 2 * entries)
     table = np.atleast_1d(np.asarray(data, np.float64))
-    if first >= 1 << 15 and values.max() < first:  # implicit VR reads a negative number as unsigned
+    if first >= 1 << 15 and most < first:  # implicit VR reads a negative number as unsigned
         first -= 1 << 16
     if table.min() < 0:  # as does a signed one where numbers are unsigned
         table = np.where(table < 0, table + (1 << 16), table)
@@ -233,7 +239,9 @@ def _look_up(
     return table[index.astype(np.int64)], bits
 
 
-def _palette(ds: Dataset, stored: Num[np.ndarray, "h w"]) -> tuple[Num[np.ndarray, "h w 3"], float]:
+def _palette(
+    ds: Dataset, stored: Num[np.ndarray, "h w"], most: float
+) -> tuple[Num[np.ndarray, "h w 3"], float]:
     """(colours, white). Tables of 8-bit values stand in words as well as in bytes."""
     _check_palette(ds)
     if "RedPaletteColorLookupTableData" not in ds:  # segmented
@@ -247,7 +255,7 @@ def _palette(ds: Dataset, stored: Num[np.ndarray, "h w"]) -> tuple[Num[np.ndarra
         table = _words(ds, data, wide=len(data) >= 2 * entries)[:entries]
         if len(table) < entries:
             raise GreyError("its palette is shorter than it says")
-        if first >= 1 << 15 and int(stored.max()) < first:  # a negative number read as unsigned
+        if first >= 1 << 15 and most < first:  # a negative number read as unsigned
             first -= 1 << 16
         white = 65535.0 if table.max() > 255 else white
         colours.append(table[np.clip(stored.astype(np.int64) - first, 0, entries - 1)])

@@ -10,7 +10,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from medclip_jax.errors import DataError
-from medclip_jax.io import read
+from medclip_jax.io import image, read
 from tests.support.dicom import CASES, EXPECTED, file, film, ramp, save
 from tests.support.reference import data_files
 
@@ -249,6 +249,16 @@ def test_a_voi_lut_that_starts_below_zero_in_implicit_vr(tmp_path):
     ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
     pixels = read.read(save(tmp_path / "a.dcm", ds)).pixels[0]
     np.testing.assert_allclose(pixels, stored / 4095, atol=1e-6)
+
+
+def test_a_table_that_starts_high_serves_dark_rows_as_bright_ones(tmp_path, monkeypatch):
+    """Rows are converted in bands; what the table's start means is decided for the whole frame."""
+    stored = np.repeat(np.array([[0], [39_000], [41_000], [44_095]], np.uint16), 4, axis=1)
+    path = save(tmp_path / "a.dcm", film(stored, VOILUTSequence=voi_lut(40_000, 12)))
+    monkeypatch.setattr(image, "BAND", 4)
+    shown = read.read(path).pixels[0]
+    np.testing.assert_allclose(shown[:, 0], [0, 0, 1000 / 4095, 1], atol=1e-6)
+    assert (shown == shown[:, :1]).all()
 
 
 def test_a_voi_lut_whose_descriptor_says_more_bits_than_it_has(tmp_path):
