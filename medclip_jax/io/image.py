@@ -83,6 +83,7 @@ AXES: dict[str, tuple[int, int, int]] = {  # canonical axis of (slices, rows, co
     "sagittal": (0, 2, 1),
 }
 MAX_PIXELS = 64_000_000  # of one frame; a mammogram has 14 million
+MAX_SIDE = 65_535  # of JPEG and DICOM; the weights of resizing grow with it
 MAX_VOXELS = 1 << 28  # of all frames of a file or series
 MAX_FRAMES = 10_000  # each costs a row, a map and a run of the encoder, however small it is
 MAX_BYTES = 1 << 29  # of a file, packed or unpacked
@@ -147,9 +148,9 @@ def check_regular(path: Path) -> int:
         raise DataError(f"{path} is no regular file (a pipe, device or folder): give a file.")
     if status.st_size > MAX_BYTES:
         raise DataError(f"{path} has {status.st_size:,} bytes and at most {MAX_BYTES:,} are read.")
-    if not status.st_size:
-        raise DataError(f"{path} is empty: copy it again or remove it.")
-    return status.st_size
+    if status.st_size:
+        return status.st_size
+    raise DataError(f"{path} is empty: copy it again or remove it.")
 
 
 def missing(path: Path) -> DataError:
@@ -165,6 +166,8 @@ def check_size(path: Path, width: int, height: int, frames: int = 1) -> None:
     """Raise DataError for what, by its header alone, has no pixels or too many to decode."""
     if min(width, height, frames) < 1:
         raise DataError(f"{path} says it has {width} x {height} x {frames} pixels: remove it.")
+    if max(width, height) > MAX_SIDE:
+        raise DataError(too_large(path, f"{width} x {height}", f"{MAX_SIDE:,} a side"))
     if width * height > MAX_PIXELS:
         raise DataError(too_large(path, f"{width} x {height}"))
     if frames > MAX_FRAMES:
@@ -179,19 +182,17 @@ def check_size(path: Path, width: int, height: int, frames: int = 1) -> None:
         )
 
 
-def too_large(path: Path, size: str) -> str:
+def too_large(path: Path, size: str, most: str = f"{MAX_PIXELS:,}") -> str:
     return (
-        f"{path} has {size} pixels and at most {MAX_PIXELS:,} are read: "
+        f"{path} has {size} pixels and at most {most} are read: "
         "scale it down or remove it if it is not yours."
     )
 
 
 def luma(bands: Iterable[Any]) -> Float[np.ndarray, "*n"]:
     """Luminance of red, green and blue, one at a time: three as floats would take much memory."""
-    total: Any = 0
-    for weight, band in zip(LUMA, bands, strict=True):
-        total = total + weight * np.asarray(band, np.float32)
-    return total
+    pairs = zip(LUMA, bands, strict=True)
+    return np.asarray(sum(weight * np.asarray(band, np.float32) for weight, band in pairs))
 
 
 def stretch_of(low: float, high: float, sample: Float[np.ndarray, " n"]) -> Stretch:

@@ -55,7 +55,9 @@ def ends_early(stream: bytes, last: Any, decode: Callable[[bytes], np.ndarray]) 
     if baseline and np.abs(np.subtract(last, GREY, dtype=int)).max() > NEAR:
         return False
     end = stream.rfind(EOC)
-    return not np.array_equal(decode(stream), decode(stream[:end] + JUNK + stream[end:]))
+    # behind each restart marker too, one of which a stream cut between its intervals waits for
+    more = JUNK + b"".join(bytes((0xFF, 0xD0 + i)) + JUNK for i in range(8))
+    return not np.array_equal(decode(stream), decode(stream[:end] + more + stream[end:]))
 
 
 def _segments(stream: bytes) -> Iterator[tuple[int, int, bytes]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageOps
@@ -22,7 +23,9 @@ from jaxtyping import Float, UInt8, UInt16, UInt32
 from medclip_jax.errors import DataError
 from medclip_jax.io import jpeg_header
 from medclip_jax.io.image import (
+    MAX_PIXELS,
     Frames,
+    bands,
     check_regular,
     check_size,
     in_memory,
@@ -135,12 +138,16 @@ def _what_else(path: Path) -> str:
 def _frames(path: Path, file: BinaryIO, image: Any) -> tuple[Float[np.ndarray, "f h w"], str]:
     """Frames of an animated PNG, of others the one image (the first of an MPO), and their range."""
     count = getattr(image, "n_frames", 1) if image.format == "PNG" else 1
-    check_size(path, image.width, image.height * count)  # all in memory
+    check_size(path, image.width, image.height, count)
+    if image.width * image.height * count > MAX_PIXELS:  # all in memory
+        raise DataError(too_large(path, f"{image.width} x {image.height} x {count}"))
     words = "0 to 65535" if image.mode.startswith("I") else "0 to 255"
     if str(args := image.tile[0].args if image.tile else "") == "LA;16B":  # else read with 8 bits
         image.tile, image._mode = [image.tile[0]._replace(args="RGBA")], "RGBA"
-        grey, alpha = np.moveaxis(upright(image).view(">u2"), 2, 0)
-        return (grey / np.float32(65535) * (alpha / np.float32(65535)))[None], "0 to 65535"
+        grey, alpha = np.moveaxis(np.asarray(upright(image)).view(">u2"), 2, 0)
+        grey = grey / np.float32(65535)
+        grey *= alpha / np.float32(65535)
+        return grey[None], "0 to 65535"
     if image.mode in COLOUR and "L" not in image.mode:
         words = "colour: 0 to white"
     scale = {"L;2": 85, "L;4": 17}.get(str(args), 1)
@@ -155,11 +162,13 @@ def _frames(path: Path, file: BinaryIO, image: Any) -> tuple[Float[np.ndarray, "
     for index in range(1, count):
         image.seek(index)
         frames.append(luminance(path, image, scale))
-    return np.stack(frames), words
+    return (np.stack(frames) if count > 1 else frames[0][None]), words
 
 
-def upright(image: PIL.Image.Image) -> np.ndarray:
-    return np.asarray(PIL.ImageOps.exif_transpose(image))
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turned as its EXIF says; the image itself where that is how it lies."""
+    turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+    return PIL.ImageOps.exif_transpose(image) if turned else image
 
 
 def luminance(path: Path, image: PIL.Image.Image, scale: int = 1) -> Float[np.ndarray, "h w"]:
@@ -168,7 +177,7 @@ def luminance(path: Path, image: PIL.Image.Image, scale: int = 1) -> Float[np.nd
     Args:
       scale: of the grey value that is transparent.
     """
-    clear, image = image.info.get("transparency"), PIL.ImageOps.exif_transpose(image)
+    clear, image = image.info.get("transparency"), upright(image)
     if image.mode.startswith("I") or image.mode in ("1", "L") and not isinstance(clear, bytes):
         white = 65535 if image.mode.startswith("I") else 255
         values = np.asarray(image if white > 255 else image.convert("L"))
@@ -179,10 +188,15 @@ def luminance(path: Path, image: PIL.Image.Image, scale: int = 1) -> Float[np.nd
             f"{path} holds pixels of kind '{image.mode}', whose white is not known: "
             "save it as 8-bit or 16-bit grey or as RGB."
         )
-    if image.has_transparency_data:
-        *colour, alpha = image.convert("RGBA").split()
-        return np.minimum(luma(colour) / 255, 1) * (np.asarray(alpha, np.float32) / 255)
-    return np.minimum(luma(image.convert("RGB").split()) / 255, 1)
+    grey = np.empty(image.size[::-1], np.float32)
+    for rows in bands(grey.shape):
+        part = image.crop((0, rows.start, image.width, min(rows.stop, image.height)))
+        see_through = part.has_transparency_data
+        split = part.convert("RGBA" if see_through else "RGB").split()
+        grey[rows] = np.minimum(luma(split[:3]) / 255, 1)
+        if see_through:
+            grey[rows] *= np.asarray(split[3], np.float32) / 255
+    return grey
 
 
 @cache

@@ -174,7 +174,7 @@ def _of_pillow(path: Path, image: PIL.Image.Image, page: Any) -> np.ndarray:
     signed = page.sampleformat == SIGNED
     if not image.mode.startswith(("I", "F")) and not (signed and image.mode == "L"):
         return pillow.luminance(path, image)
-    values = pillow.upright(image)
+    values = np.asarray(pillow.upright(image))
     if image.mode == "L":
         return values.view(np.int8)
     return values.view(np.uint32) if image.mode == "I" and not signed else values

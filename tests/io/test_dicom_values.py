@@ -1,6 +1,7 @@
 """Odd but legal DICOM by value: bit depths, tables, padding, rescaling of frames, colour, cuts."""
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -238,6 +239,18 @@ def test_rle_that_was_cut(tmp_path, share):
     cut = stream[: int(share * len(stream)) // 2 * 2]
     with pytest.raises(DataError, match="RLE Lossless pixels that cannot be decoded"):
         shown(tmp_path, packed(ds, uid.RLELossless, cut))
+
+
+@pytest.mark.parametrize("interval", [1, 2, 9, 100])
+def test_a_jpeg_that_was_cut_between_restart_intervals_and_closed(tmp_path, interval):
+    noise = np.random.default_rng(1).integers(60, 159, (80, 112)).astype(np.uint8)
+    stream = jpeg(noise, restart_marker_blocks=1)
+    marks = [m.start() for m in re.finditer(b"\xff[\xd0-\xd7]", stream)]
+    (tmp_path / "a.jpg").write_bytes(stream)
+    assert read.read(tmp_path / "a.jpg").pixels.shape == (1, 80, 112)
+    (tmp_path / "a.jpg").write_bytes(stream[: marks[interval]] + b"\xff\xd9")
+    with pytest.raises(DataError, match="truncated"):
+        read.read(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.95])

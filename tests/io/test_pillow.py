@@ -446,3 +446,22 @@ def test_too_many_bytes_of_a_page_are_refused_by_the_header(tmp_path):
     (tmp_path / "a.tif").write_bytes(raw)
     with pytest.raises(DataError, match=r"a\.tif unpacks to 1,176,000,000 bytes and at most"):
         read.read(tmp_path / "a.tif")
+
+
+def test_a_large_colour_picture_is_read_in_bands_with_the_same_values(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for mode, channels in (("RGB", 3), ("RGBA", 4), ("CMYK", 4)):
+        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        values = rng.integers(0, 256, (7, 5, channels)).astype(np.uint8)
+        PIL.Image.fromarray(values, mode).save(path)
+        whole = read.read(path).pixels
+        monkeypatch.setattr(image, "BAND", 10)
+        np.testing.assert_array_equal(read.read(path).pixels, whole)
+        monkeypatch.undo()
+
+
+def test_a_picture_of_one_very_long_line_is_refused(tmp_path):
+    """Resizing it would take a gigabyte of weights."""
+    PIL.Image.new("L", (1, 65_536)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="1 x 65536 pixels and at most 65,535 a side are read"):
+        read.read(tmp_path / "a.png")
