@@ -215,8 +215,8 @@ def _too_deep(root: Path, place: Path) -> list[str]:
     """What nobody would read: files below a kind's folder, or beside its `img`."""
     names = [p for p in _folders(place) if p.name not in ("img", "label") and _files(p)]
     problems = [f"{_below(root, p)} is one folder too deep: move its images up" for p in names]
-    if (place / "img").is_dir() and (beside := _files(place)):
-        problems.append(f"{_below(root, beside[0])} lies beside the folder img: move it there")
+    if (place / "img").is_dir() and (outside := _files(place)):
+        problems.append(f"{_below(root, outside[0])} is not in the folder img: move it there")
     return problems
 
 

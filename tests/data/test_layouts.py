@@ -93,7 +93,7 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
         ("test/crack/1/a.png", "test/crack/1 is one folder too deep"),
         ("train/good/old/a.png", "train/good/old is one folder too deep"),
         ("test/normal/a.png", "test/normal would count as abnormal"),
-        ("test/stain/b.png", "test/stain/b.png lies beside the folder img"),
+        ("test/stain/b.png", "test/stain/b.png is not in the folder img"),
     ],
 )
 def test_images_that_nobody_would_read_are_named(tmp_path, name, problem):

@@ -21,7 +21,7 @@ from tests.support.dicom_objects import (
     volume,
 )
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = pytest.mark.usefixtures("dicom_warnings_off")
 
 
 def test_values_that_the_standard_forbids_cost_no_object(tmp_path):

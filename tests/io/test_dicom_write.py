@@ -27,7 +27,7 @@ from tests.support.dicom_objects import (
     volume,
 )
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = pytest.mark.usefixtures("dicom_warnings_off")
 
 
 def test_dciodvfy_is_used():

@@ -30,7 +30,7 @@ SALT = b"0123456789abcdef"
 
 
 @pytest.fixture
-def quiet():
+def dicom_warnings_off():
     """As prediction does it."""
     dicom_write.quieten()
 

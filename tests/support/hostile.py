@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1300,42 +1301,16 @@ kind(
     "are read",
 )
 kind("tiff deflate bomb", "a.tif", lazily(lambda: pages(1, 16, 16, 8, zeros(1000 * MB, 1))), READ)
-kind(
-    "tiff LZW 8000x8000",
-    "a.tif",
-    lazily(lambda: picture("TIFF", (8000, 8000), compression="tiff_lzw")),
-    READ,
-)
-kind(
-    "tiff CMYK 8000x8000",
-    "a.tif",
-    lazily(lambda: picture("TIFF", (8000, 8000), "CMYK", compression="tiff_lzw")),
-    READ,
-)
-kind(
-    "tiff floats 8000x8000",
-    "a.tif",
-    lazily(lambda: picture("TIFF", (8000, 8000), "F", compression="tiff_lzw")),
-    READ,
-)
-kind(
-    "tiff 16 bits 8000x8000",
-    "a.tif",
-    lazily(lambda: picture("TIFF", (8000, 8000), "I;16", compression="tiff_lzw")),
-    READ,
-)
-kind(
-    "tiff fax 8000x8000",
-    "a.tif",
-    lazily(lambda: picture("TIFF", (8000, 8000), "1", compression="group4")),
-    READ,
-)
-kind(
-    "tiff JPEG 8000x8000",
-    "a.tif",
-    lazily(lambda: picture("TIFF", (8000, 8000), "RGB", compression="jpeg")),
-    READ,
-)
+for name, mode, compression in (
+    ("LZW", "L", "tiff_lzw"),
+    ("CMYK", "CMYK", "tiff_lzw"),
+    ("floats", "F", "tiff_lzw"),
+    ("16 bits", "I;16", "tiff_lzw"),
+    ("fax", "1", "group4"),
+    ("JPEG", "RGB", "jpeg"),
+):
+    large = partial(picture, "TIFF", (8000, 8000), mode, compression=compression)
+    kind(f"tiff {name} 8000x8000", "a.tif", lazily(large), READ)
 kind("tiff pixels beyond the file", "a.tif", raw(tiff(page(offset=2**31))), "")
 kind("tiff strip of 4 GB", "a.tif", raw(tiff(page(offset=200, size=2**32 - 1), bytes(999))), "")
 kind("tiff 1000 bits", "a.tif", raw(tiff(page(bits=1000), bytes(999))), "")
