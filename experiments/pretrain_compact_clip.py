@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     add("--init", type=Path, help="CLIP folder whose image encoder is the starting point")
     add("--steps", type=int, default=30000, help="of train, or of decay")
     add("--batch", type=int, default=64)
+    add("--patches", type=int, default=98, help="of 196, that a step sees before the decay")
     add(
         "--weight",
         action="append",
@@ -76,15 +77,14 @@ def make_leaks(data: Path, run: Path) -> None:
     names = catalog.with_role("development", "report")
     sets = {name: data / FOLDERS.get(name, f"sets/{name}") for name in names}
     paths = [data / "pretrain" / "images" / row.image for row in rows]
-    keep, counts = leaks.leak_check(paths, sets)
+    keep, counts = leaks.leak_check(paths, sets, run / "leaks")
     rows = [row for row, kept in zip(rows, keep, strict=True) if kept]
     report = {
         "images": [row.image for row in rows],
         "sources": [[*key, n] for key, n in Counter(map(collection, rows)).items()],
         "sets": [c._asdict() for c in counts],
     }
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "leaks.json").write_text(json.dumps(report, indent=1))
+    files.write_json(run / "leaks.json", report)
 
 
 def usable(run: Path, rows: list[views.Row], shards: list[views.Shard]) -> np.ndarray:
@@ -175,6 +175,7 @@ def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
     plan = loop.Plan(
         steps=args.steps,
         batch=args.batch,
+        patches=args.patches,
         rate=args.rate,
         seed=args.seed,
         findings=not args.no_findings,

@@ -6,7 +6,10 @@ candidates. The second aligns a candidate finely and correlates its edges: only 
 has the same edges; other patients of the same view have the same anatomy but not those.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +18,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from PIL import Image
 from scipy import fft, ndimage
 
+from medclip_jax import files
 from medclip_jax.data import near_duplicates
 
 SIDE = 24  # of a thumbnail
@@ -176,31 +180,64 @@ def nearest(
 
 
 def leak_check(
-    train: list[Path], evaluation: dict[str, Path], say: Callable[[str], None] = print
+    train: list[Path], evaluation: dict[str, Path], cache: Path, say: Callable[[str], None] = print
 ) -> tuple[Bool[np.ndarray, " n"], list[LeakCount]]:
-    """Which training images may stay, and the counts for the model card."""
-    images = [read(path) for path in train]
-    ours = all_poses(images)
-    keep = np.ones(len(train), bool)
-    counts = []
-    for name, folder in evaluation.items():
-        others = [read(path) for path in image_files(folder)]
-        frames = [Pose(False, 0, *frame) for frame in FRAMES]
-        theirs = np.stack([[thumbnail(image, pose) for image in others] for pose in frames])
-        index, near, how = nearest(ours, theirs)
-        spectra: dict[tuple[int, int], np.ndarray] = {}
-        exact = np.full(near.shape, -1.0)
-        for n, c in np.argwhere(near > COARSE):
+    """Which training images may stay, and the counts for the model card.
+
+    Sets share the processor's cores. `cache` keeps the answer of each, with its likest pairs, so
+    that a stopped check goes on; it belongs to these training images.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    poses = cache / "poses.npy"
+    if not poses.is_file():
+        part = cache / "poses.part.npy"
+        np.save(part, all_poses([read(path) for path in train]))
+        part.replace(poses)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        answers = [
+            pool.submit(_check_set, train, poses, folder, cache / f"{name}.json")
+            for name, folder in evaluation.items()
+        ]
+        keep, counts = np.ones(len(train), bool), []
+        for name, answer in zip(evaluation, answers, strict=True):
+            best, about = answer.result()
+            keep &= np.asarray(best) <= LIMIT
+            counts.append(LeakCount(name, **about))
+            say(f"leak check {name}: {counts[-1]}")
+    return keep, counts
+
+
+def _check_set(train: list[Path], poses: Path, folder: Path, answer: Path):
+    """Highest correlation of each training image with one set, and the fields of its LeakCount."""
+    if answer.is_file():
+        stored = json.loads(answer.read_text())
+        return stored["best"], stored["count"]
+    ours, paths = np.load(poses, mmap_mode="r"), image_files(folder)
+    others = [read(path) for path in paths]
+    frames = [Pose(False, 0, *frame) for frame in FRAMES]
+    theirs = np.stack([[thumbnail(image, pose) for image in others] for pose in frames])
+    index, near, how = nearest(ours, theirs)
+    spectra: dict[tuple[int, int], np.ndarray] = {}
+    exact = np.full(near.shape, -1.0)
+    for n in np.flatnonzero((near > COARSE).any(1)):
+        image = read(train[n])
+        for c in np.flatnonzero(near[n] > COARSE):
             pose, frame = how[n, c]
             place = int(index[n, c]), int(frame)
             if place not in spectra:
                 spectra[place] = spectrum(others[place[0]], frames[frame])
-            exact[n, c] = same_exposure(images[n], Pose(*POSES[pose]), spectra[place])
-        best = exact.max(1)
-        leaks = best > LIMIT
-        keep &= ~leaks
-        rest = float(best[~leaks].max(initial=-1.0))
-        compared = int((near > COARSE).sum())
-        counts.append(LeakCount(name, len(others), compared, int(leaks.sum()), rest))
-        say(f"leak check {name}: {counts[-1]}")
-    return keep, counts
+            exact[n, c] = same_exposure(image, Pose(*POSES[pose]), spectra[place])
+    best = exact.max(1)
+    leaks = best > LIMIT
+    count = {
+        "evaluation_images": len(others),
+        "candidates": int((near > COARSE).sum()),
+        "leaks": int(leaks.sum()),
+        "highest": float(best[~leaks].max(initial=-1.0)),
+    }
+    pairs = [
+        [train[n].name, str(paths[index[n, exact[n].argmax()]].relative_to(folder)), best[n]]
+        for n in np.argsort(-best)[:100]
+    ]
+    files.write_json(answer, {"count": count, "best": best.tolist(), "likest": pairs})
+    return best.tolist(), count

@@ -96,7 +96,7 @@ def checked(tmp_path_factory):
     for seed in range(100, 122):
         person(seed).save(train / f"other {seed}.png")
     paths = sorted(train.iterdir())
-    keep, (count,) = leaks.leak_check(paths, {"set": evaluation}, print)
+    keep, (count,) = leaks.leak_check(paths, {"set": evaluation}, root / "cache")
     return {path.stem: bool(k) for path, k in zip(paths, keep, strict=True)}, count
 
 
@@ -116,7 +116,9 @@ def test_constant_image_is_no_copy(tmp_path):
     for folder in ("train", "set"):
         (tmp_path / folder).mkdir()
         Image.new("L", (50, 50), 90).save(tmp_path / folder / "flat.png")
-    keep, _ = leaks.leak_check([tmp_path / "train" / "flat.png"], {"set": tmp_path / "set"}, print)
+    keep, _ = leaks.leak_check(
+        [tmp_path / "train" / "flat.png"], {"set": tmp_path / "set"}, tmp_path / "cache"
+    )
     assert keep.tolist() == [True]
 
 
