@@ -4,8 +4,9 @@
 `texts` run the teachers once (the only stages that need PyTorch and the packages named in
 pretrain/teachers.py) and leave their answers in the run folder. `train` is JAX alone; the same
 command resumes from its checkpoint. `decay` continues a copy of that checkpoint for a short while,
-the rate falling to 0 over all patches: what is exported, whenever it is wanted. `--judge` measures
-CLIP folders with the package's methods.
+the rate falling to 0 over all patches: what is exported, whenever it is wanted. `pack` and `device`
+(pretrain/accelerator.sh) do the same on accelerators. `--judge` measures CLIP folders with the
+package's methods.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from pretrain import captions, encoders, leaks, loop, objective, views
+from pretrain import captions, device, encoders, leaks, loop, objective, views
 
 from medclip_jax import files
 from medclip_jax.clip import checkpoint
@@ -23,6 +24,7 @@ from medclip_jax.data import catalog
 
 FOLDERS = {"busi": "busi/Dataset_BUSI_with_GT"}  # of evaluation sets that are not in sets/
 FOLDERS |= {name: name for name in ("brain_mri", "chest_xray")}
+STAGES = ("leaks", "views", "texts", "tokens", "train", "decay", "pack", "device")
 VOCABULARY = 6000
 COMMON_WORDS = 6000
 ROOT = Path(__file__).parents[1]
@@ -33,12 +35,15 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder with pretrain/, terminology/ ...")
+    add("--data", type=Path, help="folder with pretrain/, terminology/ ...")
     add("--run", type=Path, required=True, help="folder for caches and checkpoints")
-    add("--stage", choices=("leaks", "views", "texts", "tokens", "train", "decay"))
+    add(
+        "--stage", choices=("leaks", "views", "texts", "tokens", "train", "decay", "pack", "device")
+    )
     add("--shards", type=int, default=60, help="shards of 512 views")
     add("--init", type=Path, help="CLIP folder whose image encoder is the starting point")
-    add("--steps", type=int, default=30000, help="of train, or of decay")
+    add("--steps", type=int, default=30000, help="of train, decay, or device's decay")
+    add("--minutes", type=float, default=6.0, help="of device, before the decay")
     add("--batch", type=int, default=64)
     add("--patches", type=int, default=98, help="of 196, that a step sees before the decay")
     add(
@@ -168,10 +173,8 @@ def load_material(run: Path, rows: list[views.Row], shards: int) -> loop.Materia
     )
 
 
-def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
-    """Train until all steps are done; plan.json says how."""
-    material = load_material(args.run, rows, args.shards)
-    model, params = starting_point(args, len(material.tokenizer))
+def make_plan(args: argparse.Namespace, shards: int) -> loop.Plan:
+    """What the flags say; kept as plan.json, for the card, unless it is the decay's."""
     plan = loop.Plan(
         steps=args.steps,
         batch=args.batch,
@@ -181,14 +184,31 @@ def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
         findings=not args.no_findings,
         weights=weights_of(args.weight),
     )
+    if args.stage != "decay":
+        record = plan._asdict() | {"weights": plan.weights._asdict(), "dtype": args.dtype}
+        record |= {"width": args.width, "layers": args.layers, "shards": shards}
+        files.write_json(args.run / "plan.json", record | {"init": args.init and args.init.name})
+    return plan
+
+
+def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
+    """Train until all steps are done; plan.json says how."""
+    material = load_material(args.run, rows, args.shards)
+    model, params = starting_point(args, len(material.tokenizer))
+    plan = make_plan(args, len(material.shards))
     state, path = loop.start(params, model, args.seed), args.run / "checkpoint.safetensors"
     if args.stage == "decay":
         plan, path = decay_plan(args.run, plan, state), args.run / "decayed.safetensors"
-    else:
-        record = plan._asdict() | {"weights": plan.weights._asdict(), "dtype": args.dtype}
-        record |= {"width": args.width, "layers": args.layers, "shards": len(material.shards)}
-        files.write_json(args.run / "plan.json", record | {"init": args.init and args.init.name})
     loop.run(material, model, plan, state, path)
+
+
+def train_on_device(args: argparse.Namespace) -> None:
+    """Train on what `pack` wrote for --minutes, then --steps more while the rate falls to 0."""
+    source = device.load(args.run / "pack.safetensors")
+    model, params = starting_point(args, int(source.phrases.max()) + 1)
+    plan = make_plan(args, 0)._replace(decay=args.steps)
+    state, path = loop.start(params, model, args.seed), args.run / "checkpoint.safetensors"
+    device.run(source, model, plan, state, path, args.minutes)
 
 
 def decay_plan(run: Path, plan: loop.Plan, state: loop.State) -> loop.Plan:
@@ -208,6 +228,8 @@ def main() -> None:
         make_leaks(args.data, args.run)
     elif args.stage == "tokens":
         make_tokens(args.run)
+    elif args.stage == "device":
+        train_on_device(args)
     elif args.stage:
         rows = views.read_rows(args.data / "pretrain")
         if args.stage == "views":
@@ -217,6 +239,14 @@ def main() -> None:
             teachers.make_shards(data, rows, cache, args.shards, args.seed)
         elif args.stage == "texts":
             make_texts(args.data, args.run, rows, args.seed, not args.no_findings)
+        elif args.stage == "pack":
+            from pretrain import teachers
+
+            material, net = (
+                load_material(args.run, rows, args.shards),
+                teachers.load_image_teacher(),
+            )
+            device.pack(args.data / "pretrain", rows, material, net, args.run / "pack.safetensors")
         else:
             train(args, rows)
     if args.judge:

@@ -135,7 +135,7 @@ MOST = {
     "lines of the longest module": 300,
     "import floors": 13,
     "lines of the package": 14_500,
-    "lines of experiments": 4_300,
+    "lines of experiments": 4_650,
     "fields of the settings": 69,
     "modules that train.py imports": 15,
     "lines of the longest function": 60,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from medclip_jax.data import catalog
 
-from . import captions, encoders, export, leaks, loop, objective
+from . import captions, encoders, export, leaks, loop, objective, views
 
 TEXT = Path(__file__).with_name("card.md").read_text()  # with fields in braces
 
@@ -49,7 +49,9 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         rate=plan["rate"],
         batch=plan["batch"],
         seed=plan["seed"],
-        views=f"{plan['shards'] * 512:,}",
+        views=f"{plan['shards'] * views.SHARD:,} views"
+        if plan["shards"]
+        else "New views in every step",
         patches=plan["patches"],
         warm_up=loop.WARM_UP,
         decay=decay_text(run),

@@ -75,9 +75,9 @@ def channel_scales(shards: list[views.Shard]) -> dict[str, tuple[np.ndarray, np.
     return out
 
 
-def mirrored(keep: np.ndarray) -> np.ndarray:
+def mirrored(keep: np.ndarray | jax.Array):
     """The patches that show, in the mirrored image, what patches `keep` show."""
-    row, column = np.divmod(keep, GRID)
+    row, column = keep // GRID, keep % GRID
     return row * GRID + GRID - 1 - column
 
 
@@ -170,7 +170,7 @@ def start(clip: Params, encoders: Encoders, seed: int) -> State:
     return State(params, moments, clip)
 
 
-def _check(parts: dict[str, float], number: int) -> None:
+def check(parts: dict[str, float], number: int) -> None:
     bad = [name for name, value in parts.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {number}: {', '.join(bad)} is not finite")
@@ -225,7 +225,7 @@ def run(material: Material, encoders: Encoders, plan: Plan, state: State, path: 
         *changed, parts = step(*state, rate, np.int32(number), batch)
         state, number = State(*changed), number + 1
         parts = {name: float(value) for name, value in parts.items()}  # waits for the step
-        _check(parts, number - 1)
+        check(parts, number - 1)
         if number % LOGGED == 0 or number == plan.steps:
             now = time.monotonic()
             speed = plan.batch * (number - max(number - LOGGED, done.steps)) / (now - lined)
