@@ -22,7 +22,7 @@ from medclip_jax.detectors.calibration import Calibration, PixelThreshold, Thres
 from medclip_jax.detectors.detector import Detector
 from medclip_jax.errors import ConfigError, WorkdirError, one_line
 
-FORMAT = 4
+FORMAT = 5
 MOST_BYTES = 8 << 30  # of the parameters: the memory of thousands of supports
 MOST_SETTINGS = 16 << 20  # bytes
 TENSORS, SETTINGS = "scorer.safetensors", "scorer.json"
