@@ -12,8 +12,8 @@ TEXT = Path(__file__).with_name("card.md").read_text()  # with fields in braces
 
 def leak_table(sets: list[dict]) -> str:
     return "\n".join(
-        f"| {s['name']} | {s['evaluation_images']} | {s['candidates']} | {s['leaks']} | "
-        f"{max(s['highest'], 0):.3f} |"
+        f"| {s['name']} | {s['evaluation_images']} | {s['candidates']} | {s['limit']:.3f} | "
+        f"{s['leaks']} | {max(s['highest'], 0):.3f} |"
         for s in sets
     )
 

@@ -136,3 +136,19 @@ def test_collections_used_for_evaluation_are_named():
     assert catalog.seen_collections(["brisc", "oai_kl"]) == {}  # other patients, declared
     assert catalog.with_role("report") == ("mammo_mias", "blood_rbc", "spine_xr")
     assert "pretrain" not in catalog.with_role("development", "report")
+
+
+def test_different_patients_in_one_position_are_no_copies():
+    """A set whose images resemble each other raises its limit; exact copies in it do not."""
+    rng = np.random.default_rng(0)
+    shared = np.asarray(person(5), np.float32)
+
+    def patient():
+        own = 12 * ndimage.gaussian_filter(rng.normal(size=shared.shape), 3) / 0.1
+        return Image.fromarray(np.clip(shared + own, 0, 255).astype(np.uint8))
+
+    patients = [patient() for _ in range(6)]
+    limit = leaks.limit_of(patients)
+    assert leaks.LIMIT < limit < leaks.COPY
+    assert leaks.limit_of([*patients, patients[0]]) == pytest.approx(limit, abs=0.05)
+    assert leaks.limit_of([person(n) for n in range(6)]) == leaks.LIMIT
