@@ -45,6 +45,8 @@ def printable(text: str) -> str:
     Control characters (escape codes, line breaks), marks that turn the writing direction and bytes
     that are no text are shown as backslash codes; other letters stay.
     """
+    if text.isprintable():  # quickly, of a picture in a page
+        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
