@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import build_detector
+from medclip_jax import build_detector, files
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ class Scorer:
     """A trained workdir. `predict` scores images, `predict_files` writes results of files."""
 
     def __init__(self, workdir: str | Path):
-        self.workdir = Path(workdir).expanduser()
+        self.workdir = files.expanded(workdir)
         self.adapted = False  # to another site than the workdir's
         self._predictor = build_detector.load_predictor(self.workdir)
         self._start: inference_adapt.Start | None = None  # what `adapt` starts from, compiled once

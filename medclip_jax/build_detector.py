@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medclip_jax import build, config, config_validation, stored
+from medclip_jax import build, config, config_validation, files, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.config_validation import FUSED_METHODS
@@ -165,7 +165,7 @@ def load_teacher(c: ConfigDict, clip: Clip, test: Sequence[Record]) -> distillat
       CheckpointError: its CLIP cannot be loaded.
       ConfigError: it cannot teach this run.
     """
-    workdir = Path(c.teacher).expanduser()
+    workdir = files.expanded(c.teacher)
     trained = saved.read(workdir)
     own = trained.config
     distillation.check(workdir, own, c, trained.supports, [r.sha256 for r in test])

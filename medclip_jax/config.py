@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medclip_jax import config_validation
+from medclip_jax import config_validation, files
 from medclip_jax.config_validation import FIXED_METHODS, flat
 from medclip_jax.errors import ConfigError
 
@@ -279,9 +279,9 @@ def gradients(c: ConfigDict) -> int:
 
 def cache_folder(name: str) -> Path:
     """Where prepared data and tokens are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(name or os.environ.get("MEDCLIP_CACHE") or Path(home) / "medclip_jax")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = Path(name or os.environ.get("MEDCLIP_CACHE") or home / "medclip_jax")
     with suppress(UnicodeEncodeError):  # libraries that keep files there take UTF-8 alone
         str(folder).encode()
-        return folder.expanduser()
+        return files.expanded(folder)
     raise ConfigError("the cache folder's name is no UTF-8: give another (config.cache)")

@@ -250,7 +250,8 @@ def _field(c: Any, name: str) -> Any:
 def _in_range(name: str, value: float, limits: tuple[float, float]) -> None:
     low, high = limits
     if not low <= value <= high:  # written so that NaN is refused
-        wanted = f"{low:g} or more" if high >= 1e5 else f"a value from {low:g} to {high:g}"
+        least = high >= 1e5 and value < low
+        wanted = f"{low:g} or more" if least else f"a value from {low:g} to {high:g}"
         raise ConfigError(f"config.{name} is {value}: give {wanted}")
 
 

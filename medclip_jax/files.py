@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from medclip_jax.errors import WorkdirError
+from medclip_jax.errors import ConfigError, WorkdirError
 
 MOST_LOG = 1 << 27  # bytes of a metrics.jsonl that is read
 
@@ -166,6 +167,25 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """A path, ~ written out. Raises ConfigError where that home folder is not known."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{name}: that home folder is not known here: give a path without ~, for the cache too "
+            "(config.cache or $MEDCLIP_CACHE)"
+        ) from None
+
+
+def write_npz(file: Any, arrays: Mapping[str, Any]) -> None:
+    """As numpy.savez without the time of day, for which a clock before 1980 would be an error."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes. Raises OSError, also for what is no regular file."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -210,7 +230,8 @@ def temporary_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = No
     Raises:
       WorkdirError: if the disk is full or the folder cannot be written.
     """
-    folder = Path(folder or tempfile.gettempdir())
+    with disk_errors(Path(tempfile.tempdir or "a temporary folder")):
+        folder = Path(folder or tempfile.gettempdir())
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if not size:
         return np.zeros(shape, dtype)

@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config, config_validation
+from medclip_jax import config, config_validation, files
 from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError, one_line, printable
 
 DISK_ERRORS = (
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             print(usage(), flush=True)
             return 0
         args = parse(argv)
-        folder = Path(args.workdir or ".").expanduser()
+        folder = files.expanded(args.workdir or ".")
         if args.mode in TRAINED_MODES:
             use(args, folder)
         elif args.mode == "check":
@@ -183,10 +183,12 @@ def complete(args: flags.FlagValues) -> flags.FlagValues:
 def use(args: flags.FlagValues, folder: Path) -> None:
     """Predict with, or export, a trained workdir."""
     log_devices()
-    output = Path(args.output).expanduser()
-    from medclip_jax import build_detector
+    output = files.expanded(args.output)
+    from medclip_jax import build_detector, workdir
 
     if args.mode == "export":
+        if output.name in workdir.FILES and output.parent.resolve() == folder.resolve():
+            raise ConfigError(f"{output} is a file of the run: give another --output")
         from medclip_jax.inference import export
 
         size = export.save(build_detector.load_predictor(folder), output)

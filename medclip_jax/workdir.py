@@ -80,14 +80,18 @@ def check_names(workdir: Path) -> None:
         _refuse_unless(stat.S_ISREG, workdir / name)
     for name in FOLDERS:
         _refuse_unless(stat.S_ISDIR, workdir / name)
-        for folder, _, names in os.walk(workdir / name):
-            for below in (Path(folder, other) for other in names):
-                _refuse_unless(stat.S_ISREG, below)
+        for folder, folders, names in os.walk(workdir / name):
+            for wanted, below in ((stat.S_ISDIR, folders), (stat.S_ISREG, names)):
+                for other in below:
+                    _refuse_unless(wanted, Path(folder, other))
 
 
 def _refuse_unless(wanted: Callable[[int], bool], path: Path) -> None:
     with suppress(OSError):
-        if not wanted(path.lstat().st_mode):
+        status = path.lstat()
+        # some lock by truncating: the lock must not be another name of somebody's file
+        linked = path.name == LOCK and status.st_size and status.st_nlink > 1
+        if not wanted(status.st_mode) or linked:
             raise WorkdirError(
                 f"{path} is a link, or no {'file' if wanted is stat.S_ISREG else 'folder'}: "
                 "remove it or give another --workdir"

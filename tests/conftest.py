@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,24 @@ def pytest_collection_finish():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Another place of a folder, where root cannot write either."""
+    place = tmp_path / "read-only"
+
+    def mount(folder: Path) -> Path:
+        place.mkdir()
+        for options in (["--bind", str(folder)], ["-o", "remount,ro,bind"]):
+            done = subprocess.run(["mount", *options, str(place)], capture_output=True)
+            if done.returncode:
+                pytest.skip("folders cannot be mounted here")
+        return place
+
+    yield mount
+    if place.exists():
+        subprocess.run(["umount", str(place)], capture_output=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,21 @@
 """Files that appear whole, JSON that any reader reads, and arrays on disk."""
 
 import hashlib
+import io
 import json
 import math
 import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from medclip_jax import files
-from medclip_jax.errors import WorkdirError
+from medclip_jax import config, files
+from medclip_jax.errors import ConfigError, WorkdirError
 from medclip_jax.files import plain, temporary_array, write_bytes, write_json
 from tests.support.paths import ROOT
 
@@ -182,3 +184,34 @@ def test_a_temporary_array_that_the_disk_refuses(tmp_path, monkeypatch):
         temporary_array((2, 4), np.float32, tmp_path / "absent")
     with pytest.raises(WorkdirError, match="Cannot write"):
         temporary_array((2**60,), np.uint8, tmp_path)  # more than any disk has
+
+
+@pytest.mark.parametrize("now", [0, 1, 4e8, -1, 5e9])
+def test_arrays_are_written_whatever_the_clock_says(tmp_path, monkeypatch, now):
+    """Before 1980 zip files know no time; equal arrays give equal bytes at any."""
+    monkeypatch.setattr(time, "time", lambda: now)
+    arrays = {"a": np.arange(6).reshape(2, 3), "b": np.array(["x", "yy"])}
+    with files.writing(tmp_path / "a.npz") as file:
+        files.write_npz(file, arrays)
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as read:
+        assert {name: read[name].tolist() for name in read.files} == {
+            name: array.tolist() for name, array in arrays.items()
+        }
+    monkeypatch.undo()
+    raw = io.BytesIO()
+    files.write_npz(raw, arrays)
+    assert raw.getvalue() == (tmp_path / "a.npz").read_bytes()
+
+
+def test_a_home_that_is_not_known_is_one_sentence(monkeypatch):
+    assert files.expanded("a/~b") == Path("a/~b")
+    assert files.expanded("~/x") == Path.home() / "x"
+    with pytest.raises(ConfigError, match="~nobody-of-that-name.*home folder is not known"):
+        files.expanded("~nobody-of-that-name/x")
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("MEDCLIP_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a name
+    with pytest.raises(ConfigError, match="MEDCLIP_CACHE"):
+        config.cache_folder("")
+    assert config.cache_folder("/x") == Path("/x")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from medclip_jax import config, files, workdir
+from medclip_jax import config, files, main, workdir
 from medclip_jax.errors import WorkdirError
+from medclip_jax.training import checkpoints
 from medclip_jax.workdir import claim, locked
 from tests.support.paths import ROOT
 
@@ -68,12 +69,15 @@ def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*(".lock", "metrics.json", "config.json", "report.html", "scorer.json", "metrics.jsonl")]
-    + [*("figures", "checkpoints", "tensorboard", "figures/a.png", "checkpoints/4/x/_METADATA")],
-)
-@pytest.mark.parametrize("plant", ["link", "dangling", "pipe"])
+NAMES = [
+    *(".lock", "metrics.json", "config.json", "report.html", "scorer.json", "scorer.safetensors"),
+    *("split.json", "predictions.npz", "metrics.jsonl", "figures", "checkpoints", "tensorboard"),
+    *("figures/a.png", "checkpoints/4", "checkpoints/4/x/_METADATA", "tensorboard/events"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("plant", ["link", "folder link", "dangling", "pipe"])
 def test_links_and_pipes_in_a_workdir_that_was_received(tmp_path, name, plant):
     """Nothing is written through a link and no pipe is waited for."""
     workdir, outside = tmp_path / "run", tmp_path / "outside"
@@ -82,13 +86,60 @@ def test_links_and_pipes_in_a_workdir_that_was_received(tmp_path, name, plant):
         os.mkfifo(workdir / name)
     else:
         (workdir / name).symlink_to(outside)
+    if plant == "folder link":
+        outside.mkdir()
     if plant == "link":
         outside.write_text("mine")
     with pytest.raises(WorkdirError, match=f"{name} is a link, or no f"):
         with locked(workdir):
             pass
-    assert outside.exists() == (plant == "link")
+    assert outside.exists() == (plant in ("link", "folder link"))
     assert plant != "link" or outside.read_text() == "mine"
+    assert plant != "folder link" or not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate", "report"])
+@pytest.mark.parametrize("plant", ["link", "pipe", "folder", "device"])
+@pytest.mark.parametrize("name", [".lock", "config.json", "metrics.jsonl", "figures"])
+def test_each_mode_refuses_them_with_one_sentence(tmp_path, capfd, mode, plant, name):
+    workdir, outside = tmp_path / "run", tmp_path / "outside"
+    workdir.mkdir()
+    outside.write_text("mine")
+    if plant == "link":
+        (workdir / name).symlink_to(outside)
+    elif plant == "device":
+        (workdir / name).symlink_to("/dev/zero")
+    elif plant == "pipe":
+        os.mkfifo(workdir / name)
+    elif name == "figures":
+        (workdir / name).touch()
+    else:
+        (workdir / name).mkdir()
+    flags = [f"--mode={mode}", f"--config={ROOT}/configs/folder.py:k=4,root={tmp_path}"]
+    assert main.main(["main", *flags, f"--workdir={workdir}"]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {workdir / name} is a link, or no f")
+    assert outside.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_names_of_somebodys_files(tmp_path):
+    """A hard link is refused where it would be written into, else replaced."""
+    workdir, outside = tmp_path / "run", tmp_path / "outside"
+    workdir.mkdir()
+    outside.write_text("mine")
+    for name in ("config.json", "metrics.jsonl"):
+        os.link(outside, workdir / name)
+    with locked(workdir):
+        claim(workdir, settings())
+        with checkpoints.MetricsLog(workdir) as log:
+            log.write(1, {"loss": 1.0})
+    assert outside.read_text() == "mine" and len(files.read_steps(workdir / "metrics.jsonl")) == 1
+    (workdir / ".lock").unlink()
+    os.link(outside, workdir / ".lock")
+    with pytest.raises(WorkdirError, match="lock is a link"):
+        with locked(workdir):
+            pass
+    assert outside.read_text() == "mine"
 
 
 def test_a_folder_where_the_lock_should_be(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medclip_jax import stored
+from medclip_jax import files, stored
 from medclip_jax.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "compact_clip"
@@ -72,7 +72,7 @@ def read(folder: Path) -> Weights:
 
 def locate(checkpoint: str) -> Path:
     """The folder of `compact` (embedded), of a folder's name, or of a Hub id, which is fetched."""
-    folder = EMBEDDED if checkpoint == "compact" else Path(checkpoint).expanduser()
+    folder = EMBEDDED if checkpoint == "compact" else files.expanded(checkpoint)
     return folder if folder.is_dir() else _download(checkpoint)
 
 

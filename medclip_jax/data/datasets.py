@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from medclip_jax import files
 from medclip_jax.data import chexpert, layouts, phantom
 from medclip_jax.data.catalog import ABOUT, SETS
 from medclip_jax.data.layouts import Record
@@ -102,7 +103,7 @@ def find(
         by_hand = ABOUT[name].by_hand if name in ABOUT else ""
         by_hand = f" ({by_hand.rstrip('.')})" if by_hand else ""
         raise DataError(f"no folder was named for '{name}': {layouts.GIVE_ROOT}{by_hand}.")
-    root = root.expanduser()
+    root = files.expanded(root)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layouts.GIVE_ROOT}.")
     if name in SETS:

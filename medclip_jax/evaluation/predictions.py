@@ -89,7 +89,7 @@ def write_predictions(
         more |= pack(test, p.maps, fit, cams=scored.cams, deviations=deviations, seed=seed)
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.uncertainties or {})}
     with files.writing(workdir / "predictions.npz") as file:
-        np.savez(file, **arrays, **more)
+        files.write_npz(file, {**arrays, **more})
 
 
 def pack(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from medclip_jax import __version__, files, stored
-from medclip_jax.errors import CheckpointError, ConfigError, one_line
+from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError, one_line
 
 KIND, FORMAT = "medclip_jax detector", 3
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -156,6 +156,9 @@ def save(predictor: Any, path: str | Path) -> int:
     """
     from medclip_jax.detectors import anomaly_maps
 
+    path = Path(path)
+    if path.exists() and not path.is_file():  # before the work; a device would be replaced
+        raise WorkdirError(f"{path} is a folder or no regular file: give the name of a file")
     calibration = predictor.calibration
     if predictor.encoder.recipe:
         raise ConfigError(
@@ -170,7 +173,7 @@ def save(predictor: Any, path: str | Path) -> int:
     code, weights = _program(predictor)
     packed = io.BytesIO()
     named: dict[str, Any] = {f"w{i}": w for i, w in enumerate(weights)}
-    np.savez(packed, **named)
+    files.write_npz(packed, named)
     contents = (code, packed.getvalue(), _card(predictor).encode())
     parts = dict(zip(MEMBERS, contents, strict=True))
     recipe = {"size": predictor.size, "fit": predictor.fit, "window": predictor.window}
@@ -196,9 +199,9 @@ def save(predictor: Any, path: str | Path) -> int:
     manifest = stored.sealed(files.plain(manifest))
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("manifest.json", json.dumps(manifest, indent=2))
-        for name, raw in parts.items():
-            archive.writestr(name, raw)
+        parts = {"manifest.json": json.dumps(manifest, indent=2).encode(), **parts}
+        for name, raw in parts.items():  # without the time of day
+            archive.writestr(zipfile.ZipInfo(name), raw, zipfile.ZIP_DEFLATED, 1)
     files.write_bytes(path, whole.getvalue())
     return len(whole.getvalue())
 

@@ -187,7 +187,7 @@ def _pixels(path: str) -> str | None:
         ds = dicom_header.parse(Path(path))
         return hashlib.sha256(ds.get("PixelData") or path.encode()).hexdigest()
     except (DataError, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
-        logging.debug("no pixels of %s (%s)", path, type(error).__name__)
+        logging.debug("no pixels of a file (%s)", type(error).__name__)
         return None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pydicom.charset
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
+from pydicom.uid import UID_dictionary, generate_uid
 
 from medclip_jax.io import dicom_header
 
@@ -26,6 +26,7 @@ UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+METHODS = "10918_1 14495_1 15444_1 15444_15 18181_1 13818_2 14496_10 23008_2"  # C.7.6.1.1.5.1
 TAGS = (
     *("SpecificCharacterSet", "FrameOfReferenceUID", "NumberOfFrames", "Rows", "Columns"),
     *("TemporalPositionIdentifier", "BurnedInAnnotation", "Laterality", "ImageLaterality"),
@@ -95,7 +96,7 @@ def read(path: Path, salt: bytes | None) -> Source:
         _text(head, "ImageLaterality", {"L", "R", "B", "U"})
         or _text(head, "Laterality", {"L", "R"}),
         directions if len(directions) == 2 and all(map(_is_direction, directions)) else (),
-        [_clean(head, name) for name in LOSSY if head.get(name) not in (None, "")],
+        _lossy(head),
     )
 
 
@@ -113,6 +114,9 @@ def _planes(path: Path, head: Dataset, salt: bytes | None) -> list[Plane]:
     plain = head if count == 1 else Dataset()
     ids = [pseudonym(head[name].value, salt) for name in UIDS[:3]]
     space = str(head.get("FrameOfReferenceUID") or "")
+    sop_class = str(head.SOPClassUID)
+    if sop_class not in UID_dictionary:  # a maker's own
+        sop_class = pseudonym(sop_class, salt)
     planes = []
     for i, own in enumerate(each):
 
@@ -130,7 +134,7 @@ def _planes(path: Path, head: Dataset, salt: bytes | None) -> list[Plane]:
         in_space = space and position and orientation and spacing
         planes.append(
             Plane(
-                *(ids[2], str(head.SOPClassUID), ids[1], ids[0]),
+                *(ids[2], sop_class, ids[1], ids[0]),
                 i + 1 if count > 1 else None,
                 pseudonym(space, salt) if in_space else "",
                 *(position, orientation, spacing),
@@ -204,24 +208,24 @@ def _identity(head: Dataset) -> tuple[Any, list[DataElement]]:
     elements = {e.tag: e for e in _empty()}
     for element in stored:
         if isinstance(element, RawDataElement):
-            if element.VR in (None, "UN"):
-                element = element._replace(VR=pydicom.datadict.dictionary_VR(element.tag))
-            element = convert_raw_data_element(element, encoding=encodings)
-        elements[element.tag] = _dated(element)
+            vr = pydicom.datadict.dictionary_VR(element.tag)  # whatever the file says
+            element = convert_raw_data_element(element._replace(VR=vr), encoding=encodings)
+        elements[element.tag] = _valid(element)
     return charset, list(elements.values())
 
 
-def _dated(element: DataElement) -> DataElement:
-    """Dates and times as the standard writes them; of 1996.10.29 and 15:18:59, too, else empty."""
-    if element.VR not in ("DA", "TM"):
+def _valid(element: DataElement) -> DataElement:
+    """Dates, times and sex as the standard has them, of 1996.10.29 and 15:18:59 too; else empty."""
+    valid = {
+        "DA": r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])",
+        "TM": r"([01]\d|2[0-3])([0-5]\d(([0-5]\d|60)(\.\d{1,6})?)?)?",
+        "CS": "[MFO]",
+    }.get(element.VR)
+    if valid is None:
         return element
-    text = re.sub(
-        r"(?<=\d)[.:](?=\d\d)" if element.VR == "DA" else ":", "", str(element.value or "")
-    )
-    valid = r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
-    if element.VR == "TM":
-        valid = r"([01]\d|2[0-3])([0-5]\d(([0-5]\d|60)(\.\d{1,6})?)?)?"
-    text = text.strip() if re.fullmatch(valid, text.strip()) else ""
+    marks = {"DA": r"(?<=\d)[.:](?=\d\d)", "TM": ":"}.get(element.VR, "^$")
+    text = re.sub(marks, "", str(element.value or "")).strip()
+    text = text if re.fullmatch(valid, text) else ""
     return DataElement(element.tag, element.VR, text, validation_mode=0)
 
 
@@ -255,9 +259,17 @@ def _empty() -> list[DataElement]:
     return list(ds)
 
 
-def _clean(head: Dataset, name: str) -> DataElement:
-    element = head[name]
-    return DataElement(element.tag, element.VR, element.value, validation_mode=0)
+def _lossy(head: Dataset) -> list[DataElement]:
+    """LOSSY where they are what the standard has: no other text comes along."""
+    ratios = [_numbers(ratio, 1) for ratio in np.ravel(head.get(LOSSY[1]) or [])]
+    methods = [str(method) for method in np.ravel(head.get(LOSSY[2]) or [])]
+    known = {f"ISO_{number}" for number in METHODS.split()}
+    usual = all(ratio and 1 <= ratio[0] < 1e4 for ratio in ratios)
+    ds = Dataset()
+    ds.LossyImageCompression = _text(head, LOSSY[0], {"00", "01"})
+    ds.LossyImageCompressionRatio = [f"{ratio[0]:g}" for ratio in ratios] if usual else []
+    ds.LossyImageCompressionMethod = methods if set(methods) <= known else []
+    return [element for element in ds if element.value]
 
 
 def _text(head: Dataset, name: str, allowed: set[str]) -> str:

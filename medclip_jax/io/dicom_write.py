@@ -59,9 +59,8 @@ def build(task: Task) -> DicomObjects:
     """The objects of one item. One that cannot be built costs itself and leaves a note."""
     try:
         sources = [dicom_reference.read(Path(p), task.salt) for p in task.paths]
-    except (NoReferenceError, DataError) as error:
-        reason = error if isinstance(error, NoReferenceError) else "its header cannot be read again"
-        return DicomObjects({}, [f"no DICOM objects: {reason}"], [], False)
+    except Exception as error:  # pydicom raises many types when a value is of another kind
+        return DicomObjects({}, [f"no DICOM objects: {_reason(error)}"], [], False)
     owners = [(i, plane) for i, source in enumerate(sources) for plane in source.planes]
     planes = [plane for _, plane in owners]
     frames = [(i, plane.number or 1) for i, plane in owners]
@@ -172,8 +171,10 @@ def quieten() -> None:
 
 def _reason(error: Exception) -> str:
     """For people; texts of libraries may quote a value of the header."""
-    if isinstance(error, dicom_seg.UnequalError):
+    if isinstance(error, dicom_seg.UnequalError | NoReferenceError):
         return str(error)
+    if isinstance(error, DataError):
+        return "its header cannot be read again"
     return f"the source's header forbids it ({type(error).__name__})"
 
 

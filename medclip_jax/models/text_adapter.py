@@ -95,7 +95,7 @@ def load(source: str, digest: str, width: int) -> dict[str, Any]:
 
 
 def _path(source: str) -> Path:
-    return EMBEDDED if source == "embedded" else Path(source).expanduser()
+    return EMBEDDED if source == "embedded" else files.expanded(source)
 
 
 def digest(source: str) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from medclip_jax import stored
+from medclip_jax import files, stored
 from medclip_jax.errors import ConfigError
 from medclip_jax.prompts import umls_snomed
 from medclip_jax.prompts.tokenize import Words
@@ -64,7 +64,7 @@ def load(extra: str = "") -> Ontology:
         concepts += rows(file.name, file.read_text("utf-8").splitlines())
     if not extra:
         return indexed(concepts)
-    path = Path(extra).expanduser()
+    path = files.expanded(extra)
     if not path.exists():
         raise ConfigError(f"prompts.ontology_file {extra}: no such file; correct the path")
     if (path / "MRCONSO.RRF").is_file():

@@ -6,10 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from medclip_jax.distributed import runtime
 from medclip_jax.errors import ProcessError
@@ -146,3 +150,63 @@ def test_another_fault_of_several_processes_ends_this_one_at_once(monkeypatch, c
     with runtime.exit_together():
         raise ValueError("socket of an electrode")
     assert codes == [1] and "socket of an electrode" in capsys.readouterr().err
+
+
+# --- compiled programs on disk --------------------------------------------------------------
+
+
+@pytest.fixture
+def own_programs():
+    """JAX as a user has it, without the tests' cache of compiled programs."""
+    names = (
+        *("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches"),
+        *("jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache"),
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield said
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def compile_with(cache, factor: float) -> set[str]:
+    """Compile a program with this cache as a new process would; the files that hold programs."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    runtime.keep_compiled(cache)
+    assert jax.jit(lambda x: x * factor + 1)(jnp.ones(3)).sum() == 3 * factor + 3
+    return {path.name for path in (cache / "compiled").glob("*-cache")}
+
+
+def test_nothing_is_compiled_again_in_a_cache_that_was_moved(tmp_path, own_programs):
+    first = compile_with(tmp_path / "cache", 7.25)
+    assert first
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    assert compile_with(tmp_path / "moved", 7.25) == first
+    assert compile_with(tmp_path / "moved", 7.75) > first
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, own_programs, read_only, caplog):
+    """What it holds is used as it is; what it lacks is compiled, and said once for all."""
+    first = compile_with(tmp_path / "cache", 8.25)
+    place = read_only(tmp_path / "cache")
+    hits: list[str] = []
+
+    def note(name: str, **_) -> None:
+        hits.append(name)
+
+    monitoring.register_event_listener(note)
+    try:
+        assert compile_with(place, 8.25) == first
+        assert "/jax/compilation_cache/cache_hits" in hits
+        assert compile_with(place, 8.75) == first  # compiled, and not kept
+        assert compile_with(place, 8.875) == first
+    finally:
+        monitoring.unregister_event_listener(note)
+    said = [message for message in caplog.messages if "cannot be written" in message]
+    assert set(said) == {f"{place} cannot be written: what it lacks is compiled again each time"}
+    assert not [w for w in own_programs if "Error writing" in str(w.message)]

@@ -1,5 +1,6 @@
 """The exported scorer equals the one in the process, alone with jax and numpy; the API."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import medclip_jax
-from medclip_jax import build_detector
+from medclip_jax import build_detector, main
 from medclip_jax.errors import CheckpointError, DataError, WorkdirError
 from medclip_jax.inference import export, predictor
 from medclip_jax.io import read
@@ -53,6 +55,62 @@ def test_it_needs_jax_and_numpy_alone(exported):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "(2,)" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("plant", ["link", "dangling", "folder", "pipe", "device", "hard link"])
+def test_what_lies_at_the_target(whole, tmp_path, capfd, plant):
+    """A link is replaced, what it leads to is left alone; what is no file is left as it is."""
+    target, outside = tmp_path / "x.medclip", tmp_path / "outside"
+    if plant != "dangling":
+        outside.write_text("mine")
+    if plant == "pipe":
+        os.mkfifo(target)
+    elif plant == "folder":
+        target.mkdir()
+    elif plant == "hard link":
+        os.link(outside, target)
+    else:
+        target.symlink_to("/dev/null" if plant == "device" else outside)
+    code = main.main(["main", "--mode=export", f"--workdir={whole}", f"--output={target}"])
+    if plant in ("folder", "pipe", "device"):
+        error = capfd.readouterr().err.strip().splitlines()[-1]
+        assert code == 2 and error.startswith(f"error: {target} is a folder or no regular file")
+        assert not target.is_file() and Path("/dev/null").is_char_device()
+    else:
+        assert code == 0 and not target.is_symlink() and export.load(target).manifest
+    assert outside.exists() == (plant != "dangling")
+    assert plant == "dangling" or outside.read_text() == "mine"
+
+
+def test_a_file_of_the_run_is_no_target(whole, capfd):
+    before = (whole / "scorer.json").read_bytes()
+    target = whole / "figures/../scorer.json"
+    assert main.main(["main", "--mode=export", f"--workdir={whole}", f"--output={target}"]) == 2
+    assert "is a file of the run: give another --output" in capfd.readouterr().err
+    assert (whole / "scorer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", ["predict", "export"])
+@pytest.mark.parametrize("name", ["scorer.json", "scorer.safetensors"])
+@pytest.mark.parametrize("plant", ["pipe", "folder", "dangling", "device"])
+def test_a_received_workdir_whose_files_are_none(whole, tmp_path, capfd, mode, name, plant):
+    workdir, source = tmp_path / "run", tmp_path / "in.png"
+    workdir.mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(source)
+    for other in ("scorer.json", "scorer.safetensors"):
+        (workdir / other).write_bytes((whole / other).read_bytes())
+    (workdir / name).unlink()
+    if plant == "pipe":
+        os.mkfifo(workdir / name)
+    elif plant == "folder":
+        (workdir / name).mkdir()
+    else:
+        (workdir / name).symlink_to("/dev/zero" if plant == "device" else "/absent/file")
+    flags = [f"--mode={mode}", f"--workdir={workdir}", f"--output={tmp_path / 'out'}"]
+    assert main.main(["main", *flags, *[f"--input={source}"] * (mode == "predict")]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and name in error
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_foreign_and_damaged_files_are_refused(exported, tmp_path):

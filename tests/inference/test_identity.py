@@ -1,27 +1,41 @@
 """Identity planted wherever a file can hold it; then every byte of what prediction leaves."""
 
-import gzip
 import io
-import re
+import shutil
 import stat
 import zipfile
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image, PngImagePlugin
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
-from medclip_jax import api
+from medclip_jax import api, main
 from medclip_jax.errors import WorkdirError
 from medclip_jax.inference import pseudonyms
-from medclip_jax.io import dicom_reference
-from tests.support.predicting import dicom, noise, pages, run, table
+from medclip_jax.io import dicom_reference, dicom_write
+from tests.support.planted import (
+    MARK,
+    NUMBER,
+    SECRETS,
+    pictures,
+    plant_everywhere,
+    texts_of,
+    volume,
+)
+from tests.support.predicting import change, dicom, noise, pages, run, table
 
-MARK = "Zq7Plant"  # in every text and every name
-NUMBER = "99775533"  # in every identifier, date, time and number
+CINE = "1.2.840.10008.5.1.4.1.1.7.2"  # multi-frame grayscale byte secondary capture
+# of a source, in a DICOM object: PS3.3 asks that objects of a study share these
+KEPT = {
+    *("PatientName", "PatientID", "AccessionNumber", "StudyID", "ReferringPhysicianName"),
+    *("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyInstanceUID"),
+    *("ReferencedSOPInstanceUID", "ReferencedSOPClassUID", "SeriesInstanceUID"),
+    "FrameOfReferenceUID",
+}
 PLACE = [f"{MARK}Ward", f"{MARK} (Bay)"]  # folders
 TEXTS = {  # of each VR that holds text, and identifiers
     "PatientName": f"{MARK}^NAME",  # PN
@@ -48,9 +62,6 @@ TEXTS = {  # of each VR that holds text, and identifiers
     "ReferringPhysicianName": f"{MARK}^DOCTOR",
     "Manufacturer": f"{MARK} maker",
 }
-SECRETS = re.compile(
-    f"{MARK}|{NUMBER}|19997755|997755|977Y|Müßig|1\\.2\\.826\\.0\\.1\\.77".encode(), re.I
-)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +73,12 @@ def planted(tmp_path_factory) -> Path:
     alone = fill(dicom(folder / f"{MARK}_us.dcm", 7), SeriesInstanceUID=f"1.2.{NUMBER}")
     (folder / f"{MARK}_cut.dcm").write_bytes(alone.read_bytes()[:-500])
     (folder / f"{MARK}_head.dcm").write_bytes(alone.read_bytes()[:300] + MARK.encode() * 20)
-    texts = PngImagePlugin.PngInfo()
-    texts.add_text("Patient", MARK)
-    texts.add_text("History", f"{MARK} " * 99, zip=True)
-    texts.add_itxt("Naam", MARK, zip=True)
-    exif = Image.Exif()
-    exif[0x010E], exif[0x013B], exif[0x8298] = (MARK,) * 3  # description, artist, copyright
-    exif[0x0132] = f"{NUMBER}:01"
-    picture = Image.fromarray(noise())
-    picture.save(folder / f"{MARK}.png", pnginfo=texts, exif=exif)
-    picture.save(folder / f"{MARK}.jpg", comment=MARK.encode(), exif=exif)
-    picture.save(folder / f"{MARK}.tif", tiffinfo={270: MARK, 315: MARK, 33432: MARK})
+    plant_everywhere(dicom(folder / f"{MARK} all.dcm", 3), SeriesInstanceUID=f"1.2.{NUMBER}.7")
+    cine = plant_everywhere(frames(dicom(folder / f"{MARK} cine.dcm", 4)))
+    (folder / f"{MARK} own.dcm").write_bytes(cine.read_bytes())
+    change(folder / f"{MARK} own.dcm", SOPClassUID=f"1.2.{NUMBER}.1", SOPInstanceUID="1.2.3")
+    change(dicom(folder / f"{MARK} plain.dcm", 9), SeriesInstanceUID=f"1.2.{NUMBER}.9")
+    assert len(pictures(folder)) == 4
     (folder / f"{MARK}_cut.png").write_bytes((folder / f"{MARK}.png").read_bytes()[:-300])
     (folder / f"{MARK}_text.png").write_text(MARK)
     volume(folder / f"{MARK}.nii.gz")
@@ -105,34 +111,24 @@ def fill(path: Path, **elements) -> Path:
     return path
 
 
-def volume(path: Path) -> None:
-    image = nibabel.Nifti1Image(noise(1, (20, 24, 3)), np.eye(4))
-    for name in ("descrip", "aux_file", "intent_name", "db_name"):
-        image.header[name] = MARK.encode()
-    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", MARK.encode() * 9))
-    image.to_filename(path)
+def has_secret(value) -> bool:
+    return bool(SECRETS.search(value if isinstance(value, bytes) else str(value).encode()))
+
+
+def frames(path: Path) -> Path:
+    """Of one frame -> a multi-frame image."""
+    pixels = noise(4, (3, 40, 50))
+    return change(path, NumberOfFrames=3, PixelData=pixels.tobytes(), SOPClassUID=CINE)
 
 
 def contents(path: Path) -> bytes:
-    """All bytes of a file, and those that are packed in it; the zlib chunks of a PNG too."""
+    """All bytes of a file with its name, and those that are packed in it."""
     raw = path.read_bytes()
-    parts = [path.name.encode(), raw]
-    if raw[:2] == b"\x1f\x8b":
-        parts.append(gzip.decompress(raw))
+    parts = [path.name.encode(), *texts_of(raw)]
     if zipfile.is_zipfile(io.BytesIO(raw)):
         with zipfile.ZipFile(io.BytesIO(raw)) as packed:
-            parts += [packed.read(name) + name.encode() for name in packed.namelist()]
-    if raw[:4] == b"\x89PNG":
-        at = 8
-        while at < len(raw):
-            size, kind = int.from_bytes(raw[at : at + 4]), raw[at + 4 : at + 8]
-            data = raw[at + 8 : at + 8 + size]
-            assert kind in (b"IHDR", b"tEXt", b"IDAT", b"IEND"), kind
-            if kind == b"tEXt":
-                assert data == b"Software\0medclip_jax"
-            at += size + 12
-        with Image.open(path) as image:
-            parts.append(image.tobytes() + repr(image.info).encode())
+            for name in packed.namelist():
+                parts += [name.encode(), *texts_of(packed.read(name))]
     return b"\n".join(parts)
 
 
@@ -142,7 +138,7 @@ def test_under_pseudonyms_nothing_of_a_source_is_left(whole, planted, tmp_path, 
     absent = planted / f"{MARK}*.none"
     assert run(whole, output, planted, planted.parent, absent, more=["--pseudonymise"]) == 0
     rows, bad = table(output), table(output, "unreadable.csv")
-    assert len(rows) == 2 + 1 + 3 + 3 and len(bad) >= 7
+    assert len(rows) == 2 + 1 + 1 + 1 + 3 + 3 + 4 + 3 and len(bad) >= 7
     assert sum(name.endswith(".dcm") for page in pages(output) for name in page["files"].values())
     said = capfd.readouterr()
     ours = [record.getMessage() for record in caplog.records if record.name == "root"]
@@ -167,21 +163,61 @@ def test_plain_results_name_files_and_the_patient_in_dicom_alone(whole, planted,
     """PS3.3 asks that objects of a study share these; comments and private data are not copied."""
     output = tmp_path / "out"
     assert run(whole, output, planted) == 0
-    allowed = {f"{MARK}{e}" for e in ("^NAME", "ID", "ACC", "SID", "^DOCTOR")}
+    patients = set()
     for path in output.glob("*.dcm"):
         ds = pydicom.dcmread(path)
-        assert ds.PatientName == f"{MARK}^NAME" and ds.PatientID == f"{MARK}ID"
+        patients.add((ds.PatientName, ds.PatientID, ds.PatientBirthDate))
         assert "PatientIdentityRemoved" not in ds
-        values = {str(e.value) for e in ds.iterall() if MARK in str(e.value) and e.VR != "SQ"}
-        assert values == allowed
-        assert not [e for e in ds.iterall() if e.tag.is_private]
+        texts = {e.keyword for e in ds.iterall() if e.VR != "SQ" and has_secret(e.value)}
+        assert {"PatientName", "PatientID", "StudyInstanceUID"} <= texts <= KEPT
+        assert not [e for e in ds.iterall() if e.tag.is_private or e.tag.group >> 8 == 0x60]
+    assert patients == {
+        (f"{MARK}^NAME", f"{MARK}ID", ""),
+        (f"{MARK}^{MARK}", MARK, ""),
+        ("DOEPLANTED", "IDPLANTED77", "19611117"),
+    }
+    for path in (*output.glob("*.npz"), *output.glob("*.nii.gz"), *output.glob("*.png")):
+        assert not has_secret(contents(path)[len(path.name) :]), path.name
+    for page in pages(output):
+        named = {"source", "frames", "files"}
+        assert not has_secret({name: x for name, x in page.items() if name not in named})
+        for frame in page["frames"]:
+            named = {"file", "sop_instance_uid"}
+            assert not has_secret({name: x for name, x in frame.items() if name not in named})
     names = {frame["file"].rpartition("/")[2] for page in pages(output) for frame in page["frames"]}
     assert {f"{MARK} slice1.dcm", f"{MARK} slice2.dcm", f"{MARK}.nii.gz"} <= names
     for row in table(output):
         assert row["file"].rpartition("/")[2] in names
-        assert row["sop_instance_uid"].startswith("1.2.826.0.1.77.3") == (".dcm" in row["file"])
-    for path in output.rglob("*.png"):
-        assert MARK.encode() not in contents(path)[len(path.name) :]
+        assert bool(row["sop_instance_uid"]) == (".dcm" in row["file"])
+
+
+def test_a_workdir_names_its_images_in_these_files_alone(world, tmp_path):
+    """What a trained model is passed on with names nothing: the two files of it, or one."""
+    data, workdir = tmp_path / PLACE[0] / "data", tmp_path / "run"
+    shutil.copytree(world.data, data)
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Patient", f"{MARK} text")
+    for path in list(data.rglob("*.png")):
+        with Image.open(path) as image:
+            image.save(path.with_name(f"{MARK}_{path.name}"), pnginfo=about)
+        path.unlink()
+    flags = "--config.steps=2", "--config.explanation.count=1"
+    assert world._replace(data=data).main(workdir, *flags) == 0
+    named = {p.relative_to(workdir).parts[0] for p in workdir.rglob("*") if names_someone(p)}
+    files = {"config.json", "split.json", "predictions.npz", "metrics.json", "report.html"}
+    assert named == files
+    exported = tmp_path / "x.medclip"
+    assert main.main(["main", "--mode=export", f"--workdir={workdir}", f"--output={exported}"]) == 0
+    assert not names_someone(exported)
+    for name in ("scorer.json", "scorer.safetensors"):  # all that prediction needs
+        (tmp_path / "passed").mkdir(exist_ok=True)
+        shutil.copy(workdir / name, tmp_path / "passed")
+    source = dicom(tmp_path / "in" / "a.dcm")
+    assert run(tmp_path / "passed", tmp_path / "out", source) == 0
+
+
+def names_someone(path: Path) -> bool:
+    return path.is_file() and has_secret(contents(path))
 
 
 def test_pseudonyms_are_of_their_folder_and_resume(whole, tmp_path):
@@ -275,3 +311,36 @@ def test_dates_and_times_are_written_as_the_standard_has_them(tmp_path, name, st
     ds.save_as(path)
     identity = pydicom.Dataset({e.tag: e for e in dicom_reference.read(path, None).identity})
     assert identity[name].value == written
+
+
+@pytest.mark.parametrize("vr", ["FD", "US", "OB", "UN", "LO", "UI"])
+def test_a_header_whose_values_are_of_another_kind_is_no_fault_of_ours(tmp_path, vr):
+    """Of each element that is taken over: objects, or a note; never an exception."""
+    path, results = tmp_path / "a.dcm", set()
+    mask, picture = np.ones((1, 40, 50), bool), np.zeros((40, 50, 3), np.uint8)
+    for name in dicom_reference.TAGS:
+        if name == "SpecificCharacterSet":
+            continue
+        for value in (b"abc ", b"9" * 20):
+            tag = pydicom.tag.Tag(name)
+            ds = pydicom.dcmread(dicom(path))
+            ds[tag] = RawDataElement(tag, vr, len(value), value, 0, False, True)
+            ds.save_as(path)
+            done = dicom_write.build(dicom_write.Task([str(path)], "key", mask, picture, 0))
+            assert done.files or done.notes[0].startswith("no DICOM objects: "), (name, value)
+            results.add(bool(done.files))
+    assert results == {True, False}
+
+
+def test_of_compression_and_sex_only_what_the_standard_has_is_taken_over(tmp_path):
+    path = dicom(tmp_path / "a.dcm")
+    fields = {"LossyImageCompression": "01", "LossyImageCompressionRatio": ["12.5", "3"]}
+    fields |= {"LossyImageCompressionMethod": ["ISO_10918_1", "ISO_15444_1"], "PatientSex": "O"}
+    source = dicom_reference.read(change(path, **fields), None)
+    taken = {e.keyword: e.value for e in (*source.lossy, *source.identity)}
+    assert {name: taken[name] for name in fields} == fields
+    other = {"LossyImageCompressionRatio": "99775533", "LossyImageCompressionMethod": MARK.upper()}
+    source = dicom_reference.read(change(path, **other, PatientSex="ANNA"), b"0" * 32)
+    assert [(e.keyword, e.value) for e in source.lossy] == [("LossyImageCompression", "01")]
+    source = dicom_reference.read(path, None)
+    assert [e.value for e in source.identity if e.keyword == "PatientSex"] == [""]

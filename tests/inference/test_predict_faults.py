@@ -16,7 +16,7 @@ from PIL import Image
 
 from medclip_jax import files
 from medclip_jax.inference import loading, predict
-from tests.support.predicting import noise, pages, run, table
+from tests.support.predicting import dicom, noise, pages, run, table
 
 
 def some(folder: Path, count: int = 3) -> Path:
@@ -115,19 +115,50 @@ def test_a_file_where_the_output_folder_should_be(whole, tmp_path, capfd):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_links_planted_in_the_output_are_replaced_not_followed(whole, tmp_path):
-    folder, output = some(tmp_path / "in", 1), tmp_path / "out"
+@pytest.mark.parametrize("plant", ["link", "hard link", "dangling", "pipe"])
+def test_things_planted_in_the_output_are_replaced_not_followed(whole, tmp_path, plant):
+    """Files of every kind: pictures, maps, DICOM objects, JSON, tables."""
+    folder, output, outside = some(tmp_path / "in", 1), tmp_path / "out", tmp_path / "outside"
+    nibabel.Nifti1Image(np.ones((8, 9, 2), np.int16), np.eye(4)).to_filename(folder / "v.nii.gz")
+    dicom(folder / "a.dcm")
     assert run(whole, output, folder) == 0
-    (page,) = pages(output)
-    outside = tmp_path / "outside"
-    outside.write_text("mine")
-    names = [*page["files"].values(), "results.csv", "unreadable.csv"]
-    for path in [*(output / n for n in names), *output.glob("*.json")]:
-        path.unlink(missing_ok=True)
-        path.symlink_to(outside)
+    before = pages(output)
+    names = {path.name for path in output.iterdir()}
+    assert len(before) == 3 and len(names) == 5 + sum(len(page["files"]) for page in before)
+    if plant != "dangling":
+        outside.write_text("mine")
+    for name in names:
+        (output / name).unlink()
+        if plant == "pipe":
+            os.mkfifo(output / name)
+        elif plant == "hard link":
+            os.link(outside, output / name)
+        else:
+            (output / name).symlink_to(outside)
     assert run(whole, output, folder) == 0
-    assert outside.read_text() == "mine"
-    assert not any(p.is_symlink() for p in output.iterdir()) and pages(output) == [page]
+    assert outside.exists() == (plant != "dangling")
+    assert plant == "dangling" or outside.read_text() == "mine"
+    assert {path.name for path in output.iterdir()} == names and pages(output) == before
+    assert all(path.is_file() and not path.is_symlink() for path in output.iterdir())
+
+
+@pytest.mark.parametrize("plant", ["link", "dangling", "pipe", "folder", "hard link"])
+def test_a_salt_that_was_planted(whole, tmp_path, capfd, plant):
+    folder, path = some(tmp_path / "in", 1), tmp_path / "out/.pseudonyms"
+    path.parent.mkdir()
+    (tmp_path / "outside").write_text("mine")
+    if plant == "pipe":
+        os.mkfifo(path)
+    elif plant == "folder":
+        path.mkdir()
+    elif plant == "hard link":
+        os.link(tmp_path / "outside", path)
+    else:
+        path.symlink_to(tmp_path / ("outside" if plant == "link" else "absent"))
+    assert run(whole, path.parent, folder, more=["--pseudonymise"]) == 2
+    assert f"{path}" in capfd.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "outside").read_text() == "mine" and not (tmp_path / "absent").exists()
+    assert len(list(path.parent.iterdir())) == 1
 
 
 def test_the_output_folder_may_lie_in_the_input_folder(whole, tmp_path, caplog):

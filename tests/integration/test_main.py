@@ -1,6 +1,7 @@
 """The command line: what a user can fix is one sentence on stderr and exit code 2."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -285,3 +286,47 @@ def test_a_full_disk_while_results_are_written(world, tmp_path, capfd, monkeypat
     error = sentence(capfd, code)
     assert name in error and "No space left" in error
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run" / name).exists()
+
+
+def test_a_read_only_cache_serves_a_run_and_what_it_lacks_is_one_sentence(
+    world, tmp_path, capfd, read_only
+):
+    """At another path, too: nothing is listed, encoded or compared again."""
+    cache, arguments = tmp_path / "cache", "k=4,method=memory"
+    assert (
+        world.main(tmp_path / "a", f"--config.cache={cache}", arguments=arguments, report=False)
+        == 0
+    )
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    place = f"--config.cache={read_only(cache)}"
+    assert world.main(tmp_path / "b", place, arguments=arguments, report=False) == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    assert a["image"] == b["image"] and a["pixel"] == b["pixel"]
+    capfd.readouterr()
+    victim = next((cache / "feature_cache").rglob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    code = world.main(tmp_path / "c", place, arguments=arguments, report=False)
+    error = sentence(capfd, code)
+    assert f"Cannot write {tmp_path / 'read-only'}" in error and "Read-only file system" in error
+    assert not (tmp_path / "c/metrics.json").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_cache_that_refuses_the_first_file_is_one_sentence(
+    world, tmp_path, capfd, monkeypatch, code
+):
+    """At the one place of writing; root passes over the modes of files."""
+    real, cache = os.open, tmp_path / "cache"
+
+    def refuse(path, flags, *mode, **more):
+        if flags & os.O_CREAT and str(path).startswith(str(cache / "feature_cache")):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, flags, *mode, **more)
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    place = f"--config.cache={cache}"
+    error = sentence(capfd, world.main(tmp_path / "run", place, arguments="k=4,method=memory"))
+    assert f"Cannot write {cache / 'feature_cache'}" in error and os.strerror(code) in error
+    assert "fix its permissions or give another folder" in error
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run/metrics.json").exists()
