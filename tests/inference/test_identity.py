@@ -74,9 +74,9 @@ def planted(tmp_path_factory) -> Path:
     (folder / f"{MARK}_cut.dcm").write_bytes(alone.read_bytes()[:-500])
     (folder / f"{MARK}_head.dcm").write_bytes(alone.read_bytes()[:300] + MARK.encode() * 20)
     plant_everywhere(dicom(folder / f"{MARK} all.dcm", 3), SeriesInstanceUID=f"1.2.{NUMBER}.7")
-    cine = plant_everywhere(frames(dicom(folder / f"{MARK} cine.dcm", 4)))
-    (folder / f"{MARK} own.dcm").write_bytes(cine.read_bytes())
-    change(folder / f"{MARK} own.dcm", SOPClassUID=f"1.2.{NUMBER}.1", SOPInstanceUID="1.2.3")
+    plant_everywhere(frames(dicom(folder / f"{MARK} cine.dcm", 4)))
+    own = plant_everywhere(frames(dicom(folder / f"{MARK} own.dcm", 5)))
+    change(own, SOPClassUID=f"1.2.{NUMBER}.1", SOPInstanceUID=f"1.2.{NUMBER}.3")
     change(dicom(folder / f"{MARK} plain.dcm", 9), SeriesInstanceUID=f"1.2.{NUMBER}.9")
     assert len(pictures(folder)) == 4
     (folder / f"{MARK}_cut.png").write_bytes((folder / f"{MARK}.png").read_bytes()[:-300])
