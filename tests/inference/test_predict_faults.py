@@ -138,7 +138,11 @@ def test_things_planted_in_the_output_are_replaced_not_followed(whole, tmp_path,
     assert run(whole, output, folder) == 0
     assert outside.exists() == (plant != "dangling")
     assert plant == "dangling" or outside.read_text() == "mine"
-    assert {path.name for path in output.iterdir()} == names and pages(output) == before
+    assert {path.name for path in output.iterdir()} == names
+    for page, first in zip(pages(output), before, strict=True):
+        for name in ("digest", "file_sha256"):  # objects say when they were written
+            del page[name], first[name]
+        assert page == first
     assert all(path.is_file() and not path.is_symlink() for path in output.iterdir())
 
 
