@@ -37,7 +37,12 @@ def boxes_of(map: Float[np.ndarray, "h w"]) -> list[Box]:
     marked = map >= THRESHOLD
     if not marked.any():
         return []
-    labels, count = ndimage.label(marked, structure=np.ones((3, 3)))
+    square = np.ones((3, 3))
+    try:
+        labels = np.empty(map.shape, np.uint16)  # half the memory
+        count = ndimage.label(marked, square, labels)
+    except RuntimeError:  # more components than 16 bits can number
+        labels, count = ndimage.label(marked, square)
     areas, scores = np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
     for rows in bands(map.shape):
         # of marked pixels alone: sorting or summing all of them would be most of the time

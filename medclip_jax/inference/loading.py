@@ -27,6 +27,7 @@ LARGE_IMAGE = 12_000_000  # pixels; larger ones are decoded, and drawn, one afte
 PER_PIXEL = 16  # bytes of one frame while it is decoded, scored and drawn
 FITTED = 16  # frames that are brought to the encoder frame while an item is read
 MAX_MAPS = 1 << 29  # bytes of an item's maps
+MIN_SIDE = 8  # pixels of the frames of an item that has several: each costs a run of the encoder
 one_decoded, one_drawn = threading.Lock(), threading.Lock()
 
 
@@ -125,13 +126,20 @@ def _job(item: Item, predictor: Predictor, key: str, sha256: str) -> Job:
     with in_turn(one_decoded, _pixels(item)):
         frames = _open(item, predictor.window)
     count, many = frames.shape[0], item.kind == "dicom" and frames.shape[0] > 1
+    height, width = frames.shape[1:]
+    if count > 1 and min(height, width) < MIN_SIDE:
+        raise DataError(
+            f"{item.source} has {count:,} frames of {width} x {height} pixels and several frames "
+            f"are scored from {MIN_SIDE} a side: slice a volume along another axis "
+            "(config.data.window), or remove it if it is not yours."
+        )
     keep_maps = item.kind != "nifti"
     if keep_maps and 2 * count * predictor.size**2 > MAX_MAPS:
         raise DataError(
             f"{item.source} has {count:,} frames and at most "
             f"{MAX_MAPS // (2 * predictor.size**2):,} are scored together: give it in parts"
         )
-    mm2 = pixel_area(frames.spacing, frames.shape[1:], predictor.size, predictor.fit)
+    mm2 = pixel_area(frames.spacing, (height, width), predictor.size, predictor.fit)
     codes = np.empty(frames.shape, bool if many else np.uint16)
     return Job(item, Loaded(key, sha256, frames, mm2, codes, keep_maps))
 

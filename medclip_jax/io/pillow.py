@@ -42,6 +42,7 @@ HEAT = 0.45  # weight of the anomaly map in an overlay
 BOX = (230, 159, 0)  # orange of Okabe and Ito
 
 PIL.PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # profiles and texts of 1 MB and more are not unusual
+PIL.Image.core.set_block_size(1 << 26)  # bytes: freed blocks of 32 MB go back to the system
 
 
 def open_pillow(path: Path) -> Frames:
@@ -148,6 +149,8 @@ def _frames(path: Path, file: BinaryIO, image: Any) -> tuple[Float[np.ndarray, "
         grey = grey / np.float32(65535)
         grey *= alpha / np.float32(65535)
         return grey[None], "0 to 65535"
+    if str(args).endswith("16B") and image.mode in COLOUR and count == 1:  # too
+        return _deep_colour(file, image)[None], "colour: 0 to white"
     if image.mode in COLOUR and "L" not in image.mode:
         words = "colour: 0 to white"
     scale = {"L;2": 85, "L;4": 17}.get(str(args), 1)
@@ -163,6 +166,26 @@ def _frames(path: Path, file: BinaryIO, image: Any) -> tuple[Float[np.ndarray, "
         image.seek(index)
         frames.append(luminance(path, image, scale))
     return (np.stack(frames) if count > 1 else frames[0][None]), words
+
+
+def _deep_colour(file: BinaryIO, image: Any) -> Float[np.ndarray, "h w"]:
+    """Luminance of 16-bit colour: Pillow gives upper bytes and, taken as little-endian, lower."""
+    clear, high = image.info.get("transparency"), upright(image)
+    high.load()
+    file.seek(0)
+    again: Any = PIL.Image.open(file, formats=("PNG",))
+    again.tile = [again.tile[0]._replace(args=again.tile[0].args.replace("16B", "16L"))]
+    low, white = upright(again), np.float32(65535)
+    grey = np.empty(high.size[::-1], np.float32)
+    for rows in bands(grey.shape):
+        box = (0, rows.start, high.width, min(rows.stop, high.height))
+        values = np.asarray(high.crop(box)).astype(np.uint16) << 8 | np.asarray(low.crop(box))
+        grey[rows] = np.minimum(luma(values[..., i] for i in range(3)) / white, 1)
+        if high.mode == "RGBA":
+            grey[rows] *= values[..., 3] / white
+        elif clear is not None:
+            grey[rows] *= (values != clear).any(2)
+    return grey
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:

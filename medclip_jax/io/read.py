@@ -211,7 +211,7 @@ def fit(
       size: side of the square, pixels.
       mode: "stretch" fills the square; "pad" preserves the aspect and fills with zeros, centred.
     """
-    return _place(pixels.astype(np.float32), size, mode, PIL.Image.Resampling.BILINEAR)
+    return _place(pixels.astype(np.float32, copy=False), size, mode, PIL.Image.Resampling.BILINEAR)
 
 
 def fit_mask(
@@ -226,7 +226,7 @@ def to_frame(
 ) -> Float[np.ndarray, "h w"]:
     """Inverse of `fit`, bilinear: a map over the square becomes one of height x width pixels."""
     top, left, rows, columns = _box(height, width, heat.shape[0], mode)
-    inside = heat[top : top + rows, left : left + columns].astype(np.float32)
+    inside = heat[top : top + rows, left : left + columns].astype(np.float32, copy=False)
     return _resize(inside, height, width, PIL.Image.Resampling.BILINEAR)
 
 
@@ -273,10 +273,15 @@ def _place(pixels: np.ndarray, size: int, mode: Mode, resample: PIL.Image.Resamp
 def _resize(
     pixels: np.ndarray, rows: int, columns: int, resample: PIL.Image.Resampling
 ) -> np.ndarray:
-    image = PIL.Image.fromarray(pixels).resize((columns, rows), resample)
-    if rows * columns <= BAND:
-        return np.array(image)
+    """Pillow's resize; of what grows by strips, since it has the whole result twice in memory."""
+
+    def strip(part: np.ndarray, height: int, width: int) -> np.ndarray:
+        return np.array(PIL.Image.fromarray(part).resize((width, height), resample))
+
+    if rows * columns <= BAND or rows < len(pixels):
+        return strip(pixels, rows, columns)
+    wide = strip(pixels, len(pixels), columns)  # as Pillow does where rows do not become fewer
     values = np.empty((rows, columns), pixels.dtype)
-    for part in bands(values.shape):
-        values[part] = np.asarray(image.crop((0, part.start, columns, min(part.stop, rows))))
+    for part in bands((columns, rows)):
+        values[:, part] = strip(wide[:, part], rows, len(wide[0, part]))
     return values

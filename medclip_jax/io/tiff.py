@@ -75,6 +75,11 @@ def _directories(path: Path, tif: Any) -> list[Any]:
     """Pages of full size, which are alike; DataError for what is not read or too large."""
     pages = [p for p in islice(tif.pages, MAX_FRAMES + 1) if not (p.index and p.is_reduced)]
     first = pages[0]
+    if len(pages) > MAX_FRAMES:
+        raise DataError(
+            f"{path} has more than {MAX_FRAMES:,} pages, or pages that lead back to themselves, and "
+            f"at most {MAX_FRAMES:,} are read: save it in parts or remove it if it is not yours."
+        )
     count = _count(tif, pages)
     check_size(path, first.imagewidth, first.imagelength, count)
     if first.nbytes > MAX_BYTES:

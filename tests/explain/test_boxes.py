@@ -39,6 +39,13 @@ def test_small_components_drop_as_the_image_grows():
     assert [box.area for box in boxes_of(map)] == [3]
 
 
+def test_more_components_than_16_bits_can_number():
+    map = np.zeros((520, 520), np.float32)
+    map[::2, ::2] = 0.7
+    map[100:120, 200:230] = 0.9
+    assert boxes_of(map) == [Box(100, 200, 121, 231, np.float32(0.9), 626)]
+
+
 def test_ties_in_a_fixed_order_and_no_more_than_the_most():
     map = np.zeros((9, 9), np.float32)
     map[::2, ::2] = 0.75  # 25 separate pixels

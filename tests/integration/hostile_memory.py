@@ -24,7 +24,7 @@ from medclip_jax.inference import inputs, predict
 from tests.support import hostile
 from tests.support.predicting import table
 
-MOST_MB, MOST_SECONDS = 2000, 60
+MOST_MB, MOST_SECONDS = 2000, 90  # of the processor, and a tenth of a second per frame
 
 
 def memory(name: str) -> int:
@@ -41,15 +41,15 @@ def settled() -> int:
     return memory("VmRSS")
 
 
-def outcome(predictor, path: Path, output: Path) -> str:
-    """hostile.READ, the reason in unreadable.csv, or nothing."""
+def outcome(predictor, path: Path, output: Path) -> tuple[str, int]:
+    """hostile.READ, the reason in unreadable.csv, or nothing; rows of results."""
     try:
-        predict.run(predictor, inputs.find([str(path)]), output)
+        predict.run(predictor, inputs.find([str(path.parent)]), output)
     except UserError:
         pass  # of a single unreadable file; the table says why
-    if table(output):
-        return hostile.READ
-    return next((row["reason"] for row in table(output, "unreadable.csv")), "")
+    if rows := len(table(output)):
+        return hostile.READ, rows
+    return next((row["reason"] for row in table(output, "unreadable.csv")), ""), 0
 
 
 def main() -> int:
@@ -69,15 +69,15 @@ def main() -> int:
                 continue
             folder = Path(tempfile.mkdtemp())
             (path,) = hostile.write(folder / "in", {label}).values()
-            before, start = settled(), time.perf_counter()
-            said = outcome(predictor, path, folder / "out")
-            seconds, peak = time.perf_counter() - start, base + memory("VmHWM") - before
+            before, start = settled(), time.process_time()
+            said, frames = outcome(predictor, path, folder / "out")
+            seconds, peak = time.process_time() - start, base + memory("VmHWM") - before
             shutil.rmtree(folder)
             rows.writerow((one.family, label, said, peak, f"{seconds:.1f}"))
             file.flush()
             families[one.family] = max(families.get(one.family, 0), peak)
             wrong = (said == hostile.READ) != (one.expect == hostile.READ) and one.expect
-            if wrong or not said or peak >= MOST_MB or seconds > MOST_SECONDS:
+            if wrong or not said or peak >= MOST_MB or seconds > MOST_SECONDS + frames / 10:
                 print(f"{label}: {said!r}, {peak} MB, {seconds:.0f} s")
                 bad += 1
     print({"loaded": base} | families)

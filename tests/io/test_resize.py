@@ -1,11 +1,12 @@
 """The way of images and masks into the tower frame and back."""
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medclip_jax.io import read
+from medclip_jax.io import image, read
 
 MODES = ("stretch", "pad")
 
@@ -64,3 +65,16 @@ def test_smooth_map_survives_the_round_trip():
     for mode in MODES:
         back = read.to_frame(read.fit(smooth, 224, mode), 101, 67, mode)
         assert np.abs(back - smooth)[2:-2, 2:-2].max() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (20, 90), (90, 20), (70, 1), (1, 70)])
+def test_strips_are_what_pillow_makes_at_once(shape, monkeypatch):
+    """Bit for bit, whichever way Pillow turns first."""
+    monkeypatch.setattr(image, "BAND", 500)
+    monkeypatch.setattr(read, "BAND", 500)
+    rng = np.random.default_rng(0)
+    for rows, columns in ((64, 64), (100, 131), (301, 57), (90, 700), (700, 90), (9, 64)):
+        for values in (rng.random(shape, np.float32), rng.integers(0, 256, shape).astype(np.uint8)):
+            for how in (PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST):
+                whole = PIL.Image.fromarray(values).resize((columns, rows), how)
+                np.testing.assert_array_equal(read._resize(values, rows, columns, how), whole)
