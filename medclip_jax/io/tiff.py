@@ -77,7 +77,7 @@ def _directories(path: Path, tif: Any) -> list[Any]:
     first = pages[0]
     if len(pages) > MAX_FRAMES:
         raise DataError(
-            f"{path} has more than {MAX_FRAMES:,} pages, or pages that lead back to themselves, and "
+            f"{path} has more than {MAX_FRAMES:,} pages, or some lead back to themselves, and "
             f"at most {MAX_FRAMES:,} are read: save it in parts or remove it if it is not yours."
         )
     count = _count(tif, pages)
