@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config, config_validation, files
+from medclip_jax import config, config_validation, files, stored
 from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError, one_line, printable
 
 DISK_ERRORS = (
@@ -36,6 +36,7 @@ MODES = {
     "export": "write a trained detector as one file that runs with jax and numpy alone",
     "report": "rebuild figures and report.html from the workdir's files",
 }
+MOST_CONFIG = 1 << 20  # bytes of a config file
 TRAINED_MODES = ("predict", "export")  # use a trained workdir and take no config
 
 
@@ -109,13 +110,13 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_boolean("keep_burned_in", False, "Pictures with text too.", flag_values=args)
     flags.DEFINE_boolean("follow_links", False, "Also out of named folders.", flag_values=args)
     flags.DEFINE_boolean("cam", False, "Also write the Grad-CAM of each item.", flag_values=args)
+    check_config_file(argv)
     try:
         rest = args(argv)
     except (
         *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
         *(OSError, ImportError, SyntaxError),  # of the config file
     ) as error:
-        check_config_file(argv)
         raise ConfigError(f"{one_line(error)} (see --help)") from error
     if args.mode in TRAINED_MODES:
         args["input"].value = [*args.input, *rest[1:]]  # --input A B C
@@ -125,18 +126,24 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if args.config is None or not (args.workdir or args.mode == "check"):
         raise ConfigError("--config and --workdir are needed: see --help")
     if not isinstance(args.config, ConfigDict):  # ml_collections says nothing until it is used
-        check_config_file(argv)
         raise ConfigError("the config file gives no settings: see configs/folder.py")
     return args
 
 
 def check_config_file(argv: list[str]) -> None:
-    """Raise ConfigError if --config names a file that is not there."""
+    """Raise ConfigError if --config names no regular file, or one too large for settings."""
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, inline = flag.partition("=")
         name = (inline if equals else value).partition(":")[0]
-        if flag in ("--config", "-config") and not Path(name).is_file():
-            raise ConfigError(f"config file {name} cannot be read: give one that exists")
+        if flag not in ("--config", "-config"):
+            continue
+        try:
+            stored.check_file(Path(name), MOST_CONFIG)
+        except OSError as error:
+            text = f"config file {name} cannot be read: give one that exists"
+            raise ConfigError(text) from error
+        except ValueError as error:
+            raise ConfigError(f"config file {name} cannot be used ({error})") from error
 
 
 def with_packaged_config(argv: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from medclip_jax import stored
 from medclip_jax.data.layouts import Example, Layout, find, natural
 from medclip_jax.errors import ConfigError, DataError
 
@@ -26,6 +27,7 @@ FINDINGS = (
 COLUMNS = ("Path", "Frontal/Lateral", "No Finding", *FINDINGS)
 PARTS = {"train": "train", "valid": "test"}  # file and folder of the archive -> part
 UNDECIDED = None
+MOST_TABLE = 1 << 28  # bytes; the set's own has 22 million
 UNCERTAIN = {"exclude": UNDECIDED, "positive": 1, "negative": 0}
 
 
@@ -78,6 +80,7 @@ def _rows(root: Path, name: str, part: str, uncertain: str) -> Iterator[tuple[in
     """(line, example) of every frontal film that has a label."""
     table = root / f"{name}.csv"
     try:
+        stored.check_file(table, MOST_TABLE)
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             absent = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
@@ -100,7 +103,7 @@ def _rows(root: Path, name: str, part: str, uncertain: str) -> Iterator[tuple[in
                     patient = next((p for p in below.parts if p.startswith("patient")), "")
                     example = Example(below.as_posix(), label, kind, part, (), patient)
                     yield rows.line_num, example
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"{table} cannot be read as a table ({error}): give it as CheXpert ships it."
         ) from error

@@ -8,6 +8,7 @@ import io
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,11 @@ from medclip_jax.io import dicom_reference, dicom_seg
 from medclip_jax.io.dicom_reference import NoReferenceError, Plane, Source
 
 MIN_FILES = 128  # for fewer, processes would start for longer than they work
+UID = re.compile(r"(?=.{1,64}$)([01]\.[1-3]?\d|2\.(0|[1-9]\d*))(\.(0|[1-9]\d*))*")
+SINGLE = {  # classes whose files have one frame, PS3.3 A.2 to A.4, A.6, A.8, A.21, A.26 to A.28
+    f"1.2.840.10008.5.1.4.1.1.{n}"
+    for n in ("1", "1.1", "1.1.1", "1.2", "1.2.1", "1.3", "1.3.1", "2", "4", "6.1", "7", "128")
+}
 BURNED_IN = "the source says that text is burnt into its pixels"
 
 
@@ -69,6 +75,7 @@ def build(task: Task) -> DicomObjects:
         note = f"no DICOM objects: headers state {len(planes)} frames, {len(task.mask)} were read"
         return DicomObjects({}, [note], [], burned_in)
     files, notes = _segmentations(task, sources, owners)
+    notes += _flaws(planes)
     if burned_in and task.salt and not task.burned_in:
         notes.append(f"no capture and no pictures: {BURNED_IN}; --keep_burned_in writes them")
         return DicomObjects(files, notes, frames, burned_in)
@@ -108,6 +115,19 @@ def _segmentations(
         except Exception as error:  # highdicom raises many types on broken headers
             notes.append(f"no {name}: {_reason(error)}")
     return files, notes
+
+
+def _flaws(planes: Sequence[Plane]) -> list[str]:
+    """What is wrong in the headers of the sources and stays so, as objects have to agree with them;
+    validators complain of it."""
+    names = {tuple(filter(None, (p.instance, p.series, p.study, p.space))) for p in planes}
+    flaws = {
+        "UIDs that are none": any(not UID.fullmatch(uid) for ids in names for uid in ids),
+        "one UID for several things": any(len(set(ids)) < len(ids) for ids in names),
+        "several frames in a class of one": any(p.number and p.sop_class in SINGLE for p in planes),
+    }
+    wrong = [text for text, true in flaws.items() if true]
+    return [f"objects refer to a source with {' and '.join(wrong)}"] if wrong else []
 
 
 def _set_directions(ds: Dataset, source: Source, plane: Plane) -> None:

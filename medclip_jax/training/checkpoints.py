@@ -20,9 +20,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from medclip_jax import stored
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.files import disk_errors, plain, read_steps, write_bytes
 from medclip_jax.training.step import TrainState
+
+MOST_METADATA = 1 << 24  # bytes of a file that orbax reads whole, a few thousand as a rule
+MOST_DATA = 1 << 40  # of arrays, of which it reads the parts that it needs
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:
@@ -75,6 +79,7 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
+            _check_files(Path(manager.directory) / str(step))
             wanted = {
                 "state": ocp.args.StandardRestore(abstract),
                 "checksums": ocp.args.JsonRestore(),
@@ -92,6 +97,13 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
             "another model; remove that folder to train from the start"
         )
     return None
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError for what orbax would read whole and is too large, or would wait for."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            stored.check_file(path, MOST_DATA if path.parent.name == "d" else MOST_METADATA)
 
 
 def _checksums(state: TrainState) -> dict[str, str]:

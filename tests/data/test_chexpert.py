@@ -1,6 +1,7 @@
 """CheXpert's layout and labels, on a folder that the test writes in that layout."""
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,14 @@ def test_records_and_split_by_patient(root, tmp_path):
 def test_missing_column_is_named(root):
     write(root, "valid", VALID, [c for c in COLUMNS if c != "Edema"])
     with pytest.raises(DataError, match=r"valid\.csv has no column 'Edema': give the table"):
+        chexpert.layout(root)
+
+
+def test_a_table_of_a_gigabyte_is_not_read(root):
+    os.truncate(root / "train.csv", 1 << 30)
+    with pytest.raises(
+        DataError, match=r"train\.csv cannot be read as a table \(it has 1073741824"
+    ):
         chexpert.layout(root)
 
 

@@ -67,6 +67,20 @@ def test_a_bad_flag_is_named(world, tmp_path, capfd, flag, named):
     assert re.search(named, error), error
 
 
+@pytest.mark.parametrize("spelling", ["--config={}", "--config={}:k=3", "-config {}"])
+def test_a_config_file_that_is_a_giant_or_a_pipe(spelling, tmp_path, capfd):
+    path = tmp_path / "a.py"
+    words = [word.format(path) for word in spelling.split()]
+    path.touch()
+    os.truncate(path, 1 << 30)
+    error = sentence(capfd, main.main(["main", f"--workdir={tmp_path / 'run'}", *words]))
+    assert f"config file {path} cannot be used (it has 1073741824 bytes where at most" in error
+    path.unlink()
+    os.mkfifo(path)
+    error = sentence(capfd, main.main(["main", f"--workdir={tmp_path / 'run'}", *words]))
+    assert f"config file {path} cannot be used (it is not a regular file)" in error
+
+
 @pytest.mark.parametrize(
     "argv, named",
     [

@@ -13,6 +13,7 @@ from tests.support.dicom_objects import (
     DX,
     ENHANCED_MR,
     MG,
+    MR,
     NM,
     PLACED,
     SHAPE,
@@ -49,6 +50,38 @@ def test_a_volume_is_one_segmentation_in_its_place(tmp_path):
     assert volume_of.spacing == pytest.approx((3, 0.8, 0.6))
     assert ds.FrameOfReferenceUID == "1.2.3.9"
     assert built.frames == [(i, 1) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "frames, sop, changed, wrong",
+    [
+        (0, MR, {"StudyInstanceUID": "1.2.3.9"}, "one UID for several things"),
+        (0, MR, {"SeriesInstanceUID": "1.2.03"}, "UIDs that are none"),
+        (0, MR, {"StudyInstanceUID": "3.2.1"}, "UIDs that are none"),
+        (0, MR, {"StudyInstanceUID": "1.77.1"}, "UIDs that are none"),
+        (2, MR, {}, "several frames in a class of one"),
+        (2, US_MULTI, {}, ""),
+        (0, MR, {"StudyInstanceUID": "2.25.340282366920938463463374607431768211455"}, ""),
+    ],
+)
+def test_flaws_of_a_source_are_repeated_and_said(tmp_path, frames, sop, changed, wrong):
+    place = PLACED | {"ImagePositionPatient": [0, 0, 0]}
+    built, mask = objects(
+        [source(tmp_path / "a.dcm", frames=frames, sop=sop, **place | changed)],
+        frames or 1,
+        not wrong,
+    )
+    assert built.notes == ([f"objects refer to a source with {wrong}"] if wrong else [])
+    ds = seg(built)
+    if not frames:
+        assert ds.FrameOfReferenceUID == "1.2.3.9"
+    for name, uid in changed.items():
+        of = ds if name == "StudyInstanceUID" else ds.ReferencedSeriesSequence[0]
+        assert of[name].value == uid
+    assert references(ds) == (
+        [("1.2.3.5.1", n + 1) for n in range(2)] if frames else [("1.2.3.5.1", None)]
+    )
+    assert ds.pixel_array.sum() == mask.sum()
 
 
 @pytest.mark.parametrize("named", [True, False])
