@@ -30,13 +30,16 @@ MOST_DATA = 1 << 40  # of arrays, of which it reads the parts that it needs
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a workdir. Raises WorkdirError if the folder cannot be used."""
+    """The checkpoints of a workdir. Raises WorkdirError if it, or a file of it, cannot be used."""
     # orbax reports every file it touches; its errors reach us as exceptions too
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     folder = (workdir / "checkpoints").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_files(folder)
         return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    except ValueError as error:
+        raise WorkdirError(f"{error}: remove it or set another workdir") from error
     except OSError as error:
         raise WorkdirError(
             f"{workdir}/checkpoints cannot be written ({error.strerror}): set another workdir"
@@ -79,7 +82,6 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
-            _check_files(Path(manager.directory) / str(step))
             wanted = {
                 "state": ocp.args.StandardRestore(abstract),
                 "checksums": ocp.args.JsonRestore(),
@@ -103,7 +105,10 @@ def _check_files(folder: Path) -> None:
     """Raise ValueError for what orbax would read whole and is too large, or would wait for."""
     for path in folder.rglob("*"):
         if not path.is_dir():
-            stored.check_file(path, MOST_DATA if path.parent.name == "d" else MOST_METADATA)
+            try:
+                stored.check_file(path, MOST_DATA if path.parent.name == "d" else MOST_METADATA)
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be used, {error}") from None
 
 
 def _checksums(state: TrainState) -> dict[str, str]:
