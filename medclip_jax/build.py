@@ -15,9 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medclip_jax import config_validation
+from medclip_jax.config import deforms, recipe_of
 from medclip_jax.clip.checkpoint import Clip, load
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
-from medclip_jax.data.catalog import PRESETS, RECIPES, SETS
+from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.layouts import Split
 from medclip_jax.detectors import tiling
 from medclip_jax.errors import ConfigError
@@ -28,7 +29,7 @@ from medclip_jax.models import losses, model, modules, similarity, text_adapter
 from medclip_jax.prompts import ontology, tokenize
 from medclip_jax.prompts.tokenize import Prompts
 from medclip_jax.training import distillation, loop, validation
-from medclip_jax.training.step import Learner
+from medclip_jax.training.step import Contrast, Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
 AUXILIARY_IMAGES = 32  # healthy images of each auxiliary dataset
@@ -48,7 +49,8 @@ class Auxiliary(NamedTuple):
 
 def load_clip(c: ConfigDict) -> Clip:
     """The frozen CLIP with the layers tapped that the configuration names."""
-    taps = tuple(c.clip.layers), c.clip.dtype, c.model.refine
+    dtype = "float32" if c.clip.dtype == "float16" else c.clip.dtype  # which tokens alone have
+    taps = tuple(c.clip.layers), dtype, c.model.refine
     return load(c.clip.checkpoint, *taps, c.clip.implementation)
 
 
@@ -105,8 +107,8 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[Auxiliary, ...]:
                 *(full, words["modality"]),
             )
         elif recipe:
-            recipe = RECIPES.get(name, "")
-        if strengths.elastic and not augmentation.deforms(own["modality"]):
+            recipe = recipe_of(own["modality"])
+        if strengths.elastic and not deforms(own["modality"]):
             logging.warning(
                 "config.augment.elastic is off for %s, whose modality is %r: only ultrasound and "
                 "MRI may be deformed",
@@ -171,6 +173,9 @@ def training(c: ConfigDict, design: model.Design) -> dict[str, Any]:
     """What `training.loop.fit` takes by name, but for workdir and mesh."""
     distill = losses.Distill(weight=c.loss.distill) if c.teacher else None
     schedule = {name: c[name] for name in ("steps", "seed", "batch", "checkpoint_every")}
+    contrast = None
+    if c.loss.simclr:
+        contrast = Contrast(partial(model.simclr, design=design), c.loss.simclr)
     schedule |= {"tasks": c.meta.tasks, "shots": c.meta.shots, "validations": c.validations}
     return {
         "loss": partial(model.loss, design=design, weights=c.loss.to_dict(), distill=distill),
@@ -178,7 +183,7 @@ def training(c: ConfigDict, design: model.Design) -> dict[str, Any]:
         "learner": learner(c),
         "schedule": loop.Schedule(**schedule),
         "score": validation.scorer(design, c.score.top),
-        "views": bool(c.loss.simclr),
+        "contrast": contrast,
         "on_target": not c.meta.data or c.data.name in c.meta.data,
         "tensorboard": c.tensorboard,
     }

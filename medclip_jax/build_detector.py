@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from medclip_jax import build, config, config_validation, files, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.checkpoint import Clip
-from medclip_jax.config_validation import FUSED_METHODS
+from medclip_jax.config_validation import FIXED_METHODS
 from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import (
@@ -58,8 +58,8 @@ def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
 
 
 def branch_names(c: ConfigDict) -> tuple[str, ...]:
-    """The branches of the config's method; a method that does not fuse is its own branch."""
-    return tuple(c.branches) if c.method in FUSED_METHODS else (c.method,)
+    """The branches of the config's method; one that learns nothing is its own branch."""
+    return (c.method,) if c.method in FIXED_METHODS else tuple(c.branches)
 
 
 def branch_shares(c: ConfigDict) -> dict | None:

@@ -2,16 +2,18 @@
 
 A config file holds only what differs: see configs/. It is named on the command line with its
 arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden after it,
-`--config.steps=100`. The config is locked: a misspelt field is an error.
+`--config.steps=100`. The config is locked: a misspelt field is an error. `method` gives many fields
+another default (PRESETS); a field that is set wins, whatever it is set to and in whichever order.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from medclip_jax import config_validation, files
 from medclip_jax.config_validation import FIXED_METHODS, flat
@@ -27,7 +29,7 @@ EPOCHS = 200  # keep the length they were measured at
 VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
-# What `method` fixes. MediCLIP as released: its prompts, synthesis, losses and pooling on our
+# Defaults by `method`. MediCLIP as released: its prompts, synthesis, losses and pooling on our
 # tokens (Zhang et al., MICCAI 2024).
 MEDICLIP: dict[str, Any] = {
     "prompts": {
@@ -55,22 +57,61 @@ MEDICLIP: dict[str, Any] = {
     "learner": "joint",
     "learning_rate": 1e-3,
 }
-# The paper where it is definite: MAML (11) over template prompts (3, 4) whose patches are refined
-# (6), scored by distance to what is healthy (9) and by nothing else.
+# All that is definite in the paper, see docs/paper.md.
 PAPER: dict[str, Any] = {
-    "prompts": {"phrases": "templates", "context": 8, "shared": False, "causal": True},
-    "synthesis": {"preset": "medclip"},
-    "model": {"form": "distance", "learn_scale": True, "dropout": 0.1, "refine": True},
+    "data": {"recipe": "auto"},
+    "augment": "auto",
+    "clip": {"dtype": "float16"},
+    "prompts": {"phrases": "ontology", "context": 8, "shared": False, "causal": True},
+    "synthesis": {"preset": "medclip", "variants": 24},
+    "model": {
+        "form": "distance",
+        "learn_scale": True,
+        "dropout": 0.1,
+        "refine": True,
+        "language": "auto",
+        "language_tuned": True,
+    },
     "loss": {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.1, "simclr": 0.1},
-    "augment": "flip=0.5,rotate=10,intensity=0.2",
     "branches": ("learned",),
     "learner": "maml",
+    "meta": {"tasks": 2},
+    "steps": 25,
+    "score": {"tiles": 2, "map_filter": "median=5,min_area_mm2=10,min_area_pixels=64,sigma=4"},
+    "explanation": {"method": "grad_cam_pp"},
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "mediclip": MEDICLIP,
     "paper": PAPER,
-    "joint": {"learner": "joint"},  # `ours` without episodes, whatever the learner of `ours`
+    "joint": {"learner": "joint"},  # `ours` without episodes
 }
+AUTO = "auto"  # a value that follows from others, see `_automatic`
+MODALITIES = (  # free text -> the preprocessing.RECIPES of it; the first that fits
+    (re.compile(r"ultraso|sonogra", re.IGNORECASE), "ultrasound"),
+    (re.compile(r"\bmri?\b|magnetic resonance", re.IGNORECASE), "mri"),
+    (re.compile(r"mammogra", re.IGNORECASE), "mammography"),
+    (re.compile(r"x-?ray|radiogra", re.IGNORECASE), "xray"),
+    (re.compile(r"\bct\b|computed tomogra", re.IGNORECASE), "ct"),
+)
+OTHER_RECIPE = "zscore"  # of every other modality
+DEFORMED = ("ultrasound", "mri")  # soft tissue under a probe or a coil; not bone
+
+
+class Lookup(NamedTuple):
+    """A value that follows another field until it is set: an `op` of FieldReference."""
+
+    fn: Callable
+    args: list
+
+
+def recipe_of(modality: str) -> str:
+    """The preprocessing of a modality, which is free text such as "breast ultrasound"."""
+    return next((recipe for text, recipe in MODALITIES if text.search(modality)), OTHER_RECIPE)
+
+
+def deforms(modality: str) -> bool:
+    """May images of this modality be deformed elastically? Ultrasound and MRI may."""
+    return recipe_of(modality) in DEFORMED
 
 
 def parse_arg(arg: str) -> dict:
@@ -105,7 +146,37 @@ def base(arg: str = "", **data) -> ConfigDict:
     _scoring(c)
     c.distributed = ""  # "" | auto (Cloud TPU, SLURM, Open MPI) | HOST:PORT,PROCESS/PROCESSES
     c.join_timeout = 300  # seconds to wait for the other processes
+    _follow_method(c, data)
     return c.lock()
+
+
+def _follow_method(c: ConfigDict, data: Mapping) -> None:
+    """Let every field of a preset have its value there while `method` names it and it is not set.
+
+    data: fields of the data set that its config file sets.
+    """
+    presets = {name: dict(flat(fields)) for name, fields in PRESETS.items()}
+    method = c.get_ref("method")
+
+    def lookup(field: str) -> Callable:
+        return lambda default, name: presets.get(name, {}).get(field, default)
+
+    for field in sorted(set().union(*presets.values())):
+        group, _, name = field.rpartition(".")
+        if group == "data" and name in data:
+            continue
+        holder = c[group] if group else c
+        holder[name] = FieldReference(holder[name], op=Lookup(lookup(field), [method]))
+
+
+def departures(c: ConfigDict) -> list[str]:
+    """The fields of an unresolved config that differ from the preset of its method, as text."""
+    values = dict(flat(c))
+    return [
+        f"{name} = {values[name]!r} (preset: {value!r})"
+        for name, value in flat(PRESETS.get(c.method, {}))
+        if values[name] != value
+    ]
 
 
 def _data(root: str, data: dict) -> dict:
@@ -122,7 +193,8 @@ def _data(root: str, data: dict) -> dict:
         # of CT, before scaling: brain | lung | soft_tissue | bone | CENTRE/WIDTH; and the axis that
         # NIfTI volumes are sliced along, "" = as acquired: "lung,coronal", "sagittal"
         "window": "",
-        "recipe": "",  # preprocessing: "" | ultrasound, mri, ... | steps, "wavelet,clahe"
+        # preprocessing: "" | ultrasound, mri, ... | steps, "wavelet,clahe" | auto: by the modality
+        "recipe": "",
     } | data
 
 
@@ -131,7 +203,8 @@ def _model(c: ConfigDict) -> None:
         "checkpoint": "compact",  # compact (embedded) | folder | Hub id
         "implementation": "fused",  # fused | transformers (FlaxCLIPModel's own modules)
         "layers": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
-        "dtype": "float32",  # of the image encoder and the cached tokens: float32 | bfloat16
+        # of the image encoder and the cached tokens: float32 | bfloat16 | float16 (tokens alone)
+        "dtype": "float32",
     }
     c.prompts = {
         "phrases": "templates",  # templates | words (as MediCLIP) | ontology (with synonyms)
@@ -147,7 +220,9 @@ def _model(c: ConfigDict) -> None:
         "learn_scale": True,  # temperature of the anomaly logit
         "dropout": 0.1,  # rate on adapted tokens, in training and in MC-dropout
         "refine": False,  # learned queries over the tapped blocks' tokens (equation 6)
-        "language": "",  # adapter after the text encoder: "" | embedded | fresh | a file
+        # adapter after the text encoder: "" | embedded | fresh | a file | auto: embedded where the
+        # checkpoint is, else fresh
+        "language": "",
         "language_tuned": False,  # it learns with the prompts; else it stays frozen
     }
 
@@ -159,7 +234,7 @@ def _training(c: ConfigDict) -> None:
     }
     # of the supports in training, "" = off: flip (probability), rotate (largest angle, degrees),
     # intensity (strength), elastic (sd, share of the side; ultrasound and MRI only):
-    # "flip=0.5,rotate=10,intensity=0.2,elastic=0.01"
+    # "flip=0.5,rotate=10,intensity=0.2,elastic=0.01"; auto is this, elastic where it may be
     c.augment = ""
     c.loss = {  # weights; 0 = not computed
         **{"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.0},
@@ -209,7 +284,7 @@ def _scoring(c: ConfigDict) -> None:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy with the method's preset applied and derived values filled in.
+    """A copy with its own values in every field and derived ones filled in.
 
     Raises:
       ConfigError: a value or a combination that cannot be used.
@@ -217,7 +292,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c = config.copy_and_resolve_references()
     if c.k == 0 and c.method == "ours":
         c.method = "zero_shot"  # the only branch that needs no support
-    c.update(PRESETS.get(c.method, {}))
+    _automatic(c)
     config_validation.check(c)
     c.batch = c.batch or max(1, min(8, c.k))
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
@@ -227,6 +302,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config_validation.check_learned(c)
     c.cache = str(cache_folder(c.cache))
     return c
+
+
+def _automatic(c: ConfigDict) -> None:
+    """Fill in what AUTO stands for."""
+    if c.data.recipe == AUTO:
+        c.data.recipe = recipe_of(c.data.modality)
+    if c.augment == AUTO:
+        c.augment = "flip=0.5,rotate=10,intensity=0.2"
+        c.augment += ",elastic=0.01" if deforms(c.data.modality) else ""
+    if c.model.language == AUTO:
+        c.model.language = "embedded" if c.clip.checkpoint == "compact" else "fresh"
 
 
 def restored(values: Mapping[str, Any]) -> ConfigDict:
@@ -261,9 +347,9 @@ def comparable(values: Mapping[str, Any]) -> dict[str, Any]:
 def training_steps(c: ConfigDict) -> int:
     """STEPS for joint training; else as many steps as EPOCHS passes over the supports take.
 
-    An epoch is ceil(k / batch) gradients, see `gradients`. Published methods keep their epochs.
+    An epoch is ceil(k / batch) gradients, see `gradients`. MediCLIP keeps its epochs.
     """
-    if c.learner == "joint" and c.method not in ("mediclip", "paper"):
+    if c.learner == "joint" and c.method != "mediclip":
         return STEPS
     return max(1, EPOCHS * -(-c.k // c.batch) // gradients(c))
 

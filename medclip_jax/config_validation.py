@@ -13,7 +13,6 @@ Rules = Iterator[tuple[Any, str]]  # whether a combination cannot be used, and t
 METHODS = ("ours", "paper", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED_METHODS = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing is trained
 PIXEL_METHODS = ("thumbnails", "grey_level")  # without a CLIP
-FUSED_METHODS = ("ours", "joint")  # combine several branches
 BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image")
 LEARNERS = ("joint", "maml", "fomaml", "anil", "meta_sgd")
 
@@ -23,7 +22,7 @@ CHOICES = {
     "data.fit": ("stretch", "pad"),
     "data.split": ("peer", "clean"),
     "data.uncertain": ("exclude", "positive", "negative"),
-    "clip.dtype": ("float32", "bfloat16"),
+    "clip.dtype": ("float32", "bfloat16", "float16"),
     "clip.implementation": ("fused", "transformers"),
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
@@ -188,6 +187,10 @@ def _combinations(c: Any) -> Rules:
         f"branches is {tuple(c.branches)}: give any of {', '.join(BRANCHES)}; "
         "zero_shot_image speaks for the image score alone and needs another branch, not zero_shot",
     )
+    yield (
+        c.method == "joint" and c.learner != "joint",
+        f"learner is {c.learner} and method joint means none but joint: give method=ours",
+    )
     yield c.meta.shots == 1, "meta.shots is 1: give 2 or more, one clean and one altered row"
     steps, least = map_filter(c), 1 - c.calibration.pixel_rate
     median, ceiling = steps.get("median", 1), steps.get("ceiling", 1)
@@ -208,7 +211,6 @@ def _combinations(c: Any) -> Rules:
             "score.tiles needs supports to standardise on and config.k is 0: "
             "give k=1 or more, or tiles=1",
         )
-        yield c.model.refine, "score.tiles and model.refine exclude each other: give tiles=1"
         unfit = c.method in PIXEL_METHODS
         yield unfit, f"score.tiles is not for method {c.method}: give tiles=1"
 

@@ -120,6 +120,8 @@ def run(
 def prepare(config: ConfigDict) -> Prepared:
     """Load everything that may refuse: settings, CLIP, data set, prompts. Writes nothing."""
     c = config_module.resolve(config)
+    for departure in config_module.departures(config):
+        logging.info("method %s with %s", c.method, departure)
     others = build.auxiliary_datasets(c)
     build.synthesis(c)
     preprocessing.steps(c.data.recipe)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 # The gradient of a block computes attention and activation anew: keeping less is faster.
@@ -193,6 +194,16 @@ class Features(NamedTuple):
     levels: tuple[Float[Array, "n p _"], ...]  # patch tokens of each tapped level, no class token
     # what each tapped block reads, class token first; only where refinement is on
     inputs: tuple[Float[Array, "n s d"], ...] = ()
+
+
+def widened(features: Features) -> Features:
+    """On the host, what was kept as float16 as float32, in which everything is computed."""
+    return Features(
+        *(
+            jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float16 else x, part)
+            for part in features
+        )
+    )
 
 
 @runtime_checkable

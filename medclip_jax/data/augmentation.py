@@ -5,7 +5,6 @@ Section 4.1.3 of the paper: flips, rotation, elastic deformation, intensity jitt
 its own; a strength of 0 removes it from the computation.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,13 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from scipy import ndimage
 
+from medclip_jax.config import deforms
 from medclip_jax.data.layouts import Record
 from medclip_jax.errors import ConfigError
 from medclip_jax.synthesis import generate
 
 VERSION = 1  # raise when the result of a key changes: the feature cache is named by it
-# Soft tissue under a probe or a coil deforms; bone, and what is compressed, does not.
-ELASTIC = re.compile(r"ultraso|sonogra|\bmri?\b|magnetic resonance", re.IGNORECASE)
 SMOOTH = 1 / 16  # of the side: standard deviation of the Gaussian that smooths displacements
 CHUNK = 16  # images per compiled call of `batch`
 COPIES = 8  # augmented copies per support
@@ -49,11 +47,6 @@ class Synthesis(NamedTuple):
     partner: str  # CutPaste copies from "self" or from any "support"
     copies: int = 0  # augmented copies per image; they and the image are what variants are made of
     strengths: Strengths = Strengths()
-
-
-def deforms(modality: str) -> bool:
-    """May images of a modality (free text, such as "breast ultrasound") be deformed?"""
-    return bool(ELASTIC.search(modality))
 
 
 def chosen(strengths: Mapping[str, float], modality: str) -> tuple[int, Strengths]:

@@ -52,10 +52,6 @@ SETS: dict[str, dict] = {
         ("spine_xr", "spine X-ray", "spine", ("scoliosis",)),
     )
 }
-# The preprocessing.RECIPES of each set's modality, for sets named in config.meta.data.
-RECIPES = dict.fromkeys(("busi", "phantom-ultrasound"), "ultrasound")
-RECIPES |= dict.fromkeys(("brain_mri", "phantom-mri"), "mri")
-RECIPES |= dict.fromkeys(("chest_xray", "chexpert", "phantom-xray"), "xray")
 
 
 class Evidence(NamedTuple):

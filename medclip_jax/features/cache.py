@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from medclip_jax import files, stored
 from medclip_jax.clip import checkpoint
-from medclip_jax.clip.layers import Features
+from medclip_jax.clip.layers import Features, widened
 from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record, unique
 from medclip_jax.distributed import runtime, sharding
@@ -119,7 +119,7 @@ def load_images(
     """Tokens of cached images in order, `size` at a time; encoder.encode_images comes first."""
     for group in batches(records, size):
         each = [load(image_path(feature_cache, r)) for r in group]
-        yield jax.tree.map(lambda *rows: np.concatenate(rows), *each)
+        yield widened(jax.tree.map(lambda *rows: np.concatenate(rows), *each))
 
 
 def write(path: Path, features: Features, extra: dict[str, np.ndarray] | None = None) -> None:

@@ -175,4 +175,9 @@ def _encode_share(
     features = checkpoint.encode_images(
         feature_cache.vision, placed, encoder=clip.image_encoder, mean=clip.mean, std=clip.std
     )
-    return jax.tree.map(lambda x: x.astype(feature_cache.dtype), sharding.fetch(features, real))
+    most = np.finfo(np.float16).max if feature_cache.dtype == "float16" else np.inf
+
+    def stored_as(x: np.ndarray) -> np.ndarray:  # a few tokens of a large CLIP are huge
+        return np.clip(x, -most, most).astype(feature_cache.dtype)
+
+    return jax.tree.map(stored_as, sharding.fetch(features, real))

@@ -48,6 +48,7 @@ class Episodes(NamedTuple):
     support: Batch
     query: Batch
     valid: Bool[Array, "e m"]
+    views: Views | None = None  # of a few clean images beside each task, for SimCLR
 
 
 class TrainingPool(NamedTuple):
@@ -91,11 +92,18 @@ def take(
       views: variants of two views of each row's image, for SimCLR; or none.
     """
     batch = _rows(pool, image.ravel(), variant.ravel())
-    if len(views):
-        one, two = (_rows(pool, image.ravel(), view.ravel()).features for view in views)
-        number: Any = image.ravel()
-        batch = batch._replace(views=Views(one, two, number))
-    return jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)
+    batch = jax.tree.map(lambda x: x.reshape(*image.shape, *x.shape[1:]), batch)
+    return batch._replace(views=take_views(pool, image, views)) if len(views) else batch
+
+
+def take_views(
+    pool: TrainingPool, image: Int[np.ndarray, "*n"], views: Sequence[np.ndarray]
+) -> Views:
+    """Two views of each image, on the host, in the shape of `image`."""
+    plain = pool._replace(teacher=(), source=None)
+    one, two = (take(plain, image, view).features for view in views)
+    number: Any = image
+    return Views(one, two, number)
 
 
 def _rows(pool: TrainingPool, image: np.ndarray, variant: np.ndarray) -> Batch:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, UInt8, UInt16
 
-from medclip_jax.clip.layers import Features
+from medclip_jax.clip.layers import Features, widened
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import BatchScores, Detector, Raw, finish, read_batch
@@ -78,7 +78,7 @@ def score(
 def encode(predictor: Predictor, images: Float[np.ndarray, "n s s"]) -> Features:
     """Tokens of 1 to `batch_size` images, filled up with copies: one shape, one compilation."""
     full = images[np.arange(batch_size(predictor)) % len(images)]
-    return encoder.encode(predictor.encoder, full)
+    return widened(encoder.encode(predictor.encoder, full))
 
 
 def read(predictor: Predictor, tokens: Features, n: int) -> Raw:

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.clip.layers import Features
@@ -210,14 +210,9 @@ def loss(
     share = losses.patch_share(batch.mask, design.grid)
 
     def prompt():
-        pooled = batch.features.pooled[:, None]
+        pooled = batch.features.pooled[:, None].astype(jnp.float32)
         classes = similarity.cosine(pooled, similarity.class_features(text))[:, 0]
         return losses.prompt(jnp.exp(frozen["logit_scale"]) * classes, batch.label, batch.valid)
-
-    def simclr(views: Views):
-        head: Any = partial(modules.ProjectionHead().apply, {"params": params["head"]})
-        one, two = (head(adapt_tokens(params, x, design)) for x in views[:2])
-        return losses.ntxent(one, two, views.image, batch.valid)
 
     terms = {
         "focal": lambda: losses.focal(pixels, batch.mask, batch.valid),
@@ -226,9 +221,18 @@ def loss(
         "prompt": prompt,
     }
     if (views := batch.views) is not None:
-        terms["simclr"] = lambda: simclr(views)
+        terms["simclr"] = lambda: simclr(params, views, batch.valid, design=design)
     if (teacher := batch.teacher) is not None and (rule := distill) is not None:
         terms["distill"] = lambda: losses.distill_patches(logit, teacher, share, batch.valid, rule)
     weights = {**weights, "distill": distill.weight if distill else 0.0}
     parts = {name: term() for name, term in terms.items() if weights.get(name)}
     return losses.total(parts, weights)
+
+
+def simclr(
+    params: Mapping, views: Views, valid: Bool[Array, " n"], *, design: Design
+) -> Float[Array, ""]:
+    """Equation (12) of two augmentations of each of n images, 2 n of which are compared."""
+    head: Any = partial(modules.ProjectionHead().apply, {"params": params["head"]})
+    one, two = (head(adapt_tokens(params, x, design)) for x in views[:2])
+    return losses.ntxent(one, two, views.image, valid)

@@ -153,7 +153,8 @@ class TokenRefiner(nn.Module):
     z + gate Out(Attention(Q y, K y, V y)), where y is what the block's first norm hands to its
     attention, K, V and Out are the block's frozen projections, and Q and the gate are learned. Q
     starts as the block's V: each token then queries with its value, not with CLIP's query, which
-    attends to far tokens. The gate starts at 0: a fresh refinement is exactly the identity.
+    attends to far tokens. The gate starts at 0: a fresh refinement is exactly the identity. It has
+    a learning rate of its own (training.loop.GATE_RATE), or it would hardly open.
     """
 
     heads: int
@@ -173,7 +174,7 @@ class TokenRefiner(nn.Module):
         y: Any = layers.LayerNorm(self.eps, parent=None).apply(norm, inputs.astype(jnp.float32))
         parts = query, attention["k_proj"], value
         q, k, v = (_dense(y, p).reshape(n, s, self.heads, d // self.heads) for p in parts)
-        mixed = jax.nn.dot_product_attention(q, k, v).reshape(n, s, d)
+        mixed = layers.attend(q, k, v, None).reshape(n, s, d)
         refined = _dense(mixed, attention["out_proj"])[:, 1:]
         return tokens.astype(jnp.float32) + gate * refined
 

@@ -161,15 +161,26 @@ def episodes_batch(
     rows = np.arange(sizes.tasks) if rows is None else rows
     tasks = [sample(step, seed, own, pool.kinds, sizes, pool.copies) for own in members]
     sides = []
-    for i, name in enumerate(("support", "query")):
-        side = [getattr(t, name) for t in tasks]
-        shape = 2, len(side[0].image), len(side), side[0].image.shape[1]
-        pair = training_pool.sample_views(seed, step, shape, pool.copies) if views else ()
-        own = [jax.tree.map(lambda x: x[rows], x) for x in side]
-        sides.append(_take(pool, own, [view[i][rows] for view in pair]))
+    for name in ("support", "query"):
+        own = [jax.tree.map(lambda x: x[rows], getattr(t, name)) for t in tasks]
+        sides.append(_take(pool, own))
     valid: Any = np.ones((len(rows), len(members)), bool)
     support, query = sides
-    return Episodes(support, query, valid)
+    return Episodes(support, query, valid, _views(step, pool, members, sizes, seed, rows, views))
+
+
+def _views(step, pool, members, sizes: Sizes, seed, rows, views: bool) -> training_pool.Views | None:
+    """Two views of about `shots` different images of the params' own, dealt out to the tasks."""
+    if not views:
+        return None
+    each = -(-sizes.shots // sizes.tasks)
+    shape = sizes.tasks, len(members), each
+    image = np.empty(shape, int)
+    for i, own in enumerate(members):
+        rng = np.random.default_rng([seed, step, STREAM, training_pool.VIEWS_STREAM])
+        image[:, i] = np.resize(rng.permutation(np.concatenate(own)), (sizes.tasks, each))
+    pair = training_pool.sample_views(seed, step, shape, pool.copies)
+    return training_pool.take_views(pool, image[rows], [view[rows] for view in pair])
 
 
 def adaptation_batch(pool: TrainingPool, members: Sequence[Int[np.ndarray, " _"]]) -> Batch:
@@ -185,9 +196,9 @@ def adaptation_batch(pool: TrainingPool, members: Sequence[Int[np.ndarray, " _"]
     return batch._replace(valid=np.arange(count.max())[:, None] < count[None])
 
 
-def _take(pool: TrainingPool, rows: Sequence[Rows], views: Sequence[np.ndarray] = ()) -> Batch:
+def _take(pool: TrainingPool, rows: Sequence[Rows]) -> Batch:
     """Rows [task, row] of each params -> tokens [task, 1 + folds, row, ...]."""
     image, variant = (np.stack(x, axis=1) for x in zip(*rows, strict=True))
-    batch = training_pool.take(pool, image, variant, views)
+    batch = training_pool.take(pool, image, variant)
     # a task has one dataset
     return batch if batch.source is None else batch._replace(source=batch.source[..., 0])

@@ -19,11 +19,24 @@ from medclip_jax.training.checkpoints import MetricsLog
 from medclip_jax.training.step import start
 
 LOG_EVERY = 10  # steps
+GATE_RATE = 30  # times the learning rate: of the gates of token refinement, which start at 0
 
 
 def adam(learning_rate: float) -> optax.GradientTransformation:
     """The optimiser of every run; its betas are those of the closest published code."""
-    return optax.adam(learning_rate, b1=0.5, b2=0.999)
+    own_rate = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_faster, updates))
+    return optax.chain(optax.adam(learning_rate, b1=0.5, b2=0.999), own_rate)
+
+
+def _faster(path: tuple, update: jax.Array) -> jax.Array:
+    return GATE_RATE * update if getattr(path[-1], "key", "") == "gate" else update
+
+
+def gates(params: Any) -> dict[str, jax.Array]:
+    """How far the gates of token refinement are open in the main params: for the log."""
+    params = params.params if isinstance(params, maml.MetaSGD) else params
+    opened = [part["gate"][0] for part in params.get("refine", ())]
+    return {"gate": jax.numpy.abs(jax.numpy.stack(opened)).mean()} if opened else {}
 
 
 class Schedule(NamedTuple):
@@ -51,7 +64,7 @@ def fit(
     workdir: Path,
     mesh: jax.sharding.Mesh,
     score: validation.Score | None = None,
-    views: bool = False,
+    contrast: training_step.Contrast | None = None,
     on_target: bool = True,
     resume_only: bool = False,
     tensorboard: bool = False,
@@ -68,7 +81,8 @@ def fit(
       workdir: for checkpoints, metrics.jsonl and, with `tensorboard`, event files.
       mesh: over whose devices rows are spread.
       score: image scores for validation (validation.scorer); None: no validation.
-      views: batches carry two augmented views of each row's image, for SimCLR.
+      contrast: of SimCLR; batches then carry two augmented views of images. `loss` has it where
+        rows are learned from jointly, episodes have it beside their tasks.
       on_target: learn from the supports, too, where there are auxiliary datasets.
       resume_only: a finished training is required.
 
@@ -98,10 +112,10 @@ def fit(
         )
     joint = learner.name == "joint"
     inner = learner.inner(learner.inner_steps)
-    objective = loss if joint else training_step.meta_objective(loss, inner)
+    objective = loss if joint else training_step.meta_objective(loss, inner, contrast)
     take_step = training_step.make_step(objective, optimizer, sharding.replicated(mesh))
     frozen = sharding.replicate(frozen, mesh)
-    read = _reader(pools, folds, joint, schedule, mesh, views, on_target)
+    read = _reader(pools, folds, joint, schedule, mesh, contrast is not None, on_target)
     adapted = _adaptation(pools[0], folds, loss, learner, mesh)
     validate = None
     if schedule.validations and score and len(folds) and pools[0].variants:
@@ -123,7 +137,7 @@ def fit(
             if validate and validation.due(done, steps, schedule.validations, LOG_EVERY):
                 parts |= validate(adapted(state.params, frozen), frozen)
             if logged := last or done % LOG_EVERY == 0:
-                log.write_later(done, parts)
+                log.write_later(done, parts | gates(state.params))
             save = last or done % schedule.checkpoint_every == 0
             # several processes agree where they wait for the device anyway
             stop = (logged or save or not runtime.several()) and _stopping(sigterm)

@@ -6,6 +6,7 @@ the outer loss is the mean over tasks i of L(params'_i, query_i). A loss is `los
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,33 +55,90 @@ def adapt(
     leaves, rates = [leaf for _, leaf in paths], jax.tree.leaves(jax.tree.broadcast(rate, params))
     rates = [r for r, a in zip(rates, adapting, strict=True) if a]
 
-    def whole(moving):
-        rest = iter(moving)
-        merged = [next(rest) if a else p for a, p in zip(adapting, leaves, strict=True)]
-        return jax.tree.unflatten(structure, merged)
+    def whole(moving, fixed):
+        moving, fixed = iter(moving), iter(fixed)
+        return jax.tree.unflatten(structure, [next(moving if a else fixed) for a in adapting])
+
+    def value(moving, fixed, support):
+        return loss(whole(moving, fixed), support)[0]
+
+    first_moved = [p for p, a in zip(leaves, adapting, strict=True) if a]
+    fixed = [p for p, a in zip(leaves, adapting, strict=True) if not a]
+    take = _first_order_step if inner.first_order else _exact_step
 
     def step(moving, _):
-        # The gradient of a constant is never traced to second order, so first order is cheap.
-        start = jax.lax.stop_gradient(moving) if inner.first_order else moving
-        value, grads = jax.value_and_grad(lambda m: loss(whole(m), support)[0])(start)
-        if inner.first_order:
-            grads = jax.lax.stop_gradient(grads)
-        moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
-        return moved, value
+        return take(value, moving, fixed, rates, support)
 
     # The first step stands before the loop: where tasks share params (vmap over tasks), all that
     # depends on params alone is then computed once for all of them, and stored once.
-    moved, losses = [p for p, a in zip(leaves, adapting, strict=True) if a], []
+    moved, losses = first_moved, []
     if inner.steps:
-        moved, value = step(moved, None)
-        losses.append(value[None])
-    if inner.steps > 1:
-        # Of several steps only params are stored, the rest is recomputed going back. Inside scan
-        # nothing can merge with that, so no barrier against common subexpressions is needed.
+        moved, first = step(moved, None)
+        losses.append(first[None])
+    if inner.steps > 1:  # of which only params are stored
         body = jax.checkpoint(step, prevent_cse=False)
         moved, later = jax.lax.scan(body, moved, length=inner.steps - 1)
         losses.append(later)
-    return whole(moved), jnp.concatenate(losses) if losses else jnp.zeros(0)
+    return whole(moved, fixed), jnp.concatenate(losses) if losses else jnp.zeros(0)
+
+
+def _gradient_step(value: Callable, moving: list, fixed: list, rates: list, support: PyTree):
+    """(moving - rates * gradient, the loss before); value: (moving, fixed, support) -> loss."""
+    before, grads = jax.value_and_grad(value)(moving, fixed, support)
+    moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
+    return moved, before
+
+
+def _first_order_step(value: Callable, moving: list, fixed: list, rates: list, support: PyTree):
+    """The same, whose gradient is a constant; it is never traced to second order."""
+    constants = jax.lax.stop_gradient((moving, fixed))
+    before, grads = jax.value_and_grad(value)(*constants, support)
+    grads = jax.lax.stop_gradient(grads)
+    moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
+    return moved, before
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exact_step(value: Callable, moving: list, fixed: list, rates: list, support: PyTree):
+    """`_gradient_step` with the exact gradient of its own, which holds little.
+
+    The vector that comes back, g, is pulled through p - r grad L by one Hessian-vector product, a
+    derivative of the gradient in the direction r g: the Hessian is symmetric. Nothing of the step
+    is stored but its arguments, where reverse mode over reverse mode would store all it computes.
+    """
+    return _gradient_step(value, moving, fixed, rates, support)
+
+
+def _exact_step_forward(value, moving, fixed, rates, support):
+    return _gradient_step(value, moving, fixed, rates, support), (moving, fixed, rates, support)
+
+
+def _exact_step_backward(value, stored, back):
+    moving, fixed, rates, support = stored
+    back, of_loss = back
+
+    def gradient(moving, fixed):
+        return jax.grad(value, argnums=(0, 1))(moving, fixed, support)
+
+    direction = [(r * g).astype(p.dtype) for p, r, g in zip(moving, rates, back, strict=True)]
+    still = jax.tree.map(jnp.zeros_like, fixed)
+    slopes, curvature = jax.jvp(gradient, (moving, fixed), (direction, still))
+    of_moving = [
+        g - h + of_loss * s for g, h, s in zip(back, curvature[0], slopes[0], strict=True)
+    ]
+    of_fixed = [of_loss * s - h for h, s in zip(curvature[1], slopes[1], strict=True)]
+    of_rates = [
+        -_reduced(g * s, r) for g, s, r in zip(back, slopes[0], rates, strict=True)
+    ]
+    return of_moving, of_fixed, of_rates, None
+
+
+def _reduced(x: Array, like: Any) -> Array:
+    """Summed over all axes if the rate is one number of the tensor."""
+    return (x.sum() if jnp.ndim(like) == 0 else x).astype(jnp.result_type(like))
+
+
+_exact_step.defvjp(_exact_step_forward, _exact_step_backward)
 
 
 def meta_loss(

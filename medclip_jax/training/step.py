@@ -57,10 +57,20 @@ class Learner(NamedTuple):
         return maml.Inner(self.inner_rate, steps, self.name == "fomaml", head_only)
 
 
-def meta_objective(loss: Callable, inner: maml.Inner) -> Callable:
+class Contrast(NamedTuple):
+    """SimCLR in training."""
+
+    loss: Callable  # (params, views, valid) -> scalar
+    weight: float
+
+
+def meta_objective(
+    loss: Callable, inner: maml.Inner, contrast: Contrast | None = None
+) -> Callable:
     """The meta-objective of `loss(params, frozen, batch, key)`, of the same form over Episodes.
 
-    The dropout of task i comes from (key, i), for support and query apart, so that a task is the
+    `contrast` is of params as they are, once for the images of all tasks: it asks for nothing that
+    a task could adapt to. The dropout of task i comes from (key, i), for support and query apart, so that a task is the
     same however many stand beside it to fill the devices.
     """
 
@@ -71,7 +81,15 @@ def meta_objective(loss: Callable, inner: maml.Inner) -> Callable:
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(batch.valid)))
         keys = jax.vmap(jax.random.split)(keys)
         sides = (batch.support, keys[:, 0]), (batch.query, keys[:, 1])
-        return maml.meta_loss(params, sides, loss=keyed, inner=inner, valid=batch.valid)
+        total, parts = maml.meta_loss(params, sides, loss=keyed, inner=inner, valid=batch.valid)
+        if contrast is None or batch.views is None:
+            return total, parts
+        views = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.views)
+        valid = jnp.repeat(batch.valid, len(views.image) // len(batch.valid))
+        start = params.params if isinstance(params, maml.MetaSGD) else params
+        simclr = contrast.loss(start, views, valid)
+        total = total + contrast.weight * simclr
+        return total, parts | {"simclr": simclr, "loss": total}
 
     return objective
 
