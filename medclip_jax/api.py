@@ -56,7 +56,7 @@ class Scorer:
             return []
         pixels, spacings = zip(*held, strict=True)
         fit, size = self._predictor.fit, self._predictor.size
-        frames = np.stack([io_read.fit(image, size, fit) for image in pixels])
+        frames = np.stack([predictor.frame(self._predictor, image) for image in pixels])
         mm2 = [
             pixel_area(mm, image.shape, size, fit)
             for mm, image in zip(spacings, pixels, strict=True)

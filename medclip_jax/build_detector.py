@@ -40,6 +40,11 @@ def score_function(
     """The pure scoring function of the config's method; `assemble` builds its parameters."""
     names, image_score = branch_names(c), image_score_of(c, clip)
     branches = {name: branch_function(name, clip, design, image_score) for name in names}
+    if c.score.tiles > 1:
+        frame = c.score.tiles, clip.grid, clip.size
+        for name, apply in branches.items():
+            pool = None if name.startswith("zero_shot") else image_score
+            branches[name] = tiling.scorer(apply, *frame, pool)
     return ensemble.scorer(branches) if len(names) > 1 else branches[names[0]]
 
 
@@ -196,7 +201,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
     Raises:
       WorkdirError: there is no whole trained detector.
       CheckpointError: its CLIP or adapter is not the one that it was trained with.
-      ConfigError: it is of a method for tables alone: baselines on pixels and tiles.
+      ConfigError: it is of a method for tables alone, a baseline on pixels.
     """
     trained = saved.read(workdir)
     c = trained.config
@@ -204,11 +209,6 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
         raise ConfigError(
             f"{workdir} holds the baseline {c.method}, which is for comparison in tables: "
             "train with method=ours"
-        )
-    if c.score.tiles > 1:
-        raise ConfigError(
-            f"{workdir} scores tiles (config.score.tiles), which --mode predict cannot: "
-            "train with tiles=1"
         )
     clip = build.load_clip(c)
     if clip.digest != trained.checkpoint:
@@ -227,7 +227,8 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
     k, random = trained.calibration.k, design.dropout > 0 and bool(trains)
     params = jax.tree.map(jnp.asarray, trained.params)
     scores = detector.Detector(
-        score_function(c, clip, design), params, None, empty, k, random, clip.size
+        *(score_function(c, clip, design), params, None, empty, k, random, clip.size),
+        scales=1 + c.score.tiles**2 if c.score.tiles > 1 else 1,
     )
     names = {"dataset": c.data.name, "modality": c.data.modality, "k": c.k, "seed": c.seed}
     backbone = f"{c.clip.checkpoint.rsplit('/', 1)[-1]} ({clip.digest})"
@@ -240,6 +241,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
         c.data.window,
         {"method": c.method, **names, "checkpoint": clip.digest, "backbone": backbone},
         build.explanation(c, clip),
+        c.score.tiles,
     )
 
 

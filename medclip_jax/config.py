@@ -77,7 +77,7 @@ PAPER: dict[str, Any] = {
     "learner": "maml",
     "meta": {"tasks": 2},
     "steps": 25,
-    "score": {"tiles": 2, "map_filter": "median=5,min_area_mm2=10,min_area_pixels=64,sigma=4"},
+    "score": {"tiles": 2, "map_filter": "median=3,min_area_mm2=10,min_area_pixels=64,sigma=4"},
     "explanation": {"method": "grad_cam_pp"},
 }
 PRESETS: dict[str, dict[str, Any]] = {

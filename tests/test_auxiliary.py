@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medclip_jax import build, config, train
-from medclip_jax.data.catalog import PRESETS, RECIPES
+from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.preprocessing import RECIPES as STEPS
 from medclip_jax.errors import ConfigError
 from tests.support.checkpoints import tiny_checkpoint
@@ -22,11 +22,15 @@ def choose(*names, recipe="", **strengths):
     return build.auxiliary_datasets(c)
 
 
-def test_every_preset_has_the_recipe_of_its_modality():
-    assert set(RECIPES) == set(PRESETS)
-    for name, recipe in RECIPES.items():
-        words = PRESETS[name]["modality"].lower().replace("-", "")
-        assert recipe in STEPS and recipe in words
+def test_every_data_set_has_the_recipe_of_its_modality():
+    recipes = {n: config.recipe_of(x["modality"]) for n, x in (PRESETS | SETS).items()}
+    assert recipes == dict.fromkeys(recipes, "zscore") | {
+        **dict.fromkeys(("busi", "phantom-ultrasound", "gallbladder_us"), "ultrasound"),
+        **dict.fromkeys(("brain_mri", "phantom-mri"), "mri"),
+        **dict.fromkeys(("chest_xray", "chexpert", "phantom-xray", "knee_xr", "spine_xr"), "xray"),
+        **{"lung_ct": "ct", "mammo_mias": "mammography"},  # OCT is no CT
+    }
+    assert set(recipes.values()) == {*STEPS, "zscore"}
 
 
 def test_each_dataset_has_its_own_words_and_where_the_target_has_one_its_own_recipe():

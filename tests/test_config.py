@@ -62,10 +62,8 @@ def test_the_other_learners_take_two_hundred_passes(learner):
     assert config.resolve(c).steps == 400 // config.gradients(config.resolve(c))
 
 
-def test_peers_presets_keep_their_epochs():
-    for method in ("mediclip", "paper"):
-        done = config.resolve(config.base(f"k=16,method={method}"))
-        assert done.steps == 400 // config.gradients(done)
+def test_the_peers_preset_keeps_its_epochs():
+    assert config.resolve(config.base("k=16,method=mediclip")).steps == 400
 
 
 @pytest.mark.parametrize("method", FIXED_METHODS)
@@ -75,9 +73,11 @@ def test_what_learns_nothing_takes_no_steps(method):
 
 def test_joint_is_ours_without_episodes():
     c = config.base("method=joint,k=4")
-    c.learner = "maml"
     done, ours = config.resolve(c), config.resolve(config.base("k=4"))
     assert (done.learner, done.steps) == ("joint", ours.steps)
+    c.learner = "maml"
+    with pytest.raises(ConfigError, match="method joint means none but joint: give method=ours"):
+        config.resolve(c)
 
 
 def test_without_supports_ours_is_zero_shot():
@@ -89,15 +89,55 @@ def test_without_supports_ours_is_zero_shot():
 
 
 @pytest.mark.parametrize("method", ["mediclip", "paper"])
-def test_a_preset_fixes_its_fields_and_no_other(method):
-    arguments = config.base(f"method={method},k=4")
-    arguments.learner = "anil"
-    done = dict(config.flat(config.resolve(arguments)))
-    fixed = dict(config.flat(ConfigDict(config.PRESETS[method])))
-    assert {name: done[name] for name in fixed} == fixed
-    derived = {"steps", "batch", "meta.shots", "synthesis.variants", "cache"}
-    free = {n: v for n, v in config.flat(arguments) if n not in fixed and n not in derived}
-    assert {name: done[name] for name in free} == free
+def test_a_preset_gives_its_fields_and_no_other(method):
+    given, plain = config.base(f"method={method},k=4"), dict(config.flat(config.base("k=4")))
+    fields = dict(config.flat(ConfigDict(config.PRESETS[method])))
+    assert dict(config.flat(given)) == plain | fields | {"method": method}
+    assert config.departures(given) == []
+
+
+@pytest.mark.parametrize("method", ["mediclip", "paper"])
+@pytest.mark.parametrize("first", [True, False], ids=["method first", "field first"])
+def test_a_field_that_is_set_wins_over_the_preset(method, first):
+    """Every field of a preset, also where it is set to what it is without one."""
+    plain = dict(config.flat(config.base()))
+    for name, value in config.flat(ConfigDict(config.PRESETS[method])):
+        if value == plain[name]:
+            continue
+        c = config.base()
+        for part in (("method", method), (name, plain[name]))[:: 1 if first else -1]:
+            c.update_from_flattened_dict(dict([part]))
+        assert dict(config.flat(c))[name] == plain[name]
+        assert config.departures(c) == [f"{name} = {plain[name]!r} (preset: {value!r})"]
+
+
+def test_a_field_of_the_command_line_wins_in_any_order():
+    flags = ["--config.learner=joint", "--config.method=paper", "--config.score.tiles=1"]
+    for order in (flags, flags[::-1]):
+        c = main.parse(["main", "--config=configs/phantom.py", "--workdir=w", *order]).config
+        done = config.resolve(c)
+        assert (done.method, done.learner, done.score.tiles) == ("paper", "joint", 1)
+        assert done.model.refine and done.model.form == "distance"
+    own = config.base("method=paper", name="folder", recipe="clahe")  # of a config file
+    assert config.resolve(own).data.recipe == "clahe"
+    copied = config.base("method=paper").copy_and_resolve_references()
+    copied.method = "ours"
+    assert copied.model.refine  # values, no longer defaults
+
+
+@pytest.mark.parametrize(
+    "modality, recipe, elastic",
+    [("breast ultrasound", "ultrasound", True), ("Brain MRI", "mri", True)]
+    + [("chest X-ray", "xray", False), ("retinal OCT", "zscore", False), ("CT", "ct", False)]
+    + [("mammography", "mammography", False), ("computed tomography", "ct", False)],
+)
+def test_the_papers_preprocessing_and_augmentation_follow_the_modality(modality, recipe, elastic):
+    done = config.resolve(config.base("method=paper", name="folder", modality=modality))
+    assert done.data.recipe == recipe and ("elastic" in done.augment) == elastic
+    assert done.model.language == "embedded"
+    c = config.base("method=paper")
+    c.clip.checkpoint = "openai/clip-vit-large-patch14"
+    assert config.resolve(c).model.language == "fresh"
 
 
 @pytest.mark.parametrize(

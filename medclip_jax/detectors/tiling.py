@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax import stored
-from medclip_jax.clip.layers import Features
+from medclip_jax.clip.layers import Features, widened
 from medclip_jax.data import augmentation
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration
@@ -55,9 +55,13 @@ def spreading(grid: int, size: int, tiles: int) -> Float[np.ndarray, "i f p"]:
 
 
 def part(packed: Features, i: int, patches: int) -> Features:
-    """Scale 0 (the whole) or tile i - 1 of packed tokens."""
-    rows = slice(i * patches, (i + 1) * patches)
-    return packed._replace(levels=tuple(x[:, rows] for x in packed.levels))
+    """Scale 0 (the whole) or tile i - 1 of packed tokens; inputs have a class token each."""
+
+    def rows(each: tuple, count: int) -> tuple:
+        return tuple(x[:, i * count : (i + 1) * count] for x in each)
+
+    inputs = rows(packed.inputs, patches + 1)
+    return packed._replace(levels=rows(packed.levels, patches), inputs=inputs)
 
 
 def units_of(healthy: Sequence[Float[np.ndarray, "_ _"]]) -> Float[np.ndarray, "2 2"]:
@@ -65,10 +69,40 @@ def units_of(healthy: Sequence[Float[np.ndarray, "_ _"]]) -> Float[np.ndarray, "
     return np.asarray([(x.mean(), calibration.spread(x.ravel())) for x in healthy], np.float32)
 
 
+def scorer(
+    apply: Callable, tiles: int, grid: int, size: int, pool: Callable | None
+) -> Callable[..., Scores]:
+    """The `apply` of packed tokens: each scale standardised, tiles averaged, then the scales.
+
+    Params are {whole, tiles, units}: those of `apply` for each scale, and `units_of`. The rest is
+    as in `build`.
+    """
+    spread = spreading(grid, size, tiles)
+
+    def packed_apply(params, packed, key):
+        names = ["whole"] + ["tiles"] * tiles**2
+        scores = [
+            apply(params[name], part(packed, i, grid**2), key) for i, name in enumerate(names)
+        ]
+        patches = [s.patch for s in scores]
+        return fused(spread, scores[0].image, patches, params["units"], pool)
+
+    return packed_apply
+
+
+def fused(spread: Any, image: Any, patches: Sequence[Any], units: Any, pool) -> Scores:
+    """Mean of the scales; patches: values [n, p] of the whole, then of every tile."""
+    total: Any = 0.0
+    for i, values in enumerate(patches):
+        centre, width = units[min(i, 1)]
+        total = total + ((values - centre) / width) @ spread[i].T
+    return Scores(total / 2, image if pool is None else pool(total / 2))
+
+
 def build(
     whole: Detector, small: Detector, tiles: int, grid: int, pool: Callable | None
 ) -> Detector:
-    """A detector of packed tokens: each scale standardised, tiles averaged, then the scales.
+    """A detector of packed tokens, see `scorer`.
 
     Args:
         whole: of images.
@@ -84,36 +118,22 @@ def build(
     healthy = [d.calibration.patch.reshape(len(image), -1) for d in detectors.values()]
     units = units_of(healthy)
 
-    def fused(image: Any, patches: list, units) -> Scores:
-        """Mean of the scales; patches: values [n, p] of the whole, then of every tile."""
-        total: Any = 0.0
-        for i, values in enumerate(patches):
-            centre, width = units[min(i, 1)]
-            total = total + ((values - centre) / width) @ spread[i].T
-        return Scores(total / 2, image if pool is None else pool(total / 2))
-
-    def apply(params, packed, key):
-        names = ["whole"] + ["tiles"] * (count - 1)
-        scores = [
-            detectors[name].apply(params[name], part(packed, i, grid**2), key)
-            for i, name in enumerate(names)
-        ]
-        return fused(scores[0].image, [s.patch for s in scores], params["units"])
-
     of_tiles = small.calibration.patch.reshape(-1, count - 1, grid**2)
     patches = [jnp.asarray(x) for x in (whole.calibration.patch, *np.moveaxis(of_tiles, 1, 0))]
     own = []
     for i in range(k) if k > 1 else ():  # a support is standardised by the others
         of_others = units_of([np.delete(x, i, 0) for x in healthy])
-        own.append(fused(image[i : i + 1], [x[i : i + 1] for x in patches], of_others))
-    own = own or [fused(image, patches, units)]
+        rows = [x[i : i + 1] for x in patches]
+        own.append(fused(spread, image[i : i + 1], rows, of_others, pool))
+    own = own or [fused(spread, image, patches, units, pool)]
     folds = {n: d.fold_params for n, d in detectors.items() if d.fold_params is not None}
     return whole._replace(
-        apply=apply,
+        apply=scorer(whole.apply, tiles, grid, whole.size, pool),
         params={n: d.params for n, d in detectors.items()} | {"units": jnp.asarray(units)},
         fold_params=folds or None,
         calibration=jax.tree.map(lambda *x: np.concatenate(x), *own),
         read=loader(tiles),
+        scales=count,
         proven=tuple(x for x in whole.proven if x == "image" and pool is None),
     )
 
@@ -166,27 +186,34 @@ def loader(tiles: int) -> Callable[..., Iterator[Features]]:
         whole = cache.load_images(feature_cache, records, size)
         for group, tokens in zip(batches(records, size), whole, strict=True):
             rows = [cache.load(tiles_path(feature_cache, r, tiles)) for r in group]
-            parts = [np.stack([x.levels[i] for x in rows]) for i in range(len(tokens.levels))]
-            yield pack(tokens, parts)
+            yield pack(tokens, widened(jax.tree.map(lambda *x: np.concatenate(x), *rows)))
 
     return load
 
 
-def pack(whole: Features, tiles: Sequence[Any]) -> Features:
-    """One Features of images and of their tiles; tiles: per layer [n, tiles², p, d]."""
-    levels: list[Any] = [  # on the host
-        np.concatenate([v, t.reshape(len(v), -1, v.shape[-1])], 1)
-        for v, t in zip(whole.levels, tiles, strict=True)
-    ]
-    return Features(whole.pooled, tuple(levels))
+def pack(whole: Features, tiles: Features) -> Features:
+    """One Features of n images and of their tiles, which are rows of their own, image by image."""
+
+    def joined(v: Any, t: Any) -> Any:  # on the host
+        return np.concatenate([v, t.reshape(len(v), -1, v.shape[-1])], 1)
+
+    levels, inputs = (
+        tuple(map(joined, own, parts))
+        for own, parts in ((whole.levels, tiles.levels), (whole.inputs, tiles.inputs))
+    )
+    return Features(whole.pooled, levels, inputs)
 
 
 def unpack(packed: Features, tiles: int) -> Features:
     """The tiles as images of their own, tiles² per image in order; pooled is that of the image."""
     count = tiles**2
-    patches = packed.levels[0].shape[1] // (1 + count)
-    levels = tuple(x[:, patches:].reshape(-1, patches, x.shape[-1]) for x in packed.levels)
-    return Features(packed.pooled.repeat(count, 0), levels)
+
+    def parts(x: Any) -> Any:
+        each = x.shape[1] // (1 + count)
+        return x[:, each:].reshape(-1, each, x.shape[-1])
+
+    levels, inputs = (tuple(map(parts, x)) for x in (packed.levels, packed.inputs))
+    return Features(packed.pooled.repeat(count, 0), levels, inputs)
 
 
 def encode(
@@ -195,9 +222,26 @@ def encode(
     """Packed tokens, on the host, of images in the frame of `side`; nothing is stored."""
     size = feature_cache.clip.size
     whole = encoder.encode(feature_cache, np.stack([read.fit(x, size) for x in images]))
-    tokens = encoder.encode(feature_cache, cut(images, size, tiles))
-    shape = (len(images), tiles**2)
-    return pack(whole, [x.reshape(*shape, *x.shape[1:]) for x in tokens.levels])
+    return pack(whole, encoder.encode(feature_cache, cut(images, size, tiles)))
+
+
+def views(
+    pixels: Float[np.ndarray, "h w"], size: int, tiles: int, fit: read.Mode
+) -> Float[np.ndarray, "v s s"]:
+    """An image in the encoder frame, then its tiles."""
+    whole = read.fit(pixels, size, fit)[None]
+    if tiles == 1:
+        return whole
+    return np.concatenate([whole, cut(read.fit(pixels, side(size, tiles), fit)[None], size, tiles)])
+
+
+def join_views(tokens: Features, count: int) -> Features:
+    """Packed tokens of images from those of all their `views`, `count` each, image by image."""
+    levels, inputs = (
+        tuple(x.reshape(len(x) // count, -1, x.shape[-1]) for x in each)
+        for each in (tokens.levels, tokens.inputs)
+    )
+    return Features(tokens.pooled[::count], levels, inputs)
 
 
 # --- the supports ---

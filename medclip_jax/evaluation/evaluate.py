@@ -100,7 +100,7 @@ def explained(detector: Detector, batch: Features, keys, how: grad_cam.Explanati
 @partial(jax.jit, static_argnums=(0, 1))
 def _both(static: Detector, how: grad_cam.Explanation, params, batch: Features, keys):
     detector = static._replace(params=params[0], fold_params=params[1])
-    plain = detector.read is None
+    plain = detector.read is None or detector.scales > 1
     slopes = grad_cam.gradients(detector, batch, how.layer, how.top) if plain else None
     return read_batch(detector, batch, keys), slopes
 

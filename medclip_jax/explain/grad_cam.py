@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -62,8 +63,12 @@ def cam(
 def gradients(
     detector: Detector, features: Features, layer: int, top: float
 ) -> Float[Array, "n p d"]:
-    """Gradients of the scores with respect to a layer, arguments as of `cam`; can be traced."""
-    return _gradients(detector.apply, layer, max(top, LEAST_TOP), detector.params, features)
+    """Gradients of the scores with respect to a layer, arguments as of `cam`; can be traced.
+
+    Where the tokens are of several scales, with respect to those of the whole image.
+    """
+    how = detector.apply, layer, max(top, LEAST_TOP), detector.scales
+    return _gradients(*how, detector.params, features)
 
 
 def weigh(
@@ -76,8 +81,10 @@ def weigh(
             f"The score does not depend on layer {layer} of the {len(features.levels)} that are "
             "tapped: give another config.explanation.layer"
         )
-    raw = METHODS[method](np.asarray(features.levels[layer]), slopes)[1]
-    finest = max(x.shape[1] for x in features.levels)
+    tokens = np.asarray(features.levels[layer])
+    scales, patches = tokens.shape[1] // slopes.shape[1], slopes.shape[1]
+    raw = METHODS[method](tokens[:, :patches], slopes)[1]
+    finest = max(x.shape[1] for x in features.levels) // scales
     if raw.shape[1] < finest:
         raw = read.to_square(raw, round(finest**0.5)).reshape(len(raw), -1)
     return unit(raw).astype(np.float32)
@@ -91,7 +98,7 @@ def weigh_or_zeros(
         return weigh(features, gradients, how.method, how.layer).astype(np.float16)
     except NoGradientError as error:
         _warn(str(error))
-        return np.zeros(features.levels[0].shape[:2], np.float16)
+        return np.zeros(gradients.shape[:2], np.float16)
 
 
 @cache
@@ -100,16 +107,20 @@ def _warn(message: str) -> None:
     logging.warning("no Grad-CAM: %s", message)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _gradients(apply: Callable, layer: int, top: float, params: Any, features: Features):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _gradients(
+    apply: Callable, layer: int, top: float, scales: int, params: Any, features: Features
+):
+    whole = features.levels[layer].shape[1] // scales
+
     def score(tokens):
         levels = list(features.levels)
-        levels[layer] = tokens
+        levels[layer] = jnp.concatenate([tokens, levels[layer][:, whole:]], 1)
         patch = apply(params, features._replace(levels=tuple(levels)), None).patch
         return similarity.image_score(patch, top).sum()  # images are independent
 
-    value, pull = jax.vjp(score, features.levels[layer])
-    return pull(jax.numpy.ones_like(value))[0]
+    value, pull = jax.vjp(score, features.levels[layer][:, :whole])
+    return pull(jnp.ones_like(value))[0]
 
 
 def grad_cam(a: Float[np.ndarray, "n p d"], g: Float[np.ndarray, "n p d"]) -> Weighted:

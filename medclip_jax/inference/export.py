@@ -170,6 +170,11 @@ def save(predictor: Any, path: str | Path) -> int:
             "the run filters its maps (config.score.map_filter), which an exported file cannot: "
             "use --mode predict, or train without it"
         )
+    if predictor.tiles > 1:
+        raise ConfigError(
+            "the run scores tiles (config.score.tiles), which an exported file cannot: "
+            "use --mode predict, or train with tiles=1"
+        )
     code, weights = _program(predictor)
     packed = io.BytesIO()
     named: dict[str, Any] = {f"w{i}": w for i, w in enumerate(weights)}
@@ -253,12 +258,15 @@ def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
     from medclip_jax.detectors.detector import read_batch
 
     clip, dtype = predictor.encoder.clip, predictor.encoder.dtype
+    most = jnp.finfo(jnp.float16).max if dtype == "float16" else jnp.inf
     seeds = jax.random.key_data(predictor.keys)  # keys themselves cannot be stored as arrays
 
     def run(images):
         how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
         tokens = checkpoint.encode_images(clip.vision, images, **how)
-        stored = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tokens)
+        stored = jax.tree.map(
+            lambda x: jnp.clip(x, -most, most).astype(dtype).astype(jnp.float32), tokens
+        )
         raw = read_batch(predictor.detector, stored, jax.random.wrap_key_data(seeds))
         return raw.image, raw.maps, raw.passes.image
 

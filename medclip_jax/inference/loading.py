@@ -17,6 +17,7 @@ from jaxtyping import Float
 from medclip_jax import files
 from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, results
+from medclip_jax.inference import predictor as predictors
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Loaded, Predictor
 from medclip_jax.io import dicom, dicom_header, image, nifti_header, read
@@ -144,12 +145,12 @@ def _job(item: Item, predictor: Predictor, key: str, sha256: str) -> Job:
     return Job(item, Loaded(key, sha256, frames, mm2, codes, keep_maps))
 
 
-def fit(predictor: Predictor, job: Job, number: int) -> Float[np.ndarray, "s s"]:
-    """A frame in the encoder frame; some are made while the item is read."""
+def fit(predictor: Predictor, job: Job, number: int) -> Float[np.ndarray, "v s s"]:
+    """A frame as the encoder sees it; some are made while the item is read."""
     if number in job.fitted:
         return job.fitted.pop(number)
     (frame,) = job.content().frames.part(number, number + 1)
-    return read.fit(frame, predictor.size, predictor.fit)
+    return predictors.frame(predictor, frame)
 
 
 def _pixels(item: Item) -> int:

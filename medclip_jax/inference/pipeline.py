@@ -169,13 +169,13 @@ def score(
         yield from line
 
 
-def _frame(predictor: Predictor, job: Job, number: int) -> Float[np.ndarray, "s s"]:
-    """A frame in the encoder frame; black, and an error of its item, where it cannot be made."""
+def _frame(predictor: Predictor, job: Job, number: int) -> Float[np.ndarray, "v s s"]:
+    """A frame as the encoder sees it; black, and an error of its item, where it cannot be made."""
     try:
         return fit(predictor, job, number)
     except Exception as error:  # decoders raise anything, and files vanish
         job.error = job.error or reason(error, job.item)
-        return np.zeros((predictor.size, predictor.size), np.float32)
+        return predictors.frame(predictor, np.zeros((2, 2), np.float32))
 
 
 def _read(predictor: Predictor, tokens: Features, n: int) -> Read:

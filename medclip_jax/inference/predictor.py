@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, UInt8, UInt16
 
 from medclip_jax.clip.layers import Features, widened
-from medclip_jax.detectors import calibration
+from medclip_jax.detectors import calibration, tiling
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import BatchScores, Detector, Raw, finish, read_batch
 from medclip_jax.explain import boxes, grad_cam
@@ -34,6 +34,7 @@ class Predictor(NamedTuple):
     window: str  # of CT images
     about: dict[str, Any]  # method, data set, K, ... for what is written
     explanation: grad_cam.Explanation | None = None  # how scores are explained; None: they are not
+    tiles: int = 1  # per side, scored with the whole image
 
     @property
     def size(self) -> int:
@@ -46,6 +47,11 @@ class Predictor(NamedTuple):
         return self.encoder.fit
 
 
+def frame(predictor: Predictor, pixels: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "v s s"]:
+    """What the encoder sees of an image: the whole in its frame, then tiles if there are any."""
+    return tiling.views(pixels, predictor.size, predictor.tiles, predictor.fit)
+
+
 def batch_size(predictor: Predictor) -> int:
     """Images that `score` takes at a time without another compilation."""
     return encoder.batch_size(predictor.encoder)
@@ -53,13 +59,13 @@ def batch_size(predictor: Predictor) -> int:
 
 def score(
     predictor: Predictor,
-    images: Float[np.ndarray, "n s s"],
+    images: Float[np.ndarray, "n *v s s"],
     mm2: Sequence[float | None] | None = None,
 ) -> BatchScores:
     """Score any number of images, `batch_size` at a time.
 
     Args:
-        images: in the encoder frame, [0, 1].
+        images: of `frame`, [0, 1]; without axis v where there are no tiles.
         mm2: area in mm² of a pixel of the encoder frame of each, None where it is unknown.
     """
     size = batch_size(predictor)
@@ -75,10 +81,12 @@ def score(
 # Scoring in three steps, which prediction overlaps, each on its own thread; the last is `finish`.
 
 
-def encode(predictor: Predictor, images: Float[np.ndarray, "n s s"]) -> Features:
+def encode(predictor: Predictor, images: Float[np.ndarray, "n *v s s"]) -> Features:
     """Tokens of 1 to `batch_size` images, filled up with copies: one shape, one compilation."""
     full = images[np.arange(batch_size(predictor)) % len(images)]
-    return widened(encoder.encode(predictor.encoder, full))
+    views = full.reshape(-1, predictor.size, predictor.size)
+    tokens = encoder.encode(predictor.encoder, views)
+    return widened(tiling.join_views(tokens, len(views) // len(full)))
 
 
 def read(predictor: Predictor, tokens: Features, n: int) -> Raw:

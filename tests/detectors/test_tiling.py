@@ -185,7 +185,8 @@ def test_fused_branches_of_tiles_score_a_test_set(wide, monkeypatch):
     feature_cache, _, test, build = wide
     both = ensemble.build({"learned": build("learned")[2], "memory": build("memory")[2]})
     got = score(both, feature_cache, test)
-    assert got.predictions.maps.shape == (2, SIZE, SIZE) and got.cams is None
+    assert got.predictions.maps.shape == (2, SIZE, SIZE)
+    assert got.cams.shape == (2, 16) and got.cams.max() == 1  # of the whole image's patches
     assert got.predictions.uncertainty.min() > 0 and got.uncertainties["ensemble"].min() > 0
     assert got.predictions.patch_variance.shape == (2, 8, 8)
     monkeypatch.setattr(evaluate, "BATCH", 1)

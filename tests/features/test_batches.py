@@ -118,19 +118,32 @@ def test_views_are_two_different_ones_and_a_function_of_the_step():
     assert (one != training_pool.sample_views(0, 4, (400,), 3)[0]).any()
 
 
-@pytest.mark.parametrize("learner", ["joint", "episodes"])
-def test_rows_carry_views_of_their_image_only_with_views(pool, learner):
+def test_views_beside_episodes_are_of_the_params_own_images(pool):
+    pool = pool._replace(variants=pool.variants - 3, copies=3, kinds=pool.kinds[:, :-3])
+    sizes, members = episodes.Sizes(tasks=3, k=4, shots=4), [[np.arange(4)], [np.array([0, 2])]]
+    plain, viewed = (
+        episodes.episodes_batch(2, pool, members, sizes, 0, views=views) for views in (False, True)
+    )
+    assert plain.views is None and plain.query.views is None and viewed.support.views is None
+    image = viewed.views.image
+    assert image.shape == (3, 2, 2) and set(image[:, 0].ravel()) == {0, 1, 2, 3}
+    assert set(image[:, 1].ravel()) == {0, 2}
+    share = episodes.episodes_batch(2, pool, members, sizes, 0, np.array([2]), True)
+    np.testing.assert_array_equal(share.views.image, image[2:])
+    for view in viewed.views[:2]:
+        for i in np.ndindex(image.shape):
+            own = [pool.clean[image[i]]("level0")[0], *pool.anomalous[image[i]]("level0")[-3:]]
+            assert any(np.array_equal(view.levels[0][i], x) for x in own)
+
+
+def test_rows_carry_views_of_their_image_only_with_views(pool):
     # the last three variants become augmented copies
     pool = pool._replace(variants=pool.variants - 3, copies=3, kinds=pool.kinds[:, :-3])
     own = np.arange(4)
 
-    def batch(views):
-        if learner == "joint":
-            return training_pool.joint_batch(2, pool, [own, own[:3]], 4, 0, views=views)
-        sizes = episodes.Sizes(tasks=3, k=4, shots=3)
-        return episodes.episodes_batch(2, pool, [[own], [own[:3]]], sizes, 0, views=views).query
-
-    plain, viewed = batch(False), batch(True)
+    plain, viewed = (
+        training_pool.joint_batch(2, pool, [own, own[:3]], 4, 0, views=x) for x in (False, True)
+    )
     assert plain.views is None and isinstance(viewed.views, Views)
     np.testing.assert_array_equal(plain.features.levels[0], viewed.features.levels[0])
     image = viewed.views.image
