@@ -15,8 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medclip_jax import config_validation
-from medclip_jax.config import deforms, recipe_of
 from medclip_jax.clip.checkpoint import Clip, load
+from medclip_jax.config import deforms, recipe_of
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.layouts import Split

@@ -43,10 +43,10 @@ class Detector(NamedTuple):
     # how images become Features (of a feature cache, records and a batch size) where these are not
     # the tokens of the whole image: pixel baselines, tiles
     read: Callable[..., Iterator[Features]] | None = None
-    scales: int = 1  # views of an image that its tokens are of; the whole image is the first
     # "image", "map": where no score of a new healthy image is larger than it would be if each
     # support were scored as it is, so that calibration is proven; empty: that is not known
     proven: tuple[str, ...] = ()
+    scales: int = 1  # views of an image that its tokens are of; the whole image is the first
 
 
 class Raw(NamedTuple):

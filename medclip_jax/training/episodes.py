@@ -169,7 +169,9 @@ def episodes_batch(
     return Episodes(support, query, valid, _views(step, pool, members, sizes, seed, rows, views))
 
 
-def _views(step, pool, members, sizes: Sizes, seed, rows, views: bool) -> training_pool.Views | None:
+def _views(
+    step, pool, members, sizes: Sizes, seed, rows, views: bool
+) -> training_pool.Views | None:
     """Two views of about `shots` different images of the params' own, dealt out to the tasks."""
     if not views:
         return None

@@ -24,7 +24,9 @@ GATE_RATE = 30  # times the learning rate: of the gates of token refinement, whi
 
 def adam(learning_rate: float) -> optax.GradientTransformation:
     """The optimiser of every run; its betas are those of the closest published code."""
-    own_rate = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_faster, updates))
+    own_rate = optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(_faster, updates)
+    )
     return optax.chain(optax.adam(learning_rate, b1=0.5, b2=0.999), own_rate)
 
 

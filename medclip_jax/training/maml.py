@@ -123,13 +123,9 @@ def _exact_step_backward(value, stored, back):
     direction = [(r * g).astype(p.dtype) for p, r, g in zip(moving, rates, back, strict=True)]
     still = jax.tree.map(jnp.zeros_like, fixed)
     slopes, curvature = jax.jvp(gradient, (moving, fixed), (direction, still))
-    of_moving = [
-        g - h + of_loss * s for g, h, s in zip(back, curvature[0], slopes[0], strict=True)
-    ]
+    of_moving = [g - h + of_loss * s for g, h, s in zip(back, curvature[0], slopes[0], strict=True)]
     of_fixed = [of_loss * s - h for h, s in zip(curvature[1], slopes[1], strict=True)]
-    of_rates = [
-        -_reduced(g * s, r) for g, s, r in zip(back, slopes[0], rates, strict=True)
-    ]
+    of_rates = [-_reduced(g * s, r) for g, s, r in zip(back, slopes[0], rates, strict=True)]
     return of_moving, of_fixed, of_rates, None
 
 

@@ -64,9 +64,7 @@ class Contrast(NamedTuple):
     weight: float
 
 
-def meta_objective(
-    loss: Callable, inner: maml.Inner, contrast: Contrast | None = None
-) -> Callable:
+def meta_objective(loss: Callable, inner: maml.Inner, contrast: Contrast | None = None) -> Callable:
     """The meta-objective of `loss(params, frozen, batch, key)`, of the same form over Episodes.
 
     `contrast` is of params as they are, once for the images of all tasks: it asks for nothing that
