@@ -68,8 +68,8 @@ def meta_objective(loss: Callable, inner: maml.Inner, contrast: Contrast | None 
     """The meta-objective of `loss(params, frozen, batch, key)`, of the same form over Episodes.
 
     `contrast` is of params as they are, once for the images of all tasks: it asks for nothing that
-    a task could adapt to. The dropout of task i comes from (key, i), for support and query apart, so that a task is the
-    same however many stand beside it to fill the devices.
+    a task could adapt to. The dropout of task i comes from (key, i), for support and query apart,
+    so that a task is the same however many stand beside it to fill the devices.
     """
 
     def objective(params, frozen, batch: Episodes, key):
