@@ -3,7 +3,7 @@
 python -m medclip_jax.main --config configs/chexpert.py:k=16,seed=0,root=DIR --workdir runs/chexpert
 
 DIR is the folder of train.csv and valid.csv, or one or two levels above it. The films have no
-masks. --config.data.uncertain and --config.data.blank say what labels -1 and blank mean.
+masks. --config.data.uncertain says what label -1 means.
 """
 
 from medclip_jax import config

@@ -110,7 +110,10 @@ def assemble(
         n: branch(n, c, clip, design, plain_design, frozen, params, images, folds)
         for n in branch_names(c)
     }
-    return ensemble.build(branches) if len(branches) > 1 else next(iter(branches.values()))
+    built = ensemble.build(branches) if len(branches) > 1 else next(iter(branches.values()))
+    if c.model.refine and c.score.tiles > 1:  # too dear for every fold at every scale
+        built = built._replace(fold_params=None)  # they have calibrated; dropout tells uncertainty
+    return built
 
 
 def branch(

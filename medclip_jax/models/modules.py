@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medclip_jax.clip import layers
 
+CHUNK = 16  # images whose tokens are refined at a time
+
 
 class PromptLearner(nn.Module):
     """Context vectors of the prompts (equation 4), N(0, 0.02^2) at first."""
@@ -202,9 +204,23 @@ def refine(
     levels: tuple[Float[Array, "n p d"], ...],
     inputs: tuple[Float[Array, "n s d"], ...],
 ) -> tuple[Float[Array, "n p d"], ...]:
-    """Refined patch tokens of every tapped level; ValueError if `inputs` are missing."""
+    """Refined patch tokens of every tapped level; ValueError if `inputs` are missing.
+
+    Of many images a CHUNK at a time, and going back their attention is computed anew, so that
+    memory does not grow with it.
+    """
     refiner: Any = TokenRefiner(frozen_parts.heads, frozen_parts.eps)
-    return tuple(
-        refiner.apply({"params": own}, block, tokens, x)
-        for own, block, tokens, x in zip(params, frozen_parts.blocks, levels, inputs, strict=True)
-    )
+
+    def one(own: Mapping, block: Mapping, tokens: Any, x: Any) -> Any:
+        n = len(tokens)
+        if not isinstance(n, int) or n <= CHUNK:  # an exported program has any number of images
+            return refiner.apply({"params": own}, block, tokens, x)
+
+        @jax.checkpoint
+        def of_image(row):
+            return refiner.apply({"params": own}, block, row[0][None], row[1][None])[0]
+
+        return jax.lax.map(of_image, (tokens, x), batch_size=CHUNK)
+
+    each = zip(params, frozen_parts.blocks, levels, inputs, strict=True)
+    return tuple(one(*level) for level in each)

@@ -2,10 +2,12 @@
 
 import csv
 import os
+import json
 from pathlib import Path
 
 import pytest
 
+from medclip_jax import main
 from medclip_jax.data import chexpert, datasets, splits
 from medclip_jax.data.chexpert import COLUMNS, FINDINGS
 from medclip_jax.errors import ConfigError, DataError
@@ -137,3 +139,33 @@ def test_unknown_meaning_and_missing_set(root, tmp_path):
     (root / "valid.csv").unlink()
     with pytest.raises(DataError, match=r"no CheXpert below .*valid\.csv"):
         datasets.load("chexpert", root, tmp_path)
+
+
+def test_the_config_runs_from_a_folder_to_the_report(world, tmp_path, root, capsys):
+    """As on the command line: a missing film is said at once, then two label policies are run."""
+
+    def run(name: str, **data: str) -> int:
+        fields = world.fields() | {"steps": 2, "synthesis.variants": 4, "memory_coreset": 0.5}
+        argv = ["main", f"--config=configs/chexpert.py:k=4,root={root.parent}"]
+        argv += [f"--config.{n}={x}" for n, x in (fields | data).items()]
+        return main.main([*argv, f"--workdir={tmp_path / name}"])
+
+    film = root / "valid" / "patient00022" / "study1" / "view1_frontal.jpg"
+    content = film.read_bytes()
+    film.unlink()
+    assert run("exclude") == 2
+    assert "valid.csv names 1 image(s) that are not there" in capsys.readouterr().err
+    assert not (tmp_path / "exclude").exists() or not any((tmp_path / "exclude").glob("*.json"))
+    film.write_bytes(content)
+    for policy in ("exclude", "positive"):
+        assert run(policy, **{"data.uncertain": policy}) == 0
+        split = json.loads((tmp_path / policy / "split.json").read_text())
+        seen[policy] = {
+            row["id"] for part in split.values() if isinstance(part, list) for row in part
+        }
+        metrics = json.loads((tmp_path / policy / "metrics.json").read_text())
+        assert (metrics["dataset"], metrics["k"], metrics["pixel"]) == ("chexpert", 4, None)
+        assert (tmp_path / policy / "report.html").is_file()
+        support, test = ({r["id"].split("/")[1] for r in split[x]} for x in ("support", "test"))
+        assert not support & test and test == {f"patient{n:05d}" for n in (20, 21, 22)}
+        assert not any("lateral" in name for name in seen)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medclip_jax.clip.layers import Features
 from medclip_jax.detectors import (
     detector,
     ensemble,
@@ -192,3 +193,31 @@ def test_fused_branches_of_tiles_score_a_test_set(wide, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 1)
     again = score(both, feature_cache, test[::-1])
     np.testing.assert_allclose(again.predictions.score[::-1], got.predictions.score, atol=1e-5)
+
+
+def test_tiles_carry_what_refinement_reads(wide):
+    """Whole and tiles keep their own inputs, class tokens included, packed, unpacked and viewed."""
+    rng = np.random.default_rng(0)
+
+    def tokens(n):
+        levels, inputs = (
+            tuple(rng.normal(size=(n, p, 8)).astype(np.float32) for _ in range(2)) for p in (16, 17)
+        )
+        return Features(rng.normal(size=(n, 4)).astype(np.float32), levels, inputs)
+
+    whole, small = tokens(3), tokens(12)
+    both = tiling.pack(whole, small)
+    assert both.inputs[0].shape == (3, 5 * 17, 8)
+    for i in range(5):
+        one = tiling.part(both, i, 16)
+        own = (whole, slice(None)) if i == 0 else (small, slice(i - 1, None, 4))
+        for name in ("levels", "inputs"):
+            for got, wanted in zip(getattr(one, name), getattr(own[0], name), strict=True):
+                np.testing.assert_array_equal(got, wanted[own[1]])
+    back = tiling.unpack(both, 2)
+    jax.tree.map(np.testing.assert_array_equal, back[1:], small[1:])
+    views = jax.tree.map(
+        lambda w, t: np.concatenate([w[:, None], t.reshape(3, 4, *t.shape[1:])], 1), whole, small
+    )
+    views = jax.tree.map(lambda x: x.reshape(15, *x.shape[2:]), views)
+    jax.tree.map(np.testing.assert_array_equal, tiling.join_views(views, 5), both)

@@ -14,7 +14,9 @@ from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.inference import predictor
 from medclip_jax.models import model, modules
+from medclip_jax.training import loop
 from tests.support.checkpoints import image_features, tiny_checkpoint
+from tests.support.runs import log
 
 LEVELS = [(1,), (2, 3), (1, 2, 3, 4)]
 
@@ -134,3 +136,57 @@ def test_a_whole_run_learns_it_and_its_scorer_reads_alike(world, tmp_path):
     ready = build_detector.load_predictor(run)
     got = predictor.score(ready, np.random.default_rng(0).random((2, 32, 32), np.float32))
     assert np.isfinite(got.score).all() and got.maps.shape == (2, 32, 32)
+
+
+def test_many_images_are_refined_in_parts_with_the_same_gradient(folder, monkeypatch):
+    clip, design, _, params = built(folder, (2, 4))
+    rng = np.random.default_rng(0)
+    levels = tuple(jnp.asarray(rng.normal(size=(7, 16, 32)), jnp.float32) for _ in range(2))
+    inputs = tuple(jnp.asarray(rng.normal(size=(7, 17, 32)), jnp.float32) for _ in range(2))
+    opened = tuple({**q, "gate": jnp.asarray(0.3)} for q in params["refine"])
+
+    def value(q):
+        both = modules.refine(q, design.refinement, levels, inputs)
+        return sum((x**2).sum() for x in both), both
+
+    (_, whole), wanted = jax.value_and_grad(value, has_aux=True)(opened)
+    monkeypatch.setattr(modules, "CHUNK", 3)
+    (_, parts), got = jax.value_and_grad(value, has_aux=True)(opened)
+    for a, b in zip(jax.tree.leaves((whole, wanted)), jax.tree.leaves((parts, got)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4)
+
+
+def test_the_gate_learns_faster_and_the_log_says_how_far(world, tmp_path):
+    world.train(tmp_path, model__refine=True, steps=2)
+    (row,) = log(tmp_path)
+    params = prompt_detector.learned(saved.read(tmp_path).params)[0]
+    gates = [abs(float(q["gate"])) for q in params["refine"]]
+    assert row["gate"] == pytest.approx(np.mean(gates), rel=1e-5)
+    # Adam's first step is the learning rate, which is 1e-3 for all else
+    assert loop.GATE_RATE * 1e-3 <= max(gates) <= 2.1 * loop.GATE_RATE * 1e-3
+
+
+def test_tokens_may_be_kept_in_16_bit(folder, tmp_path, pictures):  # noqa: F811
+    clip, mesh = checkpoint.load(str(folder), (1, 4), inputs=True), sharding.mesh(jax.devices()[:1])
+    full, half = (
+        cache.open(tmp_path, clip, "stretch", dtype, mesh) for dtype in ("float32", "float16")
+    )
+    assert full.folder != half.folder
+    sizes = []
+    for each in (full, half):
+        encoder.encode_images(each, pictures[:2])
+        sizes.append(cache.image_path(each, pictures[0]).stat().st_size)
+    assert sizes[1] < 0.6 * sizes[0]
+    exact, rounded = (next(cache.load_images(x, pictures[:2], 2)) for x in (full, half))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+        assert b.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    encode = checkpoint.encode_images
+    with pytest.MonkeyPatch.context() as patch:  # what float16 cannot hold is its largest
+        patch.setattr(
+            checkpoint,
+            "encode_images",
+            lambda *a, **k: jax.tree.map(lambda x: 1e6 * x, encode(*a, **k)),
+        )
+        huge = encoder.encode(half, np.random.default_rng(0).random((1, 32, 32), np.float32))
+    assert np.isfinite(huge.levels[0]).all() and np.abs(huge.levels[0]).max() == 65504
