@@ -6,8 +6,8 @@ arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden a
 another default (PRESETS); a field that is set wins, whatever it is set to and in whichever order.
 """
 
+import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +15,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
+<<<<<<< HEAD
 from medclip_jax import config_validation, files
 from medclip_jax.config_validation import FIXED_METHODS, flat
+=======
+from medclip_jax import config_validation
+from medclip_jax.config_validation import FIXED_METHODS, deforms, flat, recipe_of
+>>>>>>> 4d2494f (Presets are a table beside the ontology's; limits of length)
 from medclip_jax.errors import ConfigError
 
 # settings that may change between two commands of one run, beside the data's place
@@ -29,89 +34,18 @@ EPOCHS = 200  # keep the length they were measured at
 VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
-# Defaults by `method`. MediCLIP as released: its prompts, synthesis, losses and pooling on our
-# tokens (Zhang et al., MICCAI 2024).
-MEDICLIP: dict[str, Any] = {
-    "prompts": {
-        "phrases": "words",
-        "context": 8,
-        "position": "end",
-        "shared": False,
-        "causal": False,
-        "init": "random",
-    },
-    "synthesis": {"preset": "mediclip"},
-    "model": {
-        "form": "softmax",
-        "learn_scale": False,
-        "dropout": 0.0,
-        "refine": False,
-        "language": "",
-        "language_tuned": False,
-    },
-    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.0, "prompt": 0.0, "simclr": 0.0},
-    "score": {"top": 0.0, "tiles": 1, "map_filter": ""},
-    "branches": ("learned",),
-    "augment": "",
-    "teacher": "",
-    "learner": "joint",
-    "learning_rate": 1e-3,
-}
-# All that is definite in the paper, see docs/paper.md.
-PAPER: dict[str, Any] = {
-    "data": {"recipe": "auto"},
-    "augment": "auto",
-    "clip": {"dtype": "float16"},
-    "prompts": {"phrases": "ontology", "context": 8, "shared": False, "causal": True},
-    "synthesis": {"preset": "medclip", "variants": 24},
-    "model": {
-        "form": "distance",
-        "learn_scale": True,
-        "dropout": 0.1,
-        "refine": True,
-        "language": "auto",
-        "language_tuned": True,
-    },
-    "loss": {"focal": 1.0, "dice": 1.0, "align": 0.1, "prompt": 0.1, "simclr": 0.1},
-    "branches": ("learned",),
-    "learner": "maml",
-    "meta": {"tasks": 2},
-    "steps": 25,
-    "score": {"tiles": 2, "map_filter": "median=3,min_area_mm2=10,min_area_pixels=64,sigma=4"},
-    "explanation": {"method": "grad_cam_pp"},
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "mediclip": MEDICLIP,
-    "paper": PAPER,
-    "joint": {"learner": "joint"},  # `ours` without episodes
-}
-AUTO = "auto"  # a value that follows from others, see `_automatic`
-MODALITIES = (  # free text -> the preprocessing.RECIPES of it; the first that fits
-    (re.compile(r"ultraso|sonogra", re.IGNORECASE), "ultrasound"),
-    (re.compile(r"\bmri?\b|magnetic resonance", re.IGNORECASE), "mri"),
-    (re.compile(r"mammogra", re.IGNORECASE), "mammography"),
-    (re.compile(r"x-?ray|radiogra", re.IGNORECASE), "xray"),
-    (re.compile(r"\bct\b|computed tomogra", re.IGNORECASE), "ct"),
+# By `method`: MediCLIP as released (Zhang et al., 2024); the paper's (docs/paper.md); `ours` jointly
+PRESETS: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "assets" / "methods.json").read_text("utf-8"),
+    object_hook=lambda x: {n: tuple(v) if isinstance(v, list) else v for n, v in x.items()},
 )
-OTHER_RECIPE = "zscore"  # of every other modality
-DEFORMED = ("ultrasound", "mri")  # soft tissue under a probe or a coil; not bone
+MEDICLIP = PRESETS["mediclip"]
+AUTO = "auto"  # a value that follows from others, see `_automatic`
 
 
-class Lookup(NamedTuple):
-    """A value that follows another field until it is set: an `op` of FieldReference."""
-
+class Lookup(NamedTuple):  # of FieldReference: its op
     fn: Callable
     args: list
-
-
-def recipe_of(modality: str) -> str:
-    """The preprocessing of a modality, which is free text such as "breast ultrasound"."""
-    return next((recipe for text, recipe in MODALITIES if text.search(modality)), OTHER_RECIPE)
-
-
-def deforms(modality: str) -> bool:
-    """May images of this modality be deformed elastically? Ultrasound and MRI may."""
-    return recipe_of(modality) in DEFORMED
 
 
 def parse_arg(arg: str) -> dict:
@@ -151,10 +85,7 @@ def base(arg: str = "", **data) -> ConfigDict:
 
 
 def _follow_method(c: ConfigDict, data: Mapping) -> None:
-    """Let every field of a preset have its value there while `method` names it and it is not set.
-
-    data: fields of the data set that its config file sets.
-    """
+    """Fields of presets, but those in `data`, follow `method` until they are set."""
     presets = {name: dict(flat(fields)) for name, fields in PRESETS.items()}
     method = c.get_ref("method")
 

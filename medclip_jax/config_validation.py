@@ -1,5 +1,6 @@
 """Which values and combinations of configuration fields can be used; other code trusts them."""
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -75,6 +76,27 @@ MAP_FILTER: dict[str, tuple[float, float]] = {
     "sigma": (0, 100),
     "ceiling": (0.0001, 1),
 }
+
+
+MODALITIES = (  # free text -> the preprocessing.RECIPES of it; the first that fits
+    (re.compile(r"ultraso|sonogra", re.IGNORECASE), "ultrasound"),
+    (re.compile(r"\bmri?\b|magnetic resonance", re.IGNORECASE), "mri"),
+    (re.compile(r"mammogra", re.IGNORECASE), "mammography"),
+    (re.compile(r"x-?ray|radiogra", re.IGNORECASE), "xray"),
+    (re.compile(r"\bct\b|computed tomogra", re.IGNORECASE), "ct"),
+)
+OTHER_RECIPE = "zscore"  # of every other modality
+DEFORMED = ("ultrasound", "mri")  # soft tissue under a probe or a coil; not bone
+
+
+def recipe_of(modality: str) -> str:
+    """The preprocessing of a modality, which is free text such as "breast ultrasound"."""
+    return next((recipe for text, recipe in MODALITIES if text.search(modality)), OTHER_RECIPE)
+
+
+def deforms(modality: str) -> bool:
+    """May images of this modality be deformed elastically? Ultrasound and MRI may."""
+    return recipe_of(modality) in DEFORMED
 
 
 def settings(field: str, text: str, ranges: dict[str, tuple[float, float]]) -> dict[str, float]:

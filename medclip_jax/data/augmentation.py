@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from scipy import ndimage
 
-from medclip_jax.config import deforms
+from medclip_jax.config_validation import deforms
 from medclip_jax.data.layouts import Record
 from medclip_jax.errors import ConfigError
 from medclip_jax.synthesis import generate

@@ -1,8 +1,8 @@
 """CheXpert's layout and labels, on a folder that the test writes in that layout."""
 
 import csv
-import os
 import json
+import os
 from pathlib import Path
 
 import pytest
