@@ -15,13 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-<<<<<<< HEAD
 from medclip_jax import config_validation, files
-from medclip_jax.config_validation import FIXED_METHODS, flat
-=======
-from medclip_jax import config_validation
 from medclip_jax.config_validation import FIXED_METHODS, deforms, flat, recipe_of
->>>>>>> 4d2494f (Presets are a table beside the ontology's; limits of length)
 from medclip_jax.errors import ConfigError
 
 # settings that may change between two commands of one run, beside the data's place
