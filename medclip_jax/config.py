@@ -29,7 +29,7 @@ EPOCHS = 200  # keep the length they were measured at
 VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
-# By `method`: MediCLIP as released (Zhang et al., 2024); the paper's (docs/paper.md); `ours` jointly
+# By `method`: MediCLIP as released (Zhang et al., 2024); the paper (docs/paper.md); `ours` jointly
 PRESETS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "assets" / "methods.json").read_text("utf-8"),
     object_hook=lambda x: {n: tuple(v) if isinstance(v, list) else v for n, v in x.items()},

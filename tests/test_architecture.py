@@ -133,7 +133,7 @@ MOST = {
     "modules": 100,
     "median lines of a module": 140,
     "lines of the longest module": 300,
-    "import floors": 13,
+    "import floors": 14,
     "lines of the package": 14_500,
     "lines of experiments": 4_650,
     "fields of the settings": 69,
