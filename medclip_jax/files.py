@@ -168,7 +168,9 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def expanded(name: str | os.PathLike[str]) -> Path:
-    """A path, ~ written out. Raises ConfigError where that home folder is not known."""
+    """A path, ~ written out. Raises ConfigError for a home that is not known, or a zero byte."""
+    if "\0" in str(name):
+        raise ConfigError(f"{name}: a zero byte is in no path")
     try:
         return Path(name).expanduser()
     except RuntimeError:

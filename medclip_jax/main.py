@@ -64,9 +64,13 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        advice = "free space or change permissions"
+        if isinstance(error, FileNotFoundError):
+            advice = "it was removed meanwhile: run the same command again"
+        elif error.errno not in DISK_ERRORS:
             raise
-        message = f"{error.filename or folder}: {error.strerror}; free space or change permissions"
+        what = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+        message = f"{what}; {advice}"
     except Preempted as stop:
         message, code = f"{stop}. Re-run the same command to resume.", TERMINATED
     except KeyboardInterrupt:

@@ -208,6 +208,8 @@ def test_a_home_that_is_not_known_is_one_sentence(monkeypatch):
     assert files.expanded("~/x") == Path.home() / "x"
     with pytest.raises(ConfigError, match="~nobody-of-that-name.*home folder is not known"):
         files.expanded("~nobody-of-that-name/x")
+    with pytest.raises(ConfigError, match="zero byte"):
+        files.expanded("a\0b")
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("MEDCLIP_CACHE", raising=False)

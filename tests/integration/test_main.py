@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import files, main
+from medclip_jax import files, main, train
 from medclip_jax.features import cache as features_cache
 from tests.support.paths import ROOT
 
@@ -344,3 +344,19 @@ def test_a_cache_that_refuses_the_first_file_is_one_sentence(
     assert f"Cannot write {cache / 'feature_cache'}" in error and os.strerror(code) in error
     assert "fix its permissions or give another folder" in error
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run/metrics.json").exists()
+
+
+@pytest.mark.parametrize("place", ["run", "cache"])
+def test_a_folder_that_is_removed_during_a_run_is_one_sentence(
+    world, tmp_path, capfd, monkeypatch, place
+):
+    real = train.fit
+
+    def fit(*arguments, **named):
+        shutil.rmtree(tmp_path / place)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(train, "fit", fit)
+    cache = f"--config.cache={tmp_path / 'cache'}"
+    error = sentence(capfd, world.main(tmp_path / "run", cache, arguments="k=4,method=memory"))
+    assert str(tmp_path / place) in error and "removed meanwhile: run the same command" in error
