@@ -191,9 +191,10 @@ def write_npz(file: Any, arrays: Mapping[str, Any]) -> None:
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes. Raises OSError, also for what is no regular file."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
     with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(path))
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

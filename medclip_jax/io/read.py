@@ -16,6 +16,7 @@ import PIL.Image
 import PIL.ImageFilter
 from jaxtyping import Bool, Float, Num
 
+from medclip_jax import files
 from medclip_jax.errors import DataError
 from medclip_jax.io import pillow, tiff
 from medclip_jax.io.dicom import open_dicom
@@ -123,11 +124,14 @@ def read_all(
       (source, pixels [size, size] in [0, 1]).
 
     Raises:
-      DataError: as `read`, at the broken image's turn; or an image of several frames.
+      DataError: as `read`, at the broken image's turn; an image of several frames; or one whose
+        `sha256`, where the source has it, is no longer that of the file.
     """
 
     def one(source: S) -> Float[np.ndarray, "s s"]:
         pixels = read(source.path, window=source.window).pixels
+        if (known := getattr(source, "sha256", "")) and files.sha256_of(source.path) != known:
+            raise DataError(f"{source.path} was changed while it was read: run the command again.")
         if len(pixels) != 1:
             raise DataError(
                 f"{source.path} holds {len(pixels)} frames where one image is needed: "

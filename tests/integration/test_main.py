@@ -121,6 +121,27 @@ def test_check_ends_quietly_when_its_reader_leaves(world):
     assert b"Traceback" not in said and b"error" not in said
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_show_are_escaped(encoding, world, data, tmp_path):
+    """Japanese folders, checked on a terminal without its letters."""
+    folder = data.rename(tmp_path / "\u753b\u50cf")
+    command = [sys.executable, "-m", "medclip_jax.main", "--mode", "check"]
+    command += ["--config", f"configs/folder.py:k=4,root={folder}"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode in (0, 2) and b"Traceback" not in done.stderr, done.stderr
+    assert rb"\u753b\u50cf" in done.stdout + done.stderr
+
+
+def test_a_path_that_the_locale_cannot_name_is_one_sentence(world, tmp_path, capfd, monkeypatch):
+    def unnameable(*_, **__):
+        "\u753b".encode("ascii")
+
+    monkeypatch.setattr(train, "prepare", unnameable)
+    error = sentence(capfd, world.main(tmp_path / "run"))
+    assert "cannot be used in this locale (ascii): set LC_ALL=C.UTF-8" in error
+
+
 def test_help_is_quick_and_imports_neither_jax_nor_transformers():
     command = [sys.executable, "-X", "importtime", "-m", "medclip_jax.main", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -11,6 +11,7 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
+from medclip_jax import files
 from medclip_jax.data.layouts import Record
 from medclip_jax.errors import DataError
 from medclip_jax.io import read
@@ -379,6 +380,16 @@ def test_read_all_keeps_order_and_holds_few(tmp_path, rng, monkeypatch):
     assert first.id == "0.png" and len(taken) <= 9
     np.testing.assert_array_equal(pixels, read.fit(read.read(first.path).pixels[0], 16, "pad"))
     assert [r.id for r, _ in stream] == [f"{i}.png" for i in range(1, 30)]
+
+
+def test_an_image_changed_since_it_was_listed_is_named(tmp_path, rng):
+    """Its tokens would be kept under the digest of what it was."""
+    first = save(tmp_path / "a.png", grey(rng))
+    listed = record(first)._replace(sha256=files.sha256_of(first))
+    assert len(list(read.read_all([listed], 16))) == 1
+    save(first, grey(rng))
+    with pytest.raises(DataError, match=r"a\.png was changed while it was read"):
+        list(read.read_all([listed], 16))
 
 
 def test_read_all_stops_at_the_broken_image(tmp_path, rng):
