@@ -12,11 +12,11 @@ Exit code 0 on success, 2 on a user's mistake (one sentence on stderr), 1 on our
 """
 
 import errno
-import io
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -44,8 +44,7 @@ TRAINED_MODES = ("predict", "export")  # use a trained workdir and take no confi
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):  # names that the terminal cannot show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        cast(Any, stream).reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -65,10 +64,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         message = str(error)
     except UnicodeEncodeError as error:  # a path that this locale cannot name
-        message = (
-            f"the name {error.object!a} cannot be used in this locale ({error.encoding}): "
-            "set LC_ALL=C.UTF-8"
-        )
+        message = f"{error.object!a} has letters beyond {error.encoding}: set LC_ALL=C.UTF-8"
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -139,7 +139,7 @@ def test_a_path_that_the_locale_cannot_name_is_one_sentence(world, tmp_path, cap
 
     monkeypatch.setattr(train, "prepare", unnameable)
     error = sentence(capfd, world.main(tmp_path / "run"))
-    assert "cannot be used in this locale (ascii): set LC_ALL=C.UTF-8" in error
+    assert "has letters beyond ascii: set LC_ALL=C.UTF-8" in error
 
 
 def test_help_is_quick_and_imports_neither_jax_nor_transformers():
