@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from medclip_jax import config_validation
 from medclip_jax.clip.checkpoint import Clip, load
 from medclip_jax.config import deforms, recipe_of
+from medclip_jax.config_validation import FUSED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.layouts import Split
@@ -48,10 +49,21 @@ class Auxiliary(NamedTuple):
 
 
 def load_clip(c: ConfigDict) -> Clip:
-    """The frozen CLIP with the layers tapped that the configuration names."""
+    """The frozen CLIP with the layers tapped that the configuration names.
+
+    Raises ConfigError for an encoder of images alone where prompts would be used.
+    """
     dtype = "float32" if c.clip.dtype == "float16" else c.clip.dtype  # which tokens alone have
     taps = tuple(c.clip.layers), dtype, c.model.refine
-    return load(c.clip.checkpoint, *taps, c.clip.implementation)
+    clip = load(c.clip.checkpoint, *taps, c.clip.implementation, c.clip.size)
+    branches = c.branches if c.method in FUSED_METHODS else (c.method,)
+    texts = [name for name in branches if name not in ("memory", *PIXEL_METHODS)]
+    if clip.text_encoder is None and texts:
+        raise ConfigError(
+            f"{c.clip.checkpoint} is an encoder of images alone, and {', '.join(texts)} needs "
+            "prompts: give --config.method=memory"
+        )
+    return clip
 
 
 def load_split(c: ConfigDict) -> Split:
@@ -238,6 +250,8 @@ def prompts_of(
     c: ConfigDict, clip: Clip, context: int, modality: str, anatomy: str, conditions
 ) -> Prompts:
     """The prompts of a data set that shows this, made as the config says."""
+    if clip.text_encoder is None:
+        return tokenize.NONE
     words = tokenize.Words((anatomy,), tuple(conditions), (modality,))
     if c.prompts.phrases == "ontology":
         table = ontology.load(c.prompts.ontology_file)

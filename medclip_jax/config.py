@@ -126,7 +126,8 @@ def _data(root: str, data: dict) -> dict:
 
 def _model(c: ConfigDict) -> None:
     c.clip = {
-        "checkpoint": "compact",  # compact (embedded) | folder | Hub id
+        "checkpoint": "compact",  # compact (embedded) | folder | Hub id, pinned as id@revision
+        "size": 0,  # pixels per side of the input, a multiple of the patch; 0: the checkpoint's
         "implementation": "fused",  # fused | transformers (FlaxCLIPModel's own modules)
         "layers": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
         # of the image encoder and the cached tokens: float32 | bfloat16 | float16 (tokens alone)
@@ -224,7 +225,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     fresh = EPOCHS if c.method == "mediclip" else VARIANTS
     c.synthesis.variants = c.synthesis.variants or fresh
-    c.steps = 0 if c.method in FIXED_METHODS else c.steps or training_steps(c)
+    untrained = c.method in FUSED_METHODS and "learned" not in c.branches
+    c.steps = 0 if untrained or c.method in FIXED_METHODS else c.steps or training_steps(c)
     config_validation.check_learned(c)
     c.cache = str(cache_folder(c.cache))
     return c

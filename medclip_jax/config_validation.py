@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
     "k": (0, 1 << 20),
     "seed": (0, 1 << 31),
     "data.pool": (1, 1 << 20),
+    "clip.size": (0, 4096),
     "prompts.context": (0, 64),
     "model.dropout": (0, 0.99),
     "synthesis.variants": (0, 10_000),

@@ -223,10 +223,17 @@ def use(args: flags.FlagValues, folder: Path) -> None:
 
 
 def check(fields: ConfigDict) -> None:
-    """Print the table of the data set; DataError if it cannot be used."""
+    """Print what a named CLIP is, and the table of the data set; UserError if one has a fault."""
     from medclip_jax.data import check as data_check
 
     c = config.resolve(fields)
+    if c.clip.checkpoint != config.base().clip.checkpoint:
+        from medclip_jax import build
+        from medclip_jax.clip import checkpoint
+
+        clip = build.load_clip(c)
+        for name, line in checkpoint.describe(clip, c.k * (1 + c.synthesis.variants)).items():
+            print(printable(f"{name:10} {line}"), flush=True)
     root = Path(c.data.root) if c.data.root else None
     data_check.run(
         *(c.data.name, root, Path(c.cache), c.k),

@@ -1,73 +1,123 @@
-"""CLIP checkpoints on disk or on the Hub -> config and parameters, without torch.
+"""Checkpoints in transformers' format, on disk or the Hub -> config and parameters, without torch.
 
-Parameters come out as the tree of transformers' FlaxCLIPModel, whichever file they are read from.
+Parameters come out as the tree of transformers' FlaxCLIPModel (names.py), whichever they are.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-
 from medclip_jax import files, stored
+from medclip_jax.clip import names, tensor_files
+from medclip_jax.clip.layers import ACTIVATIONS, GATED
 from medclip_jax.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "compact_clip"
-OPENCLIP = "open_clip_model.safetensors", "open_clip_config.json"  # see open_clip_weights
-WEIGHTS = ("model.safetensors", "flax_model.msgpack")  # first found is read
-SMALL_FILES = (
-    "config.json",
-    OPENCLIP[1],
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
+OPEN_CLIP_CONFIG = "open_clip_config.json"  # see open_clip_weights
+OPEN_CLIP = "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "*.pt"
+WEIGHTS = (  # first found is read
+    *("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-ACTIVATIONS = ("quick_gelu", "gelu")
+TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt"
+SMALL_FILES = (
+    *("config.json", OPEN_CLIP_CONFIG, "preprocessor_config.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", *TOKENIZERS, "merges.txt"),
+    "README.md",  # says the licence
+)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
+HALVES = (0.5,) * 3, (0.5,) * 3
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREFIX, POSITIONS = "prefix_tokens", "position_embedding/embedding"
+TABLES = {"siglip": (POSITIONS,), "dinov3_vit": (PREFIX,)}  # what stands before or on the patches
+TABLES |= dict.fromkeys(("dinov2", "dinov2_with_registers"), (PREFIX, POSITIONS))
+CONFIGS = {  # model_type -> its class in transformers, pixel mean and sd where no file says them
+    "clip": ("CLIPConfig", (MEAN, STD)),
+    "siglip": ("SiglipConfig", HALVES),
+    "dinov2": ("Dinov2Config", IMAGENET),
+    "dinov2_with_registers": ("Dinov2WithRegistersConfig", IMAGENET),
+    "dinov3_vit": ("DINOv3ViTConfig", IMAGENET),
+}
 
 
 class Weights(NamedTuple):
     """A checkpoint as read."""
 
     folder: Path
-    config: dict[str, Any]  # config.json
-    params: dict[str, Any]  # of FlaxCLIPModel, NumPy; of a ResNet, `visual` is its image part
+    config: dict[str, Any]  # of CLIP; of others the same fields
+    params: dict[str, Any]  # names.py, NumPy; of a ResNet, `visual` is its image part
     mean: tuple[float, ...]  # of the input pixels, per channel, [0, 1]
     std: tuple[float, ...]
     digest: str  # sha256 of config and weights, first 16 hex digits
     resnet: Any = None  # the image encoder, where it is a ResNet
+    vision: dict[str, Any] = {}  # fields of vit.ViT that the tensors do not tell
+    antialias: bool = False  # when positions are resized, as the reference library does
+    tokenizer: str = "clip"  # | siglip | gemma | bert; "" for an encoder of images alone
+    pooling: str = ""  # of BERT's text; "" for other texts
 
 
 def read(folder: Path) -> Weights:
     """Read a Hugging Face folder. Raises CheckpointError for one that cannot be used."""
-    config = _config(folder)
-    check_tokenizer(folder)
-    path = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
-    if path is None:
-        raise CheckpointError(
-            f"{folder}: no weights; need {' or '.join(WEIGHTS)} "
-            "(a pytorch_model.bin must be converted to safetensors first)"
-        )
-    flat = _of_torch(safetensors(path)) if path.suffix == ".safetensors" else _msgpack(path)
-    depths = {x: config[f"{x}_config"]["num_hidden_layers"] for x in ("vision", "text")}
-    missing = [name for name in _names(depths) if name not in flat]
-    if missing:
-        name = re.sub(r"/(kernel|scale|embedding)$", "/weight", missing[0]).replace("/", ".")
-        raise CheckpointError(
-            f"{path}: tensor {name} is missing; this is not a whole CLIP checkpoint"
-        )
+    path = folder / "config.json"
+    config = _config(path)
+    kind = config["model_type"]
+    dino = kind.startswith("dino")
+    if not dino:
+        check_tokenizer(folder)
+    weights = find(folder, WEIGHTS)
+    rules = names.DINO if dino else names.SIGLIP if kind == "siglip" else ()
+    flat, origin = tensors(weights, rules)
+    depths = {x: config[f"{x}_config"]["num_hidden_layers"] for x in ("vision", "text") if not dino}
+    if dino:
+        depths["vision"] = config["num_hidden_layers"]
+        config = {"vision_config": config}
+    wanted = names.of_vision(depths["vision"], kind == "clip", TABLES.get(kind, ()))
+    if kind == "siglip":
+        wanted += [*names.HEAD, "logit_bias"]
+    if not dino:
+        biased = ("kernel",) if kind == "clip" else ("kernel", "bias")
+        wanted += [*names.of_text(depths["text"], biased), "logit_scale"]
+    params = names.select(flat, wanted, weights, origin, kind.upper())
+    scales = {n: params[n].reshape(-1)[:1].reshape(()) for n in params if n.startswith("logit_")}
+    params |= scales  # SigLIP has them as [1]
     preprocessing = folder / "preprocessor_config.json"
     fields = read_json(preprocessing) if preprocessing.is_file() else {}
-    pixels = normalisation(preprocessing, fields.get("image_mean"), fields.get("image_std"))
-    params = unflatten_dict({name: flat[name] for name in _names(depths)}, sep="/")
-    digest = digest_of((folder / "config.json").read_bytes(), path)
-    return Weights(folder, config, params, *pixels, digest)
+    pixels = (
+        fields.get(x) or CONFIGS[kind][1][i] for i, x in enumerate(("image_mean", "image_std"))
+    )
+    extra = {"rope": float(config["vision_config"]["rope_theta"])} if kind == "dinov3_vit" else {}
+    return Weights(
+        *(folder, config, params, *normalisation(preprocessing, *pixels)),
+        digest_of((folder / "config.json").read_bytes(), weights),
+        vision=extra,
+        antialias=kind == "dinov2_with_registers",
+        tokenizer="" if dino else "clip" if kind == "clip" else _sentences(folder),
+    )
+
+
+def find(folder: Path, files: tuple[str, ...]) -> Path:
+    """The first of these files that is there. Raises CheckpointError."""
+    for path in (path for name in files for path in sorted(folder.glob(name))):
+        if path.is_file():
+            return path
+    raise CheckpointError(f"{folder}: no weights; need {' or '.join(files)}")
+
+
+def tensors(path: Path, rules: names.Rules) -> tuple[names.Flat, dict[str, str]]:
+    """names.to_flax of a file. Raises CheckpointError with the file's name."""
+    flat = tensor_files.read(path)
+    try:
+        return names.to_flax(flat, rules)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; download it again") from None
+
+
+def _sentences(folder: Path) -> str:
+    """Which tokenizer a SigLIP has: its own, or Gemma's (SigLIP 2)."""
+    path = folder / "tokenizer_config.json"
+    named = str(read_json(path).get("tokenizer_class")) if path.is_file() else ""
+    return "gemma" if "Gemma" in named else "siglip"
 
 
 def locate(checkpoint: str) -> Path:
@@ -77,36 +127,88 @@ def locate(checkpoint: str) -> Path:
 
 
 def is_hugging(folder: Path) -> bool:
-    """Is there a config of transformers' CLIP?"""
+    """Is there a config of transformers that can be read?"""
     try:
-        return read_json(folder / "config.json").get("model_type") == "clip"
+        return read_json(folder / "config.json").get("model_type") in CONFIGS
     except CheckpointError:
         return False
 
 
 def check_tokenizer(folder: Path) -> None:
     """Raise CheckpointError if the folder has no tokenizer."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if any((folder / name).is_file() for name in TOKENIZERS):
+        return
+    if (folder / "spiece.model").is_file():
         raise CheckpointError(
-            f"{folder}: no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
-            "copy the files of the CLIP it was trained with into this folder"
+            f"{folder}: its tokenizer is spiece.model alone, which is not read; write "
+            "tokenizer.json with transformers: "
+            "T5TokenizerFast.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
+    raise CheckpointError(
+        f"{folder}: no tokenizer (tokenizer.json, vocab.txt, or vocab.json with merges.txt); "
+        "copy the files of the CLIP it was trained with into this folder"
+    )
+
+
+def load_tokenizer(folder: Path, kind: str) -> Any:
+    """The tokenizer, with the texts changed as its text encoder was trained on them."""
+    import transformers
+    from tokenizers import Regex, normalizers
+
+    try:
+        if kind == "clip":
+            of_clip = transformers.CLIPTokenizerFast
+            return of_clip.from_pretrained(folder, local_files_only=True)
+        if kind == "bert":
+            of_bert = transformers.BertTokenizerFast
+            tokenizer = of_bert.from_pretrained(folder, local_files_only=True)
+            tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+        else:
+            end = {"siglip": "</s>", "gemma": "<eos>"}[kind]
+            pad = {"siglip": "</s>", "gemma": "<pad>"}[kind]
+            file = str(folder / "tokenizer.json")
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_file=file, eos_token=end, pad_token=pad
+            )
+            # SigLIP reads small letters without punctuation, SigLIP 2 small letters
+            steps = [normalizers.Lowercase()]
+            if kind == "siglip":
+                steps += [
+                    normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
+                    normalizers.Replace(Regex(r"\s+"), " "),
+                    normalizers.Strip(),
+                ]
+            backend = tokenizer.backend_tokenizer
+            own = [backend.normalizer] if backend.normalizer is not None else []
+            backend.normalizer = normalizers.Sequence([*steps, *own])
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises bare Exception on damaged files
+        message = f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
+        raise CheckpointError(message) from None
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
         raise CheckpointError(
-            f"clip.checkpoint {name!r}: no such folder; give a folder, a Hub id or 'compact'"
+            f"clip.checkpoint {name!r}: no such folder; give a folder, a Hub id (with @revision to "
+            "pin it) or 'compact'"
         )
+    pin = {"revision": revision or None}
 
     def fetch(file: str) -> Path | None:
         try:
-            return Path(hf_hub_download(name, file))
-        except LocalEntryNotFoundError:  # no network
-            raise
+            return Path(hf_hub_download(repository, file, **pin))
+        except LocalEntryNotFoundError:  # no network: what was fetched before must do
+            path = try_to_load_from_cache(repository, file, **pin)
+            if isinstance(path, str):
+                return Path(path)
+            if file == SMALL_FILES[0] and path is None:
+                raise
+            return None
         except EntryNotFoundError:
             return None
 
@@ -114,8 +216,10 @@ def _download(name: str) -> Path:
         # a CLIP has either tokenizer.json or vocab.json, and one of two configs; readers check
         small = [path for file in SMALL_FILES if (path := fetch(file))]
         hugging = any(is_hugging(path.parent) for path in small[:1])
-        for file in WEIGHTS if hugging else OPENCLIP[:1]:
+        for file in WEIGHTS if hugging else OPEN_CLIP[:2]:
             if path := fetch(file):
+                for part in tensor_files.named(path):
+                    fetch(part)
                 return path.parent
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -125,22 +229,44 @@ def _download(name: str) -> Path:
     raise CheckpointError(f"clip.checkpoint {name!r}: the Hub has no weights of a CLIP in it")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json with the defaults of transformers' CLIPConfig filled in."""
-    from transformers import CLIPConfig
+def _config(path: Path) -> dict[str, Any]:
+    """config.json with the defaults of transformers' own config filled in."""
+    import transformers
 
-    path = folder / "config.json"
     raw = read_json(path)
-    if (kind := raw.get("model_type")) != "clip":
-        raise CheckpointError(f"{path}: model_type is {kind!r}, need 'clip'; give a CLIP folder")
-    config = CLIPConfig.from_dict(raw).to_dict()
-    for part in ("vision_config", "text_config"):
-        if config[part]["hidden_act"] not in ACTIVATIONS:
+    if (kind := raw.get("model_type")) not in CONFIGS:
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}, need one of {', '.join(CONFIGS)}; "
+            "give another folder (docs/backbones.md lists what can be read)"
+        )
+    try:
+        config = getattr(transformers, CONFIGS[kind][0]).from_dict(raw).to_dict()
+        parts = {part: config[part] for part in ("vision_config", "text_config") if part in config}
+        for part, fields in (parts or {"": config}).items():
+            _check_fields(path, fields, part)
+        return config
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
+
+
+def _check_fields(path: Path, fields: dict[str, Any], part: str) -> None:
+    """Bring what the kinds name differently to CLIP's names; CheckpointError for what is not."""
+    gated = fields.get("use_gated_mlp") or fields.get("use_swiglu_ffn")
+    activation = "silu" if fields.get("use_swiglu_ffn") else fields["hidden_act"]
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{path}: {part or 'its'} hidden_act {activation!r} is not one of "
+            f"{', '.join(ACTIVATIONS)}; use another checkpoint"
+        )
+    fields["hidden_act"] = (GATED if gated else "") + activation
+    sizes = ["num_hidden_layers", "num_attention_heads", "hidden_size"]
+    sizes += ["image_size", "patch_size"] if "patch_size" in fields else []
+    for name in sizes:
+        if type(fields[name]) is not int or not 0 < fields[name] < 1 << 20:
             raise CheckpointError(
-                f"{path}: {part} hidden_act {config[part]['hidden_act']!r} is not one of "
-                f"{', '.join(ACTIVATIONS)}; use another checkpoint"
+                f"{path}: {part or 'its'} {name} is {fields[name]!r}, need a whole number; "
+                "copy it again"
             )
-    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -165,73 +291,7 @@ def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], t
 def digest_of(config: bytes, weights: Path) -> str:
     """16 hex digits that name a checkpoint by its content."""
     digest = hashlib.sha256(config)
-    with weights.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+    for part in tensor_files.parts(weights):
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a file, as float32. Raises CheckpointError if it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: damaged or not safetensors ({error}); download it again"
-        ) from None
-    return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
-
-
-def _msgpack(path: Path) -> dict[str, np.ndarray]:
-    """A Flax checkpoint."""
-    from flax.serialization import msgpack_restore
-
-    try:
-        flat = flatten_dict(msgpack_restore(path.read_bytes()), sep="/")
-    except Exception as error:  # msgpack raises many unrelated types on damaged bytes
-        raise CheckpointError(
-            f"{path}: damaged or not Flax msgpack ({type(error).__name__}); download it again"
-        ) from None
-    return {name: np.asarray(value, np.float32) for name, value in flat.items()}
-
-
-def _of_torch(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """PyTorch's names and layouts -> Flax's."""
-    renamed = {}
-    for name, value in flat.items():
-        stem, _, last = name.replace(".", "/").rpartition("/")
-        if last == "weight" and value.ndim == 1:
-            last = "scale"
-        elif last == "weight" and stem.endswith(("token_embedding", "position_embedding")):
-            last = "embedding"
-        elif last == "weight":
-            last, value = "kernel", value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        renamed[f"{stem}/{last}" if stem else last] = value
-    return renamed
-
-
-def _names(depths: Mapping[str, int]) -> list[str]:
-    """Every parameter of FlaxCLIPModel; depths: blocks of `vision` and `text`."""
-    both = "scale", "bias"
-    norms = {
-        "text_model": ("final_layer_norm",),
-        "vision_model": ("pre_layrnorm", "post_layernorm"),
-    }
-    names = [f"{model}/{norm}/{x}" for model, own in norms.items() for norm in own for x in both]
-    for part, depth in depths.items():
-        names.append(f"{part}_model/embeddings/position_embedding/embedding")
-        for block in (f"{part}_model/encoder/layers/{i}" for i in range(depth)):
-            names += [f"{block}/layer_norm{i}/{x}" for i in (1, 2) for x in both]
-            dense = [f"self_attn/{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp/fc1", "mlp/fc2"]
-            names += [f"{block}/{layer}/{x}" for layer in dense for x in ("kernel", "bias")]
-    return [
-        *names,
-        "text_model/embeddings/token_embedding/embedding",
-        "vision_model/embeddings/class_embedding",
-        "vision_model/embeddings/patch_embedding/kernel",
-        "visual_projection/kernel",
-        "text_projection/kernel",
-        "logit_scale",
-    ]

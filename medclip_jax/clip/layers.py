@@ -1,6 +1,7 @@
-"""What every image encoder returns and offers, and the blocks of CLIP's transformers.
+"""What every image encoder returns and offers, and the blocks of all transformers.
 
-Blocks are flax.linen modules under the names that transformers uses.
+Blocks are flax.linen modules under the names that transformers' CLIP uses. Readers bring the others
+to them: LayerScale is folded into the layer before it, a bias that is lacking is 0.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+GATED = "gated_"  # before an activation: of the first half of fc1, times the second half
 # The gradient of a block computes attention and activation anew: keeping less is faster.
 SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
@@ -73,6 +82,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: str
+    rope: tuple = ()  # base and number of tokens before the patches; (): none
 
     @nn.compact
     def __call__(self, x: Float[Array, "n s d"], mask=None, position=None):
@@ -86,19 +96,43 @@ class Attention(nn.Module):
             mask = mask[0, 0][position][:, None, None]
         q, k, v = dense("q_proj", queries), dense("k_proj", x), dense("v_proj", x)
         q, k, v = (y.reshape(n, -1, self.heads, d // self.heads) for y in (q, k, v))
+        if self.rope:
+            q, k = (rotate(y, *self.rope) for y in (q, k))
         return dense("out_proj", attend(q, k, v, mask).reshape(n, -1, d))
 
 
+def rotate(x: Float[Array, "n s h d"], base: float, prefix: int) -> Float[Array, "n s h d"]:
+    """Queries or keys of a square grid's patches turned by their place (RoPE as in DINOv3).
+
+    Simeoni et al. 2025. The `prefix` tokens before them stay.
+    """
+    side, d = round((x.shape[1] - prefix) ** 0.5), x.shape[-1]
+    centres = 2 * (np.arange(side) + 0.5) / side - 1
+    place = np.stack(np.meshgrid(centres, centres, indexing="ij"), -1).reshape(-1, 2, 1)
+    angle = 2 * np.pi * place * base ** -np.arange(0, 1, 4 / d)
+    angle = np.tile(angle.reshape(1, -1, 1, d // 2), 2)
+    patches = x[:, prefix:]
+    half = jnp.concatenate([-patches[..., d // 2 :], patches[..., : d // 2]], -1)
+    turned = patches * jnp.asarray(np.cos(angle), x.dtype) + half * jnp.asarray(
+        np.sin(angle), x.dtype
+    )
+    return jnp.concatenate([x[:, :prefix], turned], 1)
+
+
 class Mlp(nn.Module):
-    hidden: int
-    activation: str  # quick_gelu | gelu
+    hidden: int  # of fc1
+    activation: str  # of ACTIVATIONS, with GATED before it or not
     dtype: str
 
     @nn.compact
     def __call__(self, x):
         y = Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-        quick = self.activation == "quick_gelu"
-        y = y * jax.nn.sigmoid(1.702 * y) if quick else jax.nn.gelu(y, False)
+        activate = ACTIVATIONS[self.activation.removeprefix(GATED)]
+        if self.activation.startswith(GATED):
+            gate, y = jnp.split(y, 2, -1)
+            y = activate(gate) * y
+        else:
+            y = activate(y)
         return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y)
 
 
@@ -114,13 +148,18 @@ class Block(nn.Module):
     activation: str
     eps: float
     dtype: str = "float32"
+    rope: tuple = ()  # see Attention
+    post: bool = False  # norms come after the sums, as in BERT
 
     def setup(self):
         self.layer_norm1, self.layer_norm2 = LayerNorm(self.eps), LayerNorm(self.eps)
-        self.self_attn = Attention(self.heads, self.dtype)
+        self.self_attn = Attention(self.heads, self.dtype, self.rope)
         self.mlp = Mlp(self.hidden, self.activation, self.dtype)
 
     def __call__(self, x, mask=None, position=None):
+        if self.post:
+            x = self.layer_norm1(x + self.self_attn(x, mask))
+            return self.layer_norm2(x + self.mlp(x))
         y = self.layer_norm1(x)
         x = x if position is None else x[jnp.arange(x.shape[0]), position][:, None]
         x = x + self.self_attn(y, mask, position)
@@ -137,10 +176,12 @@ class Encoder(nn.Module):
     activation: str
     eps: float
     dtype: str = "float32"
+    rope: tuple = ()
+    post: bool = False
 
     def setup(self):
         kinds = self.heads, self.hidden, self.activation, self.eps, self.dtype
-        self.one = Block(*kinds, parent=None)
+        self.one = Block(*kinds, self.rope, self.post, parent=None)
         if self.is_initializing():
             self.layers = self.param("layers", self._fresh)
         else:  # of either layout
@@ -148,7 +189,8 @@ class Encoder(nn.Module):
 
     def _fresh(self, key):
         keys = jax.random.split(key, self.depth)
-        x = jnp.zeros((1, 1, self.width), self.dtype)
+        before = self.rope[1] if self.rope else 0
+        x = jnp.zeros((1, before + 1, self.width), self.dtype)
         return {str(i): self.one.init(k, x)["params"] for i, k in enumerate(keys)}
 
     def params_of(self, number: int):
@@ -166,7 +208,7 @@ class Encoder(nn.Module):
     def lean(self, x, mask, position):
         """All blocks by a loop that keeps little for its gradient, which beats scan's.
 
-        Of the last block, the tokens at `position` [n] alone: [n, 1, d].
+        Of the last block, the tokens at `position` [n] alone: [n, 1, d]; None: all of them.
         """
         block = jax.checkpoint(lambda p, y: self.one.apply({"params": p}, y, mask), policy=SAVED)
         for number in range(1, self.depth):

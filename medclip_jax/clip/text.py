@@ -1,11 +1,12 @@
-"""The text encoder with learnable context, fused: it runs in every training step.
+"""The text encoders with learnable context, fused: they run in every training step.
 
-Parameters are transformers' Flax tree (text_model, text_projection). The encoder is causal and cut
-after the last end-of-text token, since what comes later cannot change the result.
+Parameters are transformers' Flax tree (text_model, text_projection). What comes after the last
+end-of-text token is cut off where it cannot change the result: CLIP's encoder is causal, BERT's
+masks it. SigLIP's reads the padding, and its last position is the feature.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -57,14 +58,15 @@ class TextEncoder(nn.Module):
     vocabulary: int
     positions: int
     joint: int
-    activation: str = "quick_gelu"  # | gelu
+    activation: str = "quick_gelu"  # of layers.ACTIVATIONS
     eps: float = 1e-5
+    whole: bool = False  # SigLIP's: every position is read, the last one is the feature
 
     def setup(self):
         kinds = self.heads, self.hidden, self.activation, self.eps
         embedding = self.vocabulary, self.positions, self.width
         self.text_model = TextModel(embedding, (self.depth, self.width, *kinds), self.eps)
-        self.text_projection = layers.Dense(self.joint, use_bias=False)
+        self.text_projection = layers.Dense(self.joint, use_bias=self.whole)
 
     def __call__(
         self,
@@ -76,9 +78,67 @@ class TextEncoder(nn.Module):
     ) -> Float[Array, "c j"]:
         x = self.text_model.embeddings(context, ids, slots)
         t = x.shape[1]
+        if self.whole:
+            causal, eos = False, jnp.full_like(eos, t - 1)
         mask = jnp.tril(jnp.ones((t, t), bool))[None, None] if causal else None
         x = self.text_model.encoder.lean(x, mask, eos)[:, 0]
         return self.text_projection(self.text_model.final_layer_norm(x))
+
+
+class BertModel(nn.Module):
+    """BERT under our names; its token types are in the positions."""
+
+    embedding: tuple  # fields of Embeddings
+    blocks: tuple  # fields of layers.Encoder
+    eps: float
+    pooling: str
+
+    def setup(self):
+        self.embeddings = Embeddings(*self.embedding)
+        self.embedding_norm = layers.LayerNorm(self.eps)
+        self.encoder = layers.Encoder(*self.blocks)
+        if self.pooling == "cls_pooler":
+            self.pooler = layers.Dense(self.embedding[2])
+
+
+class Bert(nn.Module):
+    """open_clip's text encoder of BERT's kind, not normalised; what it takes is as TextEncoder."""
+
+    width: int
+    heads: int
+    hidden: int
+    depth: int
+    vocabulary: int
+    positions: int
+    joint: int
+    middle: int = 0  # width between the two layers of the projection; 0: one, -1: none
+    pooling: str = "cls_last_hidden_state_pooler"  # | cls_pooler | mean_pooler
+    eps: float = 1e-12
+
+    whole: ClassVar[bool] = False
+
+    def setup(self):
+        kinds = self.heads, self.hidden, "gelu", self.eps, "float32", (), True
+        embedding = self.vocabulary, self.positions, self.width
+        blocks = (self.depth, self.width, *kinds)
+        self.text_model = BertModel(embedding, blocks, self.eps, self.pooling)
+        sizes = {0: (self.joint,), -1: ()}.get(self.middle, (self.middle, self.joint))
+        self.text_projection = [layers.Dense(n, use_bias=False) for n in sizes]
+
+    def __call__(self, context, ids, slots, eos, causal: bool = True) -> Float[Array, "c j"]:
+        model = self.text_model
+        x = model.embedding_norm(model.embeddings(context, ids, slots))
+        real = jnp.arange(x.shape[1])[None] <= eos[:, None]
+        x = model.encoder.lean(x, real[:, None, None] if causal else None, None)
+        if self.pooling == "mean_pooler":
+            x = (x * real[..., None]).sum(1) / real.sum(1, keepdims=True)
+        else:
+            x = x[:, 0]
+        if self.pooling == "cls_pooler":
+            x = jnp.tanh(model.pooler(x))
+        for i, layer in enumerate(self.text_projection):
+            x = layer(jax.nn.gelu(x, False) if i else x)
+        return x
 
 
 def fill(
@@ -99,15 +159,34 @@ def encode_text(
 ) -> Float[Array, "c j"]:
     """Prompt embeddings in the joint space, not normalised; context fills the slots (equation 4).
 
-    encoder: TextEncoder, or transformers' own, of the parameters `text`.
+    encoder: TextEncoder, Bert or transformers' own, of the parameters `text`.
     causal: False is MediCLIP's unmasked encoder, which also sees the padding.
     """
-    end = int(np.max(prompts.eos)) + 1 if causal else None
+    end = length(prompts.eos, encoder, causal)
     ids, slots = (jnp.asarray(x)[:, :end] for x in (prompts.ids, prompts.slots))
     features: Any = encoder.apply(
         {"params": text}, context, ids, slots, jnp.asarray(prompts.eos), causal
     )
     return features
+
+
+def length(eos: Int[np.ndarray, "*c"], encoder: Any, causal: bool) -> int | None:
+    """Positions that the encoder must read; None for all of them."""
+    return int(np.max(eos)) + 1 if causal and not encoder.whole else None
+
+
+def bert_of_params(params: Mapping, heads: int, pooling: str, eps: float) -> Bert:
+    """The encoder that a checkpoint's parameters (names.py) make up."""
+    plain = of_params(
+        {**params, "text_projection": {"kernel": np.zeros((1, 1))}}, heads, "gelu", eps
+    )
+    kernels = [
+        params[f"text_projection_{i}"]["kernel"] for i in (0, 1) if f"text_projection_{i}" in params
+    ]
+    joint = kernels[-1].shape[1] if kernels else plain.width
+    middle = (-1, 0, kernels[0].shape[1] if kernels else 0)[len(kernels)]
+    sizes = (getattr(plain, x) for x in ("width", "heads", "hidden", "depth", "vocabulary"))
+    return Bert(*sizes, plain.positions, joint, middle, pooling, eps)
 
 
 def of_params(params: Mapping, heads: int, activation: str, eps: float) -> TextEncoder:
@@ -125,4 +204,5 @@ def of_params(params: Mapping, heads: int, activation: str, eps: float) -> TextE
         joint=params["text_projection"]["kernel"].shape[-1],
         activation=activation,
         eps=eps,
+        whole="bias" in params["text_projection"],
     )

@@ -39,6 +39,7 @@ class TransformersViT(nn.Module):
     inputs: bool = False
 
     implementation: ClassVar[str] = "transformers"
+    prefix: ClassVar[int] = 1  # class token
 
     depth = property(lambda self: json.loads(self.config)["num_hidden_layers"])
     heads = property(lambda self: json.loads(self.config)["num_attention_heads"])
@@ -77,6 +78,8 @@ class TransformersText(nn.Module):
 
     config: str  # of CLIPTextConfig, as JSON
     joint: int
+
+    whole: ClassVar[bool] = False
 
     def setup(self):
         from transformers import CLIPTextConfig

@@ -71,9 +71,9 @@ def init(
     """
     context_key, *adapter_keys = jax.random.split(key, 1 + len(model.widths))
     rows, start = 1 if shared else len(design.prompts.ids), design.prompts.start
-    tokens = token_table(model.text)
     params: dict[str, Any] = {}
-    if context:
+    if context and model.text:
+        tokens = token_table(model.text)
         params |= modules.init_context(context_key, rows, context, tokens, start)
     params["adapters"] = tuple(
         modules.init_adapter(k, width, model.joint)

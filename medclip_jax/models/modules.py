@@ -139,6 +139,7 @@ class FrozenBlocks(NamedTuple):
     heads: int
     eps: float
     blocks: tuple[dict[str, Any], ...]  # per level: layer_norm1 and self_attn
+    prefix: int  # tokens before the patches
 
 
 def frozen_blocks(params: Mapping, encoder: Any) -> FrozenBlocks:
@@ -146,7 +147,7 @@ def frozen_blocks(params: Mapping, encoder: Any) -> FrozenBlocks:
     layers_of = params["vision_model"]["encoder"]["layers"]
     parts = "layer_norm1", "self_attn"
     blocks = tuple({x: layers_of[str(l - 1)][x] for x in parts} for l in encoder.levels)
-    return FrozenBlocks(encoder.heads, encoder.eps, blocks)
+    return FrozenBlocks(encoder.heads, encoder.eps, blocks, encoder.prefix)
 
 
 class TokenRefiner(nn.Module):
@@ -161,6 +162,7 @@ class TokenRefiner(nn.Module):
 
     heads: int
     eps: float
+    prefix: int = 1  # tokens before the patches
 
     @nn.compact
     def __call__(
@@ -177,7 +179,7 @@ class TokenRefiner(nn.Module):
         parts = query, attention["k_proj"], value
         q, k, v = (_dense(y, p).reshape(n, s, self.heads, d // self.heads) for p in parts)
         mixed = layers.attend(q, k, v, None).reshape(n, s, d)
-        refined = _dense(mixed, attention["out_proj"])[:, 1:]
+        refined = _dense(mixed, attention["out_proj"])[:, self.prefix :]
         return tokens.astype(jnp.float32) + gate * refined
 
 
@@ -187,7 +189,7 @@ def _dense(x: Float[Array, "n s d"], p: Mapping) -> Float[Array, "n s e"]:
 
 def init_refiners(key: jax.Array, frozen_parts: FrozenBlocks) -> tuple[dict, ...]:
     """Fresh parameters of a TokenRefiner per level: {kernel, bias, gate}."""
-    refiner = TokenRefiner(frozen_parts.heads, frozen_parts.eps)
+    refiner = TokenRefiner(frozen_parts.heads, frozen_parts.eps, frozen_parts.prefix)
 
     def fresh(block: Mapping) -> dict:
         width = block["layer_norm1"]["scale"].shape[0]
@@ -209,7 +211,7 @@ def refine(
     Of many images a CHUNK at a time, and going back their attention is computed anew, so that
     memory does not grow with it.
     """
-    refiner: Any = TokenRefiner(frozen_parts.heads, frozen_parts.eps)
+    refiner: Any = TokenRefiner(frozen_parts.heads, frozen_parts.eps, frozen_parts.prefix)
 
     def one(own: Mapping, block: Mapping, tokens: Any, x: Any) -> Any:
         n = len(tokens)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from medclip_jax.clip.text import length
 from medclip_jax.prompts.tokenize import Prompts
 
 FORMS = ("softmax", "distance")
@@ -228,8 +229,8 @@ def set_features(
 
     One set alone goes through the text encoder in the first case, all of them in the second.
     """
-    length = int(sets.eos.max()) + 1 if causal else sets.ids.shape[2]
-    arrays = sets.row, sets.ids[:, :, :length], sets.slots[:, :, :length], sets.eos
+    end = length(sets.eos, encoder, causal)
+    arrays = sets.row, sets.ids[:, :, :end], sets.slots[:, :, :end], sets.eos
     count, width = sets.row.shape
     if source.ndim == 0:
         row, *words = (jnp.asarray(x)[source] for x in arrays)

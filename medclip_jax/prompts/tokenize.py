@@ -23,6 +23,10 @@ class Prompts(NamedTuple):
     start: Int[np.ndarray, " k"] | None = None  # token each context vector starts from, -1 random
 
 
+EMPTY = np.zeros((0, 1), np.int32)
+NONE = Prompts(EMPTY, EMPTY, EMPTY[:, 0], EMPTY[:, 0], ())  # of an encoder of images alone
+
+
 class Words(NamedTuple):
     """What fills templates: each anatomy and modality with its synonyms, and all conditions."""
 
@@ -140,15 +144,17 @@ def tokenise(
 ) -> Prompts:
     """[SOS] context phrase . [EOS] pad, the phrase at the `end`, `front` or in the `middle`.
 
-    A phrase that does not fit in `positions` is shortened, and a warning names it. Raises
-    ConfigError if the context leaves no room for one token of a phrase.
+    A tokenizer without [SOS] or full stops (SigLIP's) leaves them out. A phrase that does not fit
+    in `positions` is shortened, and a warning names it. Raises ConfigError if the context leaves no
+    room for one token of a phrase.
     """
     dot = tokenizer(".", add_special_tokens=False).input_ids
-    room = positions - context - len(dot) - 2
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = positions - context - len(dot) - len(first) - 1
     if room < 1:
         raise ConfigError(
             f"prompts.context is {context}: the text encoder has {positions} positions, "
-            f"give {positions - len(dot) - 3} or less"
+            f"give {positions - len(dot) - len(first) - 2} or less"
         )
     ids = np.full((len(phrases), positions), tokenizer.pad_token_id, np.int32)
     slots = np.full((len(phrases), positions), -1, np.int32)
@@ -161,8 +167,8 @@ def tokenise(
                 *(phrase, room, len(tokens), positions, context),
             )
         body, of_body = arrange(tokens[:room], context, position)
-        row = [tokenizer.bos_token_id, *body, *dot, tokenizer.eos_token_id]
-        ids[i, : len(row)], slots[i, 1 : 1 + len(body)] = row, of_body
+        row = [*first, *body, *dot, tokenizer.eos_token_id]
+        ids[i, : len(row)], slots[i, len(first) : len(first) + len(body)] = row, of_body
     return Prompts(ids, slots, end_of_text(ids, eos_id), np.asarray(label), tuple(phrases))
 
 

@@ -65,7 +65,7 @@ def test_damaged_config(copy):
     with pytest.raises(CheckpointError, match="config.json: cannot be read"):
         checkpoint.load(str(copy))
     (copy / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="need 'clip'"):
+    with pytest.raises(CheckpointError, match="need one of clip, siglip"):
         checkpoint.load(str(copy))
 
 
@@ -87,3 +87,46 @@ def test_damaged_preprocessing(copy, content):
     (copy / "preprocessor_config.json").write_text(content)
     with pytest.raises(CheckpointError, match="preprocessor_config.json: "):
         checkpoint.load(str(copy))
+
+
+@pytest.mark.parametrize("pin", ["", "@0123abc"])
+def test_a_hub_id_may_be_pinned(monkeypatch, pin):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    calls = []
+
+    def fetch(repository, file, revision):
+        calls.append((repository, revision))
+        if not (hf_weights.EMBEDDED / file).is_file():
+            raise EntryNotFoundError(file)
+        return str(hf_weights.EMBEDDED / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert hf_weights.locate(f"org/name{pin}") == hf_weights.EMBEDDED
+    assert set(calls) == {("org/name", pin[1:] or None)}
+
+
+def test_without_a_network_the_hubs_cache_is_read(monkeypatch):
+    """What a repository does not have is not in the cache, which is no fault."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(*_, **__):
+        raise LocalEntryNotFoundError("offline")
+
+    def cached(repository, file, revision):
+        path = hf_weights.EMBEDDED / file
+        return str(path) if repository == "org/name" and path.is_file() else None
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert hf_weights.locate("org/name") == hf_weights.EMBEDDED
+    with pytest.raises(CheckpointError, match="org/other.*the Hub did not give it"):
+        hf_weights.locate("org/other")
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b/c", "org/name@", "org/name@a b", "../x@main"])
+def test_what_is_no_hub_id_is_said(name):
+    with pytest.raises(CheckpointError, match="give a folder, a Hub id"):
+        hf_weights.locate(name)

@@ -1,7 +1,6 @@
 """The ResNet tower against open_clip's own module (tests/reference/clip_resnet/make.py), and as a
 choice of clip.checkpoint."""
 
-import importlib.util
 import json
 import re
 from functools import partial
@@ -14,12 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from medclip_jax.clip import checkpoint as clip_checkpoint
-from medclip_jax.clip import hf_weights, open_clip_weights, resnet
+from medclip_jax.clip import hf_weights, open_clip_weights, resnet, tensor_files
 from medclip_jax.clip.text import encode_text
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.prompts import tokenize
 from tests.support.checkpoints import copy_tokenizer, tiny_checkpoint
-from tests.support.paths import REFERENCE, ROOT
+from tests.support.paths import REFERENCE
 from tests.support.predicting import run as predict
 from tests.support.runs import log, predictions
 
@@ -105,7 +104,7 @@ def to_openclip(name: str) -> str:
 def openclip_tensors(msgpack: Path) -> dict[str, np.ndarray]:
     """The fixture's image tower and a tiny text tower, in open_clip's names and layouts."""
     flat = {}
-    for n, x in hf_weights._msgpack(msgpack).items():
+    for n, x in tensor_files.read(msgpack).items():
         if not n.startswith("vis"):
             name = re.sub(r"\.(kernel|scale|embedding)$", ".weight", n.replace("/", "."))
             flat[name] = x.T if n.endswith("kernel") else x
@@ -125,7 +124,7 @@ def checkpoint(tmp_path_factory) -> Path:
     tensors = openclip_tensors(
         tiny_checkpoint(folder / "vit", text_blocks=2)[0] / "flax_model.msgpack"
     )
-    save_file(tensors, folder / open_clip_weights.WEIGHTS)
+    save_file(tensors, folder / hf_weights.OPEN_CLIP[0])
     text = {"quick_gelu": False, "text_cfg": {"heads": 2}}
     config = {"model_cfg": text, "preprocess_cfg": {"mean": [0.5] * 3}}
     (folder / open_clip_weights.CONFIG).write_text(json.dumps(config))
@@ -198,9 +197,9 @@ def test_what_a_resnet_cannot_do_is_said(world, checkpoint, tmp_path, capfd):
     "lacks", ["visual.layer2.0.bn2.running_var", "ln_final.bias", "visual.attnpool.k_proj.bias"]
 )
 def test_missing_tensors_are_named(checkpoint, tmp_path, lacks):
-    tensors = load_file(checkpoint / open_clip_weights.WEIGHTS)
+    tensors = load_file(checkpoint / hf_weights.OPEN_CLIP[0])
     del tensors[lacks]
-    save_file(tensors, tmp_path / open_clip_weights.WEIGHTS)
+    save_file(tensors, tmp_path / hf_weights.OPEN_CLIP[0])
     copy_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match=f"{lacks.replace('.', '[.]')} is missing"):
         clip_checkpoint.load(str(tmp_path))
@@ -208,53 +207,14 @@ def test_missing_tensors_are_named(checkpoint, tmp_path, lacks):
 
 def test_damaged_files_are_said(checkpoint, tmp_path):
     copy_tokenizer(tmp_path)
-    whole = (checkpoint / open_clip_weights.WEIGHTS).read_bytes()
-    (tmp_path / open_clip_weights.WEIGHTS).write_bytes(whole[:1000])
+    whole = (checkpoint / hf_weights.OPEN_CLIP[0]).read_bytes()
+    (tmp_path / hf_weights.OPEN_CLIP[0]).write_bytes(whole[:1000])
     with pytest.raises(CheckpointError, match="download it again"):
         clip_checkpoint.load(str(tmp_path))
-    (tmp_path / open_clip_weights.WEIGHTS).write_bytes(whole)
+    (tmp_path / hf_weights.OPEN_CLIP[0]).write_bytes(whole)
     plain = clip_checkpoint.load(str(tmp_path))  # OpenAI's file has no config
     assert plain.text_encoder.activation == "quick_gelu" and plain.mean == hf_weights.MEAN
     assert plain.digest != clip_checkpoint.load(str(checkpoint)).digest
     (tmp_path / open_clip_weights.CONFIG).write_text("{")
     with pytest.raises(CheckpointError, match="copy it again"):
         clip_checkpoint.load(str(tmp_path))
-
-
-@pytest.mark.parametrize("scripted", [True, False])
-def test_torchscript_archives_are_converted(checkpoint, tmp_path, scripted):
-    torch = pytest.importorskip("torch", reason="in the extra torch-peers")
-    path = ROOT / "experiments" / "convert_torchscript.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    class Root(torch.nn.Module):
-        def forward(self, x):
-            return x
-
-    root = Root()
-    tensors = load_file(checkpoint / open_clip_weights.WEIGHTS) | {"input_resolution": np.array(64)}
-    for name, value in tensors.items():
-        *way, last = name.split(".")
-        at = root
-        for step in way:
-            if not hasattr(at, step):
-                at.add_module(step, torch.nn.Module())
-            at = getattr(at, step)
-        at.register_buffer(last, torch.tensor(value).half() if value.ndim else torch.tensor(value))
-    archive = tmp_path / "RN.pt"
-    if scripted:
-        torch.jit.script(root).save(archive)
-    else:
-        torch.save(
-            {"state_dict": {f"module.{n}": x for n, x in root.state_dict().items()}}, archive
-        )
-    script.convert(archive, checkpoint, tmp_path / "out")
-    made, want = clip_checkpoint.load(str(tmp_path / "out")), clip_checkpoint.load(str(checkpoint))
-    assert made.text_encoder.activation == ("quick_gelu" if scripted else "gelu")
-    same = jax.tree.map(
-        lambda a, b: np.abs(a - b).max() < 2e-3 * (1 + np.abs(b).max()),
-        *((x.vision, x.text) for x in (made, want)),
-    )
-    assert all(jax.tree.leaves(same))
