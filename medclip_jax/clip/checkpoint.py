@@ -213,7 +213,7 @@ def _by_transformers(weights: hf_weights.Weights, taps: dict) -> tuple[ImageEnco
 def _blocks(config: dict, levels: tuple[int, ...]) -> tuple[int, ...]:
     """The tapped blocks of a ViT."""
     depth = config["vision_config"]["num_hidden_layers"]
-    levels = levels or tuple(round(depth * x) for x in (0.5, 0.75, 1.0))
+    levels = levels or tuple(sorted({max(round(depth * x), 1) for x in (0.5, 0.75, 1.0)}))
     if not all(1 <= l <= depth for l in levels) or list(levels) != sorted(set(levels)):
         raise ConfigError(
             f"config.clip.layers {levels}: need rising block numbers between 1 and {depth}"

@@ -192,10 +192,9 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", name):
         raise CheckpointError(
-            f"clip.checkpoint {name!r}: no such folder; give a folder, a Hub id (with @revision to "
-            "pin it) or 'compact'"
+            f"clip.checkpoint {name!r}: no such folder; give a folder, a Hub id or 'compact'"
         )
     pin = {"revision": revision or None}
 

@@ -56,7 +56,7 @@ def read(folder: Path) -> hf_weights.Weights:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; download it again") from None
     encoder, params = None, {}
-    if not any("patch_embedding" in name for name in tree):
+    if any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in flat):
         encoder, params = _resnet(path, flat)
     said = [x.get("layers") for x in (vision, text)]  # of a ResNet, four numbers
     depths = [

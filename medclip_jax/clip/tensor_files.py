@@ -53,7 +53,7 @@ def named(path: Path) -> list[str]:
         return []
     try:
         names = sorted(set(stored.read_json(path)["weight_map"].values()))
-        plain = all(Path(name).name == name and name != ".." for name in names)
+        plain = all(name and Path(name).name == name and name != ".." for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
     if not names or not plain:
@@ -136,17 +136,20 @@ class _Tensors(pickle._Unpickler):
             return np.dtype(STORAGES[name])
         if (module, name) in known:
             return known[module, name]
-        if self.scripted and module.startswith("__torch__."):
+        if self.scripted and module.partition(".")[0] == "__torch__":
             return Inert
         raise Forbidden(f"{module}.{name}"[:100])
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, dtype, key, _, count = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(count, int):
+        if kind != "storage" or not isinstance(dtype, np.dtype) or type(count) is not int:
             raise ValueError("an unknown storage")
         if key not in self.values:
             info = self.archive.getinfo(f"{self.root}data/{key}")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size < count * dtype.itemsize:
+            if (
+                info.compress_type != zipfile.ZIP_STORED
+                or not 0 <= count * dtype.itemsize <= info.file_size
+            ):
                 raise ValueError(f"storage {key} has {info.file_size} bytes")
             self.values[key] = np.frombuffer(self.archive.read(info), dtype, count)
         return self.values[key]
