@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Any] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": jax.nn.gelu,
