@@ -146,7 +146,8 @@ def _fused(weights: hf_weights.Weights, taps: dict) -> tuple[ImageEncoder, Any]:
             text_encoder = text.of_params(params, *kinds("text"))
         if weights.resnet is not None:
             return resnet.tapped(weights.resnet, **taps), text_encoder
-        encoder = vit.of_params(params, *kinds("vision"), **taps, **weights.vision)
+        more: dict[str, Any] = {**taps, **weights.vision}
+        encoder = vit.of_params(params, *kinds("vision"), **more)
         side = weights.config["vision_config"]["image_size"]
         _check_shapes(encoder.clone(levels=()), params, jnp.zeros((1, side, side, 3)))
         if text_encoder is not None:
@@ -163,7 +164,7 @@ def _fused(weights: hf_weights.Weights, taps: dict) -> tuple[ImageEncoder, Any]:
 
 def _check_shapes(module: nn.Module, params: dict, *inputs) -> None:
     """ValueError naming the first parameter whose shape is not the module's."""
-    one: Any = module.clone(depth=1)  # type: ignore[call-arg]
+    one: Any = module.clone(depth=1)
     fresh = jax.eval_shape(one.init, jax.random.key(0), *inputs)["params"]
     flat = flatten_dict(params, sep="/")
     for name, like in flatten_dict(fresh, sep="/").items():
@@ -240,7 +241,8 @@ def describe(clip: Clip, images: int) -> dict[str, str]:
 
     images: of the supports and their variants in training.
     """
-    encoder, side = clip.image_encoder, clip.size
+    encoder: Any = clip.image_encoder
+    side = clip.size
     count = sum(x.size for x in jax.tree.leaves((clip.vision, clip.text)))
     static = dict(encoder=encoder, mean=clip.mean, std=clip.std)
     grey = jnp.zeros((1, side, side))

@@ -30,7 +30,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 HALVES = (0.5,) * 3, (0.5,) * 3
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREFIX, POSITIONS = "prefix_tokens", "position_embedding/embedding"
-TABLES = {"siglip": (POSITIONS,), "dinov3_vit": (PREFIX,)}  # what stands before or on the patches
+TABLES: dict[str, tuple[str, ...]] = {
+    "siglip": (POSITIONS,),
+    "dinov3_vit": (PREFIX,),
+}  # what stands before or on the patches
 TABLES |= dict.fromkeys(("dinov2", "dinov2_with_registers"), (PREFIX, POSITIONS))
 CONFIGS = {  # model_type -> its class in transformers, pixel mean and sd where no file says them
     "clip": ("CLIPConfig", (MEAN, STD)),
@@ -196,7 +199,7 @@ def _download(name: str) -> Path:
         raise CheckpointError(
             f"clip.checkpoint {name!r}: no such folder; give a folder, a Hub id or 'compact'"
         )
-    pin = {"revision": revision or None}
+    pin: dict[str, Any] = {"revision": revision or None}
 
     def fetch(file: str) -> Path | None:
         try:

@@ -105,6 +105,7 @@ def to_flax(flat: Mapping[str, np.ndarray], rules: Rules = ()) -> tuple[Flat, di
 def _simplify(flat: Flat, dino: bool) -> None:
     """Fold what the blocks have not: LayerScale, a gate beside fc1, absent biases, tokens."""
     halves: Any
+    tokens: Any
     for name in list(flat):
         stem, _, last = name.rpartition(".")
         if last in ("scale1", "scale2"):

@@ -55,7 +55,8 @@ def read(folder: Path) -> hf_weights.Weights:
         tree, origin = names.to_flax(flat, rules)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; download it again") from None
-    encoder, params = None, {}
+    encoder: Any = None
+    params: dict[str, Any] = {}
     if any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in flat):
         encoder, params = _resnet(path, flat)
     said = [x.get("layers") for x in (vision, text)]  # of a ResNet, four numbers

@@ -10,7 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -117,13 +117,14 @@ class _Tensors(pickle._Unpickler):
 
     def build(self) -> None:
         """The opcode that sets attributes: of `Inert` alone, of an OrderedDict they are dropped."""
-        state, instance = self.stack.pop(), self.stack[-1]
+        stack: Any = self.stack  # type: ignore[attr-defined]
+        state, instance = stack.pop(), stack[-1]
         if isinstance(instance, Inert):
             instance.state = state
         elif not isinstance(instance, OrderedDict):
             raise Forbidden("attributes of its own")
 
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: build}
+    dispatch: ClassVar[Any] = pickle._Unpickler.dispatch | {pickle.BUILD[0]: build}
 
     def find_class(self, module: str, name: str) -> Any:
         known = {

@@ -185,8 +185,9 @@ def bert_of_params(params: Mapping, heads: int, pooling: str, eps: float) -> Ber
     ]
     joint = kernels[-1].shape[1] if kernels else plain.width
     middle = (-1, 0, kernels[0].shape[1] if kernels else 0)[len(kernels)]
-    sizes = (getattr(plain, x) for x in ("width", "heads", "hidden", "depth", "vocabulary"))
-    return Bert(*sizes, plain.positions, joint, middle, pooling, eps)
+    sizes: Any = (getattr(plain, x) for x in ("width", "heads", "hidden", "depth", "vocabulary"))
+    bert: Any = Bert
+    return bert(*sizes, plain.positions, joint, middle, pooling, eps)
 
 
 def of_params(params: Mapping, heads: int, activation: str, eps: float) -> TextEncoder:
