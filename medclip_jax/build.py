@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from medclip_jax import config_validation
 from medclip_jax.clip.checkpoint import Clip, load
 from medclip_jax.config import deforms, recipe_of
-from medclip_jax.config_validation import FUSED_METHODS, PIXEL_METHODS
+from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.layouts import Split
@@ -56,7 +56,7 @@ def load_clip(c: ConfigDict) -> Clip:
     dtype = "float32" if c.clip.dtype == "float16" else c.clip.dtype  # which tokens alone have
     taps = tuple(c.clip.layers), dtype, c.model.refine
     clip = load(c.clip.checkpoint, *taps, c.clip.implementation, c.clip.size)
-    branches = c.branches if c.method in FUSED_METHODS else (c.method,)
+    branches = (c.method,) if c.method in FIXED_METHODS else c.branches
     texts = [name for name in branches if name not in ("memory", *PIXEL_METHODS)]
     if clip.text_encoder is None and texts:
         raise ConfigError(

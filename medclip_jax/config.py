@@ -225,7 +225,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     fresh = EPOCHS if c.method == "mediclip" else VARIANTS
     c.synthesis.variants = c.synthesis.variants or fresh
-    untrained = c.method in FUSED_METHODS and "learned" not in c.branches
+    untrained = "learned" not in c.branches
     c.steps = 0 if untrained or c.method in FIXED_METHODS else c.steps or training_steps(c)
     config_validation.check_learned(c)
     c.cache = str(cache_folder(c.cache))
