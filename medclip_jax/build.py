@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medclip_jax import config_validation
-from medclip_jax.clip.checkpoint import Clip, load
+from medclip_jax.clip.checkpoint import Clip, describe, load
 from medclip_jax.config import deforms, recipe_of
 from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
@@ -64,6 +64,12 @@ def load_clip(c: ConfigDict) -> Clip:
             "prompts: give --config.method=memory"
         )
     return clip
+
+
+def describe_clip(c: ConfigDict) -> list[str]:
+    """What the checkpoint is, and what supports, variants and test images cost, line by line."""
+    lines = describe(load_clip(c), c.k * (1 + c.synthesis.variants))
+    return [f"{name:10} {line}" for name, line in lines.items()]
 
 
 def load_split(c: ConfigDict) -> Split:

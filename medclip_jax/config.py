@@ -130,8 +130,7 @@ def _model(c: ConfigDict) -> None:
         "size": 0,  # pixels per side of the input, a multiple of the patch; 0: the checkpoint's
         "implementation": "fused",  # fused | transformers (FlaxCLIPModel's own modules)
         "layers": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
-        # of the image encoder and the cached tokens: float32 | bfloat16 | float16 (tokens alone)
-        "dtype": "float32",
+        "dtype": "float32",  # of encoder and cached tokens: float32 | bfloat16 | float16 (tokens)
     }
     c.prompts = {
         "phrases": "templates",  # templates | words (as MediCLIP) | ontology (with synonyms)

@@ -228,12 +228,10 @@ def check(fields: ConfigDict) -> None:
 
     c = config.resolve(fields)
     if c.clip.checkpoint != config.base().clip.checkpoint:
-        from medclip_jax import build
-        from medclip_jax.clip import checkpoint
+        from medclip_jax.build import describe_clip
 
-        clip = build.load_clip(c)
-        for name, line in checkpoint.describe(clip, c.k * (1 + c.synthesis.variants)).items():
-            print(printable(f"{name:10} {line}"), flush=True)
+        for line in describe_clip(c):
+            print(printable(line), flush=True)
     root = Path(c.data.root) if c.data.root else None
     data_check.run(
         *(c.data.name, root, Path(c.cache), c.k),

@@ -93,11 +93,10 @@ def read(folder: Path) -> hf_weights.Weights:
             "positions": int(text.get("context_length") or 77),
         },
     }
-    meant = [quick, model["heads"], mean, std]
-    meant += [] if encoder else [sizes, pooling, config["text_config"]["positions"]]
+    more = [] if encoder else [sizes, pooling, config["text_config"]["positions"]]
     return hf_weights.Weights(
         *(folder, config, params, mean, std),
-        hf_weights.digest_of(json.dumps(meant).encode(), path),
+        hf_weights.digest_of(json.dumps([quick, model["heads"], mean, std, *more]).encode(), path),
         resnet=encoder,
         antialias=True,
         tokenizer="bert" if is_bert else "clip",
