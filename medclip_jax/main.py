@@ -232,15 +232,9 @@ def check(fields: ConfigDict) -> None:
 
         for line in describe_clip(c):
             print(printable(line), flush=True)
-    root = Path(c.data.root) if c.data.root else None
-    data_check.run(
-        *(c.data.name, root, Path(c.cache), c.k),
-        seed=c.seed,
-        pool_size=c.data.pool,
-        kind=c.data.split,
-        uncertain=c.data.uncertain,
-        window=c.data.window,
-    )
+    data, root = c.data, Path(c.data.root) if c.data.root else None
+    how = {"pool_size": data.pool, "kind": data.split, "uncertain": data.uncertain}
+    data_check.run(data.name, root, Path(c.cache), c.k, seed=c.seed, window=data.window, **how)
 
 
 def run(mode: str, fields: ConfigDict, folder: Path) -> None:
