@@ -18,8 +18,6 @@ from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import numpy as np
-
 from medclip_jax.errors import ConfigError, WorkdirError
 
 MOST_LOG = 1 << 27  # bytes of a metrics.jsonl that is read
@@ -182,6 +180,8 @@ def expanded(name: str | os.PathLike[str]) -> Path:
 
 def write_npz(file: Any, arrays: Mapping[str, Any]) -> None:
     """As numpy.savez without the time of day, for which a clock before 1980 would be an error."""
+    import numpy as np
+
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -220,7 +220,7 @@ def _lock(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_SH)
 
 
-def temporary_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = None) -> np.ndarray:
+def temporary_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = None) -> Any:
     """Zeros on disk: what grows with the test set stays out of memory.
 
     The file has no name: it is gone with the process, however that ends. Its space is reserved at
@@ -233,6 +233,8 @@ def temporary_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = No
     Raises:
       WorkdirError: if the disk is full or the folder cannot be written.
     """
+    import numpy as np
+
     with disk_errors(Path(tempfile.tempdir or "a temporary folder")):
         folder = Path(folder or tempfile.gettempdir())
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -250,6 +252,8 @@ def plain(obj: Any) -> Any:
     """The same value in JSON's types; a number that is not finite becomes None."""
     if isinstance(obj, Mapping):
         return {str(name): plain(value) for name, value in obj.items()}
+    import numpy as np  # here, as --help needs none
+
     if isinstance(obj, np.generic | np.ndarray):
         return plain(obj.tolist())
     if isinstance(obj, list | tuple | set | frozenset):

@@ -21,7 +21,7 @@ from typing import Any, cast
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config, config_validation, files, stored
+from medclip_jax import config, config_validation, files
 from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError, one_line, printable
 
 DISK_ERRORS = (
@@ -141,6 +141,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def check_config_file(argv: list[str]) -> None:
     """Raise ConfigError if --config names no regular file, or one too large for settings."""
+    from medclip_jax import stored
+
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, inline = flag.partition("=")
         name = (inline if equals else value).partition(":")[0]
@@ -149,8 +151,7 @@ def check_config_file(argv: list[str]) -> None:
         try:
             stored.check_file(Path(name), MOST_CONFIG)
         except OSError as error:
-            text = f"config file {name} cannot be read: give one that exists"
-            raise ConfigError(text) from error
+            raise ConfigError(f"config file {name} cannot be read: give one that exists") from error
         except ValueError as error:
             raise ConfigError(f"config file {name} cannot be used ({error})") from error
 

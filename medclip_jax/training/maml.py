@@ -159,6 +159,7 @@ def meta_loss(
         adapted, _ = adapt(params, support, loss=loss, inner=inner)
         return loss(adapted, query)
 
+    episodes = jax.tree.map(jnp.asarray, episodes)  # custom gradients take no NumPy constants
     per_task = jax.vmap(one)(*episodes)
     if valid is None:
         return jax.tree.map(jnp.mean, per_task)

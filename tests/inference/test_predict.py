@@ -191,7 +191,7 @@ def test_a_header_with_several_values_for_one_is_a_slice_of_its_own(tmp_path):
 
 
 def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):
-    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 6)).astype(np.int16)
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 8)).astype(np.int16)
     affine = np.array([[-1.5, 0, 0, 9], [0, 0, 2.0, -7], [0, 1.2, 0, 3], [0, 0, 0, 1]])
     nibabel.Nifti1Image(voxels, affine).to_filename(tmp_path / "v.nii.gz")
     assert run(whole, tmp_path / "out", tmp_path / "v.nii.gz") == 0

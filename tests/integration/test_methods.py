@@ -54,8 +54,8 @@ def test_mediclip_preset_on_two_supports(world, tmp_path):
 
 
 def test_joint_is_ours_without_episodes_and_predicts(world, tmp_path):
-    """Whatever the learner of ours is; its memory is kept for other images as that of ours is."""
-    joint = world.train(tmp_path / "joint", "k=4,method=joint", learner="maml")
+    """Its memory is kept for other images as that of ours is."""
+    joint = world.train(tmp_path / "joint", "k=4,method=joint")
     world.train(tmp_path / "ours", "k=4")
     rows = predictions(tmp_path / "joint")
     for name in ("score", "maps", "p_value"):
