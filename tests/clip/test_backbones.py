@@ -259,6 +259,7 @@ def test_images_alone_score_by_memory_and_refuse_prompts(world, tmp_path, capfd)
     np.testing.assert_allclose(predictions(tmp_path / "b")["score"], rows["score"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_siglip_trains_and_predicts(world, tmp_path):
     named = f"--config.clip.checkpoint={write('siglip', tmp_path / 'siglip')}"
     flags = named, "--config.steps=2", "--config.prompts.context=2"

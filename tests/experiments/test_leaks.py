@@ -138,6 +138,7 @@ def test_collections_used_for_evaluation_are_named():
     assert "pretrain" not in catalog.with_role("development", "report")
 
 
+@pytest.mark.slow
 def test_different_patients_in_one_position_are_no_copies():
     """A set whose images resemble each other raises its limit; exact copies in it do not."""
     rng = np.random.default_rng(0)

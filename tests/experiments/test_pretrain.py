@@ -455,6 +455,7 @@ def test_crop_of_a_ramp_is_within_it_and_keeps_its_direction():
     assert np.abs(angles).max() <= views.TURN * 1.6 and (np.abs(angles) < 0.5).mean() > 0.3
 
 
+@pytest.mark.slow
 def test_training_on_devices_learns_decays_and_resumes(tmp_path, monkeypatch, source, model):
     monkeypatch.setattr(device, "CHUNK", 2)
     plan = loop.Plan(steps=0, decay=2, batch=8, patches=196, rate=0.5)
