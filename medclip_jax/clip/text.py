@@ -48,8 +48,8 @@ class TextModel(nn.Module):
         self.final_layer_norm = layers.LayerNorm(self.eps)
 
 
-class TextEncoder(nn.Module):
-    """Prompt embeddings in the joint space, not normalised."""
+class Sizes(nn.Module):
+    """What every text encoder has."""
 
     width: int
     heads: int
@@ -58,6 +58,11 @@ class TextEncoder(nn.Module):
     vocabulary: int
     positions: int
     joint: int
+
+
+class TextEncoder(Sizes):
+    """Prompt embeddings in the joint space, not normalised."""
+
     activation: str = "quick_gelu"  # of layers.ACTIVATIONS
     eps: float = 1e-5
     whole: bool = False  # SigLIP's: every position is read, the last one is the feature
@@ -101,16 +106,9 @@ class BertModel(nn.Module):
             self.pooler = layers.Dense(self.embedding[2])
 
 
-class Bert(nn.Module):
+class Bert(Sizes):
     """open_clip's text encoder of BERT's kind, not normalised; what it takes is as TextEncoder."""
 
-    width: int
-    heads: int
-    hidden: int
-    depth: int
-    vocabulary: int
-    positions: int
-    joint: int
     middle: int = 0  # width between the two layers of the projection; 0: one, -1: none
     pooling: str = "cls_last_hidden_state_pooler"  # | cls_pooler | mean_pooler
     eps: float = 1e-12
