@@ -85,17 +85,19 @@ def adapt(
 def _gradient_step(value: Callable, moving: list, fixed: list, rates: list, support: PyTree):
     """(moving - rates * gradient, the loss before); value: (moving, fixed, support) -> loss."""
     before, grads = jax.value_and_grad(value)(moving, fixed, support)
-    moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
-    return moved, before
+    return _moved(moving, rates, grads), before
 
 
 def _first_order_step(value: Callable, moving: list, fixed: list, rates: list, support: PyTree):
     """The same, whose gradient is a constant; it is never traced to second order."""
     constants = jax.lax.stop_gradient((moving, fixed))
     before, grads = jax.value_and_grad(value)(*constants, support)
-    grads = jax.lax.stop_gradient(grads)
-    moved = [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
-    return moved, before
+    return _moved(moving, rates, jax.lax.stop_gradient(grads)), before
+
+
+def _moved(moving: list, rates: list, grads: list) -> list:
+    """moving - rates * grads, each tensor in its own dtype."""
+    return [p - (r * g).astype(p.dtype) for p, r, g in zip(moving, rates, grads, strict=True)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
