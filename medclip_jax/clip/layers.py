@@ -248,6 +248,16 @@ def widened(features: Features) -> Features:
     )
 
 
+def narrowed(features: Features, dtype: str) -> Features:
+    """As they are stored. A few tokens of a large CLIP are huge: float16 takes its largest."""
+    most = float(np.finfo(np.float16).max)
+
+    def cast(x: Any) -> Any:
+        return (x.clip(-most, most) if dtype == "float16" else x).astype(dtype)
+
+    return jax.tree.map(cast, features)
+
+
 @runtime_checkable
 class ImageEncoder(Protocol):
     """A hashable flax.linen module: `encoder.apply({"params": vision}, pixels) -> Features`.

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from medclip_jax import stored
 from medclip_jax.clip import checkpoint
-from medclip_jax.clip.layers import Features
+from medclip_jax.clip.layers import Features, narrowed
 from medclip_jax.data import augmentation, preprocessing
 from medclip_jax.data.augmentation import Synthesis, variants
 from medclip_jax.data.layouts import Record
@@ -175,9 +175,4 @@ def _encode_share(
     features = checkpoint.encode_images(
         feature_cache.vision, placed, encoder=clip.image_encoder, mean=clip.mean, std=clip.std
     )
-    most = np.finfo(np.float16).max if feature_cache.dtype == "float16" else np.inf
-
-    def stored_as(x: np.ndarray) -> np.ndarray:  # a few tokens of a large CLIP are huge
-        return np.clip(x, -most, most).astype(feature_cache.dtype)
-
-    return jax.tree.map(stored_as, sharding.fetch(features, real))
+    return narrowed(sharding.fetch(features, real), feature_cache.dtype)

@@ -255,18 +255,16 @@ def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
     import jax.numpy as jnp
 
     from medclip_jax.clip import checkpoint
+    from medclip_jax.clip.layers import narrowed
     from medclip_jax.detectors.detector import read_batch
 
     clip, dtype = predictor.encoder.clip, predictor.encoder.dtype
-    most = jnp.finfo(jnp.float16).max if dtype == "float16" else jnp.inf
     seeds = jax.random.key_data(predictor.keys)  # keys themselves cannot be stored as arrays
 
     def run(images):
         how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
         tokens = checkpoint.encode_images(clip.vision, images, **how)
-        stored = jax.tree.map(
-            lambda x: jnp.clip(x, -most, most).astype(dtype).astype(jnp.float32), tokens
-        )
+        stored = jax.tree.map(lambda x: x.astype(jnp.float32), narrowed(tokens, dtype))
         raw = read_batch(predictor.detector, stored, jax.random.wrap_key_data(seeds))
         return raw.image, raw.maps, raw.passes.image
 
