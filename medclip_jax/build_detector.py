@@ -111,7 +111,7 @@ def assemble(
         for n in branch_names(c)
     }
     built = ensemble.build(branches) if len(branches) > 1 else next(iter(branches.values()))
-    if c.model.refine and c.score.tiles > 1:  # too dear for every fold at every scale
+    if c.model.refine and c.score.tiles > 1:  # too slow for every fold at every scale
         built = built._replace(fold_params=None)  # they have calibrated; dropout tells uncertainty
     return built
 

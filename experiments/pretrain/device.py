@@ -1,7 +1,7 @@
 """Training that never leaves the devices: images, captions and the teacher lie in their memory.
 
 Every step draws its own views; the host only starts a chunk of steps and reads the loss, so an
-accelerator never waits for data. `pack` writes what it needs in one file of some 40 MB.
+accelerator never waits for data. `pack` writes what it needs in one file.
 """
 
 import functools

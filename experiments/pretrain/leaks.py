@@ -187,7 +187,7 @@ def leak_check(
     """Which training images may stay, and the counts for the model card.
 
     Sets share the processor's cores. `cache` keeps the answer of each, with its likest pairs, so
-    that a stopped check goes on; it belongs to these training images.
+    that a stopped check resumes; it belongs to these training images.
     """
     cache.mkdir(parents=True, exist_ok=True)
     poses = cache / "poses.npy"

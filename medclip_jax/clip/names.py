@@ -164,9 +164,9 @@ def select(
         return unflatten_dict({name: flat[name] for name in names}, sep="/")
     stem, _, last = missing.rpartition("/")
     torch = "weight" if last in ("kernel", "scale", "embedding") else last
-    beside = [n for n in origin or {} if n.startswith(f"{stem}/")]
-    if origin and beside:
-        name = re.sub(r"(weight|bias)$", torch, origin[beside[0]])
+    siblings = [n for n in origin or {} if n.startswith(f"{stem}/")]
+    if origin and siblings:
+        name = re.sub(r"(weight|bias)$", torch, origin[siblings[0]])
     else:
         name = re.sub(r"/(kernel|scale|embedding)$", "/weight", missing).replace("/", ".")
     raise CheckpointError(

@@ -223,8 +223,8 @@ def _valid(element: DataElement) -> DataElement:
     }.get(element.VR)
     if valid is None:
         return element
-    marks = {"DA": r"(?<=\d)[.:](?=\d\d)", "TM": ":"}.get(element.VR, "^$")
-    text = re.sub(marks, "", str(element.value or "")).strip()
+    separators = {"DA": r"(?<=\d)[.:](?=\d\d)", "TM": ":"}.get(element.VR, "^$")
+    text = re.sub(separators, "", str(element.value or "")).strip()
     text = text if re.fullmatch(valid, text) else ""
     return DataElement(element.tag, element.VR, text, validation_mode=0)
 
