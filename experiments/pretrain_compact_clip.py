@@ -204,7 +204,7 @@ def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
 
 def train_on_device(args: argparse.Namespace) -> None:
     """Train on what `pack` wrote for --minutes, then --steps more while the rate falls to 0."""
-    source = device.load(args.run / "pack.safetensors")
+    source = device.load(args.run / "pack.npz")
     model, params = starting_point(args, int(source.phrases.max()) + 1)
     plan = make_plan(args, 0)._replace(decay=args.steps)
     state, path = loop.start(params, model, args.seed), args.run / "checkpoint.safetensors"
@@ -246,7 +246,7 @@ def main() -> None:
                 load_material(args.run, rows, args.shards),
                 teachers.load_image_teacher(),
             )
-            device.pack(args.data / "pretrain", rows, material, net, args.run / "pack.safetensors")
+            device.pack(args.data / "pretrain", rows, material, net, args.run / "pack.npz")
         else:
             train(args, rows)
     if args.judge:

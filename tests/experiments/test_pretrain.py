@@ -412,8 +412,8 @@ def source(tmp_path_factory, material):
         picture = np.kron(np.random.default_rng(n).integers(0, 255, (14, 14)), np.ones((16, 16)))
         picture = Image.fromarray(picture.astype(np.uint8))
         picture.save(folder / "pretrain" / "images" / row.image)
-    device.pack(folder / "pretrain", ROWS, material, Net(), folder / "pack.safetensors")
-    return device.load(folder / "pack.safetensors")
+    device.pack(folder / "pretrain", ROWS, material, Net(), folder / "pack.npz")
+    return device.load(folder / "pack.npz")
 
 
 def test_packed_batches_are_true(source, material):
