@@ -212,7 +212,7 @@ def _combinations(c: Any) -> Rules:
     )
     yield (
         c.method == "joint" and c.learner != "joint",
-        f"learner is {c.learner} and method joint means none but joint: give method=ours",
+        f"learner is {c.learner}, and method=joint always trains jointly: give method=ours",
     )
     yield c.meta.shots == 1, "meta.shots is 1: give 2 or more, one clean and one altered row"
     steps, least = map_filter(c), 1 - c.calibration.pixel_rate

@@ -76,7 +76,7 @@ def test_joint_is_ours_without_episodes():
     done, ours = config.resolve(c), config.resolve(config.base("k=4"))
     assert (done.learner, done.steps) == ("joint", ours.steps)
     c.learner = "maml"
-    with pytest.raises(ConfigError, match="method joint means none but joint: give method=ours"):
+    with pytest.raises(ConfigError, match="method=joint always trains jointly: give method=ours"):
         config.resolve(c)
 
 

@@ -186,7 +186,7 @@ def leak_check(
 ) -> tuple[Bool[np.ndarray, " n"], list[LeakCount]]:
     """Which training images may stay, and the counts for the model card.
 
-    Sets share the processor's cores. `cache` keeps the answer of each, with its likest pairs, so
+    Sets share the processor's cores. `cache` keeps the answer of each, with its closest pairs, so
     that a stopped check resumes; it belongs to these training images.
     """
     cache.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def _check_set(train: list[Path], poses: Path, folder: Path, answer: Path):
     paths = image_files(folder)
     others = [read(path) for path in paths]
     ours = np.load(poses, mmap_mode="r")
-    best, which, compared = likest(lambda n: read(train[n]), ours, others)
+    best, which, compared = best_matches(lambda n: read(train[n]), ours, others)
     limit = limit_of(others)
     count = {
         "evaluation_images": len(others),
@@ -230,7 +230,7 @@ def _check_set(train: list[Path], poses: Path, folder: Path, answer: Path):
         [train[n].name, str(paths[which[n]].relative_to(folder)), best[n]]
         for n in np.argsort(-best)[:100]
     ]
-    files.write_json(answer, {"count": count, "best": best.tolist(), "likest": pairs})
+    files.write_json(answer, {"count": count, "best": best.tolist(), "best_matches": pairs})
     return best.tolist(), count
 
 
@@ -240,11 +240,11 @@ def limit_of(images: Sequence[Image.Image]) -> float:
     LIMIT, or as much as all but 1% of the set's images reach with another one of it: different
     patients in one position (knees, centred on the joint) resemble each other that much.
     """
-    best, *_ = likest(lambda n: images[n], all_poses(images), images, themselves=True)
+    best, *_ = best_matches(lambda n: images[n], all_poses(images), images, themselves=True)
     return max(LIMIT, float(np.quantile(best[best < COPY], 0.99))) if (best < COPY).any() else LIMIT
 
 
-def likest(
+def best_matches(
     image: Callable[[int], Image.Image],
     ours: Float[np.ndarray, "n q 576"],
     others: Sequence[Image.Image],

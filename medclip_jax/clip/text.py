@@ -65,13 +65,13 @@ class TextEncoder(Sizes):
 
     activation: str = "quick_gelu"  # of layers.ACTIVATIONS
     eps: float = 1e-5
-    whole: bool = False  # SigLIP's: every position is read, the last one is the feature
+    full_length: bool = False  # SigLIP's: every position is read, the last one is the feature
 
     def setup(self):
         kinds = self.heads, self.hidden, self.activation, self.eps
         embedding = self.vocabulary, self.positions, self.width
         self.text_model = TextModel(embedding, (self.depth, self.width, *kinds), self.eps)
-        self.text_projection = layers.Dense(self.joint, use_bias=self.whole)
+        self.text_projection = layers.Dense(self.joint, use_bias=self.full_length)
 
     def __call__(
         self,
@@ -83,7 +83,7 @@ class TextEncoder(Sizes):
     ) -> Float[Array, "c j"]:
         x = self.text_model.embeddings(context, ids, slots)
         t = x.shape[1]
-        if self.whole:
+        if self.full_length:
             causal, eos = False, jnp.full_like(eos, t - 1)
         mask = jnp.tril(jnp.ones((t, t), bool))[None, None] if causal else None
         x = self.text_model.encoder.lean(x, mask, eos)[:, 0]
@@ -113,7 +113,7 @@ class Bert(Sizes):
     pooling: str = "cls_last_hidden_state_pooler"  # | cls_pooler | mean_pooler
     eps: float = 1e-12
 
-    whole: ClassVar[bool] = False
+    full_length: ClassVar[bool] = False
 
     def setup(self):
         kinds = self.heads, self.hidden, "gelu", self.eps, "float32", (), True
@@ -170,7 +170,7 @@ def encode_text(
 
 def length(eos: Int[np.ndarray, "*c"], encoder: Any, causal: bool) -> int | None:
     """Positions that the encoder must read; None for all of them."""
-    return int(np.max(eos)) + 1 if causal and not encoder.whole else None
+    return int(np.max(eos)) + 1 if causal and not encoder.full_length else None
 
 
 def bert_of_params(params: Mapping, heads: int, pooling: str, eps: float) -> Bert:
@@ -203,5 +203,5 @@ def of_params(params: Mapping, heads: int, activation: str, eps: float) -> TextE
         joint=params["text_projection"]["kernel"].shape[-1],
         activation=activation,
         eps=eps,
-        whole="bias" in params["text_projection"],
+        full_length="bias" in params["text_projection"],
     )

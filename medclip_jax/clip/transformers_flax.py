@@ -79,7 +79,7 @@ class TransformersText(nn.Module):
     config: str  # of CLIPTextConfig, as JSON
     joint: int
 
-    whole: ClassVar[bool] = False
+    full_length: ClassVar[bool] = False
 
     def setup(self):
         from transformers import CLIPTextConfig

@@ -130,8 +130,8 @@ def _job(item: Item, predictor: Predictor, key: str, sha256: str) -> Job:
     height, width = frames.shape[1:]
     if count > 1 and min(height, width) < MIN_SIDE:
         raise DataError(
-            f"{item.source} has {count:,} frames of {width} x {height} pixels and several frames "
-            f"are scored from {MIN_SIDE} a side: slice a volume along another axis "
+            f"{item.source} has {count:,} frames of {width} x {height} pixels, and frames of a "
+            f"series or volume need {MIN_SIDE} or more a side: slice a volume along another axis "
             "(config.data.window), or remove it if it is not yours."
         )
     keep_maps = item.kind != "nifti"

@@ -122,9 +122,11 @@ def _flaws(planes: Sequence[Plane]) -> list[str]:
     validators complain of it."""
     names = {tuple(filter(None, (p.instance, p.series, p.study, p.space))) for p in planes}
     flaws = {
-        "UIDs that are none": any(not UID.fullmatch(uid) for ids in names for uid in ids),
-        "one UID for several things": any(len(set(ids)) < len(ids) for ids in names),
-        "several frames in a class of one": any(p.number and p.sop_class in SINGLE for p in planes),
+        "invalid UIDs": any(not UID.fullmatch(uid) for ids in names for uid in ids),
+        "one UID for several objects": any(len(set(ids)) < len(ids) for ids in names),
+        "several frames in a single-frame class": any(
+            p.number and p.sop_class in SINGLE for p in planes
+        ),
     }
     wrong = [text for text, true in flaws.items() if true]
     return [f"objects refer to a source with {' and '.join(wrong)}"] if wrong else []

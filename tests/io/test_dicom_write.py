@@ -55,11 +55,11 @@ def test_a_volume_is_one_segmentation_in_its_place(tmp_path):
 @pytest.mark.parametrize(
     "frames, sop, changed, wrong",
     [
-        (0, MR, {"StudyInstanceUID": "1.2.3.9"}, "one UID for several things"),
-        (0, MR, {"SeriesInstanceUID": "1.2.03"}, "UIDs that are none"),
-        (0, MR, {"StudyInstanceUID": "3.2.1"}, "UIDs that are none"),
-        (0, MR, {"StudyInstanceUID": "1.77.1"}, "UIDs that are none"),
-        (2, MR, {}, "several frames in a class of one"),
+        (0, MR, {"StudyInstanceUID": "1.2.3.9"}, "one UID for several objects"),
+        (0, MR, {"SeriesInstanceUID": "1.2.03"}, "invalid UIDs"),
+        (0, MR, {"StudyInstanceUID": "3.2.1"}, "invalid UIDs"),
+        (0, MR, {"StudyInstanceUID": "1.77.1"}, "invalid UIDs"),
+        (2, MR, {}, "several frames in a single-frame class"),
         (2, US_MULTI, {}, ""),
         (0, MR, {"StudyInstanceUID": "2.25.340282366920938463463374607431768211455"}, ""),
     ],

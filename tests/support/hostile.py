@@ -277,7 +277,7 @@ def tiny_explicit(count: int) -> bytes:
 BROKEN, STATED, TOO_MANY = "damaged or truncated", "says", "far more header elements"
 LARGE, FRAMES, VOXELS = "at most 64,000,000 are read", "at most 10,000 are read", "in all are read"
 OTHER, FOLLOWED = "which is not read", "a link out of the folder that was named"
-BYTES, THIN = "at most 536,870,912 are read", "are scored from 8 a side"
+BYTES, THIN = "at most 536,870,912 are read", "need 8 or more a side"
 
 kind(
     "dicom deflated 250 MB of zeros",
