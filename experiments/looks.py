@@ -23,7 +23,7 @@ from medclip_jax.errors import UserError
 FROZEN = Path(__file__).with_name("frozen.json")
 LOOKS = Path(__file__).parents[1] / "docs" / "looks.csv"
 HEAD = ("date", "commit", "config", "sets")
-OF_A_RUN = ("k", "seed", "cache", "data.root", "data.split", "explanation.count", "distributed")
+OF_A_RUN = ("k", "seed", "cache", "data.root", "data.split", "explained", "distributed")
 OF_A_RUN += ("join_timeout", "tensorboard", "checkpoint_every")  # none changes a score's meaning
 OF_A_SET = ("data.name", "data.modality", "data.anatomy", "data.conditions")
 

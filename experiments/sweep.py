@@ -157,7 +157,7 @@ def settings(args: argparse.Namespace, job: Job) -> ConfigDict:
             old = old[part]
         c.update_from_flattened_dict({name: text if isinstance(old, str) else literal_eval(text)})
     if job.seed:  # explanations are checked in the first draw alone: they take longest
-        c.explanation.count = 0
+        c.explained = 0
     teacher = args.runs / job._replace(variant="teacher").name
     fields = {n: x(job.k) if callable(x) else x for n, x in args.fields[job.variant].items()}
     c.update_from_flattened_dict(

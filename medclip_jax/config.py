@@ -21,7 +21,7 @@ from medclip_jax.errors import ConfigError
 
 # settings that may change between two commands of one run, beside the data's place
 PLACES = (
-    *("cache", "validations", "explanation", "checkpoint_every", "tensorboard"),
+    *("cache", "validations", "explained", "explanation", "checkpoint_every", "tensorboard"),
     *("distributed", "join_timeout"),
 )
 STEPS = 100  # of joint training; the episodic learners and the presets of published methods
@@ -201,10 +201,10 @@ def _scoring(c: ConfigDict) -> None:
         "alpha": 0.1,  # false-alarm rate asked for
         "pixel_rate": 0.02,  # share of a healthy image's pixels above the pixel threshold
     }
+    c.explained = 8  # abnormal test images whose explanations are checked, up to 32; 0 = none
     c.explanation = {
         "method": "grad_cam",  # grad_cam | grad_cam_pp
         "layer": -1,  # which of the tapped layers, from 0; -1 = the last
-        "count": 8,  # abnormal test images whose explanations are checked, up to 32; 0 = none
         "randomised": False,  # also compare with an encoder of random weights (slow)
     }
 

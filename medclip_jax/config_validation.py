@@ -56,7 +56,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
     "score.passes": (1, 10_000),
     "calibration.alpha": (0.0001, 0.9999),
     "calibration.pixel_rate": (0.0001, 0.9999),
-    "explanation.count": (0, 32),
+    "explained": (0, 32),
     "join_timeout": (1, 86_400),
 }
 PATHS = (

@@ -12,11 +12,11 @@ Exit code 0 on success, 2 on a user's mistake (one sentence on stderr), 1 on our
 """
 
 import errno
+import io
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, cast
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -37,14 +37,16 @@ MODES = {
     "export": "write a trained detector as one file that runs with jax and numpy alone",
     "report": "rebuild figures and report.html from the workdir's files",
 }
+OF_CONFIGS = AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError
 MOST_CONFIG = 1 << 20  # bytes of a config file
 TRAINED_MODES = ("predict", "export")  # use a trained workdir and take no config
 
 
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):  # names that the terminal cannot show
-        cast(Any, stream).reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -122,11 +124,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
     check_config_file(argv)
     try:
         rest = args(argv)
-    except (
-        *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
-        *(OSError, ImportError, SyntaxError),  # of the config file
-    ) as error:
-        raise ConfigError(f"{one_line(error)} (see --help)") from error
+    except (flags.Error, *OF_CONFIGS) as error:
+        where = "config has no such field: " if isinstance(error, AttributeError) else ""
+        raise ConfigError(f"{where}{one_line(error)} (see --help)") from error
     if args.mode in TRAINED_MODES:
         args["input"].value = [*args.input, *rest[1:]]  # --input A B C
         return complete(args)

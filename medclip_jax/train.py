@@ -186,7 +186,7 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
     support = split.support[0] if split.support else None
     checks = faithfulness.of_model(
         *(detector, feature_cache, support, split.test, calibration, how),
-        count=c.explanation.count,
+        count=c.explained,
         randomised=c.explanation.randomised,
         seed=c.seed,
     )
@@ -252,7 +252,8 @@ def key_of(prepared: Prepared, report: bool) -> str:
     adapter = text_adapter.digest(c.model.language)
     truth = workdirs.truth_of(prepared.split.test)
     made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
-    return stored.digest([*made_from, c.explanation.to_dict(), report, versions()])
+    how = c.explained, c.explanation.to_dict()
+    return stored.digest([*made_from, how, report, versions()])
 
 
 def versions() -> dict[str, str]:

@@ -35,7 +35,7 @@ def judge(
     head = ["model", "set", *(f"{v} K={k}" for k in ks for v in VARIANTS)]
     rows = []
     for folder in folders:
-        own = [*fields, f"clip.checkpoint={folder}", "explanation.count=0"]
+        own = [*fields, f"clip.checkpoint={folder}", "explained=0"]
         args = Namespace(runs=runs / folder.name, set=own, fields=VARIANTS)
         for config in configs:
             cells = []

@@ -9,7 +9,7 @@ scoring` of runs.csv is the time from cached tokens to maps and scores; MC-dropo
 COMMON = {
     "branches": ("learned",),
     "score.passes": 1,
-    "explanation.count": 0,
+    "explained": 0,
     "validations": 0,
 }
 STUDENT = COMMON | {"clip.layers": (8,)}

@@ -158,7 +158,7 @@ def test_two_variants_of_a_phantom_are_run_and_tabulated(tmp_path, monkeypatch):
     clip, *_ = tiny_checkpoint(tmp_path / "clip")
     data = phantom.write_folder(tmp_path / "data", "ultrasound", 0, 64, 4, 3, 4)
     fields = {"data.root": data, "cache": tmp_path / "cache", "clip.checkpoint": clip}
-    fields["explanation.count"] = 0
+    fields["explained"] = 0
     flags = [f"--config={PHANTOM.with_name('folder.py')}", "--k=4", "--draws=1", "--split=peer"]
     flags += ["--variants=methods", "--only=memory,grey_level"]  # without training
     flags += [f"--runs={tmp_path}/runs", f"--out={tmp_path}/results"]

@@ -201,7 +201,7 @@ def test_a_workdir_names_its_images_in_these_files_alone(world, tmp_path):
         with Image.open(path) as image:
             image.save(path.with_name(f"{MARK}_{path.name}"), pnginfo=about)
         path.unlink()
-    flags = "--config.steps=2", "--config.explanation.count=1"
+    flags = "--config.steps=2", "--config.explained=1"
     assert world._replace(data=data).main(workdir, *flags) == 0
     named = {p.relative_to(workdir).parts[0] for p in workdir.rglob("*") if names_someone(p)}
     files = {"config.json", "split.json", "predictions.npz", "metrics.json", "report.html"}

@@ -179,7 +179,7 @@ def call(scene: Scene, command: str, short: bool = True) -> tuple[int, Any, str]
         argv += [f"--workdir={workdir}", f"--output={base / 'detector.zip'}"]
     else:
         more = {"steps": 2, "checkpoint_every": 1, "prompts.phrases": "ontology"}
-        more |= {"prompts.ontology_file": base / "more/table.csv", "explanation.count": 0}
+        more |= {"prompts.ontology_file": base / "more/table.csv", "explained": 0}
         more |= {"model.language": base / "more/language.safetensors"}
         fields = world.fields(**more) | {"data.root": world.data, "k": 4}
         argv += [f"--config={base / 'more/settings.py'}", f"--workdir={workdir}"]

@@ -34,7 +34,7 @@ class World(NamedTuple):
     def fields(self, arguments: str, data: str, cache: Path, **more) -> ConfigDict:
         c = config.base(arguments, name="folder", root=str(self.sets[data]))
         few = {"steps": 2, "synthesis.variants": VARIANTS, "score.passes": 2, "validations": 0}
-        few |= {"clip.checkpoint": str(self.clip), "explanation.count": 0, "cache": str(cache)}
+        few |= {"clip.checkpoint": str(self.clip), "explained": 0, "cache": str(cache)}
         c.update_from_flattened_dict(few | more)
         return c
 

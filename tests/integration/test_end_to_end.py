@@ -222,7 +222,7 @@ def test_a_finished_run_is_scored_again_only_where_something_changed(world, tmp_
     with (run / "predictions.npz").open("r+b") as file:
         file.truncate(1000)
     assert scorings() == 1
-    assert scorings("--config.explanation.count=1") == 1
+    assert scorings("--config.explained=1") == 1
     monkeypatch.setattr(train, "__version__", "0.0.1")
     assert scorings() == 1
     assert scorings("--mode=evaluate") == 1

@@ -88,7 +88,7 @@ def test_a_prediction_that_is_killed_loses_nothing(whole, tmp_path):
 
 def test_a_sweep_that_is_killed_loses_nothing(world, tmp_path):
     fields = {"data.root": world.data, "clip.checkpoint": world.clip, "steps": 30}
-    fields |= {"synthesis.variants": 2, "score.passes": 2, "explanation.count": 0}
+    fields |= {"synthesis.variants": 2, "score.passes": 2, "explained": 0}
 
     def start(folder: Path) -> subprocess.Popen:
         flags = [f"--config={ROOT}/configs/folder.py", "--k=4", "--draws=1", "--only=ours,memory"]

@@ -1,6 +1,7 @@
 """The command line: what a user can fix is one sentence on stderr and exit code 2."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -48,7 +49,7 @@ def refused(capfd, world, tmp_path, *more: str, arguments: str = "k=4") -> str:
 @pytest.mark.parametrize(
     "flag, named",
     [
-        ("--config.stepz=3", '"steps" instead of "stepz"'),
+        ("--config.stepz=3", 'config has no such field: .*"steps" instead of "stepz"'),
         ("--config.data.rot=x", '"root" instead of "rot"'),
         ("--config.steps=many", "config.steps=many"),
         ("--config.seed=-1", "config.seed is -1: give 0 or more"),
@@ -140,6 +141,14 @@ def test_a_path_that_the_locale_cannot_name_is_one_sentence(world, tmp_path, cap
     monkeypatch.setattr(train, "prepare", unnameable)
     error = sentence(capfd, world.main(tmp_path / "run"))
     assert "has letters beyond ascii: set LC_ALL=C.UTF-8" in error
+
+
+def test_a_caller_may_collect_what_is_said(monkeypatch):
+    """Streams that are no files, as in a notebook, have no encoding to set."""
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    assert main.main(["main", "--stepz=3"]) == 2
+    assert said.getvalue().startswith("error: ") and "'stepz'" in said.getvalue()
 
 
 def test_help_is_quick_and_imports_neither_jax_nor_transformers():

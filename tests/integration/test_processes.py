@@ -79,7 +79,7 @@ def test_two_processes_equal_one(world, tmp_path):
     """
     one, two = tmp_path / "one", tmp_path / "two"
     caches = {p.name: f"--config.cache={tmp_path}/cache-{p.name}" for p in (one, two)}
-    more = (*EPISODES, "--config.steps=4", "--config.explanation.count=2")
+    more = (*EPISODES, "--config.steps=4", "--config.explained=2")
     running = start(world, two, *more, caches["two"])
     assert world.main(one, *more, caches["one"]) == 0
     codes = ended(running)

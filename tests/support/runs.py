@@ -23,7 +23,7 @@ META = (
     *("--config.learner=maml", "--config.meta.tasks=3", "--config.synthesis.variants=16"),
     "--config.checkpoint_every=90",
 )
-EXPLAINED = "--config.explanation.count=2", "--config.validations=6"  # of `finished` alone
+EXPLAINED = "--config.explained=2", "--config.validations=6"  # of `finished` alone
 
 
 class World(NamedTuple):
@@ -40,7 +40,7 @@ class World(NamedTuple):
             "clip.checkpoint": str(self.clip),
             "synthesis.variants": 2,
             "score.passes": 2,
-            "explanation.count": 0,
+            "explained": 0,
             "validations": 0,
         } | {name.replace("__", "."): value for name, value in more.items()}
 
