@@ -22,6 +22,7 @@ from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.layouts import Split
 from medclip_jax.detectors import tiling
+from medclip_jax.distributed import runtime
 from medclip_jax.errors import ConfigError
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder, training_pool
@@ -161,6 +162,7 @@ def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None):
         where = other.name, other.root, Path(c.cache)
         records = datasets.load(*where, uncertain=c.data.uncertain, window=other.window)
         images = splits.healthy(records, split, AUXILIARY_IMAGES, c.seed)
+        runtime.agree({f"the images of {other.name}": [r.sha256 for r in images]})
         own = cache.with_recipe(feature_cache, other.recipe, other.window)
         pools.append(encoder.open_pool(own, images, variants._replace(strengths=other.strengths)))
     encoder.encode_images(feature_cache, split.test)

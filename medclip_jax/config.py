@@ -74,7 +74,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     _training(c)
     _scoring(c)
     c.distributed = ""  # "" | auto (Cloud TPU, SLURM, Open MPI) | HOST:PORT,PROCESS/PROCESSES
-    c.join_timeout = 300  # seconds to wait for the other processes
+    c.join_timeout = 15  # seconds to wait for the other processes; more where machines start slowly
     _follow_method(c, data)
     return c.lock()
 

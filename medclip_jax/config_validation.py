@@ -143,10 +143,11 @@ def cluster(text: str) -> dict[str, Any] | None:
     coordinator, _, place = text.partition(",")
     process, _, processes = place.partition("/")
     port = coordinator.rpartition(":")[2]
-    if ":" in coordinator and all(x.isascii() and x.isdigit() for x in (port, process, processes)):
-        if int(process) < int(processes):
-            numbers = {"process": int(process), "processes": int(processes)}
-            return {"coordinator": coordinator, **numbers}
+    host, numbers = coordinator.rpartition(":")[0], (port, process, processes)
+    if host and all(x.isascii() and x.isdigit() and len(x) < 8 for x in numbers):
+        if int(process) < int(processes) and 0 < int(port) < 1 << 16:
+            own = {"process": int(process), "processes": int(processes)}
+            return {"coordinator": coordinator, **own}
     raise ConfigError(
         f"config.distributed is {text!r}: give auto, or HOST:PORT,PROCESS/PROCESSES such as "
         "localhost:9876,0/2 with processes counted from 0"

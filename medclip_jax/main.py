@@ -244,8 +244,10 @@ def run(mode: str, fields: ConfigDict, folder: Path) -> None:
     from medclip_jax.distributed import runtime
 
     with runtime.exit_together():
-        if mode != "report":
-            join(fields)
+        address = config_validation.cluster(fields.distributed)
+        if mode != "report" and address is not None:
+            facts = train.must_agree(config.resolve(fields)) | {"mode": mode}
+            runtime.start(**address, timeout=fields.join_timeout, facts=facts)
         with workdir.locked(folder):
             if mode == "report":
                 train.write_report(folder)
@@ -257,15 +259,6 @@ def run(mode: str, fields: ConfigDict, folder: Path) -> None:
     logging.info("%s", headline(metrics))
     if not metrics["calibration"]["attainable"]:
         logging.warning("%s", metrics["calibration"]["message"])
-
-
-def join(fields: ConfigDict) -> None:
-    """Join the other processes of the run, if there are any; the first thing that touches JAX."""
-    from medclip_jax.distributed import runtime
-
-    address = config_validation.cluster(fields.distributed)
-    if address is not None:
-        runtime.start(**address, timeout=fields.join_timeout)
 
 
 def log_devices() -> None:

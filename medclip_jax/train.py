@@ -82,14 +82,15 @@ def run(
     timing: dict[str, float] = {}
     with stage(timing, "load", shown=True):
         prepared = prepare(config)
-    c, main = prepared.config, sharding.is_main()
+    c, main, key = prepared.config, sharding.is_main(), key_of(prepared, report)
+    if runtime.several():
+        runtime.agree(contents(prepared))
     if not (workdir / "config.json").exists():
         teacher_of(prepared)
     workdirs.claim(workdir, c, main)  # only now: settings that cannot be used leave no claim
     workdirs.keep_split(workdir, prepared.split, c, main)
-    key = key_of(prepared, report)
-    finished = workdirs.finished(workdir, key) if train else None
-    if not runtime.any_process(finished is None).any():
+    finished = workdirs.finished(workdir, key) if train and main else None
+    if not runtime.any_process(main and finished is None).any():
         if main and report:
             write_report(workdir)
         return finished if main else None
@@ -181,7 +182,7 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
         how=how,
         passes=c.score.passes,
         seed=c.seed,
-        folder=workdir,
+        folder=workdir if sharding.is_main() else None,  # others may have none
     )
     support = split.support[0] if split.support else None
     checks = faithfulness.of_model(
@@ -254,6 +255,28 @@ def key_of(prepared: Prepared, report: bool) -> str:
     made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
     how = c.explained, c.explanation.to_dict()
     return stored.digest([*made_from, how, report, versions()])
+
+
+def must_agree(c: ConfigDict) -> dict[str, Any]:
+    """Settings (resolved) and versions that all processes of a run must have alike."""
+    own = {"cache", "data.root", "distributed", "join_timeout"}  # places may differ
+    settings = {f"config.{n}": x for n, x in config_module.flat(c) if n not in own}
+    return settings | versions() | {"jaxlib": version("jaxlib")}
+
+
+def contents(prepared: Prepared) -> dict[str, str]:
+    """Digests of what the settings name, which must be the same for all processes, too."""
+    c, split = prepared.config, prepared.split
+    named = {
+        "the supports": [[r.id, r.sha256] for r in split.support],
+        "the test images": workdirs.truth_of(split.test),
+        "the prompts": prepared.design.prompts.text,
+        "the language adapter": text_adapter.digest(c.model.language),
+        "the checkpoint": prepared.clip.digest,
+    }
+    if c.teacher:
+        named["the teacher"] = saved.read(Path(c.teacher).expanduser()).digest
+    return {name: stored.digest(value) for name, value in named.items()}
 
 
 def versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ def _refuse_unless(wanted: Callable[[int], bool], path: Path) -> None:
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
     """Write config.json, or refuse a folder that holds a run with other settings.
 
-    Of several processes only the `main` one writes.
+    Of several processes only the `main` one writes; the others need not see it.
     """
     path = workdir / "config.json"
     settings = json.loads(c.to_json_best_effort())

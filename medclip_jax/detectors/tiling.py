@@ -171,7 +171,7 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record], 
         tokens = encoder.encode(feature_cache, cut(np.stack([x for _, x in group]), size, tiles))
         for i, (record, _) in enumerate(group):
             own = jax.tree.map(lambda x, i=i: x[i * count : (i + 1) * count], tokens)
-            cache.write(tiles_path(feature_cache, record, tiles), own)
+            cache.write(feature_cache, tiles_path(feature_cache, record, tiles), own)
     runtime.wait_for_files([tiles_path(feature_cache, r, tiles) for r in missing])
     return len(missing)
 

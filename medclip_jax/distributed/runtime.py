@@ -5,6 +5,8 @@ Every process runs the whole program on its share of the rows; process 0 alone w
 one process all this is the identity.
 """
 
+import atexit
+import json
 import logging
 import os
 import signal
@@ -27,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from medclip_jax import files
+from medclip_jax.distributed import rendezvous
 from medclip_jax.errors import (
     TERMINATED,
     ConfigError,
@@ -38,6 +41,8 @@ from medclip_jax.errors import (
 
 PATIENCE = 60  # seconds until a file of process 0 must be seen by all; network folders lag
 A_DAY = 86400  # seconds
+GRACE = 2  # seconds until a process that is lost must have been noticed
+_LINKS: list[rendezvous.Links] = []  # to the other processes, where they were given an address
 # words of the messages with which JAX reports a process that it cannot reach
 LOST = ("gloo", "connection closed", "connection reset", "socket", "unavailable", "heartbeat")
 
@@ -115,7 +120,8 @@ def start(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
-    timeout: int = 300,
+    timeout: int = 20,
+    facts: rendezvous.Facts | None = None,
 ) -> None:
     """Join the other processes of the run; call it once, before anything else touches JAX.
 
@@ -124,22 +130,51 @@ def start(
         whose environment has them. Raises ConfigError if it has not.
       processes: their number.
       process: which one this is, from 0.
-      timeout: seconds to wait for the others.
+      timeout: seconds to wait for the others; ProcessError if they do not come.
+      facts: what must be the same in all, as of `agree`.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if coordinator is not None and processes == 1:
+        return
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+    bind, joined = None, None
+    if coordinator is not None and processes is not None and process is not None:
+        joined = rendezvous.join(coordinator, processes, process, timeout, facts or {})
+        # JAX starts a service in process 0 always: this one nobody uses
+        coordinator, bind = joined.service, f"127.0.0.1:{rendezvous.free_port()}"
+        _LINKS.append(joined)
     try:
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
             initialization_timeout=timeout,
-            shutdown_timeout_seconds=A_DAY,  # the others wait while process 0 writes the report
+            coordinator_bind_address=bind,
+            heartbeat_timeout_seconds=A_DAY if joined else 20,
+            shutdown_timeout_seconds=PATIENCE if joined else A_DAY,  # a report may be written
         )
     except ValueError as error:  # JAX's way to say that it found no address
         raise ConfigError(
             f"config.distributed is auto and nothing tells who takes part ({error}): "
             "set HOST:PORT,PROCESS/PROCESSES"
         ) from error
+    if joined:
+        atexit.register(joined.part)
+        facts = None
+    agree({**(facts or {}), "local devices": jax.local_device_count()})
+
+
+def agree(facts: rendezvous.Facts) -> None:
+    """Raise ConfigError, in every process alike, if these values of JSON's types differ in any."""
+    if _LINKS:
+        _LINKS[0].agree(facts)
+    elif several():
+        raw = np.frombuffer(json.dumps(facts, sort_keys=True).encode(), np.uint8)
+        length = int(np.max(multihost_utils.process_allgather(np.array(len(raw)))))
+        rows = multihost_utils.process_allgather(np.pad(raw, (0, length - len(raw))))
+        every = [json.loads(bytes(row).rstrip(b"\0")) for row in np.asarray(rows)]
+        if text := rendezvous.difference(every):
+            raise ConfigError(text)
 
 
 def several() -> bool:
@@ -162,6 +197,8 @@ def exit_together() -> Iterator[None]:
     except Exception as error:
         if not several():
             raise
+        if _LINKS and _LINKS[0].lost.wait(GRACE):
+            raise ProcessError(rendezvous.LOST) from error
         words = LOST if isinstance(error, jax.errors.JaxRuntimeError) else LOST[:1]
         lines = str(error).strip().splitlines()
         reason = next((x for x in lines if any(word in x.lower() for word in words)), "")
@@ -250,6 +287,6 @@ def wait_for_files(paths: Sequence[Path]) -> None:
             if time.monotonic() > deadline:
                 raise WorkdirError(
                     f"{path}, written by process 0, is not seen by process {jax.process_index()}: "
-                    "set a cache and a workdir on a folder that all processes share."
+                    "set a cache on a disk of its own, or on one that all processes share."
                 )
             time.sleep(0.2)

@@ -118,6 +118,19 @@ def fetch(tree: PyTree, n: int) -> PyTree:
     return jax.tree.map(lambda x: x[:n], jax.device_get(tree))
 
 
+def broadcast(tree: PyTree) -> PyTree:
+    """The arrays of process 0 on every host, bit for bit; in the others, of the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+
+    def one(x):
+        raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        same = np.asarray(multihost_utils.broadcast_one_to_all(raw)).astype(np.uint8)
+        return np.ascontiguousarray(same).view(x.dtype).reshape(x.shape)
+
+    return jax.tree.map(one, tree)
+
+
 def _is_local(mesh: Mesh) -> Bool[np.ndarray, " d"]:
     """Which devices of the mesh belong to this process."""
     return np.array([d.process_index == jax.process_index() for d in mesh.devices.flat])

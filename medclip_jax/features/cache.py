@@ -9,6 +9,7 @@ encoded again. Tensors: `pooled` [v, d], `level0` ... [v, p, d], with refinement
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class FeatureCache(NamedTuple):
     mesh: jax.sharding.Mesh
     vision: Any  # the image encoder's parameters, on every device
     recipe: tuple[str, ...] = ()  # preprocessing.STEPS that images go through before the encoder
+    writes: bool = True  # this process writes files; others see them
 
 
 def open(
@@ -56,8 +58,30 @@ def open(
     vision = sharding.replicate(clip.vision, mesh)
     unnamed = FeatureCache(folder / "feature_cache" / "-", clip, fit, dtype, mesh, vision)
     feature_cache = with_recipe(unnamed, recipe, window)
+    feature_cache = feature_cache._replace(writes=_writes(feature_cache.folder))
     files.sweep(feature_cache.folder)
     return feature_cache
+
+
+def _writes(folder: Path) -> bool:
+    """Does this process write there? Process 0 does, and all that do not see its files."""
+    if not runtime.several():
+        return True
+    main, name = (
+        jax.process_index() == 0,
+        sharding.broadcast(np.frombuffer(os.urandom(8), np.uint8)),
+    )
+    mark = folder / f".shared.0.{bytes(name).hex()}.tmp"
+    if main:
+        with contextlib.suppress(OSError):  # what is there may be all that is needed
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    runtime.any_process(False)
+    seen = mark.exists()
+    runtime.any_process(False)
+    if main:
+        mark.unlink(missing_ok=True)
+    return main or not seen
 
 
 def with_recipe(
@@ -122,9 +146,14 @@ def load_images(
         yield widened(jax.tree.map(lambda *rows: np.concatenate(rows), *each))
 
 
-def write(path: Path, features: Features, extra: dict[str, np.ndarray] | None = None) -> None:
-    """Write one file in one piece, in the main process alone. Raises WorkdirError if it fails."""
-    if not sharding.is_main():
+def write(
+    feature_cache: FeatureCache,
+    path: Path,
+    features: Features,
+    extra: dict[str, np.ndarray] | None = None,
+) -> None:
+    """Write one file in one piece, in one process for each disk. WorkdirError if it fails."""
+    if not feature_cache.writes:
         return
     tensors = {"pooled": features.pooled, **(extra or {})}
     tensors |= {f"level{i}": x for i, x in enumerate(features.levels)}

@@ -45,7 +45,7 @@ def encode_images(feature_cache: FeatureCache, images: Sequence[Record]) -> int:
         features = _encode_share(feature_cache, np.stack([pixels[i] for i in own]), len(group))
         for i, record in enumerate(group):
             one = jax.tree.map(lambda x, i=i: x[i : i + 1], features)
-            cache.write(cache.image_path(feature_cache, record), one)
+            cache.write(feature_cache, cache.image_path(feature_cache, record), one)
     runtime.wait_for_files([cache.image_path(feature_cache, r) for r in todo])
     return len(todo)
 
@@ -93,7 +93,7 @@ def encode_variants(
         altered, masks, kinds = variants(record, pixels[record.id], partners, synthesis)
         packed = np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1)
         tokens = encode(feature_cache, altered)
-        cache.write(path(record), tokens, {"mask": packed, "kind": kinds})
+        cache.write(feature_cache, path(record), tokens, {"mask": packed, "kind": kinds})
     runtime.wait_for_files([path(r) for r in todo])
     return len(todo) * (synthesis.variants + synthesis.copies)
 
@@ -146,7 +146,7 @@ def encode_stacks(
     absent = runtime.any_process([not cache.is_whole(p) for p in paths])
     for path, images, lacks in zip(paths, stacks, absent, strict=True):
         if lacks:
-            cache.write(path, how(feature_cache, np.asarray(images)))
+            cache.write(feature_cache, path, how(feature_cache, np.asarray(images)))
     runtime.wait_for_files(paths)
     return [cache.load(p) for p in paths]
 

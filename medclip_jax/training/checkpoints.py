@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from medclip_jax import stored
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import CheckpointError, WorkdirError
 from medclip_jax.files import disk_errors, plain, read_steps, write_bytes
 from medclip_jax.training.step import TrainState
@@ -30,14 +31,28 @@ MOST_DATA = 1 << 40  # of arrays, of which it reads the parts that it needs
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a workdir. Raises WorkdirError if it, or a file of it, cannot be used."""
+    """The checkpoints of a workdir, which this process alone reads and writes.
+
+    Raises WorkdirError if it, or a file of it, cannot be used.
+    """
     # orbax reports every file it touches; its errors reach us as exceptions too
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     folder = (workdir / "checkpoints").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_files(folder)
-        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own,
+            active_processes={own} if runtime.several() else None,
+            barrier_sync_key_prefix="main" if runtime.several() else None,
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            create=not runtime.several(),  # it is there
+            multiprocessing_options=alone,
+        )
+        return ocp.CheckpointManager(folder, options=options)
     except ValueError as error:
         raise WorkdirError(f"{error}: remove it or set another workdir") from error
     except OSError as error:
@@ -51,7 +66,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
 
     Raises WorkdirError if the disk refuses it; that may be the error of the save before.
     """
-    step = int(state.step)
+    step, state = int(state.step), _on_host(state)
     with _disk_errors(manager):
         if step in manager.all_steps():  # damaged, since the run resumed before it
             manager.delete(step)
@@ -59,6 +74,28 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
         checksums = ocp.args.JsonSave(_checksums(state))
         item = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=checksums)
         manager.save(step, args=item, force=True)
+
+
+def resume(manager: ocp.CheckpointManager | None, fresh: TrainState, mesh: Any) -> TrainState:
+    """The state to go on from, in every process: of process 0's checkpoints, else the fresh one.
+
+    manager: None in the processes that have none.
+    """
+    if not runtime.several():
+        assert manager is not None
+        return restore(manager, fresh) or fresh
+    own = _on_host(fresh)
+    found = restore(manager, own) if manager else None
+    if not runtime.any_process(found is not None)[0]:
+        return fresh
+    return sharding.replicate(sharding.broadcast(found or own), mesh)
+
+
+def _on_host(state: TrainState) -> TrainState:
+    """What this process can save of a state that all have; of a run of one process, the state."""
+    if not runtime.several():
+        return state
+    return jax.tree.map(lambda x: np.array(x.addressable_data(0)), state)
 
 
 @contextmanager
@@ -112,8 +149,8 @@ def _check_files(folder: Path) -> None:
 
 
 def _checksums(state: TrainState) -> dict[str, str]:
-    """CRC-32 of every leaf, by its path; every process has them all."""
-    own = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)
+    """CRC-32 of every leaf, by its path."""
+    own = jax.tree.map(np.asarray, state)
     leaves = jax.tree_util.tree_leaves_with_path(own)
     return {
         jax.tree_util.keystr(path): f"{x.dtype}{x.shape} {zlib.crc32(x.tobytes()):08x}"

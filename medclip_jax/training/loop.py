@@ -105,8 +105,9 @@ def fit(
             (workdir / "metrics.jsonl").touch()
         return jax.device_get(state.params)
 
-    manager = checkpoints.open(workdir)
-    state = checkpoints.restore(manager, state) or state
+    main = sharding.is_main()  # it alone reads and writes
+    manager = checkpoints.open(workdir) if main else None
+    state = checkpoints.resume(manager, state, mesh)
     first = int(state.step)
     if resume_only and first < steps:
         raise CheckpointError(
@@ -124,10 +125,9 @@ def fit(
         validate = validation.validator(pools[0], folds, score, mesh)
 
     remaining = range(first, steps)
-    main = sharding.is_main()
     with (
         MetricsLog(workdir, first, tensorboard) if main else contextlib.nullcontext() as lines,
-        checkpoints.closing(manager),
+        checkpoints.closing(manager) if manager else contextlib.nullcontext(),
         runtime.sigterm() as sigterm,
         contextlib.closing(runtime.prefetch(read, remaining)) as inputs,
     ):
@@ -146,7 +146,8 @@ def fit(
             if stop or save:
                 log.flush()  # before it is saved: a resume does not repeat it
                 _check_finite(done, jax.device_get(parts))
-                checkpoints.save(manager, state)
+                if manager:
+                    checkpoints.save(manager, state)
             if stop:
                 break
         log.flush()

@@ -58,7 +58,9 @@ PROCESS = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from medclip_jax import files
+from pathlib import Path
 from medclip_jax.distributed import runtime, sharding
+from medclip_jax.training import checkpoints, step
 
 port, process = int(sys.argv[1]), int(sys.argv[2])
 jax.config.update("jax_platforms", "cpu")
@@ -76,7 +78,19 @@ total = jax.jit(
 own = runtime.process_rows(n)
 stored = files.temporary_array((len(own), 3), np.float64)
 stored[:] = whole[own] / np.float64(3)
+def state(at):
+    values = np.float32([-0.0, np.nan, 1 / 3]) + np.float32(at)
+    all = step.TrainState(np.int32(at), {"a": values}, (), np.uint32([7, at]))
+    return sharding.replicate(all, mesh)
+manager = checkpoints.open(Path(sys.argv[3])) if sharding.is_main() else None
+if manager:
+    checkpoints.save(manager, state(5))
+    manager.wait_until_finished()
+resumed = checkpoints.resume(manager, state(0), mesh)
+if manager:
+    manager.close()
 print(json.dumps(dict(
+    resumed=[np.asarray(x.addressable_data(0)).tobytes().hex() for x in jax.tree.leaves(resumed)],
     main=sharding.is_main(), devices=mesh.size, index=index.tolist(), total=float(total),
     rows=sharding.fetch(x, n).tolist(), again=sharding.fetch(again, n).tolist(),
     any=runtime.any_process([process == 0, process == 1, False]).tolist(),
@@ -93,12 +107,13 @@ def test_one_process_is_the_identity():
     assert runtime.gather(rows, 3) is rows and runtime.gather_rows(rows, 3, 2, None) is rows
 
 
-def test_two_processes_equal_one():
+def test_two_processes_equal_one(tmp_path):
+    """The second has no folder of checkpoints."""
     port = str(free_port())
     environment = os.environ | {"JAX_ENABLE_X64": "0"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, port, str(i)],
+            [sys.executable, "-c", PROCESS, port, str(i), str(tmp_path / str(i))],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -120,6 +135,10 @@ def test_two_processes_equal_one():
     assert (first["main"], second["main"]) == (True, False)
     assert first["devices"] == second["devices"] == 4
     assert first["index"] == [0, 1, 2, 3] and second["index"] == [4, 5, 6, 6]
+    values = np.float32([-0.0, np.nan, 1 / 3]) + np.float32(5)
+    saved = [x.tobytes().hex() for x in (np.int32(5), values, np.uint32([7, 5]))]
+    assert first["resumed"] == second["resumed"] == saved
+    assert not (tmp_path / "1").exists()
     for found in (first, second):
         np.testing.assert_array_equal(np.float32(found["rows"]), whole)
         np.testing.assert_array_equal(np.float32(found["again"]), whole)
