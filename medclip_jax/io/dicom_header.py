@@ -164,12 +164,12 @@ def _check_values(ds: Dataset) -> None:
         raw = ds.get_item(tag)
         if isinstance(raw, RawDataElement) and len(raw.value or b"") > MAX_VALUE:
             kind = _kind(raw)
-            if kind not in WHOLE and kind != "SQ" and " or " not in kind:
+            if kind not in WHOLE and kind != "SQ" and "OW" not in kind:
                 raise TooManyElementsError
 
 
 def _kind(element: RawDataElement | DataElement) -> str:
-    """The VR, also where the file does not say it; of two, pydicom leaves the value whole."""
+    """The VR, also where the file does not say it; of several, OW leaves the value whole."""
     try:
         return element.VR or dictionary_VR(element.tag)
     except KeyError:

@@ -493,7 +493,7 @@ for label, tag, value in (
         f"dicom {label} of 16 MB",
         dicom_implicit(lambda tag=tag, value=value: implicit(tag, value * (16 * MB // len(value)))),
         TOO_MANY,
-        label == "WindowCenter",
+        label in ("WindowCenter", "PixelPaddingValue"),
     )
 kind(
     "dicom PatientName of one value",
