@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
     alarm: bool
     uncertainty: float  # sd of the score over MC-dropout passes
     map: Float[np.ndarray, "h w"]  # in the image's own frame, [0, 1]; 0.5 is the pixel threshold
-    boxes: tuple[explain_boxes.Box, ...]  # of what the map marks, in pixels
+    boxes: tuple[explain_boxes.Box, ...]  # of what the map of an alarm marks, in pixels
 
 
 class Scorer:
@@ -46,8 +46,10 @@ class Scorer:
         self._predictor = build_detector.load_predictor(self.workdir)
         self._start: inference_adapt.Start | None = None  # what `adapt` starts from, compiled once
 
-    def predict(self, images: Iterable) -> list[Prediction]:
+    def predict(self, images: Iterable, boxes_of_passed: bool = False) -> list[Prediction]:
         """Score images: paths of one-frame files, or arrays [h, w] of finite values in [0, 1].
+
+        boxes_of_passed: also boxes of what the maps of images without an alarm mark.
 
         Raises DataError for what cannot be read or is no such array.
         """
@@ -62,7 +64,10 @@ class Scorer:
             for mm, image in zip(spacings, pixels, strict=True)
         ]
         scores = predictor.score(self._predictor, frames, mm2)
-        return [_prediction(scores, i, image.shape, fit) for i, image in enumerate(pixels)]
+        return [
+            _prediction(scores, i, image.shape, fit, boxes_of_passed)
+            for i, image in enumerate(pixels)
+        ]
 
     def predict_files(
         self,
@@ -71,6 +76,7 @@ class Scorer:
         cam: bool = False,
         follow_links: bool = False,
         pseudonymise: bool = False,
+        boxes_of_passed: bool = False,
     ) -> inference_predict.Summary:
         """What --mode predict does: results of files, folders and globs below `output`.
 
@@ -82,7 +88,10 @@ class Scorer:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
         items = inputs.find([str(name) for name in named], follow_links, nameless=pseudonymise)
         return inference_predict.run(
-            self._predictor, items, Path(output), cam=cam, pseudonymise=pseudonymise
+            self._predictor._replace(boxes_of_passed=boxes_of_passed),
+            *(items, Path(output)),
+            cam=cam,
+            pseudonymise=pseudonymise,
         )
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
@@ -128,7 +137,11 @@ def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, 
 
 
 def _prediction(
-    scores: BatchScores, i: int, shape: tuple[int, ...], fit: io_read.Mode
+    scores: BatchScores,
+    i: int,
+    shape: tuple[int, ...],
+    fit: io_read.Mode,
+    of_passed: bool = False,
 ) -> Prediction:
     height, width = shape
     small = calibration.half_precision(scores.maps[i]).astype(np.float32)  # as in files
@@ -139,5 +152,5 @@ def _prediction(
         bool(scores.alarm[i]),
         float(scores.uncertainty[i]),
         heat,
-        tuple(explain_boxes.boxes_of(heat)),
+        tuple(explain_boxes.decided(heat, bool(scores.alarm[i]), of_passed)),
     )

@@ -3,7 +3,7 @@
 python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
                            [--mode train|evaluate|check|report] [--config.field=value ...]
 python -m medclip_jax.main --mode predict --workdir TRAINED --input PATH ... --output DIR
-                           [--part i/n] [--cam] [--follow_links]
+                           [--part i/n] [--cam] [--boxes_of_passed] [--follow_links]
                            [--pseudonymise [--keep_burned_in]]
 python -m medclip_jax.main --mode export --workdir TRAINED --output FILE
 
@@ -121,6 +121,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_boolean("keep_burned_in", False, "Pictures with text too.", flag_values=args)
     flags.DEFINE_boolean("follow_links", False, "Also out of named folders.", flag_values=args)
     flags.DEFINE_boolean("cam", False, "Also write the Grad-CAM of each item.", flag_values=args)
+    flags.DEFINE_boolean("boxes_of_passed", False, "Boxes without an alarm.", flag_values=args)
     check_config_file(argv)
     try:
         rest = args(argv)
@@ -215,12 +216,10 @@ def use(args: flags.FlagValues, folder: Path) -> None:
 
     items = inputs.find(args.input, args.follow_links, nameless=args.pseudonymise)
     predictor = build_detector.load_predictor(folder)
+    predictor = predictor._replace(boxes_of_passed=args.boxes_of_passed)
     options = (args.part, args.pseudonymise, args.cam, args.keep_burned_in)
     summary = predict.run(predictor, items, output, *options)
-    logging.info(
-        "%d scored, %d finished before, %d unreadable, %d alarm(s): %s",
-        *summary,
-    )
+    logging.info("%d scored, %d finished before, %d unreadable, %d alarm(s): %s", *summary)
 
 
 def check(fields: ConfigDict) -> None:

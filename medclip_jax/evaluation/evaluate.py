@@ -20,7 +20,7 @@ from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import progress
-from medclip_jax.evaluation import bootstrap, metrics, pixel_metrics
+from medclip_jax.evaluation import bootstrap, detection, metrics, pixel_metrics
 from medclip_jax.evaluation.metrics import MetricError
 from medclip_jax.evaluation.predictions import Predictions, Scored
 from medclip_jax.explain import grad_cam
@@ -125,7 +125,7 @@ def measure(
     metrics.json.
     """
     p = scored.predictions
-    pixel, each, counts, points = of_pixels(scored, test, fit, folder)
+    pixel, each, counts, points, lesions = of_pixels(scored, test, fit, folder)
     of = splits.unit_numbers(test)
     intervals = {"image": bootstrap.image(p.score, p.label, groups=of), "pixel": {}}
     if counts is not None:
@@ -141,10 +141,14 @@ def measure(
     else:
         image = scored.calibration.image
         summary = detectors_calibration.no_promise(p.score[healthy], k, image)
+    found = p.score[~healthy] >= 0.5
+    summary["sensitivity"] = float(found.mean()) if len(found) else metrics.NAN
+    summary["oracle_sensitivity"] = metrics.sensitivity_at(p.score, p.label, 1 - alpha)
     sd = {"sd": p.uncertainty, **scored.uncertainties} if scored.uncertainties else {}
     return {
         "image": metrics.image_level(p.score, p.label),
         "pixel": pixel,
+        "lesions": lesions,
         "calibration": {**summary, **detectors_calibration.described(scored.calibration)},
         "intervals": intervals,
         "uncertainty": metrics.risk_and_coverage(p.score, p.label, sd),
@@ -160,7 +164,7 @@ def of_pixels(
     folder: Path | None = None,
 ):
     """Pixel metrics, distances of each image that has masks (PixelMetrics.averaged), each image's
-    histograms (PixelMetrics.add) and the pointing game; None for all without masks.
+    histograms (PixelMetrics.add), the pointing game and detection; None for all without masks.
 
     Healthy images count as empty masks; an abnormal image whose mask is unknown is left out, and
     its counts are 0.
@@ -168,7 +172,7 @@ def of_pixels(
     p = scored.predictions
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
     if not any(test[i].label for i in known):
-        return None, None, None, None
+        return None, None, None, None, None
     records, maps = [test[i] for i in known], Rows(p.maps, known)
     masks = Masks(records, p.maps.shape[-1], fit)
     mm = spacings(records, p.maps.shape[-1], fit)
@@ -176,15 +180,18 @@ def of_pixels(
     shape = len(test), 3, pixel_metrics.IMAGE_BINS
     counts = files.temporary_array(shape, np.float32, folder)
     sizes = mm or [(1.0, 1.0)] * len(known)
+    lesions: list[detection.Image] = []
     for i, values, mask, size in zip(known, maps, masks, sizes, strict=True):
         counts[i] = measured.add(values, mask, size)
+        lesions.append(detection.image_of(values, bool(p.score[i] >= 0.5), mask))
     # px: of the encoder frame; one image without spacing makes all distances so
     pixel: dict[str, Any] = measured.pooled() | {
         "distance_unit": "mm" if mm else "px",
         "boundary_tolerance": TOLERANCE,
     }
     why = None if scored.cams is None else scored.cams[known]
-    return pixel, measured.averaged(), counts, pixel_metrics.pointing(maps, why, masks)
+    points = pixel_metrics.pointing(maps, why, masks)
+    return pixel, measured.averaged(), counts, points, detection.measured(lesions)
 
 
 # --- what is known of test images: read after scoring only ---

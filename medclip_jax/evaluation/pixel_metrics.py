@@ -104,8 +104,9 @@ class PixelMetrics:
         """Metrics over all pixels of all images.
 
         AUROC, AUPRC, tp, tn, fp, fn and the rates of metrics.rates, IoU and Dice from the pooled
-        counts; AUPRO up to a false-positive rate of 0.3, 8-connected lesions; means over images of
-        `averaged`, and under <name>_images of how many. NaN where nothing counts.
+        counts; oracle_dice, the best over all thresholds, which reads the masks; AUPRO up to a
+        false-positive rate of 0.3, 8-connected lesions; means over images of `averaged`, and under
+        <name>_images of how many. NaN where nothing counts.
         """
         each = self.per_image()
         total = {name: int(each[name].sum()) for name in COLUMNS[:4]}
@@ -113,6 +114,9 @@ class PixelMetrics:
         tp, tn, fp, fn = total.values()
         result: dict[str, Any] = metrics.rates(tp, tn, fp, fn) | metrics.overlap(tp, fp, fn)
         result |= {name: x[0] for name, x in metrics.ranking(used).items()}
+        above = used[0, :2, ::-1].cumsum(1)
+        dice = metrics.overlap(above[1], above[0], above[1, -1:] - above[1])["dice"]
+        result["oracle_dice"] = np.max(dice, initial=0.0) if above[1, -1] else metrics.NAN
         for name, values in self.averaged().items():
             known = values[~np.isnan(values)]
             result[name] = known.mean() if len(known) else metrics.NAN

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from medclip_jax import files
 from medclip_jax.data import splits
@@ -86,7 +86,7 @@ def write_predictions(
         deviations = None  # nothing is random
         if scored.uncertainties is not None:
             deviations = np.sqrt(p.patch_variance).reshape(len(test), -1)
-        more |= pack(test, p.maps, fit, cams=scored.cams, deviations=deviations, seed=seed)
+        more |= pack(test, p.maps, p.score >= 0.5, fit, scored.cams, deviations, seed)
     arrays: dict[str, Any] = {**p._asdict(), "id": np.array(p.id), **(scored.uncertainties or {})}
     with files.writing(workdir / "predictions.npz") as file:
         files.write_npz(file, {**arrays, **more})
@@ -95,6 +95,7 @@ def write_predictions(
 def pack(
     records: Sequence[Record],
     maps: Float[np.ndarray, "n s s"] | Any,
+    alarms: Bool[np.ndarray, " n"],
     fit: read.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
     deviations: Float[np.ndarray, "n p"] | None = None,
@@ -104,6 +105,7 @@ def pack(
 
     Args:
         maps: anomaly maps in the encoder's frame, [0, 1].
+        alarms: of which images; the others have no boxes.
         cams: Grad-CAM of each patch, [0, 1].
         deviations: standard deviation of each patch's unit score over MC-dropout passes.
 
@@ -120,7 +122,8 @@ def pack(
     def one(i: int):
         cam = None if cams is None else cams[i]
         deviation = deviations[i] / scale if deviations is not None and scale else None
-        return _one(records[i], maps[i].astype(np.float32), (cam, deviation), fit)
+        heat = maps[i].astype(np.float32)
+        return _one(records[i], heat, bool(alarms[i]), (cam, deviation), fit)
 
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(one, index.tolist()))
@@ -141,7 +144,7 @@ def joined(name: str, parts: Sequence[bytes]) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(b"".join(parts), np.uint8), f"{name}_end": ends}
 
 
-def _one(record: Record, map, patches, fit: read.Mode):
+def _one(record: Record, map, alarm: bool, patches, fit: read.Mode):
     """Frame, boxes and copies of an image; patches: Grad-CAM and deviation [p], None if absent."""
     pixels = read.read(record.path, window=record.window).pixels[0]
     frame = (pixels.shape[0], pixels.shape[1])
@@ -153,7 +156,7 @@ def _one(record: Record, map, patches, fit: read.Mode):
     squares = [x if x is None else read.to_square(x[None], MAP_SIDE)[0] for x in patches]
     sides = small_size(*frame, MAP_SIDE)
     greys = [b"" if x is None else grey(read.to_frame(x, *sides, fit)) for x in (map, *squares)]
-    marked = boxes.boxes_of(read.to_frame(map, *frame, fit))
+    marked = boxes.decided(read.to_frame(map, *frame, fit), alarm)
     return frame, marked, Copies(small(image, "JPEG"), mask, *greys)
 
 

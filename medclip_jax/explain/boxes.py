@@ -10,6 +10,7 @@ from medclip_jax.io.image import bands
 THRESHOLD = 0.5  # of a map in unit scores: a pixel of at least this is marked
 SMALLEST = 2000  # a component holds at least one pixel in this many of its map
 MOST = 10  # boxes of one image
+PEAK = 0.01  # share of the largest pixels that the box of an alarm is about, if nothing is marked
 
 
 class Box(NamedTuple):
@@ -21,6 +22,35 @@ class Box(NamedTuple):
     col1: int  # one past the last column
     score: float  # largest value of the map inside the component
     area: int  # pixels in the component, at most the box's own area
+
+
+def decided(map: Float[np.ndarray, "h w"], alarm: bool, of_passed: bool = False) -> list[Box]:
+    """The boxes of an image that was decided on: one at least of an alarm, none if it passed.
+
+    An alarm whose map marks nothing (or specks alone) has one box around its largest values, with
+    a score below THRESHOLD.
+
+    Args:
+        map: as of `boxes_of`.
+        of_passed: also those of an image that passed.
+    """
+    found = boxes_of(map) if alarm or of_passed else []
+    return found if found or not alarm else [_peak(map)]
+
+
+def _peak(map: Float[np.ndarray, "h w"]) -> Box:
+    """The component of the largest value among the PEAK largest pixels."""
+    from scipy import ndimage
+
+    values = np.nan_to_num(np.asarray(map, np.float32), nan=-1)
+    place = map.size - max(1, round(PEAK * map.size))
+    level = np.partition(values, place, None)[place]
+    labels, _ = ndimage.label(values >= level, np.ones((3, 3)))
+    top = int(labels.flat[values.argmax()])
+    rows, columns = ndimage.find_objects(labels, top)[top - 1]
+    area = int(np.count_nonzero(labels == top))
+    score = float(values.max())
+    return Box(rows.start, columns.start, rows.stop, columns.stop, score, area)
 
 
 def boxes_of(map: Float[np.ndarray, "h w"]) -> list[Box]:

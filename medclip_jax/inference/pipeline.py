@@ -201,4 +201,5 @@ def _part(predictor: Predictor, loaded: Loaded, first: int, read: Read) -> predi
     codes = loaded.codes[first : first + len(raw.image)]
     spacing, keep = loaded.frames.spacing, loaded.keep_maps
     with in_turn(one_drawn, codes[0].size):
-        return predictors.part(scores, codes, first, spacing, predictor.fit, cams, keep)
+        how = cams, keep, predictor.boxes_of_passed
+        return predictors.part(scores, codes, first, spacing, predictor.fit, *how)

@@ -28,7 +28,7 @@ from medclip_jax.inference.predictor import Predictor, batch_size
 from medclip_jax.inference.results import Privacy
 from medclip_jax.io import dicom_write
 
-FORMAT = 4  # of the outputs; with another number finished items are scored again
+FORMAT = 5  # of the outputs; with another number finished items are scored again
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
 
@@ -86,7 +86,8 @@ def _run(
 ) -> Summary:
     logging.info("%d item(s) to score", len(items))
     predictor = predictor if cam else predictor._replace(explanation=None)
-    settings = f"{FORMAT} {predictor.digest} {privacy} {predictor.explanation}"
+    how = predictor.explanation, predictor.boxes_of_passed
+    settings = f"{FORMAT} {predictor.digest} {privacy} {how}"
     stamp = hashlib.sha256(settings.encode()).hexdigest()
     files.sweep(output)
     share = f".{part.replace('/', '-of-')}" if part else ""

@@ -35,6 +35,7 @@ class Predictor(NamedTuple):
     about: dict[str, Any]  # method, data set, K, ... for what is written
     explanation: grad_cam.Explanation | None = None  # how scores are explained; None: they are not
     tiles: int = 1  # per side, scored with the whole image
+    boxes_of_passed: bool = False  # also of images without an alarm
 
     @property
     def size(self) -> int:
@@ -143,6 +144,7 @@ def part(
     fit: io_read.Mode,
     cams: Float[np.ndarray, "n p"] | None = None,
     keep_maps: bool = True,
+    boxes_of_passed: bool = False,
 ) -> Part:
     """Results of n frames.
 
@@ -154,6 +156,7 @@ def part(
         fit: how the image was brought to the encoder frame.
         cams: Grad-CAM of the patches, if it is wanted.
         keep_maps: for all frames, else for the one with the highest score.
+        boxes_of_passed: boxes also of frames without an alarm.
     """
     scores = scores._replace(maps=calibration.half_precision(scores.maps))
     frames = []
@@ -163,7 +166,8 @@ def part(
             np.greater_equal(heat, 0.5, out=codes[i])
         else:  # HALF or more is exactly what is at least 0.5
             _encode(heat, codes[i])
-        frames.append(_frame(scores, i, first + i, heat, spacing))
+        marked = boxes.decided(heat, bool(scores.alarm[i]), boxes_of_passed)
+        frames.append(_frame(scores, i, first + i, marked, spacing))
     if not keep_maps:
         best = int(np.argmax(scores.score))
         scores = scores._replace(maps=scores.maps[best : best + 1].copy())
@@ -184,7 +188,7 @@ def frame_map(
     return io_read.to_frame(small.astype(np.float32), height, width, fit)
 
 
-def _frame(scores: BatchScores, i: int, number: int, heat, spacing) -> dict[str, Any]:
+def _frame(scores: BatchScores, i: int, number: int, marked, spacing) -> dict[str, Any]:
     return {
         "frame": number,
         "score": float(scores.score[i]),
@@ -193,7 +197,7 @@ def _frame(scores: BatchScores, i: int, number: int, heat, spacing) -> dict[str,
         "uncertainty": float(scores.uncertainty[i]),
         "patch_variance_mean": float(scores.patch_variance[i].mean()),
         "patch_variance_max": float(scores.patch_variance[i].max()),
-        "boxes": [_box(box, spacing) for box in boxes.boxes_of(heat)],
+        "boxes": [_box(box, spacing) for box in marked],
     }
 
 

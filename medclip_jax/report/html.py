@@ -117,6 +117,8 @@ def page(
         deviation_scale=files.deviation_scale,
         image_table=_table(metrics["image"], limits=intervals.get("image")),
         pixel_table=_table(metrics.get("pixel") or {}, limits=intervals.get("pixel")),
+        lesions=metrics.get("lesions"),
+        lesion_table=_table(metrics.get("lesions") or {}),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         viewer_data=as_script(files.pictures, cam=cam),

@@ -16,7 +16,7 @@ from tests.support.reference import reference_files
 
 PIXEL_KEYS = (
     "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc iou dice "
-    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro "
+    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro oracle_dice "
     "hausdorff_or_diagonal hausdorff95_or_diagonal hausdorff_images "
     "hausdorff95_images hausdorff_or_diagonal_images hausdorff95_or_diagonal_images "
     "boundary_f1_images"
@@ -45,6 +45,9 @@ def test_pooled_metrics_meet_reference(fixture):
     assert got["auprc"] == pytest.approx(pooled["average_precision"], abs=1e-12)
     assert got["iou"] == pytest.approx(pooled["iou_pooled"], abs=1e-12)
     assert got["dice"] == pytest.approx(pooled["dice_pooled"], abs=1e-12)
+    maps, masks = (np.stack(arrays[f"pixel_{x}"]).ravel() for x in ("maps", "masks"))
+    dice = [2 * masks[maps >= t].sum() / ((maps >= t).sum() + masks.sum()) for t in np.unique(maps)]
+    assert got["oracle_dice"] == pytest.approx(max(dice), abs=1e-12) and max(dice) >= got["dice"]
     assert [got[k] for k in ("tp", "tn", "fp", "fn")] == list(arrays["pix_tp_tn_fp_fn"].sum(0))
     assert got["aupro"] == pytest.approx(expected["aupro"]["limit0.3_conn8"], abs=1e-10)
     finite = np.isfinite(arrays["pix_hd_monai"])

@@ -13,6 +13,8 @@ from medclip_jax.io import read
 from medclip_jax.report import html, load
 from tests.support.pictures import write_pictures
 
+NO = np.zeros(9, bool)  # no alarm
+
 
 def test_pictures_come_back_small_and_in_their_aspect(tmp_path):
     records = write_pictures(tmp_path, 2, start=50)  # 30 x 40 pixels
@@ -26,7 +28,7 @@ def test_pictures_come_back_small_and_in_their_aspect(tmp_path):
     maps = np.zeros((3, 32, 32), np.float32)
     maps[1, 8:16, 16:24] = 0.75
     cams = np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 16)
-    arrays = predictions.pack(records, maps, "stretch", cams, cams / 2)
+    arrays = predictions.pack(records, maps, np.ones(3, bool), "stretch", cams, cams / 2)
     assert arrays["frame"].tolist() == [[30, 40], [30, 40], [300, 600]]
     images = [np.asarray(Image.open(io.BytesIO(b))) for b in load.unpack(arrays, "thumb")]
     assert [x.shape for x in images] == [(30, 40), (30, 40), (128, 256)]
@@ -41,7 +43,8 @@ def test_pictures_come_back_small_and_in_their_aspect(tmp_path):
     assert arrays["deviation_scale"] == 0.5
     rows = load.pictures(arrays, 3)
     assert [row.frame for row in rows] == [(30, 40), (30, 40), (300, 600)]
-    assert rows[0].boxes == rows[2].boxes == [] and rows[0].mask == b""
+    assert len(rows[0].boxes) == len(rows[2].boxes) == 1  # alarms whose maps mark nothing
+    assert rows[0].boxes[0].score == 0 and rows[0].mask == b""
     whole = boxes_of(read.to_frame(maps[1], 30, 40))  # of the original, not of the small copy
     assert rows[1].boxes == whole and len(whole) == 1
 
@@ -55,7 +58,7 @@ def test_maps_above_the_threshold_have_bytes_above_it():
 def test_without_small_copies_there_are_no_pictures():
     assert load.pictures({}, 5) == []
     with pytest.raises(ValueError, match="one per image"):
-        load.pictures(predictions.pack([], np.zeros((0, 4, 4)), "stretch") | {"frame": [1]}, 5)
+        load.pictures(predictions.pack([], np.zeros((0, 4, 4)), NO, "stretch") | {"frame": [1]}, 5)
 
 
 def test_json_cannot_leave_its_script():
@@ -76,14 +79,14 @@ def test_of_many_images_some_are_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(predictions, "MOST", 4)
     records = write_pictures(tmp_path, 9, start=50)
     maps = np.zeros((9, 32, 32), np.float32)
-    arrays = predictions.pack(records, maps, "stretch", seed=3)
+    arrays = predictions.pack(records, maps, NO, "stretch", seed=3)
     index = arrays["thumb_index"].tolist()
     assert len(index) == 4 and index == sorted(set(index)) and arrays["frame"].shape == (4, 2)
-    assert index != predictions.pack(records, maps, "stretch", seed=4)["thumb_index"].tolist()
+    assert index != predictions.pack(records, maps, NO, "stretch", seed=4)["thumb_index"].tolist()
     rows = load.pictures(arrays, 9)
     assert [i for i, row in enumerate(rows) if row] == index
-    whole = load.pictures(predictions.pack(records[:4], maps[:4], "stretch"), 4)
-    first = load.pictures(predictions.pack([records[i] for i in index], maps[:4], "stretch"), 4)
+    whole = load.pictures(predictions.pack(records[:4], maps[:4], NO, "stretch"), 4)
+    first = load.pictures(predictions.pack([records[i] for i in index], maps[:4], NO, "stretch"), 4)
     assert all(whole) and [rows[i] for i in index] == first
     with pytest.raises(ValueError, match="one per image"):
         load.pictures(arrays, max(index))

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from medclip_jax.explain import grad_cam
-from medclip_jax.explain.boxes import MOST, SMALLEST, Box, boxes_of
+from medclip_jax.explain.boxes import MOST, SMALLEST, Box, boxes_of, decided
 from medclip_jax.io import read
 
 
@@ -58,6 +58,25 @@ def test_nothing_marked_and_half_precision_and_nan():
     assert boxes_of(np.full((4, 4), np.nextafter(np.float32(0.5), np.float32(0)))) == []
     assert boxes_of(np.full((40, 60), 0.75, np.float16)) == [Box(0, 0, 40, 60, 0.75, 2400)]
     assert boxes_of(np.full((4, 4), np.nan, np.float32)) == []
+
+
+def test_an_alarm_has_a_box_and_what_passed_has_none_unless_asked():
+    map = np.full((20, 50), 0.1, np.float32)  # 1,000 pixels: the ten largest are the peak's
+    map[4:6, 10:15] = 0.4
+    map[5, 12] = 0.45
+    assert decided(map, alarm=True) == [Box(4, 10, 6, 15, pytest.approx(0.45), 10)]
+    assert decided(map, alarm=False) == decided(map, alarm=False, of_passed=True) == []
+    map[4:6, 10:15] = 0.7
+    assert decided(map, alarm=True) == decided(map, alarm=False, of_passed=True) == boxes_of(map)
+    assert len(boxes_of(map)) == 1 and decided(map, alarm=False) == []
+
+
+def test_an_alarm_of_specks_or_nan_alone_still_has_a_box():
+    map = np.zeros((100, 100), np.float32)  # 10,000 pixels: a component of fewer than 5 is none
+    map[3, 3] = 0.9
+    assert boxes_of(map) == [] and decided(map, alarm=True)[0].score == pytest.approx(0.9)
+    flat = np.full((4, 4), np.nan, np.float32)
+    assert decided(flat, alarm=True) == [Box(0, 0, 4, 4, -1.0, 16)]
 
 
 # --- Grad-CAM: check values by hand ---------------------------------------------------------------

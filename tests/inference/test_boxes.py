@@ -20,7 +20,8 @@ def test_three_outputs_have_the_same_boxes(tmp_path, fit):
     noise = ndimage.gaussian_filter(np.random.default_rng(0).random((3, 32, 32)), (0, 2, 2))
     maps = 0.8 * (noise - noise.min()) / np.ptp(noise)
     columns = {name: np.zeros(3) for name in BatchScores._fields}
-    scores = BatchScores(**{**columns, "maps": maps})
+    alarm = np.array([True, True, False])
+    scores = BatchScores(**{**columns, "maps": maps, "alarm": alarm})
 
     pages = predictor.part(scores, np.zeros((3, 30, 40), np.uint16), 0, None, fit).frames
     command_line = [
@@ -28,7 +29,11 @@ def test_three_outputs_have_the_same_boxes(tmp_path, fit):
         for page in pages
     ]
     notebook = [list(api._prediction(scores, i, (30, 40), fit).boxes) for i in range(3)]
-    small = predictions.pack(records, calibration.half_precision(maps), fit)
+    small = predictions.pack(records, calibration.half_precision(maps), alarm, fit)
     report = [picture.boxes for picture in load.pictures(small, 3)]
     assert command_line == notebook == report
-    assert sum(map(len, report)) > 3
+    assert sum(map(len, report)) > 3 and len(report[0]) and len(report[1]) and report[2] == []
+
+    asked = predictor.part(scores, np.zeros((3, 30, 40), np.uint16), 0, None, fit, None, True, True)
+    notebook = api._prediction(scores, 2, (30, 40), fit, of_passed=True).boxes
+    assert len(asked.frames[2]["boxes"]) == len(notebook) > 0

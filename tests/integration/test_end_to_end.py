@@ -20,7 +20,7 @@ from tests.support.runs import EVERY, EXPLAINED, META, STEPS, log, predictions
 IMAGE = "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc fpr tpr"
 PIXEL = (
     "auroc auprc accuracy precision recall f1 specificity balanced_accuracy mcc iou dice "
-    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro "
+    "tp tn fp fn hausdorff hausdorff95 boundary_f1 aupro oracle_dice "
     "hausdorff_or_diagonal hausdorff95_or_diagonal hausdorff_images "
     "hausdorff95_images hausdorff_or_diagonal_images hausdorff95_or_diagonal_images "
     "boundary_f1_images"
@@ -72,8 +72,8 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
 def test_metrics_json_has_the_keys_of_the_contract(whole):
     held = json.loads((whole / "metrics.json").read_text())
     assert list(held) == (
-        "dataset k seed split method learner gradients backbone image pixel calibration intervals "
-        "uncertainty explanations fusion timing versions finished digest".split()
+        "dataset k seed split method learner gradients backbone image pixel lesions calibration "
+        "intervals uncertainty explanations fusion timing versions finished digest".split()
     )
     assert set(held["image"]) == {*IMAGE.split(), "threshold"}
     assert set(held["pixel"]) == {*PIXEL.split(), "distance_unit", "boundary_tolerance"}
