@@ -41,7 +41,7 @@ def image_rate(
     images = drawn(rng, kind, (draws, k + 1, branches), correlation)
     supports, new = images[:, :k], images[:, k]
     rank = jax.jit(jax.vmap(ensemble.ranks))(new[:, None], supports)[:, 0]
-    limit = calibration.threshold(np.arange(1.0, k + 1), alpha)
+    limit = calibration.threshold(np.arange(1.0, k + 1), alpha, proven=True)  # a whole rank
     rate, score = limit.alpha_attained, score_of(new, supports)
     most = round(rate * (k + 1)) - 1  # supports that may lie at or above an alarm
     others = left_out(supports)

@@ -4,6 +4,7 @@ Nothing further in knows the configuration: functions take the values they need.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medclip_jax import config_validation
+from medclip_jax import config_validation, files
 from medclip_jax.clip.checkpoint import Clip, describe, load
 from medclip_jax.config import deforms, recipe_of
 from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.catalog import PRESETS, SETS
-from medclip_jax.data.layouts import Split
+from medclip_jax.data.layouts import Record, Split
 from medclip_jax.detectors import tiling
 from medclip_jax.distributed import runtime
-from medclip_jax.errors import ConfigError
+from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.io.image import parse_window
@@ -81,6 +82,29 @@ def load_split(c: ConfigDict) -> Split:
     records = datasets.load(c.data.name, root, Path(c.cache), c.k, **meaning)
     split = splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
     return split._replace(test=tuple(splits.with_units(split.test, records, Path(c.cache))))
+
+
+def load_extra(c: ConfigDict, split: Split) -> tuple[Record, ...]:
+    """Healthy images of config.calibration.extra; () where there is no such folder named.
+
+    Raises DataError for what cannot be read, one that is a support or tested, or too few images.
+    """
+    if not c.calibration.extra:
+        return ()
+    folder = files.expanded(c.calibration.extra)
+    records = datasets.healthy_folder(folder, c.data.window)
+    others = {r.sha256: f"the support {r.id}" for r in split.support}
+    others |= {r.sha256: f"the test image {r.id}" for r in split.test}
+    for path, what in ((r.path, others.get(r.sha256)) for r in records):
+        if what:
+            raise DataError(f"{path} of config.calibration.extra is {what}: take it out")
+    needed = max(2, math.ceil(1 / c.calibration.alpha - 1 - 1e-9))
+    if len(records) < needed:
+        raise DataError(
+            f"config.calibration.extra, {folder}, holds {len(records)} healthy images: a "
+            f"false-alarm rate of {c.calibration.alpha:g} needs {needed} or more"
+        )
+    return tuple(records)
 
 
 def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:
@@ -151,7 +175,7 @@ def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
     return grad_cam.Explanation(c.explanation.method, c.explanation.layer, c.score.top)
 
 
-def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None):
+def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None, extra=()):
     """Encode what the feature cache lacks; returns it and the training pools.
 
     teacher: a distillation.Teacher whose patch logits the pool of the supports carries.
@@ -165,9 +189,9 @@ def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None):
         runtime.agree({f"the images of {other.name}": [r.sha256 for r in images]})
         own = cache.with_recipe(feature_cache, other.recipe, other.window)
         pools.append(encoder.open_pool(own, images, variants._replace(strengths=other.strengths)))
-    encoder.encode_images(feature_cache, split.test)
+    encoder.encode_images(feature_cache, [*split.test, *extra])
     if c.score.tiles > 1:
-        tiling.encode_images(feature_cache, [*split.support, *split.test], c.score.tiles)
+        tiling.encode_images(feature_cache, [*split.support, *split.test, *extra], c.score.tiles)
     if teacher is not None:
         pools = [distillation.add_logits(pools[0], teacher, feature_cache, split.support, variants)]
     return feature_cache, pools

@@ -152,7 +152,7 @@ def calibrate(
     steps, mm2 = config_validation.map_filter(c), None
     if steps:
         mm2 = read.pixel_areas(records, feature_cache.clip.size, feature_cache.fit)
-        mm2 = mm2 * len(scores.calibration.image) if c.k == 1 else mm2  # views of the one support
+        mm2 = mm2 * len(scores.calibration.image) if scores.k == 1 else mm2  # views of the one
     return detector.calibrate(
         scores,
         alpha=c.calibration.alpha,

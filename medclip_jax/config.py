@@ -199,6 +199,7 @@ def _scoring(c: ConfigDict) -> None:
     }
     c.calibration = {
         "alpha": 0.1,  # false-alarm rate asked for
+        "extra": "",  # folder of more healthy images, which calibrate in place of the supports
         "pixel_rate": 0.02,  # share of a healthy image's pixels above the pixel threshold
     }
     c.explained = 8  # abnormal test images whose explanations are checked, up to 32; 0 = none
@@ -262,13 +263,12 @@ def restored(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What stays the same in all commands of a run: no PLACES and no root of the data.
-
-    split.json holds the digest of every image: the same ones may lie anywhere.
-    """
+    """What stays the same in all commands of a run: no PLACES, and not where images lie."""
     rest = {name: value for name, value in values.items() if name not in PLACES}
-    data = rest.get("data")
-    return rest | ({"data": {**data, "root": ""}} if isinstance(data, Mapping) else {})
+    for group, field in (("data", "root"), ("calibration", "extra")):
+        if isinstance(rest.get(group), Mapping):
+            rest[group] = {**rest[group], field: ""}
+    return rest
 
 
 def training_steps(c: ConfigDict) -> int:

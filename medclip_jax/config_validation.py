@@ -61,7 +61,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
 }
 PATHS = (
     *("data.root", "cache", "teacher", "clip.checkpoint", "model.language"),
-    "prompts.ontology_file",
+    *("prompts.ontology_file", "calibration.extra"),
 )
 LONGEST = 4000  # characters of a text
 AUGMENT: dict[str, tuple[float, float]] = {

@@ -18,6 +18,7 @@ from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.data import preprocessing
 from medclip_jax.detectors import saved
+from medclip_jax.detectors.detector import recalibrated
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
@@ -37,6 +38,7 @@ class Prepared(NamedTuple):
     design: Any  # static parts of the model
     frozen: dict  # parameters that no step changes
     mesh: Mesh
+    extra: tuple = ()  # more healthy images, which calibrate in place of the supports
 
 
 class Encoded(NamedTuple):
@@ -130,14 +132,15 @@ def prepare(config: ConfigDict) -> Prepared:
     clip, split = build.load_clip(c), build.load_split(c)
     build.explanation(c, clip)
     design, frozen = build.model_parts(c, clip, others)
-    return Prepared(c, clip, split, others, design, frozen, sharding.mesh())
+    extra = build.load_extra(c, split)
+    return Prepared(c, clip, split, others, design, frozen, sharding.mesh(), extra)
 
 
 def encode(prepared: Prepared) -> Encoded:
     """Images and synthetic variants through the image encoder, once ever; opens what was kept."""
-    c, clip, split, others, *_, mesh = prepared
+    c, clip, split, others, *_, mesh, extra = prepared
     teacher = teacher_of(prepared)
-    return Encoded(*build.encode(c, clip, split, others, mesh, teacher))
+    return Encoded(*build.encode(c, clip, split, others, mesh, teacher, extra))
 
 
 def teacher_of(prepared: Prepared) -> Any:
@@ -149,7 +152,7 @@ def teacher_of(prepared: Prepared) -> Any:
 
 def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True) -> Fitted:
     """Learn from the training pools, or resume; with `train` False only read what was learned."""
-    c, clip, _, _, design, frozen, mesh = prepared
+    c, clip, _, _, design, frozen, mesh, _ = prepared
     folds = build.folds(c)
     params = loop.fit(
         *(build.fresh_params(c, clip, design), frozen, encoded.pools, folds),
@@ -173,7 +176,10 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
         *(c, prepared.clip, prepared.design, plain_design, prepared.frozen),
         *(fitted.params, supports, fitted.folds),
     )
-    calibration = build_detector.calibrate(c, detector, feature_cache, split.support)
+    if prepared.extra:
+        detector = recalibrated(detector, feature_cache, prepared.extra, evaluate.BATCH)
+    calibrating = prepared.extra or split.support
+    calibration = build_detector.calibrate(c, detector, feature_cache, calibrating)
     if not split.test:
         return Scored(detector, calibration, None, None)
     how = build.explanation(c, prepared.clip)
@@ -251,7 +257,7 @@ def key_of(prepared: Prepared, report: bool) -> str:
     """Names what a result is made from, so that a finished run is recognised."""
     c = prepared.config
     adapter = text_adapter.digest(c.model.language)
-    truth = workdirs.truth_of(prepared.split.test)
+    truth = workdirs.truth_of(prepared.split.test), [r.sha256 for r in prepared.extra]
     made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
     how = c.explained, c.explanation.to_dict()
     return stored.digest([*made_from, how, report, versions()])

@@ -112,6 +112,24 @@ def find(
     return name, LAYOUTS[name](root, *([uncertain] if name == "chexpert" else []))
 
 
+def healthy_folder(folder: Path, window: str = "") -> list[Record]:
+    """The images of a folder, all healthy; DataError for what is missing or cannot be used."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}: give one of healthy images.")
+    layout = layouts.healthy(folder)
+
+    def record(path: Path, frames: Any, covered: Any) -> Any:
+        if len(frames) > 1:
+            return f"{path} holds {len(frames)} frames: give images of one frame"
+        name = path.relative_to(folder).as_posix()
+        return Record(name, 0, "", path.absolute(), (), files.sha256_of(path), window=window)
+
+    results = examine(layout, window, record)
+    if wrong := [x for x in results if isinstance(x, str)]:
+        raise DataError(f"{folder}: {len(wrong)} problem(s) found: {'; '.join(wrong[:LISTED])}.")
+    return layouts.unique(results)
+
+
 def problems(layout: layouts.Layout, k: int = 1) -> tuple[str, ...]:
     """What is wrong with the names: masks without image, images without mask, too few healthy."""
     has_parts = any(e.part for e in layout.examples)

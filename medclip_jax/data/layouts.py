@@ -147,6 +147,12 @@ def folder(root: Path) -> Layout:
     return Layout(root, _sorted(examples), tuple(problems))
 
 
+def healthy(root: Path) -> Layout:
+    """List a folder of healthy images."""
+    examples = [_example(root, image, 0, "good", "", []) for image in _files(root)]
+    return Layout(root, _sorted(examples), ())
+
+
 def find(root: Path, title: str, name: str, inner: str, needed: tuple[str, ...]) -> Path:
     """The folder that holds all of `needed`: `root` or one or two levels below it, else DataError.
 

@@ -93,30 +93,42 @@ def described(calibration: Calibration) -> dict[str, float | str | None]:
 
 
 def p_values(
-    scores: Num[np.ndarray, " n"], healthy: Num[np.ndarray, " k"]
+    scores: Num[np.ndarray, " n"], healthy: Num[np.ndarray, " k"], steps: bool = True
 ) -> Float[np.ndarray, " n"]:
     """(1 + number of healthy >= score) / (k + 1), in [1 / (k + 1), 1].
 
     Small means unlike the healthy images; P(p <= a) <= a for exchangeable healthy scores
-    (Vovk et al., Algorithmic Learning in a Random World, 2005). Raises DataError.
+    (Vovk et al., Algorithmic Learning in a Random World, 2005). Without `steps` it falls linearly
+    between two healthy scores, as `threshold` without a bound lies between them: P(p <= a) is about
+    a, for every a from 1 / (k + 1). Raises DataError.
     """
     ordered = np.sort(finite(healthy, "healthy support image"))
-    below = np.searchsorted(ordered, finite(scores, "image", least=0), side="left")
-    return (1 + len(ordered) - below) / (len(ordered) + 1)
+    scores, k = finite(scores, "image", least=0), len(ordered)
+    below = np.searchsorted(ordered, scores, side="left")
+    rank = below.astype(float)
+    if not steps and k > 1:
+        upper = np.clip(below, 1, k - 1)
+        width = np.maximum(ordered[upper] - ordered[upper - 1], np.finfo(float).tiny)
+        share = (scores - ordered[upper - 1]) / width
+        # just short of the next rank: a score on the threshold is no alarm
+        rank += np.where((below > 0) & (below < k), share * (1 - 1e-9), 0)
+    return (1 + k - rank) / (k + 1)
 
 
 def threshold(healthy: Num[np.ndarray, " k"], alpha: float, *, proven: bool = False) -> Threshold:
-    """The ceil((k + 1) (1 - alpha))-th smallest healthy score.
+    """The healthy score of rank (k + 1) (1 - alpha), from the smallest.
 
     alpha: false-alarm rate that is asked for, in (0, 1). None below 1 / (k + 1) can be attained:
     then the largest healthy score is used and the message says what it promises. proven: the rate
-    is a bound (see above), not only what to expect.
+    is a bound (see above), not only what to expect: the rank is rounded up. Else the threshold is
+    interpolated between two scores, and the rate to expect is alpha itself (Hutson, Stat. Probab.
+    Lett. 1999; a little less where the healthy tail is long).
     Raises DataError for no healthy scores or NaN, ConfigError for alpha outside (0, 1).
     """
     ordered = np.sort(finite(healthy, "healthy support image"))
     k = len(ordered)
     alarms, attainable, message = _promise(k, alpha, proven)
-    value, rate = float(ordered[k - alarms]), alarms / (k + 1)
+    value, rate = float(np.interp(k + 1 - alarms, np.arange(1, k + 1), ordered)), alarms / (k + 1)
     return Threshold(value, alpha, rate, attainable, message, rate if proven else None)
 
 
@@ -180,9 +192,10 @@ def calibration_summary(
     """What the threshold promised and what healthy test images showed.
 
     `typical` is the rate to expect (`alpha_attained`), `bound` the same where it is proven.
-    `false_alarm_rate` is the share of the p-values at or under `alpha_attained`, which is the
-    decision `score > threshold`; NaN for none. `expected_low` and `expected_high` hold 95% of such
-    rates over support draws when the promise is exact (beta-binomial).
+    `false_alarm_rate` is the share of the p-values (`p_values`, with steps if proven) at or under
+    `alpha_attained`, which is the decision `score > threshold`; NaN for none. `expected_low` and
+    `expected_high` hold 95% of such rates over support draws when the promise is exact
+    (beta-binomial).
     Raises DataError, ConfigError.
     """
     p = finite(healthy_p_values, "healthy test image", least=0)
@@ -223,13 +236,17 @@ def no_promise(
     }
 
 
-def _promise(k: int, alpha: float, proven: bool) -> tuple[int, bool, str]:
-    """How many of k + 1 exchangeable scores may exceed the threshold, and the sentence for it."""
+def _promise(k: int, alpha: float, proven: bool) -> tuple[float, bool, str]:
+    """How many of k + 1 exchangeable scores exceed the threshold, and the sentence for it.
+
+    A whole number where it is a bound.
+    """
     check_share(alpha, "false-alarm rate")
     if k < 1:
         raise DataError("There are no healthy support scores; give at least one healthy image.")
     # (k + 1) alpha can fall short of a whole number by rounding alone, as 100 * 0.29 does.
-    alarms = min(math.floor((k + 1) * alpha + 1e-9), k)
+    alarms = min((k + 1) * alpha + 1e-9, k)
+    alarms = math.floor(alarms) if proven or alarms < 1 else max(1.0, alarms - 1e-9)
     images = f"with {k} healthy image" + "s" * (k > 1)
     rate, request = percent(max(alarms, 1) / (k + 1)), f"asked for {percent(alpha)}"
     if alarms < 1:

@@ -15,7 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from medclip_jax.clip.layers import Features
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import anomaly_maps, calibration
+from medclip_jax.distributed import sharding
+from medclip_jax.features import cache
 from medclip_jax.models import similarity
 
 
@@ -100,6 +103,25 @@ def _score(apply: Callable, params, features: Features) -> Scores:
     return apply(params, features, None)
 
 
+def recalibrated(
+    detector: Detector, feature_cache: cache.FeatureCache, records: Sequence[Record], rows: int
+) -> Detector:
+    """The detector with scores of healthy images that it never saw in place of its supports'.
+
+    They are scored as every image is, so that calibration is proven for any detector.
+
+    Args:
+        records: in the feature cache; rows: how many are scored at a time.
+    """
+    groups = (detector.read or cache.load_images)(feature_cache, records, rows)
+    filled = (sharding.fill_rows(tokens, rows) for tokens in groups)
+    each = [
+        jax.tree.map(lambda x, n=n: x[:n], jax.device_get(score(detector, t))) for t, n in filled
+    ]
+    scores = jax.tree.map(lambda *x: np.concatenate(x), *each)
+    return detector._replace(calibration=scores, k=len(records), proven=("image", "map"))
+
+
 def read_batch(detector: Detector, features: Features, keys: Array) -> Raw:
     """All raw scores of a batch, compiled; keys [t]: one MC-dropout pass each."""
     static = detector._replace(params=None, fold_params=None, calibration=None)
@@ -164,7 +186,8 @@ def finish(
     image = np.asarray(raw.image, np.float64)
     p_value = np.full(len(image), np.nan)
     if calibrated.k > 1:
-        p_value = calibration.p_values(image, calibrated.healthy)
+        steps = calibrated.image.bound is not None
+        p_value = calibration.p_values(image, calibrated.healthy, steps)
     passes = unit(np.asarray(raw.passes.image))
     patches = pixel_unit(np.asarray(raw.passes.patch))
     return BatchScores(

@@ -22,7 +22,7 @@ from medclip_jax.detectors.calibration import Calibration, PixelThreshold, Thres
 from medclip_jax.detectors.detector import Detector
 from medclip_jax.errors import ConfigError, WorkdirError, one_line
 
-FORMAT = 5
+FORMAT = 6
 MOST_BYTES = 8 << 30  # of the parameters: the memory of thousands of supports
 MOST_SETTINGS = 16 << 20  # bytes
 TENSORS, SETTINGS = "scorer.safetensors", "scorer.json"
@@ -64,6 +64,7 @@ def write(
     raw = save({name: np.array(value, order="C") for name, value in tensors.items()})
     files.write_bytes(workdir / TENSORS, raw)
     places = {"teacher": "", "cache": "", "data": settings["data"] | {"root": ""}}
+    places["calibration"] = settings["calibration"] | {"extra": ""}
     head = {
         "format": FORMAT,
         "medclip-jax": __version__,
@@ -148,12 +149,12 @@ def _plain(calibration: Calibration) -> dict[str, Any]:
 
 
 def _calibration(values: dict[str, Any]) -> Calibration:
-    """Raises ValueError where the threshold is not one of the scores that it is chosen from."""
+    """Raises ValueError where the threshold is not within the scores that it is chosen from."""
     healthy, k, value = values["healthy"], values["k"], values["image"]["value"]
     if k > 1 and len(healthy) != k or k == 1 and not healthy:
         raise ValueError(f"calibration.healthy has {len(healthy)} scores of k = {k} images")
-    if value not in (healthy or [0.0]):
-        raise ValueError(f"calibration.image.value {value} is none of calibration.healthy")
+    if not min(healthy or [0.0]) <= value <= max(healthy or [0.0]):
+        raise ValueError(f"calibration.image.value {value} is not within calibration.healthy")
     unknown = {"alpha_attained", "rate_attained"}  # null there is NaN
     parts: Any = (
         {n: math.nan if x is None and n in unknown else x for n, x in values[part].items()}

@@ -54,11 +54,10 @@ class Exported:
         calibration = self.manifest["calibration"]
         threshold, scale = calibration["threshold"], calibration["scale"]
         raw, healthy = raw.astype(np.float64), np.sort(calibration["healthy"])
-        below = np.searchsorted(healthy, raw, side="left")
-        p_value = (1 + len(healthy) - below) / (len(healthy) + 1)
+        how = calibration["k"], self.manifest["alpha"]["bound"] is not None
         return Scores(
             unit(raw, threshold, scale),
-            p_value if calibration["k"] > 1 else np.full(len(raw), np.nan),
+            p_values(raw, healthy, *how),
             raw > threshold,
             unit(passes, threshold, scale).std(1),
             unit(maps, calibration["pixel_threshold"], calibration["pixel_scale"]),
@@ -154,7 +153,7 @@ def save(predictor: Any, path: str | Path) -> int:
 
     Raises ConfigError for one that needs more than JAX, WorkdirError if the file cannot be written.
     """
-    from medclip_jax.detectors import anomaly_maps
+    from medclip_jax.detectors.anomaly_maps import MapFilter
 
     path = Path(path)
     if path.exists() and not path.is_file():  # before the work; a device would be replaced
@@ -165,7 +164,7 @@ def save(predictor: Any, path: str | Path) -> int:
             f"the run was trained with data.recipe {', '.join(predictor.encoder.recipe)}, which an "
             "exported file cannot carry: use --mode predict, or train without a recipe"
         )
-    if calibration.filter != anomaly_maps.MapFilter():
+    if calibration.filter != MapFilter():
         raise ConfigError(
             "the run filters its maps (config.score.map_filter), which an exported file cannot: "
             "use --mode predict, or train without it"
@@ -175,12 +174,9 @@ def save(predictor: Any, path: str | Path) -> int:
             "the run scores tiles (config.score.tiles), which an exported file cannot: "
             "use --mode predict, or train with tiles=1"
         )
-    code, weights = _program(predictor)
-    packed = io.BytesIO()
-    named: dict[str, Any] = {f"w{i}": w for i, w in enumerate(weights)}
-    files.write_npz(packed, named)
-    contents = (code, packed.getvalue(), _card(predictor).encode())
-    parts = dict(zip(MEMBERS, contents, strict=True))
+    (code, weights), packed = _program(predictor), io.BytesIO()
+    files.write_npz(packed, {f"w{i}": w for i, w in enumerate(weights)})
+    parts = dict(zip(MEMBERS, (code, packed.getvalue(), _card(predictor).encode()), strict=True))
     recipe = {"size": predictor.size, "fit": predictor.fit, "window": predictor.window}
     manifest = {
         "kind": KIND,
@@ -201,10 +197,9 @@ def save(predictor: Any, path: str | Path) -> int:
         "checkpoint": predictor.about["checkpoint"],
         "sha256": {name: hashlib.sha256(raw).hexdigest() for name, raw in parts.items()},
     }
-    manifest = stored.sealed(files.plain(manifest))
-    whole = io.BytesIO()
+    text = json.dumps(stored.sealed(files.plain(manifest)), indent=2)
+    whole, parts = io.BytesIO(), {"manifest.json": text.encode(), **parts}
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        parts = {"manifest.json": json.dumps(manifest, indent=2).encode(), **parts}
         for name, raw in parts.items():  # without the time of day
             archive.writestr(zipfile.ZipInfo(name), raw, zipfile.ZIP_DEFLATED, 1)
     files.write_bytes(path, whole.getvalue())
@@ -235,6 +230,16 @@ def unit(values: np.ndarray, threshold: float, width: float) -> np.ndarray:
     values = np.asarray(values, np.float64)
     z = np.abs(values - threshold) / width
     return np.where(values > threshold, 1 - 0.5 / (1 + z), BELOW_HALF / (1 + z))
+
+
+def p_values(scores: np.ndarray, healthy: np.ndarray, k: int, steps: bool) -> np.ndarray:
+    """calibration.p_values of ordered healthy scores; NaN for fewer than two images."""
+    if k < 2:
+        return np.full(len(scores), np.nan)
+    below = np.searchsorted(healthy, scores, side="left")
+    low, high = healthy[(upper := np.clip(below, 1, k - 1)) - 1], healthy[upper]
+    share = (scores - low) / np.maximum(high - low, 1e-300) * (1 - 1e-9)
+    return (1 + k - below - np.where((below % k == 0) | steps, 0, share)) / (k + 1)
 
 
 def _weights(old: int, new: int) -> np.ndarray:

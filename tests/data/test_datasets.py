@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from medclip_jax import files
+from medclip_jax import build, config, files
 from medclip_jax.data import datasets, layouts, tfds_builders
 from medclip_jax.data.catalog import SETS, with_role
+from medclip_jax.data.layouts import Split
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from tests.support.damaged import one_bit
 from tests.support.folders import ROOT, png
+from tests.support.pictures import write_pictures
 
 # ---------------------------------------------------------------- what is refused
 
@@ -161,7 +164,7 @@ assert not {"tensorflow", "torch"} & set(sys.modules)
 DIE = """
 import os, sys
 from pathlib import Path
-from medclip_jax import files
+from medclip_jax import build, config, files
 from medclip_jax.data import datasets
 files.sha256_of = lambda path: os._exit(9) if path.name == "normal (5).png" else "0"
 datasets.load("busi", Path(sys.argv[1]), Path(sys.argv[2]))
@@ -287,3 +290,42 @@ def test_every_evaluation_set_has_one_role_and_words():
     assert {*SETS} | {"busi", "brain_mri", "chest_xray"} == {*with_role("development", "report")}
     for words in SETS.values():
         assert words["modality"] and words["anatomy"] and words["conditions"]
+
+
+# --- healthy images for calibration alone -------------------------------------------------------
+
+
+def extra_of(folder, support=(), test=(), alpha=0.2):
+    c = config.base("k=4", name="folder")
+    c.calibration.extra, c.calibration.alpha = str(folder), alpha
+    return build.load_extra(c, Split(tuple(support), tuple(test)))
+
+
+def test_extra_healthy_images_are_listed_once_each(tmp_path):
+    records = write_pictures(tmp_path, 5)
+    shutil.copy(records[0].path, tmp_path / "copy.png")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    got = extra_of(tmp_path)
+    assert {r.sha256 for r in got} == {r.sha256 for r in records} and len(got) == 5
+    assert all(r.label == 0 and r.path.is_file() for r in got)
+    assert build.load_extra(config.base("k=4"), Split((), ())) == ()
+
+
+@pytest.mark.parametrize("where", ["support", "test"])
+def test_extra_images_must_be_no_supports_and_not_tested(tmp_path, where):
+    records = write_pictures(tmp_path, 5)
+    with pytest.raises(DataError, match=f"2.png of config.calibration.extra is the {where}"):
+        extra_of(tmp_path, **{where: records[2:3]})
+
+
+def test_extra_images_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(DataError, match="there is no folder .*nowhere"):
+        extra_of(tmp_path / "nowhere")
+    write_pictures(tmp_path, 4)
+    with pytest.raises(
+        DataError, match="holds 4 healthy images: a false-alarm rate of 0.1 needs 9"
+    ):
+        extra_of(tmp_path, alpha=0.1)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="1 problem.*broken.png"):
+        extra_of(tmp_path)

@@ -32,11 +32,29 @@ def test_p_values_by_hand():
 )
 def test_threshold_is_the_conformal_quantile(k, alpha, rank, attained):
     healthy = np.random.default_rng(k).permutation(np.arange(1.0, k + 1))
-    got = calibration.threshold(healthy, alpha)
+    got = calibration.threshold(healthy, alpha, proven=True)
     assert got.value == rank
     assert got.alpha_attained == pytest.approx(attained)
     assert got.attainable == (alpha >= 1 / (k + 1) - 1e-12)
     assert got.alpha_attained <= alpha + 1e-12 or not got.attainable
+
+
+@pytest.mark.parametrize(
+    "k, alpha, value, attained",
+    [(16, 0.1, 15.3, 0.1), (9, 0.3, 7, 0.3), (32, 0.05, 31.35, 0.05), (4, 0.1, 4, 0.2)],
+)
+def test_threshold_without_a_bound_is_interpolated(k, alpha, value, attained):
+    """17 images of which 1.7 may lie above it: between the second largest support and the next."""
+    healthy = np.random.default_rng(k).permutation(np.arange(1.0, k + 1))
+    got = calibration.threshold(healthy, alpha)
+    assert (got.value, got.alpha_attained) == (pytest.approx(value), pytest.approx(attained))
+    assert got.bound is None and got.attainable == (k != 4)
+
+
+def test_p_values_without_steps_by_hand():
+    healthy = np.array([0.3, 0.1, 0.2, 0.2])
+    got = calibration.p_values(np.array([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.31]), healthy, False)
+    np.testing.assert_allclose(got, [1, 1, 0.7, 0.6, 0.3, 0.2, 0.2], atol=1e-8)
 
 
 def test_message_says_what_cannot_be_promised():
@@ -49,7 +67,7 @@ def test_message_says_what_cannot_be_promised():
     assert got.alpha_attained == pytest.approx(0.2)
     remaining = calibration.threshold(np.arange(32.0), 0.05).message
     assert remaining == (
-        "with 32 healthy images a false-alarm rate of about 3.03%, with no proven bound, is to be "
+        "with 32 healthy images a false-alarm rate of about 5%, with no proven bound, is to be "
         "expected, asked for 5%"
     )
     proven = calibration.threshold(np.arange(32.0), 0.05, proven=True)
@@ -61,13 +79,14 @@ def test_message_says_what_cannot_be_promised():
 
 @pytest.mark.parametrize("k", [1, 4, 8, 32])
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1, 0.2, 0.5, 0.9])
-def test_threshold_p_value_and_unit_score_decide_alike(k, alpha):
+@pytest.mark.parametrize("proven", [True, False])
+def test_threshold_p_value_and_unit_score_decide_alike(k, alpha, proven):
     rng = np.random.default_rng(k)
     healthy = np.round(rng.normal(size=k), 1)
     scores = np.concatenate([healthy, np.round(rng.normal(size=200), 1)])
-    limit = calibration.threshold(healthy, alpha)
+    limit = calibration.threshold(healthy, alpha, proven=proven)
     positive = scores > limit.value
-    p = calibration.p_values(scores, healthy)
+    p = calibration.p_values(scores, healthy, proven)
     np.testing.assert_array_equal(p <= limit.alpha_attained + 1e-12, positive)
     unit = calibration.to_unit(scores, limit.value, calibration.spread(healthy))
     np.testing.assert_array_equal(unit >= 0.5, positive)
@@ -82,13 +101,16 @@ def test_false_alarm_rate_of_exchangeable_scores(k):
     trials = 6000
     scores = rng.standard_t(2, (trials, k + 1)) + 3 * rng.normal(size=(trials, 1))
     for alpha in (0.05, 0.1, 0.25):
-        limits = [calibration.threshold(row[:k], alpha) for row in scores]
+        limits = [calibration.threshold(row[:k], alpha, proven=True) for row in scores]
         attained = limits[0].alpha_attained
         rate = np.mean([s > t.value for s, t in zip(scores[:, k], limits, strict=True)])
         error = math.sqrt(attained * (1 - attained) / trials)
         # Without ties the rate equals what is promised; the promise keeps the target if it can.
         assert abs(rate - attained) < 3.5 * error
         assert attained <= alpha or attained == 1 / (k + 1)
+        between = [calibration.threshold(row[:k], alpha).value for row in scores]
+        found = np.mean(scores[:, k] > between)
+        assert rate <= found <= max(alpha, attained) + 3.5 * error
 
 
 def test_false_alarm_rate_with_ties_stays_under():
@@ -146,7 +168,7 @@ def test_summary_range_holds_its_share():
     k, n, hits = 8, 101, []
     for _ in range(600):
         p = calibration.p_values(rng.normal(size=n), rng.normal(size=k))
-        got = calibration.calibration_summary(p, k, 0.25)
+        got = calibration.calibration_summary(p, k, 0.25, True)
         hits.append(got["expected_low"] <= got["false_alarm_rate"] <= got["expected_high"])
     assert 0.93 < np.mean(hits) < 0.98
 

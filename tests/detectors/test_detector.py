@@ -104,7 +104,8 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
     image = np.asarray(raw.image, float)
     np.testing.assert_array_equal(got.alarm, image > result.image.value)
     np.testing.assert_array_equal(got.score >= 0.5, got.alarm)
-    np.testing.assert_allclose(got.p_value, calibration.p_values(image, made.calibration.image))
+    p = calibration.p_values(image, made.calibration.image, steps=False)  # no bound is proven
+    np.testing.assert_allclose(got.p_value, p)
     np.testing.assert_allclose(got.uncertainty, got.passes.std(1))
     assert got.maps.shape == (3, SIZE, SIZE) and got.folds.shape == (3, 2)
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from medclip_jax.data import splits
-from medclip_jax.detectors import calibration
+from medclip_jax.detectors import calibration, detector
 from medclip_jax.errors import DataError
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.features import cache
@@ -38,9 +38,26 @@ def test_scores_depend_neither_on_order_nor_on_batches(scene, scored, monkeypatc
 def test_decision_and_p_value_agree(scored):
     p, found = scored.predictions, scored.calibration
     assert found.k == 5
-    attained = 1 / 6  # the largest m / (k + 1) up to alpha = 0.2
+    attained = 0.2  # as asked for: no bound is proven, so the threshold is between two supports
     np.testing.assert_array_equal(p.score >= 0.5, p.p_value <= attained + 1e-12)
     assert 0 < (p.score >= 0.5).mean() <= 1 and (p.score > 0).all() and (p.score < 1).all()
+
+
+def test_more_healthy_images_calibrate_as_they_are_scored(scene):
+    """Seven images that no fold saw, in batches of three: split conformal, the rate is proven."""
+    feature_cache, supports, test, learned = scene
+    ready = detector.recalibrated(learned, feature_cache, test, 3)
+    thresholds = detector.calibrate(ready, alpha=0.3, pixel_rate=0.1)
+    assert thresholds.k == ready.k == 7 and ready.calibration.patch.shape[0] == 7
+    assert thresholds.image.bound == thresholds.image.alpha_attained == pytest.approx(2 / 8)
+    assert thresholds.pixel.bound == pytest.approx((7 * 0.1 + 1) / 8)
+    got = score(learned, feature_cache, test, thresholds=thresholds).predictions
+    np.testing.assert_allclose(
+        got.score,
+        calibration.to_unit(ready.calibration.image, thresholds.image.value, thresholds.scale),
+        atol=1e-5,
+    )
+    assert (got.score >= 0.5).sum() == 1 and got.p_value.min() == pytest.approx(2 / 8)
 
 
 def test_a_score_that_is_not_finite_names_its_image(scene, monkeypatch):
