@@ -147,19 +147,17 @@ def calibrate(
     scores: detector.Detector,
     feature_cache: cache.FeatureCache,
     records: Sequence[Record],
+    extra: Sequence[Record] = (),
 ) -> calibration.Calibration:
-    """Thresholds of a detector, from its scores of the supports."""
+    """Thresholds of a detector, from its scores of the supports or, if there are any, of `extra`."""
+    if extra:
+        records, scores = extra, detector.recalibrated(scores, feature_cache, extra)
     steps, mm2 = config_validation.map_filter(c), None
     if steps:
         mm2 = read.pixel_areas(records, feature_cache.clip.size, feature_cache.fit)
         mm2 = mm2 * len(scores.calibration.image) if scores.k == 1 else mm2  # views of the one
-    return detector.calibrate(
-        scores,
-        alpha=c.calibration.alpha,
-        pixel_rate=c.calibration.pixel_rate,
-        filter_steps=steps,
-        mm2=mm2,
-    )
+    rates = {"alpha": c.calibration.alpha, "pixel_rate": c.calibration.pixel_rate}
+    return detector.calibrate(scores, **rates, filter_steps=steps, mm2=mm2)
 
 
 # --- a trained workdir, loaded: as a teacher, as a predictor, or to start adaptation from ---

@@ -18,7 +18,6 @@ from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
 from medclip_jax.data import preprocessing
 from medclip_jax.detectors import saved
-from medclip_jax.detectors.detector import recalibrated
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.explain import faithfulness
@@ -176,10 +175,8 @@ def score(prepared: Prepared, encoded: Encoded, fitted: Fitted, workdir: Path | 
         *(c, prepared.clip, prepared.design, plain_design, prepared.frozen),
         *(fitted.params, supports, fitted.folds),
     )
-    if prepared.extra:
-        detector = recalibrated(detector, feature_cache, prepared.extra, evaluate.BATCH)
-    calibrating = prepared.extra or split.support
-    calibration = build_detector.calibrate(c, detector, feature_cache, calibrating)
+    calibrating = split.support, prepared.extra
+    calibration = build_detector.calibrate(c, detector, feature_cache, *calibrating)
     if not split.test:
         return Scored(detector, calibration, None, None)
     how = build.explanation(c, prepared.clip)

@@ -94,21 +94,48 @@
     return canvas;
   }
 
-  function outline(image) {
+  function outline(image, level = 128, colour = [86, 180, 233, 255]) {
     const [canvas, context, data] = bytes(image);
     const w = image.width, h = image.height;
-    const inside = (x, y) => x >= 0 && y >= 0 && x < w && y < h && data.data[4 * (y * w + x)] > 127;
+    const inside = (x, y) =>
+      x >= 0 && y >= 0 && x < w && y < h && data.data[4 * (y * w + x)] >= level;
     const out = context.createImageData(w, h);
     for (let y = 0; y < h; y++) for (let x = 0; x < w; x++) {
       const around = (r) => [[-r, 0], [r, 0], [0, -r], [0, r]];
       const here = inside(x, y);
       const meets = (r) => around(r).some(([dx, dy]) => inside(x + dx, y + dy) !== here);
-      // two pixels of blue within the mask, a black one around it: seen on light and dark alike
-      if (here && (meets(1) || meets(2))) out.data.set([86, 180, 233, 255], 4 * (y * w + x));
+      // two pixels of colour within the mask, a black one around it: seen on light and dark alike
+      if (here && (meets(1) || meets(2))) out.data.set(colour, 4 * (y * w + x));
       if (!here && meets(1)) out.data.set([0, 0, 0, 255], 4 * (y * w + x));
     }
     context.putImageData(out, 0, 0);
     return canvas;
+  }
+
+  // top, left, bottom, right and score of the 8-connected parts of a map from a grey level on
+  function parts(image, level, frame) {
+    const w = image.width, h = image.height, data = bytes(image)[2].data;
+    const seen = new Uint8Array(w * h), found = [];
+    for (let start = 0; start < w * h; start++) {
+      if (seen[start] || data[4 * start] < level) continue;
+      let [top, left, bottom, right, most] = [h, w, 0, 0, 0];
+      const open = [start];
+      seen[start] = 1;
+      while (open.length) {
+        const p = open.pop(), x = p % w, y = (p - x) / w;
+        top = Math.min(top, y); bottom = Math.max(bottom, y + 1);
+        left = Math.min(left, x); right = Math.max(right, x + 1);
+        most = Math.max(most, data[4 * p]);
+        for (let v = Math.max(0, y - 1); v <= Math.min(h - 1, y + 1); v++)
+          for (let u = Math.max(0, x - 1); u <= Math.min(w - 1, x + 1); u++) {
+            const q = v * w + u;
+            if (!seen[q] && data[4 * q] >= level) { seen[q] = 1; open.push(q); }
+          }
+      }
+      const sy = frame[0] / h, sx = frame[1] / w;
+      found.push([top * sy, left * sx, bottom * sy, right * sx, most / 256]);
+    }
+    return found.sort((a, b) => b[4] - a[4]).slice(0, report.most);
   }
 
   function paint(id, base, over, alpha) {
@@ -128,20 +155,36 @@
     const alpha = Number(at("opacity").value) / 100;
     at("opacity-value").textContent = at("opacity").value + "%";
     if (!loaded) return;
-    const { base, map, mask, cam, deviation, entry } = loaded;
+    const { base, map, grey, mask, cam, deviation, entry } = loaded;
+    const t = Number(at("pixel-threshold").value), level = Math.max(1, Math.ceil(256 * t));
+    const moved = t !== 0.5 && grey; // at 0.5 the boxes are those of the run
+    const boxes = moved ? parts(grey, level, entry.frame) : entry.boxes;
+    at("pixel-threshold-value").textContent = t.toFixed(3);
     paint("view-image", base);
     paint("view-map", base, map, alpha);
     paint("view-cam", base, cam, alpha);
     paint("view-deviation", base, deviation, alpha);
     const context = paint("view-boxes", base, mask, 1);
+    const shown = moved || boxes.length; // an image that passed has no contour unless asked
+    if (grey && shown) {
+      const line = outline(grey, level, [240, 228, 66, 255]);
+      context.drawImage(line, 0, 0, base.width, base.height);
+    }
+    at("view-boxes").dataset.boxes = boxes.length;
     const sy = base.height / entry.frame[0], sx = base.width / entry.frame[1];
-    for (const [top, left, bottom, right] of entry.boxes) {
+    for (const [top, left, bottom, right, value] of boxes) {
       const place = [left * sx, top * sy, (right - left) * sx, (bottom - top) * sy];
       for (const [colour, width] of [["#000", 4], ["#E69F00", 2]]) {
         context.strokeStyle = colour;
         context.lineWidth = width;
         context.strokeRect(...place);
       }
+      context.font = "12px sans-serif";
+      context.lineWidth = 3;
+      context.strokeStyle = "#000";
+      context.fillStyle = "#E69F00";
+      const under = place[1] + place[3] + 13, y = under < base.height ? under : place[1] + 12;
+      for (const how of ["strokeText", "fillText"]) context[how](value.toFixed(2), place[0], y);
     }
   }
 
@@ -161,10 +204,11 @@
     loaded = null;
     if (!at("viewer").open) at("viewer").showModal();
     if (!entry) return;
-    const parts = ["image", "map", "mask", "cam", "deviation"].map((name) => picture(entry[name]));
-    const [base, map, mask, cam, deviation] = await Promise.all(parts);
+    const names = ["image", "map", "mask", "cam", "deviation"];
+    const [base, map, mask, cam, deviation] =
+      await Promise.all(names.map((name) => picture(entry[name])));
     if (current !== i) return; // another image was opened meanwhile
-    loaded = { base, entry, map: map && coloured(map), mask: mask && outline(mask),
+    loaded = { base, entry, grey: map, map: map && coloured(map), mask: mask && outline(mask),
       cam: cam && coloured(cam), deviation: deviation && coloured(deviation) };
     const empty = cam && bytes(cam)[2].data.every((value, k) => k % 4 === 3 || value === 0);
     at("cam-caption").textContent = !cam ? `${report.cam}: this method has none`
@@ -190,7 +234,8 @@
   at("live").addEventListener("submit", (event) => event.preventDefault());
   at("threshold").addEventListener("input", threshold);
   at("opacity").addEventListener("input", draw);
-  at("viewer").append(at("opacity").parentNode); // one slider, where the overlay is
+  at("pixel-threshold").addEventListener("input", draw);
+  at("viewer").append(at("opacity").parentNode, at("pixel-threshold").parentNode); // beside it
   at("find").addEventListener("input", filter);
   at("show").addEventListener("input", filter);
   at("images").tHead.addEventListener("click", (event) => {

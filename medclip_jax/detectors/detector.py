@@ -104,7 +104,7 @@ def _score(apply: Callable, params, features: Features) -> Scores:
 
 
 def recalibrated(
-    detector: Detector, feature_cache: cache.FeatureCache, records: Sequence[Record], rows: int
+    detector: Detector, feature_cache: cache.FeatureCache, records: Sequence[Record], rows: int = 32
 ) -> Detector:
     """The detector with scores of healthy images that it never saw in place of its supports'.
 

@@ -15,7 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageChops
 import PIL.ImageDraw
+import PIL.ImageFilter
 import PIL.ImageOps
 import PIL.PngImagePlugin
 from jaxtyping import Float, UInt8, UInt16, UInt32
@@ -40,6 +42,7 @@ COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr")
 OVERLAY_SIDE = 1024  # pixels of an overlay's longer side at most
 HEAT = 0.45  # weight of the anomaly map in an overlay
 BOX = (230, 159, 0)  # orange of Okabe and Ito
+CONTOUR = (240, 228, 66)  # their yellow
 
 PIL.PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # profiles and texts of 1 MB and more are not unusual
 PIL.Image.core.set_block_size(1 << 26)  # bytes: freed blocks of 32 MB go back to the system
@@ -106,8 +109,11 @@ def draw_overlay(
 ) -> UInt8[np.ndarray, "a b 3"]:
     """A grey image with its anomaly map [0, 1] in colour and boxes; RGB, at most 1024 x 1024.
 
+    Where there are boxes, a line of one pixel runs along the border of what is at least 0.5.
+
     Args:
-      boxes: row0, col0, row1, col1 in pixels of the image, ends not included.
+      boxes: row0, col0, row1, col1 in pixels of the image, ends not included; score, and where it
+        is known height_mm and width_mm, are written beside them.
     """
     height, width = pixels.shape
     scale = min(1.0, OVERLAY_SIDE / max(height, width))
@@ -120,10 +126,21 @@ def draw_overlay(
     colours = _blends()[np.asarray(grey).astype(np.intp) * 256 + level]
     picture = PIL.Image.frombuffer("RGBX", size, colours.tobytes(), "raw", "RGBX", 0, 1)
     picture = picture.convert("RGB")
+    if boxes:
+        inside = PIL.Image.fromarray((np.asarray(warm) >= 0.5).astype(np.uint8) * 255)
+        edge = PIL.ImageChops.difference(inside, inside.filter(PIL.ImageFilter.MinFilter(3)))
+        picture.paste(CONTOUR, mask=edge)
     pen = PIL.ImageDraw.Draw(picture)
     for box in boxes:
         corners = [box["col0"], box["row0"], box["col1"] - 1, box["row1"] - 1]
-        pen.rectangle([round(v * scale) for v in corners], outline=BOX, width=2)
+        left, top, right, bottom = (round(v * scale) for v in corners)
+        pen.rectangle([left, top, right, bottom], outline=BOX, width=2)
+        text = f"{box['score']:.2f}" if "score" in box else ""
+        if "height_mm" in box:
+            text += f"  {box['height_mm']:.0f} x {box['width_mm']:.0f} mm"
+        below = bottom + 2 if bottom + 14 <= size[1] else max(0, top - 13)
+        if text:
+            pen.text((left, below), text, BOX, stroke_width=1, stroke_fill="black")
     return np.asarray(picture)
 
 

@@ -46,6 +46,21 @@ def test_an_overlay_is_the_weighted_sum_of_grey_and_colour(shape):
     assert tuple(boxed[0, 0]) == pillow.BOX
 
 
+def test_an_overlay_has_the_contour_and_names_score_and_size_of_a_box():
+    heat = np.zeros((60, 80), np.float32)
+    heat[10:20, 30:50] = 0.7
+    box = {"row0": 8, "col0": 28, "row1": 22, "col1": 52, "score": 0.7}
+    plain = pillow.draw_overlay(np.zeros((60, 80), np.uint8), heat, [box])
+    line = (plain == pillow.CONTOUR).all(-1)
+    wanted = np.zeros((60, 80), bool)
+    wanted[10:20, 30:50] = True
+    wanted[11:19, 31:49] = False  # one pixel, inside of what is marked
+    np.testing.assert_array_equal(line, wanted)
+    sized = box | {"height_mm": 12.0, "width_mm": 20.0}
+    sized = pillow.draw_overlay(np.zeros((60, 80), np.uint8), heat, [sized])
+    assert (plain[24:37] != 0).any() and (sized[24:37] != plain[24:37]).any()
+
+
 def test_results_of_parts_are_those_of_the_whole():
     maps = np.stack([blobs(i, (24, 24)) for i in range(4)]).astype(np.float64)
     columns = maps.max((1, 2)), maps.mean((1, 2)), maps[:, 0, 0] > 0, maps[:, 0, 1], maps

@@ -1,11 +1,15 @@
 """The report in a real browser: nothing on the console, sliders that count right, sorting."""
 
+import io
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy import ndimage
 
-from medclip_jax.report import html
+from medclip_jax.explain.boxes import MOST
+from medclip_jax.report import html, load
 from tests.support.workdirs import EMPTY, EVIL, keep_pictures, make_workdir
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -114,7 +118,7 @@ def shown(browser, i):
     )
 
 
-def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, scores):
+def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, workdir):
     row = browser.find_element("css selector", "tr[data-i='13'] td.id button")
     row.send_keys("\n")
     shown(browser, 13)
@@ -134,6 +138,16 @@ def test_an_image_opens_with_its_map_boxes_mask_and_grad_cam(browser, scores):
     plain = np.array(browser.execute_script(PIXELS, "view-map")).reshape(-1, 4)
     np.testing.assert_array_equal(plain, image)
     browser.execute_script(CONTROL, by(browser, "opacity"), "55")
+    with np.load(workdir / "predictions.npz") as stored:
+        grey = np.asarray(Image.open(io.BytesIO(load.unpack(stored, "thumb_map")[13])))
+        count = len(load.pictures(stored, len(stored["id"]))[13].boxes)
+    for t in (0.2, 0.5, 0.6, 1.0, 0.5):  # contour and boxes follow
+        browser.execute_script(CONTROL, by(browser, "pixel-threshold"), str(t))
+        wanted = min(MOST, ndimage.label(grey >= np.ceil(256 * t), np.ones((3, 3)))[1])
+        drawn = int(by(browser, "view-boxes").get_attribute("data-boxes"))
+        assert drawn == (count if t == 0.5 else wanted)
+        line = np.array(browser.execute_script(PIXELS, "view-boxes")).reshape(-1, 4)[:, :3]
+        assert (np.abs(line - [240, 228, 66]) <= 2).all(1).any() == (drawn > 0)
     by(browser, "after").click()
     at = order(browser)
     following = at[(at.index(13) + 1) % len(at)]
