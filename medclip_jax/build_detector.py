@@ -149,7 +149,7 @@ def calibrate(
     records: Sequence[Record],
     extra: Sequence[Record] = (),
 ) -> calibration.Calibration:
-    """Thresholds of a detector, from its scores of the supports or, if there are any, of `extra`."""
+    """Thresholds of a detector, from its scores of the supports; of `extra` images if any."""
     if extra:
         records, scores = extra, detector.recalibrated(scores, feature_cache, extra)
     steps, mm2 = config_validation.map_filter(c), None

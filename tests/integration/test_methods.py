@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import medclip_jax
+from tests.support.pictures import write_pictures
 from tests.support.predicting import run as predict
 from tests.support.runs import log, predictions
 
@@ -23,6 +24,21 @@ def test_methods_that_learn_nothing(world, tmp_path, method, capfd):
         assert code == 2 and f"holds the baseline {method}" in said, said
     else:
         assert code == 0, said
+
+
+@pytest.mark.slow
+def test_extra_healthy_images_calibrate_a_trained_run_anew(world, tmp_path):
+    (folder := tmp_path / "extra").mkdir()
+    write_pictures(folder, 12)
+    one = world.train(tmp_path / "run", "k=2,method=memory")["calibration"]
+    more = {"calibration__extra": str(folder)}
+    two = world.train(tmp_path / "run", "k=2,method=memory", **more)["calibration"]
+    assert (one["k"], two["k"]) == (2, 12) and two["bound"] == pytest.approx(1 / 13)
+    assert world.train(tmp_path / "run", "k=2,method=memory", **more)["calibration"] == two
+    head = json.loads((tmp_path / "run" / "scorer.json").read_text())
+    assert head["calibration"]["k"] == len(head["calibration"]["healthy"]) == 12
+    assert str(folder) not in json.dumps(head)
+    assert predict(tmp_path / "run", tmp_path / "out", world.data / "test" / "lesion") == 0
 
 
 @pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])
