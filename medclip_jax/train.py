@@ -273,6 +273,7 @@ def contents(prepared: Prepared) -> dict[str, str]:
     named = {
         "the supports": [[r.id, r.sha256] for r in split.support],
         "the test images": workdirs.truth_of(split.test),
+        "the healthy images of config.calibration.extra": [r.sha256 for r in prepared.extra],
         "the prompts": prepared.design.prompts.text,
         "the language adapter": text_adapter.digest(c.model.language),
         "the checkpoint": prepared.clip.digest,
