@@ -290,8 +290,9 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def stage(timing: dict[str, float], name: str, shown: bool = False) -> Iterator[None]:
-    """Add the seconds of a stage; `shown` on the terminal where it has no steps to count."""
+    """Add the seconds of a stage and free its memory; `shown` where it has no steps to count."""
     begin = time.perf_counter()
     with Console(stderr=True).status(name) if shown else nullcontext():
         yield
+    runtime.trim()
     timing[name] = timing.get(name, 0.0) + time.perf_counter() - begin

@@ -21,9 +21,9 @@ from medclip_jax.data.layouts import Record
 from medclip_jax.errors import ConfigError
 from medclip_jax.synthesis import generate
 
-VERSION = 1  # raise when the result of a key changes: the feature cache is named by it
+VERSION = 2  # raise when the result of a key changes: the feature cache is named by it
 SMOOTH = 1 / 16  # of the side: standard deviation of the Gaussian that smooths displacements
-CHUNK = 16  # images per compiled call of `batch`
+CHUNK = 8  # images per compiled call of `batch`
 COPIES = 8  # augmented copies per support
 STREAM = 47  # separates these random numbers from others of the same seed
 CROP_SHARE = 0.9  # of the side that a crop covers
@@ -97,12 +97,28 @@ def elastic(
     """Smooth random displacements of standard deviation `strength` times the longer side.
 
     Simard et al. 2003: uniform noise, smoothed by a Gaussian of SMOOTH times the side, then scaled.
+    As dm_pix.elastic_deformation, but smoothed by two products of matrices: a convolution of one
+    channel takes forty times as long on a CPU.
     """
-    side = max(pixels.shape[:2])
-    sigma = max(1.0, SMOOTH * side)
+    shape = pixels.shape[:2]
+    sigma = max(1.0, SMOOTH * max(shape))
     # uniform noise in [-1, 1] has sd 1 / sqrt(3), and a 2-D Gaussian divides it by 2 sqrt(pi) sigma
-    alpha = strength * side * 3**0.5 * 2 * np.pi**0.5 * sigma
-    return dm_pix.elastic_deformation(key, pixels, alpha, sigma, mode="mirror")
+    alpha = strength * max(shape) * 3**0.5 * 2 * np.pi**0.5 * sigma
+    down, across = (_smoothing(side, sigma) for side in shape)
+    noise = jnp.stack([2 * jax.random.uniform(k, shape) - 1 for k in jax.random.split(key)])
+    moved = alpha * jnp.einsum("ab,nbc,dc->nad", down, noise, across, precision="highest")
+    places = list(moved + jnp.indices(shape))
+    scipy = jax.scipy.ndimage
+    return scipy.map_coordinates(pixels[..., 0], places, order=1, mode="mirror")[..., None]
+
+
+def _smoothing(side: int, sigma: float) -> Float[np.ndarray, "s s"]:
+    """The matrix of a Gaussian, cut off a little beyond three sigma and at the edges."""
+    apart = np.subtract.outer(np.arange(side), np.arange(side))
+    cut = int((sigma - 0.8) / 0.3 + 1.5)
+    whole = np.exp(-(np.arange(-cut, cut + 1) ** 2) / (2 * sigma**2)).sum()
+    weights = np.where(abs(apart) <= cut, np.exp(-(apart**2) / (2 * sigma**2)), 0)
+    return np.float32(weights / whole)
 
 
 def jitter(

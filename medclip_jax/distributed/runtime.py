@@ -6,6 +6,7 @@ one process all this is the identity.
 """
 
 import atexit
+import ctypes
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def keep_compiled(cache: Path) -> None:
     # small ones too: a job has some two hundred, and each is read faster than it is compiled
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def trim() -> None:
+    """Give the memory that is free in the process back to the system; glibc alone keeps it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

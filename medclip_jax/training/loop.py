@@ -135,6 +135,8 @@ def fit(
         for done, batch in enumerate(runtime.progress(inputs, "train", len(remaining)), first + 1):
             state, parts = take_step(state, frozen, batch)
             log.flush()
+            if done == first + 1:
+                runtime.trim()  # what compiling took
             last = done == steps
             if validate and validation.due(done, steps, schedule.validations, LOG_EVERY):
                 parts |= validate(adapted(state.params, frozen), frozen)
@@ -196,15 +198,17 @@ def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any
     if learner.name == "joint":
         return lambda params, _: params
     own = training_pool.supports(len(pool.clean), folds)
-    rows, valid = sharding.spread(episodes.adaptation_batch(pool, own), mesh)
-    rows = rows._replace(valid=rows.valid & valid[:, None])
     inner = learner.inner(learner.adapt_steps)
 
     @jax.jit
     def adapted(params, frozen, rows):
         return training_step.adapt(params, frozen, rows, loss=loss, inner=inner)
 
-    return lambda params, frozen: adapted(params, frozen, rows)
+    def read_and_adapt(params, frozen):  # rows of all supports are not held between calls
+        rows, valid = sharding.spread(episodes.adaptation_batch(pool, own), mesh)
+        return adapted(params, frozen, rows._replace(valid=rows.valid & valid[:, None]))
+
+    return read_and_adapt
 
 
 def _reader(pools, folds, joint, schedule, mesh, views, on_target) -> Callable[[int], Any]:

@@ -1,5 +1,6 @@
 """Augmentation: keys decide, strength 0 changes nothing."""
 
+import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,15 @@ def test_displacements_have_the_stated_size():
     moved = jax.vmap(lambda k: augmentation.elastic(k, ramp, strength))(keys(24))
     inner = (moved - ramp[None])[:, 24:-24, 24:-24]  # the smoothing fades out at the edge
     assert 0.8 < float(inner.std()) / (strength * size) < 1.2
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (20, 30)])
+def test_displacements_are_those_of_the_library(shape):
+    key, pixels = jax.random.key(5), jax.random.uniform(jax.random.key(1), (*shape, 1))
+    sigma = max(1.0, max(shape) / 16)
+    alpha = 0.01 * max(shape) * 3**0.5 * 2 * np.pi**0.5 * sigma
+    expected = dm_pix.elastic_deformation(key, pixels, alpha, sigma, mode="mirror")
+    np.testing.assert_allclose(augmentation.elastic(key, pixels, 0.01), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
