@@ -279,6 +279,7 @@ def _check_streams(path: Path, ds: Dataset, size: tuple[int, int, int], frames: 
     """Each compressed frame must be whole and state the header's size: its decoder believes it."""
     for number, stream in enumerate(streams(ds, frames), start=1):
         head = jpeg_header.parse(stream)
+        jpeg_header.check_scans(path, stream)
         if head is None or head[:3] != size:
             stream_size = " x ".join(map(str, head[:3])) if head else "no size"
             raise DataError(

@@ -5,14 +5,18 @@ ISO/IEC 15444-1 A.4 to A.6 (JPEG 2000; HTJ2K has the same).
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from medclip_jax.errors import DataError
+
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0-15 without DHT, JPG, DAC; LS
 LOSSY = {0xC0, 0xC1, 0xC2}  # Huffman: baseline, extended, progressive
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0-7, SOI
-SOI = b"\xff\xd8"
+SOI, SOS = b"\xff\xd8", b"\xff\xda"
+MAX_SCANS = 100  # of a picture; encoders write about ten
 SOC_SIZ, SOT, COD, EOC = b"\xff\x4f\xff\x51", b"\xff\x90", b"\xff\x52", b"\xff\xd9"
 JUNK = b"\x55\xaa\x12\x34\x9b\x6d" * 200  # without a marker
 GREY, NEAR = 128, 16  # what decoders put in place of missing blocks
@@ -37,6 +41,15 @@ def parse(stream: bytes) -> StreamHeader | None:
     if stream[:2] == SOI:
         return _jpeg(stream)
     return _jpeg2000(stream)
+
+
+def check_scans(path: Path, stream: bytes, pictures: int = 1) -> None:
+    """Raise DataError for a JPEG of far too many scans: each takes as long as the whole picture."""
+    if (count := stream.count(SOS)) > MAX_SCANS + 4 * pictures:
+        raise DataError(
+            f"{path} has a JPEG of {count:,} scans and at most {MAX_SCANS} are decoded: save it "
+            "again or remove it if it is not yours."
+        )
 
 
 def ends_early(stream: bytes, last: Any, decode: Callable[[bytes], np.ndarray]) -> bool:

@@ -170,14 +170,16 @@ def _frames(path: Path, file: BinaryIO, image: Any) -> tuple[Float[np.ndarray, "
         return _deep_colour(file, image)[None], "colour: 0 to white"
     if image.mode in COLOUR and "L" not in image.mode:
         words = "colour: 0 to white"
+    stream = b""
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        stream = file.read()
+        jpeg_header.check_scans(path, stream)
     scale = {"L;2": 85, "L;4": 17}.get(str(args), 1)
     frames = [luminance(path, image, scale)]
-    if image.format == "JPEG":
-        file.seek(0)
+    if stream:
         last = image.getpixel((image.width - 1, image.height - 1))
-        if jpeg_header.ends_early(
-            file.read(), last, lambda x: np.asarray(PIL.Image.open(BytesIO(x)))
-        ):
+        if jpeg_header.ends_early(stream, last, lambda x: np.asarray(PIL.Image.open(BytesIO(x)))):
             raise DataError(f"{path} stops before its last pixel: it is truncated, copy it again.")
     for index in range(1, count):
         image.seek(index)

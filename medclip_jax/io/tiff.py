@@ -16,7 +16,7 @@ import tifffile
 from jaxtyping import Float
 
 from medclip_jax.errors import DataError
-from medclip_jax.io import pillow
+from medclip_jax.io import jpeg_header, pillow
 from medclip_jax.io.image import (
     LUMA,
     MAX_BYTES,
@@ -34,7 +34,7 @@ from medclip_jax.io.image import (
 ORIENTATION, WHITE_IS_ZERO, RGB, PALETTE, SIGNED, UNASSOCIATED = 274, 0, 2, 3, 2, 2
 PLAIN = (WHITE_IS_ZERO, 1, RGB, PALETTE)
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
-OURS = (1, 8, 32946)  # compressions: none, deflate
+OURS, JPEG = (1, 8, 32946), (6, 7)  # compressions: none and deflate; the old JPEG and the new
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
@@ -133,6 +133,9 @@ def _images(path: Path, file: Any, tif: Any) -> Frames:
     elif plain and kind != np.uint8 and first.compression in OURS and first.predictor < 3:
         stored = lambda index: _grey(pages[index], _inflated(pages[index]))  # noqa: E731
     else:
+        if first.compression in JPEG:
+            file.seek(0)
+            jpeg_header.check_scans(path, file.read(), sum(len(p.dataoffsets) for p in pages))
         file.seek(0)  # Pillow would map a named file and forget its orientation
         image = _opened(path, file, tif)
         if image.mode in ("1", "L") and first.sampleformat == SIGNED:

@@ -131,9 +131,12 @@ def fit(
         runtime.sigterm() as sigterm,
         contextlib.closing(runtime.prefetch(read, remaining)) as inputs,
     ):
-        log = _DelayedLog(lines)
+        log, before = _DelayedLog(lines), None
         for done, batch in enumerate(runtime.progress(inputs, "train", len(remaining)), first + 1):
             state, parts = take_step(state, frozen, batch)
+            # one step computes and one waits: the batches of more would be in memory
+            jax.block_until_ready(before)
+            before = parts
             log.flush()
             if done == first + 1:
                 runtime.trim()  # what compiling took

@@ -1,6 +1,7 @@
 """Odd but legal DICOM by value: bit depths, tables, padding, rescaling of frames, colour, cuts."""
 
 import io
+import struct
 import re
 import warnings
 
@@ -308,3 +309,36 @@ def test_ultrasound_regions_a_rounding_apart(tmp_path, apart, spacing):
     ds = film(WORDS, Modality="US", SequenceOfUltrasoundRegions=regions)
     found = read.read(save(tmp_path / "a.dcm", ds)).spacing
     assert found == (pytest.approx(spacing) if spacing else None)
+
+
+def scans_of(stream: bytes, count: int) -> bytes:
+    """A progressive JPEG whose last scan comes `count` times more."""
+    last = stream.rindex(b"\xff\xda")
+    return stream[:-2] + stream[last:-2] * count + b"\xff\xd9"
+
+
+def jpeg_tiff(stream: bytes, height: int, width: int) -> bytes:
+    tags = [(256, width), (257, height), (258, 8), (259, 7), (262, 1), (273, 122), (277, 1)]
+    tags += [(278, height), (279, len(stream))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<4sIH", b"II*\0", 8, len(tags)) + entries + bytes(4) + stream
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "dcm", "tif"])
+def test_a_jpeg_of_very_many_scans_is_not_decoded(tmp_path, suffix):
+    """Each scan takes as long as the whole picture, and a few bytes."""
+    grey = picture()[..., 0].copy()
+    stream, path = jpeg(grey, progressive=True), tmp_path / f"a.{suffix}"
+
+    def pixels(count):
+        content = scans_of(stream, count)
+        if suffix == "dcm":
+            ds = packed(film(grey), uid.JPEGBaseline8Bit, content)
+            return shown(tmp_path, ds)
+        path.write_bytes(content if suffix == "jpg" else jpeg_tiff(content, *grey.shape))
+        return read.read(path).pixels[0]
+
+    whole = np.asarray(Image.open(io.BytesIO(stream))) / 255
+    np.testing.assert_allclose(pixels(0), whole, atol=1e-6)
+    with pytest.raises(DataError, match="a JPEG of 20[0-9] scans and at most 100 are decoded"):
+        pixels(200)
