@@ -1,8 +1,8 @@
 """Odd but legal DICOM by value: bit depths, tables, padding, rescaling of frames, colour, cuts."""
 
 import io
-import struct
 import re
+import struct
 import warnings
 
 import numpy as np
