@@ -151,7 +151,9 @@ def _modality(
         values, bits = _look_up(ds, ds.ModalityLUTSequence[0], stored, ends[1])
         return values, 2.0**bits - 1
     slope, intercept = _rescale(_item(ds, "PixelValueTransformationSequence", frame)) or (1, 0)
-    return stored.astype(np.float64) * slope + intercept, max(x * slope + intercept for x in ends)
+    with np.errstate(invalid="ignore"):  # of slopes without end; what comes of them is refused
+        values = stored.astype(np.float64) * slope + intercept
+    return values, max(x * slope + intercept for x in ends)
 
 
 def _rescale(group: Dataset) -> tuple[float, float] | None:
