@@ -159,6 +159,10 @@ def _frames(path: Path, file: BinaryIO, image: Any) -> tuple[Float[np.ndarray, "
     check_size(path, image.width, image.height, count)
     if image.width * image.height * count > MAX_PIXELS:  # all in memory
         raise DataError(too_large(path, f"{image.width} x {image.height} x {count}"))
+    if image.mode == "P" and not (image.palette and image.palette.palette):
+        raise DataError(
+            f"{path} has colours by number and no palette: it is damaged, copy it again."
+        )
     words = "0 to 65535" if image.mode.startswith("I") else "0 to 255"
     if str(args := image.tile[0].args if image.tile else "") == "LA;16B":  # else read with 8 bits
         image.tile, image._mode = [image.tile[0]._replace(args="RGBA")], "RGBA"

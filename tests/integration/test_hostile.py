@@ -43,7 +43,7 @@ def compare(paths: dict[str, Path], output: Path) -> None:
         read = any(source.startswith(place) for source in rows)
         wanted = hostile.KINDS[label].expect
         assert read or reason, label
-        assert not wanted or read == (wanted == hostile.READ), (label, reason)
+        assert read == (wanted == hostile.READ), (label, reason)
         assert read or wanted in reason, (label, reason)
         assert reason.isprintable() and str(output.parent) not in reason
 
