@@ -1,7 +1,7 @@
 """Files that mean harm, or that nobody thought of: 480 kinds, small on disk or sparse.
 
-`write` makes each in a folder of its own. What a kind must give is said beside it: READ or a part of
-the sentence in unreadable.csv. Where that is "" it is READ for those of LENIENT, else any sentence.
+`write` makes each in a folder of its own. What a kind must give is said beside it: READ or a part
+of the sentence in unreadable.csv. Where that is "" it is READ for LENIENT ones, else any sentence.
 """
 
 import gzip
