@@ -157,6 +157,7 @@ def calibrate(
         mm2 = read.pixel_areas(records, feature_cache.clip.size, feature_cache.fit)
         mm2 = mm2 * len(scores.calibration.image) if scores.k == 1 else mm2  # views of the one
     rates = {"alpha": c.calibration.alpha, "pixel_rate": c.calibration.pixel_rate}
+    rates |= {"peak": c.score.peak}
     return detector.calibrate(scores, **rates, filter_steps=steps, mm2=mm2)
 
 
@@ -294,5 +295,6 @@ def site_start(c: ConfigDict, clip: Clip, design, frozen: dict, params: Any) -> 
             build.FOLDS,
             c.calibration.alpha,
             c.calibration.pixel_rate,
+            c.score.peak,
         ),
     )

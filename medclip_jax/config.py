@@ -192,10 +192,10 @@ def _scoring(c: ConfigDict) -> None:
         "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
         "passes": 20,  # MC-dropout passes for the uncertainty
         "tiles": 1,  # per side, overlapping, scored with the whole image: 1 (off), 2, 3
-        # outlier suppression of the maps, "" = off: median (window, odd), min_area_mm2,
-        # min_area_pixels (where the spacing is unknown), sigma (pixels), ceiling (quantile of the
-        # supports' maps): "median=3,min_area_mm2=20,sigma=1.5,ceiling=0.99"
+        # outlier suppression, "" = off: "median=3,min_area_mm2=20,min_area_pixels=64 (where the
+        # spacing is unknown),sigma=1.5 (pixels),ceiling=0.99 (quantile of the supports' maps)"
         "map_filter": "",
+        "peak": 0.25,  # maps are lowered by this share of their largest value over their median
     }
     c.calibration = {
         "alpha": 0.1,  # false-alarm rate asked for

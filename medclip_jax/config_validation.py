@@ -53,6 +53,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
     "checkpoint_every": (1, 1 << 30),
     "memory_coreset": (0.001, 1),
     "score.top": (0, 1),
+    "score.peak": (0, 0.9),
     "score.passes": (1, 10_000),
     "calibration.alpha": (0.0001, 0.9999),
     "calibration.pixel_rate": (0.0001, 0.9999),

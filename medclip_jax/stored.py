@@ -77,7 +77,7 @@ DETECTOR = {  # scorer.json
             "bound": UNKNOWN_SHARE,
         },
         "pixel_scale": WIDTH,
-        "k": COUNT,
+        **{"k": COUNT, "peak": Number(0, 0.9)},
         "filter": FILTER,
     },
     "config": dict,  # config.restored

@@ -136,7 +136,7 @@ MOST = {
     "import floors": 14,
     "lines of the package": 14_500,
     "lines of experiments": 4_650,
-    "fields of the settings": 71,  # calibration.extra
+    "fields of the settings": 72,  # calibration.extra, score.peak
     "modules that train.py imports": 15,
     "lines of the longest function": 60,
 }

@@ -9,8 +9,9 @@ The decision is strict on raw scores; `to_unit` maps the threshold itself just b
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 from scipy import stats
@@ -53,6 +54,7 @@ class Calibration(NamedTuple):
     filter: anomaly_maps.MapFilter = (
         anomaly_maps.MapFilter()
     )  # of the maps, before the pixel threshold
+    peak: float = 0.0  # as of `lowered`
 
 
 def calibrate(
@@ -257,6 +259,20 @@ def _promise(k: int, alpha: float, proven: bool) -> tuple[float, bool, str]:
     if not proven:
         sure = f"about {rate}, with no proven bound, is to be expected"
     return alarms, True, f"{images} a false-alarm rate of {sure}, {request}"
+
+
+def lowered(maps: Num[Any, "*n h w"], share: float) -> Any:
+    """Maps less this share of the way from their median to their largest value.
+
+    Of a lesion that stands out the flanks fall below the threshold, not of a weak one: a contour
+    relative to the peak, as those of nuclear medicine are, whose border is still set by healthy
+    images. Arrays of NumPy or JAX.
+    """
+    if not share:
+        return maps
+    flat = maps.reshape(*maps.shape[:-2], -1)
+    middle = (np if isinstance(maps, np.ndarray) else jnp).median(flat, -1)
+    return maps - share * (flat.max(-1) - middle)[..., None, None]
 
 
 def half_precision(heat: Float[np.ndarray, "*n h w"]) -> Float[np.ndarray, "*n h w"]:

@@ -47,7 +47,8 @@ class Detector(NamedTuple):
     # the tokens of the whole image: pixel baselines, tiles
     read: Callable[..., Iterator[Features]] | None = None
     # "image", "map": where no score of a new healthy image is larger than it would be if each
-    # support were scored as it is, so that calibration is proven; empty: that is not known
+    # support were scored as it is, so that calibration is proven; empty: that is not known;
+    # "fixed": supports are scored by this very detector
     proven: tuple[str, ...] = ()
     scales: int = 1  # views of an image that its tokens are of; the whole image is the first
 
@@ -119,7 +120,7 @@ def recalibrated(
         jax.tree.map(lambda x, n=n: x[:n], jax.device_get(score(detector, t))) for t, n in filled
     ]
     scores = jax.tree.map(lambda *x: np.concatenate(x), *each)
-    return detector._replace(calibration=scores, k=len(records), proven=("image", "map"))
+    return detector._replace(calibration=scores, k=len(records), proven=("image", "map", "fixed"))
 
 
 def read_batch(detector: Detector, features: Features, keys: Array) -> Raw:
@@ -151,6 +152,7 @@ def calibrate(
     pixel_rate: float,
     filter_steps: dict | None = None,
     mm2: Sequence[float | None] | None = None,
+    peak: float = 0.0,
 ) -> calibration.Calibration:
     """Thresholds and scales from the supports' scores alone.
 
@@ -159,15 +161,20 @@ def calibrate(
         pixel_rate: share of a healthy image's pixels above the pixel threshold, in (0, 1).
         filter_steps: of config.score.map_filter by name; the ceiling is learned here.
         mm2: area in mm² of a pixel of each row of `detector.calibration`, None where unknown.
+        peak: share of `calibration.lowered`, [0, 1).
     """
     patch, image = detector.calibration
     if not len(image):
         return calibration.even_odds(alpha, pixel_rate)
     maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size))
     steps, maps = anomaly_maps.learn_filter(filter_steps or {}, maps, mm2)
-    return calibration.calibrate(
-        np.asarray(image), maps, detector.k, alpha, pixel_rate, steps, detector.proven
+    maps, proven = calibration.lowered(maps, peak), set(detector.proven)
+    if peak and "fixed" not in proven:
+        proven.discard("map")  # of smaller distances the peak is smaller, too
+    thresholds = calibration.calibrate(
+        np.asarray(image), maps, detector.k, alpha, pixel_rate, steps, proven
     )
+    return thresholds._replace(peak=peak)
 
 
 def finish(
@@ -190,12 +197,13 @@ def finish(
         p_value = calibration.p_values(image, calibrated.healthy, steps)
     passes = unit(np.asarray(raw.passes.image))
     patches = pixel_unit(np.asarray(raw.passes.patch))
+    maps = anomaly_maps.apply_filter(np.asarray(raw.maps), calibrated.filter, mm2)
     return BatchScores(
         unit(image),
         p_value,
         image > calibrated.image.value,
         passes.std(1),
-        pixel_unit(anomaly_maps.apply_filter(np.asarray(raw.maps), calibrated.filter, mm2)),
+        pixel_unit(calibration.lowered(maps, calibrated.peak)),
         patches.mean(1),
         patches.var(1),
         passes,

@@ -183,7 +183,7 @@ def grey_level(features: Features, k: int, size: int) -> Detector:
         return Scores(batch.levels[0][..., 0], batch.pooled[:, 0])
 
     calibration = jax.device_get(apply({}, features, None))
-    proven = ("image", "map")
+    proven = ("image", "map", "fixed")
     return Detector(apply, {}, None, calibration, k, False, size, load_thumbnails, proven)
 
 

@@ -98,5 +98,5 @@ def zero_shot(
     calibration = jax.device_get(Scores(jnp.zeros((0, design.grid**2)), jnp.zeros(0)))
     if tokens is not None:
         calibration = jax.device_get(jax.jit(apply)(params, tokens, None))
-    always = ("image", "map")  # nothing depends on the supports
+    always = ("image", "map", "fixed")  # nothing depends on the supports
     return Detector(apply, params, None, calibration, k, False, design.size, proven=always)

@@ -169,4 +169,5 @@ def _calibration(values: dict[str, Any]) -> Calibration:
         values["pixel_scale"],
         k,
         anomaly_maps.MapFilter(**values["filter"]),
+        values["peak"],
     )

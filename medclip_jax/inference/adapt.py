@@ -41,6 +41,7 @@ class Site(NamedTuple):
     folds: int
     alpha: float  # false-alarm rate that is asked for
     pixel_rate: float  # share of the healthy pixels above the pixel threshold
+    peak: float  # of calibration.lowered
 
 
 class Start(NamedTuple):
@@ -72,7 +73,8 @@ def adapt(start: Start, images: Sequence[Path]) -> tuple[Detector, Calibration]:
     params, scores = start.learn(start.params, start.frozen, rows, valid, held_out)
     scores = jax.device_get(scores)
     detector = Detector(start.apply, params, None, scores, k, False, start.clip.size)
-    return detector, calibrate(detector, alpha=site.alpha, pixel_rate=site.pixel_rate)
+    thresholds = calibrate(detector, alpha=site.alpha, pixel_rate=site.pixel_rate, peak=site.peak)
+    return detector, thresholds
 
 
 def altered_rows(start: Start, images: Sequence[Path]) -> Batch:

@@ -261,21 +261,21 @@ def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
 
     from medclip_jax.clip import checkpoint
     from medclip_jax.clip.layers import narrowed
-    from medclip_jax.detectors.detector import read_batch
+    from medclip_jax.detectors import calibration, detector
 
     clip, dtype = predictor.encoder.clip, predictor.encoder.dtype
+    peak = predictor.calibration.peak
     seeds = jax.random.key_data(predictor.keys)  # keys themselves cannot be stored as arrays
 
     def run(images):
         how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
         tokens = checkpoint.encode_images(clip.vision, images, **how)
         stored = jax.tree.map(lambda x: x.astype(jnp.float32), narrowed(tokens, dtype))
-        raw = read_batch(predictor.detector, stored, jax.random.wrap_key_data(seeds))
-        return raw.image, raw.maps, raw.passes.image
+        raw = detector.read_batch(predictor.detector, stored, jax.random.wrap_key_data(seeds))
+        return raw.image, calibration.lowered(raw.maps, peak), raw.passes.image
 
     shape = (jax.export.symbolic_shape("n")[0], predictor.size, predictor.size)
-    images = jax.ShapeDtypeStruct(shape, np.float32)
-    closed = jax.make_jaxpr(run)(images)
+    closed = jax.make_jaxpr(run)(images := jax.ShapeDtypeStruct(shape, np.float32))
     weights = [np.asarray(w) for w in closed.consts]
 
     def lifted(weights, images):

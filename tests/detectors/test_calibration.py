@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -148,6 +149,15 @@ def test_spread_is_never_zero():
     assert calibration.spread(np.full(4, 0.5)) == pytest.approx(5e-7)
     assert calibration.spread(np.array([0.5])) == pytest.approx(5e-7)
     assert calibration.spread(np.zeros(4)) == 1.0
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_maps_are_lowered_by_a_share_of_their_peak(array):
+    """Peaks of 5 and 1 over medians of 1 and 0: less 1 and 1/4."""
+    maps = np.array([[[0.0, 1.0, 1.0], [2.0, 5.0, -1.0]], [[0, 1, 0], [0.5, 0, -3]]], np.float32)
+    got = calibration.lowered(array(maps), 0.25)
+    np.testing.assert_allclose(got, [maps[0] - 1, maps[1] - 0.25])
+    np.testing.assert_array_equal(calibration.lowered(array(maps), 0.0), maps)
 
 
 def test_summary_by_hand():

@@ -108,6 +108,16 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
     np.testing.assert_allclose(got.p_value, p)
     np.testing.assert_allclose(got.uncertainty, got.passes.std(1))
     assert got.maps.shape == (3, SIZE, SIZE) and got.folds.shape == (3, 2)
+    limits = result.pixel.value, result.pixel_scale
+    maps = np.asarray(raw.maps)
+    np.testing.assert_allclose(got.maps, calibration.to_unit(maps, *limits), atol=1e-6)
+    peaked = detector.calibrate(made, **RATES, peak=0.25)
+    assert peaked.image == result.image and peaked.peak == 0.25
+    assert peaked.pixel.value < result.pixel.value and peaked.pixel.rate_attained < 0.03
+    limits = peaked.pixel.value, peaked.pixel_scale
+    got = score_batch(made, peaked, new, keys).maps
+    wanted = calibration.to_unit(calibration.lowered(maps, 0.25), *limits)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
 # --- zero shot ----------------------------------------------------------------------------------
