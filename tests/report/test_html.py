@@ -15,6 +15,7 @@ from PIL import Image
 
 from medclip_jax.errors import WorkdirError
 from medclip_jax.report import html as report_html
+from medclip_jax.report import load
 from medclip_jax.report.html import text
 from tests.support.workdirs import EVIL, edit, keep_pictures, make_workdir, seal
 
@@ -99,6 +100,19 @@ def test_the_numbers_are_those_of_metrics_json(workdir, html):
     assert "Matthews correlation undefined" in page.text
     assert "Hausdorff distance, 95th percentile undefined" in page.text
     assert "observed false-alarm rate is 0.0833" in page.text
+
+
+def test_lesions_and_froc_are_listed(workdir):
+    files = load.read(workdir)
+    froc = {"0.1": {"sensitivity": [0.125] * 6 + [0.75], "mean": 0.25}}
+    rates = [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8]
+    lesions = {"count": 40, "small_count": 3, "recall": 0.5, "small_recall": None}
+    lesions |= {"boxes_per_healthy_image": 0.1, "false_positives": rates, "froc": froc}
+    charts = dict.fromkeys(NAMES, b"")
+    files = files._replace(metrics=files.metrics | {"lesions": lesions})
+    words = Page(report_html.page(files, charts, [], [])).text
+    assert "lesions 40" in words and "recall of small lesions undefined" in words
+    assert "IoU 0.125 0.25 0.5 1 2 4 8 mean 0.1" in words and "0.12 0.75 0.25" in words
 
 
 def test_intervals_stand_beside_their_metrics(html):
