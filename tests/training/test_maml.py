@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from medclip_jax.training.maml import Inner, adapt, meta_loss, meta_sgd
+from medclip_jax.training.maml import (
+    Inner,
+    adapt,
+    meta_loss,
+    meta_sgd,
+    reptile_loss,
+    step_rates,
+    step_weights,
+)
 from tests.support.models import mlp
 
 
@@ -80,6 +88,111 @@ def test_meta_sgd_quadratic():
     fixed = gradient(params, episodes, loss=loss, inner=Inner(rates, steps))
     learned = gradient(state, episodes, loss=loss, inner=Inner(steps=steps))
     jax.tree.map(np.testing.assert_array_equal, fixed, learned.params)
+
+
+def three_tasks():
+    draw = np.random.default_rng(3).standard_normal
+    return np.float32([1.0, -2.0, 0.5]), *(draw((3, 3)).astype(np.float32) for _ in range(2))
+
+
+def test_step_rates_quadratic():
+    """A rate for each step: params - c shrinks by each 1 - r_t, and every r_t has its slope."""
+    params, support, query = three_tasks()
+    rates = np.float32([0.1, 0.3, 0.6])
+    state = step_rates(params, 0.2, 3)
+    assert state.rate.tolist() == pytest.approx([0.2] * 3)
+    state = state._replace(rate=rates)
+    left = 1 - rates
+    adapted, losses = adapt(state, support[0], loss=quadratic, inner=Inner(steps=3))
+    away = params - support[0]
+    np.testing.assert_allclose(adapted, support[0] + left.prod() * away, rtol=1e-5)
+    shrunk = np.cumprod([1, 0.9, 0.7])
+    np.testing.assert_allclose(losses, 0.5 * shrunk**2 * (away @ away), rtol=1e-5)
+    grad = gradient(state, (support, query), loss=quadratic, inner=Inner(steps=3))
+    off = support + left.prod() * (params - support) - query
+    np.testing.assert_allclose(grad.params, left.prod() * off.mean(0), rtol=1e-5)
+    slope = ((params - support) * off).sum(1).mean()
+    np.testing.assert_allclose(grad.rate, -left.prod() / left * slope, rtol=1e-5)
+
+
+def test_step_weights():
+    """Equal at first; at the end the last step has nearly all. Antoniou et al. 2019, section 4."""
+    np.testing.assert_allclose(step_weights(4, 0.0), 0.25)
+    np.testing.assert_allclose(step_weights(4, 0.5), [0.125] * 3 + [0.625])
+    np.testing.assert_allclose(step_weights(4, 1.0), [0.0075] * 3 + [0.9775], rtol=1e-6)
+    np.testing.assert_allclose(step_weights(1, 0.3), 1.0)
+
+
+def test_multi_step_loss_quadratic():
+    """The weighted sum of the query losses after 1, 2, ... steps; its last weight alone is MAML."""
+    params, support, query = three_tasks()
+    weights, left = jnp.array([0.2, 0.3, 0.5]), 0.7 ** np.arange(1, 4)
+    offs = [support + share * (params - support) - query for share in left]
+    kwargs = {"loss": quadratic, "inner": Inner(0.3, 3)}
+    value, parts = meta_loss(params, (support, query), weights=weights, **kwargs)
+    each = [0.5 * (off**2).sum(1).mean() for off in offs]
+    assert value == pytest.approx(float(weights @ jnp.array(each)), rel=1e-5)
+    assert parts["distance"] == pytest.approx(float(each[-1]), rel=1e-5)
+    grad = gradient(params, (support, query), weights=weights, **kwargs)
+    wanted = sum(float(w) * s * off.mean(0) for w, s, off in zip(weights, left, offs, strict=True))
+    np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-6)
+    last = gradient(params, (support, query), weights=jnp.array([0, 0, 1.0]), **kwargs)
+    plain = gradient(params, (support, query), **kwargs)
+    np.testing.assert_allclose(last, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_reptile_quadratic(steps):
+    """Gradient params - mean of the adapted, (1 - (1-r)^n) (params - mean centre); MAML's value."""
+    params, support, query = three_tasks()
+    valid = jnp.array([True, True, False])
+    kwargs = {"loss": quadratic, "inner": Inner(0.3, steps)}
+    for tasks in (None, valid):
+        real = slice(3) if tasks is None else slice(2)
+        run = jax.value_and_grad(functools.partial(reptile_loss, **kwargs), has_aux=True)
+        (value, parts), grad = run(params, (support, query), valid=tasks)
+        wanted = (1 - 0.7**steps) * (params - support[real].mean(0))
+        np.testing.assert_allclose(grad, wanted, rtol=1e-5)
+        exact, _ = meta_loss(params, (support, query), valid=tasks, **kwargs)
+        assert value == pytest.approx(float(exact)) == pytest.approx(float(parts["distance"]))
+
+
+def test_implicit_quadratic():
+    """argmin L + p/2 |x - params|^2 is (c + p params) / (1 + p): slope p / (1 + p)."""
+    params, support, query = three_tasks()
+    inner = Inner(0.3, 60, proximal=0.5)
+    adapted, losses = adapt(params, support[0], loss=quadratic, inner=inner)
+    np.testing.assert_allclose(adapted, (support[0] + 0.5 * params) / 1.5, rtol=1e-4)
+    assert losses[0] == pytest.approx(0.5 * float(((params - support[0]) ** 2).sum()))
+    grad = gradient(params, (support, query), loss=quadratic, inner=inner)
+    wanted = (((support + 0.5 * params) / 1.5 - query) / 3).mean(0)
+    np.testing.assert_allclose(grad, wanted, rtol=1e-4)
+
+
+def test_implicit_agrees_with_exact_maml_of_the_same_long_inner_loop():
+    """Of the model's curved loss with what does not adapt: through the steps, or by the minimum."""
+    params, (support, query) = problem(tasks=2)
+    head = {"head": params["head"], "body": params["body"]}
+
+    def near(moved, batch):  # exact MAML of the loss with the proximal term written out
+        start, rows = batch
+        away = jax.tree.map(lambda p, q: jnp.sum((p - q) ** 2), moved["head"], start["head"])
+        return nested(moved, rows)[0] + 0.5 * sum(jax.tree.leaves(away)), {}
+
+    def exact(start, support, query):
+        def step(moved, _):
+            grads = jax.grad(lambda h: near({**start, "head": h}, (start, support))[0])(moved)
+            return jax.tree.map(lambda p, g: p - 0.03 * g, moved, grads), None
+
+        moved, _ = jax.lax.scan(step, start["head"], length=300)
+        return nested({**start, "head": moved}, query)[0]
+
+    wanted = jax.jit(
+        jax.grad(lambda t: jax.vmap(lambda s, q: exact(t, s, q))(support, query).mean())
+    )(head)
+    inner = Inner(0.03, 300, adapts=lambda path: path.startswith("head/"), proximal=1.0)
+    grad = gradient(head, (support, query), loss=nested, inner=inner._replace(solver_steps=30))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), grad, wanted)
 
 
 def test_torchmeta():
