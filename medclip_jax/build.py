@@ -3,12 +3,11 @@
 Nothing further in knows the configuration: functions take the values they need.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,8 @@ from ml_collections import ConfigDict
 
 from medclip_jax import config_validation, files
 from medclip_jax.clip.checkpoint import Clip, describe, load
-from medclip_jax.config import deforms, recipe_of
 from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
-from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.layouts import Record, Split
 from medclip_jax.detectors import tiling
 from medclip_jax.distributed import runtime
@@ -31,23 +28,13 @@ from medclip_jax.io.image import parse_window
 from medclip_jax.models import losses, model, modules, similarity, text_adapter
 from medclip_jax.prompts import ontology, tokenize
 from medclip_jax.prompts.tokenize import Prompts
-from medclip_jax.training import distillation, loop, validation
+from medclip_jax.training import distillation, loop, meta, validation
 from medclip_jax.training.step import Contrast, Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
 AUXILIARY_IMAGES = 32  # healthy images of each auxiliary dataset
+ABNORMAL_IMAGES = 60  # real abnormal images of each source of meta-learning
 SYNONYMS = 3  # words per anatomy, condition and modality that the ontology adds
-
-
-class Auxiliary(NamedTuple):
-    """A dataset whose healthy images are trained on beside the target's, with its own words."""
-
-    name: str
-    root: Path | None  # None: where the data lie by default
-    words: dict[str, Any]  # modality, anatomy and conditions, for the prompts
-    recipe: tuple[str, ...]  # preprocessing.STEPS
-    strengths: augmentation.Strengths
-    window: str  # of CT: the target's for a dataset without words of its own
 
 
 def load_clip(c: ConfigDict) -> Clip:
@@ -127,41 +114,16 @@ def synthesis(c: ConfigDict) -> augmentation.Synthesis:
     )
 
 
-def auxiliary_datasets(c: ConfigDict) -> tuple[Auxiliary, ...]:
-    """What config.meta.data names ("name" or "name=folder") beside the target.
-
-    What each shows is in data/catalog.py; one that is not there (a folder) takes the target's words
-    and CT window, and a warning says so. Where the target is preprocessed, each takes the recipe of
-    its own modality. Elastic deformation is off for modalities that must not be deformed, with a
-    warning. Raises ConfigError for an unknown name.
-    """
+def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
+    """What config.meta.data or config.meta.sources names beside the target, see `auxiliary`."""
     _, strengths = augmentation.chosen(config_validation.augment(c), c.data.modality)
     words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
-    named, chosen = PRESETS | SETS, []
-    for full in (name for name in c.meta.data if name != c.data.name):
-        name, _, root = full.partition("=")
-        if name not in (known := (*datasets.LAYOUTS, *SETS, *datasets.PHANTOMS)):
-            raise ConfigError(f"config.meta.data has {full!r}: choose any of {', '.join(known)}.")
-        own, recipe, changes = dict(named.get(name, words)), c.data.recipe, strengths
-        if name not in named:
-            logging.warning(
-                "%s of config.meta.data has no words of its own: it takes the target's, "
-                "whose modality is %r",
-                *(full, words["modality"]),
-            )
-        elif recipe:
-            recipe = recipe_of(own["modality"])
-        if strengths.elastic and not deforms(own["modality"]):
-            logging.warning(
-                "config.augment.elastic is off for %s, whose modality is %r: only ultrasound and "
-                "MRI may be deformed",
-                *(full, own["modality"]),
-            )
-            changes = strengths._replace(elastic=0.0)
-        place, window = Path(root) if root else None, "" if name in named else c.data.window
-        steps = preprocessing.steps(recipe)
-        chosen.append(Auxiliary(name, place, own, steps, changes, window))
-    return tuple(chosen)
+    how = {"recipe": c.data.recipe, "strengths": strengths, "window": c.data.window}
+    if c.meta.sources:
+        how |= {"default_root": Path(c.data.root) if c.data.root else None}
+        return datasets.auxiliary("sources", c.meta.sources, words, other_modality=True, **how)
+    others = [name for name in c.meta.data if name != c.data.name]
+    return datasets.auxiliary("data", others, words, **how)
 
 
 def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
@@ -181,13 +143,22 @@ def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None, 
     teacher: a distillation.Teacher whose patch logits the pool of the supports carries.
     """
     feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
-    pools = [encoder.open_pool(feature_cache, split.support, variants)]
+    pools: list[Any]
+    if c.meta.sources:
+        pools = [encoder.open_source(feature_cache, split.support, (), variants)]
+    else:
+        pools = [encoder.open_pool(feature_cache, split.support, variants)]
     for other in others:
         where = other.name, other.root, Path(c.cache)
         records = datasets.load(*where, uncertain=c.data.uncertain, window=other.window)
+        own = cache.with_recipe(feature_cache, other.recipe, other.window)
+        if c.meta.sources:  # the same whatever the target, K and draw
+            sides = splits.source(records, split, AUXILIARY_IMAGES, ABNORMAL_IMAGES)
+            runtime.agree({f"the images of {other.name}": [r.sha256 for r in sum(sides, ())]})
+            pools.append(encoder.open_source(own, *sides, variants))
+            continue
         images = splits.healthy(records, split, AUXILIARY_IMAGES, c.seed)
         runtime.agree({f"the images of {other.name}": [r.sha256 for r in images]})
-        own = cache.with_recipe(feature_cache, other.recipe, other.window)
         pools.append(encoder.open_pool(own, images, variants._replace(strengths=other.strengths)))
     encoder.encode_images(feature_cache, [*split.test, *extra])
     if c.score.tiles > 1:
@@ -243,6 +214,23 @@ def learner(c: ConfigDict) -> Learner:
     return Learner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.adapt_steps)
 
 
+def meta_heads(c: ConfigDict, clip: Clip, pools: Sequence, mesh, workdir: Path) -> tuple:
+    """(whitening, heads [1 + folds] adapted to the supports) of what the sources teach.
+
+    pools: Source of the target, then of config.meta.sources. workdir: for metrics.jsonl.
+    """
+    target, *sources = pools
+    made_from = [clip.digest, c.clip.dtype, [s.digest for s in sources]]
+    how = {"steps": c.steps, "tasks": c.meta.tasks, "mesh": mesh}
+    state = meta.learned(Path(c.cache), made_from, sources, learner(c), **how)
+    if sharding.is_main():
+        with loop.MetricsLog(workdir, 0, c.tensorboard) as log:
+            for step, *values in state.log.tolist():
+                log.write(int(step), dict(zip(("loss", "before", "after"), values, strict=True)))
+    members = training_pool.supports(c.k, folds(c))
+    return state.whitening, meta.adapted(state, learner(c), target, members)
+
+
 def model_parts(
     c: ConfigDict, clip: Clip, others: Sequence = (), context: int | None = None
 ) -> tuple[model.Design, dict]:
@@ -256,7 +244,7 @@ def model_parts(
         context = c.prompts.context if c.steps else 0
     words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
     own, sets = prompts_of(c, clip, context, **words), None
-    if others and c.steps:
+    if others and c.steps and not c.meta.sources:
         more = [prompts_of(c, clip, context, **other.words) for other in others]
         sets = similarity.stack_prompts([own, *more])
     image = clip.image_encoder

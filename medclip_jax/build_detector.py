@@ -19,6 +19,7 @@ from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import (
     calibration,
     detector,
+    deviation,
     ensemble,
     memory_bank,
     prompt_detector,
@@ -54,6 +55,8 @@ def branch_function(name: str, clip: Clip, design: model.Design, image_score: Ca
         return memory_bank.scorer(image_score)
     if name.startswith("zero_shot"):
         return prompt_detector.zero_shot_scorer(clip, design.prompts.label)
+    if name == "meta":
+        return deviation.scorer(clip.grid)
     return prompt_detector.scorer(design, image_score)
 
 
@@ -129,6 +132,8 @@ def branch(
         if name == "memory":
             like = {"k": images.k, "coreset": c.memory_coreset, "calibrating": calibrating}
             return memory_bank.build(tokens, image_score, clip.size, **like)
+        if name == "meta":
+            return deviation.build(*params, tokens, folds, clip.grid, clip.size)
         if plain:
             return prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, images.k)
         return prompt_detector.build(
@@ -167,10 +172,7 @@ def calibrate(
 def load_teacher(c: ConfigDict, clip: Clip, test: Sequence[Record]) -> distillation.Teacher:
     """The trained model of the workdir config.teacher.
 
-    Raises:
-      WorkdirError: the workdir holds no trained model.
-      CheckpointError: its CLIP cannot be loaded.
-      ConfigError: it cannot teach this run.
+    Raises WorkdirError or CheckpointError where there is none, ConfigError if it cannot teach.
     """
     workdir = files.expanded(c.teacher)
     trained = saved.read(workdir)
@@ -200,10 +202,8 @@ def load_teacher(c: ConfigDict, clip: Clip, test: Sequence[Record]) -> distillat
 def load_predictor(workdir: Path) -> predictor.Predictor:
     """The predictor of a trained workdir; the supports' files are not needed.
 
-    Raises:
-      WorkdirError: there is no whole trained detector.
-      CheckpointError: its CLIP or adapter is not the one that it was trained with.
-      ConfigError: it is of a method for tables alone, a baseline on pixels.
+    Raises WorkdirError for no whole detector, CheckpointError for another CLIP or adapter than it
+    was trained with, ConfigError for a method for tables alone, a baseline on pixels.
     """
     trained = saved.read(workdir)
     c = trained.config
@@ -250,15 +250,16 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
 def load_start(workdir: Path) -> adapt.Start:
     """What adaptation to a new site starts from: the newest checkpoint of a meta-learned run.
 
-    Raises:
-      WorkdirError: there is no run.
-      ConfigError: it did not meta-learn, or scores what a site cannot.
-      CheckpointError: it has no checkpoint.
+    Raises WorkdirError, CheckpointError or ConfigError where there is none or it serves no site.
     """
     try:
         c = config.restored(stored.read_json(workdir / "config.json"))
     except (OSError, ValueError, ConfigError) as error:
         raise WorkdirError(f"{workdir} holds no run ({error}): give one that was trained") from None
+    if c.meta.sources:
+        raise ConfigError(
+            f"{workdir} is adapted to one data set alone: give configs/meta.py another"
+        )
     if c.learner == "joint":
         raise ConfigError(f"{workdir} learned jointly: train one with --config.learner=maml")
     if c.score.map_filter or c.score.tiles > 1:

@@ -24,8 +24,8 @@ PLACES = (
     *("cache", "validations", "explained", "explanation", "checkpoint_every", "tensorboard"),
     *("distributed", "join_timeout"),
 )
-STEPS = 100  # of joint training; the episodic learners and the presets of published methods
-EPOCHS = 200  # keep the length they were measured at
+STEPS, OUTER_STEPS = 100, 1000  # of joint training, and of meta-learning across data sets; the
+EPOCHS = 200  # other episodic learners and published methods keep the length they were measured at
 VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
 
@@ -168,9 +168,10 @@ def _training(c: ConfigDict) -> None:
         "distill": 1.0,  # of the teacher's patch logits (equation 13), where there is a teacher
     }
     c.teacher = ""  # workdir of a trained run that teaches this one; "" = off
-    c.learner = "joint"  # joint | maml (exact) | fomaml | anil | meta_sgd
+    c.learner = "joint"  # maml (exact) | fomaml | anil | meta_sgd; with sources more, LEARNERS
     c.meta = {  # episodes, for the learners other than joint; `data` is for all
         "data": (),  # data sets of the tasks, "name" or "name=folder"; () = the target alone
+        "sources": (),  # as `data`, of other modalities, labels too; for branches=("meta",)
         "tasks": 4,  # per step
         "shots": 0,  # support rows of a task, and query rows; 0 = min(8, k), at least 2
         "inner_steps": 1,
@@ -211,11 +212,7 @@ def _scoring(c: ConfigDict) -> None:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy with its own values in every field and derived ones filled in.
-
-    Raises:
-      ConfigError: a value or a combination that cannot be used.
-    """
+    """A copy with derived values filled in; ConfigError for what cannot be used."""
     c = config.copy_and_resolve_references()
     if c.k == 0 and c.method == "ours":
         c.method = "zero_shot"  # the only branch that needs no support
@@ -225,7 +222,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     c.meta.shots = c.meta.shots or max(2, min(8, c.k))
     fresh = EPOCHS if c.method == "mediclip" else VARIANTS
     c.synthesis.variants = c.synthesis.variants or fresh
-    untrained = "learned" not in c.branches
+    untrained = not {"learned", "meta"} & set(c.branches)
     c.steps = 0 if untrained or c.method in FIXED_METHODS else c.steps or training_steps(c)
     config_validation.check_learned(c)
     c.cache = str(cache_folder(c.cache))
@@ -276,6 +273,8 @@ def training_steps(c: ConfigDict) -> int:
 
     An epoch is ceil(k / batch) gradients, see `gradients`. MediCLIP keeps its epochs.
     """
+    if c.meta.sources:
+        return OUTER_STEPS
     if c.learner == "joint" and c.method != "mediclip":
         return STEPS
     return max(1, EPOCHS * -(-c.k // c.batch) // gradients(c))

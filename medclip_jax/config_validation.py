@@ -14,8 +14,9 @@ Rules = Iterator[tuple[Any, str]]  # whether a combination cannot be used, and t
 METHODS = ("ours", "paper", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED_METHODS = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing is trained
 PIXEL_METHODS = ("thumbnails", "grey_level")  # without a CLIP
-BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image")
-LEARNERS = ("joint", "maml", "fomaml", "anil", "meta_sgd")
+BRANCHES = ("learned", "memory", "zero_shot", "zero_shot_image", "meta")
+ACROSS = ("maml_pp", "reptile", "imaml")  # only across data sets
+LEARNERS = ("joint", "maml", "fomaml", "anil", "meta_sgd", *ACROSS)
 
 CHOICES = {
     "method": METHODS,
@@ -216,6 +217,12 @@ def _combinations(c: Any) -> Rules:
         c.method == "joint" and c.learner != "joint",
         f"learner is {c.learner}, and method=joint always trains jointly: give method=ours",
     )
+    across, needs = "meta" in branches and c.method not in FIXED_METHODS, "see configs/meta.py"
+    yield across != bool(c.meta.sources), f"meta.sources goes with the branch meta: {needs}"
+    unfit = c.k < 4 or c.score.tiles > 1 or c.model.refine or "learned" in branches
+    fit = "k=4 or more, no score.tiles, model.refine or branch learned"
+    yield across and unfit, f"branches has meta: give {fit}"
+    yield c.learner in ACROSS and not across, f"learner {c.learner} needs meta.sources: {needs}"
     yield c.meta.shots == 1, "meta.shots is 1: give 2 or more, one clean and one altered row"
     steps, least = map_filter(c), 1 - c.calibration.pixel_rate
     median, ceiling = steps.get("median", 1), steps.get("ceiling", 1)

@@ -153,6 +153,9 @@ def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True)
     """Learn from the training pools, or resume; with `train` False only read what was learned."""
     c, clip, _, _, design, frozen, mesh, _ = prepared
     folds = build.folds(c)
+    if c.meta.sources:
+        params = build.meta_heads(c, clip, encoded.pools, mesh, workdir)
+        return Fitted(params, folds)
     params = loop.fit(
         *(build.fresh_params(c, clip, design), frozen, encoded.pools, folds),
         workdir=workdir,

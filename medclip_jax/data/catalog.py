@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from medclip_jax import config_validation
+
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -83,6 +85,12 @@ EVIDENCE: dict[str, Evidence] = {
     "spine_xr": Evidence("report", "spine_xr"),
     "pretrain": Evidence("pre-training", "pretrain"),
 }
+
+
+def modality_kind(modality: str) -> str:
+    """What two data sets of the same modality have in common: its kind, else its words."""
+    kind = config_validation.recipe_of(modality)
+    return kind if kind != config_validation.OTHER_RECIPE else " ".join(modality.lower().split())
 
 
 def with_role(*roles: str) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medclip_jax import files
-from medclip_jax.data import chexpert, layouts, phantom
-from medclip_jax.data.catalog import ABOUT, SETS
+from medclip_jax.config_validation import deforms, recipe_of
+from medclip_jax.data import augmentation, chexpert, layouts, phantom, preprocessing
+from medclip_jax.data.catalog import ABOUT, PRESETS, SETS, modality_kind
 from medclip_jax.data.layouts import Record
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
@@ -187,3 +188,74 @@ def examine(
         starts = range(0, len(layout.examples), CHUNK)  # or all the files would wait at once
         parts = (layout.examples[i : i + CHUNK] for i in starts)
         return [result for part in parts for result in pool.map(one, part)]
+
+
+class Auxiliary(NamedTuple):
+    """A dataset whose images are trained on beside the target's, with its own words."""
+
+    name: str
+    root: Path | None  # None: where the data lie by default
+    words: dict[str, Any]  # modality, anatomy and conditions, for the prompts
+    recipe: tuple[str, ...]  # preprocessing.STEPS
+    strengths: augmentation.Strengths
+    window: str  # of CT: the target's for a dataset without words of its own
+
+
+def auxiliary(
+    field: str,
+    names: Sequence[str],
+    words: dict[str, Any],
+    *,
+    recipe: str,
+    strengths: augmentation.Strengths,
+    window: str,
+    default_root: Path | None = None,
+    other_modality: bool = False,
+) -> tuple[Auxiliary, ...]:
+    """The datasets that config.meta.<field> names, "name" or "name=folder".
+
+    What each shows is in data/catalog.py; one that is not there (a folder) takes the target's words
+    and CT window, and a warning says so. Where the target is preprocessed, each takes the recipe of
+    its own modality. Elastic deformation is off for modalities that must not be deformed, with a
+    warning.
+
+    Args:
+      words: modality, anatomy and conditions of the target; recipe, strengths, window: its too.
+      other_modality: each must be of another modality than the target.
+
+    Raises:
+      ConfigError: an unknown name, or one of the target's modality.
+    """
+    named, known, chosen = PRESETS | SETS, (*LAYOUTS, *SETS, *PHANTOMS), []
+    for full in names:
+        name, _, root = full.partition("=")
+        if name not in known:
+            raise ConfigError(
+                f"config.meta.{field} has {full!r}: choose any of {', '.join(known)}."
+            )
+        own, own_recipe, changes = dict(named.get(name, words)), recipe, strengths
+        if other_modality and modality_kind(own["modality"]) == modality_kind(words["modality"]):
+            raise ConfigError(
+                f"config.meta.{field} has {full!r}, which shows {own['modality']!r}, and the "
+                f"target {words['modality']!r}: a target's modality is never learned from, so "
+                "leave it out"
+            )
+        if name not in named:
+            logging.warning(
+                "%s of config.meta.%s has no words of its own: it takes the target's, "
+                "whose modality is %r",
+                *(full, field, words["modality"]),
+            )
+        elif recipe:
+            own_recipe = recipe_of(own["modality"])
+        if strengths.elastic and not deforms(own["modality"]):
+            logging.warning(
+                "config.augment.elastic is off for %s, whose modality is %r: only ultrasound and "
+                "MRI may be deformed",
+                *(full, own["modality"]),
+            )
+            changes = strengths._replace(elastic=0.0)
+        place, reading = Path(root) if root else default_root, "" if name in named else window
+        steps = preprocessing.steps(own_recipe)
+        chosen.append(Auxiliary(name, place, own, steps, changes, reading))
+    return tuple(chosen)

@@ -194,9 +194,28 @@ def healthy(records: Iterable[Record], target: Split, count: int, seed: int) -> 
     taken = {r.sha256 for part in target for r in part}
     pool = [r for r in records if r.label == 0 and r.part != "test" and r.sha256 not in taken]
     if not pool:
-        raise DataError("config.meta.data names a data set without healthy images: leave it out.")
+        raise DataError("config.meta names a data set without healthy images: leave it out.")
     order = np.random.default_rng(seed).permutation(len(pool))
     return tuple(pool[i] for i in order[: count or None])
+
+
+def source(
+    records: Sequence[Record], target: Split, count: int, most_abnormal: int
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Healthy and abnormal images of a data set to meta-learn from, the same for every target.
+
+    DataError if one of them is, byte for byte, in the target's split.
+    """
+    abnormal = [r for r in records if r.label == 1]
+    order = np.random.default_rng(0).permutation(len(abnormal))[:most_abnormal]
+    sides = healthy(records, Split((), ()), count, 0), tuple(abnormal[i] for i in order)
+    taken = {r.sha256: r for part in target for r in part}
+    if shared := [r for side in sides for r in side if r.sha256 in taken]:
+        raise DataError(
+            f"{shared[0].path} of config.meta.sources is the target's {taken[shared[0].sha256].id} "
+            "byte for byte: leave that source out"
+        )
+    return sides
 
 
 def duplicates(split: Split) -> tuple[tuple[str, str], ...]:

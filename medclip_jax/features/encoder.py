@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 from safetensors import safe_open
 
 from medclip_jax import stored
@@ -22,6 +24,17 @@ from medclip_jax.features.cache import FeatureCache
 from medclip_jax.features.training_pool import TrainingPool
 from medclip_jax.io import read
 from medclip_jax.synthesis import generate
+
+
+class Source(NamedTuple):
+    """Coarse tokens of one data set that tasks are made of, on the host."""
+
+    healthy: Features  # [h]
+    altered: Features  # [h, v] synthetic anomalies of each
+    kinds: Int[np.ndarray, "h v"]  # indices into generate.KINDS
+    abnormal: Features  # [a] real ones, which may be none
+    digest: str  # of its images and their encoding
+
 
 DEVICE_BATCH = 16  # images per call of the encoder and device; larger is not faster on a CPU
 VERSION = 1  # raise when what `encode_stacks` computes changes
@@ -73,6 +86,55 @@ def open_pool(
         synthesis.copies if synthesis.variants else 0,
         inputs=feature_cache.clip.image_encoder.inputs,
     )
+
+
+def open_source(
+    feature_cache: FeatureCache,
+    healthy: Sequence[Record],
+    abnormal: Sequence[Record],
+    synthesis: Synthesis,
+) -> Source:
+    """Encode what the cache lacks and read coarse tokens of images and synthetic anomalies."""
+    encode_images(feature_cache, [*healthy, *abnormal])
+    encode_variants(feature_cache, healthy, synthesis)
+
+    def read_rows(paths: Sequence[Path]) -> Any:
+        return [jax.tree.map(np.asarray, _coarse(cache.load(path))) for path in paths]
+
+    def joined(records: Sequence[Record]) -> Features:
+        rows = read_rows([cache.image_path(feature_cache, r) for r in records or healthy[:1]])
+        whole = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+        return whole if records else jax.tree.map(lambda x: x[:0], whole)
+
+    paths = [variant_path(feature_cache, r, healthy, synthesis) for r in healthy]
+    altered = jax.tree.map(lambda *x: np.stack(x), *read_rows(paths))
+    count = synthesis.variants
+    kinds = [safe_open(path, framework="np").get_tensor("kind")[:count] for path in paths]
+    altered = jax.tree.map(lambda x: x[:, :count], altered)
+    names = [[r.sha256 for r in records] for records in (healthy, abnormal)]
+    digest = stored.digest([feature_cache.folder.name, *names, [p.name for p in paths]])
+    return Source(joined(healthy), altered, np.stack(kinds), joined(abnormal), digest)
+
+
+def coarse(features: Features) -> Features:
+    """Means over 2 x 2 tokens of the square grid; an odd one's last row and column are narrower."""
+
+    def means(tokens: Float[Array, "n q d"]) -> Float[Array, "n p d"]:
+        n, q, d = tokens.shape
+        grid = int(round(q**0.5))
+        ones = jnp.ones((1, grid, grid, 1), jnp.float32)
+        window, zero = (1, 2, 2, 1), np.float32(0)
+        image = tokens.astype(jnp.float32).reshape(n, grid, grid, d)
+        total, count = (
+            jax.lax.reduce_window(x, zero, jax.lax.add, window, window, "SAME")
+            for x in (image, ones)
+        )
+        return (total / count).astype(tokens.dtype).reshape(n, -1, d)
+
+    return Features(features.pooled, tuple(map(means, features.levels)))
+
+
+_coarse = jax.jit(coarse)
 
 
 def encode_variants(

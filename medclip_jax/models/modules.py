@@ -78,6 +78,29 @@ class ProjectionHead(nn.Module):
         return nn.Dense(narrow, kernel_init=self.out_init, name="out")(jax.nn.relu(hidden))
 
 
+class DeviationHead(nn.Module):
+    """Weighs deviations from the supports (detectors/deviation.py); fresh, it weighs all alike."""
+
+    levels: int  # whose directions stand side by side
+    top: float  # share of an image's patches that its score is the mean of
+
+    @nn.compact
+    def __call__(
+        self, patch: Float[Array, "n p f"], image: Float[Array, " n"]
+    ) -> tuple[Float[Array, "n p"], Float[Array, " n"]]:
+        """Anomaly logits of the patches and of the images."""
+        count, zeros = patch.shape[-1], nn.initializers.zeros
+        direction = self.param("direction", zeros, (count,))
+        scale = self.param("scale", nn.initializers.constant(-1.0), ())
+        whole = self.param("image", zeros, ())
+        offset = self.param("offset", nn.initializers.constant(-1.0), ())
+        # a direction is one of many, so that its step is as large as the others' together
+        weight = (1 + (count / self.levels) ** 0.5 * direction) / self.levels
+        logit = jnp.exp(scale) * (patch.astype(jnp.float32) @ weight)
+        best = jax.lax.top_k(logit, max(1, round(self.top * logit.shape[1])))[0].mean(-1)
+        return logit + offset, best + whole * image + offset
+
+
 def dropout_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*_"]:
     """True where dropout at `rate` leaves a value."""
     return jax.random.bernoulli(key, 1 - rate, shape)

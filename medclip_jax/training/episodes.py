@@ -14,14 +14,19 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from medclip_jax.clip.layers import Features
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import training_pool
+from medclip_jax.features.encoder import Source
 from medclip_jax.features.training_pool import Batch, Episodes, TrainingPool
 from medclip_jax.synthesis import generate
 
 IDENTITY = generate.KINDS.index("identity")
 LEAST = 2  # variants of each kind per image: one for the support, one for the query
 STREAM = 46  # keeps the tasks apart from other random numbers of the same seed
+
+SHOTS = 8  # support images of a task of several data sets, and its healthy query images
+SHARES = (0.5, 0.25, 0.25)  # of such a query's anomalies: real, synthetic, foreign
 
 Row = tuple[int, int]  # (image, variant)
 
@@ -204,3 +209,54 @@ def _take(pool: TrainingPool, rows: Sequence[Rows]) -> Batch:
     batch = training_pool.take(pool, image, variant)
     # a task has one dataset
     return batch if batch.source is None else batch._replace(source=batch.source[..., 0])
+
+
+# --- of several data sets, for training.meta --------------------------------------------------
+
+
+def rows_of(features: Features, *place) -> Features:
+    """The rows at a place of every array."""
+    return jax.tree.map(lambda x: x[place], features)
+
+
+def sides(rng, sources: Sequence[Source], number: int):
+    """What a task of source `number` is made of: (images, variants), (images, anomalies)."""
+    source = sources[number]
+    order = rng.permutation(len(source.healthy.pooled))
+    support, query = order[:SHOTS], order[SHOTS : 2 * SHOTS]
+    kinds = rng.permutation(IDENTITY)[: rng.integers(1, IDENTITY + 1)]  # of this task
+    variants = [_variant(rng, source.kinds[i], kinds) for i in support]
+    shares = np.array(SHARES) * [len(source.abnormal.pooled) > 0, 1, len(sources) > 1]
+    anomalies = []
+    for image, kind in zip(query, rng.choice(3, SHOTS, p=shares / shares.sum()), strict=True):
+        if kind == 0:
+            place = int(rng.integers(len(source.abnormal.pooled)))
+            anomalies.append(rows_of(source.abnormal, place))
+        elif kind == 1:
+            place = int(image), _variant(rng, source.kinds[image], range(IDENTITY))
+            anomalies.append(rows_of(source.altered, *place))
+        else:
+            other = sources[(number + int(rng.integers(1, len(sources)))) % len(sources)]
+            anomalies.append(rows_of(other.healthy, int(rng.integers(len(other.healthy.pooled)))))
+    return (support, variants), (query, anomalies)
+
+
+def _variant(rng, kinds: np.ndarray, wanted) -> int:
+    """A variant of one of the wanted kinds, or of any that alters if the image has none."""
+    fitting = np.flatnonzero(np.isin(kinds, np.array(list(wanted))))
+    return int(rng.choice(fitting if len(fitting) else np.flatnonzero(kinds < IDENTITY)))
+
+
+def support_rows(source: Source, images: np.ndarray, variants: list[int]):
+    """(tokens, own support, label) of the support's images and their altered ones."""
+    clean, changed = rows_of(source.healthy, images), rows_of(source.altered, images, variants)
+    both = jax.tree.map(lambda *x: np.concatenate(x), clean, changed)
+    place = np.arange(len(images))
+    return both, np.tile(place, 2), np.repeat(np.float32([0, 1]), len(images))
+
+
+def query_rows(source: Source, images: np.ndarray, anomalies: list[Features]):
+    """(tokens, own support, label) of the query's healthy images and its anomalies."""
+    changed = jax.tree.map(lambda *x: np.stack(x), *anomalies)
+    both = jax.tree.map(lambda *x: np.concatenate(x), rows_of(source.healthy, images), changed)
+    return both, np.full(2 * SHOTS, -1), np.repeat(np.float32([0, 1]), SHOTS)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 Parts = dict[str, Any]
@@ -30,8 +31,8 @@ class Inner(NamedTuple):
     # Does the tensor of this path ("adapters/0/kernel") adapt? None: all do. What does not adapt
     # still gets the outer gradient (ANIL).
     adapts: Callable[[str], bool] | None = None
-    # > 0: implicit MAML. The support loss has proximal / 2 |params' - params|^2 beside it, the outer
-    # gradient is that of its minimum, by conjugate gradients, however the steps led there.
+    # > 0: implicit MAML. The support loss has proximal / 2 |params' - params|^2 beside it, and the
+    # outer gradient is that of its minimum, by conjugate gradients, whatever way led there.
     proximal: float = 0.0
     solver_steps: int = 10  # of conjugate gradients
 
@@ -116,7 +117,9 @@ def adapt(
         losses, stops = [first[0][None]], [[p[None] for p in first[1]]]
     if inner.steps > 1:  # of which only params are stored
         body = jax.checkpoint(step, prevent_cse=False)
-        later = [r[1:] for r in rates] if by_step else None
+        # beyond the learned steps the last one's rate stays
+        place = np.arange(1, inner.steps)
+        later = [r[np.minimum(place, len(r) - 1)] for r in rates] if by_step else None
         moved, (rest, stop) = jax.lax.scan(body, moved, later, length=inner.steps - 1)
         losses, stops = [*losses, rest], [*stops, stop]
     if every:

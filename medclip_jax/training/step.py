@@ -5,6 +5,9 @@ maml     Adam on the query loss after inner steps on the support, exact second o
 fomaml   the same with the inner gradient as a constant
 anil     exact, but only the head adapts, not the BODY (Raghu et al. 2020)
 meta_sgd exact, with a learned inner rate per tensor (Li et al. 2017): a maml.MetaSGD
+maml_pp  exact after a first-order start, a learned rate per step: a maml.StepRates; training.meta
+reptile  towards the adapted params (Nichol et al. 2018); training.meta
+imaml    the gradient of the inner minimum (Rajeswaran et al. 2019); training.meta
 """
 
 from collections.abc import Callable
@@ -19,7 +22,9 @@ from jaxtyping import Array, Int
 from medclip_jax.features.training_pool import Batch, Episodes
 from medclip_jax.training import maml
 
-BODY = ("context", "language")  # not adapted by ANIL: no text encoder in its inner loop
+# not adapted by ANIL: no text encoder in its inner loop, and no directions of tokens
+BODY = ("context", "language", "direction")
+PROXIMAL = 0.1  # of implicit MAML
 
 
 class TrainState(NamedTuple):
@@ -46,7 +51,7 @@ def start(
 class Learner(NamedTuple):
     """How params learn; all fields but the name are for the learners of episodes."""
 
-    name: str  # joint | maml | fomaml | anil | meta_sgd
+    name: str  # of config_validation.LEARNERS
     inner_steps: int = 1
     inner_rate: float = 0.05  # > 0; where Meta-SGD starts from
     adapt_steps: int = 1  # inner steps on the supports after training; 0: none
@@ -54,7 +59,9 @@ class Learner(NamedTuple):
     def inner(self, steps: int) -> maml.Inner:
         """How `steps` inner steps are taken."""
         head_only = (lambda path: path.split("/")[0] not in BODY) if self.name == "anil" else None
-        return maml.Inner(self.inner_rate, steps, self.name == "fomaml", head_only)
+        proximal = PROXIMAL if self.name == "imaml" else 0.0
+        first_order = self.name in ("fomaml", "reptile")
+        return maml.Inner(self.inner_rate, steps, first_order, head_only, proximal)
 
 
 class Contrast(NamedTuple):
