@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from medclip_jax import build, config
 from medclip_jax.clip.layers import Features
 from medclip_jax.data import catalog, datasets, splits
-from medclip_jax.data.layouts import Split
+from medclip_jax.data.layouts import Split, unique
 from medclip_jax.detectors import deviation, memory_bank
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder
@@ -118,14 +118,14 @@ def measure(data: Data, target: str, args) -> list[dict]:
         params[name] = state.params
         print(target, name, *np.round(state.log[-1], 3), flush=True)
     text, records = data.zero_shot(target), data.records(target)
-    tokens = {}
     rows = []
+    distinct = unique(records)
+    place = {r.sha256: i for i, r in enumerate(distinct)}
+    tokens = data.tokens(distinct)
     for draw in range(args.draws):
         split = splits.split(records, max(args.k), draw)
-        for r in split.test:
-            if r.sha256 not in tokens:
-                tokens[r.sha256] = data.tokens([r])
-        test = jax.tree.map(lambda *x: np.concatenate(x), *[tokens[r.sha256] for r in split.test])
+        own = np.array([place[r.sha256] for r in split.test])
+        test = jax.tree.map(lambda x, own=own: x[own], tokens)
         label = np.array([r.label for r in split.test])
         support = encoder.open_source(data.cache, split.support, (), data.variants)
         for k in args.k:
@@ -139,46 +139,48 @@ def measure(data: Data, target: str, args) -> list[dict]:
 def scores(whitening, params, support, test, text, k: int, args) -> dict:
     """(learner, rate) -> steps of adaptation -> image scores of the test set."""
     rows, memory = meta.target_rows(whitening, support, np.arange(k))
-    seen = in_parts(partial(deviation.deviation, whitening, memory, own=np.full(32, -1)), test)
-    own = tuple(x[:k].astype(np.float32).reshape(-1, x.shape[-1]) for x in support.healthy.levels)
-
-    def nearest(part):
-        levels = tuple(x.astype(jnp.float32) for x in part.levels)
-        return similarity.image_score(memory_bank.memory_distance(levels, own), deviation.TOP)
-
+    healthy = (x[:k].astype(np.float32) for x in support.healthy.levels)
+    own = tuple(jnp.asarray(x.reshape(-1, x.shape[-1])) for x in healthy)
+    near, seen = in_parts(own, whitening, memory, test)
     cosine = similarity.unit(jnp.asarray(test.pooled)) @ similarity.unit(text).T
-    read = jax.jit(partial(seen_by, levels=len(whitening.kernel)))
     result = {
-        ("memory", 0): {0: in_parts(nearest, test)},
+        ("memory", 0): {0: near},
         ("zero-shot", 0): {0: np.asarray(cosine[:, 1] - cosine[:, 0])},
     }
+    levels = len(whitening.kernel)
     for name, start in params.items():
         learned = isinstance(start, maml.MetaSGD | maml.StepRates)
+        only = ("direction",) if name == "anil" else ()
         for rate in args.adapt_rates[:1] if learned else args.adapt_rates:
-            every = heads(start, rows, Learner(name, inner_rate=rate), len(whitening.kernel))
-            result[name, rate] = {s: np.asarray(read(every[s], seen)) for s in STEPS}
+            every = np.asarray(curve(start, rows, seen, rate, levels, only))
+            result[name, rate] = dict(zip(STEPS, every, strict=True))
     return result
 
 
-def heads(start, rows, learner, levels) -> dict:
-    """The head after each of STEPS."""
-    inner = learner.inner(max(STEPS))._replace(proximal=0.0)
+@partial(jax.jit, static_argnums=(4, 5))
+def curve(start, rows, seen, rate, levels: int, fixed: tuple):
+    """Image scores [steps, n] after each of STEPS; fixed: parts that do not adapt."""
+    inner = maml.Inner(rate, max(STEPS), True, lambda path: path not in fixed)
     loss = partial(meta.loss, levels=levels)
-    run = partial(maml.adapt, loss=loss, inner=inner, every=True)
-    every, _ = jax.jit(run)(start, rows)
-    first = maml.plain(start)
-    return {s: jax.tree.map(lambda x, s=s: x[s - 1], every) if s else first for s in STEPS}
+    every, _ = maml.adapt(start, rows, loss=loss, inner=inner, every=True)
+    heads = [jax.tree.map(lambda x, s=s: x[s - 1], every) for s in STEPS[1:]]
+    return jnp.stack([deviation.logits(h, seen, levels)[1] for h in (maml.plain(start), *heads)])
 
 
-def seen_by(head, seen, levels: int):
-    return deviation.logits(head, seen, levels)[1]
+@jax.jit
+def compared(own, whitening, memory, part: Features):
+    """Image scores by the nearest support patch, and deviations, of 32 images."""
+    levels = tuple(x.astype(jnp.float32) for x in part.levels)
+    near = similarity.image_score(memory_bank.memory_distance(levels, own), deviation.TOP)
+    return near, deviation.deviation(whitening, memory, part, jnp.full(len(part.pooled), -1))
 
 
-def in_parts(run, test: Features):
-    """`run` on 32 images at a time, filled up with the first ones."""
-    run, n = jax.jit(run), len(test.pooled)
+def in_parts(own, whitening, memory, test: Features):
+    """`compared` on 32 images at a time, filled up with the first ones."""
+    n = len(test.pooled)
     place = np.resize(np.arange(n), -(-n // 32) * 32).reshape(-1, 32)
-    parts = [run(jax.tree.map(lambda x, p=p: x[p], test)) for p in place]
+    take = [jax.tree.map(lambda x, p=p: x[p], test) for p in place]
+    parts = [compared(own, whitening, memory, part) for part in take]
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
 
 

@@ -20,7 +20,7 @@ from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.layouts import Record, Split
 from medclip_jax.detectors import tiling
-from medclip_jax.distributed import runtime
+from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder, training_pool

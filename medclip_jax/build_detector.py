@@ -55,9 +55,8 @@ def branch_function(name: str, clip: Clip, design: model.Design, image_score: Ca
         return memory_bank.scorer(image_score)
     if name.startswith("zero_shot"):
         return prompt_detector.zero_shot_scorer(clip, design.prompts.label)
-    if name == "meta":
-        return deviation.scorer(clip.grid)
-    return prompt_detector.scorer(design, image_score)
+    learned = partial(prompt_detector.scorer, design, image_score)
+    return deviation.scorer(clip.grid) if name == "meta" else learned()
 
 
 def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
@@ -133,7 +132,7 @@ def branch(
             like = {"k": images.k, "coreset": c.memory_coreset, "calibrating": calibrating}
             return memory_bank.build(tokens, image_score, clip.size, **like)
         if name == "meta":
-            return deviation.build(*params, tokens, folds, clip.grid, clip.size)
+            return deviation.build(params[0], params[1], tokens, folds, clip.grid, clip.size)
         if plain:
             return prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, images.k)
         return prompt_detector.build(

@@ -233,8 +233,8 @@ def sides(rng, sources: Sequence[Source], number: int):
             place = int(rng.integers(len(source.abnormal.pooled)))
             anomalies.append(rows_of(source.abnormal, place))
         elif kind == 1:
-            place = int(image), _variant(rng, source.kinds[image], range(IDENTITY))
-            anomalies.append(rows_of(source.altered, *place))
+            own = int(image), _variant(rng, source.kinds[image], range(IDENTITY))
+            anomalies.append(rows_of(source.altered, *own))
         else:
             other = sources[(number + int(rng.integers(1, len(sources)))) % len(sources)]
             anomalies.append(rows_of(other.healthy, int(rng.integers(len(other.healthy.pooled)))))
@@ -252,11 +252,11 @@ def support_rows(source: Source, images: np.ndarray, variants: list[int]):
     clean, changed = rows_of(source.healthy, images), rows_of(source.altered, images, variants)
     both = jax.tree.map(lambda *x: np.concatenate(x), clean, changed)
     place = np.arange(len(images))
-    return both, np.tile(place, 2), np.repeat(np.float32([0, 1]), len(images))
+    return both, np.tile(place, 2), np.repeat(np.arange(2, dtype=np.float32), len(images))
 
 
 def query_rows(source: Source, images: np.ndarray, anomalies: list[Features]):
     """(tokens, own support, label) of the query's healthy images and its anomalies."""
     changed = jax.tree.map(lambda *x: np.stack(x), *anomalies)
     both = jax.tree.map(lambda *x: np.concatenate(x), rows_of(source.healthy, images), changed)
-    return both, np.full(2 * SHOTS, -1), np.repeat(np.float32([0, 1]), SHOTS)
+    return both, np.full(2 * SHOTS, -1), np.repeat(np.arange(2, dtype=np.float32), SHOTS)

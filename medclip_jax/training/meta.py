@@ -41,6 +41,9 @@ CHECK_EVERY = 50  # outer steps
 FIRST_ORDER = 1 / 3  # share of MAML++'s steps that are first order
 
 
+_remember, _deviation = jax.jit(deviation.remember), jax.jit(deviation.deviation)
+
+
 class Rows(NamedTuple):
     """Images of a task as the head reads them."""
 
@@ -98,7 +101,7 @@ def bank(sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int)
         best = jax.lax.top_k(seen.patch.sum(-1), min(PATCHES, seen.patch.shape[1]))[1]
         return seen._replace(patch=jnp.take_along_axis(seen.patch, best[..., None], 1))
 
-    keep, each = jax.jit(partial(deviation.remember, whitening)), []
+    each = []
     for number, source in enumerate(sources):
         if (count := len(source.healthy.pooled)) < 2 * SHOTS:
             raise ConfigError(
@@ -108,18 +111,10 @@ def bank(sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int)
         for task in range(tasks):
             rng = np.random.default_rng([seed, number, task])
             support, query = episodes.sides(rng, sources, number)
-            memory = keep(episodes.rows_of(source.healthy, support[0]))
-            each.append(
-                Bank(
-                    *(
-                        Rows(_narrow(rows(memory, features, own)), label)
-                        for features, own, label in (
-                            episodes.support_rows(source, *support),
-                            episodes.query_rows(source, *query),
-                        )
-                    )
-                )
-            )
+            memory = _remember(whitening, episodes.rows_of(source.healthy, support[0]))
+            sides = episodes.support_rows(source, *support), episodes.query_rows(source, *query)
+            seen = [Rows(_narrow(rows(memory, x, own)), label) for x, own, label in sides]
+            each.append(Bank(*seen))
     return jax.tree.map(lambda *x: np.stack(x), *each)
 
 
@@ -221,8 +216,9 @@ def fit(every: Bank, held_out, whitening, learner, steps, tasks, seed, mesh) -> 
         state, values = runs[early](state, rest, first)
         before, after = np.asarray(check(state[0], checked))
         lines.append([first + CHECK_EVERY, float(values.mean()), float(before), float(after)])
-        if not held_out.any() or after < best[0]:
-            best = float(after), state[0]
+        value = before if learner.name == "joint" else after
+        if not held_out.any() or value < best[0]:
+            best = float(value), state[0]
     return State(whitening, jax.device_get(best[1]), np.array(lines).reshape(-1, 4))
 
 
@@ -254,9 +250,9 @@ def target_rows(
     clean = episodes.rows_of(target.healthy, images)
     changed = episodes.rows_of(target.altered, images[image], variant)
     both = jax.tree.map(lambda *x: np.concatenate(x), clean, changed)
-    memory = deviation.remember(whitening, clean)
+    memory = _remember(whitening, clean)
     whose = np.concatenate([np.arange(len(images)), image])
-    seen = deviation.deviation(whitening, memory, both, jnp.asarray(whose))
+    seen = _deviation(whitening, memory, both, jnp.asarray(whose))
     return Rows(seen, jnp.asarray(np.arange(len(whose)) >= len(images), jnp.float32)), memory
 
 
@@ -287,7 +283,7 @@ def learned(
             tuple(jnp.asarray(leaves[f"mean{i}"]) for i in range(count)),
             tuple(jnp.asarray(leaves[f"kernel{i}"]) for i in range(count)),
         )
-        shape = jax.tree.structure(begin(learner, whitening))
+        shape: Any = jax.tree.structure(begin(learner, whitening))
         params = [leaves[f"param{i}"] for i in range(shape.num_leaves)]
         return State(whitening, jax.tree.unflatten(shape, params), leaves["log"])
     state = train(sources, learner, steps=steps, tasks=tasks, seed=0, mesh=mesh)
