@@ -154,8 +154,7 @@ def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True)
     c, clip, _, _, design, frozen, mesh, _ = prepared
     folds = build.folds(c)
     if c.meta.sources:
-        params = build.meta_heads(c, clip, encoded.pools, mesh, workdir)
-        return Fitted(params, folds)
+        return Fitted(build.meta_heads(c, clip, encoded.pools, mesh, workdir), folds)
     params = loop.fit(
         *(build.fresh_params(c, clip, design), frozen, encoded.pools, folds),
         workdir=workdir,
