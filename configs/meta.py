@@ -29,6 +29,6 @@ def get_config(arg: str = ""):
     sources = [n for n in known if modality_kind(WORDS[n]["modality"]) != kind]
     c = config.base(rest, name=name, **WORDS[name])
     c.meta.sources, c.branches, c.learner = tuple(sources), ("meta",), "maml"
-    c.meta.inner_steps, c.meta.adapt_steps = 3, 3
+    c.meta.inner_rate = 0.5
     c.synthesis.variants, c.clip.dtype = 12, "float16"
     return c

@@ -24,7 +24,7 @@ PLACES = (
     *("cache", "validations", "explained", "explanation", "checkpoint_every", "tensorboard"),
     *("distributed", "join_timeout"),
 )
-STEPS, OUTER_STEPS = 100, 1000  # of joint training, and of meta-learning across data sets; the
+STEPS, OUTER_STEPS = 100, 300  # of joint training, and of meta-learning across data sets; the
 EPOCHS = 200  # other episodic learners and published methods keep the length they were measured at
 VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
 ARGUMENTS = {"k": int, "seed": int, "method": str, "root": str}
