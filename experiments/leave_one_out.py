@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 from medclip_jax import build, config
@@ -37,9 +38,10 @@ WORDS = catalog.PRESETS | catalog.SETS
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--root", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--targets", nargs="+", required=True)
+    parser.add_argument("--targets", nargs="+", default=[])
+    parser.add_argument("--table", action="store_true", help="print the means of OUT")
     parser.add_argument("--learners", nargs="+", default=list(LEARNERS))
     parser.add_argument("--k", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--draws", type=int, default=5)
@@ -51,6 +53,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.jsonl"
     lines = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+    if args.table:
+        return table(lines)
     data = Data(args.root)
     for target in args.targets:
         if any(line["target"] == target for line in lines):
@@ -60,6 +64,42 @@ def main():
         with file.open("a") as f:
             f.write("".join(json.dumps(row) + "\n" for row in rows))
         print(target, f"{time.process_time() - begin:.0f} CPU seconds", flush=True)
+
+
+def table(lines: list[dict]) -> None:
+    """Means by steps; differences after one step, with two-level intervals and a sign test."""
+    rates = {line["learner"]: line["rate"] for line in reversed(lines)}  # the first of each
+    lines = [line for line in lines if line["rate"] == rates[line["learner"]]]
+    for k in sorted({line["k"] for line in lines}):
+        one = {name: by_target(lines, k, name, "1" if rates[name] else "0") for name in rates}
+        for name, values in one.items():
+            own = [x for x in lines if x["k"] == k and x["learner"] == name]
+            means = [np.mean([x[str(s)] for x in own]) for s in STEPS if str(s) in own[0]]
+            print(k, name, *(f"{x:.3f}" for x in means), end="")
+            for other in ("joint", "memory"):
+                off = values - one[other]
+                low, high = interval(off)
+                above = int((off.mean(1) > 0).sum())
+                p = binomtest(above, len(off)).pvalue
+                print(f" | {other} {off.mean():+.3f} ({low:+.3f} to {high:+.3f})", end="")
+                print(f" {above} of {len(off)} p={p:.2f}", end="")
+            print()
+
+
+def by_target(lines, k: int, learner: str, step: str) -> np.ndarray:
+    """Image AUROC [target, draw]."""
+    own = [x for x in lines if x["k"] == k and x["learner"] == learner]
+    names, draws = sorted({x["target"] for x in own}), sorted({x["draw"] for x in own})
+    values = {(x["target"], x["draw"]): x[step] for x in own}
+    return np.array([[values[t, d] for d in draws] for t in names])
+
+
+def interval(off: np.ndarray, count: int = 4000):
+    """95% bounds of the mean: targets are resampled, and draws."""
+    rng = np.random.default_rng(0)
+    n, m = off.shape
+    means = [off[rng.integers(0, n, n)][:, rng.integers(0, m, m)].mean() for _ in range(count)]
+    return np.percentile(means, [2.5, 97.5])
 
 
 class Data:
