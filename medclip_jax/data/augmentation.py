@@ -118,7 +118,7 @@ def _smoothing(side: int, sigma: float) -> Float[np.ndarray, "s s"]:
     cut = int((sigma - 0.8) / 0.3 + 1.5)
     whole = np.exp(-(np.arange(-cut, cut + 1) ** 2) / (2 * sigma**2)).sum()
     weights = np.where(abs(apart) <= cut, np.exp(-(apart**2) / (2 * sigma**2)), 0)
-    return np.float32(weights / whole)
+    return (weights / whole).astype(np.float32)
 
 
 def jitter(

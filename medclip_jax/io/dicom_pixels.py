@@ -15,7 +15,6 @@ from pydicom.pixels.processing import apply_color_lut
 from medclip_jax.io.image import COLOUR, GREY, LUMA, PALETTE, Window, bands
 
 CM, REGION_2D = 3, 1  # PS3.3 C.8.5.5: unit code of centimetres, spatial format of a 2-D image
-MAX_PALETTE = 1 << 16
 HOUNSFIELD = ("", "HU", "HU_MOD", "US")  # Rescale Type of CT: none, as many scanners, or these
 
 
@@ -143,6 +142,7 @@ def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "
     return np.clip(luminance / white, 0, 1)
 
 
+@np.errstate(invalid="ignore")  # of an infinite slope, which is refused
 def _modality(
     ds: Dataset, stored: Num[np.ndarray, "h w"], frame: int, ends: tuple[float, float]
 ) -> tuple[Float[np.ndarray, "h w"], float]:
@@ -151,9 +151,7 @@ def _modality(
         values, bits = _look_up(ds, ds.ModalityLUTSequence[0], stored, ends[1])
         return values, 2.0**bits - 1
     slope, intercept = _rescale(_item(ds, "PixelValueTransformationSequence", frame)) or (1, 0)
-    with np.errstate(invalid="ignore"):  # of slopes without end; what comes of them is refused
-        values = stored.astype(np.float64) * slope + intercept
-    return values, max(x * slope + intercept for x in ends)
+    return stored.astype(np.float64) * slope + intercept, max(x * slope + intercept for x in ends)
 
 
 def _rescale(group: Dataset) -> tuple[float, float] | None:
@@ -270,7 +268,7 @@ def _check_palette(ds: Dataset) -> None:
         packed = ds.get(f"Segmented{colour}PaletteColorLookupTableData")
         if packed is not None:
             wide = int(ds.RedPaletteColorLookupTableDescriptor[2]) > 8
-            if sum(_segment_lengths(_words(ds, packed, wide))) > MAX_PALETTE:
+            if sum(_segment_lengths(_words(ds, packed, wide))) > 1 << 16:
                 raise GreyError("its segmented palette is larger than a palette can be")
 
 
