@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from medclip_jax import build_detector, files
+from medclip_jax import build_detector, files, object_store
 from medclip_jax.detectors import calibration
 from medclip_jax.detectors.detector import BatchScores
 from medclip_jax.errors import ConfigError, DataError
@@ -87,12 +87,11 @@ class Scorer:
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
         items = inputs.find([str(name) for name in named], follow_links, nameless=pseudonymise)
-        return inference_predict.run(
-            self._predictor._replace(boxes_of_passed=boxes_of_passed),
-            *(items, Path(output)),
-            cam=cam,
-            pseudonymise=pseudonymise,
-        )
+        predictor = self._predictor._replace(boxes_of_passed=boxes_of_passed)
+        with object_store.folder(str(output)) as folder:
+            return inference_predict.run(
+                predictor, items, folder, cam=cam, pseudonymise=pseudonymise
+            )
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.

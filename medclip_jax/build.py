@@ -64,7 +64,7 @@ def describe_clip(c: ConfigDict) -> list[str]:
 def load_split(c: ConfigDict) -> Split:
     """Supports and test images of the data set."""
     parse_window(c.data.window)  # a wrong one is an error before anything is read
-    root = Path(c.data.root) if c.data.root else None
+    root = files.expanded(c.data.root) if c.data.root else None
     meaning = {"uncertain": c.data.uncertain, "window": c.data.window}
     records = datasets.load(c.data.name, root, Path(c.cache), c.k, **meaning)
     split = splits.split(records, c.k, c.seed, c.data.pool, c.data.split, Path(c.cache))
@@ -120,7 +120,7 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
     words = {name: c.data[name] for name in ("modality", "anatomy", "conditions")}
     how = {"recipe": c.data.recipe, "strengths": strengths, "window": c.data.window}
     if c.meta.sources:
-        how |= {"default_root": Path(c.data.root) if c.data.root else None}
+        how |= {"default_root": files.expanded(c.data.root) if c.data.root else None}
         return datasets.auxiliary("sources", c.meta.sources, words, other_modality=True, **how)
     others = [name for name in c.meta.data if name != c.data.name]
     return datasets.auxiliary("data", others, words, **how)

@@ -7,7 +7,6 @@ another default (PRESETS); a field that is set wins, whatever it is set to and i
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from medclip_jax import config_validation, files
+from medclip_jax import config_validation, files, object_store
 from medclip_jax.config_validation import FIXED_METHODS, deforms, flat, recipe_of
 from medclip_jax.errors import ConfigError
 
@@ -291,8 +290,7 @@ def gradients(c: ConfigDict) -> int:
 
 def cache_folder(name: str) -> Path:
     """Where prepared data and tokens are kept between runs."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    folder = Path(name or os.environ.get("MEDCLIP_CACHE") or home / "medclip_jax")
+    folder = name or object_store.user_cache()
     with suppress(UnicodeEncodeError):  # libraries that keep files there take UTF-8 alone
         str(folder).encode()
         return files.expanded(folder)

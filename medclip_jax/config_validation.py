@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from medclip_jax import object_store
 from medclip_jax.errors import ConfigError
 
 Rules = Iterator[tuple[Any, str]]  # whether a combination cannot be used, and the message
@@ -192,6 +193,8 @@ def check_texts(c: Any) -> None:
             # a folder's name may be of any bytes, and words are encoded by the tokenizer
             if name not in PATHS and any("\ud800" <= x <= "\udfff" for x in item):
                 raise ConfigError(f"config.{name} is no UTF-8 text: give it in UTF-8")
+            if name in (*PATHS, "meta.data", "meta.sources") and ":/" in item:
+                object_store.is_url(item.rpartition("=")[2] if name[:5] == "meta." else item)
             needed = ("data.modality", "data.anatomy", "data.conditions", "clip.checkpoint")
             if name in needed and not item.strip():
                 raise ConfigError(f"config.{name} is empty: give a word, or leave it out")

@@ -18,7 +18,8 @@ from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax import object_store
+from medclip_jax.errors import WorkdirError
 
 MOST_LOG = 1 << 27  # bytes of a metrics.jsonl that is read
 
@@ -166,16 +167,9 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def expanded(name: str | os.PathLike[str]) -> Path:
-    """A path, ~ written out. Raises ConfigError for a home that is not known, or a zero byte."""
-    if "\0" in str(name):
-        raise ConfigError(f"{name}: a zero byte is in no path")
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        raise ConfigError(
-            f"{name}: that home folder is not known here: give a path without ~, for the cache too "
-            "(config.cache or $MEDCLIP_CACHE)"
-        ) from None
+    """A path, ~ written out, or the local copy of a URL: object_store's path_of and local."""
+    url = ":/" in str(name) and object_store.is_url(name)
+    return object_store.local(str(name)) if url else object_store.path_of(name)
 
 
 def write_npz(file: Any, arrays: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import io
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from absl import flags
@@ -50,19 +51,18 @@ def main(argv: list[str]) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    folder, code = None, 2
+    code = 2
     try:
         if {"-h", "-help", "--help"} & set(argv[1:]):
             print(usage(), flush=True)
             return 0
         args = parse(argv)
-        folder = files.expanded(args.workdir or ".")
         if args.mode in TRAINED_MODES:
-            use(args, folder)
+            use(args)
         elif args.mode == "check":
             check(args.config)
         else:
-            run(args.mode, args.config, folder)
+            run(args.mode, args.config, args.workdir)
     except UserError as error:
         message = str(error)
     except UnicodeEncodeError as error:  # a path that this locale cannot name
@@ -198,27 +198,28 @@ def complete(args: flags.FlagValues) -> flags.FlagValues:
 # One function for each kind of mode. Imports are inside so that --help is quick.
 
 
-def use(args: flags.FlagValues, folder: Path) -> None:
+def use(args: flags.FlagValues) -> None:
     """Predict with, or export, a trained workdir."""
-    log_devices()
-    output = files.expanded(args.output)
-    from medclip_jax import build_detector, workdir
+    from medclip_jax import build_detector, object_store, workdir
 
+    folder, output = files.expanded(args.workdir), object_store.place(args.output)
+    log_devices()
     if args.mode == "export":
         if output.name in workdir.FILES and output.parent.resolve() == folder.resolve():
             raise ConfigError(f"{output} is a file of the run: give another --output")
         from medclip_jax.inference import export
 
-        size = export.save(build_detector.load_predictor(folder), output)
-        logging.info("%s: %.1f MB", output, size / 1e6)
-        return
+        with object_store.file(args.output) as output:
+            size = export.save(build_detector.load_predictor(folder), output)
+        return logging.info("%s: %.1f MB", output, size / 1e6)
     from medclip_jax.inference import inputs, predict
 
     items = inputs.find(args.input, args.follow_links, nameless=args.pseudonymise)
     predictor = build_detector.load_predictor(folder)
     predictor = predictor._replace(boxes_of_passed=args.boxes_of_passed)
     options = (args.part, args.pseudonymise, args.cam, args.keep_burned_in)
-    summary = predict.run(predictor, items, output, *options)
+    with object_store.folder(args.output) as output:
+        summary = predict.run(predictor, items, output, *options)
     logging.info("%d scored, %d finished before, %d unreadable, %d alarm(s): %s", *summary)
 
 
@@ -232,27 +233,33 @@ def check(fields: ConfigDict) -> None:
 
         for line in describe_clip(c):
             print(printable(line), flush=True)
-    data, root = c.data, Path(c.data.root) if c.data.root else None
+    data, root = c.data, files.expanded(c.data.root) if c.data.root else None
     how = {"pool_size": data.pool, "kind": data.split, "uncertain": data.uncertain}
     data_check.run(data.name, root, Path(c.cache), c.k, seed=c.seed, window=data.window, **how)
 
 
-def run(mode: str, fields: ConfigDict, folder: Path) -> None:
-    """Train, evaluate or report in a workdir that no other run uses meanwhile."""
-    from medclip_jax import train, workdir
+def run(mode: str, fields: ConfigDict, name: str) -> None:
+    """Train, evaluate or report in the workdir of this name, which no other run uses meanwhile."""
+    from medclip_jax import object_store, train, workdir
     from medclip_jax.distributed import runtime
 
-    with runtime.exit_together():
+    object_store.place(name)  # a scheme that is unknown is an error
+    if object_store.is_url(cache := str(fields.cache)):
+        fields.cache = str(object_store.place(cache))
+    with runtime.exit_together(), ExitStack() as stack:
         address = config_validation.cluster(fields.distributed)
         if mode != "report" and address is not None:
             facts = train.must_agree(config.resolve(fields)) | {"mode": mode}
             runtime.start(**address, timeout=fields.join_timeout, facts=facts)
-        with workdir.locked(folder):
-            if mode == "report":
-                train.write_report(folder)
-                return
-            log_devices()
-            metrics = train.run(fields, folder, train=mode == "train")
+        main = runtime.is_main()
+        folder = stack.enter_context(object_store.folder(name, main))
+        stack.enter_context(workdir.locked(folder))
+        if mode == "report":
+            train.write_report(folder)
+            return
+        log_devices()
+        stack.enter_context(object_store.folder(cache or ".", main))
+        metrics = train.run(fields, folder, train=mode == "train")
     if metrics is None:
         return  # of several processes only the main one reports
     logging.info("%s", headline(metrics))

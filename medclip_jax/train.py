@@ -281,7 +281,7 @@ def contents(prepared: Prepared) -> dict[str, str]:
         "the checkpoint": prepared.clip.digest,
     }
     if c.teacher:
-        named["the teacher"] = saved.read(Path(c.teacher).expanduser()).digest
+        named["the teacher"] = saved.read(c.teacher).digest
     return {name: stored.digest(value) for name, value in named.items()}
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from medclip_jax import config, files, stored
 from medclip_jax.data import splits
 from medclip_jax.data.layouts import Record, Split
-from medclip_jax.distributed import runtime, sharding
+from medclip_jax.distributed import runtime
 from medclip_jax.errors import WorkdirError
 
 LOCK = ".lock"
@@ -37,7 +37,7 @@ def locked(workdir: Path) -> Iterator[None]:
       WorkdirError: the folder cannot be made or written, another run is in it, or one of its names
         is taken by a link or a special file.
     """
-    refusal, main = None, not runtime.several() or sharding.is_main()
+    refusal, main = None, runtime.is_main()
     with ExitStack() as stack:
         if main:
             try:

@@ -19,7 +19,8 @@ ORDER = (
     *("io", "synthesis", "data", "prompts", "distributed", "clip", "features", "models"),
     *("detectors", "explain", "training", "evaluation", "inference", "report"),
 )
-LOW = {"errors", "files", "stored", "config", "config_validation", ""}  # "" is __version__
+LOW = {"errors", "files", "object_store", "stored", "config", "config_validation"}
+LOW |= {""}  # __version__
 LOOP = {"training.loop.fit"}  # the one function that may be long
 NAMELESS = {"utils", "helpers", "helper", "manager", "base", "factory", "registry", "common"}
 FORBIDDEN = {"torch", "tensorflow"}
@@ -133,7 +134,7 @@ MOST = {
     "modules": 106,  # names.py and tensor_files.py: six kinds of checkpoints, three formats
     "median lines of a module": 140,
     "lines of the longest module": 300,
-    "import floors": 14,
+    "import floors": 15,
     "lines of the package": 14_500,
     "lines of experiments": 4_950,
     "fields of the settings": 73,  # calibration.extra, score.peak, meta.sources

@@ -95,7 +95,7 @@ def find(
         root = phantom.write_folder(cache / name, modality, 0, PHANTOM_SIZE, *counts)
         name = "folder"
     if root is None and (variable := os.environ.get("MEDCLIP_DATA")):
-        root = Path(variable)
+        root = files.expanded(variable)
     if root is None and name in DOWNLOADABLE:
         from medclip_jax.data import tfds_builders
 
@@ -255,7 +255,8 @@ def auxiliary(
                 *(full, own["modality"]),
             )
             changes = strengths._replace(elastic=0.0)
-        place, reading = Path(root) if root else default_root, "" if name in named else window
+        place = files.expanded(root) if root else default_root
+        reading = "" if name in named else window
         steps = preprocessing.steps(own_recipe)
         chosen.append(Auxiliary(name, place, own, steps, changes, reading))
     return tuple(chosen)

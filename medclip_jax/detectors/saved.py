@@ -78,8 +78,9 @@ def write(
     files.write_json(workdir / SETTINGS, stored.sealed(files.plain(head)))
 
 
-def read(workdir: Path) -> Stored:
+def read(workdir: str | Path) -> Stored:
     """The detector of a workdir. Raises WorkdirError if it is missing or damaged."""
+    workdir = files.expanded(workdir)
     path = workdir / SETTINGS
     again = "run --mode evaluate with this workdir"
     try:

@@ -189,6 +189,11 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def is_main() -> bool:
+    """Is this the process that writes? Asking does not start JAX where there is one."""
+    return not several() or jax.process_index() == 0
+
+
 @contextmanager
 def exit_together() -> Iterator[None]:
     """Run a block that all processes run; one that fails does not wait for the others.

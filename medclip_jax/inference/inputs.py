@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from medclip_jax import errors
+from medclip_jax import errors, files
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.inference import series, walk
 from medclip_jax.io.nifti import MARK as NIFTI_MARK
@@ -55,6 +55,7 @@ def find(named: Sequence[str], follow_links: bool = False, nameless: bool = Fals
 
     Raises DataError if there is no image.
     """
+    named = [str(files.expanded(name)) if ":/" in name else name for name in named]
     items: list[Item] = []
     seen: set[str] = set()
     visited: set[tuple[int, int]] = set()
