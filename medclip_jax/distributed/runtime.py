@@ -40,8 +40,7 @@ from medclip_jax.errors import (
     WorkdirError,
 )
 
-PATIENCE = 60  # seconds until a file of process 0 must be seen by all; network folders lag
-A_DAY = 86400  # seconds
+PATIENCE, A_DAY = 60, 86400  # seconds; until a file of process 0 must be seen: network folders lag
 GRACE = 2  # seconds until a process that is lost must have been noticed
 _LINKS: list[rendezvous.Links] = []  # to the other processes, where they were given an address
 # words of the messages with which JAX reports a process that it cannot reach
@@ -134,17 +133,16 @@ def start(
 
     Args:
       coordinator: "host:port" of process 0; None, as the next two, on Cloud TPU, SLURM or Open MPI,
-        whose environment has them. Raises ConfigError if it has not.
-      processes: their number.
-      process: which one this is, from 0.
+        whose environment has them, else ConfigError.
+      processes, process: their number, and which one this is, from 0.
       timeout: seconds to wait for the others; ProcessError if they do not come.
-      facts: what must be the same in all, as of `agree`.
+      facts: of `agree`.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if coordinator is not None and processes == 1:
-        return
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     bind, joined = None, None
+    if processes == 1:
+        return
     if coordinator is not None and processes is not None and process is not None:
         joined = rendezvous.join(coordinator, processes, process, timeout, facts or {})
         # JAX starts a service in process 0 always: this one nobody uses
@@ -165,9 +163,8 @@ def start(
             f"config.distributed is auto and nothing tells who takes part ({error}): "
             "set HOST:PORT,PROCESS/PROCESSES"
         ) from error
-    if joined:
+    if joined:  # with the same facts
         atexit.register(joined.part)
-        facts = None
     agree({**(facts or {}), "local devices": jax.local_device_count()})
 
 
@@ -185,12 +182,12 @@ def agree(facts: rendezvous.Facts) -> None:
 
 
 def several() -> bool:
-    """Is this one of several processes? Asking does not start JAX."""
+    """Is this one of several processes?"""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_main() -> bool:
-    """Is this the process that writes? Asking does not start JAX where there is one."""
+    """Is this the process that writes? Asking does not start JAX."""
     return not several() or jax.process_index() == 0
 
 
