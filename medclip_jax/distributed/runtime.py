@@ -40,8 +40,8 @@ from medclip_jax.errors import (
     WorkdirError,
 )
 
-PATIENCE, A_DAY = 60, 86400  # seconds; until a file of process 0 must be seen: network folders lag
-GRACE = 2  # seconds until a process that is lost must have been noticed
+# seconds: until a file of process 0 must be seen (network folders lag), a loss be noticed
+PATIENCE, GRACE, A_DAY = 60, 2, 86400
 _LINKS: list[rendezvous.Links] = []  # to the other processes, where they were given an address
 # words of the messages with which JAX reports a process that it cannot reach
 LOST = ("gloo", "connection closed", "connection reset", "socket", "unavailable", "heartbeat")
@@ -132,8 +132,7 @@ def start(
     """Join the other processes of the run; call it once, before anything else touches JAX.
 
     Args:
-      coordinator: "host:port" of process 0; None, as the next two, on Cloud TPU, SLURM or Open MPI,
-        whose environment has them, else ConfigError.
+      coordinator: "host:port" of process 0; None, as the next, where the environment has them.
       processes, process: their number, and which one this is, from 0.
       timeout: seconds to wait for the others; ProcessError if they do not come.
       facts: of `agree`.
