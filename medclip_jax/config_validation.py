@@ -62,7 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends included
     "explained": (0, 32),
     "join_timeout": (1, 86_400),
 }
-PATHS = (
+PATHS = (  # of any bytes; words are encoded by the tokenizer
     *("data.root", "cache", "teacher", "clip.checkpoint", "model.language"),
     *("prompts.ontology_file", "calibration.extra"),
 )
@@ -190,11 +190,10 @@ def check_texts(c: Any) -> None:
                     f"config.{name} has {len(item)} characters, or a zero byte: give at most "
                     f"{LONGEST} and no zero byte"
                 )
-            # a folder's name may be of any bytes, and words are encoded by the tokenizer
             if name not in PATHS and any("\ud800" <= x <= "\udfff" for x in item):
                 raise ConfigError(f"config.{name} is no UTF-8 text: give it in UTF-8")
             if name in (*PATHS, "meta.data", "meta.sources") and ":/" in item:
-                object_store.is_url(item.rpartition("=")[2] if name[:5] == "meta." else item)
+                object_store.is_url(item.partition("=")[2] if name[:5] == "meta." else item)
             needed = ("data.modality", "data.anatomy", "data.conditions", "clip.checkpoint")
             if name in needed and not item.strip():
                 raise ConfigError(f"config.{name} is empty: give a word, or leave it out")

@@ -165,7 +165,7 @@ def test_of_several_processes_the_first_holds_the_lock_and_tells_the_others(
     tmp_path, monkeypatch, process
 ):
     monkeypatch.setattr(workdir.runtime, "several", lambda: True)
-    monkeypatch.setattr(workdir.sharding, "is_main", lambda: process == 0)
+    monkeypatch.setattr(workdir.runtime, "is_main", lambda: process == 0)
     asked = []
 
     def any_process(flag):
