@@ -136,7 +136,7 @@ MOST = {
     "lines of the longest module": 300,
     "import floors": 15,
     "lines of the package": 14_500,
-    "lines of experiments": 4_950,
+    "lines of experiments": 5_150,
     "fields of the settings": 73,  # calibration.extra, score.peak, meta.sources
     "modules that train.py imports": 15,
     "lines of the longest function": 60,
