@@ -3,10 +3,9 @@
 import json
 import sys
 
+import accelerator_check
 import numpy as np
 import pytest
-
-import accelerator_check
 
 
 @pytest.mark.slow
