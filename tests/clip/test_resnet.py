@@ -173,6 +173,7 @@ def test_patches_of_the_last_stage_reach_the_joint_space(checkpoint):
         early.image_encoder.apply({"params": early.vision}, jnp.zeros((1, 1, 64)), method="project")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_resnet_ends_in_a_report_and_predicts(world, checkpoint, tmp_path):
     resnet = f"--config.clip.checkpoint={checkpoint}"
     branches = "--config.branches=('learned','memory','zero_shot')"

@@ -71,6 +71,7 @@ def test_the_workload_is_the_one_that_is_named(work):
     assert work.params["context"].shape == (21, 8, 32)
 
 
+@pytest.mark.slow
 def test_learners_are_measured_side_by_side():
     words = ["--size", "tiny", "--learner", "anil", "joint", "--tasks", "2", "--times", "1"]
     rows = maml.run(flags(maml, *words))["rows"]

@@ -284,6 +284,7 @@ def test_all_patches_in_any_order_give_the_full_encoder(model):
     np.testing.assert_allclose(mixed[0, 1:], full[0, 1:][order[0]], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_and_loads_elsewhere(
     tmp_path, monkeypatch, material, config, model, tokenizer_folder
 ):

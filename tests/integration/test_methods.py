@@ -93,6 +93,7 @@ def test_the_papers_preset_meta_learns_and_predicts(world, tmp_path):
     assert predict(tmp_path / "run", tmp_path / "out", world.data / "test" / "lesion") == 0
 
 
+@pytest.mark.slow
 def test_prompts_without_learnable_context_train_resume_and_predict(world, tmp_path):
     plain = {"prompts.context": 0, "learner": "anil", "synthesis.variants": 16}
     world.train(tmp_path / "a", "k=4", **plain)  # episodes need two variants of a kind

@@ -59,7 +59,9 @@ def by_hand(loss, frozen, learner):
     return jax.jit(jax.value_and_grad(outer))
 
 
-@pytest.mark.parametrize("learner", ["maml", "fomaml", "anil"])
+@pytest.mark.parametrize(
+    "learner", ["maml", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fomaml", "anil"))]
+)
 def test_the_gradient_of_the_models_loss_is_that_of_the_steps_written_out(given, learner):
     loss, params, frozen, episodes = given
     objective = step.meta_objective(loss, step.Learner(learner, inner_rate=RATE).inner(2))
