@@ -6,9 +6,7 @@ One of brain, liver, resc, oct2017, chest and histopathology. DIR is the set's o
 train/good and test/{good,Ungood}, or one that holds folders such as Brain_AD.
 """
 
-from pathlib import Path
-
-from medclip_jax import config
+from medclip_jax import config, files
 from medclip_jax.errors import ConfigError
 
 SETS = {  # name: what the folder's name holds, modality, anatomy, conditions
@@ -31,7 +29,7 @@ def get_config(arg: str = ""):
     part, modality, anatomy, conditions = SETS[name]
     words = {"modality": modality, "anatomy": anatomy, "conditions": conditions}
     c = config.base(rest, name="folder", **words)
-    root = Path(c.data.root)
+    root = files.expanded(c.data.root)
     if c.data.root and not (root / "train").is_dir() and root.is_dir():
         fitting = sorted(p for p in root.iterdir() if part in p.name.lower() and p.is_dir())
         if len(fitting) == 1:

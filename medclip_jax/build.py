@@ -28,7 +28,7 @@ from medclip_jax.io.image import parse_window
 from medclip_jax.models import losses, model, modules, similarity, text_adapter
 from medclip_jax.prompts import ontology, tokenize
 from medclip_jax.prompts.tokenize import Prompts
-from medclip_jax.training import distillation, loop, meta, validation
+from medclip_jax.training import distillation, episodes, loop, meta, validation
 from medclip_jax.training.step import Contrast, Learner
 
 FOLDS = 4  # parts of the supports, each held out from the training of one fold model
@@ -121,7 +121,10 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
     how = {"recipe": c.data.recipe, "strengths": strengths, "window": c.data.window}
     if c.meta.sources:
         how |= {"default_root": files.expanded(c.data.root) if c.data.root else None}
-        return datasets.auxiliary("sources", c.meta.sources, words, other_modality=True, **how)
+        sources = datasets.auxiliary("sources", c.meta.sources, words, other_modality=True, **how)
+        if len({(other.name, str(other.root)) for other in sources}) < len(sources):
+            raise ConfigError("config.meta.sources has a data set twice: give each once")
+        return sources
     others = [name for name in c.meta.data if name != c.data.name]
     return datasets.auxiliary("data", others, words, **how)
 
@@ -220,6 +223,8 @@ def meta_heads(c: ConfigDict, clip: Clip, pools: Sequence, mesh, workdir: Path) 
     pools: Source of the target, then of config.meta.sources. workdir: for metrics.jsonl.
     """
     target, *sources = pools
+    for pool in pools:
+        episodes.check_altered(pool.kinds)
     made_from = [clip.digest, c.clip.dtype, [s.digest for s in sources]]
     how = {"steps": c.steps, "tasks": c.meta.tasks, "mesh": mesh}
     state = meta.learned(Path(c.cache), made_from, sources, learner(c), **how)

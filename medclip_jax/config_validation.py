@@ -220,10 +220,12 @@ def _combinations(c: Any) -> Rules:
         f"learner is {c.learner}, and method=joint always trains jointly: give method=ours",
     )
     across, needs = "meta" in branches and c.method not in FIXED_METHODS, "see configs/meta.py"
-    yield across != bool(c.meta.sources), f"meta.sources goes with the branch meta: {needs}"
+    both = f"meta.sources goes with the branch meta, training and k=4 or more: {needs}"
+    yield across != bool(c.meta.sources), both
+    yield across and bool(c.meta.data), "meta.data has sets beside meta.sources: leave it empty"
     unfit = c.k < 4 or c.score.tiles > 1 or c.model.refine or "learned" in branches
-    fit = "k=4 or more, no score.tiles, model.refine or branch learned"
-    yield across and unfit, f"branches has meta: give {fit}"
+    fit = "give k=4 or more, no score.tiles, model.refine or branch learned"
+    yield across and unfit, f"branches has meta: {fit}"
     yield c.learner in ACROSS and not across, f"learner {c.learner} needs meta.sources: {needs}"
     yield c.meta.shots == 1, "meta.shots is 1: give 2 or more, one clean and one altered row"
     steps, least = map_filter(c), 1 - c.calibration.pixel_rate
@@ -260,10 +262,8 @@ def _needs(c: Any) -> Rules:
         f"loss.simclr is {c.loss.simclr} and nothing augments the supports: give "
         "config.augment, such as rotate=10, or simclr 0",
     )
-    yield (
-        c.teacher and c.meta.data,
-        "teacher teaches the target's images alone: leave config.meta.data empty",
-    )
+    also, says = c.meta.data or c.meta.sources, "leave config.meta.data and sources empty"
+    yield c.teacher and also, f"teacher teaches the target's images alone: {says}"
     yield (
         c.tensorboard and c.steps and find_spec("tensorboardX") is None,
         "tensorboard is on and tensorboardX is not installed: "

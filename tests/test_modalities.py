@@ -71,6 +71,18 @@ def test_a_source_of_the_targets_modality_is_refused(modality, source):
         ({"k": 3}, "give k=4 or more"),
         ({"score.tiles": 2}, "no score.tiles"),
         ({"branches": ("meta", "learned")}, "or branch learned"),
+        ({"k": 0}, "meta.sources goes with the branch meta, training and k=4 or more"),
+        ({"method": "memory"}, "meta.sources goes with the branch meta, training"),
+        ({"meta.data": ("busi",)}, "meta.data has sets beside meta.sources: leave it empty"),
+        ({"teacher": "elsewhere"}, "teacher .* leave config.meta.data and sources empty"),
+        (
+            {"meta.sources": ("busi", "busi")},
+            "config.meta.sources has a data set twice: give each once",
+        ),
+        (
+            {"meta.sources": ("busi=a", "busi=b", "busi=a")},
+            "config.meta.sources has a data set twice",
+        ),
         ({"branches": ("memory",)}, "meta.sources goes with the branch meta"),
         ({"meta.sources": (), "learner": "maml"}, "meta.sources goes with the branch meta"),
         (
@@ -107,7 +119,7 @@ def test_an_image_of_the_target_is_never_a_source(tmp_path):
         ("histopathology", "Histopathology_AD"),
     ],
 )
-def test_bmads_sets_as_their_archives_unpack(tmp_path, name, folder):
+def test_bmads_sets_as_their_archives_unpack(tmp_path, monkeypatch, name, folder):
     files = ["train/good/a.png", "valid/good/img/v.png", "valid/Ungood/img/v.png"]
     files += ["test/good/img/b.png", "test/good/label/b.png"]
     files += ["test/Ungood/img/c.png", "test/Ungood/label/c.png"]
@@ -116,7 +128,8 @@ def test_bmads_sets_as_their_archives_unpack(tmp_path, name, folder):
     for file in files:
         (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / file).touch()
-    for root in (tmp_path, tmp_path / folder):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for root in (tmp_path, tmp_path / folder, "~"):
         c = config.resolve(get_config("bmad", f"{name},k=1,root={root}"))
         assert c.data.root == str(tmp_path / folder) and c.data.modality != "medical image"
         listed = layouts.folder(tmp_path / folder)

@@ -126,7 +126,7 @@ def healthy_folder(folder: Path, window: str = "") -> list[Record]:
         return Record(name, 0, "", path.absolute(), (), files.sha256_of(path), window=window)
 
     results = examine(layout, window, record)
-    if wrong := [x for x in results if isinstance(x, str)]:
+    if wrong := [*layout.problems, *(x for x in results if isinstance(x, str))]:
         raise DataError(f"{folder}: {len(wrong)} problem(s) found: {'; '.join(wrong[:LISTED])}.")
     return layouts.unique(results)
 

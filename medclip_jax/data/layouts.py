@@ -149,8 +149,12 @@ def folder(root: Path) -> Layout:
 
 def healthy(root: Path) -> Layout:
     """List a folder of healthy images."""
-    examples = [_example(root, image, 0, "good", "", []) for image in _files(root)]
-    return Layout(root, _sorted(examples), ())
+    images = _files(root)
+    stems, problems = {_stem(image) for image in images}, []
+    for name, masks in _masks(images).items():
+        problems += [f"{m.name} is a mask: take it out" for m in masks if name in stems]
+    examples = [_example(root, image, 0, "good", "", []) for image in images]
+    return Layout(root, _sorted(examples), tuple(problems))
 
 
 def find(root: Path, title: str, name: str, inner: str, needed: tuple[str, ...]) -> Path:

@@ -113,6 +113,15 @@ def check(kinds: Int[np.ndarray, "i v"]) -> None:
         )
 
 
+def check_altered(kinds: Int[np.ndarray, "i v"]) -> None:
+    """Raise ConfigError unless every image has a variant that alters it."""
+    if not (kinds < IDENTITY).any(1).all():
+        raise ConfigError(
+            f"config.synthesis.variants is {kinds.shape[1]}, which left an image without an "
+            "anomaly: set more, 12 is usual"
+        )
+
+
 def _deal(rng, own: np.ndarray, kinds: np.ndarray, kind: int, k: int):
     """(clean rows, altered rows) of the support and of the query; the four share no row."""
 

@@ -329,3 +329,14 @@ def test_extra_images_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="1 problem.*broken.png"):
         extra_of(tmp_path)
+
+
+def test_a_mask_is_no_extra_healthy_image(tmp_path):
+    """As in BUSI's folder normal. One without its image is an image of that name."""
+    records = write_pictures(tmp_path, 5)
+    mask = tmp_path / f"{records[0].path.stem}_mask.png"
+    shutil.copy(records[1].path, mask)
+    with pytest.raises(DataError, match=f"1 problem.*{mask.name} is a mask: take it out"):
+        extra_of(tmp_path)
+    mask.rename(tmp_path / "other_mask.png")
+    assert len(extra_of(tmp_path)) == 5

@@ -92,6 +92,38 @@ def test_the_bank_holds_what_the_head_reads(bank):
     jax.tree.map(np.testing.assert_array_equal, again, tasks)
 
 
+def test_as_many_steps_as_were_asked_for(bank):
+    """Not rounded up to a whole number of checks; Adam's first step is its rate in size."""
+    white, tasks = bank
+    nothing, learner = np.zeros(12, bool), Learner("joint")
+    state = meta.fit(tasks, nothing, white, learner, 1, 3, 0, sharding.mesh())
+    assert state.log[:, 0].tolist() == [1]
+    moved = np.abs(state.params["direction"] - deviation.init(white)["direction"])
+    np.testing.assert_allclose(moved.max(), meta.LEARNING_RATE, rtol=1e-3)
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_processes_read_or_learn_together(tmp_path, sources, monkeypatch, main):
+    """Training is collective: a process that has the file learns with one that lacks it."""
+    learner, calls = Learner("joint"), []
+    white = meta.whitening_of(sources)
+    state = meta.State(white, meta.begin(learner, white), np.zeros((1, 4)))
+    monkeypatch.setattr(meta, "train", lambda *_, **__: calls.append(1) or state)
+    how = {"steps": 50, "tasks": 2, "mesh": sharding.mesh()}
+    meta.learned(tmp_path, "these", sources, learner, **how)
+    monkeypatch.setattr(meta.runtime, "any_process", lambda _: np.array([True]))
+    monkeypatch.setattr(meta.sharding, "is_main", lambda: main)
+    meta.learned(tmp_path, "these", sources, learner, **how)
+    assert len(calls) == 2
+
+
+def test_an_image_without_an_altered_variant_is_refused():
+    episodes.check_altered(np.array([[3, 0], [2, 3]]))
+    for kinds in ([[3, 0], [3, 3]], np.zeros((2, 0), int)):
+        with pytest.raises(ConfigError, match="left an image without an anomaly: set more"):
+            episodes.check_altered(np.array(kinds))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_runs_and_the_robust_ones_learn(bank, name):
