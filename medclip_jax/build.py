@@ -18,6 +18,7 @@ from medclip_jax import config_validation, files
 from medclip_jax.clip.checkpoint import Clip, describe, load
 from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
+from medclip_jax.data.catalog import with_role
 from medclip_jax.data.layouts import Record, Split
 from medclip_jax.detectors import tiling
 from medclip_jax.distributed import runtime, sharding
@@ -124,6 +125,11 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
         sources = datasets.auxiliary("sources", c.meta.sources, words, other_modality=True, **how)
         if len({(other.name, str(other.root)) for other in sources}) < len(sources):
             raise ConfigError("config.meta.sources has a data set twice: give each once")
+        if kept := {other.name for other in sources} & set(with_role("report")):
+            raise ConfigError(
+                f"config.meta.sources has {min(kept)}, whose labels are for final scores alone: "
+                "leave it out"
+            )
         return sources
     others = [name for name in c.meta.data if name != c.data.name]
     return datasets.auxiliary("data", others, words, **how)

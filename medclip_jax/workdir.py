@@ -101,7 +101,8 @@ def _refuse_unless(wanted: Callable[[int], bool], path: Path) -> None:
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
     """Write config.json, or refuse a folder that holds a run with other settings.
 
-    Of several processes only the `main` one writes; the others need not see it.
+    Fields that only one of two versions knows do not count. Of several processes only the `main` one
+    writes; the others need not see it.
     """
     path = workdir / "config.json"
     settings = json.loads(c.to_json_best_effort())
@@ -114,11 +115,11 @@ def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
             f"{path} cannot be read ({error.strerror}): give another --workdir"
         ) from None
     if before is not None:
-        old = config.comparable(before)
-        for name, value in config.comparable(settings).items():
-            if value != old.get(name):
+        old = dict(config.flat(config.comparable(before)))
+        for name, value in config.flat(config.comparable(settings)):
+            if name in old and value != old[name]:
                 raise WorkdirError(
-                    f"{workdir} holds a run with {name} = {old.get(name)}, not "
+                    f"{workdir} holds a run with {name} = {old[name]}, not "
                     f"{value}: give another --workdir, or the settings it began with"
                 )
     if main:

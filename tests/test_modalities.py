@@ -83,6 +83,10 @@ def test_a_source_of_the_targets_modality_is_refused(modality, source):
             {"meta.sources": ("busi=a", "busi=b", "busi=a")},
             "config.meta.sources has a data set twice",
         ),
+        (
+            {"meta.sources": ("busi", "spine_xr")},
+            "config.meta.sources has spine_xr, whose labels are for final scores alone",
+        ),
         ({"branches": ("memory",)}, "meta.sources goes with the branch meta"),
         ({"meta.sources": (), "learner": "maml"}, "meta.sources goes with the branch meta"),
         (

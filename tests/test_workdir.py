@@ -31,6 +31,19 @@ def test_a_claim_is_kept_and_renewed(tmp_path):
     assert stored["cache"] == "/elsewhere" and stored["checkpoint_every"] == 3
 
 
+def test_fields_of_another_version_do_not_count(tmp_path):
+    claim(tmp_path, settings())
+    path = tmp_path / "config.json"
+    first = json.loads(path.read_text())
+    older = first | {"gone": 3, "score": {"top": first["score"]["top"]}}
+    path.write_text(json.dumps(older))
+    claim(tmp_path, settings())
+    assert json.loads(path.read_text()) == first
+    path.write_text(json.dumps(older | {"score": {"top": 0.5}}))
+    with pytest.raises(WorkdirError, match="score.top = 0.5, not"):
+        claim(tmp_path, settings())
+
+
 @pytest.mark.parametrize(
     "arg, given, named",
     [
