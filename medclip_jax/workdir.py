@@ -101,7 +101,7 @@ def _refuse_unless(wanted: Callable[[int], bool], path: Path) -> None:
 def claim(workdir: Path, c: ConfigDict, main: bool = True) -> None:
     """Write config.json, or refuse a folder that holds a run with other settings.
 
-    Fields that only one of two versions knows do not count. Of several processes only the `main` one
+    Fields that one of two versions lacks do not count. Of several processes only the `main` one
     writes; the others need not see it.
     """
     path = workdir / "config.json"
