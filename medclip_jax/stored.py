@@ -282,8 +282,8 @@ def with_crc(raw: bytes) -> bytes:
     return raw.replace(PLACEHOLDER, b'"crc32":"%08x"' % zlib.crc32(raw), 1)
 
 
-def has_crc(path: Path) -> bool:
-    """Whether every byte of such a file, which is no link, is as `with_crc` left it."""
+def has_crc(path: Path, text: bytes = b"") -> bool:
+    """Whether every byte of such a file, no link, is as `with_crc` left it, `text` in its head."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     with open(handle, "rb") as file:
         status = os.fstat(handle)
@@ -291,7 +291,7 @@ def has_crc(path: Path) -> bool:
             return False
         length = file.read(8)
         head = length + file.read(min(MOST_LIST, int.from_bytes(length, "little")))
-        if found := CRC.search(head):
+        if (found := CRC.search(head)) and text in head:
             first = head[: found.start()], PLACEHOLDER, head[found.end() :]
             total = 0
             for part in chain(first, iter(lambda: file.read(1 << 20), b"")):

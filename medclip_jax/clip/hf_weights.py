@@ -236,7 +236,8 @@ def _config(path: Path) -> dict[str, Any]:
     import transformers
 
     raw = read_json(path)
-    if (kind := raw.get("model_type")) not in CONFIGS:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise CheckpointError(
             f"{path}: model_type is {kind!r}, need one of {', '.join(CONFIGS)}; "
             "give another folder (docs/backbones.md lists what can be read)"

@@ -95,7 +95,7 @@ def with_recipe(
     named += ["inputs"] if encoder.inputs else []
     named += [parse_window(window)] if window else []
     named += [encoder.implementation] if encoder.implementation != "fused" else []
-    made_by = 3, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
+    made_by = 4, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
     name = stored.digest(made_by)
     return feature_cache._replace(folder=feature_cache.folder.with_name(name), recipe=steps)
 
@@ -117,12 +117,17 @@ def is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     with contextlib.suppress(OSError):
-        if stored.has_crc(path):
+        if stored.has_crc(path, b'"%s"' % _name(path).encode()):
             return True
     logging.warning("%s is damaged and will be encoded again", path.name)
     with contextlib.suppress(OSError):  # in a read-only cache the error comes with the new one
         path.unlink(missing_ok=True)
     return False
+
+
+def _name(path: Path) -> str:
+    """An empty array that says what a file is: one under another's name is not believed."""
+    return f"of {path.parent.name}/{path.name}"
 
 
 def load(path: Path) -> Features:
@@ -159,4 +164,5 @@ def write(
     tensors |= {f"level{i}": x for i, x in enumerate(features.levels)}
     tensors |= {f"input{i}": x for i, x in enumerate(features.inputs)}
     rows = {n: np.ascontiguousarray(x) for n, x in tensors.items()}
+    rows[_name(path)] = np.zeros(0, np.uint8)
     files.write_bytes(path, stored.with_crc(save(rows, metadata={"crc32": "00000000"})))

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.detector import Raw, finish
+from medclip_jax.distributed import runtime
 from medclip_jax.inference import predictor as predictors
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.loading import Job, fit, in_turn, one_drawn, reason
@@ -106,6 +107,7 @@ def read_ahead(
                 yield take()
             if heavy:
                 yield None
+                runtime.trim()
         while running and not stop.is_set():
             yield take()
     finally:

@@ -27,13 +27,18 @@ SALT_BYTES = 32
 def salt_of(output: Path) -> bytes:
     """The salt of an output folder; a new one where there is none.
 
-    Raises WorkdirError if it cannot be written, or is damaged: the same names would then get other
-    pseudonyms.
+    Raises WorkdirError if it cannot be written, is damaged, or lacks where results are: the same
+    names would then get other pseudonyms.
     """
     path = output / SALT_FILE
     with files.disk_errors(path):
         output.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(path):
+            if next(output.glob("results*.csv"), None):
+                raise WorkdirError(
+                    f"{output} holds results and no {SALT_FILE}: restore it, or predict into a new "
+                    "folder"
+                )
             new = output / f".{secrets.token_hex(8)}.tmp"
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(secrets.token_hex(SALT_BYTES).encode())

@@ -200,6 +200,7 @@ def test_what_is_missing_is_named_as_in_the_file(name, tmp_path):
     [
         ("config.json", {"model_type": "siglip2"}, "model_type is 'siglip2', need one of clip"),
         ("config.json", {"model_type": "bert"}, "docs/backbones.md"),
+        ("config.json", {"model_type": {"a": 1}}, "model_type is {'a': 1}, need one of clip"),
     ],
 )
 def test_other_kinds_are_refused(tmp_path, file, change, said):

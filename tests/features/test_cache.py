@@ -72,6 +72,15 @@ def test_a_flipped_bit_anywhere_is_found(feature_cache, pictures):
     assert cache.is_whole(path)
 
 
+def test_a_whole_file_under_anothers_name_is_not_believed(feature_cache, pictures):
+    encoder.encode_images(feature_cache, pictures[:2])
+    wanted = everything(feature_cache, pictures[:2])
+    first, second = (cache.image_path(feature_cache, r) for r in pictures[:2])
+    first.write_bytes(second.read_bytes())
+    assert encoder.encode_images(feature_cache, pictures[:2]) == 1
+    jax.tree.map(np.testing.assert_array_equal, everything(feature_cache, pictures[:2]), wanted)
+
+
 def test_a_file_half_written_by_a_killed_run_does_not_count(feature_cache, pictures):
     path = cache.image_path(feature_cache, pictures[0])
     path.parent.mkdir(parents=True)

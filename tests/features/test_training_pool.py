@@ -72,6 +72,9 @@ def test_damaged_files_are_encoded_again(feature_cache, pictures):
     cache.image_path(feature_cache, pictures[1]).write_bytes(b"")
     encoder.open_pool(feature_cache, pictures[:2], SYNTHESIS)
     assert path.read_bytes() == whole
+    path.write_bytes(cache.image_path(feature_cache, pictures[1]).read_bytes())  # another's
+    encoder.open_pool(feature_cache, pictures[:2], SYNTHESIS)
+    assert path.read_bytes() == whole
     assert encoder.encode_images(feature_cache, pictures[:2]) == 0
 
 

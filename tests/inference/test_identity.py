@@ -245,6 +245,13 @@ def test_a_damaged_salt_is_not_replaced(tmp_path, broken):
     assert (tmp_path / pseudonyms.SALT_FILE).read_bytes() == broken
 
 
+def test_results_whose_salt_is_gone_are_not_mixed_with_others(tmp_path):
+    (tmp_path / "results.csv").touch()
+    with pytest.raises(WorkdirError, match=r"holds results and no \.pseudonyms: restore it"):
+        pseudonyms.salt_of(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.csv"]
+
+
 def test_a_planted_link_is_not_followed(tmp_path):
     (tmp_path / pseudonyms.SALT_FILE).symlink_to(tmp_path / "absent")
     with pytest.raises(WorkdirError):
