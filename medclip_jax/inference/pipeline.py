@@ -25,7 +25,7 @@ from medclip_jax.inference.predictor import Loaded, Predictor
 
 LARGE_FILE = 16 << 20  # bytes; a larger file is read alone
 READ_AHEAD = 1 << 28  # bytes of images that were read and wait for the encoder or a whole batch
-HEAVY = 1 << 28  # bytes; what takes more is in memory alone
+HEAVY = 1 << 27  # bytes; what takes more is in memory alone
 
 
 class ReadAhead:
