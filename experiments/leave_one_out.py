@@ -149,12 +149,12 @@ def measure(data: Data, target: str, args) -> list[dict]:
     ]
     sources = [data.source(n) for n in names]
     whitening = meta.whitening_of(sources)
-    bank = meta.bank(sources, whitening, meta.TASKS, 0)
+    task_pool = meta.task_pool(sources, whitening, meta.TASKS, 0)
     held_out = np.repeat(np.arange(len(names)) % meta.VALIDATION == meta.VALIDATION - 1, meta.TASKS)
     params = {"scratch": deviation.init(whitening)}
     for name in args.learners:
         learner = Learner(name, args.inner_steps, args.inner_rate)
-        state = meta.fit(bank, held_out, whitening, learner, args.steps, 4, 0, data.mesh)
+        state = meta.fit(task_pool, held_out, whitening, learner, args.steps, 4, 0, data.mesh)
         params[name] = state.params
         print(target, name, *np.round(state.log[-1], 3), flush=True)
     text, records = data.zero_shot(target), data.records(target)

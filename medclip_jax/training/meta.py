@@ -33,7 +33,7 @@ from medclip_jax.training.step import Learner
 
 VERSION = 2  # raise when what is learned from the same sources and settings changes
 KINDS = range(IDENTITY)  # of synthetic anomalies that alter the image
-TASKS = 40  # of each source in the bank
+TASKS = 40  # of each source in the task pool
 PATCHES = 16  # of each image that tasks keep, those that deviate most
 LEARNING_RATE = 1e-2  # of Adam
 VALIDATION = 5  # each fifth source is held out: where its tasks' loss is least training stops
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
     label: Float[Array, " n"]
 
 
-class Bank(NamedTuple):
+class TaskPool(NamedTuple):
     """Tasks, on axis 0 of every array."""
 
     support: Rows
@@ -89,7 +89,7 @@ def whitening_of(sources: Sequence[Source]) -> Whitening:
     return deviation.whiten([level(i) for i in range(len(sources[0].healthy.levels))])
 
 
-def bank(sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int) -> Bank:
+def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int) -> TaskPool:
     """`tasks` tasks of each source, in the sources' order.
 
     Raises ConfigError for a source with too few healthy images.
@@ -114,7 +114,7 @@ def bank(sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int)
             memory = _remember(whitening, episodes.rows_of(source.healthy, support[0]))
             sides = episodes.support_rows(source, *support), episodes.query_rows(source, *query)
             seen = [Rows(_narrow(rows(memory, x, own)), label) for x, own, label in sides]
-            each.append(Bank(*seen))
+            each.append(TaskPool(*seen))
     return jax.tree.map(lambda *x: np.stack(x), *each)
 
 
@@ -170,13 +170,13 @@ def train(
     steps: outer ones. tasks: per step, spread over the devices of the mesh.
     """
     whitening = whitening_of(sources)
-    every = bank(sources, whitening, TASKS, seed)
+    every = task_pool(sources, whitening, TASKS, seed)
     held_out = np.repeat(np.arange(len(sources)) % VALIDATION == VALIDATION - 1, TASKS)
     return fit(every, held_out, whitening, learner, steps, tasks, seed, mesh)
 
 
-def fit(every: Bank, held_out, whitening, learner, steps, tasks, seed, mesh) -> State:
-    """`train` on a bank; held_out: True for tasks that are validated on (none: the last step)."""
+def fit(every: TaskPool, held_out, whitening, learner, steps, tasks, seed, mesh) -> State:
+    """`train` on a pool; held_out: True for tasks that are validated on (none: the last step)."""
     levels, params = len(whitening.kernel), begin(learner, whitening)
     optimizer = optax.adam(LEARNING_RATE)
     rest = sharding.replicate(jax.tree.map(lambda x: x[~held_out], every), mesh)

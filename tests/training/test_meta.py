@@ -40,9 +40,9 @@ def sources():
 
 
 @pytest.fixture(scope="module")
-def bank(sources):
+def task_pool(sources):
     white = meta.whitening_of(sources)
-    return white, meta.bank(sources, white, 4, 0)
+    return white, meta.task_pool(sources, white, 4, 0)
 
 
 def test_tasks_share_no_image_between_support_and_query(sources):
@@ -82,19 +82,19 @@ def test_shares_of_anomalies(sources):
         np.testing.assert_allclose(counts / counts.sum(), wanted, atol=0.06)
 
 
-def test_the_bank_holds_what_the_head_reads(bank):
-    white, tasks = bank
+def test_the_task_pool_holds_what_the_head_reads(task_pool):
+    white, tasks = task_pool
     assert tasks.support.label.tolist() == [[0] * 8 + [1] * 8] * 12
     assert tasks.support.seen.patch.shape == (12, 16, PATCHES, white.kernel[0].shape[1])
     healthy = np.asarray(tasks.support.seen.patch[:, :8], np.float32).sum(-1)
     np.testing.assert_allclose(healthy.mean((1, 2)), 0, atol=0.01)  # of its own supports
-    again = meta.bank([source(i) for i in range(3)], white, 4, 0)
+    again = meta.task_pool([source(i) for i in range(3)], white, 4, 0)
     jax.tree.map(np.testing.assert_array_equal, again, tasks)
 
 
-def test_as_many_steps_as_were_asked_for(bank):
+def test_as_many_steps_as_were_asked_for(task_pool):
     """Not rounded up to a whole number of checks; Adam's first step is its rate in size."""
-    white, tasks = bank
+    white, tasks = task_pool
     nothing, learner = np.zeros(12, bool), Learner("joint")
     state = meta.fit(tasks, nothing, white, learner, 1, 3, 0, sharding.mesh())
     assert state.log[:, 0].tolist() == [1]
@@ -126,13 +126,13 @@ def test_an_image_without_an_altered_variant_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
-def test_every_learner_runs_and_the_robust_ones_learn(bank, name):
+def test_every_learner_runs_and_the_robust_ones_learn(task_pool, name):
     """Two hundred steps on noise with one anomalous direction.
 
     Sixteen rows of support mislead fixed inner rates here; joint training (before adaptation) and
     the learners of their own rates (after it) come below a fresh head all the same.
     """
-    white, tasks = bank
+    white, tasks = task_pool
     learner = Learner(name, 2, 0.1)
     state = meta.fit(tasks, np.zeros(12, bool), white, learner, 200, 3, 0, sharding.mesh())
     assert state.log[:, 0].tolist() == [50, 100, 150, 200] and np.isfinite(state.log).all()
@@ -148,9 +148,9 @@ def query_loss(white, tasks, params) -> float:
 
 
 @pytest.mark.slow
-def test_devices_and_padded_tasks(bank):
+def test_devices_and_padded_tasks(task_pool):
     """Five tasks a step on 1, 2 and 8 devices: the same parameters to 1e-6."""
-    white, tasks = bank
+    white, tasks = task_pool
     learner, ends = Learner("maml", 1, 0.1), []
     for count in (1, 2, 8):
         mesh = sharding.mesh(jax.devices()[:count])
@@ -160,8 +160,8 @@ def test_devices_and_padded_tasks(bank):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ends[0], other)
 
 
-def test_stopping_is_by_held_out_tasks(bank):
-    white, tasks = bank
+def test_stopping_is_by_held_out_tasks(task_pool):
+    white, tasks = task_pool
     held_out = np.arange(12) >= 8
     state = meta.fit(tasks, held_out, white, Learner("joint"), 150, 3, 0, sharding.mesh())
     best = state.log[:, 2].min()  # joint: as it is; the others after adaptation
@@ -203,4 +203,4 @@ def test_a_state_is_learned_once(tmp_path, sources, name, monkeypatch):
 def test_a_source_with_too_few_images_is_named(sources):
     few = source(1, healthy=15)
     with pytest.raises(ConfigError, match=r"source 2 of config.meta.sources has 15 healthy"):
-        meta.bank([sources[0], few], meta.whitening_of([sources[0], few]), 1, 0)
+        meta.task_pool([sources[0], few], meta.whitening_of([sources[0], few]), 1, 0)
