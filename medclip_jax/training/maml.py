@@ -233,12 +233,14 @@ def reptile_loss(
     valid: Bool[Array, " e"] | None = None,
 ) -> tuple[Float[Array, ""], Parts]:
     """`meta_loss` in value, whose gradient is Reptile's: params - mean of the adapted params."""
-    value, parts = meta_loss(
-        *(jax.lax.stop_gradient(params), episodes), loss=loss, inner=inner, valid=valid
-    )
-    run = partial(adapt, jax.lax.stop_gradient(params), loss=loss, inner=inner)
-    adapted, _ = jax.vmap(lambda support: run(support))(jax.tree.map(jnp.asarray, episodes[0]))
-    mean = jax.tree.map(lambda p: _task_mean(p, valid), adapted)
+    start = jax.lax.stop_gradient(params)
+
+    def one(support, query):
+        adapted, _ = adapt(start, support, loss=loss, inner=inner)
+        return adapted, loss(adapted, query)
+
+    per_task = jax.vmap(one)(*jax.tree.map(jnp.asarray, episodes))
+    mean, (value, parts) = jax.tree.map(lambda x: _task_mean(x, valid), per_task)
     away = jax.tree.map(lambda p, m: jnp.vdot(jax.lax.stop_gradient(p - m), p), params, mean)
     pull = sum(jax.tree.leaves(away))
     return value + pull - jax.lax.stop_gradient(pull), parts
