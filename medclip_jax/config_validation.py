@@ -211,8 +211,9 @@ def _combinations(c: Any) -> Rules:
         f"k is 0, but method {c.method} needs an image: give k=1 or more",
     )
     yield (
-        not branches <= set(BRANCHES) or branches <= {"zero_shot_image"} or plain <= branches,
-        f"branches is {tuple(c.branches)}: give any of {', '.join(BRANCHES)}; "
+        len(branches & {*BRANCHES}) < len(c.branches)  # one is unknown, or there twice
+        or (branches <= {"zero_shot_image"} or plain <= branches),
+        f"branches is {tuple(c.branches)}: give any of {', '.join(BRANCHES)} once; "
         "zero_shot_image speaks for the image score alone and needs another branch, not zero_shot",
     )
     yield (
@@ -224,8 +225,7 @@ def _combinations(c: Any) -> Rules:
     yield across != bool(c.meta.sources), both
     yield across and bool(c.meta.data), "meta.data has sets beside meta.sources: leave it empty"
     unfit = c.k < 4 or c.score.tiles > 1 or c.model.refine or "learned" in branches
-    fit = "give k=4 or more, no score.tiles, model.refine or branch learned"
-    yield across and unfit, f"branches has meta: {fit}"
+    yield across and unfit, "meta needs k=4 or more, no score.tiles, model.refine or branch learned"
     yield c.learner in ACROSS and not across, f"learner {c.learner} needs meta.sources: {needs}"
     yield c.meta.shots == 1, "meta.shots is 1: give 2 or more, one clean and one altered row"
     steps, least = map_filter(c), 1 - c.calibration.pixel_rate

@@ -68,8 +68,9 @@ def test_a_source_of_the_targets_modality_is_refused(modality, source):
 @pytest.mark.parametrize(
     "fields, said",
     [
-        ({"k": 3}, "give k=4 or more"),
+        ({"k": 3}, "meta needs k=4 or more"),
         ({"score.tiles": 2}, "no score.tiles"),
+        ({"branches": ("meta", "meta")}, "give any of .* once"),
         ({"branches": ("meta", "learned")}, "or branch learned"),
         ({"k": 0}, "meta.sources goes with the branch meta, training and k=4 or more"),
         ({"method": "memory"}, "meta.sources goes with the branch meta, training"),

@@ -216,7 +216,9 @@ def _greet(connection: socket.socket) -> tuple[Peer, dict]:
                 raise ValueError
             line += byte
         theirs = json.loads(line)
-        theirs["facts"], int(theirs["process"]), int(theirs["processes"])
+        kinds = [type(theirs[name]) for name in ("process", "processes", "facts")]
+        if kinds != [int, int, dict]:
+            raise ValueError
         return peer, theirs
     except (OSError, ValueError, KeyError, TypeError) as error:
         connection.close()

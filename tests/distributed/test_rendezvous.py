@@ -137,7 +137,9 @@ def test_a_stranger_ends_nothing_and_other_addresses_are_closed(in_threads):
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
         main = pool.submit(rendezvous.join, f"127.0.0.1:{port}", 2, 0, 5, {"seed": 1})
-        for words in (b"GET / HTTP/1.1\n", b"{}\n", b"3\n", b'{"process": "x"}\n', b"half"):
+        lies = [b'{"process": "1", "processes": 2, "facts": {}}\n']  # a number that is text
+        lies += [b'{"process": 1, "processes": 2, "facts": [3]}\n', b'{"process": "x"}\n']
+        for words in (b"GET / HTTP/1.1\n", b"{}\n", b"3\n", *lies, b"half"):
             stranger = rendezvous._connect("127.0.0.1", port, time.monotonic() + 2, "")
             stranger.sendall(words)
             stranger.close()
