@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from bench import clock, sizes, workload
 from bench.encoder import SMALL_TEXT, encode
@@ -177,7 +176,9 @@ def made(folder: Path, healthy: int, abnormal: int) -> None:
 def encoders(small: bool) -> dict:
     """Images per second by encoder, type and batch, with the share of the matmul peak."""
     large = {"ViT-B/16": {}, "ViT-L/14": {"size": 336}, "compact": {}}
-    rows, peaks = [], {d: peak(d, 256 if small else 8192) for d in ("float32", "bfloat16")}
+    rows, peaks = [], {}
+    for dtype in ("float32", "bfloat16"):
+        peaks[dtype] = clock.matmul_peak(n=256 if small else 8192, dtype=dtype)
     for size, changes in ({"tiny": {}} if small else large).items():
         for dtype, most in peaks.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -193,14 +194,6 @@ def encoders(small: bool) -> dict:
                 rows.append(row)
                 print(row, flush=True)
     return {"rows": rows, "matmul_flops": peaks}
-
-
-def peak(dtype: str, n: int) -> float:
-    """Operations per second of a large product as JAX does it by default, the best of five."""
-    a = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(a))
-    return 2 * n**3 / min(clock.seconds_of(lambda: product(a)) for _ in range(5))
 
 
 def episodes(small: bool) -> dict:

@@ -38,9 +38,9 @@ def seconds_of(call: Callable) -> float:
     return time.perf_counter() - begin
 
 
-def matmul_peak(times: int = 5, n: int = 2048) -> float:
-    """Floating point operations per second of a large float32 matrix product, the best of a few."""
-    a = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)), jnp.float32)
+def matmul_peak(times: int = 5, n: int = 2048, dtype: str = "float32") -> float:
+    """Floating point operations per second of a large matrix product, the best of a few."""
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)), dtype)
     product = jax.jit(lambda x: x @ x)
     product(a).block_until_ready()
     return 2 * n**3 / min(seconds_of(lambda: product(a)) for _ in range(times))
