@@ -33,7 +33,7 @@ def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     images = [read.fit(read.read(data / i).pixels[0], size) for i in held["id"]]
     got = predictor.score(model, np.stack(images))
     np.testing.assert_allclose(got.score, held["score"], atol=2e-3)
-    np.testing.assert_allclose(got.p_value, held["p_value"], atol=1e-4)
+    np.testing.assert_allclose(got.p_value, held["p_value"], atol=1e-6)
     np.testing.assert_allclose(got.maps, held["maps"].astype(float), atol=3e-3)
     np.testing.assert_allclose(got.uncertainty, held["uncertainty"], atol=2e-3)
     assert (got.alarm == (got.score >= 0.5)).all()

@@ -162,7 +162,7 @@ def test_another_draw_or_data_set_finds_the_programs_compiled(world, programs, t
 # --- host and device ----------------------------------------------------------------------------
 
 
-def test_the_training_loop_waits_for_the_device_at_log_lines_alone(world, monkeypatch, tmp_path):
+def test_the_training_loop_reads_from_the_device_at_log_lines_alone(world, monkeypatch, tmp_path):
     """Steps move nothing, and a logged step is read after the next one was given to the device."""
     events, make, save = [], step.make_step, checkpoints.save
     flush = loop._DelayedLog.flush
@@ -198,7 +198,16 @@ def test_the_training_loop_waits_for_the_device_at_log_lines_alone(world, monkey
         return get(tree)
 
     monkeypatch.setattr(jax, "device_get", fetch)
+    waits, wait = [], jax.block_until_ready
+
+    def waiting(tree):
+        waits.append((events.count("step"), tree is None)) if "step" in events else None
+        return wait(tree)
+
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
     world.run(tmp_path / "run", "k=4", "ultrasound", tmp_path / "cache", steps=6)
+    # when a step was given to the device the one before it is waited for: two are in memory
+    assert waits[:6] == [(1, True), *((step, False) for step in range(2, 7))]
     assert events == ["step", "step", "step", 2, "step", "step", 4, "step", 6, "save"]
     # each log line fetches once, and the last step is looked at before it is saved
     assert fetched == [4, 7, 9, 9]
