@@ -134,7 +134,7 @@ def runs(folder: Path, small: bool) -> dict:
     again = arrays(folder / "phantom")
     result["largest_difference_of_a_map"] = float(np.abs(begin["maps"] - again["maps"]).max())
     result["images_whose_rank_differs"] = int((begin["score"] != again["score"]).sum())
-    made(folder / "data", *((6, 6) if small else (160, 620)))
+    made(folder / "data", *((12, 6) if small else (160, 620)))
     command = [f"--config=configs/folder.py:k={4 if small else 16},root={folder / 'data'}"]
     result["as many images as BUSI"] = job(command, folder / "busi", folder, few)
     return result
