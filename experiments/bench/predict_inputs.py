@@ -35,6 +35,21 @@ def png(folder: Path, count: int, seed: int) -> Path:
     return folder
 
 
+def colour_png(folder: Path, count: int, seed: int) -> Path:
+    """The same, each pixel three times, as BUSI itself."""
+    for path in png(folder, count, seed).iterdir():
+        Image.open(path).convert("RGB").save(path)
+    return folder
+
+
+def jpeg(folder: Path, count: int, seed: int) -> Path:
+    """Chest films of 1024 x 1024 pixels."""
+    folder.mkdir(parents=True)
+    for i, pixels in enumerate(pictures("xray", count, (1024, 1024), seed)):
+        Image.fromarray(pixels).save(folder / f"{i:05}.jpg", quality=90)
+    return folder
+
+
 def dicom(folder: Path, count: int, seed: int) -> Path:
     """Films of 512 x 512 pixels and 12 bits, each a series of its own."""
     folder.mkdir(parents=True)
@@ -76,4 +91,4 @@ def nifti(folder: Path, count: int, seed: int) -> Path:
     return folder
 
 
-MAKERS = {"png": png, "dicom": dicom, "nifti": nifti}
+MAKERS = {"png": png, "colour png": colour_png, "jpeg": jpeg, "dicom": dicom, "nifti": nifti}

@@ -1,12 +1,12 @@
 """What a process does beside computing: compiled programs on disk, reading ahead, SIGTERM.
 
-And several processes as one run: how they join, who does what, what they agree on, how they end.
-Every process runs the whole program on its share of the rows; process 0 alone writes. In a run of
-one process all this is the identity.
+And several processes as one run: how they join, what they agree on, how they end. Each runs the
+whole program on its share of the rows; process 0 alone writes. One alone: all is the identity.
 """
 
 import atexit
 import ctypes
+import inspect
 import json
 import logging
 import os
@@ -147,15 +147,13 @@ def start(
         # JAX starts a service in process 0 always: this one nobody uses
         coordinator, bind = joined.service, f"127.0.0.1:{rendezvous.free_port()}"
         _LINKS.append(joined)
+    how: dict[str, Any] = {"initialization_timeout": timeout, "coordinator_bind_address": bind}
+    how["heartbeat_timeout_seconds"] = A_DAY if joined else 20
+    how["shutdown_timeout_seconds"] = PATIENCE if joined else A_DAY  # a report may be written
+    known = inspect.signature(jax.distributed.initialize).parameters  # the last since jax 0.8.1
     try:
         jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            initialization_timeout=timeout,
-            coordinator_bind_address=bind,
-            heartbeat_timeout_seconds=A_DAY if joined else 20,
-            shutdown_timeout_seconds=PATIENCE if joined else A_DAY,  # a report may be written
+            coordinator, processes, process, **{n: x for n, x in how.items() if n in known}
         )
     except ValueError as error:  # JAX's way to say that it found no address
         raise ConfigError(

@@ -1,7 +1,8 @@
 """Images through the frozen encoder, spread over the devices; the feature cache is filled."""
 
+import collections
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,10 +53,14 @@ def encode_images(feature_cache: FeatureCache, images: Sequence[Record]) -> int:
     rows = [share % len(group) for group in groups]
     needed = [g[i] for g, own in zip(groups, rows, strict=True) for i in np.unique(own)]
     arriving = read.read_all(needed, feature_cache.clip.size, feature_cache.fit)
-    work = zip(groups, rows, strict=True)
-    for group, own in progress(work, "encode images", len(groups)):
-        pixels = {i: next(arriving)[1] for i in np.unique(own)}
-        features = _encode_share(feature_cache, np.stack([pixels[i] for i in own]), len(group))
+
+    def shares() -> Iterator[tuple[np.ndarray, int]]:
+        work = zip(groups, rows, strict=True)
+        for group, own in progress(work, "encode images", len(groups)):
+            pixels = {i: next(arriving)[1] for i in np.unique(own)}
+            yield np.stack([pixels[i] for i in own]), len(group)
+
+    for group, features in zip(groups, _encode_shares(feature_cache, shares()), strict=True):
         for i, record in enumerate(group):
             one = jax.tree.map(lambda x, i=i: x[i : i + 1], features)
             cache.write(feature_cache, cache.image_path(feature_cache, record), one)
@@ -186,11 +191,10 @@ def supports_folder(hashes: Sequence[str]) -> str:
 def encode(feature_cache: FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
     """Tokens of images in the encoder's frame, [0, 1], on the host; the cache is not read."""
     size = batch_size(feature_cache)
-    rows, parts = sharding.local_rows(size, feature_cache.mesh), []
-    for start in range(0, len(images), size):
-        group = images[start : start + size]
-        parts.append(_encode_share(feature_cache, group[rows % len(group)], len(group)))
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    rows = sharding.local_rows(size, feature_cache.mesh)
+    groups = (images[start : start + size] for start in range(0, len(images), size))
+    shares = ((group[rows % len(group)], len(group)) for group in groups)
+    return jax.tree.map(lambda *x: np.concatenate(x), *_encode_shares(feature_cache, shares))
 
 
 def encode_stacks(
@@ -225,16 +229,28 @@ def batch_size(feature_cache: FeatureCache) -> int:
     return DEVICE_BATCH * feature_cache.mesh.size
 
 
-def _encode_share(
-    feature_cache: FeatureCache, images: Float[np.ndarray, "m s s"], real: int
-) -> Features:
-    """Tokens of the `real` images of one batch, of which this process holds its share.
+def _encode_shares(
+    feature_cache: FeatureCache, shares: Iterable[tuple[Float[np.ndarray, "m s s"], int]]
+) -> Iterator[Features]:
+    """Tokens of each batch, of which this process holds its share, and how many images are real.
 
     The share has its full length, so there is one shape and one compilation.
     """
-    clip, images = feature_cache.clip, preprocessing.batch(images, feature_cache.recipe)
-    placed = sharding.place(images, feature_cache.mesh)
-    features = checkpoint.encode_images(
-        feature_cache.vision, placed, encoder=clip.image_encoder, mean=clip.mean, std=clip.std
-    )
-    return narrowed(sharding.fetch(features, real), feature_cache.dtype)
+    clip, line = feature_cache.clip, collections.deque[tuple[Features, int]]()
+    static = {"encoder": clip.image_encoder, "mean": clip.mean, "std": clip.std}
+
+    def fetched(most: int) -> Iterator[Features]:
+        while len(line) > most:
+            yield narrowed(sharding.fetch(*line.popleft()), feature_cache.dtype)
+
+    for images, real in shares:
+        images = preprocessing.batch(images, feature_cache.recipe)
+        placed = sharding.place(images, feature_cache.mesh)
+        line.append((checkpoint.encode_images(feature_cache.vision, placed, **static), real))
+        yield from fetched(batches_ahead(feature_cache.mesh))
+    yield from fetched(0)
+
+
+def batches_ahead(mesh: jax.sharding.Mesh) -> int:
+    """Batches that an accelerator computes while the host reads and writes; a CPU has no two."""
+    return 0 if mesh.devices.flat[0].platform == "cpu" else 1

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
+import jax.export
 import numpy as np
 
 from medclip_jax import __version__, files, stored

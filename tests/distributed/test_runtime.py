@@ -162,6 +162,25 @@ def test_a_lost_process_is_a_sentence_whichever_way_it_shows(monkeypatch, error)
             raise error
 
 
+def test_a_jax_that_knows_no_shutdown_timeout_joins_without(monkeypatch):
+    how = []
+
+    def initialize(
+        address=None,
+        processes=None,
+        process=None,
+        initialization_timeout=300,
+        coordinator_bind_address=None,
+        heartbeat_timeout_seconds=100,
+    ):
+        how.append((initialization_timeout, coordinator_bind_address, heartbeat_timeout_seconds))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    runtime.start(timeout=7)
+    assert how == [(7, None, 20)]
+
+
 def test_another_fault_of_several_processes_ends_this_one_at_once(monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(runtime, "several", lambda: True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench import clock, encoder, maml, predict, predict_inputs, scaling, sizes, stages, workload
+from bench import input as bench_input
 
 from medclip_jax.clip import checkpoint
 from medclip_jax.inference import inputs
@@ -97,6 +98,20 @@ def test_files_to_predict_are_whole_and_all_different(tmp_path, kind):
     pixels = np.concatenate([read.read(Path(item.paths[0])).pixels for item in items])
     assert len(pixels) == 3 and len({x.tobytes() for x in pixels}) == 3
     assert all(0.05 < x.std() < 0.5 for x in pixels)
+
+
+def test_a_consumer_waits_for_what_the_cores_cannot_read():
+    spent = {"decode ms": 3.0, "resize ms": 1.0, "SHA-256 ms": 1.0}
+    row = bench_input.row("png", spent, cores=2, consumer=2000, encoder=300)
+    assert row["images/s"] == pytest.approx(400) and row["cores for 2000/s"] == pytest.approx(10)
+    assert row["waits at 2000/s"] == pytest.approx(0.8) and row["waits as encoder"] == 0
+
+
+def test_parts_of_reading_are_timed(tmp_path):
+    paths = sorted(predict_inputs.png(tmp_path / "png", 2, 0).iterdir())
+    spent = bench_input.milliseconds(paths, 32)
+    assert list(spent) == ["decode ms", "resize ms", "SHA-256 ms"] and min(spent.values()) > 0
+    assert bench_input.one(paths[0], 32).shape == (32, 32)
 
 
 @pytest.mark.slow

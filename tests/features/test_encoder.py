@@ -34,6 +34,24 @@ def test_any_number_of_images_equals_one_by_one(feature_cache, n):
         same(jax.tree.map(lambda x, i=i: x[i : i + 1], together), alone, atol=1e-6)
 
 
+def test_an_accelerator_has_the_next_batch_before_the_last_is_fetched(feature_cache, monkeypatch):
+    images = np.random.default_rng(0).random((40, 32, 32)).astype(np.float32)
+    plain, events = encoder.encode(feature_cache, images), []
+
+    def noted(name, call):
+        return lambda *args, **fields: events.append(name) or call(*args, **fields)
+
+    monkeypatch.setattr(checkpoint, "encode_images", noted("start", checkpoint.encode_images))
+    monkeypatch.setattr(sharding, "fetch", noted("fetch", sharding.fetch))
+    encoder.encode(feature_cache, images)
+    assert events == ["start", "fetch"] * 3  # on a CPU one after the other
+    events.clear()
+    monkeypatch.setattr(encoder, "batches_ahead", lambda mesh: 1)
+    ahead = encoder.encode(feature_cache, images)
+    assert events == ["start", "start", "fetch", "start", "fetch", "fetch"]
+    jax.tree.map(np.testing.assert_array_equal, ahead, plain)
+
+
 def test_encoding_is_the_image_encoder(feature_cache):
     model, images = (
         feature_cache.clip,

@@ -99,13 +99,12 @@ class Lacked(logging.Handler):
 @pytest.fixture
 def passed(monkeypatch) -> list[int]:
     """Images of each call of the encoder, without those that fill a batch up."""
-    real, seen = encoder._encode_share, []
+    real, seen = encoder._encode_shares, []
 
-    def counted(feature_cache, images, n):
-        seen.append(n)
-        return real(feature_cache, images, n)
+    def counted(feature_cache, shares):
+        return real(feature_cache, ((images, seen.append(n) or n) for images, n in shares))
 
-    monkeypatch.setattr(encoder, "_encode_share", counted)
+    monkeypatch.setattr(encoder, "_encode_shares", counted)
     return seen
 
 

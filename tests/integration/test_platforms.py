@@ -91,13 +91,18 @@ PARTS = {
 }
 
 
+def is_program(value) -> bool:
+    return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
+
+
 def primitives(jaxpr) -> set[str]:
     """Names of all primitives, those inside loops and calls too."""
     found = set()
     for equation in jaxpr.eqns:
         found.add(equation.primitive.name)
-        for inside in jax.extend.core.jaxprs_in_params(equation.params):
-            found |= primitives(inside)
+        for value in jax.tree.leaves(equation.params, is_leaf=is_program):
+            if is_program(value):
+                found |= primitives(getattr(value, "jaxpr", value))
     return found
 
 
