@@ -1,6 +1,6 @@
 """Measure this machine: encoder, meta-step, stages of a job, prediction, scaling over devices.
 
-python experiments/benchmark.py encoder|maml|stages|predict|scaling|input [--json FILE] [--help]
+python experiments/benchmark.py COMMAND [--json FILE] [--help]
 
 Run it from a checkout in which medclip_jax is installed. Times are the best of a few repetitions,
 taken in turn, so that what else the machine does falls on all sides alike: read the ratios. On
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-COMMANDS = ("encoder", "maml", "stages", "predict", "scaling", "input")  # modules of bench
+COMMANDS = ("encoder", "large", "maml", "stages", "predict", "scaling", "input")  # modules of bench
 
 
 def main() -> None:

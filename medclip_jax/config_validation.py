@@ -25,7 +25,7 @@ CHOICES = {
     "data.fit": ("stretch", "pad"),
     "data.split": ("peer", "clean"),
     "data.uncertain": ("exclude", "positive", "negative"),
-    "clip.dtype": ("float32", "bfloat16", "float16"),
+    "clip.dtype": ("float32", "bfloat16", "float16", "int8"),
     "clip.implementation": ("fused", "transformers"),
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),

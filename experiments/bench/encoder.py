@@ -1,4 +1,4 @@
-"""Images per second of the image encoder, ours against PyTorch's with the same weights, in turn."""
+"""Images per second of the image encoder, ours and other engines' of the same weights, in turn."""
 
 import argparse
 import sys
@@ -20,8 +20,10 @@ SMALL_TEXT = dict(text_width=32, text_layers=1, text_heads=2)  # it is not measu
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="ViT-B/16", choices=sizes.SIZES)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
-    dtypes = ["float32", "bfloat16"]
+    dtypes = ["float32", "bfloat16", "int8"]
     parser.add_argument("--dtype", nargs="+", default=dtypes[:1], choices=dtypes)
+    engines = ["torch", "compiled", "onnx", "openvino"]
+    parser.add_argument("--engine", nargs="+", default=engines[:1], choices=engines)
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument(
         "--python", default=sys.executable, help="a Python with PyTorch; '' for none"
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> dict:
             if worker:
                 difference = compare(folder, images, clock.ask(worker, "check"))
             for batch in args.batch:
-                seconds = clock.in_turn(timed(clips, images[:batch], worker), args.times)
+                calls = timed(clips, images[:batch], worker, args.engine)
+                seconds = clock.in_turn(calls, args.times)
                 rows.append(row(batch, seconds, sizes.flops(first), peak))
         finally:
             clock.end(worker)
@@ -51,14 +54,15 @@ def run(args: argparse.Namespace) -> dict:
     return result | {"gigaflop_per_image": sizes.flops(first) / 1e9}
 
 
-def timed(clips: dict, images: np.ndarray, worker) -> dict[str, Callable[[], float]]:
-    """Name -> one timed call; the names are "ours DTYPE" and "torch DTYPE"."""
+def timed(clips: dict, images: np.ndarray, worker, engines) -> dict[str, Callable[[], float]]:
+    """Name -> one timed call; the names are "ours DTYPE" and "ENGINE DTYPE"."""
     runs: dict[str, Callable[[], float]] = {}
     for dtype, clip in clips.items():
         runs[f"ours {dtype}"] = partial(clock.seconds_of, encode(clip, images))
-        if worker:
-            line = f"{dtype} {len(images)}"
-            runs[f"torch {dtype}"] = partial(clock.ask, worker, line)
+        for engine in engines if worker else ():
+            line = f"{engine} {dtype} {len(images)}"
+            if clock.ask(worker, line) is not None:  # it has the format; also builds it
+                runs[f"{engine} {dtype}"] = partial(clock.ask, worker, line)
     return runs
 
 
@@ -76,7 +80,7 @@ def row(batch: int, seconds: dict[str, list[float]], flops: float, peak: float) 
     ratio = {name: r / base for name, r in rate.items()} if base else {}
     for name, r in rate.items():
         more = f", {ratio[name]:.2f} x torch float32" if base else ""
-        print(f"batch {batch:3} {name:15} {r:7.2f} images/s, {share[name]:.0%} of peak{more}")
+        print(f"batch {batch:3} {name:17} {r:7.2f} images/s, {share[name]:.0%} of peak{more}")
     return {
         "batch": batch,
         "seconds": seconds,

@@ -1,39 +1,105 @@
-"""CLIP's image encoder in PyTorch: transformers' CLIPVisionModelWithProjection as it comes.
+"""CLIP's image encoder in other engines: transformers' CLIPVisionModelWithProjection as it comes.
 
-python torch_encoder.py FOLDER     then lines in, JSON lines out: "DTYPE BATCH" is one timed call,
-"check" gives the pooled embedding of the first two images. FOLDER holds clip/ and pixels.npy.
+python torch_encoder.py FOLDER     then lines in, JSON lines out: "ENGINE DTYPE BATCH" is one timed
+call in seconds, or null where the engine has no such format; "check" gives the pooled embedding of
+the first two images. FOLDER holds clip/ and pixels.npy. Engines: torch, compiled, onnx, openvino.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import CLIPVisionModelWithProjection
 
+FOLDER = Path(sys.argv[1])
+CORES = len(os.sched_getaffinity(0))
+torch.set_num_threads(CORES)
+IMAGES = torch.from_numpy(np.load(FOLDER / "pixels.npy"))
+
+
+@cache
+def model(dtype: str):
+    plain = CLIPVisionModelWithProjection.from_pretrained(FOLDER / "clip").eval()
+    if dtype == "int8":
+        linear = {torch.nn.Linear}
+        return torch.ao.quantization.quantize_dynamic(plain, linear, dtype=torch.qint8)
+    return plain.to(getattr(torch, dtype))
+
+
+class Tapped(torch.nn.Module):
+    """All hidden states, as a run taps several."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, pixels):
+        out = self.own(pixels, output_hidden_states=True)
+        return (out.image_embeds, *out.hidden_states)
+
+
+@cache
+def onnx_file(dtype: str, batch: int) -> Path:
+    path = FOLDER / f"{dtype}-{batch}.onnx"
+    if dtype == "int8":
+        from onnxruntime.quantization import quantize_dynamic
+
+        quantize_dynamic(onnx_file("float32", batch), path)
+    else:
+        torch.onnx.export(Tapped(model(dtype)), (IMAGES[:batch],), path, dynamo=True)
+    return path
+
+
+@cache
+def engine(name: str, dtype: str, batch: int) -> Callable | None:
+    """A call on the first images; None: it has no such format."""
+    images = IMAGES[:batch]
+    if name in ("torch", "compiled"):
+        if (name, dtype) == ("compiled", "int8"):
+            return None
+        group = images.to(torch.bfloat16) if dtype == "bfloat16" else images
+        own = Tapped(model(dtype))
+        own = torch.compile(own) if name == "compiled" else own
+        return lambda: own(group)
+    if name == "onnx":
+        if dtype == "bfloat16":
+            return None
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = CORES
+        session = onnxruntime.InferenceSession(onnx_file(dtype, batch), options)
+        (entry,) = session.get_inputs()
+        return lambda: session.run(None, {entry.name: images.numpy()})
+    if dtype == "int8":
+        return None
+    import openvino
+
+    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    core = openvino.Core()
+    how = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": CORES}
+    compiled = core.compile_model(core.read_model(onnx_file("float32", batch)), "CPU", how)
+    return lambda: compiled([images.numpy()])
+
 
 def main() -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    images = torch.from_numpy(np.load(f"{sys.argv[1]}/pixels.npy"))
-    load = CLIPVisionModelWithProjection.from_pretrained
-    models = {"float32": load(f"{sys.argv[1]}/clip").eval()}
     for line in sys.stdin:
-        if line.strip() == "check":
-            with torch.inference_mode():
-                pooled = models["float32"](images[:2]).image_embeds
-            print(json.dumps(pooled.tolist()), flush=True)
-            continue
-        dtype, batch = line.split()
-        kind = getattr(torch, dtype)
-        if dtype not in models:
-            models[dtype] = load(f"{sys.argv[1]}/clip").eval().to(kind)
-        group = images[: int(batch)].to(kind)
-        begin = time.perf_counter()
-        with torch.inference_mode():  # all hidden states, as a run taps several
-            models[dtype](group, output_hidden_states=True)
-        print(json.dumps(time.perf_counter() - begin), flush=True)
+        with torch.inference_mode():
+            if line.strip() == "check":
+                print(json.dumps(model("float32")(IMAGES[:2]).image_embeds.tolist()), flush=True)
+                continue
+            name, dtype, batch = line.split()
+            call, begin = engine(name, dtype, int(batch)), time.perf_counter()
+            if call is not None:
+                call()
+            seconds = None if call is None else time.perf_counter() - begin
+        print(json.dumps(seconds), flush=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def load(
     Args:
         checkpoint: `compact` (embedded), a folder or a Hub id.
         layers: tapped blocks, from 1; () is 1/2, 3/4 and the last. Of a ResNet: stages, () is 2-4.
-        dtype: of the image encoder, float32 or bfloat16.
+        dtype: of the image encoder, float32, bfloat16, or int8: weights of int8, all else bfloat16.
         inputs: whether features hold the inputs of the tapped blocks too, for refinement.
         implementation: fused or transformers.
         size: pixels per side of the input image; 0 is the checkpoint's own.
@@ -78,6 +78,11 @@ def load(
     taps = dict(levels=tuple(layers), dtype=dtype, inputs=inputs)
     if weights.resnet is None:
         taps["levels"] = _blocks(weights.config, tuple(layers))
+    if dtype == "int8" and (weights.resnet is not None or implementation == "transformers"):
+        raise ConfigError(
+            "config.clip.dtype is 'int8', which has the ViT of clip.implementation=fused alone: "
+            "give float32 or bfloat16"
+        )
     image_encoder, text_encoder = _fused(weights, taps)
     if implementation == "transformers":
         of_clip = weights.resnet is None and "projection_dim" in weights.config
@@ -243,7 +248,10 @@ def describe(clip: Clip, images: int) -> dict[str, str]:
     """
     encoder: Any = clip.image_encoder
     side = clip.size
-    count = sum(x.size for x in jax.tree.leaves((clip.vision, clip.text)))
+    count, size = (
+        sum(getattr(x, part) for x in jax.tree.leaves((clip.vision, clip.text)))
+        for part in ("size", "nbytes")
+    )
     static = dict(encoder=encoder, mean=clip.mean, std=clip.std)
     grey = jnp.zeros((1, side, side))
     run = encode_images.lower(clip.vision, grey, **static).compile()
@@ -252,7 +260,7 @@ def describe(clip: Clip, images: int) -> dict[str, str]:
     jax.block_until_ready([run(clip.vision, grey) for _ in range(2)])
     seconds = (time.perf_counter() - begin) / 2
     used: Any = run.memory_analysis()
-    tokens = clip.grid**2 * sum(clip.widths) * (2 if encoder.dtype == "bfloat16" else 4)
+    tokens = clip.grid**2 * sum(clip.widths) * (4 if encoder.dtype == "float32" else 2)
     card = hf_weights.locate(clip.name) / "README.md"
     text = card.read_text(errors="replace")[:5000] if card.is_file() else ""
     licence = re.search(r"^license(?:_name)?: *(.+)$", text, re.MULTILINE)
@@ -266,7 +274,7 @@ def describe(clip: Clip, images: int) -> dict[str, str]:
         f"patches, pooled to {clip.joint}",
         "layers": f"{', '.join(map(str, encoder.levels))} of {encoder.depth} are tapped",
         "text": words,
-        "memory": f"{count * 4 / 1e6:,.0f} MB of parameters, "
+        "memory": f"{size / 1e6:,.0f} MB of parameters, "
         f"{used.temp_size_in_bytes / 1e6:,.0f} MB per image in work",
         "seconds": f"{seconds:.2g} per image: about {seconds * images:,.0f} for {images} images of "
         f"training, {100 * seconds:,.0f} per 100 test images, one at a time",

@@ -4,7 +4,6 @@ Blocks are flax.linen modules under the names that transformers' CLIP uses. Read
 to them: LayerScale is folded into the layer before it, a bias that is lacking is 0.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from medclip_jax.clip import stacked
 
 ACTIVATIONS: dict[str, Any] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -197,13 +198,17 @@ class Encoder(nn.Module):
         """Parameters of block `number`, from 1."""
         if "0" in self.layers:
             return self.layers[str(number - 1)]
-        return jax.tree.map(lambda x: x[number - 1], self.layers)
+        return stacked.decompress(jax.tree.map(lambda x: x[number - 1], self.layers))
 
     def scan(self, x, start: int, stop: int):
         """Blocks start + 1 to stop by lax.scan."""
-        layers = stack(self.layers) if "0" in self.layers else self.layers
+        layers = stacked.stack(self.layers) if "0" in self.layers else self.layers
         layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)
-        return jax.lax.scan(lambda y, p: (self.one.apply({"params": p}, y), None), x, layers)[0]
+
+        def step(y, params):
+            return self.one.apply({"params": stacked.decompress(params)}, y), None
+
+        return jax.lax.scan(step, x, layers)[0]
 
     def lean(self, x, mask, position):
         """All blocks by a loop that keeps little for its gradient, which beats scan's.
@@ -215,18 +220,6 @@ class Encoder(nn.Module):
             x = block(self.params_of(number), x)
         last = {"params": self.params_of(self.depth)}
         return self.one.apply(last, x, mask, position=position)
-
-
-def stack(layers: Mapping[str, Any]) -> Any:
-    """Parameters of blocks "0", "1", ... stacked on a leading axis."""
-    rows = [layers[str(i)] for i in range(len(layers))]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-
-
-def unstack(layers: Any) -> dict[str, Any]:
-    """Undoes `stack`."""
-    depth = len(jax.tree.leaves(layers)[0])
-    return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(depth)}
 
 
 class Features(NamedTuple):
@@ -267,7 +260,7 @@ class ImageEncoder(Protocol):
     """
 
     levels: tuple[int, ...]  # tapped blocks or stages, counted from 1
-    dtype: str  # of the computation: float32 | bfloat16
+    dtype: str  # of the computation: float32 | bfloat16; int8: of the weights, see stacked.py
     implementation: ClassVar[str]  # config.clip.implementation
 
     @property

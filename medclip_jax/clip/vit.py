@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from medclip_jax.clip import layers
+from medclip_jax.clip import layers, stacked
 from medclip_jax.clip.layers import Features
 
 
@@ -147,10 +148,11 @@ class ViT(nn.Module):
     implementation: ClassVar[str] = "fused"
 
     def setup(self):
-        kinds = self.heads, self.hidden, self.activation, self.eps, self.dtype
+        dtype = stacked.arithmetic(self.dtype)
+        kinds = self.heads, self.hidden, self.activation, self.eps, dtype
         rope = (self.rope, self.prefix) if self.rope else ()
         self.vision_model = VisionModel(
-            (self.width, self.patch, self.positions, self.dtype, self.prefix, self.plain),
+            (self.width, self.patch, self.positions, dtype, self.prefix, self.plain),
             (self.depth, self.width, *kinds, rope),
             *(self.eps, self.plain, self.pools),
         )
@@ -190,11 +192,18 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def prepare(self, params: Mapping) -> dict[str, Any]:
-        return _image_part(params, layers.stack)
+        def layout(blocks):
+            return stacked.stack({i: stacked.compress(p, self.dtype) for i, p in blocks.items()})
+
+        return _image_part(params, layout)
 
     @nn.nowrap
     def restore(self, vision: Mapping) -> dict[str, Any]:
-        return _image_part(vision, layers.unstack)
+        def layout(blocks):
+            blocks = stacked.decompress(stacked.unstack(blocks))
+            return jax.tree.map(lambda x: x.astype(jnp.float32), blocks)
+
+        return _image_part(vision, layout)
 
 
 def _image_part(params: Mapping, layout) -> dict[str, Any]:

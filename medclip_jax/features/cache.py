@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from medclip_jax import files, stored
-from medclip_jax.clip import checkpoint
+from medclip_jax.clip import checkpoint, stacked
 from medclip_jax.clip.layers import Features, widened
 from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record, unique
@@ -56,7 +56,8 @@ def open(
     The rest are FeatureCache's fields. Raises ConfigError for an unknown recipe.
     """
     vision = sharding.replicate(clip.vision, mesh)
-    unnamed = FeatureCache(folder / "feature_cache" / "-", clip, fit, dtype, mesh, vision)
+    about = clip, fit, stacked.arithmetic(dtype), mesh, vision
+    unnamed = FeatureCache(folder / "feature_cache" / "-", *about)
     feature_cache = with_recipe(unnamed, recipe, window)
     feature_cache = feature_cache._replace(writes=_writes(feature_cache.folder))
     files.sweep(feature_cache.folder)

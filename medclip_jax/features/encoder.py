@@ -188,9 +188,14 @@ def supports_folder(hashes: Sequence[str]) -> str:
     return f"supports-{stored.digest([list(hashes)])}"
 
 
-def encode(feature_cache: FeatureCache, images: Float[np.ndarray, "n s s"]) -> Features:
-    """Tokens of images in the encoder's frame, [0, 1], on the host; the cache is not read."""
-    size = batch_size(feature_cache)
+def encode(
+    feature_cache: FeatureCache, images: Float[np.ndarray, "n s s"], size: int = 0
+) -> Features:
+    """Tokens of images in the encoder's frame, [0, 1], on the host; the cache is not read.
+
+    size: images encoded together, a multiple of the devices; 0 is `batch_size`.
+    """
+    size = size or batch_size(feature_cache)
     rows = sharding.local_rows(size, feature_cache.mesh)
     groups = (images[start : start + size] for start in range(0, len(images), size))
     shares = ((group[rows % len(group)], len(group)) for group in groups)

@@ -257,8 +257,6 @@ def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
 
     Its constants become arguments: the second result, beside the code.
     """
-    import jax.numpy as jnp
-
     from medclip_jax.clip import checkpoint
     from medclip_jax.clip.layers import narrowed
     from medclip_jax.detectors import calibration, detector
@@ -270,16 +268,17 @@ def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
     def run(images):
         how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
         tokens = checkpoint.encode_images(clip.vision, images, **how)
-        stored = jax.tree.map(lambda x: x.astype(jnp.float32), narrowed(tokens, dtype))
+        stored = jax.tree.map(lambda x: x.astype(np.float32), narrowed(tokens, dtype))
         raw = detector.read_batch(predictor.detector, stored, jax.random.wrap_key_data(seeds))
         return raw.image, calibration.lowered(raw.maps, peak), raw.passes.image
 
     shape = (jax.export.symbolic_shape("n")[0], predictor.size, predictor.size)
     closed = jax.make_jaxpr(run)(images := jax.ShapeDtypeStruct(shape, np.float32))
-    weights = [np.asarray(w) for w in closed.consts]
+    weights = [np.asarray(w, "f4" if w.dtype == "bfloat16" else None) for w in closed.consts]
 
     def lifted(weights, images):
-        return jax.core.eval_jaxpr(closed.jaxpr, weights, images)
+        own = [w.astype(x.dtype) for w, x in zip(weights, closed.consts, strict=True)]
+        return jax.core.eval_jaxpr(closed.jaxpr, own, images)
 
     shapes = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
     code = jax.export.export(jax.jit(lifted), platforms=PLATFORMS)(shapes, images).serialize()

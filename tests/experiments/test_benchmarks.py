@@ -6,7 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench import clock, encoder, maml, predict, predict_inputs, scaling, sizes, stages, workload
+from bench import (
+    clock,
+    encoder,
+    large,
+    maml,
+    predict,
+    predict_inputs,
+    scaling,
+    sizes,
+    stages,
+    workload,
+)
 from bench import input as bench_input
 
 from medclip_jax.clip import checkpoint
@@ -52,6 +63,15 @@ def test_the_encoder_is_measured_without_pytorch():
     for row in result["rows"]:
         assert set(row["images_per_second"]) == {"ours float32"} and not row["ratio"]
     assert result["largest_difference"] is None
+
+
+def test_a_large_encoder_is_measured_in_int8(tmp_path):
+    folder = sizes.write("tiny", tmp_path / "clip")
+    row, wide = (large.worker(str(folder), dtype, 3, 2) for dtype in ("int8", "float32"))
+    assert row["peak_mb"] >= row["peak_mb_of_loading"] > 50 and row["seconds"] >= 0
+    assert row["vision_mb"] <= wide["vision_mb"]
+    large.tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 def test_ratios_are_to_pytorch_in_float32():

@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,6 +38,21 @@ def test_it_equals_the_scorer_in_the_process(whole, exported):
         a, b = (np.asarray(getattr(x, name), float) for x in (mine, theirs))
         np.testing.assert_allclose(b, a, atol=1e-5, err_msg=name)
     assert len(export.load(exported)(IMAGES[:1]).score) == 1  # any batch size
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_weights_of_another_format(whole, tmp_path, dtype):
+    model = build_detector.load_predictor(whole)
+    clip = model.encoder.clip
+    encoder = clip.image_encoder.clone(dtype=dtype)
+    vision = jax.tree.map(jnp.asarray, encoder.prepare(jax.device_get(clip.params)))
+    clip = clip._replace(vision=vision, image_encoder=encoder)
+    model = model._replace(encoder=model.encoder._replace(clip=clip, vision=vision))
+    export.save(model, tmp_path / "x.medclip")
+    frames = np.stack([read.fit(x, model.size) for x in IMAGES])
+    theirs = export.load(tmp_path / "x.medclip")(frames)
+    mine = predictor.score(model, frames)
+    np.testing.assert_allclose(theirs.score, mine.score, atol=1e-2 * abs(mine.score).max())
 
 
 @pytest.mark.parametrize("mode", ["stretch", "pad"])

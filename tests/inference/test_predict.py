@@ -39,6 +39,16 @@ def test_the_stored_scorer_gives_the_test_scores_again(whole, data):
     assert (got.alarm == (got.score >= 0.5)).all()
 
 
+def test_an_image_alone_is_scored_as_among_others(whole, data):
+    scorer = medclip_jax.load(whole)
+    paths = [data / name for name in predictions(whole)["id"][:2]]
+    together, alone = scorer.predict(paths), [scorer.predict([path])[0] for path in paths]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one.score, other.score, atol=2e-5)
+        np.testing.assert_allclose(one.map, other.map, atol=2e-4)
+        assert (one.alarm, len(one.boxes)) == (other.alarm, len(other.boxes))
+
+
 def test_boxes_of_command_line_notebook_and_report_are_equal(whole, data, tmp_path):
     written = predictions(whole)
     ends = [0, *written["boxes_end"]]
