@@ -1,10 +1,11 @@
 """One command on a machine with an accelerator: is it right, how fast is it, where does time go?
 
-python experiments/accelerator_check.py --out result.json [--minutes 7] [--small]
+python experiments/accelerator_check.py --out result.json [--minutes 7] [--python PYTHON] [--small]
 
 Prints each part as it is done and writes all so far to --out, so that a stop loses nothing. A part
 begins only if the time is not over; the others are listed under "skipped". Times are the best of a
-few calls. PyTorch is measured beside it by `benchmark.py encoder --python=...`, on its own machine.
+few calls. PyTorch is measured in the same run where PYTHON (this one) has torch and transformers;
+where it has not, the result says what is missing.
 """
 
 import argparse
@@ -17,10 +18,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and runs take some too
 
 import jax
 import numpy as np
-from bench import clock, sizes, workload
+from bench import clock, sizes, torch_peer, workload
 from bench.encoder import SMALL_TEXT, encode
 from benchmark import machine
 from PIL import Image
@@ -40,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--python", default=sys.executable, help="a Python with PyTorch")
     parser.add_argument("--small", action="store_true", help="tiny sizes, as the tests take")
     args = parser.parse_args()
     end, result = time.monotonic() + 60 * args.minutes, {"devices": devices(), "skipped": []}
@@ -49,6 +52,7 @@ def main() -> int:
             "runs": functools.partial(runs, Path(folder), args.small),
             "encoder": functools.partial(encoders, args.small),
             "episodes": functools.partial(episodes, args.small),
+            "pytorch": functools.partial(pytorch, args.small, args.python, end),
         }
         for name, part in parts.items():
             if time.monotonic() > end:
@@ -145,8 +149,7 @@ def job(flags: list[str], workdir: Path, cache: Path, fields=(), cpu: bool = Fal
     begin = time.monotonic()
     command = [sys.executable, "-m", "medclip_jax.main", *flags, f"--workdir={workdir}"]
     command += [f"--config.{field}" for field in (*fields, f"cache={cache / 'cache'}")]
-    # a second process may not find the accelerator's memory taken by this one
-    more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"JAX_PLATFORMS": "cpu"} if cpu else {})
+    more = {"JAX_PLATFORMS": "cpu"} if cpu else {}
     subprocess.run(command, cwd=ROOT, env=os.environ | more, check=True)
     stages = stored.read_json(workdir / "metrics.json")["timing"]
     return stages | {"in all": time.monotonic() - begin}
@@ -184,7 +187,7 @@ def encoders(small: bool) -> dict:
             with tempfile.TemporaryDirectory() as folder:
                 written = sizes.write(size, Path(folder), **SMALL_TEXT, **changes)
                 clip = checkpoint.load(str(written), dtype=dtype)
-            for batch in (2,) if small else (1, 16, 128):
+            for batch in (2,) if small else (16, 128):
                 call = encode(clip, sizes.images(clip, batch))
                 call()
                 seconds = min(clock.seconds_of(call) for _ in range(5))
@@ -211,6 +214,25 @@ def episodes(small: bool) -> dict:
         rows.append({"tasks": tasks, "episodes_per_second": tasks / seconds})
         print(rows[-1], flush=True)
     return {"rows": rows}
+
+
+def pytorch(small: bool, python: str, end: float) -> dict:
+    """The same by PyTorch; begins no measurement after `end`."""
+    if reason := torch_peer.missing(python):
+        return {"missing": reason}
+    size, batches, tasks = (
+        ("tiny", (2,), (2,)) if small else ("ViT-B/16", (16, 128), (4, 256, 4096))
+    )
+    learner, result = "tiny" if small else "compact", {}
+    for name, part in {
+        "encoder": lambda: torch_peer.encoders(python, size, batches, end),
+        "episodes": lambda: torch_peer.episodes(python, learner, tasks, end),
+    }.items():
+        try:
+            result[name] = part()
+        except RuntimeError as error:  # a worker that ended, or another result
+            result[name] = {"error": str(error)}
+    return result
 
 
 if __name__ == "__main__":

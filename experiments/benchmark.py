@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-COMMANDS = ("encoder", "large", "maml", "stages", "predict", "scaling", "input")  # modules of bench
+# modules of bench
+COMMANDS = ("encoder", "large", "maml", "stages", "predict", "scaling", "input", "table")
 
 
 def main() -> None:

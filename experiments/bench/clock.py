@@ -1,5 +1,6 @@
 """Taking turns, the machine's peak, and a worker process that answers over pipes."""
 
+import contextlib
 import json
 import subprocess
 import time
@@ -64,5 +65,7 @@ def ask(process: subprocess.Popen, line: str):
 
 def end(process: subprocess.Popen | None) -> None:
     if process:
-        process.stdin.close()
+        with contextlib.suppress(OSError):  # it has ended
+            process.stdin.close()
         process.wait(60)
+        process.stdout.close()

@@ -5,6 +5,7 @@ call in seconds, or null where the engine has no such format; "check" gives the 
 the first two images. FOLDER holds clip/ and pixels.npy. Engines: torch, compiled, onnx, openvino.
 """
 
+import copy
 import json
 import os
 import sys
@@ -19,13 +20,17 @@ from transformers import CLIPVisionModelWithProjection
 
 FOLDER = Path(sys.argv[1])
 CORES = len(os.sched_getaffinity(0))
+CUDA = torch.cuda.is_available()  # there torch and compiled run, the others on the CPU
 torch.set_num_threads(CORES)
+if CUDA:
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX
 IMAGES = torch.from_numpy(np.load(FOLDER / "pixels.npy"))
 
 
 @cache
 def model(dtype: str):
-    plain = CLIPVisionModelWithProjection.from_pretrained(FOLDER / "clip").eval()
+    load = CLIPVisionModelWithProjection.from_pretrained
+    plain = load(FOLDER / "clip", attn_implementation="sdpa").eval()
     if dtype == "int8":
         linear = {torch.nn.Linear}
         return torch.ao.quantization.quantize_dynamic(plain, linear, dtype=torch.qint8)
@@ -65,6 +70,8 @@ def engine(name: str, dtype: str, batch: int) -> Callable | None:
             return None
         group = images.to(torch.bfloat16) if dtype == "bfloat16" else images
         own = Tapped(model(dtype))
+        if CUDA:
+            group, own = group.cuda(), copy.deepcopy(own).cuda()
         own = torch.compile(own) if name == "compiled" else own
         return lambda: own(group)
     if name == "onnx":
@@ -98,6 +105,7 @@ def main() -> None:
             call, begin = engine(name, dtype, int(batch)), time.perf_counter()
             if call is not None:
                 call()
+                torch.cuda.synchronize() if CUDA else None
             seconds = None if call is None else time.perf_counter() - begin
         print(json.dumps(seconds), flush=True)
 

@@ -1,5 +1,6 @@
 """Reading ahead, SIGTERM, and two real processes on loopback that equal one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -244,7 +245,8 @@ def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, own_programs, r
         assert compile_with(place, 8.75) == first  # compiled, and not kept
         assert compile_with(place, 8.875) == first
     finally:
-        monitoring.unregister_event_listener(note)
+        with contextlib.suppress(AttributeError):  # jax 0.7 has none
+            monitoring.unregister_event_listener(note)
     said = [message for message in caplog.messages if "cannot be written" in message]
     assert set(said) == {f"{place} cannot be written: what it lacks is compiled again each time"}
     assert not [w for w in own_programs if "Error writing" in str(w.message)]

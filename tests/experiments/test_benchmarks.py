@@ -16,6 +16,7 @@ from bench import (
     scaling,
     sizes,
     stages,
+    table,
     workload,
 )
 from bench import input as bench_input
@@ -118,6 +119,24 @@ def test_files_to_predict_are_whole_and_all_different(tmp_path, kind):
     pixels = np.concatenate([read.read(Path(item.paths[0])).pixels for item in items])
     assert len(pixels) == 3 and len({x.tobytes() for x in pixels}) == 3
     assert all(0.05 < x.std() < 0.5 for x in pixels)
+
+
+def test_the_encoder_of_the_cost_is_the_measured_one_less_its_projection(tmp_path):
+    clip = checkpoint.load(str(sizes.write("tiny", tmp_path / "clip")))
+    assert table.encoder("tiny") == sizes.flops(clip) - 2 * 32 * 16
+
+
+@pytest.mark.slow
+def test_operations_of_a_table_are_counts_times_runs():
+    image, step, maps, memory = table.parts("ours", "tiny", [4], 2)
+    # 1,592 test images, 32 + 32 + 2 x 4 supports of 50 variants; three sets, two draws, four folds
+    assert image[:2] == ("image encoder", 1592 + 72 * 51) and image.flops == table.encoder("tiny")
+    assert step[:2] == ("gradient, 4 rows, K = 4", 3 * 2 * 5 * 100) and step.flops > image.flops
+    assert maps.times == 1592 * 2 * (5 + 20 + 2) and memory.times == 1592 * 2 * 3
+    # 16 patches of 32 numbers with those of four supports, at three layers
+    assert memory.flops == pytest.approx(3 * 2 * 16 * 64 * 32, rel=0.3)
+    meta = table.parts("paper", "tiny", [4], 2)
+    assert meta[0].times == (1592 + 72 * 33) * 5 and meta[1].name.startswith("exact meta-step")
 
 
 def test_a_consumer_waits_for_what_the_cores_cannot_read():
