@@ -89,9 +89,8 @@ class Scorer:
         items = inputs.find([str(name) for name in named], follow_links, nameless=pseudonymise)
         predictor = self._predictor._replace(boxes_of_passed=boxes_of_passed)
         with object_store.folder(str(output)) as folder:
-            return inference_predict.run(
-                predictor, items, folder, cam=cam, pseudonymise=pseudonymise
-            )
+            score = inference_predict.in_process(predictor, cam)
+            return inference_predict.run(score, items, folder, pseudonymise=pseudonymise)
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.

@@ -5,6 +5,7 @@ and ends with a traceback and exit code 1.
 """
 
 import ast
+import logging
 from contextlib import suppress
 
 
@@ -57,3 +58,10 @@ def one_line(error: BaseException) -> str:
         with suppress(ValueError, SyntaxError):
             message = str(ast.literal_eval(message))
     return " ".join(message.split()) or type(error).__name__
+
+
+class PrintableLines(logging.Formatter):
+    """A line for each message, whatever file names it holds."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))

@@ -5,6 +5,7 @@ python -m medclip_jax.main --config FILE[:k=K,seed=S,...] --workdir DIR
 python -m medclip_jax.main --mode predict --workdir TRAINED --input PATH ... --output DIR
                            [--part i/n] [--cam] [--boxes_of_passed] [--follow_links]
                            [--pseudonymise [--keep_burned_in]]
+                           [--engine ray [--ray.address HOST:PORT] [--ray.workers N]]
 python -m medclip_jax.main --mode export --workdir TRAINED --output FILE
 
 Exit code 0 on success, 2 on a user's mistake (one sentence on stderr), 1 on our own,
@@ -17,13 +18,22 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from medclip_jax import config, config_validation, files
-from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError, one_line, printable
+from medclip_jax.errors import (
+    TERMINATED,
+    ConfigError,
+    Preempted,
+    PrintableLines,
+    UserError,
+    one_line,
+    printable,
+)
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS),
@@ -49,7 +59,7 @@ def main(argv: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Printable("%(message)s"))
+    handler.setFormatter(PrintableLines("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     code = 2
     try:
@@ -91,13 +101,6 @@ def main(argv: list[str]) -> int:
     return code
 
 
-class Printable(logging.Formatter):
-    """A line for each message, whatever file names it holds."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-
 def usage() -> str:
     """What --help prints: the modes and every field with its default."""
     modes = "\n".join(f"  {mode:9} {what}" for mode, what in MODES.items())
@@ -117,6 +120,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_multi_string("input", [], "What to score; PATH ... .", flag_values=args)
     flags.DEFINE_string("output", None, "Where results go.", flag_values=args)
     flags.DEFINE_string("part", "", "i/n: the i-th of n shares.", flag_values=args)
+    flags.DEFINE_enum("engine", "", ["", "ray"], "Where; else here.", flag_values=args)
+    flags.DEFINE_string("ray.address", "", "Of a cluster.", flag_values=args)
+    flags.DEFINE_integer("ray.workers", 0, "At most.", lower_bound=0, flag_values=args)
     flags.DEFINE_boolean("pseudonymise", False, "No name or id of a source.", flag_values=args)
     flags.DEFINE_boolean("keep_burned_in", False, "Pictures with text too.", flag_values=args)
     flags.DEFINE_boolean("follow_links", False, "Also out of named folders.", flag_values=args)
@@ -203,7 +209,8 @@ def use(args: flags.FlagValues) -> None:
     from medclip_jax import build_detector, object_store, workdir
 
     folder, output = files.expanded(args.workdir), object_store.place(args.output)
-    log_devices()
+    if args.engine != "ray":  # whose workers have the devices
+        log_devices()
     if args.mode == "export":
         if output.name in workdir.FILES and output.parent.resolve() == folder.resolve():
             raise ConfigError(f"{output} is a file of the run: give another --output")
@@ -215,11 +222,21 @@ def use(args: flags.FlagValues) -> None:
     from medclip_jax.inference import inputs, predict
 
     items = inputs.find(args.input, args.follow_links, nameless=args.pseudonymise)
-    predictor = build_detector.load_predictor(folder)
-    predictor = predictor._replace(boxes_of_passed=args.boxes_of_passed)
-    options = (args.part, args.pseudonymise, args.cam, args.keep_burned_in)
-    with object_store.folder(args.output) as output:
-        summary = predict.run(predictor, items, output, *options)
+    with ExitStack() as stack:
+        if args.engine == "ray":
+            from medclip_jax import ray_engine
+
+            stack.enter_context(ray_engine.connected(args["ray.address"].value))
+            how = {"cam": args.cam, "boxes_of_passed": args.boxes_of_passed}
+            how |= {"workdir": folder, "workers": args["ray.workers"].value}
+            score: predict.Score = partial(ray_engine.score, **how)
+        else:
+            predictor = build_detector.load_predictor(folder)
+            predictor = predictor._replace(boxes_of_passed=args.boxes_of_passed)
+            score = predict.in_process(predictor, args.cam)
+        output = stack.enter_context(object_store.folder(args.output))
+        options = (args.part, args.pseudonymise, args.keep_burned_in)
+        summary = predict.run(score, items, output, *options)
     logging.info("%d scored, %d finished before, %d unreadable, %d alarm(s): %s", *summary)
 
 
@@ -242,6 +259,7 @@ def run(mode: str, fields: ConfigDict, name: str) -> None:
     """Train, evaluate or report in the workdir of this name, which no other run uses meanwhile."""
     from medclip_jax import object_store, train, workdir
     from medclip_jax.distributed import runtime
+    from medclip_jax.evaluation.metrics import headline
 
     object_store.place(name)  # a scheme that is unknown is an error
     if object_store.is_url(cache := str(fields.cache)):
@@ -274,15 +292,6 @@ def log_devices() -> None:
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not of absent TPUs
     kinds = sorted({d.device_kind for d in jax.devices()})
     logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
-
-
-def headline(metrics: dict) -> str:
-    """One line of the main numbers."""
-    pixel = metrics["pixel"] or {}
-    parts = {"image AUROC": metrics["image"]["auroc"], "pixel AUROC": pixel.get("auroc")}
-    parts |= {"AUPRO": pixel.get("aupro"), "Dice": pixel.get("dice")}
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if value is not None)
-    return f"{metrics['dataset']} K={metrics['k']} {metrics['method']}: {shown}"
 
 
 def cli() -> None:

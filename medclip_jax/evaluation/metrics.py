@@ -280,3 +280,12 @@ def _rejection(score, label, wrong, uncertainty) -> dict[str, Any]:
             for rows in remaining
         ],
     }
+
+
+def headline(metrics: dict) -> str:
+    """One line of the main numbers."""
+    pixel = metrics["pixel"] or {}
+    parts = {"image AUROC": metrics["image"]["auroc"], "pixel AUROC": pixel.get("auroc")}
+    parts |= {"AUPRO": pixel.get("aupro"), "Dice": pixel.get("dice")}
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if value is not None)
+    return f"{metrics['dataset']} K={metrics['k']} {metrics['method']}: {shown}"

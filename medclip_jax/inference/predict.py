@@ -10,6 +10,7 @@ import csv
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -33,6 +34,20 @@ PENDING = 1 << 28  # bytes of items whose results are being written, if there ar
 LISTED = 20  # unreadable files named on the terminal
 
 
+class Outcome(NamedTuple):
+    """What became of an item."""
+
+    item: Item
+    rows: list[dict]  # of results.csv
+    error: str  # why there are none
+    notes: list[str]  # on outputs that are missing
+    scored: bool  # now, not before
+
+
+# reads, scores and writes items below a folder, in order, until the event is set
+Score = Callable[[Sequence[Item], Path, Privacy, threading.Event], Generator[Outcome, None, None]]
+
+
 class Summary(NamedTuple):
     """What a call did."""
 
@@ -43,24 +58,28 @@ class Summary(NamedTuple):
     table: Path  # results.csv
 
 
+def in_process(predictor: Predictor, cam: bool = False) -> Score:
+    """Scoring in this process; cam: also write the Grad-CAM of each item."""
+    return partial(_stream, predictor if cam else predictor._replace(explanation=None))
+
+
 def run(
-    predictor: Predictor,
+    score: Score,
     items: Sequence[Item],
     output: Path,
     part: str = "",
     pseudonymise: bool = False,
-    cam: bool = False,
     burned_in: bool = False,
 ) -> Summary:
     """Score items and write their results below `output`.
 
     Args:
+        score: where: `in_process`, or on the workers of `ray_engine.score`.
         items: as `inputs.find` names them.
         part: "i/n" takes the i-th of n shares, for several processes; each writes its own table,
             and one call without it joins them.
         pseudonymise: no names or identifiers of the sources in any output, on the terminal or in
             logs, also where DICOM would have them copied; pseudonyms are of the output folder.
-        cam: also write the Grad-CAM of each item.
         burned_in: pseudonymised pictures also of sources that say they have text in their pixels.
 
     Raises DataError if nothing could be read, ConfigError for a bad `part`, WorkdirError if the
@@ -70,25 +89,14 @@ def run(
     items = inputs.share(items, part)
     privacy = Privacy(pseudonyms.salt_of(output) if pseudonymise else None, burned_in)
     if privacy.salt is None:
-        return _run(predictor, items, output, part, cam, privacy)
+        return _run(score, items, output, part, privacy)
     items = pseudonyms.rename(items, privacy.salt)
     with pseudonyms.nameless_log(items):
-        return _run(predictor, items, output, part, cam, privacy)
+        return _run(score, items, output, part, privacy)
 
 
-def _run(
-    predictor: Predictor,
-    items: Sequence[Item],
-    output: Path,
-    part: str,
-    cam: bool,
-    privacy: Privacy,
-) -> Summary:
+def _run(score: Score, items: Sequence[Item], output: Path, part: str, privacy: Privacy) -> Summary:
     logging.info("%d item(s) to score", len(items))
-    predictor = predictor if cam else predictor._replace(explanation=None)
-    how = predictor.explanation, predictor.boxes_of_passed
-    settings = f"{FORMAT} {predictor.digest} {privacy} {how}"
-    stamp = hashlib.sha256(settings.encode()).hexdigest()
     files.sweep(output)
     share = f".{part.replace('/', '-of-')}" if part else ""
     table, bad = output / f"results{share}.csv", output / f"unreadable{share}.csv"
@@ -96,20 +104,17 @@ def _run(
     reasons: list[str] = []
     notes: dict[str, list[str]] = collections.defaultdict(list)  # sources by note
     with _open_tables(table, bad) as add, runtime.sigterm() as stop:
-        stream = _stream(predictor, items, output, stamp, privacy, stop)
-        with closing(stream):
-            for job, rows in runtime.progress(stream, "predict", len(items)):
-                error = job.error
+        with closing(score(items, output, privacy, stop)) as stream:
+            for item, rows, error, own, scored in runtime.progress(stream, "predict", len(items)):
                 if privacy.salt and error:
-                    error = pseudonyms.without_names(error, job.item.paths, job.item.source)
-                add(job.item, rows, error)
-                for note in job.notes:
-                    notes[note].append(job.item.source)
-                known = "skipped" if job.rows is not None else "scored"
-                counts["unreadable" if job.error else known] += 1
+                    error = pseudonyms.without_names(error, item.paths, item.source)
+                add(item, rows, error)
+                for note in own:
+                    notes[note].append(item.source)
+                counts["unreadable" if error else "scored" if scored else "skipped"] += 1
                 counts["alarms"] += sum(row["alarm"] for row in rows)
-                if job.error and len(reasons) < LISTED:
-                    reasons.append(f"{job.item.source}: {error}")
+                if error and len(reasons) < LISTED:
+                    reasons.append(f"{item.source}: {error}")
         if stop.is_set():
             done = counts.total() - counts["alarms"]
             raise Preempted(f"stopped by SIGTERM after {done} of {len(items)} items")
@@ -127,9 +132,16 @@ def _run(
 
 
 def _stream(
-    predictor, items, output, stamp, privacy, stop
-) -> Generator[tuple[Job, list[dict]], None, None]:
-    """Read, score and write items; yields each, in order, with its rows of the table."""
+    predictor: Predictor,
+    items: Sequence[Item],
+    output: Path,
+    privacy: Privacy,
+    stop: threading.Event,
+) -> Generator[Outcome, None, None]:
+    """Read, score and write items on threads."""
+    how = predictor.explanation, predictor.boxes_of_passed
+    settings = f"{FORMAT} {predictor.digest} {privacy} {how}"
+    stamp = hashlib.sha256(settings.encode()).hexdigest()
     size = batch_size(predictor)
     load = partial(loading.load, predictor=predictor, output=output, stamp=stamp)
     objects = dicom_write.builder(sum(item.kind == "dicom" for item in items))
@@ -141,7 +153,8 @@ def _stream(
         with closing(reading):
             jobs = pipeline.score(predictor, reading, writers)
             # so many that the encoder does not wait for writers
-            yield from _written(jobs, writers, write, 4 * size)
+            for job, rows in _written(jobs, writers, write, 4 * size):
+                yield Outcome(job.item, rows, job.error, job.notes, job.rows is None)
 
 
 def _written(

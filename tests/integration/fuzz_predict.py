@@ -71,7 +71,7 @@ def run(cases: int, seed: int, base: Path, workdir: Path) -> dict:
     lay_out(scans, cases, seed)
     items = inputs.find([str(scans)])
     assert sum(len(item.paths) for item in items) == cases
-    done = predict.run(load_predictor(workdir), items, output)
+    done = predict.run(predict.in_process(load_predictor(workdir)), items, output)
     good, bad = rows(output / "results.csv"), rows(output / "unreadable.csv")
     scored = {row["result"] for row in good}
     assert len(scored) == done.scored and len(bad) == done.unreadable

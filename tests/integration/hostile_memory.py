@@ -44,7 +44,7 @@ def settled() -> int:
 def outcome(predictor, path: Path, output: Path) -> tuple[str, int]:
     """hostile.READ, the reason in unreadable.csv, or nothing; rows of results."""
     try:
-        predict.run(predictor, inputs.find([str(path.parent)]), output)
+        predict.run(predict.in_process(predictor), inputs.find([str(path.parent)]), output)
     except UserError:
         pass  # of a single unreadable file; the table says why
     if rows := len(table(output)):
