@@ -7,8 +7,9 @@ python experiments/sweep.py --config configs/busi.py configs/brain_mri.py --vari
 A field of a variant may be a function of K.
 Draw i is seed i for every variant, so all see the same supports; whole draws run first. A finished
 run is never repeated, and a stopped one resumes. Start the same command in several terminals to
-share the work: each run belongs to the process that locks it. Tokens, prepared data and compiled
-programs are shared through the cache (--set cache=FOLDER).
+share the work: each run belongs to the process that locks it; or --engine ray [--ray.address
+HOST:PORT] runs each draw as a task of a cluster whose nodes share all folders. Tokens, data and
+compiled programs are shared through the cache (--set cache=FOLDER).
 
 Both splits are run: `clean`, the headline, and `peer`, as published tables have it. Report sets
 (medclip_jax.data.catalog.EVIDENCE) need --report and the frozen configuration, see looks.py.
@@ -21,10 +22,12 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -79,8 +82,10 @@ def main() -> None:
         for k in args.k
         for variant in args.only
     ]
-    while any([run_all(args, [*same]) for _, same in groupby(jobs, lambda job: job[:-1])]):
-        pass  # once more for what others left unfinished
+    draws = [[*same] for _, same in groupby(jobs, lambda job: job[:-1])]
+    with on_ray(args) if args.engine else nullcontext(map) as each:
+        while any([*each(partial(run_all, args), draws)]):
+            pass  # once more for what others left unfinished
     results = {job: read(args.runs / job.name, job.seed) for job in jobs if done(args, job)}
     print(f"{len(results)} of {len(jobs)} runs are finished", file=sys.stderr)
     write(args.out, results)
@@ -102,6 +107,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs"
     )
+    parser.add_argument("--engine", choices=["ray"], help="runs are tasks of a Ray cluster")
+    parser.add_argument("--ray.address", dest="address", default="", help="HOST:PORT of it")
+    parser.add_argument("--ray.workers", dest="workers", type=int, default=0, help="at a time")
     args = parser.parse_args()
     if any(x.startswith("data.split=") for x in args.set):
         parser.error("--set data.split: give --split clean, peer or both")
@@ -176,6 +184,34 @@ def run_all(args: argparse.Namespace, jobs: Sequence[Job]) -> bool:
         for path in root.glob(f"feature_cache/*/{folder}"):
             shutil.rmtree(path, ignore_errors=True)
     return any(ran)
+
+
+@contextmanager
+def on_ray(args: argparse.Namespace) -> Iterator[Callable]:
+    """What maps a function over items as tasks of a cluster, in any order, run again if lost."""
+    from medclip_jax import ray_engine
+
+    args.runs = args.runs.absolute()
+    args.runs.mkdir(parents=True, exist_ok=True)
+
+    def each(function: Callable, items: Sequence) -> Iterator:
+        folder, (reserved, most) = Path.cwd(), ray_engine.places(args.workers)
+
+        def task(item):
+            ray_engine.check(versions, [str(folder), str(args.runs)])
+            os.chdir(folder)  # relative paths
+            return function(item)
+
+        versions, pending = ray_engine.versions(), []
+        for item in items:
+            pending.append(ray_engine.ray.remote(task).options(**reserved).remote(item))
+            if len(pending) >= most:
+                (ref,), pending = ray_engine.ray.wait(pending)
+                yield ray_engine.answer_of(ref)
+        yield from map(ray_engine.answer_of, pending)
+
+    with ray_engine.connected(args.address):
+        yield each
 
 
 def done(args: argparse.Namespace, job: Job) -> bool:

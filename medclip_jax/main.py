@@ -24,16 +24,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medclip_jax import config, config_validation, files
-from medclip_jax.errors import (
-    TERMINATED,
-    ConfigError,
-    Preempted,
-    PrintableLines,
-    UserError,
-    one_line,
-    printable,
-)
+from medclip_jax import config, config_validation, errors, files
+from medclip_jax.errors import TERMINATED, ConfigError, Preempted, UserError, one_line, printable
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS),
@@ -59,7 +51,7 @@ def main(argv: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableLines("%(message)s"))
+    handler.setFormatter(errors.PrintableLines("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     code = 2
     try:
@@ -226,7 +218,7 @@ def use(args: flags.FlagValues) -> None:
         if args.engine == "ray":
             from medclip_jax import ray_engine
 
-            stack.enter_context(ray_engine.connected(args["ray.address"].value))
+            stack.enter_context(ray_engine.connected(args["ray.address"].value or ""))
             how = {"cam": args.cam, "boxes_of_passed": args.boxes_of_passed}
             how |= {"workdir": folder, "workers": args["ray.workers"].value}
             score: predict.Score = partial(ray_engine.score, **how)

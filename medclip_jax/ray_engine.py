@@ -1,13 +1,13 @@
-"""Prediction, and any function of many items, on the workers of a Ray cluster.
+"""Prediction on the workers of a Ray cluster.
 
-Actors hold the compiled predictor and take chunks of the list of items, a few at a time; the
-driver writes the tables in the list's order. Files of items appear whole and finished items are
-passed over, so a chunk whose worker is lost is simply given out again, in halves: what kills a
-worker each time is found, and is one line of unreadable.csv.
-Ray runs the code of whoever reaches it. A cluster that is started here listens on the loopback.
+Actors hold the compiled predictor and take chunks of the list; the driver writes the tables in its
+order. Finished items are passed over, so a chunk whose worker is lost is given out again, in
+halves: what kills each worker is found, and is one line of unreadable.csv.
 """
 
 import heapq
+import importlib
+import itertools
 import logging
 import os
 import platform
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,18 +33,19 @@ from medclip_jax.inference.predict import Outcome
 from medclip_jax.inference.results import Privacy
 from medclip_jax.io import dicom_write
 
-PATIENCE = 90  # seconds for a worker to answer; a model may load for longer
+PATIENCE, ROOM = 300, 30  # seconds for a worker to load its model; for a CPU to become free
 STOPPING = 20  # seconds for workers to finish a batch when the run is stopped
 IN_HAND = 2  # chunks of a worker: one is read while the other is scored
 AHEAD = 8  # chunks of each worker that may be finished while an earlier one is not
 BATCHES = 8  # most of a chunk
-HELLO, LOADING = "hello", "loading"  # what a worker does before its first chunk
-LOSSES = 3  # an item that was lost so often, alone, is unreadable; so many workers cannot start
+LOSSES = 3  # an item that was lost so often, alone, is unreadable
 PROBE = sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1], configure_logging=False)"
 HERE = {  # of a cluster that is started here: loopback, no reports to Ray's makers
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # not 15: it is what the machine is for
 }
+ray: Any = None  # the library, of the driver, once it is `connected`
 
 
 class Chunk(NamedTuple):
@@ -63,49 +64,59 @@ class Worker:
         dicom_write.quieten()
         self.stop, self.volumes = threading.Event(), threading.Lock()
 
-    def facts(self, paths: Sequence[str]) -> dict[str, Any]:
-        return facts(paths)
-
-    def load(self, workdir: str, cam: bool, boxes_of_passed: bool) -> tuple[str, int, str]:
-        """Load the predictor; its digest, its batch size and the device."""
-        loaded = build_detector.load_predictor(Path(workdir))
-        loaded = loaded._replace(boxes_of_passed=boxes_of_passed)
+    def load(self, driver, paths: Sequence[str], cam: bool, of_passed: bool) -> tuple:
+        """Load the predictor of the first path; its digest, its batch size and the device."""
+        check(driver, paths)
+        loaded = build_detector.load_predictor(Path(paths[0]))
+        loaded = loaded._replace(boxes_of_passed=of_passed)
         self.score_items = predict.in_process(loaded, cam)
         return loaded.digest, predictor.batch_size(loaded), jax.devices()[0].device_kind
 
     def score(self, items: Sequence[Item], output: str, privacy: Privacy) -> list[Outcome]:
         """The outcomes of a chunk; of its first items if it is told to end meanwhile."""
-        heavy = any(item.kind != "image" for item in items)
-        with self.volumes if heavy else nullcontext():
+        with self.volumes if any(x.kind != "image" for x in items) else nullcontext():
             return [*self.score_items(items, Path(output), privacy, self.stop)]
 
     def end(self) -> None:
         self.stop.set()
 
 
-def facts(paths: Sequence[str]) -> dict[str, Any]:
-    """What must be the same on all machines, and which of the paths are seen here."""
-    versions = {"medclip_jax": __version__, "jax": jax.__version__}
-    versions["Python"] = ".".join(platform.python_version_tuple()[:2])
-    return {"versions": versions, "sees": [*map(os.path.exists, paths)], "node": platform.node()}
+def versions() -> tuple:
+    """What must be the same on all machines."""
+    return ("medclip_jax", __version__), ("jax", jax.__version__)  # Python: Ray sees to it
+
+
+def check(driver: tuple, paths: Sequence[str]) -> None:
+    """On a node: raise ConfigError if it has other versions or does not see one of the paths."""
+    where = f"node {platform.node()} of the cluster"
+    for (name, wanted), (_, own) in zip(driver, versions(), strict=True):
+        if own != wanted:
+            text = "install the same everywhere"
+            raise ConfigError(f"{where} has {name} {own} and this machine {wanted}: {text}")
+    for path in itertools.filterfalse(os.path.exists, paths):
+        text = "give a folder that all nodes share under the same path"
+        raise ConfigError(f"{where} does not see {Path(path).parent}: {text}")
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
     """Ray, connected to the cluster at HOST:PORT; without one to workers of this machine.
 
-    Raises ConfigError if Ray is not installed or there is no such cluster.
+    Raises ConfigError if Ray is not installed, cannot start or there is no such cluster.
     """
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if not address:
         os.environ.update(HERE, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    global ray
     try:
-        import ray
+        ray = importlib.import_module("ray")
     except ImportError:
         raise ConfigError("Ray is not installed: pip install 'medclip-jax[ray]'") from None
     if address:
         reach(address)
+    how = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address or "local", log_to_driver=False, configure_logging=False)
+        ray.init(address or "local", log_to_driver=False, configure_logging=False, **how)
         yield
     finally:
         ray.shutdown()
@@ -114,118 +125,52 @@ def connected(address: str) -> Iterator[None]:
 def reach(address: str) -> None:
     """Raise ConfigError if no cluster that fits is at HOST:PORT.
 
-    Asked in another process: for want of an answer Ray waits for ever, and no signal ends it.
+    Another process asks: without an answer Ray waits for ever, and no signal ends it.
     """
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        done = subprocess.run([*PROBE, address], capture_output=True, text=True, timeout=PATIENCE)
-        lines = [*filter(None, done.stderr.splitlines()), ""]
-        why = next((x for x in lines if re.match(r"\w+Error: ", x)), lines[-2:][0])
+        done = subprocess.run([*PROBE, address], capture_output=True, text=True, timeout=ROOM)
         if done.returncode == 0:
             return
+        lines = [*filter(None, done.stderr.splitlines()), ""]
+        why = next((x for x in lines if re.match(r"\w+Error: ", x)), lines[0])[:300]
     except (OSError, ValueError, OverflowError) as error:
         why = one_line(error)
     except subprocess.TimeoutExpired:
-        why = f"something listens there and has not answered as Ray does for {PATIENCE} s"
-    raise ConfigError(
-        f"no cluster can be used at --ray.address={address} ({why[:300]}): give the HOST:PORT that "
-        "`ray start --head` says, with the same Ray and Python on all nodes"
-    )
+        why = f"what listens there has not answered as Ray does for {ROOM} s"
+    text = "give what `ray start --head` says, with the same Ray and Python on all nodes"
+    raise ConfigError(f"no cluster can be used at --ray.address={address} ({why}): {text}")
 
 
 def places(workers: int = 0) -> tuple[dict[str, Any], int]:
-    """(what a worker reserves, how many there are): one for each GPU, else for each node."""
-    import ray
+    """(what a worker reserves, how many there are): one for each GPU, else for each node.
 
+    Raises ProcessError if no CPU is free and none becomes so.
+    """
+    until = time.monotonic() + ROOM
+    while ray.available_resources().get("CPU", 0) < 1:
+        if time.monotonic() > until:
+            text = f"the cluster has had no free CPU for {ROOM} s: end other jobs or add nodes"
+            raise ProcessError(f"{text}, then run the same command")
+        time.sleep(1)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     reserved: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
     if gpus := int(sum(node.get("GPU", 0) for node in nodes)):
         return reserved | {"num_gpus": 1}, workers or gpus
-    tpus = [node["TPU"] for node in nodes if node.get("TPU")]
-    if tpus:  # a process has all chips of its machine
-        return reserved | {"resources": {"TPU": min(tpus)}}, workers or len(tpus)
-    return reserved, workers or sum(node.get("CPU", 0) >= 1 for node in nodes) or 1
+    return reserved, workers or sum(node.get("CPU", 0) >= 1 for node in nodes)
 
 
-def check(there: dict[str, Any], paths: Sequence[str]) -> None:
-    """Raise ConfigError if a node has other versions or does not see one of the paths."""
-    own = facts([])["versions"]
-    for name, version in there["versions"].items():
-        if version != own[name]:
-            raise ConfigError(
-                f"node {there['node']} of the cluster has {name} {version} and this machine "
-                f"{own[name]}: install the same everywhere"
-            )
-    for path, seen in zip(paths, there["sees"], strict=True):
-        if not seen:
-            raise ConfigError(
-                f"node {there['node']} of the cluster does not see {Path(path).parent}: give a "
-                "folder that all nodes share under the same path"
-            )
-
-
-def no_worker() -> ProcessError:
-    """No worker has answered."""
-    import ray
-
-    free = ray.available_resources().get("CPU", 0)
-    why = "the cluster has no free CPU" if free < 1 else "no worker of the cluster answers"
-    return ProcessError(f"{why} after {PATIENCE} s: end other jobs there or add nodes, then again")
-
-
-def each(function: Callable, items: Iterable, workers: int = 0) -> Iterator:
-    """function(item) of each, as tasks of the cluster, which are run again if a node is lost.
-
-    At most as many at a time as there are `places`. Results are in any order.
-    """
-    import ray
-
-    reserved, most = places(workers)
+def answer_of(ref: Any) -> Any:
+    """What a worker returned, or raised if a user can correct it. Raises RayError if it is lost."""
     try:
-        check(ray.get(ray.remote(facts).options(**reserved).remote([]), timeout=PATIENCE), [])
-    except ray.exceptions.GetTimeoutError:
-        raise no_worker() from None
-    task = ray.remote(function).options(**reserved)
-    pending: list[Any] = []
-
-    def take() -> Any:
-        nonlocal pending
-        (ref,), pending = ray.wait(pending)
-        with causes():
-            return ray.get(ref)
-
-    for item in items:
-        if len(pending) >= most:
-            yield take()
-        pending.append(task.remote(item))
-    while pending:
-        yield take()
-
-
-@contextmanager
-def causes() -> Iterator[None]:
-    """What a user can correct is raised as it was on the worker."""
-    import ray
-
-    try:
-        yield
+        return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
 
 
 def score(
-    items: Sequence[Item],
-    output: Path,
-    privacy: Privacy,
-    stop: threading.Event,
-    *,
-    workdir: Path,
-    cam: bool = False,
-    boxes_of_passed: bool = False,
-    workers: int = 0,
+    items, output, privacy, stop, *, workdir: Path, cam=False, boxes_of_passed=False, workers=0
 ) -> Generator[Outcome, None, None]:
     """As predict.in_process, on the workers of the cluster; a `predict.Score` with these options.
 
@@ -233,10 +178,9 @@ def score(
     """
     output = output.absolute()
     with files.temporary_folder(output / "nodes") as probe:
-        first = next((item.paths[0] for item in items if not item.error), str(probe))
-        load = str(workdir.absolute()), cam, boxes_of_passed
-        pool = Pool(items, (str(output), privacy), (str(probe), first), load, workers)
-        with closing(pool):
+        seen = [item.paths[0] for item in items if not item.error][:1]
+        load = [str(workdir.absolute()), str(probe), *seen], cam, boxes_of_passed
+        with closing(Pool(items, (str(output), privacy), load, workers)) as pool:
             yield from pool.outcomes(stop)
     files.sweep(output)
 
@@ -244,47 +188,42 @@ def score(
 class Pool:
     """The driver's side of `score`."""
 
-    def __init__(self, items, where, paths, load, workers: int) -> None:
-        import ray
-
-        self.items, self.where, self.paths, self.load = items, where, paths, load
+    def __init__(self, items, where, load, workers: int) -> None:
+        self.items, self.where, self.load = items, where, load
         reserved, self.count = places(workers)
         self.remote = ray.remote(Worker).options(max_concurrency=IN_HAND + 1, **reserved)
         self.workers: dict[Any, int] = {}  # chunks in hand of each
         self.ready: list[Any] = []  # those that have loaded the predictor
-        self.pending: dict[Any, tuple[Any, Chunk | str]] = {}  # by what Ray will answer
+        self.pending: dict[Any, tuple[Any, Chunk | None]] = {}  # by what Ray will answer
         self.again: list[Chunk] = []  # heap: their worker was lost
         self.done: dict[int, list[Outcome]] = {}  # by the number of the first
         self.turn = self.given = self.failed = 0  # items yielded, items given out, lost starts
         self.size, self.digest = 0, ""  # items of a chunk; of the detector
         self.heard = time.monotonic()  # when a worker was last known to be there
-        for _ in range(self.count):
-            self.start()
+        self.start(self.count)
 
-    def start(self) -> None:
-        worker = self.remote.remote()
-        self.workers[worker] = 0
-        self.pending[worker.facts.remote(self.paths)] = worker, HELLO
+    def start(self, count: int) -> None:
+        for worker in (self.remote.remote() for _ in range(count)):
+            self.workers[worker] = 0
+            self.pending[worker.load.remote(versions(), *self.load)] = worker, None
 
     def outcomes(self, stop: threading.Event) -> Iterator[Outcome]:
         """All outcomes in order; once `stop` is set those that are under way, in any."""
-        import ray
-
         while self.turn < len(self.items) and not stop.is_set():
             self.hand_out()
             for ref in ray.wait([*self.pending], timeout=1)[0]:
                 self.take(ref)
-            if any(job != HELLO for _, job in self.pending.values()):
+            if self.ready:
                 self.heard = time.monotonic()
-            elif not self.ready and time.monotonic() - self.heard > PATIENCE:
-                raise no_worker()
+            elif time.monotonic() - self.heard > PATIENCE:
+                text = f"no worker of the cluster has answered for {PATIENCE} s"
+                raise ProcessError(f"{text}: look after its nodes, then run the same command")
             while self.turn in self.done:
                 group = self.done.pop(self.turn)
                 self.turn += len(group)
                 yield from group
         self.close()
-        for group in self.done.values():
-            yield from group
+        yield from itertools.chain.from_iterable(self.done.values())
 
     def hand_out(self) -> None:
         """Give chunks to ready workers, the earliest first, not too far ahead of the turn."""
@@ -303,23 +242,17 @@ class Pool:
 
     def take(self, ref: Any) -> None:
         """What a worker has answered, or that it is lost."""
-        import ray
-
         worker, job = self.pending.pop(ref)
         try:
-            with causes():
-                answer = ray.get(ref)
-        except ray.exceptions.RayTaskError:  # a fault of ours
-            raise
+            answer = answer_of(ref)
         except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.RayTaskError):  # a fault of ours
+                raise
             return self.lose(worker, job, error)
-        if job == HELLO:
-            check(answer, self.paths)
-            self.pending[worker.load.remote(*self.load)] = worker, LOADING
-        elif job == LOADING:
+        if job is None:
             digest, batch, device = answer
             if self.digest not in ("", digest):
-                raise ConfigError(f"{self.load[0]} is not the same on all nodes: share one folder")
+                raise ConfigError(f"{self.load[0][0]} differs between nodes: share one folder")
             chunks = len(self.items) // (4 * self.count * batch)
             self.digest, self.size = digest, batch * min(max(chunks, 1), BATCHES)
             self.ready.append(worker)
@@ -329,11 +262,9 @@ class Pool:
             self.done[job.first] = answer
             self.failed = 0
 
-    def lose(self, worker: Any, job: Chunk | str, error: Exception) -> None:
+    def lose(self, worker: Any, job: Chunk | None, error: Exception) -> None:
         """Give out its chunk again, in halves, and start another worker in its place."""
-        import ray
-
-        if isinstance(job, str):
+        if job is None:
             self.failed += 1
             if self.failed >= LOSSES + self.count:
                 last = str(error).strip().splitlines()[-1].strip()
@@ -345,24 +276,20 @@ class Pool:
         elif job.losses + 1 < LOSSES:
             heapq.heappush(self.again, job._replace(losses=job.losses + 1))
         else:
-            text = (
-                f"{LOSSES} workers ended while they had it: it may need more memory than there is"
-            )
+            text = f"{LOSSES} workers ended with it: it may need more memory than there is"
             self.done[job.first] = [Outcome(job.items[0], [], text, [], False)]
         if worker in self.workers:
             logging.warning("a worker is lost: what it had is given out again")
             ray.kill(worker)
             del self.workers[worker]
-            self.ready = [other for other in self.ready if other is not worker]
-            self.start()
+            self.ready = [other for other in self.ready if other in self.workers]
+            self.start(1)
 
     def close(self) -> None:
         """End the workers after the batch that they have; what they finished is in `done`."""
-        import ray
-
         for worker in self.workers:
             worker.end.remote()
-        refs = {ref: job for ref, (_, job) in self.pending.items() if isinstance(job, Chunk)}
+        refs = {ref: job for ref, (_, job) in self.pending.items() if job}
         for ref in ray.wait([*refs], num_returns=len(refs), timeout=STOPPING)[0] if refs else ():
             with suppress(ray.exceptions.RayError, UserError):
                 self.done[refs[ref].first] = ray.get(ref)
