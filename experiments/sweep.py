@@ -189,7 +189,7 @@ def run_all(args: argparse.Namespace, jobs: Sequence[Job]) -> bool:
 @contextmanager
 def on_ray(args: argparse.Namespace) -> Iterator[Callable]:
     """What maps a function over items as tasks of a cluster, in any order, run again if lost."""
-    from medclip_jax import ray_engine
+    from medclip_jax.inference import ray_engine
 
     args.runs = args.runs.absolute()
     args.runs.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,12 @@ def load(workdir: str | Path) -> Scorer:
     return Scorer(workdir)
 
 
+def load_score(workdir: Path, cam: bool, boxes_of_passed: bool) -> tuple:
+    """What scores items in this process, the detector's digest and the batch size."""
+    loaded = build_detector.load_predictor(workdir)._replace(boxes_of_passed=boxes_of_passed)
+    return inference_predict.in_process(loaded, cam), loaded.digest, predictor.batch_size(loaded)
+
+
 def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:
     """Pixels and spacing; that of an array is not known."""
     if isinstance(image, str | Path):

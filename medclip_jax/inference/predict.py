@@ -26,22 +26,12 @@ from medclip_jax.inference import inputs, loading, pipeline, pseudonyms, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.loading import Job
 from medclip_jax.inference.predictor import Predictor, batch_size
-from medclip_jax.inference.results import Privacy
+from medclip_jax.inference.results import Outcome, Privacy
 from medclip_jax.io import dicom_write
 
 FORMAT = 5  # of the outputs; with another number finished items are scored again
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
-
-
-class Outcome(NamedTuple):
-    """What became of an item."""
-
-    item: Item
-    rows: list[dict]  # of results.csv
-    error: str  # why there are none
-    notes: list[str]  # on outputs that are missing
-    scored: bool  # now, not before
 
 
 # reads, scores and writes items below a folder, in order, until the event is set
@@ -74,7 +64,7 @@ def run(
     """Score items and write their results below `output`.
 
     Args:
-        score: where: `in_process`, or on the workers of `ray_engine.score`.
+        score: where: `in_process`, or on the workers of `ray_engine`.
         items: as `inputs.find` names them.
         part: "i/n" takes the i-th of n shares, for several processes; each writes its own table,
             and one call without it joins them.

@@ -38,6 +38,16 @@ class Privacy(NamedTuple):
     burned_in: bool = False  # with a salt: pictures also where the source says they show text
 
 
+class Outcome(NamedTuple):
+    """What became of an item."""
+
+    item: Item
+    rows: list[dict[str, Any]]  # of results.csv
+    error: str  # why there are none
+    notes: list[str]  # on outputs that are missing
+    scored: bool  # now, not before
+
+
 def write(
     output: Path,
     item: Item,

@@ -18,19 +18,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from medclip_jax import __version__, build_detector, files
+from medclip_jax import __version__, files
 from medclip_jax.errors import ConfigError, ProcessError, UserError, one_line
-from medclip_jax.inference import predict, predictor
 from medclip_jax.inference.inputs import Item
-from medclip_jax.inference.predict import Outcome
-from medclip_jax.inference.results import Privacy
+from medclip_jax.inference.results import Outcome, Privacy
 from medclip_jax.io import dicom_write
 
 PATIENCE, ROOM = 300, 30  # seconds for a worker to load its model; for a CPU to become free
@@ -64,13 +62,11 @@ class Worker:
         dicom_write.quieten()
         self.stop, self.volumes = threading.Event(), threading.Lock()
 
-    def load(self, driver, paths: Sequence[str], cam: bool, of_passed: bool) -> tuple:
+    def load(self, driver: tuple, paths: Sequence[str], load: Callable) -> tuple[str, int, str]:
         """Load the predictor of the first path; its digest, its batch size and the device."""
         check(driver, paths)
-        loaded = build_detector.load_predictor(Path(paths[0]))
-        loaded = loaded._replace(boxes_of_passed=of_passed)
-        self.score_items = predict.in_process(loaded, cam)
-        return loaded.digest, predictor.batch_size(loaded), jax.devices()[0].device_kind
+        self.score_items, digest, batch = load(Path(paths[0]))
+        return digest, batch, jax.devices()[0].device_kind
 
     def score(self, items: Sequence[Item], output: str, privacy: Privacy) -> list[Outcome]:
         """The outcomes of a chunk; of its first items if it is told to end meanwhile."""
@@ -170,17 +166,18 @@ def answer_of(ref: Any) -> Any:
 
 
 def score(
-    items, output, privacy, stop, *, workdir: Path, cam=False, boxes_of_passed=False, workers=0
+    items, output, privacy, stop, *, workdir: Path, load: Callable, workers: int = 0
 ) -> Generator[Outcome, None, None]:
     """As predict.in_process, on the workers of the cluster; a `predict.Score` with these options.
 
+    load: a workdir -> a predict.Score, the detector's digest and the batch size.
     Raises ConfigError for a node that does not fit, ProcessError if no worker can be had.
     """
     output = output.absolute()
     with files.temporary_folder(output / "nodes") as probe:
         seen = [item.paths[0] for item in items if not item.error][:1]
-        load = [str(workdir.absolute()), str(probe), *seen], cam, boxes_of_passed
-        with closing(Pool(items, (str(output), privacy), load, workers)) as pool:
+        how = [str(workdir.absolute()), str(probe), *seen], load
+        with closing(Pool(items, (str(output), privacy), how, workers)) as pool:
             yield from pool.outcomes(stop)
     files.sweep(output)
 
