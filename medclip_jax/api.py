@@ -87,9 +87,8 @@ class Scorer:
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
         items = inputs.find([str(name) for name in named], follow_links, nameless=pseudonymise)
-        predictor = self._predictor._replace(boxes_of_passed=boxes_of_passed)
+        score = inference_predict.in_process(self._predictor, cam, boxes_of_passed)
         with object_store.folder(str(output)) as folder:
-            score = inference_predict.in_process(predictor, cam)
             return inference_predict.run(score, items, folder, pseudonymise=pseudonymise)
 
     def adapt(self, images: Iterable[str | Path]) -> "Scorer":
@@ -114,12 +113,6 @@ class Scorer:
 def load(workdir: str | Path) -> Scorer:
     """The scorer of a trained workdir. Raises WorkdirError or CheckpointError if it has none."""
     return Scorer(workdir)
-
-
-def load_score(workdir: Path, cam: bool, boxes_of_passed: bool) -> tuple:
-    """What scores items in this process, the detector's digest and the batch size."""
-    loaded = build_detector.load_predictor(workdir)._replace(boxes_of_passed=boxes_of_passed)
-    return inference_predict.in_process(loaded, cam), loaded.digest, predictor.batch_size(loaded)
 
 
 def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:

@@ -211,20 +211,20 @@ def use(args: flags.FlagValues) -> None:
         with object_store.file(args.output) as output:
             size = export.save(build_detector.load_predictor(folder), output)
         return logging.info("%s: %.1f MB", output, size / 1e6)
-    from medclip_jax import api
     from medclip_jax.inference import inputs, predict
 
     items = inputs.find(args.input, args.follow_links, nameless=args.pseudonymise)
-    load = partial(api.load_score, cam=args.cam, boxes_of_passed=args.boxes_of_passed)
+    start = partial(predict.in_process, cam=args.cam, boxes_of_passed=args.boxes_of_passed)
+    load = build_detector.load_predictor
     with ExitStack() as stack:
         if args.engine == "ray":
             from medclip_jax.inference import ray_engine as ray
 
             stack.enter_context(ray.connected(args["ray.address"].value or ""))
             workers = args["ray.workers"].value or 0
-            score = partial(ray.score, workdir=folder, load=load, workers=workers)
+            score = partial(ray.score, workdir=folder, load=load, start=start, workers=workers)
         else:
-            score, *_ = load(folder)
+            score = start(load(folder))
         output = stack.enter_context(object_store.folder(args.output))
         options = args.part, args.pseudonymise, args.keep_burned_in
         summary = predict.run(score, items, output, *options)

@@ -48,9 +48,10 @@ class Summary(NamedTuple):
     table: Path  # results.csv
 
 
-def in_process(predictor: Predictor, cam: bool = False) -> Score:
+def in_process(predictor: Predictor, cam: bool = False, boxes_of_passed: bool = False) -> Score:
     """Scoring in this process; cam: also write the Grad-CAM of each item."""
-    return partial(_stream, predictor if cam else predictor._replace(explanation=None))
+    predictor = predictor if cam else predictor._replace(explanation=None)
+    return partial(_stream, predictor._replace(boxes_of_passed=boxes_of_passed))
 
 
 def run(

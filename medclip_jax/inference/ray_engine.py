@@ -27,6 +27,7 @@ import jax
 
 from medclip_jax import __version__, files
 from medclip_jax.errors import ConfigError, ProcessError, UserError, one_line
+from medclip_jax.inference import predictor
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.results import Outcome, Privacy
 from medclip_jax.io import dicom_write
@@ -62,11 +63,12 @@ class Worker:
         dicom_write.quieten()
         self.stop, self.volumes = threading.Event(), threading.Lock()
 
-    def load(self, driver: tuple, paths: Sequence[str], load: Callable) -> tuple[str, int, str]:
+    def load(self, driver: tuple, paths: Sequence[str], load: Callable, start: Callable) -> tuple:
         """Load the predictor of the first path; its digest, its batch size and the device."""
         check(driver, paths)
-        self.score_items, digest, batch = load(Path(paths[0]))
-        return digest, batch, jax.devices()[0].device_kind
+        loaded = load(Path(paths[0]))
+        self.score_items = start(loaded)
+        return loaded.digest, predictor.batch_size(loaded), jax.devices()[0].device_kind
 
     def score(self, items: Sequence[Item], output: str, privacy: Privacy) -> list[Outcome]:
         """The outcomes of a chunk; of its first items if it is told to end meanwhile."""
@@ -166,17 +168,17 @@ def answer_of(ref: Any) -> Any:
 
 
 def score(
-    items, output, privacy, stop, *, workdir: Path, load: Callable, workers: int = 0
+    items, output, privacy, stop, *, workdir: Path, load: Callable, start: Callable, workers=0
 ) -> Generator[Outcome, None, None]:
     """As predict.in_process, on the workers of the cluster; a `predict.Score` with these options.
 
-    load: a workdir -> a predict.Score, the detector's digest and the batch size.
+    load: a workdir -> its predictor, of which `start` makes what scores in a worker's process.
     Raises ConfigError for a node that does not fit, ProcessError if no worker can be had.
     """
     output = output.absolute()
     with files.temporary_folder(output / "nodes") as probe:
         seen = [item.paths[0] for item in items if not item.error][:1]
-        how = [str(workdir.absolute()), str(probe), *seen], load
+        how = [str(workdir.absolute()), str(probe), *seen], load, start
         with closing(Pool(items, (str(output), privacy), how, workers)) as pool:
             yield from pool.outcomes(stop)
     files.sweep(output)
