@@ -217,14 +217,14 @@ def use(args: flags.FlagValues) -> None:
     start = partial(predict.in_process, cam=args.cam, boxes_of_passed=args.boxes_of_passed)
     load = build_detector.load_predictor
     with ExitStack() as stack:
-        if args.engine == "ray":
+        if not args.engine:
+            score = start(load(folder))
+        else:
             from medclip_jax.inference import ray_engine as ray
 
             stack.enter_context(ray.connected(args["ray.address"].value or ""))
             workers = args["ray.workers"].value or 0
             score = partial(ray.score, workdir=folder, load=load, start=start, workers=workers)
-        else:
-            score = start(load(folder))
         output = stack.enter_context(object_store.folder(args.output))
         options = args.part, args.pseudonymise, args.keep_burned_in
         summary = predict.run(score, items, output, *options)
