@@ -257,7 +257,8 @@ class Pool:
             self.ready.append(worker)
             logging.info("worker %d of %d: %s", len(self.ready), self.count, device)
         else:
-            self.workers[worker] -= 1
+            if worker in self.workers:  # else it ended after this answer
+                self.workers[worker] -= 1
             self.done[job.first] = answer
             self.failed = 0
 

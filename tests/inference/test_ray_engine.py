@@ -1,6 +1,5 @@
 """Prediction on Ray: order, losses and limits on a made-up cluster; the rest on a real one."""
 
-import importlib
 import json
 import os
 import signal
@@ -92,7 +91,7 @@ def outcomes(monkeypatch, tmp_path):
         monkeypatch.setattr(ray_engine, "ray", cluster)
         monkeypatch.setattr(ray_engine, "ROOM", 0)
         items = [Item(f"{i}", (f"/in/{i}",), "image", f"{i}") for i in range(count)]
-        how = {"workdir": tmp_path, "load": None, "start": None}
+        how = {"workdir": tmp_path, "load": print, "start": print}
         where = tmp_path / "out", None, stop or threading.Event()
         yield from ray_engine.score(items, *where, **how)
         assert not list((tmp_path / "out").iterdir())
@@ -153,11 +152,8 @@ def test_other_versions_and_folders_are_refused_by_name(tmp_path):
 
 
 def test_without_the_extra_it_is_one_sentence(tmp_path, capfd, monkeypatch):
-    def absent(name):
-        raise ImportError(name)
-
     png(tmp_path / "a.png")
-    monkeypatch.setattr(importlib, "import_module", absent)
+    monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert run(tmp_path, tmp_path / "out", tmp_path / "a.png", more=["--engine=ray"]) == 2
     text = "error: Ray is not installed: pip install 'medclip-jax[ray]'"
