@@ -110,18 +110,20 @@ def connected(address: str) -> Iterator[None]:
         ray = importlib.import_module("ray")
     except ImportError:
         raise ConfigError("Ray is not installed: pip install 'medclip-jax[ray]'") from None
-    if address:
-        reach(address)
-    how = {} if address else {"include_dashboard": False}
+    how = reach(address) if address else {"include_dashboard": False}
     try:
-        ray.init(address or "local", log_to_driver=False, configure_logging=False, **how)
+        try:
+            ray.init(address or "local", log_to_driver=False, configure_logging=False, **how)
+        except (OSError, RuntimeError, ValueError) as error:
+            text = "$RAY_TMPDIR, if it is set, must be short and writable"
+            raise ConfigError(f"Ray cannot start ({one_line(error)[:300]}): {text}") from None
         yield
     finally:
         ray.shutdown()
 
 
-def reach(address: str) -> None:
-    """Raise ConfigError if no cluster that fits is at HOST:PORT.
+def reach(address: str) -> dict[str, Any]:
+    """Nothing more to tell Ray; raises ConfigError if no cluster that fits is at HOST:PORT.
 
     Another process asks: without an answer Ray waits for ever, and no signal ends it.
     """
@@ -130,7 +132,7 @@ def reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         done = subprocess.run([*PROBE, address], capture_output=True, text=True, timeout=ROOM)
         if done.returncode == 0:
-            return
+            return {}
         lines = [*filter(None, done.stderr.splitlines()), ""]
         why = next((x for x in lines if re.match(r"\w+Error: ", x)), lines[0])[:300]
     except (OSError, ValueError, OverflowError) as error:

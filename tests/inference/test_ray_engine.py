@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,6 +191,13 @@ def workers() -> list[int]:
 
 
 @pytest.fixture
+def short():
+    """A folder of a short name: Ray's sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
 def folder(tmp_path):
     for i in range(200):
         png(tmp_path / "in" / f"SECRET{i}.png", i)
@@ -247,8 +256,8 @@ sys.exit(code)
 
 @with_ray
 @pytest.mark.slow
-def test_a_killed_node_loses_nothing_and_no_log_names_an_input(whole, tmp_path, folder):
-    output, logs = tmp_path / "out", tmp_path / "ray"
+def test_a_killed_node_loses_nothing_and_no_log_names_an_input(whole, tmp_path, folder, short):
+    output, logs = tmp_path / "out", short
     command = [sys.executable, "-m", "medclip_jax.main", "--mode=predict", "--engine=ray"]
     command += [f"--workdir={whole}", f"--output={output}", f"--input={folder}", "--pseudonymise"]
     done = subprocess.run(
