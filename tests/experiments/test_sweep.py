@@ -1,6 +1,10 @@
 """sweep.py: nothing is run twice or lost, processes share the work, variants are configs."""
 
+import csv
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import filelock
 import looks
@@ -171,6 +175,32 @@ def test_two_variants_of_a_phantom_are_run_and_tabulated(tmp_path, monkeypatch):
     stored = json.loads((tmp_path / "runs/folder-k4-memory-0/metrics.json").read_text())
     assert float(row["image auroc"]) == stored["image"]["auroc"]
     assert float(row["seconds score"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
+def test_a_table_on_ray_is_that_of_one_process_and_resumes(tmp_path):
+    clip, *_ = tiny_checkpoint(tmp_path / "clip")
+    data = phantom.write_folder(tmp_path / "data", "ultrasound", 0, 64, 4, 3, 4)
+    fields = {"data.root": data, "clip.checkpoint": clip, "explained": 0, "cache": tmp_path / "c"}
+    flags = [f"--config={PHANTOM.with_name('folder.py')}", "--k=4", "--draws=2", "--split=peer"]
+    flags += ["--only=memory,grey_level", *(f"--set={n}={value}" for n, value in fields.items())]
+
+    def table(name, *more):
+        where = [f"--runs={tmp_path}/{name}", f"--out={tmp_path}/{name}-tables"]
+        command = [sys.executable, sweep.__file__, *flags, *where, *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0 and "4 of 4 runs are finished" in done.stderr, done.stderr
+        rows = list(csv.DictReader((tmp_path / f"{name}-tables/runs.csv").open()))
+        assert len(rows) == 4
+        return [{n: x for n, x in row.items() if not n.startswith("seconds")} for row in rows]
+
+    whole = table("one")
+    assert table("ray", "--engine=ray", "--ray.workers=2") == whole
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("ray/*/scores.npz")}
+    (path := next(iter(before))).unlink()
+    assert table("ray", "--engine=ray") == whole
+    assert [p for p in before if p.stat().st_mtime_ns != before[p]] == [path]
 
 
 def test_both_splits_are_run_the_headline_first(command):

@@ -238,7 +238,7 @@ def test_a_killed_worker_and_a_stopped_driver_lose_nothing(whole, tmp_path, fold
 NODES = """
 import os, subprocess, sys, threading, time
 from pathlib import Path
-os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 from ray.cluster_utils import Cluster
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
