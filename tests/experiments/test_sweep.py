@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -189,7 +190,8 @@ def test_a_table_on_ray_is_that_of_one_process_and_resumes(tmp_path):
     def table(name, *more):
         where = [f"--runs={tmp_path}/{name}", f"--out={tmp_path}/{name}-tables"]
         command = [sys.executable, sweep.__file__, *flags, *where, *more]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+        env = os.environ | {"PYTHONPATH": str(PHANTOM.parents[1])}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=env)
         assert done.returncode == 0 and "4 of 4 runs are finished" in done.stderr, done.stderr
         rows = list(csv.DictReader((tmp_path / f"{name}-tables/runs.csv").open()))
         assert len(rows) == 4
