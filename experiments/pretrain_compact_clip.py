@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
         metavar="PART=X",
         help="weight of a part of the loss, as similarity=0",
     )
+    add("--variation", type=float, default=0.0, help="share of images as by another scanner")
     add("--width", type=int, default=256, help="of the image encoder, a multiple of 64")
     add("--layers", type=int, default=8, help="of the image encoder")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of its products")
@@ -182,6 +183,7 @@ def make_plan(args: argparse.Namespace, shards: int) -> loop.Plan:
         rate=args.rate,
         seed=args.seed,
         findings=not args.no_findings,
+        variation=args.variation,
         weights=weights_of(args.weight),
     )
     if args.stage != "decay":

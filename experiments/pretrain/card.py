@@ -53,6 +53,7 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         if plan["shards"]
         else "New views in every step",
         patches=plan["patches"],
+        varied=f"{plan.get('variation', 1.0):.0%}",
         warm_up=loop.WARM_UP,
         decay=decay_text(run),
         pairs=objective.PAIRS,

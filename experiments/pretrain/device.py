@@ -187,7 +187,7 @@ def make_batch(source: Source, key: Key[Array, ""], size: int, kept: int, dtype)
 def compiled_chunk(encoders: Encoders, plan: loop.Plan, kept: int, mesh):
     """CHUNK steps in one program: (state, first step, source) -> (state, parts of the last)."""
     fixed = {"encoders": encoders, "weights": plan.weights, "seed": plan.seed}
-    fixed["optimiser"] = objective.make_optimiser()
+    fixed |= {"optimiser": objective.make_optimiser(), "variation": plan.variation}
     split = NamedSharding(mesh, PartitionSpec("n"))
 
     def chunk(state, number, rate, fall, source):

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     rate: float = 8e-4
     seed: int = 0
     findings: bool = True
+    variation: float = 0.0  # share of the images varied as by another scanner
     save_minutes: float = 5.0
     weights: objective.Weights = objective.Weights()
 
@@ -177,10 +178,13 @@ def check(parts: dict[str, float], number: int) -> None:
 
 
 @functools.cache
-def compiled_step(encoders: Encoders, weights: objective.Weights, seed: int):
+def compiled_step(
+    encoders: Encoders, weights: objective.Weights, seed: int, variation: float = 0.0
+):
     """`objective.step` for one CLIP, compiled once per process; its state is donated."""
     fixed = {"encoders": encoders, "weights": weights, "optimiser": objective.make_optimiser()}
-    return jax.jit(functools.partial(objective.step, seed=seed, **fixed), donate_argnums=(0, 1, 2))
+    fixed |= {"seed": seed, "variation": variation}
+    return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
 
 
 def batches(material: Material, plan: Plan, number: int, split) -> Iterator[objective.Batch]:
@@ -209,7 +213,7 @@ def run(material: Material, encoders: Encoders, plan: Plan, state: State, path: 
     mesh = jax.make_mesh((jax.device_count(),), ("n",), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())
     state = jax.device_put(state, whole)
-    step = compiled_step(encoders, plan.weights, plan.seed)
+    step = compiled_step(encoders, plan.weights, plan.seed, plan.variation)
     supply = batches(material, plan, done.steps, NamedSharding(mesh, PartitionSpec("n")))
     number, begun, waited, lines = done.steps, time.monotonic(), 0.0, []
     saved = lined = begun

@@ -120,15 +120,22 @@ def linear(heads: dict, name: str, x: Array) -> Array:
 
 
 def loss(
-    params: dict, encoders: Encoders, weights: Weights, batch: Batch, key: Key[Array, ""]
+    params: dict,
+    encoders: Encoders,
+    weights: Weights,
+    batch: Batch,
+    key: Key[Array, ""],
+    variation: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sum and parts; params = {"clip": FlaxCLIPModel's parameters, "heads": linear maps}.
 
-    The images are varied as by another scanner; the teacher's features, of the unvaried views, stay
-    the target.
+    variation: share of the images that are varied as by another scanner; the teacher's features,
+        of the unvaried views, stay the target.
     """
     clip, heads = params["clip"], params["heads"]
-    grey = scanner.vary(key, batch.pixels.astype(jnp.float32) / 255)
+    grey = batch.pixels.astype(jnp.float32) / 255
+    if variation:
+        grey = scanner.vary(key, grey, variation)
     states = encode_image(clip, encoders, grey, batch.keep)
     middle, last = (x[:, 1:] for x in states)
     texts = encode_text(clip, encoders, jnp.concatenate([batch.captions, batch.phrases]))
@@ -157,11 +164,24 @@ def loss(
     return total, parts
 
 
-def step(params, moments, average, lr, number, batch, *, encoders, weights, optimiser, seed):
+def step(
+    params,
+    moments,
+    average,
+    lr,
+    number,
+    batch,
+    *,
+    encoders,
+    weights,
+    optimiser,
+    seed,
+    variation=0.0,
+):
     """One update: (params, optimiser state, running average of the CLIP parameters, parts)."""
     key = jax.random.fold_in(jax.random.key(seed), number)
     (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(
-        params, encoders, weights, batch, key
+        params, encoders, weights, batch, key, variation
     )
     updates, moments = optimiser.update(gradient, moments, params)
     params = jax.tree.map(lambda w, u: w - lr * u, params, updates)

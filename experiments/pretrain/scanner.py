@@ -58,10 +58,12 @@ def noise(
     return x + sd * jax.random.normal(key, x.shape)
 
 
-def vary(key: Key[Array, ""], x: Float[Array, "n h w"]) -> Float[Array, "n h w"]:
-    """One draw of everything above for each image, clipped to [0, 1]."""
-    keys = jax.random.split(key, 9)
-    n = x.shape[0]
+def vary(
+    key: Key[Array, ""], x: Float[Array, "n h w"], share: float = 1.0
+) -> Float[Array, "n h w"]:
+    """One draw of everything above for a share of the images, clipped to [0, 1]."""
+    keys = jax.random.split(key, 10)
+    n, plain = x.shape[0], x
 
     def uniform(k, low, high, chance=1.0):
         """Of each image low..high, or (with 1 - chance) 0."""
@@ -75,4 +77,5 @@ def vary(key: Key[Array, ""], x: Float[Array, "n h w"]) -> Float[Array, "n h w"]
     x = tone(x, gamma, 1 + uniform(keys[3], -0.4, 0.4), uniform(keys[4], -0.1, 0.1))
     x = blur(jnp.clip(x, 0, 1), uniform(keys[5], 0.4, 1.5, 0.3))
     x = noise(keys[6], x, uniform(keys[7], 0.0, 0.06, 0.5), uniform(keys[8], 0.0, 0.15, 0.3))
-    return jnp.clip(x, 0, 1)
+    chosen = jax.random.uniform(keys[9], (n, 1, 1)) < share
+    return jnp.where(chosen, jnp.clip(x, 0, 1), plain)

@@ -197,7 +197,11 @@ def test_scanner_closed_forms():
 
 def test_scanner_varies_every_image_on_its_own_and_within_range():
     x = jnp.asarray(np.random.default_rng(0).uniform(size=(1, 32, 32)), jnp.float32)
-    out = jax.jit(scanner.vary)(jax.random.key(1), jnp.tile(x, (16, 1, 1)))
+    many = jnp.tile(x, (16, 1, 1))
+    out = jax.jit(scanner.vary)(jax.random.key(1), many)
+    half = jax.jit(scanner.vary)(jax.random.key(1), many, 0.5)
+    same = (half == many).all((1, 2))
+    assert 3 < same.sum() < 13 and (half[~same] == out[~same]).all()
     assert out.shape == (16, 32, 32) and out.min() >= 0 and out.max() <= 1
     assert len({float(v) for v in out.mean((1, 2))}) == 16
     correlation = [np.corrcoef(o.ravel(), x.ravel())[0, 1] for o in np.asarray(out)]
