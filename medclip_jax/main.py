@@ -104,17 +104,15 @@ def parse(argv: list[str]) -> flags.FlagValues:
     """Read the flags. Raises ConfigError for anything wrong in them."""
     argv = with_packaged_config(argv)
     args = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, FILE[:k=16,...].", flag_values=args, sys_argv=argv
-    )
+    config_flags.DEFINE_config_file("config", None, "FILE[:k=16,...].", args, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=args)
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=args)
     flags.DEFINE_multi_string("input", [], "What to score; PATH ... .", flag_values=args)
     flags.DEFINE_string("output", None, "Where results go.", flag_values=args)
     flags.DEFINE_string("part", "", "i/n: the i-th of n shares.", flag_values=args)
-    flags.DEFINE_enum("engine", "", ["", "ray"], "Where; else here.", flag_values=args)
-    flags.DEFINE_string("ray.address", "", "Of a cluster.", flag_values=args)
-    flags.DEFINE_integer("ray.workers", 0, "At most.", lower_bound=0, flag_values=args)
+    flags.DEFINE_enum("engine", "", ["", "ray"], "Score on Ray workers.", flag_values=args)
+    flags.DEFINE_string("ray.address", "", "Cluster, as HOST:PORT.", flag_values=args)
+    flags.DEFINE_integer("ray.workers", 0, "So many.", lower_bound=0, flag_values=args)
     flags.DEFINE_boolean("pseudonymise", False, "No name or id of a source.", flag_values=args)
     flags.DEFINE_boolean("keep_burned_in", False, "Pictures with text too.", flag_values=args)
     flags.DEFINE_boolean("follow_links", False, "Also out of named folders.", flag_values=args)
@@ -126,6 +124,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
     except (flags.Error, *OF_CONFIGS) as error:
         where = "config has no such field: " if isinstance(error, AttributeError) else ""
         raise ConfigError(f"{where}{one_line(error)} (see --help)") from error
+    of_ray = args["ray.address"].value or args["ray.workers"].value
+    if (args.engine and args.mode != "predict") or (of_ray and not args.engine):
+        raise ConfigError(
+            "--engine goes with --mode predict, --ray.* with --engine ray: see --help"
+        )
     if args.mode in TRAINED_MODES:
         args["input"].value = [*args.input, *rest[1:]]  # --input A B C
         return complete(args)
@@ -187,9 +190,8 @@ def complete(args: flags.FlagValues) -> flags.FlagValues:
     if missing:
         raise ConfigError(f"--mode {args.mode} needs {' and '.join(missing)}: see --help")
     if args.config is not None:
-        raise ConfigError(
-            f"--mode {args.mode} takes no --config: the settings are those of the workdir"
-        )
+        text = "takes no --config: the settings are those of the workdir"
+        raise ConfigError(f"--mode {args.mode} {text}")
     return args
 
 
@@ -222,9 +224,9 @@ def use(args: flags.FlagValues) -> None:
         else:
             from medclip_jax.inference import ray_engine as ray
 
-            stack.enter_context(ray.connected(args["ray.address"].value or ""))
-            workers = args["ray.workers"].value or 0
-            score = partial(ray.score, workdir=folder, load=load, start=start, workers=workers)
+            stack.enter_context(ray.connected(args["ray.address"].value))
+            how = {"load": load, "start": start, "workers": args["ray.workers"].value}
+            score = partial(ray.score, workdir=folder, **how)
         output = stack.enter_context(object_store.folder(args.output))
         options = args.part, args.pseudonymise, args.keep_burned_in
         summary = predict.run(score, items, output, *options)
@@ -269,11 +271,10 @@ def run(mode: str, fields: ConfigDict, name: str) -> None:
         log_devices()
         stack.enter_context(object_store.folder(cache or ".", main))
         metrics = train.run(fields, folder, train=mode == "train")
-    if metrics is None:
-        return  # of several processes only the main one reports
-    logging.info("%s", headline(metrics))
-    if not metrics["calibration"]["attainable"]:
-        logging.warning("%s", metrics["calibration"]["message"])
+    if metrics is not None:  # of several processes only the main one reports
+        logging.info("%s", headline(metrics))
+        if not metrics["calibration"]["attainable"]:
+            logging.warning("%s", metrics["calibration"]["message"])
 
 
 def log_devices() -> None:

@@ -71,7 +71,7 @@ class Worker:
         return loaded.digest, predictor.batch_size(loaded), jax.devices()[0].device_kind
 
     def score(self, items: Sequence[Item], output: str, privacy: Privacy) -> list[Outcome]:
-        """The outcomes of a chunk; of its first items if it is told to end meanwhile."""
+        """The outcomes of a chunk; of its first items alone if it must end meanwhile."""
         with self.volumes if any(x.kind != "image" for x in items) else nullcontext():
             return [*self.score_items(items, Path(output), privacy, self.stop)]
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from medclip_jax.errors import ProcessError
+from medclip_jax import main
+from medclip_jax.errors import ConfigError, ProcessError
 from medclip_jax.inference import ray_engine
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.results import Outcome
@@ -160,6 +161,21 @@ def test_without_the_extra_it_is_one_sentence(tmp_path, capfd, monkeypatch):
     assert run(tmp_path, tmp_path / "out", tmp_path / "a.png", more=["--engine=ray"]) == 2
     text = "error: Ray is not installed: pip install 'medclip-jax[ray]'"
     assert capfd.readouterr().err.splitlines()[-1] == text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--mode=predict", "--ray.address=head:6379"],
+        ["--mode=predict", "--ray.workers=2"],
+        ["--mode=export", "--engine=ray"],
+        ["--mode=train", "--config=configs/phantom.py", "--engine=ray"],
+    ],
+)
+def test_a_flag_of_ray_that_would_do_nothing_is_refused(tmp_path, wrong):
+    named = [f"--workdir={tmp_path}/run", f"--output={tmp_path}/out", f"--input={tmp_path}"]
+    with pytest.raises(ConfigError, match="--engine goes with --mode predict, --ray"):
+        main.parse(["main", *named, *wrong])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:x", "no.such.host:6379"])
