@@ -80,8 +80,8 @@ def load(
         taps["levels"] = _blocks(weights.config, tuple(layers))
     if dtype == "int8" and (weights.resnet is not None or implementation == "transformers"):
         raise ConfigError(
-            "config.clip.dtype is 'int8', which has the ViT of clip.implementation=fused alone: "
-            "give float32 or bfloat16"
+            "config.clip.dtype is 'int8', which works with a ViT and clip.implementation=fused "
+            "only: give float32 or bfloat16"
         )
     image_encoder, text_encoder = _fused(weights, taps)
     if implementation == "transformers":

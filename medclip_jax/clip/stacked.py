@@ -35,7 +35,7 @@ def decompress(params: Any) -> Any:
     return {name: decompress(value) for name, value in params.items()}
 
 
-def arithmetic(dtype: str) -> str:
+def compute_dtype(dtype: str) -> str:
     """What an encoder of this dtype computes in: with weights of int8, bfloat16."""
     return "bfloat16" if dtype == "int8" else dtype
 

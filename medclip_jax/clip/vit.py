@@ -148,7 +148,7 @@ class ViT(nn.Module):
     implementation: ClassVar[str] = "fused"
 
     def setup(self):
-        dtype = stacked.arithmetic(self.dtype)
+        dtype = stacked.compute_dtype(self.dtype)
         kinds = self.heads, self.hidden, self.activation, self.eps, dtype
         rope = (self.rope, self.prefix) if self.rope else ()
         self.vision_model = VisionModel(

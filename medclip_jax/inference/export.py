@@ -255,7 +255,7 @@ def _weights(old: int, new: int) -> np.ndarray:
 def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
     """Images [n, s, s] -> raw scores [n], raw maps [n, s, s], raw scores of the passes [n, t].
 
-    Its constants become arguments: the second result, beside the code.
+    Its constants become arguments: the second result; bfloat16 as float32, as .npz has none.
     """
     from medclip_jax.clip import checkpoint
     from medclip_jax.clip.layers import narrowed

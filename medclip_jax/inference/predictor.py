@@ -66,8 +66,8 @@ def score(
     """Score any number of images, `batch_size` at a time.
 
     Args:
-        images: of `frame`, [0, 1]; without axis v where there are no tiles. One alone has programs
-            of its own, five times as fast as a filled batch.
+        images: of `frame`, [0, 1]; without axis v where there are no tiles. One alone is
+            not filled up to a batch; it has programs of its own.
         mm2: area in mm² of a pixel of the encoder frame of each, None where it is unknown.
     """
     size = 1 if len(images) == 1 and predictor.encoder.mesh.size == 1 else batch_size(predictor)

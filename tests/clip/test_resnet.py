@@ -171,6 +171,8 @@ def test_patches_of_the_last_stage_reach_the_joint_space(checkpoint):
     early = clip_checkpoint.load(str(checkpoint), layers=(2, 3))
     with pytest.raises(ConfigError, match="plain prompts need stage 4"):
         early.image_encoder.apply({"params": early.vision}, jnp.zeros((1, 1, 64)), method="project")
+    with pytest.raises(ConfigError, match="int8', which works with a ViT"):
+        clip_checkpoint.load(str(checkpoint), dtype="int8")
 
 
 @pytest.mark.slow
