@@ -174,8 +174,11 @@ def load_material(run: Path, rows: list[views.Row], shards: int) -> loop.Materia
     )
 
 
-def make_plan(args: argparse.Namespace, shards: int) -> loop.Plan:
-    """What the flags say; kept as plan.json, for the card, unless it is the decay's."""
+def make_plan(args: argparse.Namespace, shards: int, begun: int) -> loop.Plan:
+    """What the flags say; kept as plan.json, for the card, unless it is the decay's.
+
+    begun: steps of the checkpoint, from which on the share of varied images may be another.
+    """
     plan = loop.Plan(
         steps=args.steps,
         batch=args.batch,
@@ -189,7 +192,13 @@ def make_plan(args: argparse.Namespace, shards: int) -> loop.Plan:
     if args.stage != "decay":
         record = plan._asdict() | {"weights": plan.weights._asdict(), "dtype": args.dtype}
         record |= {"width": args.width, "layers": args.layers, "shards": shards}
-        files.write_json(args.run / "plan.json", record | {"init": args.init and args.init.name})
+        path, varied = args.run / "plan.json", []
+        if begun and path.is_file():  # without the field, all were
+            old = json.loads(path.read_text())
+            varied = old.get("varied", [[0, old.get("variation", 1.0)]])
+        if not varied or varied[-1][1] != args.variation:
+            varied = [*varied, [begun, args.variation]]
+        files.write_json(path, record | {"varied": varied, "init": args.init and args.init.name})
     return plan
 
 
@@ -197,8 +206,8 @@ def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
     """Train until all steps are done; plan.json says how."""
     material = load_material(args.run, rows, args.shards)
     model, params = starting_point(args, len(material.tokenizer))
-    plan = make_plan(args, len(material.shards))
     state, path = loop.start(params, model, args.seed), args.run / "checkpoint.safetensors"
+    plan = make_plan(args, len(material.shards), loop.restore(path, state)[1].steps)
     if args.stage == "decay":
         plan, path = decay_plan(args.run, plan, state), args.run / "decayed.safetensors"
     loop.run(material, model, plan, state, path)
@@ -208,8 +217,8 @@ def train_on_device(args: argparse.Namespace) -> None:
     """Train on what `pack` wrote for --minutes, then --steps more while the rate falls to 0."""
     source = device.load(args.run / "pack.npz")
     model, params = starting_point(args, int(source.phrases.max()) + 1)
-    plan = make_plan(args, 0)._replace(decay=args.steps)
     state, path = loop.start(params, model, args.seed), args.run / "checkpoint.safetensors"
+    plan = make_plan(args, 0, loop.restore(path, state)[1].steps)._replace(decay=args.steps)
     device.run(source, model, plan, state, path, args.minutes)
 
 

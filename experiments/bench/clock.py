@@ -2,9 +2,13 @@
 
 import contextlib
 import json
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +49,22 @@ def matmul_peak(times: int = 5, n: int = 2048, dtype: str = "float32") -> float:
     product = jax.jit(lambda x: x @ x)
     product(a).block_until_ready()
     return 2 * n**3 / min(seconds_of(lambda: product(a)) for _ in range(times))
+
+
+def alone(module: str, *given: Any) -> dict:
+    """What a module of bench, run with these words in a process of its own, prints last, JSON."""
+    folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    command = [sys.executable, "-m", module, *map(str, given)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_megabytes() -> int:
+    """Of this program's memory: what getrusage says may be its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return round(kib * 1024 / 1e6)
 
 
 def worker(command: Sequence[str]) -> subprocess.Popen:

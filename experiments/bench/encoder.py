@@ -38,9 +38,7 @@ def run(args: argparse.Namespace) -> dict:
         images, peak = sizes.images(first, max(args.batch)), clock.matmul_peak()
         rows, difference, worker = [], None, None
         if args.python:
-            pixels = checkpoint.normalise(jnp.asarray(images), first.mean, first.std)
-            np.save(Path(name) / "pixels.npy", pixels.transpose(0, 3, 1, 2))
-            worker = clock.worker([args.python, str(WORKER), name])
+            worker = others(args.python, Path(name), first, images)
         try:
             if worker:
                 difference = compare(folder, images, clock.ask(worker, "check"))
@@ -52,6 +50,13 @@ def run(args: argparse.Namespace) -> dict:
             clock.end(worker)
     result = {"rows": rows, "matmul_gigaflops": peak / 1e9, "largest_difference": difference}
     return result | {"gigaflop_per_image": sizes.flops(first) / 1e9}
+
+
+def others(python: str, folder: Path, clip: checkpoint.Clip, images: np.ndarray):
+    """The worker with other engines, of the CLIP in folder/clip and these images."""
+    pixels = checkpoint.normalise(jnp.asarray(images), clip.mean, clip.std)
+    np.save(folder / "pixels.npy", pixels.transpose(0, 3, 1, 2))
+    return clock.worker([python, str(WORKER), str(folder)])
 
 
 def timed(clips: dict, images: np.ndarray, worker, engines) -> dict[str, Callable[[], float]]:

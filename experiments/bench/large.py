@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench import sizes
+from bench import clock, sizes
 
 # what `--python` makes with transformers: class of the config and its fields
 SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27)
@@ -62,11 +61,7 @@ def run(args: argparse.Namespace) -> dict:
                 sizes.write("ViT-L/14", folder, size=336)
             for dtype in args.dtype:
                 given = [name, dtype, args.images, args.batch]
-                command = [sys.executable, "-m", "bench.large", *map(str, given)]
-                paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-                env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-                done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
-                row = {"size": size, "dtype": dtype} | json.loads(done.stdout.splitlines()[-1])
+                row = {"size": size, "dtype": dtype} | clock.alone("bench.large", *given)
                 rows.append(row)
                 print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     return {"rows": rows}
@@ -80,12 +75,6 @@ def tokenizer(folder: Path) -> None:
     Tokenizer(models.Unigram(pieces, unk_id=2)).save(str(folder / "tokenizer.json"))
 
 
-def peak_mb() -> int:
-    """Of this program: what getrusage tells is the larger of it and of the process before it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return round(next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) * 1024 / 1e6)
-
-
 def worker(folder: str, dtype: str, count: int, batch: int) -> dict:
     """Loads the CLIP and encodes `count` images; peaks are of this process."""
     import jax
@@ -95,7 +84,7 @@ def worker(folder: str, dtype: str, count: int, batch: int) -> dict:
     begin = time.perf_counter()
     clip = checkpoint.load(folder, dtype=dtype)
     vision = sum(x.nbytes for x in jax.tree.leaves(clip.vision))
-    loaded, peak = time.perf_counter() - begin, peak_mb()
+    loaded, peak = time.perf_counter() - begin, clock.peak_megabytes()
     images, begin = sizes.images(clip, count), time.perf_counter()
     how = dict(encoder=clip.image_encoder, mean=clip.mean, std=clip.std)
     for start in range(0, count, batch):
@@ -107,7 +96,7 @@ def worker(folder: str, dtype: str, count: int, batch: int) -> dict:
         "peak_mb_of_loading": peak,
         "seconds": round(time.perf_counter() - begin, 1),
         "cpu_seconds": round(time.process_time(), 1),
-        "peak_mb": peak_mb(),
+        "peak_mb": clock.peak_megabytes(),
     }
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a worker
-from bench import predict_inputs  # noqa: E402
+from bench import clock, predict_inputs  # noqa: E402
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +65,8 @@ def worker(workdir: Path, scans: Path, few: int, many: int) -> dict:
 
     seconds(few, "first")  # compiles
     short, long = seconds(few, "short"), seconds(many, "long")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
     rate = (many - few) / (long - short)
-    return {"per_second": rate, "seconds": [short, long], "peak_megabytes": peak}
+    return {"per_second": rate, "seconds": [short, long], "peak_megabytes": clock.peak_megabytes()}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,9 @@
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-from bench import sizes, workload
+from bench import clock, sizes, workload
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +21,7 @@ def run(args: argparse.Namespace) -> dict:
     rows = []
     for count in args.devices:
         given = [count, args.size, args.k, args.learner, args.tasks, args.times]
-        command = [sys.executable, "-m", "bench.scaling", *map(str, given)]
-        folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, check=True, text=True
-        )
-        row = json.loads(done.stdout.splitlines()[-1])
+        row = clock.alone("bench.scaling", *given)
         first = rows[0]["episodes_per_second"] if rows else row["episodes_per_second"]
         row["relative"] = row["episodes_per_second"] / first
         rows.append(row)

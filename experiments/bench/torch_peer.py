@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bench import clock, encoder, sizes, workload
@@ -36,9 +35,7 @@ def encoders(python: str, size: str, batches: tuple[int, ...], end: float) -> di
         folder = sizes.write(size, Path(name) / "clip", **encoder.SMALL_TEXT)
         clip = checkpoint.load(str(folder))
         images = sizes.images(clip, max(batches))
-        pixels = checkpoint.normalise(jnp.asarray(images), clip.mean, clip.std)
-        np.save(Path(name) / "pixels.npy", pixels.transpose(0, 3, 1, 2))
-        worker = clock.worker([python, str(HERE / "torch_encoder.py"), name])
+        worker = encoder.others(python, Path(name), clip, images)
         try:
             with jax.default_matmul_precision("highest"):
                 away = encoder.compare(folder, images, clock.ask(worker, "check"))

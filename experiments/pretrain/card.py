@@ -53,7 +53,7 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         if plan["shards"]
         else "New views in every step",
         patches=plan["patches"],
-        varied=f"{plan.get('variation', 1.0):.0%}",
+        varied=", ".join(f"{x:.0%} from step {n:,}" for n, x in plan.get("varied", [(0, 1.0)])),
         warm_up=loop.WARM_UP,
         decay=decay_text(run),
         pairs=objective.PAIRS,

@@ -178,9 +178,7 @@ def check(parts: dict[str, float], number: int) -> None:
 
 
 @functools.cache
-def compiled_step(
-    encoders: Encoders, weights: objective.Weights, seed: int, variation: float = 0.0
-):
+def compiled_step(encoders: Encoders, weights: objective.Weights, seed: int, variation: float):
     """`objective.step` for one CLIP, compiled once per process; its state is donated."""
     fixed = {"encoders": encoders, "weights": weights, "optimiser": objective.make_optimiser()}
     fixed |= {"seed": seed, "variation": variation}

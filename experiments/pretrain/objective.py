@@ -125,7 +125,7 @@ def loss(
     weights: Weights,
     batch: Batch,
     key: Key[Array, ""],
-    variation: float = 0.0,
+    variation: float,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sum and parts; params = {"clip": FlaxCLIPModel's parameters, "heads": linear maps}.
 
@@ -176,7 +176,7 @@ def step(
     weights,
     optimiser,
     seed,
-    variation=0.0,
+    variation,
 ):
     """One update: (params, optimiser state, running average of the CLIP parameters, parts)."""
     key = jax.random.fold_in(jax.random.key(seed), number)

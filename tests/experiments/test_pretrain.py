@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pretrain_compact_clip
 import pytest
 from PIL import Image
 from pretrain import (
@@ -473,3 +474,15 @@ def test_training_on_devices_learns_decays_and_resumes(tmp_path, monkeypatch, so
     assert all(0 <= line["share_of_peak"] < 2 for line in lines)
     assert loop.restore(path, begin)[1].steps == 4
     assert loop.restore(tmp_path / "decayed.safetensors", begin)[1].steps == 6
+
+
+def test_the_plan_says_from_which_step_on_images_were_varied(tmp_path, monkeypatch):
+    def plan(share, begun):
+        flags = ["x", f"--run={tmp_path}", "--stage=train", f"--variation={share}"]
+        monkeypatch.setattr("sys.argv", flags)
+        pretrain_compact_clip.make_plan(pretrain_compact_clip.arguments(), 4, begun)
+        return json.loads((tmp_path / "plan.json").read_text())["varied"]
+
+    assert plan(1, 0) == [[0, 1.0]] and plan(1, 10) == [[0, 1.0]]
+    assert plan(0, 20) == [[0, 1.0], [20, 0.0]] == plan(0, 30)
+    assert plan(0.5, 0) == [[0, 0.5]]  # from the beginning again
