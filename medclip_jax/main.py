@@ -224,9 +224,9 @@ def use(args: flags.FlagValues) -> None:
         else:
             from medclip_jax.inference import ray_engine as ray
 
-            stack.enter_context(ray.connected(args["ray.address"].value))
-            how = {"load": load, "start": start, "workers": args["ray.workers"].value}
-            score = partial(ray.score, workdir=folder, **how)
+            stack.enter_context(ray.connected(args["ray.address"].value or ""))
+            workers = args["ray.workers"].value or 0
+            score = partial(ray.score, workdir=folder, load=load, start=start, workers=workers)
         output = stack.enter_context(object_store.folder(args.output))
         options = args.part, args.pseudonymise, args.keep_burned_in
         summary = predict.run(score, items, output, *options)

@@ -193,7 +193,7 @@ def test_a_table_on_ray_is_that_of_one_process_and_resumes(tmp_path):
         env = os.environ | {"PYTHONPATH": str(PHANTOM.parents[1])}
         done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=env)
         assert done.returncode == 0 and "4 of 4 runs are finished" in done.stderr, done.stderr
-        rows = list(csv.DictReader((tmp_path / f"{name}-tables/runs.csv").open()))
+        rows = list(csv.DictReader((tmp_path / f"{name}-tables/runs.csv").read_text().splitlines()))
         assert len(rows) == 4
         return [{n: x for n, x in row.items() if not n.startswith("seconds")} for row in rows]
 
