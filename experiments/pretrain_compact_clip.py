@@ -53,7 +53,6 @@ def arguments() -> argparse.Namespace:
         metavar="PART=X",
         help="weight of a part of the loss, as similarity=0",
     )
-    add("--variation", type=float, default=0.0, help="share of images as by another scanner")
     add("--width", type=int, default=256, help="of the image encoder, a multiple of 64")
     add("--layers", type=int, default=8, help="of the image encoder")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of its products")
@@ -177,7 +176,7 @@ def load_material(run: Path, rows: list[views.Row], shards: int) -> loop.Materia
 def make_plan(args: argparse.Namespace, shards: int, begun: int) -> loop.Plan:
     """What the flags say; kept as plan.json, for the card, unless it is the decay's.
 
-    begun: steps of the checkpoint, from which on the share of varied images may be another.
+    begun: steps of the checkpoint, from which on the phase may be another.
     """
     plan = loop.Plan(
         steps=args.steps,
@@ -186,20 +185,26 @@ def make_plan(args: argparse.Namespace, shards: int, begun: int) -> loop.Plan:
         rate=args.rate,
         seed=args.seed,
         findings=not args.no_findings,
-        variation=args.variation,
         weights=weights_of(args.weight),
     )
     if args.stage != "decay":
         record = plan._asdict() | {"weights": plan.weights._asdict(), "dtype": args.dtype}
         record |= {"width": args.width, "layers": args.layers, "shards": shards}
-        path, varied = args.run / "plan.json", []
-        if begun and path.is_file():  # without the field, all were
-            old = json.loads(path.read_text())
-            varied = old.get("varied", [[0, old.get("variation", 1.0)]])
-        if not varied or varied[-1][1] != args.variation:
-            varied = [*varied, [begun, args.variation]]
-        files.write_json(path, record | {"varied": varied, "init": args.init and args.init.name})
+        path, phase, phases = args.run / "plan.json", phase_of(plan), []
+        if begun and path.is_file():
+            phases = json.loads(path.read_text())["phases"]
+        if not phases or phases[-1][1] != phase:
+            phases = [*phases, [begun, phase]]
+        files.write_json(path, record | {"phases": phases, "init": args.init and args.init.name})
     return plan
+
+
+def phase_of(plan: loop.Plan) -> str:
+    """What may differ from phase to phase of a training, as the card says it."""
+    weights = plan.weights._asdict().items()
+    parts = ", ".join(f"{name.replace('_', ' ')} {x:g}" for name, x in weights if x)
+    how = f"rate {plan.rate:g}, batch {plan.batch}, {plan.patches} of 196 patches"
+    return f"{objective.OPTIMISER}; {how}; weights: {parts}"
 
 
 def train(args: argparse.Namespace, rows: list[views.Row]) -> None:
@@ -228,8 +233,10 @@ def decay_plan(run: Path, plan: loop.Plan, state: loop.State) -> loop.Plan:
     if not about.is_file():
         shutil.copyfile(run / "checkpoint.safetensors", path)
         begun = loop.restore(path, state)[1].steps
-        files.write_json(about, {"from": begun, "steps": plan.steps})
+        weights = plan.weights._asdict()
+        files.write_json(about, {"from": begun, "steps": plan.steps, "weights": weights})
     stored = json.loads(about.read_text())
+    plan = plan._replace(weights=objective.Weights(**stored["weights"]))
     return plan._replace(steps=stored["from"] + stored["steps"], decay=stored["steps"])
 
 

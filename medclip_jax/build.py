@@ -223,16 +223,17 @@ def learner(c: ConfigDict) -> Learner:
     return Learner(c.learner, c.meta.inner_steps, c.meta.inner_rate, c.meta.adapt_steps)
 
 
-def meta_heads(c: ConfigDict, clip: Clip, pools: Sequence, mesh, workdir: Path) -> tuple:
+def meta_heads(c: ConfigDict, clip: Clip, pools: Sequence, mesh, workdir: Path, train) -> tuple:
     """(whitening, heads [1 + folds] adapted to the supports) of what the sources teach.
 
-    pools: Source of the target, then of config.meta.sources. workdir: for metrics.jsonl.
+    pools: Source of the target, then of config.meta.sources. workdir: for metrics.jsonl. train:
+    False requires that they taught it before.
     """
     target, *sources = pools
     for pool in pools:
         episodes.check_altered(pool.kinds)
     made_from = [clip.digest, c.clip.dtype, [s.digest for s in sources]]
-    how = {"steps": c.steps, "tasks": c.meta.tasks, "mesh": mesh}
+    how = {"steps": c.steps, "tasks": c.meta.tasks, "mesh": mesh, "resume_only": not train}
     state = meta.learned(Path(c.cache), made_from, sources, learner(c), **how)
     if sharding.is_main():
         with loop.MetricsLog(workdir, 0, c.tensorboard) as log:

@@ -154,7 +154,7 @@ def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True)
     c, clip, _, _, design, frozen, mesh, _ = prepared
     folds = build.folds(c)
     if c.meta.sources:
-        return Fitted(build.meta_heads(c, clip, encoded.pools, mesh, workdir), folds)
+        return Fitted(build.meta_heads(c, clip, encoded.pools, mesh, workdir, train), folds)
     params = loop.fit(
         *(build.fresh_params(c, clip, design), frozen, encoded.pools, folds),
         workdir=workdir,

@@ -46,14 +46,11 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         findings="" if plan["findings"] else " (every finding, normal and abnormal left out)",
         seen=findings_text() if plan["findings"] else "none",
         start=start_text(plan["init"]),
-        rate=plan["rate"],
-        batch=plan["batch"],
         seed=plan["seed"],
         views=f"{plan['shards'] * views.SHARD:,} views"
         if plan["shards"]
         else "New views in every step",
-        patches=plan["patches"],
-        varied=", ".join(f"{x:.0%} from step {n:,}" for n, x in plan.get("varied", [(0, 1.0)])),
+        phases="\n".join(f"- from step {n:,}: {phase}" for n, phase in plan["phases"]),
         warm_up=loop.WARM_UP,
         decay=decay_text(run),
         pairs=objective.PAIRS,
@@ -61,7 +58,6 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         ema=objective.EMA,
         limit=leaks.LIMIT,
         others=", ".join(catalog.OTHER_PATIENTS),
-        weights=", ".join(f"{name} {x:g}" for name, x in plan["weights"].items()),
         steps=done.steps,
         shown=done.steps * plan["batch"],
         minutes=done.seconds / 60,
@@ -81,7 +77,7 @@ def decay_text(run: Path) -> str:
     if not (run / "decay.json").is_file():
         return ""
     steps = json.loads((run / "decay.json").read_text())["steps"]
-    return f", falling to 0 over the last {steps} steps, which see all patches"
+    return f"\n- the last {steps} steps: the rate falls to 0, all patches are seen"
 
 
 def export_run(run: Path, folder: Path, half: bool) -> None:

@@ -138,10 +138,11 @@ def crop(
     return jnp.clip(seen, 0, 1)
 
 
-def make_batch(source: Source, key: Key[Array, ""], size: int, kept: int, dtype) -> objective.Batch:
-    """loop.make_batch with fresh views, on the devices."""
+def make_batch(
+    source: Source, key: Key[Array, ""], size: int, twice: int, kept: int, dtype
+) -> objective.Batch:
+    """loop.make_batch with fresh views, on the devices; `twice` images are a second view."""
     keys = jax.random.split(key, 7)
-    twice = int(size * objective.PAIRS)
     n = jax.random.choice(keys[0], len(source.chance), (size,), p=source.chance)
     views_of, order = jax.random.split(keys[1], size), jax.random.uniform(keys[2], (size, GRID**2))
     flip = jax.random.bernoulli(keys[3], 0.5, (size,))
@@ -186,14 +187,14 @@ def make_batch(source: Source, key: Key[Array, ""], size: int, kept: int, dtype)
 @functools.cache
 def compiled_chunk(encoders: Encoders, plan: loop.Plan, kept: int, mesh):
     """CHUNK steps in one program: (state, first step, source) -> (state, parts of the last)."""
-    fixed = {"encoders": encoders, "weights": plan.weights, "seed": plan.seed}
-    fixed |= {"optimiser": objective.make_optimiser(), "variation": plan.variation}
-    split = NamedSharding(mesh, PartitionSpec("n"))
+    fixed = {"encoders": encoders, "weights": plan.weights}
+    fixed |= {"optimiser": objective.make_optimiser()}
+    split, twice = NamedSharding(mesh, PartitionSpec("n")), plan.weights.pairs(plan.batch)
 
     def chunk(state, number, rate, fall, source):
         def one(state, i):
             key = jax.random.fold_in(jax.random.key(plan.seed + 1), number + i)
-            batch = make_batch(source, key, plan.batch, kept, encoders.image.dtype)
+            batch = make_batch(source, key, plan.batch, twice, kept, encoders.image.dtype)
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), batch)
             now = (rate - i * fall) * jnp.minimum(1.0, (number + i + 1) / loop.WARM_UP)
             *changed, parts = objective.step(*state, now, number + i, batch, **fixed)

@@ -36,7 +36,6 @@ class Plan(NamedTuple):
     rate: float = 8e-4
     seed: int = 0
     findings: bool = True
-    variation: float = 0.0  # share of the images varied as by another scanner
     save_minutes: float = 5.0
     weights: objective.Weights = objective.Weights()
 
@@ -85,11 +84,11 @@ def mirrored(keep: np.ndarray | jax.Array):
 def make_batch(material: Material, plan: Plan, number: int, kept: int) -> objective.Batch:
     """The batch of step `number`: a function of the seed and the number alone.
 
-    The last objective.PAIRS of it are the first once more, mirrored or not by a toss of their own,
+    The last `Weights.pairs` of it are the first once more, mirrored or not by a toss of their own,
     their kept patches at the same places of the body.
     """
     rng = np.random.default_rng([plan.seed, 13, number])
-    per_shard, twice = len(material.shards[0].index), int(plan.batch * objective.PAIRS)
+    per_shard, twice = len(material.shards[0].index), plan.weights.pairs(plan.batch)
     chosen = rng.choice(material.places, size=plan.batch)
     flips = rng.random(plan.batch) < 0.5
     keep = np.argsort(rng.random((plan.batch, GRID**2)), axis=1)[:, :kept].astype(np.int32)
@@ -148,7 +147,11 @@ def save(path: Path, state: State, done: Done) -> None:
 
 
 def restore(path: Path, template: State) -> tuple[State, Done]:
-    """State and position of the newest whole file of `save`; `template` if there is none."""
+    """State and position of the newest whole file of `save`; `template` if there is none.
+
+    Raises:
+      SystemExit: its arrays are not those of the template.
+    """
     for file_path in (path, path.with_suffix(".previous")):
         if not file_path.exists():
             continue
@@ -156,7 +159,10 @@ def restore(path: Path, template: State) -> tuple[State, Done]:
             with safe_open(file_path, "numpy") as file:
                 about = file.metadata()
                 paths, tree = jax.tree_util.tree_flatten_with_path(template)
-                leaves = [file.get_tensor(jax.tree_util.keystr(k)) for k, _ in paths]
+                names = [jax.tree_util.keystr(k) for k, _ in paths]
+                if sorted(names) != sorted(file.keys()):
+                    raise SystemExit(f"{file_path} is of another version of the training")
+                leaves = [file.get_tensor(name) for name in names]
         except SafetensorError as error:
             print(f"{file_path}: {error}; the checkpoint before it is taken", flush=True)
             continue
@@ -178,10 +184,9 @@ def check(parts: dict[str, float], number: int) -> None:
 
 
 @functools.cache
-def compiled_step(encoders: Encoders, weights: objective.Weights, seed: int, variation: float):
+def compiled_step(encoders: Encoders, weights: objective.Weights):
     """`objective.step` for one CLIP, compiled once per process; its state is donated."""
     fixed = {"encoders": encoders, "weights": weights, "optimiser": objective.make_optimiser()}
-    fixed |= {"seed": seed, "variation": variation}
     return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
 
 
@@ -211,7 +216,7 @@ def run(material: Material, encoders: Encoders, plan: Plan, state: State, path: 
     mesh = jax.make_mesh((jax.device_count(),), ("n",), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())
     state = jax.device_put(state, whole)
-    step = compiled_step(encoders, plan.weights, plan.seed, plan.variation)
+    step = compiled_step(encoders, plan.weights)
     supply = batches(material, plan, done.steps, NamedSharding(mesh, PartitionSpec("n")))
     number, begun, waited, lines = done.steps, time.monotonic(), 0.0, []
     saved = lined = begun

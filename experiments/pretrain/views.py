@@ -57,11 +57,7 @@ def balanced(modalities: list[str], seed: int, number: int) -> Int[np.ndarray, "
 def random_view(
     pixels: UInt8[np.ndarray, "h w"], rng: np.random.Generator
 ) -> UInt8[np.ndarray, "224 224"]:
-    """A crop of 40-100% of the area, half of them turned by up to TURN, of mildly other tone.
-
-    Tones that a scanner would make come in training, where every step draws them anew
-    (scanner.vary).
-    """
+    """A crop of 40-100% of the area, half of them turned by up to TURN, of mildly other tone."""
     image = Image.fromarray(pixels)
     if rng.random() < 0.5:
         image = image.rotate(float(rng.uniform(-TURN, TURN)), Image.Resampling.BILINEAR)

@@ -25,7 +25,7 @@ from medclip_jax import files, stored
 from medclip_jax.detectors import deviation
 from medclip_jax.detectors.deviation import Deviation, Whitening
 from medclip_jax.distributed import runtime, sharding
-from medclip_jax.errors import ConfigError
+from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.features.encoder import Source
 from medclip_jax.training import episodes, maml
 from medclip_jax.training.episodes import IDENTITY, SHOTS
@@ -39,7 +39,6 @@ LEARNING_RATE = 1e-2  # of Adam
 VALIDATION = 5  # each fifth source is held out: where its tasks' loss is least training stops
 CHECK_EVERY = 50  # outer steps
 FIRST_ORDER = 1 / 3  # share of MAML++'s steps that are first order
-
 
 _remember, _deviation = jax.jit(deviation.remember), jax.jit(deviation.deviation)
 
@@ -99,7 +98,8 @@ def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed:
     def rows(memory, features, own):
         seen = deviation.deviation(whitening, memory, features, own)
         best = jax.lax.top_k(seen.patch.sum(-1), min(PATCHES, seen.patch.shape[1]))[1]
-        return seen._replace(patch=jnp.take_along_axis(seen.patch, best[..., None], 1))
+        seen = seen._replace(patch=jnp.take_along_axis(seen.patch, best[..., None], 1))
+        return jax.tree.map(lambda x: x.astype(jnp.float16), seen)
 
     each = []
     for number, source in enumerate(sources):
@@ -113,13 +113,9 @@ def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed:
             support, query = episodes.sides(rng, sources, number)
             memory = _remember(whitening, episodes.rows_of(source.healthy, support[0]))
             sides = episodes.support_rows(source, *support), episodes.query_rows(source, *query)
-            seen = [Rows(_narrow(rows(memory, x, own)), label) for x, own, label in sides]
+            seen = [Rows(rows(memory, x, own), label) for x, own, label in sides]
             each.append(TaskPool(*seen))
     return jax.tree.map(lambda *x: np.stack(x), *each)
-
-
-def _narrow(seen: Deviation) -> Deviation:
-    return jax.tree.map(lambda x: np.asarray(x, np.float16), seen)
 
 
 # --- learning -------------------------------------------------------------------------------
@@ -269,10 +265,12 @@ def learned(
     steps: int,
     tasks: int,
     mesh: Mesh,
+    resume_only: bool = False,
 ) -> State:
     """The state of these sources and settings: read if it was learned before, else learned.
 
-    folder: where states are kept; made_from: names the sources' images and their encoding.
+    folder: where states are kept; made_from: names the sources' images and their encoding;
+    resume_only: CheckpointError if it was not.
     """
     parts = VERSION, made_from, learner._replace(adapt_steps=0), steps, tasks
     path = folder / "meta_learned" / f"{stored.digest(parts)}.safetensors"
@@ -281,13 +279,15 @@ def learned(
         with safe_open(path, framework="np") as tensors:
             leaves = {name: tensors.get_tensor(name) for name in tensors.keys()}
         count = sum(name.startswith("mean") for name in leaves)
-        whitening = Whitening(
-            tuple(jnp.asarray(leaves[f"mean{i}"]) for i in range(count)),
-            tuple(jnp.asarray(leaves[f"kernel{i}"]) for i in range(count)),
-        )
+        both = ([jnp.asarray(leaves[f"{n}{i}"]) for i in range(count)] for n in ("mean", "kernel"))
+        whitening = Whitening(*map(tuple, both))
         shape: Any = jax.tree.structure(begin(learner, whitening))
         params = [leaves[f"param{i}"] for i in range(shape.num_leaves)]
         return State(whitening, jax.tree.unflatten(shape, params), leaves["log"])
+    if resume_only:
+        raise CheckpointError(
+            f"{path.parent} has no state of these sources: run --mode train first"
+        )
     state = train(sources, learner, steps=steps, tasks=tasks, seed=0, mesh=mesh)
     tensors = {"log": state.log}
     tensors |= {f"param{i}": x for i, x in enumerate(jax.tree.leaves(state.params))}

@@ -8,7 +8,7 @@ import pytest
 from medclip_jax.clip.layers import Features
 from medclip_jax.detectors import deviation
 from medclip_jax.distributed import sharding
-from medclip_jax.errors import ConfigError
+from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.features.encoder import Source
 from medclip_jax.training import episodes, meta
 from medclip_jax.training.step import Learner
@@ -180,7 +180,11 @@ def test_a_state_is_learned_once(tmp_path, sources, name, monkeypatch):
 
     monkeypatch.setattr(meta, "train", train)
     how = {"steps": 50, "tasks": 2, "mesh": sharding.mesh()}
+    with pytest.raises(CheckpointError, match="no state of these sources: run --mode train"):
+        meta.learned(tmp_path, "made", sources, learner, resume_only=True, **how)
     run = [meta.learned(tmp_path, "made", sources, learner, **how) for _ in range(2)]
+    again = meta.learned(tmp_path, "made", sources, learner, resume_only=True, **how)
+    jax.tree.map(np.testing.assert_array_equal, run[0], again)
     jax.tree.map(np.testing.assert_array_equal, *run)
     assert type(run[0].params) is type(run[1].params) and len(calls) == 1
     # other adaptation at the target, the same state; a damaged file is learned again
