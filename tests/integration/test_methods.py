@@ -1,11 +1,15 @@
 """Whole runs of the methods beside `ours`, and of ours with one support or none."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 import medclip_jax
+from tests.support.paths import ROOT
 from tests.support.pictures import write_pictures
 from tests.support.predicting import run as predict
 from tests.support.runs import log, predictions
@@ -39,6 +43,26 @@ def test_extra_healthy_images_calibrate_a_trained_run_anew(world, tmp_path):
     assert head["calibration"]["k"] == len(head["calibration"]["healthy"]) == 12
     assert str(folder) not in json.dumps(head)
     assert predict(tmp_path / "run", tmp_path / "out", world.data / "test" / "lesion") == 0
+
+
+@pytest.mark.slow
+def test_memory_of_the_papers_recipe_does_not_grow_with_variants(world, tmp_path):
+    """Held in memory, 672 more variants would be 150 MB of tokens in 16 bits."""
+
+    def peak(variants):
+        more = f"--config.synthesis.variants={variants}", "--config.clip.checkpoint=compact"
+        flags = world.flags(tmp_path / str(variants), *more, arguments="k=8,method=paper")
+        flags = [x.replace("cache=", f"cache={tmp_path}/") for x in flags]
+        command = [sys.executable, "-m", "medclip_jax.main", *flags, "--config.steps=4"]
+        with (tmp_path / "said").open("w") as said:
+            process = subprocess.Popen(command, cwd=ROOT, stderr=said, stdout=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, (tmp_path / "said").read_text()[-3000:]
+        return usage.ru_maxrss / 1000  # MB
+
+    few, many = peak(12), peak(96)
+    print(f"{few:.0f} MB with 12 variants of each support, {many:.0f} MB with 96")
+    assert many < few + 75
 
 
 @pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])
