@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Weight of each part of the loss."""
+    """Weight of each part of the loss, and what the texts teach the image encoder."""
 
     fine: float = 1.0
     coarse: float = 1.0
@@ -41,6 +41,7 @@ class Weights(NamedTuple):
     caption: float = 0.1
     patch_caption: float = 0.05
     phrase: float = 0.5
+    into_image: float = 0.0  # share of the captions' gradient that goes on into the image encoder
 
     def pairs(self, images: int) -> int:
         """How many of the images of a batch are a second view of another."""
@@ -154,7 +155,8 @@ def loss(
             jnp.exp(jnp.minimum(clip["logit_scale"], jnp.log(100.0))),
             heads["sigmoid.bias"],
         )
-        joint = project(clip, encoders, states[1])
+        fixed = jax.lax.stop_gradient(states[1])
+        joint = project(clip, encoders, fixed + weights.into_image * (states[1] - fixed))
         own, patches = joint[:, 0], joint[:, 1:].mean(1)
         meaning = unit(linear(heads, "phrase", phrases))
         parts |= {

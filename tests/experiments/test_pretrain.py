@@ -192,6 +192,25 @@ def test_parts_of_weight_0_are_left_out_and_the_others_are_the_same(material, mo
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_captions_teach_the_image_encoder_as_much_as_they_may(material, model, share):
+    params = loop.start(encoders.init(model, 0), model, 0).params
+    texts = objective.Weights(0, 0, 0, 0, 0, 1, 1, 1, into_image=1.0)
+    batch = loop.make_batch(material, loop.Plan(1, batch=8, weights=texts), 0, 9)
+    run = jax.jit(jax.grad(objective.loss, has_aux=True), static_argnums=(1, 2))
+    whole, part = (
+        run(params, model, w, batch)[0]["clip"] for w in (texts, texts._replace(into_image=share))
+    )
+    for name in ("text_model", "visual_projection", "text_projection"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-7), part[name], whole[name]
+        )
+    blocks = [x["vision_model"]["encoder"] for x in (whole, part)]
+    for a, b in zip(*map(jax.tree.leaves, blocks), strict=True):
+        np.testing.assert_allclose(b, share * a, rtol=1e-4, atol=1e-7)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(blocks[0])) > 1e-5
+
+
 def test_the_optimiser_turns_matrices_of_blocks_and_nothing_else_into_near_rotations(model):
     params = loop.start(encoders.init(model, 0), model, 0).params
     optimiser, rng = objective.make_optimiser(), np.random.default_rng(0)
