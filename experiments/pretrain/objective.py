@@ -183,6 +183,18 @@ OPTIMISER = "Muon for the matrices of the blocks, AdamW for the rest"
 ORTHOGONAL = 40.0  # times the rate: the length of Muon's update, which has the spectral norm 1
 
 
+def clip_each(gradient: dict, params: dict | None = None) -> dict:
+    """The gradient of every encoder and head, on its own of length 1 at most.
+
+    Together the large gradients of the texts would shorten those of the patches from step to step.
+    """
+
+    def one(tree):
+        return jax.tree.map(lambda g: g / jnp.maximum(1.0, optax.tree.norm(tree)), tree)
+
+    return {side: {name: one(x) for name, x in own.items()} for side, own in gradient.items()}
+
+
 def make_optimiser() -> optax.GradientTransformation:
     """OPTIMISER without its learning rate (the loop multiplies it in); no decay of vectors.
 
@@ -207,7 +219,7 @@ def make_optimiser() -> optax.GradientTransformation:
         optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(0.05, mask=matrices)
     )
     return optax.chain(
-        optax.clip_by_global_norm(1.0),
+        optax.stateless(clip_each),
         optax.partition(
             {"muon": muon, "adamw": adamw},
             lambda tree: jax.tree_util.tree_map_with_path(which, tree),

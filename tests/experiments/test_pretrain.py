@@ -211,6 +211,13 @@ def test_captions_teach_the_image_encoder_as_much_as_they_may(material, model, s
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(blocks[0])) > 1e-5
 
 
+def test_gradients_are_clipped_each_on_its_own():
+    given = {"clip": {"a": {"x": np.array([3.0, 0.0]), "y": np.array(4.0)}}, "heads": {"b": 0.5}}
+    got = objective.clip_each(given)
+    np.testing.assert_allclose(got["clip"]["a"]["x"], [0.6, 0], rtol=1e-6)
+    assert got["clip"]["a"]["y"] == pytest.approx(0.8) and got["heads"]["b"] == 0.5
+
+
 def test_the_optimiser_turns_matrices_of_blocks_and_nothing_else_into_near_rotations(model):
     params = loop.start(encoders.init(model, 0), model, 0).params
     optimiser, rng = objective.make_optimiser(), np.random.default_rng(0)
