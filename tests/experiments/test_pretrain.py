@@ -192,23 +192,21 @@ def test_parts_of_weight_0_are_left_out_and_the_others_are_the_same(material, mo
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_captions_teach_the_image_encoder_as_much_as_they_may(material, model, share):
+def test_captions_teach_the_image_encoder_as_much_as_they_may(material, model):
     params = loop.start(encoders.init(model, 0), model, 0).params
     texts = objective.Weights(0, 0, 0, 0, 0, 1, 1, 1, into_image=1.0)
     batch = loop.make_batch(material, loop.Plan(1, batch=8, weights=texts), 0, 9)
     run = jax.jit(jax.grad(objective.loss, has_aux=True), static_argnums=(1, 2))
-    whole, part = (
-        run(params, model, w, batch)[0]["clip"] for w in (texts, texts._replace(into_image=share))
-    )
-    for name in ("text_model", "visual_projection", "text_projection"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-7), part[name], whole[name]
-        )
-    blocks = [x["vision_model"]["encoder"] for x in (whole, part)]
-    for a, b in zip(*map(jax.tree.leaves, blocks), strict=True):
-        np.testing.assert_allclose(b, share * a, rtol=1e-4, atol=1e-7)
-    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(blocks[0])) > 1e-5
+    whole = run(params, model, texts, batch)[0]["clip"]
+    blocks = jax.tree.leaves(whole["vision_model"]["encoder"])
+    assert max(float(jnp.abs(x).max()) for x in blocks) > 1e-5
+    for share in (0.0, 0.5):
+        part = run(params, model, texts._replace(into_image=share), batch)[0]["clip"]
+        for name in ("text_model", "visual_projection", "text_projection"):
+            for a, b in zip(*map(jax.tree.leaves, (part[name], whole[name])), strict=True):
+                np.testing.assert_allclose(a, b, 1e-5, 1e-7)
+        for a, b in zip(jax.tree.leaves(part["vision_model"]["encoder"]), blocks, strict=True):
+            np.testing.assert_allclose(a, share * b, rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_are_clipped_each_on_its_own():
@@ -218,21 +216,20 @@ def test_gradients_are_clipped_each_on_its_own():
     assert got["clip"]["a"]["y"] == pytest.approx(0.8) and got["heads"]["b"] == 0.5
 
 
-def test_the_optimiser_turns_matrices_of_blocks_and_nothing_else_into_near_rotations(model):
-    params = loop.start(encoders.init(model, 0), model, 0).params
-    optimiser, rng = objective.make_optimiser(), np.random.default_rng(0)
-    noise = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), params)
-    still = jax.tree.map(jnp.zeros_like, params)  # no decay of weights
-    updates, _ = optimiser.update(noise, optimiser.init(params), still)
-    turned = 0
-    for path, x in jax.tree_util.tree_leaves_with_path(updates):
-        if x.ndim == 2 and "layers" in jax.tree_util.keystr(path):
-            spectrum = np.linalg.svd(np.asarray(x), compute_uv=False) / objective.ORTHOGONAL
-            assert np.quantile(spectrum, 0.1) > 0.5 and spectrum.max() < 1.3, path
-            turned += 1
-        else:  # the first step of Adam is a sign
-            assert np.median(np.abs(x)) > 0.99 and np.abs(x).max() <= 1  # but for its epsilon
-    assert turned == 6 * (4 + 1)  # four products of attention and two of the MLP, 4 + 1 blocks
+def test_the_optimiser_turns_matrices_of_blocks_and_nothing_else_into_near_rotations():
+    rng = np.random.default_rng(0)
+    block = {"kernel": rng.normal(size=(24, 16)), "bias": rng.normal(size=16)}
+    grown = {"clip": {"vision_model": {"layers": {"0": block}}, "visual_projection": block}}
+    grown |= {"heads": {"fine.weight": rng.normal(size=(24, 16))}}
+    gradient = jax.tree.map(jnp.float32, grown)
+    still = jax.tree.map(jnp.zeros_like, gradient)  # no decay of weights
+    optimiser = objective.make_optimiser()
+    updates, _ = optimiser.update(gradient, optimiser.init(still), still)
+    turned = updates["clip"]["vision_model"]["layers"]["0"].pop("kernel")
+    spectrum = np.linalg.svd(np.asarray(turned), compute_uv=False) / objective.ORTHOGONAL
+    assert 0.5 < spectrum.min() and spectrum.max() < 1.3
+    for x in jax.tree.leaves(updates):  # the first step of Adam is a sign
+        np.testing.assert_allclose(np.abs(x), 1, rtol=1e-3)
 
 
 def test_rate_is_constant_between_warm_up_and_decay():

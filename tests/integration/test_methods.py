@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,22 +50,27 @@ def test_extra_healthy_images_calibrate_a_trained_run_anew(world, tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_the_papers_recipe_does_not_grow_with_variants(world, tmp_path):
-    """Held in memory, 672 more variants would be 150 MB of tokens in 16 bits."""
+    """Held in memory, 576 more variants would be 130 MB of tokens in 16 bits."""
 
     def peak(variants):
         more = f"--config.synthesis.variants={variants}", "--config.clip.checkpoint=compact"
         flags = world.flags(tmp_path / str(variants), *more, arguments="k=8,method=paper")
         flags = [x.replace("cache=", f"cache={tmp_path}/") for x in flags]
         command = [sys.executable, "-m", "medclip_jax.main", *flags, "--config.steps=4"]
+        env = os.environ | {"XLA_FLAGS": ""}  # one device
         with (tmp_path / "said").open("w") as said:
-            process = subprocess.Popen(command, cwd=ROOT, stderr=said, stdout=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0, (tmp_path / "said").read_text()[-3000:]
-        return usage.ru_maxrss / 1000  # MB
+            process = subprocess.Popen(command, cwd=ROOT, stderr=said, stdout=said, env=env)
+        most, status = 0, Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:  # tokens are mapped from files: those pages are no demand
+            held = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+            most = max(most, int(held[1]) if held else 0)
+            time.sleep(0.05)
+        assert process.returncode == 0, (tmp_path / "said").read_text()[-3000:]
+        return most / 1000  # MB
 
-    few, many = peak(12), peak(96)
-    print(f"{few:.0f} MB with 12 variants of each support, {many:.0f} MB with 96")
-    assert many < few + 75
+    few, many = peak(24), peak(96)
+    print(f"{few:.0f} MB with 24 variants of each support, {many:.0f} MB with 96")
+    assert many < few + 65
 
 
 @pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])
