@@ -57,7 +57,7 @@ def test_memory_of_the_papers_recipe_does_not_grow_with_variants(world, tmp_path
         flags = world.flags(tmp_path / str(variants), *more, arguments="k=8,method=paper")
         flags = [x.replace("cache=", f"cache={tmp_path}/") for x in flags]
         command = [sys.executable, "-m", "medclip_jax.main", *flags, "--config.steps=4"]
-        env = os.environ | {"XLA_FLAGS": ""}  # one device
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
         with (tmp_path / "said").open("w") as said:
             process = subprocess.Popen(command, cwd=ROOT, stderr=said, stdout=said, env=env)
         most, status = 0, Path(f"/proc/{process.pid}/status")
@@ -70,7 +70,7 @@ def test_memory_of_the_papers_recipe_does_not_grow_with_variants(world, tmp_path
 
     few, many = peak(24), peak(96)
     print(f"{few:.0f} MB with 24 variants of each support, {many:.0f} MB with 96")
-    assert many < few + 65
+    assert many < few + 100
 
 
 @pytest.mark.parametrize("k, method", [(0, "zero_shot"), (1, "memory"), (1, "ours")])
