@@ -41,7 +41,7 @@ class Weights(NamedTuple):
     caption: float = 0.1
     patch_caption: float = 0.05
     phrase: float = 0.5
-    into_image: float = 0.0  # share of the captions' gradient that goes on into the image encoder
+    into_image: float = 0.0  # share of the captions' gradient that reaches the image encoder
 
     def pairs(self, images: int) -> int:
         """How many of the images of a batch are a second view of another."""
