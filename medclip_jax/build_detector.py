@@ -177,7 +177,7 @@ def load_teacher(c: ConfigDict, clip: Clip, test: Sequence[Record]) -> distillat
     trained = saved.read(workdir)
     own = trained.config
     distillation.check(workdir, own, c, trained.supports, [r.sha256 for r in test])
-    parts = ("layers", "dtype", "implementation")
+    parts = ("layers", "dtype", "implementation", "value_attention")
     same = trained.checkpoint == clip.digest and own.model.refine == c.model.refine
     if not same or any(own.clip[part] != c.clip[part] for part in parts):
         clip = build.load_clip(own)

@@ -84,6 +84,7 @@ class Attention(nn.Module):
     heads: int
     dtype: str
     rope: tuple = ()  # base and number of tokens before the patches; (): none
+    by_values: bool = False  # values take the place of queries and keys (Li et al. 2023)
 
     @nn.compact
     def __call__(self, x: Float[Array, "n s d"], mask=None, position=None):
@@ -95,7 +96,8 @@ class Attention(nn.Module):
         queries = x if position is None else x[jnp.arange(n), position][:, None]
         if position is not None and mask is not None:
             mask = mask[0, 0][position][:, None, None]
-        q, k, v = dense("q_proj", queries), dense("k_proj", x), dense("v_proj", x)
+        v = dense("v_proj", x)
+        q, k = (v, v) if self.by_values else (dense("q_proj", queries), dense("k_proj", x))
         q, k, v = (y.reshape(n, -1, self.heads, d // self.heads) for y in (q, k, v))
         if self.rope:
             q, k = (rotate(y, *self.rope) for y in (q, k))
@@ -151,10 +153,11 @@ class Block(nn.Module):
     dtype: str = "float32"
     rope: tuple = ()  # see Attention
     post: bool = False  # norms come after the sums, as in BERT
+    by_values: bool = False  # see Attention
 
     def setup(self):
         self.layer_norm1, self.layer_norm2 = LayerNorm(self.eps), LayerNorm(self.eps)
-        self.self_attn = Attention(self.heads, self.dtype, self.rope)
+        self.self_attn = Attention(self.heads, self.dtype, self.rope, self.by_values)
         self.mlp = Mlp(self.hidden, self.activation, self.dtype)
 
     def __call__(self, x, mask=None, position=None):
@@ -179,6 +182,7 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     rope: tuple = ()
     post: bool = False
+    value_attention: int = 0  # in so many of the last blocks, see Attention
 
     def setup(self):
         kinds = self.heads, self.hidden, self.activation, self.eps, self.dtype
@@ -202,11 +206,15 @@ class Encoder(nn.Module):
 
     def scan(self, x, start: int, stop: int):
         """Blocks start + 1 to stop by lax.scan."""
+        own = self.depth - self.value_attention  # blocks that attend by queries and keys
+        if start < own < stop:
+            x, start = self.scan(x, start, own), own
+        one = self.one.clone(by_values=start >= own)
         layers = stacked.stack(self.layers) if "0" in self.layers else self.layers
         layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)
 
         def step(y, params):
-            return self.one.apply({"params": stacked.decompress(params)}, y), None
+            return one.apply({"params": stacked.decompress(params)}, y), None
 
         return jax.lax.scan(step, x, layers)[0]
 

@@ -167,3 +167,33 @@ def test_smaller_weights_stay_near_float32(compact, dtype, least):
 def test_int8_is_of_our_vit_alone():
     with pytest.raises(ConfigError, match="clip.dtype is 'int8'.*give float32 or bfloat16"):
         checkpoint.load("compact", dtype="int8", implementation="transformers")
+
+
+def test_tokens_of_the_last_blocks_attend_by_their_values(tmp_path):
+    """transformers' own encoder, its queries and keys made by the values' products, is the same."""
+    folder, theirs, params = tiny_checkpoint(tmp_path / "tiny")
+    depth = theirs.config.vision_config.num_hidden_layers
+    changed = jax.tree.map(np.asarray, params)
+    for number in (depth - 2, depth - 1):
+        block = changed["vision_model"]["encoder"]["layers"][str(number)]["self_attn"]
+        block |= {"q_proj": block["v_proj"], "k_proj": block["v_proj"]}
+    wanted = theirs(IDS, PIXELS, params=changed, output_hidden_states=True)
+    hidden = wanted.vision_model_output.hidden_states
+    ours = checkpoint.load(str(folder), layers=(1, depth), value_attention=2)
+    pixels = jnp.asarray(PIXELS.transpose(0, 2, 3, 1))
+    features = image_features(ours.vision, pixels, encoder=ours.image_encoder)
+    for level, tokens in zip((1, depth), features.levels, strict=True):
+        np.testing.assert_allclose(tokens, hidden[level][:, 1:], atol=1e-5)
+    pooled = theirs.get_image_features(PIXELS, params=changed)
+    np.testing.assert_allclose(features.pooled, pooled, atol=1e-5)
+    plain = checkpoint.load(str(folder), layers=(1, depth))
+    assert ours.digest == plain.digest  # the checkpoint is the same, its tokens are not
+    other = image_features(plain.vision, pixels, encoder=plain.image_encoder)
+    assert float(abs(other.levels[-1] - features.levels[-1]).max()) > 1e-3
+    np.testing.assert_array_equal(other.levels[0], features.levels[0])
+    for wrong in (
+        {"value_attention": depth + 1},
+        {"value_attention": 1, "implementation": "transformers"},
+    ):
+        with pytest.raises(ConfigError, match="config.clip.value_attention.*give 0"):
+            checkpoint.load(str(folder), **wrong)
