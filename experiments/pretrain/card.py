@@ -55,7 +55,7 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         decay=decay_text(run),
         pairs=objective.PAIRS,
         prototypes=objective.PROTOTYPES,
-        ema=objective.EMA,
+        exported=exported_text(run),
         limit=leaks.LIMIT,
         others=", ".join(catalog.OTHER_PATIENTS),
         steps=done.steps,
@@ -72,6 +72,13 @@ def findings_text() -> str:
     return "; ".join(f"{name}: {', '.join(found)}" for name, found in named.items())
 
 
+def exported_text(run: Path) -> str:
+    """Which weights are exported."""
+    if (run / "decayed.safetensors").is_file():
+        return "the last weights"
+    return f"running average of the weights ({objective.EMA} a step)"
+
+
 def decay_text(run: Path) -> str:
     """How the last steps differed, if the decay was run."""
     if not (run / "decay.json").is_file():
@@ -81,7 +88,10 @@ def decay_text(run: Path) -> str:
 
 
 def export_run(run: Path, folder: Path, half: bool) -> None:
-    """The Hugging Face folder of the decayed weights, else of the latest checkpoint (averaged)."""
+    """The Hugging Face folder of the decayed weights, else of the latest checkpoint's average.
+
+    After the decay an average would still hold weights from before it.
+    """
     plan = json.loads((run / "plan.json").read_text())
     vocabulary = len(json.loads((run / "tokenizer" / "vocab.json").read_text()))
     width, layers = plan["width"], plan["layers"]
@@ -92,4 +102,5 @@ def export_run(run: Path, folder: Path, half: bool) -> None:
     path = decayed if decayed.is_file() else run / "checkpoint.safetensors"
     state, done = loop.restore(path, template)
     text = card_text(run, config, done)
-    export.write_folder(folder, state.average, config, run / "tokenizer", text, half)
+    params = state.params["clip"] if path == decayed else state.average
+    export.write_folder(folder, params, config, run / "tokenizer", text, half)

@@ -1,6 +1,7 @@
 """Pre-training of the embedded CLIP, at a tiny size: data, tokenizer, leak check, loop, export."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import pytest
 from PIL import Image
 from pretrain import (
     captions,
+    card,
     device,
     encoders,
     export,
     judge,
+    leaks,
     lite0,
     loop,
     objective,
@@ -345,6 +348,36 @@ def test_resumed_equals_uninterrupted_and_loads_elsewhere(
 
     export.write_folder(tmp_path / "out", whole.average, config, tokenizer_folder, "# card")
     check_export(tmp_path / "out", jax.tree.map(np.asarray, whole.average), model, material)
+
+
+def test_the_decayed_weights_are_exported_and_the_card_says_so(tmp_path, tokenizer_folder):
+    entries = len(CLIPTokenizerFast.from_pretrained(tokenizer_folder))
+    shape = encoders.make_config(entries, width=64, layers=2, heads=1)
+    model = encoders.build(shape)
+    state = loop.start(encoders.init(model, 0), model, 0)
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    plan = {"width": 64, "layers": 2, "findings": True, "init": None, "seed": 0, "shards": 3}
+    plan |= {"batch": 8, "phases": [[0, "Muon"]]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    counts = leaks.LeakCount("busi", 780, 10, 0.9, 2, 0.5)._asdict()
+    sources = [["BRISC", "brain mri", "CC BY 4.0", 5]]
+    (tmp_path / "leaks.json").write_text(json.dumps({"sources": sources, "sets": [counts]}))
+    last = state._replace(params={**state.params, "clip": encoders.init(model, 1)})
+    for name, done in (("checkpoint", 10), ("decayed", 30)):
+        loop.save(tmp_path / f"{name}.safetensors", last, loop.Done(done, 60.0))
+        if name == "decayed":
+            (tmp_path / "decay.json").write_text(json.dumps({"from": 10, "steps": 20}))
+        card.export_run(tmp_path, tmp_path / name, half=False)
+        clip = checkpoint.load(str(tmp_path / name))
+        wanted = state.average if name == "checkpoint" else last.params["clip"]
+        for a, b in zip(jax.tree.leaves(clip.params), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), b)
+        text = (tmp_path / name / "README.md").read_text()
+        assert f"{done} steps, {8 * done} image views, 1 minutes" in text
+        assert ("the last 20 steps: the rate falls to 0" in text) == (name == "decayed")
+        assert ("Exported: the last weights." in text) == (name == "decayed")
+        assert "| BRISC | brain mri | CC BY 4.0 | 5 |" in text
+        assert "| busi | 780 | 10 | 0.900 | 2 | 0.500 |" in text
 
 
 def check_export(folder, params, model, material):
