@@ -4,8 +4,9 @@ python experiments/leave_one_out.py --root DIR --out results/meta \
   --targets busi brain_mri chest_xray oct_mx fundus_mx knee_xr wce_bleed lung_ct
 
 One line per target, K, draw and learner goes to OUT/scores.jsonl: image AUROC on the test part
-after 0, 1, 5, 20 and 100 steps of adaptation. A target in that file is not repeated. All learners
-see the same tasks. `memory` and `scratch` learn from no source; joint adapts as the others do.
+after 0, 1, 5, 20 and 100 steps of adaptation, the area under that curve, and pixel AUROC after 0
+and 1 step where there are masks. A target in that file is not repeated. All learners see the same
+tasks. `memory` and `scratch` learn from no source; joint adapts as the others do.
 """
 
 import argparse
@@ -27,11 +28,14 @@ from medclip_jax.data.layouts import Split, unique
 from medclip_jax.detectors import deviation, memory_bank
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache, encoder
+from medclip_jax.io import read
 from medclip_jax.models import similarity
 from medclip_jax.training import maml, meta
 from medclip_jax.training.step import Learner
 
 STEPS = (0, 1, 5, 20, 100)
+PIXELS = (0, 1)  # steps after which maps are compared with masks
+SIDE = 28  # pixels per side of what pixel AUROC compares: a map has 7 x 7 values
 LEARNERS = ("joint", "fomaml", "maml", "anil", "meta_sgd", "maml_pp", "reptile", "imaml")
 WORDS = catalog.PRESETS | catalog.SETS
 
@@ -43,7 +47,7 @@ def main():
     parser.add_argument("--targets", nargs="+", default=[])
     parser.add_argument("--table", action="store_true", help="print the means of OUT")
     parser.add_argument("--learners", nargs="+", default=list(LEARNERS))
-    parser.add_argument("--k", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 16], help="2 or more")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1000, help="outer steps")
     parser.add_argument("--inner-steps", type=int, default=3)
@@ -74,8 +78,11 @@ def table(lines: list[dict]) -> None:
         one = {name: by_target(lines, k, name, "1" if rates[name] else "0") for name in rates}
         for name, values in one.items():
             own = [x for x in lines if x["k"] == k and x["learner"] == name]
-            means = [np.mean([x[str(s)] for x in own]) for s in STEPS if str(s) in own[0]]
+            columns = [c for c in (*map(str, STEPS), "area") if c in own[0]]
+            means = [np.mean([x[c] for x in own]) for c in columns]
+            pixels = [x.get("pixel 1", x["pixel 0"]) for x in own if "pixel 0" in x]
             print(k, name, *(f"{x:.3f}" for x in means), end="")
+            print(f" | pixel {np.mean(pixels):.3f}" if pixels else "", end="")
             for other in ("joint", "memory"):
                 off = values - one[other]
                 low, high = interval(off)
@@ -131,6 +138,18 @@ class Data:
         each = [small(cache.load(cache.image_path(self.cache, r))) for r in records]
         return jax.tree.map(lambda *x: np.concatenate(x), *each)
 
+    def masks(self, records) -> np.ndarray | None:
+        """Lesions [n, SIDE, SIDE] of images of which some have masks, else None."""
+        if not any(r.masks for r in records):
+            return None
+        lesions = np.zeros((len(records), SIDE, SIDE), bool)
+        for lesion, record in zip(lesions, records, strict=True):
+            if record.masks:
+                shape = read.read(record.path)[0].shape[1:]
+                mask = read.read_mask(record.masks, shape, record.path)
+                lesion[:] = read.fit_mask(mask, SIDE, self.c.data.fit)
+        return lesions
+
     def zero_shot(self, name: str) -> np.ndarray:
         """Mean plain prompt of both classes."""
         c = config.resolve(config.base("k=16", name=name, **WORDS[name]))
@@ -167,51 +186,71 @@ def measure(data: Data, target: str, args) -> list[dict]:
         own = np.array([place[r.sha256] for r in split.test])
         test = jax.tree.map(lambda x, own=own: x[own], tokens)
         label = np.array([r.label for r in split.test])
+        known = np.array([bool(r.masks) or not r.label for r in split.test])
+        masks = data.masks([r for r, has in zip(split.test, known, strict=True) if has])
         support = encoder.open_source(data.cache, split.support, (), data.variants)
         for k in args.k:
             scored = scores(whitening, params, support, test, text, k, args)
             for (learner, rate), values in scored.items():
                 about = {"target": target, "k": k, "draw": draw, "learner": learner, "rate": rate}
-                rows.append(about | {str(s): roc_auc_score(label, v) for s, v in values.items()})
+                curve = {str(s): roc_auc_score(label, v) for s, (v, _) in values.items()}
+                if len(values) == len(STEPS):
+                    curve["area"] = area(list(curve.values()))
+                maps = {s: values[s][1] for s in PIXELS if s in values}
+                if masks is not None and maps[0] is not None:
+                    curve |= {f"pixel {s}": pixel_auroc(masks, x[known]) for s, x in maps.items()}
+                rows.append(about | curve)
     return rows
 
 
+def area(curve: list[float]) -> float:
+    """Under AUROC against log(1 + steps), over that axis' length: their mean along it."""
+    place = np.log1p(STEPS)
+    return float(np.trapezoid(curve, place) / place[-1])
+
+
+def pixel_auroc(masks: np.ndarray, patches: np.ndarray) -> float:
+    return roc_auc_score(masks.ravel(), read.to_square(patches, SIDE).ravel())
+
+
 def scores(whitening, params, support, test, text, k: int, args) -> dict:
-    """(learner, rate) -> steps of adaptation -> image scores of the test set."""
+    """(learner, rate) -> steps of adaptation -> image scores and patch values of the test set."""
     rows, memory = meta.target_rows(whitening, support, np.arange(k))
     healthy = (x[:k].astype(np.float32) for x in support.healthy.levels)
     own = tuple(jnp.asarray(x.reshape(-1, x.shape[-1])) for x in healthy)
-    near, seen = in_parts(own, whitening, memory, test)
+    patch, seen = in_parts(own, whitening, memory, test)
+    near = np.asarray(similarity.image_score(patch, deviation.TOP))
     cosine = similarity.unit(jnp.asarray(test.pooled)) @ similarity.unit(text).T
     result = {
-        ("memory", 0): {0: near},
-        ("zero-shot", 0): {0: np.asarray(cosine[:, 1] - cosine[:, 0])},
+        ("memory", 0): {0: (near, patch)},
+        ("zero-shot", 0): {0: (np.asarray(cosine[:, 1] - cosine[:, 0]), None)},
     }
     levels = len(whitening.kernel)
     for name, start in params.items():
         learned = isinstance(start, maml.MetaSGD | maml.StepRates)
         only = ("direction",) if name == "anil" else ()
         for rate in args.adapt_rates[:1] if learned else args.adapt_rates:
-            every = np.asarray(curve(start, rows, seen, rate, levels, only))
+            every = jax.device_get(curve(start, rows, seen, rate, levels, only))
             result[name, rate] = dict(zip(STEPS, every, strict=True))
     return result
 
 
 @partial(jax.jit, static_argnums=(4, 5))
 def curve(start, rows, seen, rate, levels: int, fixed: tuple):
-    """Image scores [steps, n] after each of STEPS; fixed: parts that do not adapt."""
+    """Image scores [n] and patch logits [n, p] after each of STEPS; fixed: do not adapt."""
     inner = maml.Inner(rate, max(STEPS), True, lambda path: path not in fixed)
     loss = partial(meta.loss, levels=levels)
     every, _ = maml.adapt(start, rows, loss=loss, inner=inner, every=True)
     heads = [jax.tree.map(lambda x, s=s: x[s - 1], every) for s in STEPS[1:]]
-    return jnp.stack([deviation.logits(h, seen, levels)[1] for h in (maml.plain(start), *heads)])
+    both = [deviation.logits(h, seen, levels) for h in (maml.plain(start), *heads)]
+    return [(image, patch) for patch, image in both]
 
 
 @jax.jit
 def compared(own, whitening, memory, part: Features):
-    """Image scores by the nearest support patch, and deviations, of 32 images."""
+    """Distances to the nearest support patch, and deviations, of 32 images."""
     levels = tuple(x.astype(jnp.float32) for x in part.levels)
-    near = similarity.image_score(memory_bank.memory_distance(levels, own), deviation.TOP)
+    near = memory_bank.memory_distance(levels, own)
     return near, deviation.deviation(whitening, memory, part, jnp.full(len(part.pooled), -1))
 
 
