@@ -129,7 +129,7 @@ def _model(c: ConfigDict) -> None:
         "size": 0,  # pixels per side of the input, a multiple of the patch; 0: the checkpoint's
         "implementation": "fused",  # fused | transformers (FlaxCLIPModel's own modules)
         "layers": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
-        "value_attention": 0,  # last blocks whose tokens attend by their values, not by q and k
+        "value_attention": 0,  # last blocks whose patches attend by values, not q and k
         # of encoder and cached tokens: float32 | bfloat16 | float16 (tokens alone) | int8 (weights
         # alone; computes and caches in bfloat16)
         "dtype": "float32",

@@ -66,7 +66,7 @@ def load(
         inputs: whether features hold the inputs of the tapped blocks too, for refinement.
         implementation: fused or transformers.
         size: pixels per side of the input image; 0 is the checkpoint's own.
-        value_attention: of a ViT, last blocks whose tokens attend by their values.
+        value_attention: of a ViT, last blocks whose patches attend by their values.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.

@@ -84,7 +84,8 @@ class Attention(nn.Module):
     heads: int
     dtype: str
     rope: tuple = ()  # base and number of tokens before the patches; (): none
-    by_values: bool = False  # values take the place of queries and keys (Li et al. 2023)
+    # values take the place of queries and keys (Li et al. 2023) but for so many first tokens
+    by_values: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n s d"], mask=None, position=None):
@@ -96,12 +97,17 @@ class Attention(nn.Module):
         queries = x if position is None else x[jnp.arange(n), position][:, None]
         if position is not None and mask is not None:
             mask = mask[0, 0][position][:, None, None]
-        v = dense("v_proj", x)
-        q, k = (v, v) if self.by_values else (dense("q_proj", queries), dense("k_proj", x))
+        q, k, v = dense("q_proj", queries), dense("k_proj", x), dense("v_proj", x)
         q, k, v = (y.reshape(n, -1, self.heads, d // self.heads) for y in (q, k, v))
         if self.rope:
             q, k = (rotate(y, *self.rope) for y in (q, k))
-        return dense("out_proj", attend(q, k, v, mask).reshape(n, -1, d))
+        if (first := self.by_values) is None:
+            mixed = attend(q, k, v, mask)
+        else:
+            likeness = rotate(v, *self.rope) if self.rope else v
+            mixed = attend(q[:, :first], k, v, mask), attend(likeness[:, first:], likeness, v, mask)
+            mixed = jnp.concatenate(mixed, 1)
+        return dense("out_proj", mixed.reshape(n, -1, d))
 
 
 def rotate(x: Float[Array, "n s h d"], base: float, prefix: int) -> Float[Array, "n s h d"]:
@@ -153,7 +159,7 @@ class Block(nn.Module):
     dtype: str = "float32"
     rope: tuple = ()  # see Attention
     post: bool = False  # norms come after the sums, as in BERT
-    by_values: bool = False  # see Attention
+    by_values: int | None = None  # see Attention
 
     def setup(self):
         self.layer_norm1, self.layer_norm2 = LayerNorm(self.eps), LayerNorm(self.eps)
@@ -182,7 +188,7 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     rope: tuple = ()
     post: bool = False
-    value_attention: int = 0  # in so many of the last blocks, see Attention
+    value_attention: tuple = (0, 0)  # in so many of the last blocks, but for so many first tokens
 
     def setup(self):
         kinds = self.heads, self.hidden, self.activation, self.eps, self.dtype
@@ -206,10 +212,11 @@ class Encoder(nn.Module):
 
     def scan(self, x, start: int, stop: int):
         """Blocks start + 1 to stop by lax.scan."""
-        own = self.depth - self.value_attention  # blocks that attend by queries and keys
+        count, first = self.value_attention
+        own = self.depth - count  # blocks that attend by queries and keys
         if start < own < stop:
             x, start = self.scan(x, start, own), own
-        one = self.one.clone(by_values=start >= own)
+        one = self.one.clone(by_values=first if start >= own else None)
         layers = stacked.stack(self.layers) if "0" in self.layers else self.layers
         layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers.models.clip.modeling_flax_clip import FlaxCLIPEncoderLayer
 
 from medclip_jax.clip import checkpoint, stacked
 from medclip_jax.clip.text import encode_text
@@ -169,28 +170,36 @@ def test_int8_is_of_our_vit_alone():
         checkpoint.load("compact", dtype="int8", implementation="transformers")
 
 
-def test_tokens_of_the_last_blocks_attend_by_their_values(tmp_path):
-    """transformers' own encoder, its queries and keys made by the values' products, is the same."""
+def test_patches_of_the_last_blocks_attend_by_their_values(tmp_path):
+    """Each of transformers' own blocks, queries and keys made as values are, gives the patches.
+
+    The class token is what the block gives as it is."""
     folder, theirs, params = tiny_checkpoint(tmp_path / "tiny")
-    depth = theirs.config.vision_config.num_hidden_layers
-    changed = jax.tree.map(np.asarray, params)
+    vision = theirs.config.vision_config
+    depth, block = vision.num_hidden_layers, FlaxCLIPEncoderLayer(vision)
+    plain = theirs(IDS, PIXELS, params=params, output_hidden_states=True)
+    x = plain.vision_model_output.hidden_states[depth - 2]
     for number in (depth - 2, depth - 1):
-        block = changed["vision_model"]["encoder"]["layers"][str(number)]["self_attn"]
-        block |= {"q_proj": block["v_proj"], "k_proj": block["v_proj"]}
-    wanted = theirs(IDS, PIXELS, params=changed, output_hidden_states=True)
-    hidden = wanted.vision_model_output.hidden_states
+        own = params["vision_model"]["encoder"]["layers"][str(number)]
+        value = own["self_attn"]["v_proj"]
+        changed = {**own, "self_attn": {**own["self_attn"], "q_proj": value, "k_proj": value}}
+        first, rest = (block.apply({"params": p}, x, None)[0] for p in (own, changed))
+        x = jnp.concatenate([first[:, :1], rest[:, 1:]], 1)
     ours = checkpoint.load(str(folder), layers=(1, depth), value_attention=2)
     pixels = jnp.asarray(PIXELS.transpose(0, 2, 3, 1))
     features = image_features(ours.vision, pixels, encoder=ours.image_encoder)
-    for level, tokens in zip((1, depth), features.levels, strict=True):
-        np.testing.assert_allclose(tokens, hidden[level][:, 1:], atol=1e-5)
-    pooled = theirs.get_image_features(PIXELS, params=changed)
-    np.testing.assert_allclose(features.pooled, pooled, atol=1e-5)
-    plain = checkpoint.load(str(folder), layers=(1, depth))
-    assert ours.digest == plain.digest  # the checkpoint is the same, its tokens are not
-    other = image_features(plain.vision, pixels, encoder=plain.image_encoder)
-    assert float(abs(other.levels[-1] - features.levels[-1]).max()) > 1e-3
-    np.testing.assert_array_equal(other.levels[0], features.levels[0])
+    np.testing.assert_allclose(features.levels[1], x[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(
+        features.pooled,
+        ours.image_encoder.apply({"params": ours.vision}, x[:, 0], method="project"),
+        atol=1e-5,
+    )
+
+    other = checkpoint.load(str(folder), layers=(1, depth))
+    assert ours.digest == other.digest  # the checkpoint is the same, its tokens are not
+    without = image_features(other.vision, pixels, encoder=other.image_encoder)
+    assert float(abs(without.levels[1] - features.levels[1]).max()) > 1e-3
+    np.testing.assert_array_equal(without.levels[0], features.levels[0])
     for wrong in (
         {"value_attention": depth + 1},
         {"value_attention": 1, "implementation": "transformers"},
