@@ -105,8 +105,9 @@ class Attention(nn.Module):
             mixed = attend(q, k, v, mask)
         else:
             likeness = rotate(v, *self.rope) if self.rope else v
-            mixed = attend(q[:, :first], k, v, mask), attend(likeness[:, first:], likeness, v, mask)
-            mixed = jnp.concatenate(mixed, 1)
+            plain = attend(q[:, :first], k, v, mask)
+            mixed = attend(likeness[:, first:], likeness, v, mask)
+            mixed = jnp.concatenate([plain, mixed], 1)
         return dense("out_proj", mixed.reshape(n, -1, d))
 
 
