@@ -3,10 +3,10 @@
 `leaks` lists the training images that no evaluation set holds: no other is used. `views` and
 `texts` run the teachers once (the only stages that need PyTorch and the packages named in
 pretrain/teachers.py) and leave their answers in the run folder. `train` is JAX alone; the same
-command resumes from its checkpoint. `decay` continues a copy of that checkpoint for a short while,
-the rate falling to 0 over all patches: what is exported, whenever it is wanted. `pack` and `device`
-(pretrain/accelerator.sh) do the same on accelerators. `--judge` measures CLIP folders with the
-package's methods.
+command resumes from its checkpoint. `decay` continues a copy of that checkpoint, the rate falling
+to 0 and all patches in view at the end: what is exported, whenever it is wanted. `pack` and
+`device` (pretrain/accelerator.sh) do the same on accelerators. `--judge` measures CLIP folders with
+the package's methods.
 """
 
 import argparse

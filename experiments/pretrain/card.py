@@ -52,7 +52,7 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         else "New views in every step",
         phases="\n".join(f"- from step {n:,}: {phase}" for n, phase in plan["phases"]),
         warm_up=loop.WARM_UP,
-        decay=decay_text(run),
+        decay=decay_text(run, on_device=not plan["shards"]),
         pairs=objective.PAIRS,
         prototypes=objective.PROTOTYPES,
         exported=exported_text(run),
@@ -79,12 +79,13 @@ def exported_text(run: Path) -> str:
     return f"running average of the weights ({objective.EMA} a step)"
 
 
-def decay_text(run: Path) -> str:
+def decay_text(run: Path, on_device: bool) -> str:
     """How the last steps differed, if the decay was run."""
     if not (run / "decay.json").is_file():
         return ""
     steps = json.loads((run / "decay.json").read_text())["steps"]
-    return f"\n- the last {steps} steps: the rate falls to 0, all patches are seen"
+    whole = steps if on_device else min(steps, loop.WHOLE)
+    return f"\n- the last {steps:,} steps: the rate falls to 0; the last {whole} see all patches"
 
 
 def export_run(run: Path, folder: Path, half: bool) -> None:

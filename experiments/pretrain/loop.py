@@ -24,13 +24,14 @@ GRID = views.SIZE // 16  # of the teacher's patches
 WARM_UP = 300  # steps
 LOGGED = 20  # steps between lines of the log
 AHEAD = 3  # batches made in advance
+WHOLE = 300  # steps at the end of the decay that see all patches
 
 
 class Plan(NamedTuple):
     """Everything that decides a run."""
 
     steps: int  # in all; the rate is constant but for the warm-up and the decay
-    decay: int = 0  # of them the last: the rate falls to 0, and all patches are seen
+    decay: int = 0  # of them the last: the rate falls to 0, and the last of all see all patches
     batch: int = 64
     patches: int = 98  # patches kept of 196
     rate: float = 8e-4
@@ -194,7 +195,7 @@ def batches(material: Material, plan: Plan, number: int, split) -> Iterator[obje
     """Batches from step `number` on, on the devices; threads make the next ones in advance."""
 
     def make(step: int):
-        kept = GRID**2 if step >= plan.steps - plan.decay else plan.patches
+        kept = GRID**2 if step >= plan.steps - min(plan.decay, WHOLE) else plan.patches
         return make_batch(material, plan, step, kept)
 
     with ThreadPoolExecutor(AHEAD) as pool:

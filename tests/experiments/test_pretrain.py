@@ -17,6 +17,15 @@ from tests.support.checkpoints import Theirs
 from tests.support.paths import ROOT
 
 
+def test_the_last_steps_of_the_decay_see_all_patches(monkeypatch, material):
+    monkeypatch.setattr(loop, "WHOLE", 2)
+    plan = loop.Plan(steps=7, decay=4, batch=4, patches=12)
+    split = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    made = list(loop.batches(material, plan, 2, split))
+    assert [b.keep.shape[1] for b in made] == [12, 12, 12, 196, 196]
+    assert [b.coarse.shape[1] for b in made] == [12, 12, 12, 196, 196]
+
+
 def test_rate_is_constant_between_warm_up_and_decay():
     """Any stop will do: nothing but the warm-up depends on how long the run is."""
     plan = loop.Plan(steps=2000, rate=1.0)
@@ -87,7 +96,9 @@ def test_the_decayed_weights_are_exported_and_the_card_says_so(tmp_path, tokeniz
             np.testing.assert_array_equal(np.asarray(a), b)
         text = (tmp_path / name / "README.md").read_text()
         assert f"{done} steps, {8 * done} image views, 1 minutes" in text
-        assert ("the last 20 steps: the rate falls to 0" in text) == (name == "decayed")
+        assert ("the last 20 steps: the rate falls to 0; the last 20 see all" in text) == (
+            name == "decayed"
+        )
         assert ("Exported: the last weights." in text) == (name == "decayed")
         assert "| BRISC | brain mri | CC BY 4.0 | 5 |" in text
         assert "| busi | 780 | 10 | 0.900 | 2 | 0.500 |" in text
