@@ -234,7 +234,8 @@ def decay_plan(run: Path, plan: loop.Plan, state: loop.State) -> loop.Plan:
         shutil.copyfile(run / "checkpoint.safetensors", path)
         begun = loop.restore(path, state)[1].steps
         weights = plan.weights._asdict()
-        files.write_json(about, {"from": begun, "steps": plan.steps, "weights": weights})
+        own = {"steps": plan.steps, "batch": plan.batch, "weights": weights}
+        files.write_json(about, {"from": begun, **own})
     stored = json.loads(about.read_text())
     plan = plan._replace(weights=objective.Weights(**stored["weights"]))
     return plan._replace(steps=stored["from"] + stored["steps"], decay=stored["steps"])

@@ -59,7 +59,7 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         limit=leaks.LIMIT,
         others=", ".join(catalog.OTHER_PATIENTS),
         steps=done.steps,
-        shown=done.steps * plan["batch"],
+        shown=shown(run, plan, done),
         minutes=done.seconds / 60,
         leaks=leak_table(data["sets"]),
         results=results.read_text() if results.exists() else "not yet measured",
@@ -79,13 +79,28 @@ def exported_text(run: Path) -> str:
     return f"running average of the weights ({objective.EMA} a step)"
 
 
+def shown(run: Path, plan: dict, done: loop.Done) -> int:
+    """Views of images in all steps; those of the decay may be of another batch."""
+    if not (run / "decay.json").is_file():
+        return done.steps * plan["batch"]
+    about = json.loads((run / "decay.json").read_text())
+    return (done.steps - about["steps"]) * plan["batch"] + about["steps"] * about["batch"]
+
+
 def decay_text(run: Path, on_device: bool) -> str:
     """How the last steps differed, if the decay was run."""
     if not (run / "decay.json").is_file():
         return ""
-    steps = json.loads((run / "decay.json").read_text())["steps"]
+    about = json.loads((run / "decay.json").read_text())
+    steps = about["steps"]
     whole = steps if on_device else min(steps, loop.WHOLE)
-    return f"\n- the last {steps:,} steps: the rate falls to 0; the last {whole} see all patches"
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {x:g}" for name, x in about["weights"].items() if x
+    )
+    return (
+        f"\n- the last {steps:,} steps: the rate falls to 0; the last {whole} see all patches; "
+        f"weights: {parts}"
+    )
 
 
 def export_run(run: Path, folder: Path, half: bool) -> None:

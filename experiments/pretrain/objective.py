@@ -47,6 +47,12 @@ class Weights(NamedTuple):
         """How many of the images of a batch are a second view of another."""
         return int(images * PAIRS) if self.agreement else 0
 
+    @property
+    def image(self) -> float:
+        """Of all that teaches the image encoder; 0: it stays as it is, and texts alone learn."""
+        own = self.fine + self.coarse + self.pooled + self.similarity + self.agreement
+        return own + self.into_image
+
 
 SIMILARITY_TOKENS = 12  # patches of each image that enter the similarity loss
 PAIRS = 0.25  # share of the images that are a second view of another
@@ -173,6 +179,10 @@ def step(params, moments, average, lr, number, batch, *, encoders, weights, opti
     gradient_of = jax.value_and_grad(loss, has_aux=True)
     (total, parts), gradient = gradient_of(params, encoders, weights, batch)
     updates, moments = optimiser.update(gradient, moments, params)
+    if not weights.image:  # not even by the decay of its weights
+        vision = updates["clip"]["vision_model"]
+        fixed = jax.tree.map(jnp.zeros_like, vision) | {"post_layernorm": vision["post_layernorm"]}
+        updates["clip"]["vision_model"] = fixed
     params = jax.tree.map(lambda w, u: w - lr * u, params, updates)
     toward = jnp.maximum(EMA, 10 / (10.0 + number))  # early weights are soon forgotten
     average = jax.tree.map(lambda a, w: a + toward * (w - a), average, params["clip"])

@@ -84,18 +84,20 @@ def test_the_decayed_weights_are_exported_and_the_card_says_so(tmp_path, tokeniz
     counts = leaks.LeakCount("busi", 780, 10, 0.9, 2, 0.5)._asdict()
     sources = [["BRISC", "brain mri", "CC BY 4.0", 5]]
     (tmp_path / "leaks.json").write_text(json.dumps({"sources": sources, "sets": [counts]}))
+    about = {"from": 10, "steps": 20, "batch": 16, "weights": {"fine": 0.0, "patch_caption": 0.5}}
     last = state._replace(params={**state.params, "clip": encoders.init(model, 1)})
     for name, done in (("checkpoint", 10), ("decayed", 30)):
         loop.save(tmp_path / f"{name}.safetensors", last, loop.Done(done, 60.0))
         if name == "decayed":
-            (tmp_path / "decay.json").write_text(json.dumps({"from": 10, "steps": 20}))
+            (tmp_path / "decay.json").write_text(json.dumps(about))
         card.export_run(tmp_path, tmp_path / name, half=False)
         clip = checkpoint.load(str(tmp_path / name))
         wanted = state.average if name == "checkpoint" else last.params["clip"]
         for a, b in zip(jax.tree.leaves(clip.params), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(np.asarray(a), b)
         text = (tmp_path / name / "README.md").read_text()
-        assert f"{done} steps, {8 * done} image views, 1 minutes" in text
+        views = {"checkpoint": 10 * 8, "decayed": 10 * 8 + 20 * 16}[name]
+        assert f"{done} steps, {views} image views, 1 minutes" in text
         assert ("the last 20 steps: the rate falls to 0; the last 20 see all" in text) == (
             name == "decayed"
         )

@@ -112,3 +112,20 @@ def test_all_patches_in_any_order_give_the_full_encoder(model):
     full, mixed = encode(np.tile(np.arange(196), (2, 1))), encode(order)
     np.testing.assert_allclose(mixed[:, 0], full[:, 0], atol=1e-4)
     np.testing.assert_allclose(mixed[0, 1:], full[0, 1:][order[0]], atol=1e-4)
+
+
+def test_texts_alone_leave_the_image_encoder_as_it_is(material, model):
+    none = dict.fromkeys(("fine", "coarse", "pooled", "similarity", "agreement"), 0.0)
+    weights = objective.Weights(**none)
+    batch = loop.make_batch(material, loop.Plan(steps=1, batch=8, weights=weights), 0, 12)
+    state = loop.start(encoders.init(model, 0), model, 0)
+    step = loop.compiled_step(model, weights)
+    before = jax.tree.map(np.array, state)  # the step's own are donated
+    params, *_ = step(*state, np.float32(1e-3), np.int32(0), batch)
+    for part, same in (("vision_model", True), ("text_model", False), ("visual_projection", False)):
+        old, new = before.params["clip"][part], params["clip"][part]
+        if part == "vision_model":  # its last norm belongs to the projection
+            new, old = ({k: v for k, v in x.items() if k != "post_layernorm"} for x in (new, old))
+        pair = map(jax.tree.leaves, (old, new))
+        moved = [float(abs(a - b).max()) for a, b in zip(*pair, strict=True)]
+        assert (max(moved) == 0) == same, part
