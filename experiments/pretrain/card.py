@@ -98,8 +98,8 @@ def decay_text(run: Path, on_device: bool) -> str:
         f"{name.replace('_', ' ')} {x:g}" for name, x in about["weights"].items() if x
     )
     return (
-        f"\n- the last {steps:,} steps: the rate falls to 0; the last {whole} see all patches; "
-        f"weights: {parts}"
+        f"\n- the last {steps:,} steps: the rate falls to 0; batch {about['batch']}; the last "
+        f"{whole} see all patches; weights: {parts}"
     )
 
 

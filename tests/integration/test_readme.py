@@ -49,7 +49,7 @@ def test_an_adapted_scorer_is_of_the_new_site(desk, monkeypatch):
     adapted = scorer.adapt(healthy)
     (after,) = adapted.predict([desk / "scan.png"])
     assert after.score != before.score and after.uncertainty == 0
-    assert after.p_value in (pytest.approx(1 / 3), pytest.approx(2 / 3), 1)  # of two images
+    assert 1 / 3 - 1e-9 <= after.p_value <= 1  # of two images, linear between their scores
     assert scorer.predict([desk / "scan.png"])[0].score == before.score
     monkeypatch.setattr(build_detector, "load_start", None)  # loaded and compiled once
     (again,) = adapted.adapt(healthy).predict([desk / "scan.png"])
