@@ -5,7 +5,7 @@ from pathlib import Path
 
 from medclip_jax.data import catalog
 
-from . import captions, encoders, export, leaks, loop, objective, views
+from . import captions, encoders, export, leaks, loop, views
 
 TEXT = Path(__file__).with_name("card.md").read_text()  # with fields in braces
 
@@ -53,9 +53,6 @@ def card_text(run: Path, config, done: loop.Done) -> str:
         phases="\n".join(f"- from step {n:,}: {phase}" for n, phase in plan["phases"]),
         warm_up=loop.WARM_UP,
         decay=decay_text(run, on_device=not plan["shards"]),
-        pairs=objective.PAIRS,
-        prototypes=objective.PROTOTYPES,
-        exported=exported_text(run),
         limit=leaks.LIMIT,
         others=", ".join(catalog.OTHER_PATIENTS),
         steps=done.steps,
@@ -70,13 +67,6 @@ def card_text(run: Path, config, done: loop.Done) -> str:
 def findings_text() -> str:
     named = {name: m.findings for name, m in captions.MODALITIES.items()}
     return "; ".join(f"{name}: {', '.join(found)}" for name, found in named.items())
-
-
-def exported_text(run: Path) -> str:
-    """Which weights are exported."""
-    if (run / "decayed.safetensors").is_file():
-        return "the last weights"
-    return f"running average of the weights ({objective.EMA} a step)"
 
 
 def shown(run: Path, plan: dict, done: loop.Done) -> int:
@@ -104,10 +94,7 @@ def decay_text(run: Path, on_device: bool) -> str:
 
 
 def export_run(run: Path, folder: Path, half: bool) -> None:
-    """The Hugging Face folder of the decayed weights, else of the latest checkpoint's average.
-
-    After the decay an average would still hold weights from before it.
-    """
+    """The Hugging Face folder of the decayed weights, else of the latest checkpoint's."""
     plan = json.loads((run / "plan.json").read_text())
     vocabulary = len(json.loads((run / "tokenizer" / "vocab.json").read_text()))
     width, layers = plan["width"], plan["layers"]
@@ -118,5 +105,4 @@ def export_run(run: Path, folder: Path, half: bool) -> None:
     path = decayed if decayed.is_file() else run / "checkpoint.safetensors"
     state, done = loop.restore(path, template)
     text = card_text(run, config, done)
-    params = state.params["clip"] if path == decayed else state.average
-    export.write_folder(folder, params, config, run / "tokenizer", text, half)
+    export.write_folder(folder, state.params["clip"], config, run / "tokenizer", text, half)

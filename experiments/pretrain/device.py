@@ -138,22 +138,14 @@ def crop(
     return jnp.clip(seen, 0, 1)
 
 
-def make_batch(
-    source: Source, key: Key[Array, ""], size: int, twice: int, kept: int, dtype
-) -> objective.Batch:
-    """loop.make_batch with fresh views, on the devices; `twice` images are a second view."""
+def make_batch(source: Source, key: Key[Array, ""], size: int, kept: int, dtype) -> objective.Batch:
+    """loop.make_batch with fresh views, on the devices."""
     keys = jax.random.split(key, 7)
     n = jax.random.choice(keys[0], len(source.chance), (size,), p=source.chance)
     views_of, order = jax.random.split(keys[1], size), jax.random.uniform(keys[2], (size, GRID**2))
     flip = jax.random.bernoulli(keys[3], 0.5, (size,))
     keep = jnp.argsort(order, 1)[:, :kept].astype(jnp.int32)
-    # the last are the first once more: same image, same crop, patches at the same places of it
-    n = n.at[size - twice :].set(n[:twice])
-    views_of = views_of.at[size - twice :].set(views_of[:twice])
     flip &= source.mirror[n]
-    turned = (flip[:twice] != flip[size - twice :])[:, None]
-    again = jnp.where(turned, loop.mirrored(keep[:twice]), keep[:twice])
-    keep = keep.at[size - twice :].set(again)
     grey = jax.vmap(crop)(source.pixels[n], views_of)
     grey = jnp.where(flip[:, None, None], grey[..., ::-1], grey)
     fine, coarse, pooled = lite0.features(source.teacher, grey.astype(dtype))
@@ -189,15 +181,15 @@ def compiled_chunk(encoders: Encoders, plan: loop.Plan, kept: int, mesh):
     """CHUNK steps in one program: (state, first step, source) -> (state, parts of the last)."""
     fixed = {"encoders": encoders, "weights": plan.weights}
     fixed |= {"optimiser": objective.make_optimiser()}
-    split, twice = NamedSharding(mesh, PartitionSpec("n")), plan.weights.pairs(plan.batch)
+    split = NamedSharding(mesh, PartitionSpec("n"))
 
     def chunk(state, number, rate, fall, source):
         def one(state, i):
             key = jax.random.fold_in(jax.random.key(plan.seed + 1), number + i)
-            batch = make_batch(source, key, plan.batch, twice, kept, encoders.image.dtype)
+            batch = make_batch(source, key, plan.batch, kept, encoders.image.dtype)
             batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), batch)
             now = (rate - i * fall) * jnp.minimum(1.0, (number + i + 1) / loop.WARM_UP)
-            *changed, parts = objective.step(*state, now, number + i, batch, **fixed)
+            *changed, parts = objective.step(*state, now, batch, **fixed)
             return loop.State(*changed), parts
 
         state, parts = jax.lax.scan(one, state, jnp.arange(CHUNK))

@@ -56,7 +56,6 @@ class Material(NamedTuple):
 class State(NamedTuple):
     params: dict
     moments: tuple
-    average: dict
 
 
 class Done(NamedTuple):
@@ -76,29 +75,16 @@ def channel_scales(shards: list[views.Shard]) -> dict[str, tuple[np.ndarray, np.
     return out
 
 
-def mirrored(keep: np.ndarray | jax.Array):
-    """The patches that show, in the mirrored image, what patches `keep` show."""
-    row, column = keep // GRID, keep % GRID
-    return row * GRID + GRID - 1 - column
-
-
 def make_batch(material: Material, plan: Plan, number: int, kept: int) -> objective.Batch:
-    """The batch of step `number`: a function of the seed and the number alone.
-
-    The last `Weights.pairs` of it are the first once more, mirrored or not by a toss of their own,
-    their kept patches at the same places of the body.
-    """
+    """The batch of step `number`: a function of the seed and the number alone."""
     rng = np.random.default_rng([plan.seed, 13, number])
-    per_shard, twice = len(material.shards[0].index), plan.weights.pairs(plan.batch)
+    per_shard = len(material.shards[0].index)
     chosen = rng.choice(material.places, size=plan.batch)
     flips = rng.random(plan.batch) < 0.5
     keep = np.argsort(rng.random((plan.batch, GRID**2)), axis=1)[:, :kept].astype(np.int32)
-    chosen[plan.batch - twice :] = chosen[:twice]
     found = [(material.shards[p // per_shard], p % per_shard) for p in chosen]
     rows = [material.rows[shard.index[place]] for shard, place in found]
     flips &= np.array([captions.MODALITIES[row.modality].mirror for row in rows])
-    for one, other in enumerate(range(plan.batch - twice, plan.batch)):
-        keep[other] = mirrored(keep[one]) if flips[one] != flips[other] else keep[one]
 
     def column(name):
         values = [getattr(shard, name)[place] for shard, place in found]
@@ -175,7 +161,7 @@ def restore(path: Path, template: State) -> tuple[State, Done]:
 def start(clip: Params, encoders: Encoders, seed: int) -> State:
     params = {"clip": clip, "heads": objective.init_heads(encoders, seed)}
     moments = jax.tree.map(np.asarray, objective.make_optimiser().init(params))
-    return State(params, moments, clip)
+    return State(params, moments)
 
 
 def check(parts: dict[str, float], number: int) -> None:
@@ -188,7 +174,7 @@ def check(parts: dict[str, float], number: int) -> None:
 def compiled_step(encoders: Encoders, weights: objective.Weights):
     """`objective.step` for one CLIP, compiled once per process; its state is donated."""
     fixed = {"encoders": encoders, "weights": weights, "optimiser": objective.make_optimiser()}
-    return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1, 2))
+    return jax.jit(functools.partial(objective.step, **fixed), donate_argnums=(0, 1))
 
 
 def batches(material: Material, plan: Plan, number: int, split) -> Iterator[objective.Batch]:
@@ -230,7 +216,7 @@ def run(material: Material, encoders: Encoders, plan: Plan, state: State, path: 
         batch = next(supply)
         waited += time.monotonic() - asked
         rate = rate_at(plan, number)
-        *changed, parts = step(*state, rate, np.int32(number), batch)
+        *changed, parts = step(*state, rate, batch)
         state, number = State(*changed), number + 1
         parts = {name: float(value) for name, value in parts.items()}  # waits for the step
         check(parts, number - 1)

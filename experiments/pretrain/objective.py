@@ -1,4 +1,4 @@
-"""What the small CLIP learns: teacher patches, token similarity, agreement of two views, texts."""
+"""What the small CLIP learns: teacher patches, token similarity, texts."""
 
 from typing import NamedTuple
 
@@ -13,11 +13,7 @@ from .encoders import Encoders, encode_image, encode_text, project, unit
 
 
 class Batch(NamedTuple):
-    """One step's data. Teacher features are standardised per channel, for the kept patches.
-
-    The last `Weights.pairs` images are the first once more, each of their kept patches showing the
-    same place, so that the two views can be compared (`agreement`).
-    """
+    """One step's data. Teacher features are standardised per channel, for the kept patches."""
 
     pixels: UInt8[Array, "n h w"]
     keep: Int[Array, "n t"]
@@ -37,28 +33,18 @@ class Weights(NamedTuple):
     coarse: float = 1.0
     pooled: float = 0.5
     similarity: float = 4.0
-    agreement: float = 0.1
     caption: float = 0.1
     patch_caption: float = 0.05
     phrase: float = 0.5
     into_image: float = 0.0  # share of the captions' gradient that reaches the image encoder
 
-    def pairs(self, images: int) -> int:
-        """How many of the images of a batch are a second view of another."""
-        return int(images * PAIRS) if self.agreement else 0
-
     @property
     def image(self) -> float:
         """Of all that teaches the image encoder; 0: it stays as it is, and texts alone learn."""
-        own = self.fine + self.coarse + self.pooled + self.similarity + self.agreement
-        return own + self.into_image
+        return self.fine + self.coarse + self.pooled + self.similarity + self.into_image
 
 
 SIMILARITY_TOKENS = 12  # patches of each image that enter the similarity loss
-PAIRS = 0.25  # share of the images that are a second view of another
-PROTOTYPES, PROTOTYPE_WIDTH = 256, 128
-STUDENT, TARGET = 0.1, 0.05  # temperatures of the agreement
-EMA = 0.002  # of the weights, a step
 
 
 def init_heads(encoders: Encoders, seed: int) -> dict[str, np.ndarray]:
@@ -66,9 +52,7 @@ def init_heads(encoders: Encoders, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, 5])
     shapes = {"fine": (40, encoders.image.width), "coarse": (112, encoders.image.width)}
     shapes |= {"pooled": (1280, encoders.image.width), "phrase": (384, encoders.image.joint)}
-    shapes |= {"agreement": (PROTOTYPE_WIDTH, encoders.image.width)}
-    prototypes = rng.normal(size=(PROTOTYPES, PROTOTYPE_WIDTH)).astype(np.float32)
-    out = {"prototypes": prototypes, "sigmoid.bias": np.float32(-2.0)}
+    out: dict = {"sigmoid.bias": np.float32(-2.0)}
     for name, (rows, columns) in shapes.items():
         out[f"{name}.weight"] = rng.normal(0, 0.02, (rows, columns)).astype(np.float32)
         out[f"{name}.bias"] = np.zeros(rows, np.float32)
@@ -82,33 +66,6 @@ def similarity(ours: Float[Array, "n t d"], theirs: Float[Array, "n t c"]) -> Fl
     """
     a, b = (unit(x[:, :SIMILARITY_TOKENS].reshape(-1, x.shape[-1])) for x in (ours, theirs))
     return jnp.square(a @ a.T - b @ b.T).mean()
-
-
-def sinkhorn(logits: Float[Array, "n p"], rounds: int = 3) -> Float[Array, "n p"]:
-    """Assignments near exp(logits): each row sums to 1, each column to about n / p."""
-    q = jnp.exp(logits - logits.max())
-    for _ in range(rounds):
-        q = q / q.sum(0, keepdims=True) / q.shape[1]
-        q = q / q.sum(1, keepdims=True) / q.shape[0]
-    return q * q.shape[0]
-
-
-def agreement(
-    one: Float[Array, "n c"], other: Float[Array, "n c"], prototypes: Float[Array, "p c"]
-) -> Float[Array, ""]:
-    """Cross-entropy of each view's patches against the other's balanced assignments.
-
-    Row i of both is the same place of the same image seen twice. The assignment to prototypes is
-    balanced by `sinkhorn` and passes no gradient (Caron et al. 2020; per patch as in iBOT and
-    DINOv2): equal places agree, and not by all of them becoming alike.
-    """
-    one, other = (unit(x) @ unit(prototypes).T for x in (one, other))
-
-    def part(z, target):
-        target = jax.lax.stop_gradient(sinkhorn(target / TARGET))
-        return optax.softmax_cross_entropy(z / STUDENT, target).mean()
-
-    return (part(one, other) + part(other, one)) / 2
 
 
 def sigmoid_loss(
@@ -150,10 +107,6 @@ def loss(
         "pooled": near("pooled", states[1][:, 0], batch.pooled),
         "similarity": similarity(middle, batch.fine) + similarity(last, batch.coarse),
     }
-    if pairs := weights.pairs(last.shape[0]):
-        seen = linear(heads, "agreement", last).reshape(*last.shape[:2], -1)
-        one, other = (x.reshape(-1, x.shape[-1]) for x in (seen[:pairs], seen[-pairs:]))
-        parts["agreement"] = agreement(one, other, heads["prototypes"])
     if weights.caption or weights.patch_caption or weights.phrase:
         texts = encode_text(clip, encoders, jnp.concatenate([batch.captions, batch.phrases]))
         captions, phrases = jnp.split(texts, [batch.captions.shape[0]])
@@ -174,8 +127,8 @@ def loss(
     return total, parts
 
 
-def step(params, moments, average, lr, number, batch, *, encoders, weights, optimiser):
-    """One update: (params, optimiser state, running average of the CLIP parameters, parts)."""
+def step(params, moments, lr, batch, *, encoders, weights, optimiser):
+    """One update: (params, optimiser state, parts)."""
     gradient_of = jax.value_and_grad(loss, has_aux=True)
     (total, parts), gradient = gradient_of(params, encoders, weights, batch)
     updates, moments = optimiser.update(gradient, moments, params)
@@ -184,9 +137,7 @@ def step(params, moments, average, lr, number, batch, *, encoders, weights, opti
         fixed = jax.tree.map(jnp.zeros_like, vision) | {"post_layernorm": vision["post_layernorm"]}
         updates["clip"]["vision_model"] = fixed
     params = jax.tree.map(lambda w, u: w - lr * u, params, updates)
-    toward = jnp.maximum(EMA, 10 / (10.0 + number))  # early weights are soon forgotten
-    average = jax.tree.map(lambda a, w: a + toward * (w - a), average, params["clip"])
-    return params, moments, average, parts | {"total": total}
+    return params, moments, parts | {"total": total}
 
 
 OPTIMISER = "Muon for the matrices of the blocks, AdamW for the rest"

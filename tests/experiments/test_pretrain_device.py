@@ -76,12 +76,12 @@ def source(tmp_path_factory, material):
 
 
 def test_packed_batches_are_true(source, material):
-    """Captions match what they are true of; second views show the same places of the same crop."""
-    make = jax.jit(device.make_batch, static_argnums=(2, 3, 4, 5))
+    """Captions match what they are true of."""
+    make = jax.jit(device.make_batch, static_argnums=(2, 3, 4))
     key, size = jax.random.key(3), 256
-    batch = make(source, key, size, 64, 20, "float32")
+    batch = make(source, key, size, 20, "float32")
     place = jax.random.choice(jax.random.split(key, 7)[0], len(ROWS), (size,), p=source.chance)
-    place = np.asarray(place.at[192:].set(place[:64]))
+    place = np.asarray(place)
     texts = material.tokenizer.batch_decode(np.asarray(batch.captions), skip_special_tokens=True)
     true = {text: [ROWS[i].state == "normal" for i in place] for text in captions.ANY_NORMAL}
     true |= {text: [ROWS[i].state != "normal" for i in place] for text in captions.ANY_ABNORMAL}
@@ -91,12 +91,6 @@ def test_packed_batches_are_true(source, material):
     for j in seen:
         np.testing.assert_array_equal(batch.match[:, j], true[texts[j]], texts[j])
     assert (np.asarray(batch.match).diagonal() == 1).all()  # each is true of its own image
-    first, again = np.asarray(batch.pixels[:64]), np.asarray(batch.pixels[192:])
-    same = np.array([(a == b).all() for a, b in zip(first, again, strict=True)])
-    turned = np.array([(a == b[:, ::-1]).all() for a, b in zip(first, again, strict=True)])
-    assert (same | turned).all() and turned.any() and same.any()
-    keep = np.where(turned[:, None], loop.mirrored(batch.keep[:64]), batch.keep[:64])
-    np.testing.assert_array_equal(keep, batch.keep[192:])
     assert np.isfinite(batch.coarse).all() and batch.fine.shape == (256, 20, 40)
 
 

@@ -27,36 +27,15 @@ def test_sigmoid_loss_closed_forms():
     assert negative == pytest.approx(np.log(1 + np.exp(2.0)) + 3 * np.log(2), rel=1e-5)
 
 
-def test_sinkhorn_balances_rows_and_columns():
-    rng = np.random.default_rng(0)
-    q = objective.sinkhorn(jnp.asarray(rng.normal(size=(64, 8))), rounds=50)
-    np.testing.assert_allclose(q.sum(1), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(q.sum(0), 8.0, rtol=1e-4)
-
-
-def test_agreement_closed_forms():
-    """Equal places of one kind each agree but for the temperature; alike patches cannot."""
-    eye = jnp.eye(4)
-    z = np.exp(1 / objective.STUDENT)
-    p, t = z / (z + 3), objective.sinkhorn(eye / objective.TARGET)
-    entropy = -(t[0, 0] * np.log(p) + (1 - t[0, 0]) * np.log((1 - p) / 3))
-    assert objective.agreement(eye, eye, eye) == pytest.approx(float(entropy), abs=1e-5)
-    assert objective.agreement(3 * eye, eye, 2 * eye) == pytest.approx(float(entropy), abs=1e-5)
-    assert objective.agreement(eye, jnp.roll(eye, 1, 0), eye) > 5
-    alike = jnp.ones((4, 4))
-    assert objective.agreement(alike, alike, eye) == pytest.approx(np.log(4), rel=1e-4)
-
-
 def test_parts_of_weight_0_are_left_out_and_the_others_are_the_same(material, model):
     params = loop.start(encoders.init(model, 0), model, 0).params
-    images = objective.Weights(agreement=0, caption=0, patch_caption=0, phrase=0)
+    images = objective.Weights(caption=0, patch_caption=0, phrase=0)
     batch = loop.make_batch(material, loop.Plan(1, batch=8, weights=images), 0, 9)
-    assert images.pairs(8) == 0 and objective.Weights().pairs(8) == 2
     run = jax.jit(objective.loss, static_argnums=(1, 2))
     total, parts = run(params, model, images, batch)
     whole = run(params, model, objective.Weights(), batch)[1]
     assert set(parts) == {"fine", "coarse", "pooled", "similarity"}
-    assert len(whole) == 8
+    assert len(whole) == 7
     for name, value in parts.items():
         np.testing.assert_allclose(value, whole[name], rtol=1e-5)
     expected = sum(getattr(images, n) * x for n, x in parts.items())
@@ -65,7 +44,7 @@ def test_parts_of_weight_0_are_left_out_and_the_others_are_the_same(material, mo
 
 def test_captions_teach_the_image_encoder_as_much_as_they_may(material, model):
     params = loop.start(encoders.init(model, 0), model, 0).params
-    texts = objective.Weights(0, 0, 0, 0, 0, 1, 1, 1, into_image=1.0)
+    texts = objective.Weights(0, 0, 0, 0, 1, 1, 1, into_image=1.0)
     batch = loop.make_batch(material, loop.Plan(1, batch=8, weights=texts), 0, 9)
     run = jax.jit(jax.grad(objective.loss, has_aux=True), static_argnums=(1, 2))
     whole = run(params, model, texts, batch)[0]["clip"]
@@ -115,13 +94,13 @@ def test_all_patches_in_any_order_give_the_full_encoder(model):
 
 
 def test_texts_alone_leave_the_image_encoder_as_it_is(material, model):
-    none = dict.fromkeys(("fine", "coarse", "pooled", "similarity", "agreement"), 0.0)
+    none = dict.fromkeys(("fine", "coarse", "pooled", "similarity"), 0.0)
     weights = objective.Weights(**none)
     batch = loop.make_batch(material, loop.Plan(steps=1, batch=8, weights=weights), 0, 12)
     state = loop.start(encoders.init(model, 0), model, 0)
     step = loop.compiled_step(model, weights)
     before = jax.tree.map(np.array, state)  # the step's own are donated
-    params, *_ = step(*state, np.float32(1e-3), np.int32(0), batch)
+    params, *_ = step(*state, np.float32(1e-3), batch)
     for part, same in (("vision_model", True), ("text_model", False), ("visual_projection", False)):
         old, new = before.params["clip"][part], params["clip"][part]
         if part == "vision_model":  # its last norm belongs to the projection
