@@ -31,8 +31,8 @@ def main() -> None:
     print("| run | maps | AUROC | AUPRC | AUPRO | Dice | oracle Dice |")
     print("|---|---|---|---|---|---|---|")
     for run in args.runs:
-        raw, masks, healthy = loaded(run, args.most)
-        for name, maps in changed(raw).items():
+        raw, masks, healthy, corners = loaded(run, args.most)
+        for name, maps in changed(raw, corners).items():
             row = measured(maps, masks, healthy)
             print(
                 f"| {run.name} | {name} | " + " | ".join(f"{x:.3f}" for x in row) + " |", flush=True
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def loaded(run: Path, most: int):
-    """Raw maps and masks of the images whose masks are known, and which are healthy."""
+    """Raw maps and masks of the images whose masks are known, which are healthy, score.corners."""
     c = config.restored(json.loads((run / "config.json").read_text()))
     limits = json.loads((run / "scorer.json").read_text())["calibration"]
     test = build.load_split(c).test
@@ -51,7 +51,8 @@ def loaded(run: Path, most: int):
         unit = stored["maps"][rows].astype(np.float32)
     masks = np.stack([*evaluate.Masks([test[i] for i in rows], unit.shape[-1], c.data.fit)])
     raw = limits["pixel"]["value"] + limits["pixel_scale"] * of_unit(unit)
-    return raw.astype(np.float32), masks, np.array([not test[i].label for i in rows])
+    healthy = np.array([not test[i].label for i in rows])
+    return raw.astype(np.float32), masks, healthy, c.score.corners
 
 
 def of_unit(unit: np.ndarray) -> np.ndarray:
@@ -60,15 +61,14 @@ def of_unit(unit: np.ndarray) -> np.ndarray:
     return np.where(unit >= 0.5, above, 1 - 0.5 / np.maximum(unit, 1e-6))
 
 
-def changed(raw: np.ndarray) -> dict[str, np.ndarray]:
-    """Maps by what was done to them."""
-    grid = round(raw.shape[-1] / 16)
-    inverse = np.linalg.pinv(similarity.interpolation(grid, raw.shape[-1]))
-    patch = np.einsum("gh,nhw,kw->ngk", inverse, raw, inverse, optimize=True)
-    centred = np.stack(
-        [ndimage.zoom(x, 16, order=1, grid_mode=True, mode="nearest") for x in patch]
-    )
-    results = {"as they are": raw, "patches at their centres": centred}
+def changed(raw: np.ndarray, corners: bool) -> dict[str, np.ndarray]:
+    """Maps by what was done to them; corners: of the run's similarity.interpolation."""
+    frame = round(raw.shape[-1] / 16), raw.shape[-1]
+    other = similarity.interpolation(*frame, not corners)
+    other = other @ np.linalg.pinv(similarity.interpolation(*frame, corners))
+    moved = np.einsum("gh,nhw,kw->ngk", other, raw, other, optimize=True)
+    name = "patches at their centres" if corners else "from corner to corner"
+    results = {"as they are": raw, name: moved}
     results |= {f"smoothed, {s} px": ndimage.gaussian_filter(raw, (0, s, s)) for s in (4, 8)}
     results |= {f"peak {share}": calibration.lowered(raw, share) for share in (0.15, 0.25, 0.4)}
     return results

@@ -259,7 +259,6 @@ def model_parts(
     if others and c.steps and not c.meta.sources:
         more = [prompts_of(c, clip, context, **other.words) for other in others]
         sets = similarity.stack_prompts([own, *more])
-    image = clip.image_encoder
     design = model.Design(
         own,
         clip.text_encoder,
@@ -269,8 +268,9 @@ def model_parts(
         c.prompts.causal,
         c.model.learn_scale,
         c.model.dropout,
-        modules.frozen_blocks(clip.params, image) if image.inputs else None,
+        modules.frozen_blocks(clip.params, clip.image_encoder) if c.model.refine else None,
         sets,
+        c.score.corners,
     )
     frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
     if c.model.language:

@@ -61,7 +61,7 @@ def branch_function(name: str, clip: Clip, design: model.Design, image_score: Ca
 
 def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
     """Patch values [n, p] -> image scores [n]."""
-    return partial(detector.image_score, size=clip.size, top=c.score.top)
+    return partial(detector.image_score, size=clip.size, top=c.score.top, corners=c.score.corners)
 
 
 def branch_names(c: ConfigDict) -> tuple[str, ...]:
@@ -82,8 +82,7 @@ def supports(
     if not records:
         return None
     if c.method in memory_bank.PIXEL_BASELINES:
-        images = tiling.healthy_images(feature_cache, records)
-        features = memory_bank.to_thumbnails(images)
+        features = memory_bank.to_thumbnails(tiling.healthy_images(feature_cache, records))
         return tiling.Supports(len(records), features, features, None, None)
     return tiling.load_supports(feature_cache, records, c.score.tiles)
 
@@ -107,7 +106,8 @@ def assemble(
         folds: the supports of each fold.
     """
     if c.method in memory_bank.PIXEL_BASELINES and images is not None:
-        return memory_bank.PIXEL_BASELINES[c.method](images.calibrating, images.k, clip.size)
+        built = memory_bank.PIXEL_BASELINES[c.method](images.calibrating, images.k, clip.size)
+        return built._replace(corners=c.score.corners)
     branches = {
         n: branch(n, c, clip, design, plain_design, frozen, params, images, folds)
         for n in branch_names(c)
@@ -115,7 +115,7 @@ def assemble(
     built = ensemble.build(branches) if len(branches) > 1 else next(iter(branches.values()))
     if c.model.refine and c.score.tiles > 1:  # too slow for every fold at every scale
         built = built._replace(fold_params=None)  # they have calibrated; dropout tells uncertainty
-    return built
+    return built._replace(corners=c.score.corners)
 
 
 def branch(
@@ -160,8 +160,8 @@ def calibrate(
     if steps:
         mm2 = read.pixel_areas(records, feature_cache.clip.size, feature_cache.fit)
         mm2 = mm2 * len(scores.calibration.image) if scores.k == 1 else mm2  # views of the one
-    rates = {"alpha": c.calibration.alpha, "pixel_rate": c.calibration.pixel_rate}
-    rates |= {"peak": c.score.peak}
+    own = c.calibration
+    rates = {"alpha": own.alpha, "pixel_rate": own.pixel_rate, "peak": c.score.peak}
     return detector.calibrate(scores, **rates, filter_steps=steps, mm2=mm2)
 
 
@@ -227,12 +227,13 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
     trains = {"learned", "model"} & trained.params.keys()  # as a branch, or as the whole detector
     k, random = trained.calibration.k, design.dropout > 0 and bool(trains)
     params = jax.tree.map(jnp.asarray, trained.params)
+    scales = 1 + c.score.tiles**2 if c.score.tiles > 1 else 1
     scores = detector.Detector(
         *(score_function(c, clip, design), params, None, empty, k, random, clip.size),
-        scales=1 + c.score.tiles**2 if c.score.tiles > 1 else 1,
+        **{"scales": scales, "corners": c.score.corners},
     )
     names = {"dataset": c.data.name, "modality": c.data.modality, "k": c.k, "seed": c.seed}
-    backbone = f"{c.clip.checkpoint.rsplit('/', 1)[-1]} ({clip.digest})"
+    names["backbone"] = f"{c.clip.checkpoint.rsplit('/', 1)[-1]} ({clip.digest})"
     return predictor.Predictor(
         scores,
         trained.calibration,
@@ -240,7 +241,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
         jax.random.split(jax.random.key(c.seed), c.score.passes),
         trained.digest,
         c.data.window,
-        {"method": c.method, **names, "checkpoint": clip.digest, "backbone": backbone},
+        {"method": c.method, **names, "checkpoint": clip.digest},
         build.explanation(c, clip),
         c.score.tiles,
     )
@@ -256,9 +257,7 @@ def load_start(workdir: Path) -> adapt.Start:
     except (OSError, ValueError, ConfigError) as error:
         raise WorkdirError(f"{workdir} holds no run ({error}): give one that was trained") from None
     if c.meta.sources:
-        raise ConfigError(
-            f"{workdir} is adapted to one data set alone: give configs/meta.py another"
-        )
+        raise ConfigError(f"{workdir} is for one data set alone: give configs/meta.py another")
     if c.learner == "joint":
         raise ConfigError(f"{workdir} learned jointly: train one with --config.learner=maml")
     if c.score.map_filter or c.score.tiles > 1:
@@ -296,5 +295,6 @@ def site_start(c: ConfigDict, clip: Clip, design, frozen: dict, params: Any) -> 
             c.calibration.alpha,
             c.calibration.pixel_rate,
             c.score.peak,
+            c.score.corners,
         ),
     )

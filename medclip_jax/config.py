@@ -48,8 +48,7 @@ def parse_arg(arg: str) -> dict:
     for piece in filter(None, arg.split(",")):
         name, _, value = piece.partition("=")
         if name not in ARGUMENTS:
-            known = ", ".join(ARGUMENTS)
-            raise ConfigError(f"config argument {name!r} is unknown: give any of {known}")
+            raise ConfigError(f"config argument {name!r}: give any of {', '.join(ARGUMENTS)}")
         try:
             values[name] = ARGUMENTS[name](value)
         except ValueError:
@@ -199,6 +198,7 @@ def _scoring(c: ConfigDict) -> None:
         # spacing is unknown),sigma=1.5 (pixels),ceiling=0.99 (quantile of the supports' maps)"
         "map_filter": "",
         "peak": 0.25,  # maps are lowered by this share of their largest value over their median
+        "corners": False,  # maps reach from corner to corner, as MediCLIP's: half a patch too far
     }
     c.calibration = {
         "alpha": 0.1,  # false-alarm rate asked for

@@ -51,6 +51,7 @@ class Detector(NamedTuple):
     # "fixed": supports are scored by this very detector
     proven: tuple[str, ...] = ()
     scales: int = 1  # views of an image that its tokens are of; the whole image is the first
+    corners: bool = False  # of similarity.interpolation, for the maps
 
 
 class Raw(NamedTuple):
@@ -76,14 +77,16 @@ class BatchScores(NamedTuple):
     folds: Float[np.ndarray, "n f"]  # unit scores of every fold
 
 
-def image_score(patch: Float[Array, "n p"], *, size: int, top: float) -> Float[Array, " n"]:
+def image_score(
+    patch: Float[Array, "n p"], *, size: int, top: float, corners: bool = False
+) -> Float[Array, " n"]:
     """Image scores of patch values: the mean of the top share of the patches.
 
     A share of 0 is the maximum of the map in the encoder frame of `size` pixels, as peers have it.
     """
     if top > 0:
         return similarity.image_score(patch, top)
-    return similarity.to_pixels(patch, size).max((1, 2))
+    return similarity.to_pixels(patch, size, corners).max((1, 2))
 
 
 def with_fold(params: dict, fold: dict) -> dict:
@@ -142,7 +145,8 @@ def _read(static: Detector, params, fold_params, features: Features, keys) -> Ra
             return static.apply(with_fold(params, fold), features, None).image
 
         folds = jax.vmap(of_fold, out_axes=1)(fold_params)
-    return Raw(scores.image, similarity.to_pixels(scores.patch, static.size), passes, folds)
+    maps = similarity.to_pixels(scores.patch, static.size, static.corners)
+    return Raw(scores.image, maps, passes, folds)
 
 
 def calibrate(
@@ -166,7 +170,7 @@ def calibrate(
     patch, image = detector.calibration
     if not len(image):
         return calibration.even_odds(alpha, pixel_rate)
-    maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size))
+    maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size, detector.corners))
     steps, maps = anomaly_maps.learn_filter(filter_steps or {}, maps, mm2)
     maps, proven = calibration.lowered(maps, peak), set(detector.proven)
     if peak and "fixed" not in proven:

@@ -42,6 +42,7 @@ class Site(NamedTuple):
     alpha: float  # false-alarm rate that is asked for
     pixel_rate: float  # share of the healthy pixels above the pixel threshold
     peak: float  # of calibration.lowered
+    corners: bool  # of similarity.interpolation
 
 
 class Start(NamedTuple):
@@ -72,7 +73,9 @@ def adapt(start: Start, images: Sequence[Path]) -> tuple[Detector, Calibration]:
     valid = np.tile(own, (1, len(rows.label) // k))
     params, scores = start.learn(start.params, start.frozen, rows, valid, held_out)
     scores = jax.device_get(scores)
-    detector = Detector(start.apply, params, None, scores, k, False, start.clip.size)
+    detector = Detector(
+        *(start.apply, params, None, scores, k, False, start.clip.size), corners=site.corners
+    )
     thresholds = calibrate(detector, alpha=site.alpha, pixel_rate=site.pixel_rate, peak=site.peak)
     return detector, thresholds
 

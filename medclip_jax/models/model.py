@@ -46,6 +46,7 @@ class Design(NamedTuple):
     dropout: float  # rate, on the adapted tokens
     refinement: modules.FrozenBlocks | None = None  # of the tapped blocks; None: off
     sets: similarity.PromptSets | None = None  # of all data sets, where there are several
+    corners: bool = False  # of similarity.interpolation
 
 
 class Output(NamedTuple):
@@ -206,7 +207,7 @@ def loss(
     module, variables = link(params, design)
     logit = module.apply(variables, levels, text, cosines, method="from_cosines")
     scale = module.apply(variables, method="temperature")
-    pixels = similarity.to_pixels(logit, design.size)
+    pixels = similarity.to_pixels(logit, design.size, design.corners)
     share = losses.patch_share(batch.mask, design.grid)
 
     def prompt():

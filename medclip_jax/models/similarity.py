@@ -156,9 +156,15 @@ def level_mean(each: Iterable[Float[Array, "*_"]]) -> Float[Array, "*_"]:
 
 
 @cache
-def interpolation(patches: int, pixels: int) -> np.ndarray:
-    """[pixels, patches] bilinear weights with aligned corners, as MediCLIP up-samples."""
+def interpolation(patches: int, pixels: int, corners: bool = False) -> np.ndarray:
+    """[pixels, patches] bilinear weights: a patch's value lies in the middle of its pixels.
+
+    With `corners` the outermost values lie on the outermost pixels, as MediCLIP up-samples: every
+    place is then up to half a patch further out than what the patch shows.
+    """
     at = np.arange(pixels) * ((patches - 1) / max(pixels - 1, 1))
+    if not corners:
+        at = np.clip((np.arange(pixels) + 0.5) * patches / pixels - 0.5, 0, patches - 1)
     low = np.clip(np.floor(at).astype(int), 0, max(patches - 2, 0))
     weights = np.zeros((pixels, patches), np.float64)
     rows = np.arange(pixels)
@@ -167,10 +173,12 @@ def interpolation(patches: int, pixels: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def to_pixels(patch: Float[Array, "n p"], size: int) -> Float[Array, "n size size"]:
+def to_pixels(
+    patch: Float[Array, "n p"], size: int, corners: bool = False
+) -> Float[Array, "n size size"]:
     """A value per patch (row-major square grid) -> a smooth value per pixel of the input."""
     grid = int(round(patch.shape[-1] ** 0.5))
-    up = interpolation(grid, size)
+    up = interpolation(grid, size, corners)
     return jnp.einsum("hg,ngk,wk->nhw", up, patch.reshape(-1, grid, grid), up)
 
 

@@ -85,7 +85,7 @@ def test_a_config_file_that_is_a_giant_or_a_pipe(spelling, tmp_path, capfd):
 @pytest.mark.parametrize(
     "argv, named",
     [
-        (["--config=configs/busi.py:kk=3", "--workdir=W"], "'kk' is unknown: give any of k"),
+        (["--config=configs/busi.py:kk=3", "--workdir=W"], "config argument 'kk': give any of k"),
         (["--config=configs/busi.py:k=many", "--workdir=W"], "k='many' is not a whole number"),
         (["--config=configs/bus.py:k=3", "--workdir=W"], "configs/bus.py.* cannot be read"),
         (["--config=configs/bus.py", "--workdir=W", "--config.k=3"], "file configs/bus.py cannot"),

@@ -35,7 +35,7 @@ def scores(prepared, encoded, workdir) -> np.ndarray:
     def score(params, features):
         text = model.text_features(params, prepared.frozen, design)
         logit = model.forward(params, text, features, design).logit
-        return jax.nn.sigmoid(similarity.to_pixels(logit, design.size)).max((1, 2))
+        return jax.nn.sigmoid(similarity.to_pixels(logit, design.size, design.corners)).max((1, 2))
 
     groups = cache.load_images(encoded.feature_cache, prepared.split.test, 32)
     return np.concatenate([np.asarray(score(params, x)) for x in groups])

@@ -58,6 +58,7 @@ def setting(path, peer, position="end", causal=False):
         causal,
         False,
         0.0,
+        corners=True,
     )
     params = {
         "context": jnp.concatenate([ref["ctx_normal"], ref["ctx_abnormal"]]),
@@ -97,7 +98,7 @@ def peer_forward(design):
         levels = [
             (similarity.unit(v), similarity.cosine(v, pair).transpose(0, 2, 1)) for v in out.levels
         ]
-        return pair, jax.nn.sigmoid(similarity.to_pixels(out.logit, design.size)), levels
+        return pair, jax.nn.sigmoid(similarity.to_pixels(out.logit, design.size, True)), levels
 
     return run
 

@@ -5,6 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from medclip_jax.detectors import memory_bank
 from medclip_jax.models import similarity
@@ -83,12 +84,15 @@ def test_text_of_each_image_and_fillers_equal_the_plain_form():
 
 
 def test_interpolation_by_hand():
-    np.testing.assert_allclose(
-        similarity.interpolation(2, 5), [[1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1]]
-    )
-    np.testing.assert_array_equal(similarity.interpolation(3, 3), np.eye(3))
-    np.testing.assert_array_equal(similarity.interpolation(1, 4), np.ones((4, 1)))
-    np.testing.assert_array_equal(similarity.interpolation(3, 1), [[1, 0, 0]])
+    corners = partial(similarity.interpolation, corners=True)
+    quarters = [[1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1]]
+    np.testing.assert_allclose(corners(2, 5), quarters)
+    np.testing.assert_array_equal(corners(3, 1), [[1, 0, 0]])
+    centres = [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]  # pixels at 1/4, ... of a patch
+    np.testing.assert_allclose(similarity.interpolation(2, 4), centres)
+    for weights in (corners, similarity.interpolation):
+        np.testing.assert_array_equal(weights(3, 3), np.eye(3))
+        np.testing.assert_array_equal(weights(1, 4), np.ones((4, 1)))
 
 
 @pytest.mark.parametrize("patches, pixels", [(7, 112), (14, 224), (3, 10), (16, 30)])
@@ -97,10 +101,21 @@ def test_interpolation_has_aligned_corners(patches, pixels):
     line = draw(patches, seed=patches)
     at = np.arange(pixels) * (patches - 1) / (pixels - 1)
     np.testing.assert_allclose(
-        similarity.interpolation(patches, pixels) @ line,
+        similarity.interpolation(patches, pixels, corners=True) @ line,
         np.interp(at, np.arange(patches), line),
         atol=2e-6,
     )
+
+
+@pytest.mark.parametrize("patches, side", [(7, 16), (14, 16), (3, 5)])
+def test_what_a_patch_shows_stays_where_it_is(patches, side):
+    """As scipy zooms pixels that have an area; odd patches have their value in their middle."""
+    line = draw(patches, seed=patches)
+    pixels = similarity.interpolation(patches, patches * side) @ line
+    zoomed = ndimage.zoom(line, side, order=1, mode="nearest", grid_mode=True)
+    np.testing.assert_allclose(pixels, zoomed, atol=2e-6)
+    if side % 2:
+        np.testing.assert_allclose(pixels.reshape(patches, side)[:, side // 2], line, atol=2e-6)
 
 
 def test_constants_and_ramps_come_out_exactly():
@@ -108,12 +123,14 @@ def test_constants_and_ramps_come_out_exactly():
     row, column = np.mgrid[:4, :4] / 3
     ramp = jnp.asarray((2 * row - column).reshape(1, 16), jnp.float32)
     row, column = np.mgrid[:31, :31] / 30
-    np.testing.assert_allclose(similarity.to_pixels(ramp, 31)[0], 2 * row - column, atol=1e-6)
+    pixels = similarity.to_pixels(ramp, 31, corners=True)[0]
+    np.testing.assert_allclose(pixels, 2 * row - column, atol=1e-6)
 
 
 def test_patches_are_row_major():
     patch = jnp.zeros((1, 9)).at[0, 2].set(1.0)  # first row, last column
-    assert np.unravel_index(np.argmax(similarity.to_pixels(patch, 12)[0]), (12, 12)) == (0, 11)
+    largest = np.argmax(similarity.to_pixels(patch, 12)[0])
+    assert [x // 4 for x in np.unravel_index(largest, (12, 12))] == [0, 2]
 
 
 @pytest.mark.parametrize(
