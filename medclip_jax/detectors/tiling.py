@@ -35,15 +35,15 @@ OVERLAP = 0.25  # of a tile's side that it shares with the next
 def spreading(grid: int, size: int, tiles: int) -> Float[np.ndarray, "i f p"]:
     """[1 + tiles², fine², grid²]: how each scale's patches reach the fused map.
 
-    Bilinear with aligned corners, as similarity.to_pixels. Row f of the tiles together sums to 1:
-    the average of those that cover the point. The whole is matrix 0.
+    Bilinear between the patches' centres, as similarity.to_pixels. Row f of the tiles together
+    sums to 1: the average of those that cover the point. The whole is matrix 0.
     """
     fine, frame = FINE * grid, side(size, tiles)
-    points = np.arange(fine) * (frame - 1) / (fine - 1)  # pixels of the large frame
+    points = (np.arange(fine) + 0.5) * frame / fine  # middles of the fine cells, in large pixels
 
     def along(start: float, width: float) -> np.ndarray:
-        place = (points - start) / (width - 1) * (grid - 1)
-        inside = (place > -1e-9) & (place < grid - 1 + 1e-9)
+        place = (points - start) / width * grid - 0.5
+        inside = (points > start) & (points < start + width)
         hat = np.maximum(0, 1 - np.abs(np.clip(place, 0, grid - 1)[:, None] - np.arange(grid)))
         return hat * inside[:, None]
 
