@@ -248,7 +248,7 @@ def _combinations(c: Any) -> Rules:
         )
         unfit = c.method in PIXEL_METHODS
         yield unfit, f"score.tiles is not for method {c.method}: give tiles=1"
-        yield c.score.corners, "score.tiles needs patches at their centres: give corners=False"
+        yield c.score.corners, "score.tiles goes without score.corners: give score.corners=False"
 
 
 def _needs(c: Any) -> Rules:

@@ -136,7 +136,7 @@ MOST = {
     "lines of the longest module": 300,
     "import floors": 15,
     "lines of the package": 14_500,
-    "lines of experiments": 5_900,  # PyTorch and engines beside ours, what reading and a table cost
+    "lines of experiments": 5_900,  # other engines compared, what reading and a table cost
     "fields of the settings": 75,  # score.peak and corners, meta.sources, value_attention, extra
     "modules that train.py imports": 15,
     "lines of the longest function": 60,

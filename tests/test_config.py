@@ -223,3 +223,12 @@ def test_no_field_takes_a_value_of_another_kind(name, default):
             config.resolve(main.parse(argv).config)
         said = str(refused.value)
         assert "\n" not in said and (name in said or name.split(".")[-1] in said), (value, said)
+
+
+def test_tiles_are_refused_where_maps_reach_from_corner_to_corner():
+    c = config.base("k=4,method=mediclip", name="busi")
+    c.score.tiles = 2
+    with pytest.raises(ConfigError, match="give score.corners=False"):
+        config.resolve(c)
+    c.score.corners = False
+    assert config.resolve(c).score.tiles == 2
