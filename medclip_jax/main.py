@@ -83,8 +83,7 @@ def main(argv: list[str]) -> int:
     except Preempted as stop:
         message, code = f"{stop}. Re-run the same command to resume.", TERMINATED
     except KeyboardInterrupt:
-        print("Interrupted. Re-run the same command to resume.", file=sys.stderr)
-        return 130
+        message, code = "Interrupted. Re-run the same command to resume.", 130
     else:
         return 0
     # outside the handlers: with the error gone, progress bars are closed and this is the last line

@@ -24,8 +24,10 @@ replace, results = os.replace, []
 
 def counted(source, target):
     replace(source, target)
-    results.append(target) if str(target).endswith(".json") else None
-    if len(results) == {least}:
+    if not str(target).endswith(".json"):
+        return
+    results.append(target)
+    if len(results) == {least}:  # once: a second signal could cut the last line of the bar
         os.kill(os.getpid(), {number})
 
 os.replace = counted
