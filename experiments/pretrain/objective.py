@@ -92,21 +92,24 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sum and parts; params = {"clip": FlaxCLIPModel's parameters, "heads": linear maps}.
 
-    Parts of weight 0 are left out, and the text encoder where no part needs it.
+    Where no part needs them, the text encoder and the image encoder's backward pass are left out.
     """
     clip, heads = params["clip"], params["heads"]
-    states = encode_image(clip, encoders, batch.pixels.astype(jnp.float32) / 255, batch.keep)
+    image = clip if weights.image else jax.lax.stop_gradient(clip)
+    states = encode_image(image, encoders, batch.pixels.astype(jnp.float32) / 255, batch.keep)
     middle, last = (x[:, 1:] for x in states)
 
     def near(name, tokens, target):
         return optax.huber_loss(linear(heads, name, tokens), target).mean()
 
-    parts = {
-        "fine": near("fine", middle, batch.fine),
-        "coarse": near("coarse", last, batch.coarse),
-        "pooled": near("pooled", states[1][:, 0], batch.pooled),
-        "similarity": similarity(middle, batch.fine) + similarity(last, batch.coarse),
-    }
+    parts = {}
+    if weights.image:
+        parts |= {
+            "fine": near("fine", middle, batch.fine),
+            "coarse": near("coarse", last, batch.coarse),
+            "pooled": near("pooled", states[1][:, 0], batch.pooled),
+            "similarity": similarity(middle, batch.fine) + similarity(last, batch.coarse),
+        }
     if weights.caption or weights.patch_caption or weights.phrase:
         texts = encode_text(clip, encoders, jnp.concatenate([batch.captions, batch.phrases]))
         captions, phrases = jnp.split(texts, [batch.captions.shape[0]])
