@@ -45,7 +45,7 @@ def load_clip(c: ConfigDict) -> Clip:
     """
     dtype = "float32" if c.clip.dtype == "float16" else c.clip.dtype  # which tokens alone have
     taps = tuple(c.clip.layers), dtype, c.model.refine, c.clip.implementation
-    clip = load(c.clip.checkpoint, *taps, c.clip.size, c.clip.value_attention)
+    clip = load(c.clip.checkpoint, *taps, c.clip.size)
     branches = (c.method,) if c.method in FIXED_METHODS else c.branches
     texts = [name for name in branches if name not in ("memory", *PIXEL_METHODS)]
     if clip.text_encoder is None and texts:

@@ -40,7 +40,8 @@ def score_function(
 ) -> Callable[..., detector.Scores]:
     """The pure scoring function of the config's method; `assemble` builds its parameters."""
     names, image_score = branch_names(c), image_score_of(c, clip)
-    branches = {name: branch_function(name, clip, design, image_score) for name in names}
+    own = clip, design, image_score, c.score.affinity
+    branches = {name: branch_function(name, *own) for name in names}
     if c.score.tiles > 1:
         frame = c.score.tiles, clip.grid, clip.size
         for name, apply in branches.items():
@@ -49,14 +50,17 @@ def score_function(
     return ensemble.scorer(branches) if len(names) > 1 else branches[names[0]]
 
 
-def branch_function(name: str, clip: Clip, design: model.Design, image_score: Callable) -> Callable:
-    """The pure scoring function of one branch."""
+def branch_function(name: str, clip: Clip, design: model.Design, image_score, width) -> Callable:
+    """The pure scoring function of one branch; width: of config.score.affinity."""
     if name == "memory":
-        return memory_bank.scorer(image_score)
-    if name.startswith("zero_shot"):
-        return prompt_detector.zero_shot_scorer(clip, design.prompts.label)
-    learned = partial(prompt_detector.scorer, design, image_score)
-    return deviation.scorer(clip.grid) if name == "meta" else learned()
+        apply = memory_bank.scorer(image_score)
+    elif name == "meta":
+        apply = deviation.scorer(clip.grid)
+    elif name.startswith("zero_shot"):
+        apply = prompt_detector.zero_shot_scorer(clip, design.prompts.label)
+    else:
+        apply = prompt_detector.scorer(design, image_score)
+    return detector.sharing(apply, width)
 
 
 def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
@@ -123,22 +127,23 @@ def branch(
 ) -> detector.Detector:
     """The detector of one branch, of whole images or with their tiles."""
     image_score = image_score_of(c, clip)
-    plain = name.startswith("zero_shot")
-    if images is None:
-        return prompt_detector.zero_shot(clip, frozen, plain_design, None, 0)
+    plain, k = name.startswith("zero_shot"), images.k if images else 0
 
     def scale(tokens, calibrating):
         if name == "memory":
-            like = {"k": images.k, "coreset": c.memory_coreset, "calibrating": calibrating}
-            return memory_bank.build(tokens, image_score, clip.size, **like)
-        if name == "meta":
-            return deviation.build(params[0], params[1], tokens, folds, clip.grid, clip.size)
-        if plain:
-            return prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, images.k)
-        return prompt_detector.build(
-            params, frozen, design, image_score, calibrating, folds, images.k
-        )
+            like = {"k": k, "coreset": c.memory_coreset, "calibrating": calibrating}
+            built = memory_bank.build(tokens, image_score, clip.size, **like)
+        elif name == "meta":
+            built = deviation.build(params[0], params[1], tokens, folds, clip.grid, clip.size)
+        elif plain:
+            built = prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, k)
+        else:
+            own = design, image_score, calibrating
+            built = prompt_detector.build(params, frozen, *own, folds, k)
+        return detector.shared(built, calibrating, c.score.affinity)
 
+    if images is None:
+        return scale(None, None)
     whole = scale(images.tokens, images.calibrating)
     if c.score.tiles == 1:
         return whole
@@ -177,7 +182,7 @@ def load_teacher(c: ConfigDict, clip: Clip, test: Sequence[Record]) -> distillat
     trained = saved.read(workdir)
     own = trained.config
     distillation.check(workdir, own, c, trained.supports, [r.sha256 for r in test])
-    parts = ("layers", "dtype", "implementation", "value_attention")
+    parts = ("layers", "dtype", "implementation")
     same = trained.checkpoint == clip.digest and own.model.refine == c.model.refine
     if not same or any(own.clip[part] != c.clip[part] for part in parts):
         clip = build.load_clip(own)
@@ -279,22 +284,15 @@ def load_start(workdir: Path) -> adapt.Start:
 
 def site_start(c: ConfigDict, clip: Clip, design, frozen: dict, params: Any) -> adapt.Start:
     """What adaptation starts from; params: one set, a maml.MetaSGD if its rates were learned."""
-    apply = prompt_detector.scorer(design, image_score_of(c, clip))
+    apply = branch_function("learned", clip, design, image_score_of(c, clip), c.score.affinity)
     loss = partial(model.loss, design=design, weights=c.loss.to_dict())
     inner = build.learner(c).inner(c.meta.adapt_steps)
     learn = partial(adapt.learned, loss=loss, inner=inner, design=design, apply=apply)
     return adapt.Start(
         *(clip, frozen, params, jax.jit(learn), apply),
         adapt.Site(
-            c.data.fit,
-            c.data.window,
-            preprocessing.steps(c.data.recipe),
-            c.synthesis.preset,
-            c.seed,
-            build.FOLDS,
-            c.calibration.alpha,
-            c.calibration.pixel_rate,
-            c.score.peak,
-            c.score.corners,
+            *(c.data.fit, c.data.window, preprocessing.steps(c.data.recipe)),
+            *(c.synthesis.preset, c.seed, build.FOLDS),
+            *(c.calibration.alpha, c.calibration.pixel_rate, c.score.peak, c.score.corners),
         ),
     )

@@ -128,7 +128,6 @@ def _model(c: ConfigDict) -> None:
         "size": 0,  # pixels per side of the input, a multiple of the patch; 0: the checkpoint's
         "implementation": "fused",  # fused | transformers (FlaxCLIPModel's own modules)
         "layers": (),  # tapped blocks, counted from 1; () = 1/2, 3/4 and the last
-        "value_attention": 0,  # last blocks whose patches attend by values, not q and k
         # of encoder and cached tokens: float32 | bfloat16 | float16 (tokens alone) | int8 (weights
         # alone; computes and caches in bfloat16)
         "dtype": "float32",
@@ -197,6 +196,7 @@ def _scoring(c: ConfigDict) -> None:
         # outlier suppression, "" = off: "median=3,min_area_mm2=20,min_area_pixels=64 (where the
         # spacing is unknown),sigma=1.5 (pixels),ceiling=0.99 (quantile of the supports' maps)"
         "map_filter": "",
+        "affinity": 0.4,  # width of what counts as similar patches, which share their map's values
         "peak": 0.25,  # maps are lowered by this share of their largest value over their median
         "corners": False,  # maps reach from corner to corner, as MediCLIP's: half a patch too far
     }

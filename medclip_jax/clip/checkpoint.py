@@ -55,7 +55,6 @@ def load(
     inputs: bool = False,
     implementation: str = "fused",
     size: int = 0,
-    value_attention: int = 0,
 ) -> Clip:
     """Load a CLIP.
 
@@ -66,28 +65,19 @@ def load(
         inputs: whether features hold the inputs of the tapped blocks too, for refinement.
         implementation: fused or transformers.
         size: pixels per side of the input image; 0 is the checkpoint's own.
-        value_attention: of a ViT, last blocks whose patches attend by their values.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ConfigError: there are no such layers or blocks, the implementation does not have them, or
-            the size does not go with the patches.
+        ConfigError: there are no such layers, the implementation does not have them, or the size
+            does not go with the patches.
     """
     folder = hf_weights.locate(checkpoint)
     of_open_clip = open_clip_weights.matches(folder)
     weights = open_clip_weights.read(folder) if of_open_clip else hf_weights.read(folder)
     weights = _at_size(weights, size)
-    taps: dict[str, Any] = dict(levels=tuple(layers), dtype=dtype, inputs=inputs)
+    taps = dict(levels=tuple(layers), dtype=dtype, inputs=inputs)
     if weights.resnet is None:
         taps["levels"] = _blocks(weights.config, tuple(layers))
-    if value_attention:
-        most = weights.config["vision_config"]["num_hidden_layers"] if weights.resnet is None else 0
-        if value_attention > most or implementation == "transformers":
-            raise ConfigError(
-                f"config.clip.value_attention is {value_attention}, which works in the blocks of a "
-                f"ViT with clip.implementation=fused only ({checkpoint} has {most}): give 0"
-            )
-        taps["value_attention"] = value_attention
     if dtype == "int8" and (weights.resnet is not None or implementation == "transformers"):
         raise ConfigError(
             "config.clip.dtype is 'int8', which works with a ViT and clip.implementation=fused "

@@ -84,8 +84,6 @@ class Attention(nn.Module):
     heads: int
     dtype: str
     rope: tuple = ()  # base and number of tokens before the patches; (): none
-    # values take the place of queries and keys (Li et al. 2023) but for so many first tokens
-    by_values: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n s d"], mask=None, position=None):
@@ -101,14 +99,7 @@ class Attention(nn.Module):
         q, k, v = (y.reshape(n, -1, self.heads, d // self.heads) for y in (q, k, v))
         if self.rope:
             q, k = (rotate(y, *self.rope) for y in (q, k))
-        if (first := self.by_values) is None:
-            mixed = attend(q, k, v, mask)
-        else:
-            likeness = rotate(v, *self.rope) if self.rope else v
-            plain = attend(q[:, :first], k, v, mask)
-            mixed = attend(likeness[:, first:], likeness, v, mask)
-            mixed = jnp.concatenate([plain, mixed], 1)
-        return dense("out_proj", mixed.reshape(n, -1, d))
+        return dense("out_proj", attend(q, k, v, mask).reshape(n, -1, d))
 
 
 def rotate(x: Float[Array, "n s h d"], base: float, prefix: int) -> Float[Array, "n s h d"]:
@@ -160,11 +151,10 @@ class Block(nn.Module):
     dtype: str = "float32"
     rope: tuple = ()  # see Attention
     post: bool = False  # norms come after the sums, as in BERT
-    by_values: int | None = None  # see Attention
 
     def setup(self):
         self.layer_norm1, self.layer_norm2 = LayerNorm(self.eps), LayerNorm(self.eps)
-        self.self_attn = Attention(self.heads, self.dtype, self.rope, self.by_values)
+        self.self_attn = Attention(self.heads, self.dtype, self.rope)
         self.mlp = Mlp(self.hidden, self.activation, self.dtype)
 
     def __call__(self, x, mask=None, position=None):
@@ -189,7 +179,6 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     rope: tuple = ()
     post: bool = False
-    value_attention: tuple = (0, 0)  # in so many of the last blocks, but for so many first tokens
 
     def setup(self):
         kinds = self.heads, self.hidden, self.activation, self.eps, self.dtype
@@ -213,16 +202,11 @@ class Encoder(nn.Module):
 
     def scan(self, x, start: int, stop: int):
         """Blocks start + 1 to stop by lax.scan."""
-        count, first = self.value_attention
-        own = self.depth - count  # blocks that attend by queries and keys
-        if start < own < stop:
-            x, start = self.scan(x, start, own), own
-        one = self.one.clone(by_values=first if start >= own else None)
         layers = stacked.stack(self.layers) if "0" in self.layers else self.layers
         layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)
 
         def step(y, params):
-            return one.apply({"params": stacked.decompress(params)}, y), None
+            return self.one.apply({"params": stacked.decompress(params)}, y), None
 
         return jax.lax.scan(step, x, layers)[0]
 

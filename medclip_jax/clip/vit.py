@@ -144,7 +144,6 @@ class ViT(nn.Module):
     plain: bool = False  # not CLIP's: no norm before the blocks, a bias of the patches
     pools: bool = False  # by MapHead; else the class token is taken
     rope: float = 0.0  # base of rotary positions; 0: none
-    value_attention: int = 0  # last blocks in which patches attend by their values
 
     implementation: ClassVar[str] = "fused"
 
@@ -154,7 +153,7 @@ class ViT(nn.Module):
         rope = (self.rope, self.prefix) if self.rope else ()
         self.vision_model = VisionModel(
             (self.width, self.patch, self.positions, dtype, self.prefix, self.plain),
-            (self.depth, self.width, *kinds, rope, False, (self.value_attention, self.prefix)),
+            (self.depth, self.width, *kinds, rope),
             *(self.eps, self.plain, self.pools),
         )
         if self.joint:

@@ -21,6 +21,8 @@ from medclip_jax.distributed import sharding
 from medclip_jax.features import cache
 from medclip_jax.models import similarity
 
+ROWS = 16  # images whose patches are compared with one another at a time
+
 
 class Scores(NamedTuple):
     """Raw scores of n images; larger is more anomalous."""
@@ -87,6 +89,37 @@ def image_score(
     if top > 0:
         return similarity.image_score(patch, top)
     return similarity.to_pixels(patch, size, corners).max((1, 2))
+
+
+def sharing(apply: Callable, width: float) -> Callable[..., Scores]:
+    """`apply` whose maps are shared among similar patches; width 0: as it is.
+
+    A patch's value becomes the mean over its image, weighed by `similarity.affinity` on the middle
+    one of the tapped layers. Image scores stay; gradients are those of the values alone.
+    """
+
+    def shared(params, features, key):
+        scores = apply(params, features, key)
+        return scores._replace(patch=_shared(scores.patch, features, width))
+
+    return shared if width else apply
+
+
+def shared(detector: Detector, tokens: Features | None, width: float) -> Detector:
+    """The detector with `sharing`, of what calibrates it as well; tokens: of these rows."""
+    own = detector.calibration
+    if width and tokens is not None:
+        run, part = jax.jit(partial(_shared, width=width)), range(0, len(own.patch), ROWS)
+        each = [
+            run(*jax.tree.map(lambda x, i=i: x[i : i + ROWS], (own.patch, tokens))) for i in part
+        ]
+        own = own._replace(patch=np.concatenate(jax.device_get(each)))
+    return detector._replace(apply=sharing(detector.apply, width), calibration=own)
+
+
+def _shared(patch: Float[Array, "n p"], features: Features, width: float) -> Float[Array, "n p"]:
+    tokens = jax.lax.stop_gradient(features.levels[len(features.levels) // 2])
+    return jnp.einsum("npq,nq->np", similarity.affinity(tokens, width), patch)
 
 
 def with_fold(params: dict, fold: dict) -> dict:

@@ -1,9 +1,9 @@
 """Several detectors, its branches, as one: the trained prompts, the memory, and plain prompts.
 
-All branches count equally. Maps are sums of values standardised on the held-out supports. Image
-scores are means of asinh of standardised scores: the value itself near the healthy, its logarithm
-far from them, so that no branch with a narrow spread drowns the rest; `ranks` makes of it the
-number of supports that the image is less healthy than.
+All branches count equally, as means of asinh of values standardised on the held-out supports: the
+value itself near the healthy, its logarithm far from them, so that no branch with a narrow spread
+drowns the rest. Of maps, sinh brings the mean back to the values' own scale; of image scores,
+`ranks` makes the number of supports that the image is less healthy than.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,10 +41,10 @@ def fused(names: Sequence[str], each: Sequence[Scores], units, supports) -> Scor
 
 
 def fused_map(names: Sequence[str], each: Sequence[Scores], units) -> Float[Any, "n p"]:
-    """Sum of the standardised maps; arrays of the host or of a device."""
+    """Mean of the standardised maps by way of asinh; arrays of the host or of a device."""
     standard: list[Any] = [(s.patch - units[0][i]) / units[1][i] for i, s in enumerate(each)]
     seen = [z for name, z in zip(names, standard, strict=True) if not name.endswith(IMAGE_ONLY)]
-    return sum(seen)
+    return jnp.sinh(jnp.arcsinh(jnp.stack(seen)).mean(0))
 
 
 def ranks(images: Float[Array, "n b"], supports: Float[Array, "k b"]) -> Float[Array, " n"]:

@@ -96,8 +96,6 @@ def with_recipe(
     named += ["inputs"] if encoder.inputs else []
     named += [parse_window(window)] if window else []
     named += [encoder.implementation] if encoder.implementation != "fused" else []
-    if attention := getattr(encoder, "value_attention", 0):
-        named += [f"value_attention={attention}"]
     made_by = 4, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
     name = stored.digest(made_by)
     return feature_cache._replace(folder=feature_cache.folder.with_name(name), recipe=steps)

@@ -182,6 +182,18 @@ def to_pixels(
     return jnp.einsum("hg,ngk,wk->nhw", up, patch.reshape(-1, grid, grid), up)
 
 
+def affinity(tokens: Float[Array, "n p d"], width: float) -> Float[Array, "n p p"]:
+    """How much each patch takes from every patch of its image; rows sum to 1.
+
+    A softmax of the cosines between the patches' tokens, from which their mean is taken. Its
+    temperature is `width` (> 0) standard deviations of the image's cosines: backbones differ.
+    """
+    rows = unit(tokens.astype(jnp.float32) - tokens.mean(1, keepdims=True, dtype=jnp.float32))
+    cosine = jnp.einsum("npd,nqd->npq", rows, rows)
+    spread = jnp.maximum(cosine.std((1, 2), keepdims=True), 1e-6)
+    return jax.nn.softmax(cosine / (width * spread), -1)
+
+
 def image_score(values: Float[Array, "n p"], top: float) -> Float[Array, " n"]:
     """Mean of the largest share `top` of an image's values; 0 is the maximum alone, as MediCLIP."""
     count = max(1, round(top * values.shape[-1]))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPEncoderLayer
 
 from medclip_jax.clip import checkpoint, stacked
 from medclip_jax.clip.text import encode_text
@@ -168,41 +167,3 @@ def test_smaller_weights_stay_near_float32(compact, dtype, least):
 def test_int8_is_of_our_vit_alone():
     with pytest.raises(ConfigError, match="clip.dtype is 'int8'.*give float32 or bfloat16"):
         checkpoint.load("compact", dtype="int8", implementation="transformers")
-
-
-def test_patches_of_the_last_blocks_attend_by_their_values(tmp_path):
-    """Each of transformers' own blocks, queries and keys made as values are, gives the patches.
-
-    The class token is what the block gives as it is."""
-    folder, theirs, params = tiny_checkpoint(tmp_path / "tiny")
-    vision = theirs.config.vision_config
-    depth, block = vision.num_hidden_layers, FlaxCLIPEncoderLayer(vision)
-    plain = theirs(IDS, PIXELS, params=params, output_hidden_states=True)
-    x = plain.vision_model_output.hidden_states[depth - 2]
-    for number in (depth - 2, depth - 1):
-        own = params["vision_model"]["encoder"]["layers"][str(number)]
-        value = own["self_attn"]["v_proj"]
-        changed = {**own, "self_attn": {**own["self_attn"], "q_proj": value, "k_proj": value}}
-        first, rest = (block.apply({"params": p}, x, None)[0] for p in (own, changed))
-        x = jnp.concatenate([first[:, :1], rest[:, 1:]], 1)
-    ours = checkpoint.load(str(folder), layers=(1, depth), value_attention=2)
-    pixels = jnp.asarray(PIXELS.transpose(0, 2, 3, 1))
-    features = image_features(ours.vision, pixels, encoder=ours.image_encoder)
-    np.testing.assert_allclose(features.levels[1], x[:, 1:], atol=1e-5)
-    np.testing.assert_allclose(
-        features.pooled,
-        ours.image_encoder.apply({"params": ours.vision}, x[:, 0], method="project"),
-        atol=1e-5,
-    )
-
-    other = checkpoint.load(str(folder), layers=(1, depth))
-    assert ours.digest == other.digest  # the checkpoint is the same, its tokens are not
-    without = image_features(other.vision, pixels, encoder=other.image_encoder)
-    assert float(abs(without.levels[1] - features.levels[1]).max()) > 1e-3
-    np.testing.assert_array_equal(without.levels[0], features.levels[0])
-    for wrong in (
-        {"value_attention": depth + 1},
-        {"value_attention": 1, "implementation": "transformers"},
-    ):
-        with pytest.raises(ConfigError, match="config.clip.value_attention.*give 0"):
-            checkpoint.load(str(folder), **wrong)

@@ -7,7 +7,7 @@ import pytest
 
 from medclip_jax.clip import checkpoint, hf_weights
 from medclip_jax.detectors import calibration, detector, prompt_detector
-from medclip_jax.models import model
+from medclip_jax.models import model, similarity
 from tests.support.checkpoints import Theirs
 from tests.support.models import design_of, rows, tokens
 from tests.support.scenes import POOL, RATES, SIZE
@@ -121,6 +121,25 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
 
 
 # --- zero shot ----------------------------------------------------------------------------------
+
+
+def test_similar_patches_share_their_values_and_image_scores_stay(folded):
+    made, own = folded[0], folded[4]
+    wide = detector.shared(made, own, 0.4)
+    assert detector.shared(made, own, 0.0).apply is made.apply
+    for plain, got, images in (
+        (made.calibration, wide.calibration, own),
+        (detector.score(made, tokens(3)), detector.score(wide, tokens(3)), tokens(3)),
+    ):
+        weights = similarity.affinity(images.levels[len(images.levels) // 2], 0.4)
+        wanted = np.einsum("npq,nq->np", np.asarray(weights, np.float64), plain.patch)
+        np.testing.assert_allclose(got.patch, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(got.image, plain.image)
+    keys, new = jax.random.split(jax.random.key(3), 2), tokens(2)
+    raw, shared = (detector.read_batch(d, new, keys).passes for d in (made, wide))
+    weights = similarity.affinity(new.levels[len(new.levels) // 2], 0.4)
+    wanted = np.einsum("npq,ntq->ntp", weights, raw.patch)
+    np.testing.assert_allclose(shared.patch, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):

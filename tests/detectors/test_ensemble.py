@@ -13,6 +13,10 @@ def standard(values, healthy):
     return (np.asarray(values) - healthy.mean()) / healthy.std(ddof=1)
 
 
+def mean_by_asinh(maps) -> np.ndarray:
+    return np.sinh(np.mean([np.arcsinh(z.astype(np.float64)) for z in maps], axis=0))
+
+
 def fused_image(images, supports):
     """Mean over branches of asinh of what is standardised by the supports [k, b]."""
     z = (images - supports.mean(0)) / supports.std(0, ddof=1)
@@ -32,7 +36,7 @@ def beaten(images, supports) -> np.ndarray:
 def by_hand(branches, each) -> Scores:
     """Scores of the branches -> fused maps, and how many supports each image beats."""
     result = {name: branches[name].calibration for name in branches}
-    patch = sum(
+    patch = mean_by_asinh(
         standard(s.patch, result[name].patch) for name, s in each.items() if name[-6:] != "_image"
     )
     images, supports = (
@@ -49,7 +53,7 @@ def assert_close(a, b, k=4):
     np.testing.assert_array_equal(rank, b.image)
 
 
-def test_fused_scores_are_the_standardised_sum_of_the_branches(fused):
+def test_fused_scores_are_the_mean_by_asinh_of_the_standardised_branches(fused):
     branches, whole = fused
     new = tokens(3)
     each = {name: detector.score(b, new) for name, b in branches.items()}
@@ -123,6 +127,17 @@ def test_passes_and_folds_differ_by_the_learned_branch_alone(fused):
         one = Scores(each["learned"].patch, own.folds[:, i])
         wanted = by_hand(branches, each | {"learned": one})
         assert_close(Scores(wanted.patch, raw.folds[:, i]), wanted)
+
+
+def test_of_maps_the_mean_lies_between_the_branches_and_nearer_to_the_smaller():
+    healthy = Scores(np.array([[-1.0, 1.0]]), np.zeros(1))
+    units = ensemble.units_of([healthy, healthy])
+    one, other = np.array([[0.0, 40.0, -3.0]]), np.array([[0.0, 0.5, -3.0]])
+    both = [Scores(x * units[1][0], np.zeros(1)) for x in (one, other)]
+    got = np.asarray(ensemble.fused_map(("a", "b"), both, units))[0]
+    far = np.sinh((np.arcsinh(40) + np.arcsinh(0.5)) / 2)
+    np.testing.assert_allclose(got, [0, far, -3], rtol=1e-5)  # equal ones are their own mean
+    assert 0.5 < far < 40 / 4
 
 
 def test_a_branch_far_from_its_healthy_values_does_not_drown_the_rest():

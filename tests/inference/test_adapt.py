@@ -9,7 +9,7 @@ from medclip_jax import build, build_detector, config
 from medclip_jax.detectors import calibration, detector
 from medclip_jax.errors import ConfigError, WorkdirError
 from medclip_jax.inference import adapt
-from medclip_jax.models import model
+from medclip_jax.models import model, similarity
 
 
 def settings(**fields):
@@ -52,7 +52,9 @@ def test_without_steps_the_parameters_stay(tiny, images):
     tokens = jax.tree.map(lambda x: x[:2], adapt.altered_rows(start, images[:2]).features)
     design, _ = build.model_parts(settings(), tiny)
     text = model.text_features(start.params, start.frozen, design)
-    wanted = model.forward(start.params, text, tokens, design).logit
+    logits = model.forward(start.params, text, tokens, design).logit
+    weights = similarity.affinity(tokens.levels[len(tokens.levels) // 2], settings().score.affinity)
+    wanted = np.einsum("npq,nq->np", weights, logits)
     np.testing.assert_allclose(ready.calibration.patch, wanted, atol=1e-5)
     np.testing.assert_allclose(detector.score(ready, tokens).patch, wanted, atol=1e-5)
     assert np.isfinite(thresholds.image.value) and len(thresholds.healthy) == 2

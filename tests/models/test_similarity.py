@@ -80,6 +80,31 @@ def test_text_of_each_image_and_fillers_equal_the_plain_form():
             np.testing.assert_allclose(again, run(plain), atol=1e-6)
 
 
+# --- similar patches ---------------------------------------------------------------------------
+
+
+def test_affinity_by_hand():
+    tokens, width = np.asarray(draw(2, 9, 5, seed=3)), 0.7
+    got = similarity.affinity(jnp.asarray(tokens), width)
+    for image, weights in zip(tokens.astype(np.float64), got, strict=True):
+        rows = image - image.mean(0)
+        rows /= np.linalg.norm(rows, axis=1)[:, None]
+        cosine = np.array([[a @ b for b in rows] for a in rows])
+        wanted = np.exp(cosine / (width * cosine.std()))
+        np.testing.assert_allclose(weights, wanted / wanted.sum(1)[:, None], rtol=1e-4)
+    scaled = similarity.affinity(jnp.asarray(3 * tokens + 1), width)  # of another backbone
+    np.testing.assert_allclose(scaled, got, atol=1e-5)
+
+
+def test_affinity_of_equal_patches_is_their_mean_and_of_two_kinds_keeps_them_apart():
+    np.testing.assert_allclose(similarity.affinity(jnp.ones((1, 4, 3)), 0.4), 0.25)
+    two = jnp.asarray([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]]])
+    across = np.exp(-2 / 0.4)  # cosines 1 and -1, of deviation 1
+    near, far = 0.5 / (1 + across), 0.5 * across / (1 + across)
+    wanted = np.kron([[near, far], [far, near]], np.ones((2, 2)))
+    np.testing.assert_allclose(similarity.affinity(two, 0.4)[0], wanted, rtol=1e-5)
+
+
 # --- patches to pixels ----------------------------------------------------------------------------
 
 
