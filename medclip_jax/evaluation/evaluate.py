@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,18 +55,21 @@ def score_images(
     maps = files.temporary_array((len(mine), detector.size, detector.size), np.float16, folder)
     parts = []
     groups = (detector.read or cache.load_images)(feature_cache, mine, BATCH)
-    for i, batch in enumerate(progress(groups, "score", -(-len(mine) // BATCH))):
+
+    def score(batch: Features) -> tuple[Raw, np.ndarray]:  # while the maps before are filtered
         batch, n = sharding.fill_rows(batch, BATCH)  # one shape, whatever is left for the last
-        records = mine[i * BATCH : i * BATCH + n]
-        raw, cams = explained(detector, batch, keys, how)
-        raw = jax.tree.map(lambda x, n=n: x[:n], raw)
-        check_finite(records, raw)
-        mm2 = None
-        if calibration.filter.min_area_mm2:
-            mm2 = read.pixel_areas(records, detector.size, feature_cache.fit)
-        scores = finish(raw, calibration, mm2)
-        maps[i * BATCH : i * BATCH + n] = detectors_calibration.half_precision(scores.maps)
-        parts.append((scores._replace(maps=np.zeros(n)), cams[:n]))
+        return jax.tree.map(lambda x: x[:n], explained(detector, batch, keys, how))
+
+    with closing(runtime.prefetch(score, groups)) as scored:
+        for i, (raw, own) in enumerate(progress(scored, "score", -(-len(mine) // BATCH))):
+            rows = slice(i * BATCH, i * BATCH + len(own))
+            check_finite(mine[rows], raw)
+            mm2 = None
+            if calibration.filter.min_area_mm2:
+                mm2 = read.pixel_areas(mine[rows], detector.size, feature_cache.fit)
+            scores = finish(raw, calibration, mm2)
+            maps[rows] = detectors_calibration.half_precision(scores.maps)
+            parts.append((scores._replace(maps=np.zeros(len(own))), own))
     scores, cams = runtime.gather(jax.tree.map(lambda *x: np.concatenate(x), *parts), len(test))
     grid = round(scores.patch_mean.shape[1] ** 0.5)
     predictions = Predictions(
