@@ -21,7 +21,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.features import cache
 from medclip_jax.models import similarity
 
-ROWS = 16  # images whose patches are compared with one another at a time
+ENTRIES = 1 << 24  # cosines of patches with one another that are in memory at a time
 
 
 class Scores(NamedTuple):
@@ -109,17 +109,21 @@ def shared(detector: Detector, tokens: Features | None, width: float) -> Detecto
     """The detector with `sharing`, of what calibrates it as well; tokens: of these rows."""
     own = detector.calibration
     if width and tokens is not None:
-        run, part = jax.jit(partial(_shared, width=width)), range(0, len(own.patch), ROWS)
-        each = [
-            run(*jax.tree.map(lambda x, i=i: x[i : i + ROWS], (own.patch, tokens))) for i in part
-        ]
-        own = own._replace(patch=np.concatenate(jax.device_get(each)))
+        patch = jax.jit(partial(_shared, width=width))(own.patch, tokens)
+        own = own._replace(patch=jax.device_get(patch))
     return detector._replace(apply=sharing(detector.apply, width), calibration=own)
 
 
 def _shared(patch: Float[Array, "n p"], features: Features, width: float) -> Float[Array, "n p"]:
     tokens = jax.lax.stop_gradient(features.levels[len(features.levels) // 2])
-    return jnp.einsum("npq,nq->np", similarity.affinity(tokens, width), patch)
+
+    def share(each):
+        return similarity.affinity(each[1][None], width)[0] @ each[0]
+
+    rows = max(1, ENTRIES // patch.shape[-1] ** 2)
+    if len(patch) <= rows:
+        return jax.vmap(share)((patch, tokens))
+    return jax.lax.map(share, (patch, tokens), batch_size=rows)
 
 
 def with_fold(params: dict, fold: dict) -> dict:
