@@ -1,4 +1,4 @@
-"""Simulated breast ultrasound with known lesions: the two-minute first run, nothing to download.
+"""Simulated breast ultrasound with known lesions: the first run, nothing to download.
 
 python -m medclip_jax.main --config configs/phantom.py --workdir runs/phantom
 

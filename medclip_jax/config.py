@@ -190,7 +190,7 @@ def _scoring(c: ConfigDict) -> None:
     c.branches = ("learned", "memory", "zero_shot_image")  # of method ours, fused with equal weight
     c.memory_coreset = 1.0  # share of the supports' patches that the memory keeps
     c.score = {
-        "top": 0.05,  # image score: mean of this share of the patches; 0 = the map's maximum
+        "top": 0.05,  # image score: mean of this share of the patches; 0 = the largest pixel
         "passes": 20,  # MC-dropout passes for the uncertainty
         "tiles": 1,  # per side, overlapping, scored with the whole image: 1 (off), 2, 3
         # outlier suppression, "" = off: "median=3,min_area_mm2=20,min_area_pixels=64 (where the

@@ -137,7 +137,7 @@ MOST = {
     "import floors": 15,
     "lines of the package": 14_500,
     "lines of experiments": 5_900,  # other engines compared, what reading and a table cost
-    "fields of the settings": 75,  # score.peak and corners, meta.sources, value_attention, extra
+    "fields of the settings": 75,  # score.peak and corners, meta.sources, affinity, extra
     "modules that train.py imports": 15,
     "lines of the longest function": 60,
 }

@@ -2,7 +2,7 @@
 
 Only the learned branch is compared, which is what teaches. The teacher refines tokens of all
 tapped layers; the students read the last layer of the embedded CLIP alone. The column `seconds
-scoring` of runs.csv is the time from cached tokens to maps and scores; MC-dropout is off.
+score` of runs.csv is the time from cached tokens to maps and scores; MC-dropout is off.
 "{teacher}" stands for the teacher's folder of the same data set, K and draw.
 """
 

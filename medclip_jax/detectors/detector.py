@@ -84,7 +84,8 @@ def image_score(
 ) -> Float[Array, " n"]:
     """Image scores of patch values: the mean of the top share of the patches.
 
-    A share of 0 is the maximum of the map in the encoder frame of `size` pixels, as peers have it.
+    A share of 0 is the largest pixel of their map in the encoder frame of `size` pixels, as peers
+    have it, before patches share their values and maps are lowered.
     """
     if top > 0:
         return similarity.image_score(patch, top)

@@ -22,7 +22,6 @@ from medclip_jax.detectors.detector import Detector, Scores
 from medclip_jax.features.encoder import coarse
 from medclip_jax.models import modules, similarity
 
-LEAST = 3  # supports: each is compared with two others or more
 DIRECTIONS = 64  # of each level that are kept
 RIDGE = 0.1  # of the mean variance, added to each direction's before whitening
 SMALLEST = 1e-3  # spread

@@ -237,7 +237,7 @@ def to_frame(
 def to_square(patch: Num[np.ndarray, "n p"], size: int) -> Float[np.ndarray, "n s s"]:
     """A value per patch (square grid, row-major) -> pixels, bilinear with pixel centres at halves.
 
-    The anomaly map itself aligns corners instead.
+    As anomaly maps are, unless `score.corners` says otherwise.
     """
     grid = round(patch.shape[1] ** 0.5)
     squares = np.asarray(patch, np.float32).reshape(-1, grid, grid)
