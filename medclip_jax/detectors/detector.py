@@ -21,7 +21,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.features import cache
 from medclip_jax.models import similarity
 
-ENTRIES = 1 << 24  # cosines of patches with one another that are in memory at a time
+ENTRIES = 1 << 19  # cosines of an image's patches, beyond which images are compared one by one
 
 
 class Scores(NamedTuple):
@@ -121,10 +121,8 @@ def _shared(patch: Float[Array, "n p"], features: Features, width: float) -> Flo
     def share(each):
         return similarity.affinity(each[1][None], width)[0] @ each[0]
 
-    rows = max(1, ENTRIES // patch.shape[-1] ** 2)
-    if len(patch) <= rows:
-        return jax.vmap(share)((patch, tokens))
-    return jax.lax.map(share, (patch, tokens), batch_size=rows)
+    at_once = patch.shape[-1] ** 2 <= ENTRIES
+    return (jax.vmap(share) if at_once else partial(jax.lax.map, share))((patch, tokens))
 
 
 def with_fold(params: dict, fold: dict) -> dict:
