@@ -60,7 +60,7 @@ def branch_function(name: str, clip: Clip, design: model.Design, image_score, wi
         apply = prompt_detector.zero_shot_scorer(clip, design.prompts.label)
     else:
         apply = prompt_detector.scorer(design, image_score)
-    return detector.sharing(apply, width)
+    return detector.with_shared_maps(apply, width)
 
 
 def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
@@ -130,17 +130,17 @@ def branch(
     plain, k = name.startswith("zero_shot"), images.k if images else 0
 
     def scale(tokens, calibrating):
-        if name == "memory":
+        if plain or images is None:
+            built = prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, k)
+        elif name == "memory":
             like = {"k": k, "coreset": c.memory_coreset, "calibrating": calibrating}
             built = memory_bank.build(tokens, image_score, clip.size, **like)
         elif name == "meta":
             built = deviation.build(params[0], params[1], tokens, folds, clip.grid, clip.size)
-        elif plain:
-            built = prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, k)
         else:
             own = design, image_score, calibrating
             built = prompt_detector.build(params, frozen, *own, folds, k)
-        return detector.shared(built, calibrating, c.score.affinity)
+        return detector.sharing_detector(built, calibrating, c.score.affinity)
 
     if images is None:
         return scale(None, None)

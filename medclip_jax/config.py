@@ -196,7 +196,7 @@ def _scoring(c: ConfigDict) -> None:
         # outlier suppression, "" = off: "median=3,min_area_mm2=20,min_area_pixels=64 (where the
         # spacing is unknown),sigma=1.5 (pixels),ceiling=0.99 (quantile of the supports' maps)"
         "map_filter": "",
-        "affinity": 0.4,  # width of what counts as similar patches, which share their map's values
+        "affinity": 0.4,  # how unlike patches may be that share their map's values; 0 = off
         "peak": 0.25,  # maps are lowered by this share of their largest value over their median
         "corners": False,  # maps reach from corner to corner, as MediCLIP's: half a patch too far
     }

@@ -21,7 +21,7 @@ from medclip_jax.distributed import sharding
 from medclip_jax.features import cache
 from medclip_jax.models import similarity
 
-ENTRIES = 1 << 19  # cosines of an image's patches, beyond which images are compared one by one
+MOST_COSINES = 1 << 19  # of an image's patches; with more, images are compared one by one
 
 
 class Scores(NamedTuple):
@@ -92,7 +92,7 @@ def image_score(
     return similarity.to_pixels(patch, size, corners).max((1, 2))
 
 
-def sharing(apply: Callable, width: float) -> Callable[..., Scores]:
+def with_shared_maps(apply: Callable, width: float) -> Callable[..., Scores]:
     """`apply` whose maps are shared among similar patches; width 0: as it is.
 
     A patch's value becomes the mean over its image, weighed by `similarity.affinity` on the middle
@@ -106,13 +106,13 @@ def sharing(apply: Callable, width: float) -> Callable[..., Scores]:
     return shared if width else apply
 
 
-def shared(detector: Detector, tokens: Features | None, width: float) -> Detector:
-    """The detector with `sharing`, of what calibrates it as well; tokens: of these rows."""
+def sharing_detector(detector: Detector, tokens: Features | None, width: float) -> Detector:
+    """The detector `with_shared_maps`, of what calibrates it as well; tokens: of these rows."""
     own = detector.calibration
     if width and tokens is not None:
         patch = jax.jit(partial(_shared, width=width))(own.patch, tokens)
         own = own._replace(patch=jax.device_get(patch))
-    return detector._replace(apply=sharing(detector.apply, width), calibration=own)
+    return detector._replace(apply=with_shared_maps(detector.apply, width), calibration=own)
 
 
 def _shared(patch: Float[Array, "n p"], features: Features, width: float) -> Float[Array, "n p"]:
@@ -121,7 +121,7 @@ def _shared(patch: Float[Array, "n p"], features: Features, width: float) -> Flo
     def share(each):
         return similarity.affinity(each[1][None], width)[0] @ each[0]
 
-    at_once = patch.shape[-1] ** 2 <= ENTRIES
+    at_once = patch.shape[-1] ** 2 <= MOST_COSINES
     return (jax.vmap(share) if at_once else partial(jax.lax.map, share))((patch, tokens))
 
 

@@ -120,15 +120,12 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
     np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
-# --- zero shot ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("entries", [1 << 19, 16])  # all images at a time, one at a time
 def test_similar_patches_share_their_values_and_image_scores_stay(folded, monkeypatch, entries):
-    monkeypatch.setattr(detector, "ENTRIES", entries)
+    monkeypatch.setattr(detector, "MOST_COSINES", entries)
     made, own = folded[0], folded[4]
-    wide = detector.shared(made, own, 0.4)
-    assert detector.shared(made, own, 0.0).apply is made.apply
+    wide = detector.sharing_detector(made, own, 0.4)
+    assert detector.sharing_detector(made, own, 0.0).apply is made.apply
     for plain, got, images in (
         (made.calibration, wide.calibration, own),
         (detector.score(made, tokens(3)), detector.score(wide, tokens(3)), tokens(3)),
@@ -142,6 +139,9 @@ def test_similar_patches_share_their_values_and_image_scores_stay(folded, monkey
     weights = similarity.affinity(new.levels[len(new.levels) // 2], 0.4)
     wanted = np.einsum("npq,ntq->ntp", weights, raw.patch)
     np.testing.assert_allclose(shared.patch, wanted, rtol=1e-4, atol=1e-5)
+
+
+# --- zero shot ----------------------------------------------------------------------------------
 
 
 def test_zero_shot_is_clip_on_the_embedded_checkpoint(compact):
