@@ -102,17 +102,17 @@ def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:
     return cache.open(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, *reading)
 
 
-def synthesis(c: ConfigDict) -> augmentation.Synthesis:
-    """How the anomalous variants of the supports are made."""
+def synthesis(c: ConfigDict, supports: Sequence[Record] = ()) -> augmentation.Synthesis:
+    """How anomalous variants are made; ConfigError for fewer of a support than training needs."""
     copies = augmentation.chosen(config_validation.augment(c), c.data.modality)
     partner = "support" if c.synthesis.preset == "mediclip" else "self"
-    return augmentation.Synthesis(
-        c.synthesis.preset,
-        c.synthesis.variants if c.steps else 0,
-        c.seed if partner == "support" else 0,
-        partner,
-        *copies,
-    )
+    variants = c.synthesis.variants if c.steps else 0
+    seed = c.seed if partner == "support" else 0
+    recipe = augmentation.Synthesis(c.synthesis.preset, variants, seed, partner, *copies)
+    if variants and supports and (c.meta.sources or c.learner != "joint"):
+        kinds = np.stack([augmentation.drawn_kinds(r, recipe)[0] for r in supports])
+        (episodes.check_altered if c.meta.sources else episodes.check)(kinds)
+    return recipe
 
 
 def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
@@ -149,7 +149,7 @@ def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
 def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None, extra=()):
     """Encode what the feature cache lacks; returns it and the training pools.
 
-    teacher: a distillation.Teacher whose patch logits the pool of the supports carries.
+    teacher: the pool of the supports carries its patch logits.
     """
     feature_cache, variants = open_cache(c, clip, mesh), synthesis(c)
     pools: list[Any]

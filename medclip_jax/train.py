@@ -125,10 +125,10 @@ def prepare(config: ConfigDict) -> Prepared:
     for departure in config_module.departures(config):
         logging.info("method %s with %s", c.method, departure)
     others = build.auxiliary_datasets(c)
-    build.synthesis(c)
     preprocessing.steps(c.data.recipe)
     runtime.keep_compiled(Path(c.cache))
     clip, split = build.load_clip(c), build.load_split(c)
+    build.synthesis(c, split.support)
     build.explanation(c, clip)
     design, frozen = build.model_parts(c, clip, others)
     extra = build.load_extra(c, split)

@@ -186,8 +186,7 @@ def variants(
     """
     name = int(record.sha256[:16], 16)
     keys = jnp.stack([generate.key_for(recipe.seed, name, v) for v in range(recipe.variants)])
-    rng = np.random.default_rng([recipe.seed, name])
-    kinds = rng.integers(len(generate.KINDS) - 1, size=recipe.variants)
+    kinds, rng = drawn_kinds(record, recipe)
     picks = rng.integers(len(partners), size=recipe.variants)
     bases = copies(recipe.seed, name, image, recipe.copies, recipe.strengths)
     images = bases[np.arange(recipe.variants) % len(bases)]
@@ -199,6 +198,14 @@ def variants(
     pairs = (changed, bases[1:]), (masks, np.zeros_like(bases[1:])), (kinds, clean)
     images, masks, kinds = map(np.concatenate, pairs)
     return images, masks, kinds
+
+
+def drawn_kinds(
+    record: Record, recipe: Synthesis
+) -> tuple[Int[np.ndarray, " v"], np.random.Generator]:
+    """The kinds of an image's anomalous variants, which need no pixel, and what draws on."""
+    rng = np.random.default_rng([recipe.seed, int(record.sha256[:16], 16)])
+    return rng.integers(len(generate.KINDS) - 1, size=recipe.variants), rng
 
 
 @partial(jax.jit, static_argnums=0)

@@ -125,6 +125,18 @@ def test_the_papers_preset_meta_learns_and_predicts(world, tmp_path):
     assert predict(tmp_path / "run", tmp_path / "out", world.data / "test" / "lesion") == 0
 
 
+def test_too_few_variants_for_episodes_are_refused_before_anything_is_encoded(
+    world, tmp_path, capsys
+):
+    fields = ("--config.learner=maml", "--config.synthesis.variants=4")
+    code = world.main(tmp_path / "run", *fields, f"--config.cache={tmp_path / 'cache'}")
+    said = capsys.readouterr().err
+    assert code == 2 and "config.synthesis.variants is 4, which left an image" in said, said
+    assert not (tmp_path / "run" / "config.json").exists() and not [
+        *tmp_path.glob("cache/**/*.safetensors")
+    ]
+
+
 @pytest.mark.slow
 def test_prompts_without_learnable_context_train_resume_and_predict(world, tmp_path):
     plain = {"prompts.context": 0, "learner": "anil", "synthesis.variants": 16}
