@@ -5,12 +5,18 @@ python experiments/leave_one_out.py --root DIR --out results/meta \
 
 One line per target, K, draw and learner goes to OUT/scores.jsonl: image AUROC on the test part
 after 0, 1, 5, 20 and 100 steps of adaptation, the area under that curve, and pixel AUROC after 0
-and 1 step where there are masks. A target in that file is not repeated. All learners see the same
-tasks. `memory` and `scratch` learn from no source; joint adapts as the others do.
+and 1 step where there are masks, of maps shared among similar patches as the package's are. A
+target in that file is not repeated. All learners see the same tasks. `memory` and `scratch` learn
+from no source; joint adapts as the others do. `--learners ours ...` adds the package's default
+method, trained on the K images (half a CPU minute for each K and draw).
+
+K = 1: heads compare supports with one another, so ten gentle views of the image (the package's own
+for K = 1) are supports beside it; anomalies are made of the image, and `memory` is of it alone.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -21,22 +27,24 @@ import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from medclip_jax import build, config
+from medclip_jax import build, config, train
 from medclip_jax.clip.layers import Features
+from medclip_jax.config_validation import LEARNERS
 from medclip_jax.data import catalog, datasets, splits
-from medclip_jax.data.layouts import Split, unique
-from medclip_jax.detectors import deviation, memory_bank
+from medclip_jax.data.layouts import Split
+from medclip_jax.detectors import detector, deviation, memory_bank, tiling
+from medclip_jax.detectors.detector import Scores
 from medclip_jax.distributed import sharding
+from medclip_jax.evaluation import evaluate
 from medclip_jax.features import cache, encoder
 from medclip_jax.io import read
 from medclip_jax.models import similarity
-from medclip_jax.training import maml, meta
+from medclip_jax.training import episodes, maml, meta
 from medclip_jax.training.step import Learner
 
 STEPS = (0, 1, 5, 20, 100)
 PIXELS = (0, 1)  # steps after which maps are compared with masks
 SIDE = 28  # pixels per side of what pixel AUROC compares: a map has 7 x 7 values
-LEARNERS = ("joint", "fomaml", "maml", "anil", "meta_sgd", "maml_pp", "reptile", "imaml")
 WORDS = catalog.PRESETS | catalog.SETS
 
 
@@ -46,8 +54,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", default=[])
     parser.add_argument("--table", action="store_true", help="print the means of OUT")
-    parser.add_argument("--learners", nargs="+", default=list(LEARNERS))
-    parser.add_argument("--k", type=int, nargs="+", default=[4, 16], help="2 or more")
+    parser.add_argument("--learners", nargs="+", default=LEARNERS, choices=(*LEARNERS, "ours"))
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 16], help="1 or more")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1000, help="outer steps")
     parser.add_argument("--inner-steps", type=int, default=3)
@@ -83,7 +91,7 @@ def table(lines: list[dict]) -> None:
             pixels = [x.get("pixel 1", x["pixel 0"]) for x in own if "pixel 0" in x]
             print(k, name, *(f"{x:.3f}" for x in means), end="")
             print(f" | pixel {np.mean(pixels):.3f}" if pixels else "", end="")
-            for other in ("joint", "memory"):
+            for other in [n for n in ("joint", "memory") if n in one]:
                 off = values - one[other]
                 low, high = interval(off)
                 above = int((off.mean(1) > 0).sum())
@@ -120,6 +128,8 @@ class Data:
         self.clip = build.load_clip(self.c)
         self.cache = build.open_cache(self.c, self.clip, self.mesh)
         self.variants = build.synthesis(self.c)
+        width = self.c.score.affinity
+        self.share = jax.jit(detector.with_shared_maps(lambda scores, *_: scores, width))
 
     def records(self, name: str):
         return datasets.load(name, self.root, Path(self.c.cache))
@@ -138,17 +148,28 @@ class Data:
         each = [small(cache.load(cache.image_path(self.cache, r))) for r in records]
         return jax.tree.map(lambda *x: np.concatenate(x), *each)
 
-    def masks(self, records) -> np.ndarray | None:
-        """Lesions [n, SIDE, SIDE] of images of which some have masks, else None."""
-        if not any(r.masks for r in records):
-            return None
-        lesions = np.zeros((len(records), SIDE, SIDE), bool)
-        for lesion, record in zip(lesions, records, strict=True):
-            if record.masks:
-                shape = read.read(record.path)[0].shape[1:]
-                mask = read.read_mask(record.masks, shape, record.path)
-                lesion[:] = read.fit_mask(mask, SIDE, self.c.data.fit)
-        return lesions
+    def support(self, records) -> meta.Source:
+        """Their tokens; gentle views of a single image stand beside it, without anomalies."""
+        source = encoder.open_source(self.cache, records, (), self.variants)
+        if len(records) > 1:
+            return source
+        views = encoder.coarse(tiling.load_supports(self.cache, records).calibrating)
+        healthy = jax.tree.map(lambda *x: np.concatenate(x), source.healthy, views)
+        none = np.full((len(views.pooled), source.kinds.shape[1]), episodes.IDENTITY)
+        return source._replace(healthy=healthy, kinds=np.concatenate([source.kinds, none]))
+
+    def ours(self, name: str, split: Split, seed: int) -> Scores:
+        """Scores of the test set by the package's default method; a value per pixel of its maps."""
+        arg = f"k={len(split.support)},seed={seed}"
+        c = config.base(arg, name=name, root=str(self.root or ""), **WORDS[name])
+        c.clip.dtype = self.c.clip.dtype  # the same tokens
+        c.validations, c.explained, c.score.passes = 0, 0, 1  # which no score depends on
+        prepared = train.prepare(c)._replace(split=split)
+        encoded = train.encode(prepared)
+        with tempfile.TemporaryDirectory() as folder:
+            fitted = train.fit(prepared, encoded, Path(folder))
+        found = train.score(prepared, encoded, fitted, None).test.predictions
+        return Scores(found.maps.reshape(len(found.maps), -1), found.score)
 
     def zero_shot(self, name: str) -> np.ndarray:
         """Mean plain prompt of both classes."""
@@ -160,45 +181,39 @@ class Data:
 
 def measure(data: Data, target: str, args) -> list[dict]:
     """Every learner on one target, which no learner has seen."""
-    kind = catalog.modality_kind(WORDS[target]["modality"])
-    names = [
-        n
-        for n in catalog.with_role("development")
-        if n != target and catalog.modality_kind(WORDS[n]["modality"]) != kind
-    ]
+    kind = {n: catalog.modality_kind(about["modality"]) for n, about in WORDS.items()}
+    names = [n for n in catalog.with_role("development") if kind[n] != kind[target]]
     sources = [data.source(n) for n in names]
     whitening = meta.whitening_of(sources)
     task_pool = meta.task_pool(sources, whitening, meta.TASKS, 0)
     held_out = np.repeat(np.arange(len(names)) % meta.VALIDATION == meta.VALIDATION - 1, meta.TASKS)
     params = {"scratch": deviation.init(whitening)}
-    for name in args.learners:
+    for name in (n for n in args.learners if n != "ours"):
         learner = Learner(name, args.inner_steps, args.inner_rate)
         state = meta.fit(task_pool, held_out, whitening, learner, args.steps, 4, 0, data.mesh)
         params[name] = state.params
         print(target, name, *np.round(state.log[-1], 3), flush=True)
     text, records = data.zero_shot(target), data.records(target)
     rows = []
-    distinct = unique(records)
-    place = {r.sha256: i for i, r in enumerate(distinct)}
-    tokens = data.tokens(distinct)
     for draw in range(args.draws):
         split = splits.split(records, max(args.k), draw)
-        own = np.array([place[r.sha256] for r in split.test])
-        test = jax.tree.map(lambda x, own=own: x[own], tokens)
-        label = np.array([r.label for r in split.test])
-        known = np.array([bool(r.masks) or not r.label for r in split.test])
-        masks = data.masks([r for r, has in zip(split.test, known, strict=True) if has])
-        support = encoder.open_source(data.cache, split.support, (), data.variants)
+        test, label = data.tokens(split.test), [r.label for r in split.test]
+        known = np.array([i for i, r in enumerate(split.test) if r.masks or not r.label])
+        masks = np.stack([*evaluate.Masks([split.test[i] for i in known], SIDE, data.c.data.fit)])
         for k in args.k:
-            scored = scores(whitening, params, support, test, text, k, args)
+            first = split._replace(support=split.support[:k])
+            scored = scores(whitening, params, data.support(first.support), test, text, k, args)
+            if "ours" in args.learners:
+                scored["ours", 0] = {0: data.ours(target, first, draw)}
             for (learner, rate), values in scored.items():
                 about = {"target": target, "k": k, "draw": draw, "learner": learner, "rate": rate}
-                curve = {str(s): roc_auc_score(label, v) for s, (v, _) in values.items()}
+                curve = {str(s): roc_auc_score(label, x.image) for s, x in values.items()}
                 if len(values) == len(STEPS):
                     curve["area"] = area(list(curve.values()))
-                maps = {s: values[s][1] for s in PIXELS if s in values}
-                if masks is not None and maps[0] is not None:
-                    curve |= {f"pixel {s}": pixel_auroc(masks, x[known]) for s, x in maps.items()}
+                for s in PIXELS:
+                    if masks.any() and s in values and values[s].patch is not None:
+                        x = values[s] if learner == "ours" else data.share(values[s], test, None)
+                        curve[f"pixel {s}"] = pixel_auroc(masks, np.asarray(x.patch)[known])
                 rows.append(about | curve)
     return rows
 
@@ -214,17 +229,13 @@ def pixel_auroc(masks: np.ndarray, patches: np.ndarray) -> float:
 
 
 def scores(whitening, params, support, test, text, k: int, args) -> dict:
-    """(learner, rate) -> steps of adaptation -> image scores and patch values of the test set."""
-    rows, memory = meta.target_rows(whitening, support, np.arange(k))
-    healthy = (x[:k].astype(np.float32) for x in support.healthy.levels)
-    own = tuple(jnp.asarray(x.reshape(-1, x.shape[-1])) for x in healthy)
-    patch, seen = in_parts(own, whitening, memory, test)
-    near = np.asarray(similarity.image_score(patch, deviation.TOP))
+    """(learner, rate) -> steps of adaptation -> scores of the test set."""
+    rows, memory = meta.target_rows(whitening, support, np.arange(len(support.kinds)))
+    own = tuple(x[:k].reshape(-1, x.shape[-1]).astype(np.float32) for x in support.healthy.levels)
+    patch, seen = compared(own, whitening, memory, test)
+    result = {("memory", 0): {0: Scores(patch, similarity.image_score(patch, deviation.TOP))}}
     cosine = similarity.unit(jnp.asarray(test.pooled)) @ similarity.unit(text).T
-    result = {
-        ("memory", 0): {0: (near, patch)},
-        ("zero-shot", 0): {0: (np.asarray(cosine[:, 1] - cosine[:, 0]), None)},
-    }
+    result["zero-shot", 0] = {0: Scores(None, cosine[:, 1] - cosine[:, 0])}
     levels = len(whitening.kernel)
     for name, start in params.items():
         learned = isinstance(start, maml.MetaSGD | maml.StepRates)
@@ -237,30 +248,25 @@ def scores(whitening, params, support, test, text, k: int, args) -> dict:
 
 @partial(jax.jit, static_argnums=(4, 5))
 def curve(start, rows, seen, rate, levels: int, fixed: tuple):
-    """Image scores [n] and patch logits [n, p] after each of STEPS; fixed: do not adapt."""
+    """Logits of patches and images after each of STEPS; fixed: do not adapt."""
     inner = maml.Inner(rate, max(STEPS), True, lambda path: path not in fixed)
     loss = partial(meta.loss, levels=levels)
     every, _ = maml.adapt(start, rows, loss=loss, inner=inner, every=True)
     heads = [jax.tree.map(lambda x, s=s: x[s - 1], every) for s in STEPS[1:]]
-    both = [deviation.logits(h, seen, levels) for h in (maml.plain(start), *heads)]
-    return [(image, patch) for patch, image in both]
+    return [Scores(*deviation.logits(h, seen, levels)) for h in (maml.plain(start), *heads)]
 
 
 @jax.jit
-def compared(own, whitening, memory, part: Features):
-    """Distances to the nearest support patch, and deviations, of 32 images."""
-    levels = tuple(x.astype(jnp.float32) for x in part.levels)
-    near = memory_bank.memory_distance(levels, own)
-    return near, deviation.deviation(whitening, memory, part, jnp.full(len(part.pooled), -1))
+def compared(own, whitening, memory, test: Features):
+    """Distances to the nearest support patch, and deviations, of images, 32 at a time."""
 
+    def one(image):
+        image = jax.tree.map(lambda x: x[None], image)
+        near = memory_bank.memory_distance(tuple(x.astype(jnp.float32) for x in image.levels), own)
+        seen = deviation.deviation(whitening, memory, image, jnp.array([-1]))
+        return jax.tree.map(lambda x: x[0], (near, seen))
 
-def in_parts(own, whitening, memory, test: Features):
-    """`compared` on 32 images at a time, filled up with the first ones."""
-    n = len(test.pooled)
-    place = np.resize(np.arange(n), -(-n // 32) * 32).reshape(-1, 32)
-    take = [jax.tree.map(lambda x, p=p: x[p], test) for p in place]
-    parts = [compared(own, whitening, memory, part) for part in take]
-    return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+    return jax.lax.map(one, test, batch_size=32)
 
 
 if __name__ == "__main__":
