@@ -124,6 +124,7 @@ class Data:
         self.root, self.mesh, self.sources = root, sharding.mesh(), {}
         self.c = config.base("k=16", name="busi", **WORDS["busi"])
         self.c.clip.dtype, self.c.synthesis.variants = "float16", 12
+        self.c.memory_encoder = ""  # all learners compare tokens of the CLIP
         self.c = config.resolve(self.c)
         self.clip = build.load_clip(self.c)
         self.cache = build.open_cache(self.c, self.clip, self.mesh)
