@@ -278,8 +278,8 @@ def describe(clip: Clip, images: int) -> dict[str, str]:
         words = f"{kind}, {clip.positions} positions; tokens by {of_tokens}, {len(clip.tokenizer)}"
     lines = {
         "checkpoint": f"{clip.name} ({clip.digest}), {count / 1e6:.1f} million parameters",
-        "images": f"{getattr(encoder, 'title', type(encoder).__name__)}, {side} x {side} pixels, {clip.grid} x {clip.grid} "
-        f"patches, pooled to {clip.joint}",
+        "images": f"{getattr(encoder, 'title', type(encoder).__name__)}, {side} x {side} pixels, "
+        f"{clip.grid} x {clip.grid} patches, pooled to {clip.joint}",
         "layers": f"{', '.join(map(str, encoder.levels))} of {encoder.depth} are tapped",
         "text": words,
         "memory": f"{size / 1e6:,.0f} MB of parameters, "
