@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from medclip_jax import stored
 from medclip_jax.clip import hf_weights, tensor_files
-from medclip_jax.clip.checkpoint import Clip
 from medclip_jax.clip.layers import Features, ImageEncoder
 from medclip_jax.clip.resnet import to_grid
 
@@ -168,8 +167,8 @@ class Paired:
         return {**self.first.restore(vision["first"]), NAME: vision["second"]}
 
 
-def alone(clip: Clip) -> Clip:
-    """Undoes `beside`."""
+def alone(clip: Any) -> Any:
+    """Undoes `beside`: the checkpoint.Clip alone."""
     if not clip.beside:
         return clip
     own: Any = clip.image_encoder
@@ -177,8 +176,8 @@ def alone(clip: Clip) -> Clip:
     return clip._replace(**first, digest=clip.own_digest, beside=0)
 
 
-def beside(clip: Clip) -> Clip:
-    """The CLIP with EfficientNet-Lite0's tokens as its last levels, on the CLIP's own grid.
+def beside(clip: Any) -> Any:
+    """The checkpoint.Clip with EfficientNet-Lite0's tokens, on its own grid, as the last levels.
 
     Raises CheckpointError for a damaged file of weights.
     """
