@@ -116,7 +116,7 @@ class Lite0(nn.Module):
         for number, shape in enumerate(BLOCKS, 1):
             x = Block(*shape, name=f"block{number}")(x)
             if number in self.levels:
-                flat = x.reshape(len(x), -1, x.shape[-1])
+                flat = x.reshape(x.shape[0], -1, x.shape[-1])
                 tokens.append(to_grid(flat, pixels.shape[1] // PATCH))
         return Features(x.mean((1, 2)), tuple(tokens))
 

@@ -1,5 +1,7 @@
 """EfficientNet-Lite0 beside a CLIP: PyTorch's tokens, and who reads which."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,15 @@ def test_a_clip_of_another_grid_gets_as_many_tokens(tiny):
     again = pair.image_encoder.prepare(restored)
     jax.tree.map(np.testing.assert_array_equal, again, pair.vision)
     assert hash(pair.image_encoder) == hash(lite0.beside(tiny).image_encoder)  # one compilation
+
+
+def test_it_is_exported_for_any_number_of_images(tiny):
+    pair = lite0.beside(tiny)
+    shape = (jax.export.symbolic_shape("n")[0], tiny.size, tiny.size)
+    code = jax.export.export(jax.jit(partial(encoded, pair)))(jax.ShapeDtypeStruct(shape, "f4"))
+    grey = np.random.default_rng(0).random((3, tiny.size, tiny.size), np.float32)
+    for got, want in zip(code.call(grey).levels, encoded(pair, grey).levels, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_variants_are_encoded_without_it(tmp_path, tiny, pictures):
