@@ -156,7 +156,15 @@ class Paired:
         if pixels.shape[1] != self.side:
             shape = (pixels.shape[0], self.side, self.side, 3)
             pixels = jax.image.resize(pixels, shape, "linear")
-        beside = self.second.apply({"params": variables["params"]["second"]}, pixels)
+
+        def run(x):
+            return self.second.apply({"params": variables["params"]["second"]}, x)
+
+        def one_by_one(x):  # wide blocks of one image stay in a processor's cache
+            return jax.tree.map(lambda y: y[:, 0], jax.lax.map(lambda image: run(image[None]), x))
+
+        ways = {"cpu": one_by_one} if jax.device_count() == 1 else {}  # devices share the images
+        beside = jax.lax.platform_dependent(pixels, default=run, **ways)
         return found._replace(levels=(*found.levels, *beside.levels))
 
     def prepare(self, params: Any) -> Any:
