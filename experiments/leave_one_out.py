@@ -122,9 +122,9 @@ class Data:
 
     def __init__(self, root: Path):
         self.root, self.mesh, self.sources = root, sharding.mesh(), {}
-        self.c = config.base("k=16", name="busi", **WORDS["busi"])
-        self.c.clip.dtype, self.c.synthesis.variants = "float16", 12
-        self.c = config.resolve(self.c)
+        c = config.base("k=16", name="busi", **WORDS["busi"])
+        c.clip.dtype, c.synthesis.variants, c.memory_encoder = "float16", 12, ""  # CLIP's tokens
+        self.c = config.resolve(c)
         self.clip = build.load_clip(self.c)
         self.cache = build.open_cache(self.c, self.clip, self.mesh)
         self.variants = build.synthesis(self.c)

@@ -15,8 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medclip_jax import config, files, stored
-from medclip_jax.clip import checkpoint
+from medclip_jax import build, config, files, stored
 from medclip_jax.data.catalog import with_role
 from medclip_jax.errors import UserError
 
@@ -62,7 +61,7 @@ def described(
         fields = flat(settings(sets[0], variant))
         of_variant[variant] = {n: x for n, x in fields.items() if first.get(n, x) != x}
     return {
-        "checkpoint": checkpoint.load(first["clip.checkpoint"]).digest,
+        "checkpoint": build.load_clip(config.resolve(settings(sets[0], base))).digest,
         "fields": first,
         "variants": of_variant,
         "sets": {n: {field: x[field] for field in OF_A_SET} for n, x in each.items()},

@@ -3,7 +3,6 @@
 Nothing further in knows the configuration: functions take the values they need.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medclip_jax import config_validation, files
+from medclip_jax.clip import lite0
 from medclip_jax.clip.checkpoint import Clip, describe, load
 from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
@@ -22,7 +22,7 @@ from medclip_jax.data.catalog import with_role
 from medclip_jax.data.layouts import Record, Split
 from medclip_jax.detectors import tiling
 from medclip_jax.distributed import runtime, sharding
-from medclip_jax.errors import ConfigError, DataError
+from medclip_jax.errors import ConfigError
 from medclip_jax.explain import grad_cam
 from medclip_jax.features import cache, encoder, training_pool
 from medclip_jax.io.image import parse_window
@@ -46,14 +46,19 @@ def load_clip(c: ConfigDict) -> Clip:
     dtype = "float32" if c.clip.dtype == "float16" else c.clip.dtype  # which tokens alone have
     taps = tuple(c.clip.layers), dtype, c.model.refine, c.clip.implementation
     clip = load(c.clip.checkpoint, *taps, c.clip.size)
-    branches = (c.method,) if c.method in FIXED_METHODS else c.branches
+    branches = branch_names(c)
     texts = [name for name in branches if name not in ("memory", *PIXEL_METHODS)]
     if clip.text_encoder is None and texts:
         raise ConfigError(
             f"{c.clip.checkpoint} is an encoder of images alone, and {', '.join(texts)} needs "
             "prompts: give --config.method=memory"
         )
-    return clip
+    return lite0.beside(clip) if c.memory_encoder and "memory" in branches else clip
+
+
+def branch_names(c: ConfigDict) -> tuple[str, ...]:
+    """The branches of the config's method; one that learns nothing is its own branch."""
+    return (c.method,) if c.method in FIXED_METHODS else tuple(c.branches)
 
 
 def describe_clip(c: ConfigDict) -> list[str]:
@@ -73,26 +78,9 @@ def load_split(c: ConfigDict) -> Split:
 
 
 def load_extra(c: ConfigDict, split: Split) -> tuple[Record, ...]:
-    """Healthy images of config.calibration.extra; () where there is no such folder named.
-
-    Raises DataError for what cannot be read, one that is a support or tested, or too few images.
-    """
-    if not c.calibration.extra:
-        return ()
-    folder = files.expanded(c.calibration.extra)
-    records = datasets.healthy_folder(folder, c.data.window)
-    others = {r.sha256: f"the support {r.id}" for r in split.support}
-    others |= {r.sha256: f"the test image {r.id}" for r in split.test}
-    for path, what in ((r.path, others.get(r.sha256)) for r in records):
-        if what:
-            raise DataError(f"{path} of config.calibration.extra is {what}: take it out")
-    needed = max(2, math.ceil(1 / c.calibration.alpha - 1 - 1e-9))
-    if len(records) < needed:
-        raise DataError(
-            f"config.calibration.extra, {folder}, holds {len(records)} healthy images: a "
-            f"false-alarm rate of {c.calibration.alpha:g} needs {needed} or more"
-        )
-    return tuple(records)
+    """Healthy images of config.calibration.extra; () where there is no such folder named."""
+    extra = files.expanded(c.calibration.extra) if c.calibration.extra else None
+    return datasets.extra(extra, split, c.calibration.alpha, c.data.window) if extra else ()
 
 
 def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:
@@ -143,7 +131,10 @@ def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
             f"config.explanation.layer is {c.explanation.layer}: give 0 to {layers - 1}, one of "
             f"the {layers} tapped layers (config.clip.layers), or -1 for the last"
         )
-    return grad_cam.Explanation(c.explanation.method, c.explanation.layer, c.score.top)
+    layer = c.explanation.layer % layers
+    if clip.beside and branch_names(c) == ("memory",):  # it reads no layer of the CLIP
+        layer = layers + clip.beside - 1
+    return grad_cam.Explanation(c.explanation.method, layer, c.score.top)
 
 
 def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None, extra=()):
@@ -181,7 +172,7 @@ def fresh_params(c: ConfigDict, clip: Clip, design: model.Design) -> dict:
     """Params as training starts from them."""
     language = None
     if c.model.language_tuned:
-        language = text_adapter.load(c.model.language, clip.digest, clip.joint)
+        language = text_adapter.load(c.model.language, clip.own_digest, clip.joint)
     return model.init(
         jax.random.key(c.seed),
         clip,
@@ -274,7 +265,7 @@ def model_parts(
     )
     frozen = {"text": clip.text, "logit_scale": jnp.asarray(clip.logit_scale)}
     if c.model.language:
-        frozen["language"] = text_adapter.load(c.model.language, clip.digest, clip.joint)
+        frozen["language"] = text_adapter.load(c.model.language, clip.own_digest, clip.joint)
     return design, frozen
 
 

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from medclip_jax import build, config, config_validation, files, stored
 from medclip_jax.clip import checkpoint
 from medclip_jax.clip.checkpoint import Clip
-from medclip_jax.config_validation import FIXED_METHODS
 from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import (
@@ -39,7 +38,7 @@ def score_function(
     c: ConfigDict, clip: Clip, design: model.Design
 ) -> Callable[..., detector.Scores]:
     """The pure scoring function of the config's method; `assemble` builds its parameters."""
-    names, image_score = branch_names(c), image_score_of(c, clip)
+    names, image_score = build.branch_names(c), image_score_of(c, clip)
     own = clip, design, image_score, c.score.affinity
     branches = {name: branch_function(name, *own) for name in names}
     if c.score.tiles > 1:
@@ -53,14 +52,14 @@ def score_function(
 def branch_function(name: str, clip: Clip, design: model.Design, image_score, width) -> Callable:
     """The pure scoring function of one branch; width: of config.score.affinity."""
     if name == "memory":
-        apply = memory_bank.scorer(image_score)
+        apply = memory_bank.scorer(image_score, clip.memory_level)
     elif name == "meta":
         apply = deviation.scorer(clip.grid)
     elif name.startswith("zero_shot"):
         apply = prompt_detector.zero_shot_scorer(clip, design.prompts.label)
     else:
         apply = prompt_detector.scorer(design, image_score)
-    return detector.with_shared_maps(apply, width)
+    return detector.with_shared_maps(apply, width, len(clip.widths))
 
 
 def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
@@ -68,14 +67,9 @@ def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
     return partial(detector.image_score, size=clip.size, top=c.score.top, corners=c.score.corners)
 
 
-def branch_names(c: ConfigDict) -> tuple[str, ...]:
-    """The branches of the config's method; one that learns nothing is its own branch."""
-    return (c.method,) if c.method in FIXED_METHODS else tuple(c.branches)
-
-
 def branch_shares(c: ConfigDict) -> dict | None:
     """Each branch's share of the map and of the image score; None where nothing is fused."""
-    names = branch_names(c)
+    names = build.branch_names(c)
     return ensemble.shares(names) if len(names) > 1 else None
 
 
@@ -114,7 +108,7 @@ def assemble(
         return built._replace(corners=c.score.corners)
     branches = {
         n: branch(n, c, clip, design, plain_design, frozen, params, images, folds)
-        for n in branch_names(c)
+        for n in build.branch_names(c)
     }
     built = ensemble.build(branches) if len(branches) > 1 else next(iter(branches.values()))
     if c.model.refine and c.score.tiles > 1:  # too slow for every fold at every scale
@@ -133,14 +127,15 @@ def branch(
         if plain or images is None:
             built = prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, k)
         elif name == "memory":
-            like = {"k": k, "coreset": c.memory_coreset, "calibrating": calibrating}
+            like = {"k": k, "coreset": c.memory_coreset, "first": clip.memory_level}
+            like["calibrating"] = calibrating
             built = memory_bank.build(tokens, image_score, clip.size, **like)
         elif name == "meta":
             built = deviation.build(params[0], params[1], tokens, folds, clip.grid, clip.size)
         else:
             own = design, image_score, calibrating
             built = prompt_detector.build(params, frozen, *own, folds, k)
-        return detector.sharing_detector(built, calibrating, c.score.affinity)
+        return detector.sharing_detector(built, calibrating, c.score.affinity, len(clip.widths))
 
     if images is None:
         return scale(None, None)

@@ -1,9 +1,8 @@
 """Every configuration field with its default, and the values that follow from the ones given.
 
-A config file holds only what differs: see configs/. It is named on the command line with its
-arguments, `--config configs/busi.py:k=16,seed=0`; any field can be overridden after it,
-`--config.steps=100`. The config is locked: a misspelt field is an error. `method` gives many fields
-another default (PRESETS); a field that is set wins, whatever it is set to and in whichever order.
+A config file (configs/) holds only what differs. `--config configs/busi.py:k=16,seed=0` names it
+with its arguments, `--config.steps=100` sets a field. A misspelt field is an error. `method` gives
+many fields another default (PRESETS); a field that is set wins, in whichever order.
 """
 
 import json
@@ -19,10 +18,8 @@ from medclip_jax.config_validation import FIXED_METHODS, deforms, flat, recipe_o
 from medclip_jax.errors import ConfigError
 
 # settings that may change between two commands of one run, beside the data's place
-PLACES = (
-    *("cache", "validations", "explained", "explanation", "checkpoint_every", "tensorboard"),
-    *("distributed", "join_timeout"),
-)
+PLACES = "cache validations explained explanation checkpoint_every tensorboard".split()
+PLACES += ["distributed", "join_timeout"]
 STEPS, OUTER_STEPS = 100, 300  # of joint training, and of meta-learning across data sets; the
 EPOCHS = 200  # other episodic learners and published methods keep the length they were measured at
 VARIANTS = 50  # anomalous variants per support; MediCLIP makes one for every epoch
@@ -189,6 +186,7 @@ def _training(c: ConfigDict) -> None:
 def _scoring(c: ConfigDict) -> None:
     c.branches = ("learned", "memory", "zero_shot_image")  # of method ours, fused with equal weight
     c.memory_coreset = 1.0  # share of the supports' patches that the memory keeps
+    c.memory_encoder = AUTO  # efficientnet-lite0, beside the embedded CLIP | "": the CLIP's own
     c.score = {
         "top": 0.05,  # image score: mean of this share of the patches; 0 = the largest pixel
         "passes": 20,  # MC-dropout passes for the uncertainty
@@ -240,12 +238,16 @@ def _automatic(c: ConfigDict) -> None:
         c.augment += ",elastic=0.01" if deforms(c.data.modality) else ""
     if c.model.language == AUTO:
         c.model.language = "embedded" if c.clip.checkpoint == "compact" else "fresh"
+    if c.memory_encoder == AUTO:
+        read = (c.method,) if c.method in FIXED_METHODS else c.branches
+        fits = "memory" in read and "meta" not in read and c.clip.checkpoint == "compact"
+        c.memory_encoder = "efficientnet-lite0" if fits else ""
 
 
 def restored(values: Mapping[str, Any]) -> ConfigDict:
     """The resolved settings of a workdir; ConfigError for a field that is not as it may be."""
     c = base()
-    types, fields = {name: type(value) for name, value in flat(c)}, dict(flat(values))
+    types, fields = {name: type(x) for name, x in flat(c)}, dict(flat(values))
     if unpaired := sorted(types.keys() ^ fields.keys()):
         raise ConfigError(f"the stored config.{unpaired[0]} is missing or unknown")
     for name, value in fields.items():
@@ -283,11 +285,7 @@ def training_steps(c: ConfigDict) -> int:
 
 
 def gradients(c: ConfigDict) -> int:
-    """Gradients of the loss (forward and backward over one set of rows) in one optimisation step.
-
-    Steps are derived so that all learners take as many of them, and so they are compared. The
-    Hessian-vector products of exact second order are not counted.
-    """
+    """Gradients of the loss in one step, without Hessian-vector products: learners take as many."""
     return 1 if c.learner == "joint" else c.meta.tasks * (c.meta.inner_steps + 1)
 
 

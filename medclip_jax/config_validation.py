@@ -22,11 +22,11 @@ LEARNERS = ("joint", "maml", "fomaml", "anil", "meta_sgd", *ACROSS)
 CHOICES = {
     "method": METHODS,
     "learner": LEARNERS,
-    "data.fit": ("stretch", "pad"),
-    "data.split": ("peer", "clean"),
+    **{"data.fit": ("stretch", "pad"), "data.split": ("peer", "clean")},
     "data.uncertain": ("exclude", "positive", "negative"),
     "clip.dtype": ("float32", "bfloat16", "float16", "int8"),
     "clip.implementation": ("fused", "transformers"),
+    "memory_encoder": ("", "efficientnet-lite0"),
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
     "synthesis.preset": ("medclip", "mediclip"),

@@ -39,6 +39,13 @@ class Clip(NamedTuple):
     mean: tuple[float, ...]  # of the pixels, per channel
     std: tuple[float, ...]
     eos_id: int
+    own_digest: str  # without the encoder beside it: what language adapters name
+    beside: int = 0  # levels after the CLIP's own, of an encoder beside it: see lite0.py
+
+    @property
+    def memory_level(self) -> int:
+        """The first level that the memory reads: those of the encoder beside the CLIP, or all."""
+        return len(self.widths) if self.beside else 0
 
     @property
     def params(self) -> dict[str, Any]:
@@ -131,6 +138,7 @@ def _assemble(name: str, weights: hf_weights.Weights, image_encoder, text_encode
         mean=weights.mean,
         std=weights.std,
         eos_id=end,
+        own_digest=weights.digest,
     )
 
 
@@ -270,8 +278,8 @@ def describe(clip: Clip, images: int) -> dict[str, str]:
         words = f"{kind}, {clip.positions} positions; tokens by {of_tokens}, {len(clip.tokenizer)}"
     lines = {
         "checkpoint": f"{clip.name} ({clip.digest}), {count / 1e6:.1f} million parameters",
-        "images": f"{type(encoder).__name__}, {side} x {side} pixels, {clip.grid} x {clip.grid} "
-        f"patches, pooled to {clip.joint}",
+        "images": f"{getattr(encoder, 'title', type(encoder).__name__)}, {side} x {side} pixels, "
+        f"{clip.grid} x {clip.grid} patches, pooled to {clip.joint}",
         "layers": f"{', '.join(map(str, encoder.levels))} of {encoder.depth} are tapped",
         "text": words,
         "memory": f"{size / 1e6:,.0f} MB of parameters, "

@@ -1,6 +1,7 @@
 """Data sets by name: where they lie, what is wrong with them, and their records."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,26 @@ def find(
         inner = root / "sets" / name, root / name
         name, root = "folder", next((x for x in inner if x.is_dir()), root)
     return name, LAYOUTS[name](root, *([uncertain] if name == "chexpert" else []))
+
+
+def extra(folder: Path, split: layouts.Split, alpha: float, window: str) -> tuple[Record, ...]:
+    """Healthy images of config.calibration.extra, for a false-alarm rate of alpha.
+
+    Raises DataError for what cannot be read, one that is a support or tested, or too few images.
+    """
+    records = healthy_folder(folder, window)
+    others = {r.sha256: f"the support {r.id}" for r in split.support}
+    others |= {r.sha256: f"the test image {r.id}" for r in split.test}
+    for path, what in ((r.path, others.get(r.sha256)) for r in records):
+        if what:
+            raise DataError(f"{path} of config.calibration.extra is {what}: take it out")
+    needed = max(2, math.ceil(1 / alpha - 1 - 1e-9))
+    if len(records) < needed:
+        raise DataError(
+            f"config.calibration.extra, {folder}, holds {len(records)} healthy images: a "
+            f"false-alarm rate of {alpha:g} needs {needed} or more"
+        )
+    return tuple(records)
 
 
 def healthy_folder(folder: Path, window: str = "") -> list[Record]:

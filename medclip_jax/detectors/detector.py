@@ -92,31 +92,40 @@ def image_score(
     return similarity.to_pixels(patch, size, corners).max((1, 2))
 
 
-def with_shared_maps(apply: Callable, width: float) -> Callable[..., Scores]:
+def with_shared_maps(
+    apply: Callable, width: float, own: int | None = None
+) -> Callable[..., Scores]:
     """`apply` whose maps are shared among similar patches; width 0: as it is.
 
     A patch's value becomes the mean over its image, weighed by `similarity.affinity` on the middle
-    one of the tapped layers. Image scores stay; gradients are those of the values alone.
+    one of the tapped layers (the first `own` levels; None: all). Image scores stay; gradients are
+    those of the values alone.
     """
 
     def shared(params, features, key):
         scores = apply(params, features, key)
-        return scores._replace(patch=_shared(scores.patch, features, width))
+        return scores._replace(patch=_shared(scores.patch, features, width, own))
 
     return shared if width else apply
 
 
-def sharing_detector(detector: Detector, tokens: Features | None, width: float) -> Detector:
+def sharing_detector(
+    detector: Detector, tokens: Features | None, width: float, own: int | None = None
+) -> Detector:
     """The detector `with_shared_maps`, of what calibrates it as well; tokens: of these rows."""
-    own = detector.calibration
+    scores = detector.calibration
     if width and tokens is not None:
-        patch = jax.jit(partial(_shared, width=width))(own.patch, tokens)
-        own = own._replace(patch=jax.device_get(patch))
-    return detector._replace(apply=with_shared_maps(detector.apply, width), calibration=own)
+        patch = jax.jit(partial(_shared, width=width, own=own))(scores.patch, tokens)
+        scores = scores._replace(patch=jax.device_get(patch))
+    apply = with_shared_maps(detector.apply, width, own)
+    return detector._replace(apply=apply, calibration=scores)
 
 
-def _shared(patch: Float[Array, "n p"], features: Features, width: float) -> Float[Array, "n p"]:
-    tokens = jax.lax.stop_gradient(features.levels[len(features.levels) // 2])
+def _shared(
+    patch: Float[Array, "n p"], features: Features, width: float, own: int | None
+) -> Float[Array, "n p"]:
+    levels = features.levels[:own]
+    tokens = jax.lax.stop_gradient(levels[len(levels) // 2])
 
     def share(each):
         return similarity.affinity(each[1][None], width)[0] @ each[0]

@@ -56,15 +56,15 @@ def coreset(tokens: Float[Array, "m d"], count: int) -> Int[Array, " count"]:
     return jax.lax.fori_loop(1, count, step, (taken, start))[0]
 
 
-def scorer(pool: Callable) -> Callable[..., Scores]:
-    """The `apply` of a memory; params {memory}: healthy rows [m, d] of every tapped layer.
+def scorer(pool: Callable, first: int = 0) -> Callable[..., Scores]:
+    """The `apply` of a memory; params {memory}: healthy rows [m, d] of every level that it reads.
 
     Gradients are those of the distance to the nearest row; which row that is has none.
-    pool: patch values [n, p] -> image scores [n].
+    pool: patch values [n, p] -> image scores [n]. first: the level that it reads from on.
     """
 
     def apply(params, features, key):
-        levels = tuple(map(neighbourhood, features.levels))
+        levels = tuple(map(neighbourhood, features.levels[first:]))
         patch = memory_distance(levels, params["memory"])
         return Scores(patch, pool(patch))
 
@@ -79,6 +79,7 @@ def build(
     k: int,
     coreset: float = 1.0,
     calibrating: Features | None = None,
+    first: int = 0,
 ) -> Detector:
     """The detector of the supports' tokens; a support is compared with the others alone.
 
@@ -87,10 +88,12 @@ def build(
         pool: patch values [n, p] -> image scores [n].
         coreset: share of the patches that is remembered, in (0, 1].
         calibrating: views of a single support, which are compared with it.
+        first: the level that the memory reads from on.
     """
-    apply = scorer(pool)
+    apply = scorer(pool, first)
     rows = len(tokens.pooled) // k
-    pooled = tuple(neighbourhood(x).reshape(k, -1, x.shape[-1]) for x in tokens.levels)
+    levels = tokens.levels[first:]
+    pooled = tuple(neighbourhood(x).reshape(k, -1, x.shape[-1]) for x in levels)
     run = jax.jit(apply)
 
     @jax.jit

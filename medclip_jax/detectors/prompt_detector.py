@@ -71,13 +71,13 @@ def learned(params: dict) -> tuple[Any, Any]:
 def zero_shot_scorer(clip: checkpoint.Clip, label: np.ndarray) -> Callable[..., Scores]:
     """The `apply` of plain prompts; params {text [c, d], scale}. label [c]: 1 is abnormal.
 
-    Patches are the last level's tokens through the encoder's own norm and projection. Scores are
+    Patches are the CLIP's last tokens through its own norm and projection. Scores are
     logits: 0 is where both classes are equally likely.
     """
 
     def apply(params, features, key):
         words = similarity.Text(params["text"], label), params["scale"]
-        variables, last = {"params": clip.vision}, features.levels[-1]
+        variables, last = {"params": clip.vision}, features.levels[len(clip.widths) - 1]
         joint = clip.image_encoder.apply(variables, last, method="project")
         pooled = similarity.plain_logit(features.pooled[:, None], *words)[:, 0]
         return Scores(similarity.plain_logit(joint, *words), pooled)

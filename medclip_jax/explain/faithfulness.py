@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Num
 from scipy import stats
 
+from medclip_jax.clip import lite0
 from medclip_jax.clip.layers import Features, ImageEncoder
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration
@@ -192,6 +193,8 @@ def encode_randomised(
 def reinitialised(encoder: ImageEncoder, vision: dict, key: jax.Array, last: bool) -> dict:
     """Parameters with the `last` block, or every block (ResNet: stage), re-initialised.
 
+    Every block: of an encoder beside the CLIP, too.
+
     Every kernel gets normal values of its own standard deviation; norms and biases stay.
     """
     flat = flatten_dict(encoder.restore(vision), sep="/")
@@ -200,7 +203,7 @@ def reinitialised(encoder: ImageEncoder, vision: dict, key: jax.Array, last: boo
         start
         for n in blocks
         for start in (f"vision_model/encoder/layers/{n - 1}/", f"visual/layer{n}_")
-    )
+    ) + (() if last else (lite0.NAME,))
     for i, (name, x) in enumerate(flat.items()):
         if name.startswith(chosen) and name.endswith("kernel"):
             noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)

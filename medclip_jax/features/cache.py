@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from medclip_jax import files, stored
-from medclip_jax.clip import checkpoint, stacked
+from medclip_jax.clip import checkpoint, lite0, stacked
 from medclip_jax.clip.layers import Features, widened
 from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record, unique
@@ -39,6 +39,7 @@ class FeatureCache(NamedTuple):
     mesh: jax.sharding.Mesh
     vision: Any  # the image encoder's parameters, on every device
     recipe: tuple[str, ...] = ()  # preprocessing.STEPS that images go through before the encoder
+    window: str = ""  # of CT, that images are read with
     writes: bool = True  # this process writes files; others see them
 
 
@@ -98,7 +99,17 @@ def with_recipe(
     named += [encoder.implementation] if encoder.implementation != "fused" else []
     made_by = 4, clip.digest, encoder.levels, encoder.dtype, pixels, feature_cache.dtype, *named
     name = stored.digest(made_by)
-    return feature_cache._replace(folder=feature_cache.folder.with_name(name), recipe=steps)
+    folder = feature_cache.folder.with_name(name)
+    return feature_cache._replace(folder=folder, recipe=steps, window=window)
+
+
+def alone(feature_cache: FeatureCache) -> FeatureCache:
+    """The same of the CLIP without the encoder beside it, which nothing that is trained reads."""
+    if not feature_cache.clip.beside:
+        return feature_cache
+    clip, vision = lite0.alone(feature_cache.clip), feature_cache.vision["first"]
+    own = feature_cache._replace(clip=clip, vision=vision)
+    return with_recipe(own, own.recipe, own.window)
 
 
 def image_path(feature_cache: FeatureCache, record: Record) -> Path:
