@@ -30,8 +30,7 @@ CHOICES = {
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
     "synthesis.preset": ("medclip", "mediclip"),
-    "model.form": ("softmax", "distance"),
-    "score.tiles": (1, 2, 3),
+    **{"model.form": ("softmax", "distance"), "score.tiles": (1, 2, 3)},
     "explanation.method": ("grad_cam", "grad_cam_pp"),
 }
 RANGES: dict[str, tuple[float, float]] = {  # both ends included
@@ -223,8 +222,9 @@ def _combinations(c: Any) -> Rules:
     both = f"meta.sources goes with the branch meta, training and k=4 or more: {needs}"
     yield across != bool(c.meta.sources), both
     yield across and bool(c.meta.data), "meta.data has sets beside meta.sources: leave it empty"
-    unfit = c.k < 4 or c.score.tiles > 1 or c.model.refine or "learned" in branches
-    yield across and unfit, "meta needs k=4 or more, no score.tiles, model.refine or branch learned"
+    unfit = c.k < 4 or c.score.tiles > 1 or c.model.refine or c.memory_encoder
+    need = "meta needs k=4 or more, no score.tiles, model.refine, memory_encoder or branch learned"
+    yield across and bool(unfit or "learned" in branches), need
     yield c.learner in ACROSS and not across, f"learner {c.learner} needs meta.sources: {needs}"
     yield c.meta.shots == 1, "meta.shots is 1: give 2 or more, one clean and one altered row"
     steps, least = map_filter(c), 1 - c.calibration.pixel_rate

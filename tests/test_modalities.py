@@ -70,6 +70,7 @@ def test_a_source_of_the_targets_modality_is_refused(modality, source):
     [
         ({"k": 3}, "meta needs k=4 or more"),
         ({"score.tiles": 2}, "no score.tiles"),
+        ({"memory_encoder": "efficientnet-lite0"}, "no score.tiles, model.refine, memory_encoder"),
         ({"branches": ("meta", "meta")}, "give any of .* once"),
         ({"branches": ("meta", "learned")}, "or branch learned"),
         ({"k": 0}, "meta.sources goes with the branch meta, training and k=4 or more"),
