@@ -53,7 +53,7 @@ def load_clip(c: ConfigDict) -> Clip:
             f"{c.clip.checkpoint} is an encoder of images alone, and {', '.join(texts)} needs "
             "prompts: give --config.method=memory"
         )
-    return lite0.beside(clip) if c.memory_encoder and "memory" in branches else clip
+    return lite0.with_memory_encoder(clip) if c.memory_encoder and "memory" in branches else clip
 
 
 def branch_names(c: ConfigDict) -> tuple[str, ...]:
@@ -132,8 +132,8 @@ def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
             f"the {layers} tapped layers (config.clip.layers), or -1 for the last"
         )
     layer = c.explanation.layer % layers
-    if clip.beside and branch_names(c) == ("memory",):  # it reads no layer of the CLIP
-        layer = layers + clip.beside - 1
+    if clip.memory_levels and branch_names(c) == ("memory",):  # it reads no layer of the CLIP
+        layer = layers + clip.memory_levels - 1
     return grad_cam.Explanation(c.explanation.method, layer, c.score.top)
 
 

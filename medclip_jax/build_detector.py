@@ -52,7 +52,7 @@ def score_function(
 def branch_function(name: str, clip: Clip, design: model.Design, image_score, width) -> Callable:
     """The pure scoring function of one branch; width: of config.score.affinity."""
     if name == "memory":
-        apply = memory_bank.scorer(image_score, clip.memory_level)
+        apply = memory_bank.scorer(image_score, clip.first_memory_level)
     elif name == "meta":
         apply = deviation.scorer(clip.grid)
     elif name.startswith("zero_shot"):
@@ -127,7 +127,7 @@ def branch(
         if plain or images is None:
             built = prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, k)
         elif name == "memory":
-            like = {"k": k, "coreset": c.memory_coreset, "first": clip.memory_level}
+            like = {"k": k, "coreset": c.memory_coreset, "first_level": clip.first_memory_level}
             like["calibrating"] = calibrating
             built = memory_bank.build(tokens, image_score, clip.size, **like)
         elif name == "meta":

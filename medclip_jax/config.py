@@ -186,7 +186,7 @@ def _training(c: ConfigDict) -> None:
 def _scoring(c: ConfigDict) -> None:
     c.branches = ("learned", "memory", "zero_shot_image")  # of method ours, fused with equal weight
     c.memory_coreset = 1.0  # share of the supports' patches that the memory keeps
-    c.memory_encoder = AUTO  # efficientnet-lite0, beside the embedded CLIP | "": the CLIP's own
+    c.memory_encoder = AUTO  # efficientnet-lite0, with the embedded CLIP | "": the CLIP's own
     c.score = {
         "top": 0.05,  # image score: mean of this share of the patches; 0 = the largest pixel
         "passes": 20,  # MC-dropout passes for the uncertainty

@@ -39,17 +39,17 @@ class Clip(NamedTuple):
     mean: tuple[float, ...]  # of the pixels, per channel
     std: tuple[float, ...]
     eos_id: int
-    own_digest: str  # without the encoder beside it: what language adapters name
-    beside: int = 0  # levels after the CLIP's own, of an encoder beside it: see lite0.py
+    own_digest: str  # without the memory's encoder: what language adapters name
+    memory_levels: int = 0  # after the CLIP's own levels, of the memory's encoder: see lite0.py
 
     @property
-    def memory_level(self) -> int:
-        """The first level that the memory reads: those of the encoder beside the CLIP, or all."""
-        return len(self.widths) if self.beside else 0
+    def first_memory_level(self) -> int:
+        """Where the levels that the memory reads begin: all, or those of its own encoder."""
+        return len(self.widths) if self.memory_levels else 0
 
     @property
     def params(self) -> dict[str, Any]:
-        """The whole tree; of a ViT, what FlaxCLIPModel takes as `params`."""
+        """The whole tree; of a ViT, what FlaxCLIPModel takes (and the memory's encoder)."""
         image = self.image_encoder.restore(self.vision)
         scale = {"logit_scale": jnp.asarray(self.logit_scale, jnp.float32)} if self.text else {}
         return {**image, **self.text, **scale}

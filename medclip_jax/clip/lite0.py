@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (ImageNet) as an encoder beside a CLIP: patch tokens that the memory compares.
+"""EfficientNet-Lite0 (ImageNet): patch tokens of their own for the memory of healthy patches.
 
 The first eleven blocks (Tan & Le 2019), batch normalisation folded into the convolutions; frozen.
 """
@@ -27,7 +27,9 @@ BLOCKS = (  # kernel, stride, expansion, channels
     *((5, 1, 6, 112), (5, 1, 6, 112), (5, 1, 6, 112)),
 )
 PATCH = 16  # pixels per token
-TAPPED = 5, 11  # blocks whose tokens the memory compares, counted from 1
+# blocks whose tokens the memory compares, counted from 1; chosen on the development sets with their
+# labels known (docs/embedded_clip.md)
+TAPPED = 5, 11
 
 
 class Convolution(nn.Module):
@@ -122,32 +124,32 @@ class Lite0(nn.Module):
 
 
 @dataclass(frozen=True)
-class Paired:
-    """A CLIP's image encoder and another as one: the other's tokens are the last levels.
+class PairedEncoder:
+    """A CLIP's image encoder and the memory's as one: the memory's tokens are the last levels.
 
-    Everything else is as of the first (`levels` too: those tapped of the CLIP).
+    Everything else is as of the CLIP's (`levels` too: its tapped blocks).
     """
 
-    first: Any  # ImageEncoder
-    second: Any
-    mean: tuple[float, ...]  # of the pixels that the first reads
+    clip: Any  # ImageEncoder
+    memory: Any
+    mean: tuple[float, ...]  # of the pixels that the CLIP reads
     std: tuple[float, ...]
-    side: int  # pixels per side that the second reads
+    side: int  # pixels per side that the memory's reads
 
     @property
     def title(self) -> str:
-        return f"{type(self.first).__name__}, and EfficientNet-Lite0 for the memory"
+        return f"{type(self.clip).__name__}, and EfficientNet-Lite0 for the memory"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.first, name)
+        return getattr(self.clip, name)
 
     def apply(self, variables: Any, pixels: Array, method: Any = None) -> Any:
-        own = {"params": variables["params"]["first"]}
+        own = {"params": variables["params"]["clip"]}
         if method is not None:
-            return self.first.apply(own, pixels, method=method)
-        found = self.first.apply(own, pixels)
+            return self.clip.apply(own, pixels, method=method)
+        found = self.clip.apply(own, pixels)
         mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
         centre, width = (np.asarray(x, np.float32) for x in hf_weights.IMAGENET)
         pixels = (pixels * (std / width)[None, None, None]) + ((mean - centre) / width)[
@@ -158,43 +160,41 @@ class Paired:
             pixels = jax.image.resize(pixels, shape, "linear")
 
         def run(x):
-            return self.second.apply({"params": variables["params"]["second"]}, x)
+            return self.memory.apply({"params": variables["params"]["memory"]}, x)
 
         def one_by_one(x):  # wide blocks of one image stay in a processor's cache
             return jax.tree.map(lambda y: y[:, 0], jax.lax.map(lambda image: run(image[None]), x))
 
         ways = {"cpu": one_by_one} if jax.device_count() == 1 else {}  # devices share the images
-        beside = jax.lax.platform_dependent(pixels, default=run, **ways)
-        return found._replace(levels=(*found.levels, *beside.levels))
+        added = jax.lax.platform_dependent(pixels, default=run, **ways)
+        return found._replace(levels=(*found.levels, *added.levels))
 
     def prepare(self, params: Any) -> Any:
         rest = {name: x for name, x in params.items() if name != NAME}
-        return {"first": self.first.prepare(rest), "second": params[NAME]}
+        return {"clip": self.clip.prepare(rest), "memory": params[NAME]}
 
     def restore(self, vision: Any) -> Any:
-        return {**self.first.restore(vision["first"]), NAME: vision["second"]}
+        return {**self.clip.restore(vision["clip"]), NAME: vision["memory"]}
 
 
-def alone(clip: Any) -> Any:
-    """Undoes `beside`: the checkpoint.Clip alone."""
-    if not clip.beside:
+def without_memory_encoder(clip: Any) -> Any:
+    """Undoes `with_memory_encoder`: the checkpoint.Clip alone."""
+    if not clip.memory_levels:
         return clip
-    own: Any = clip.image_encoder
-    first = {"image_encoder": own.first, "vision": clip.vision["first"]}
-    return clip._replace(**first, digest=clip.own_digest, beside=0)
+    pair: Any = clip.image_encoder
+    own = {"image_encoder": pair.clip, "vision": clip.vision["clip"], "digest": clip.own_digest}
+    return clip._replace(**own, memory_levels=0)
 
 
-def beside(clip: Any) -> Any:
+def with_memory_encoder(clip: Any) -> Any:
     """The checkpoint.Clip with EfficientNet-Lite0's tokens, on its own grid, as the last levels.
 
     Raises CheckpointError for a damaged file of weights.
     """
     flat = {tuple(n.split(".")): x for n, x in tensor_files.read(WEIGHTS).items()}
-    params = jax.tree.map(jnp.asarray, unflatten_dict(flat))
-    second: ImageEncoder = Lite0()
-    encoder: Any = Paired(clip.image_encoder, second, clip.mean, clip.std, clip.grid * PATCH)
+    memory: ImageEncoder = Lite0()
+    pair = PairedEncoder(clip.image_encoder, memory, clip.mean, clip.std, clip.grid * PATCH)
+    vision = {"clip": clip.vision, "memory": jax.tree.map(jnp.asarray, unflatten_dict(flat))}
     digest = stored.digest([clip.digest, hf_weights.digest_of(NAME.encode(), WEIGHTS)])
-    vision = {"first": clip.vision, "second": params}
-    return clip._replace(
-        image_encoder=encoder, vision=vision, digest=digest, beside=len(second.levels)
-    )
+    both: dict[str, Any] = {"image_encoder": pair, "vision": vision, "digest": digest}
+    return clip._replace(**both, memory_levels=len(memory.levels))

@@ -93,38 +93,40 @@ def image_score(
 
 
 def with_shared_maps(
-    apply: Callable, width: float, own: int | None = None
+    apply: Callable, width: float, clip_levels: int | None = None
 ) -> Callable[..., Scores]:
     """`apply` whose maps are shared among similar patches; width 0: as it is.
 
     A patch's value becomes the mean over its image, weighed by `similarity.affinity` on the middle
-    one of the tapped layers (the first `own` levels; None: all). Image scores stay; gradients are
+    one of the tapped layers (the first `clip_levels`; None: all). Image scores stay; gradients are
     those of the values alone.
     """
 
     def shared(params, features, key):
         scores = apply(params, features, key)
-        return scores._replace(patch=_shared(scores.patch, features, width, own))
+        return scores._replace(patch=_shared(scores.patch, features, width, clip_levels))
 
     return shared if width else apply
 
 
 def sharing_detector(
-    detector: Detector, tokens: Features | None, width: float, own: int | None = None
+    detector: Detector, tokens: Features | None, width: float, clip_levels: int | None = None
 ) -> Detector:
     """The detector `with_shared_maps`, of what calibrates it as well; tokens: of these rows."""
     scores = detector.calibration
     if width and tokens is not None:
-        patch = jax.jit(partial(_shared, width=width, own=own))(scores.patch, tokens)
+        patch = jax.jit(partial(_shared, width=width, clip_levels=clip_levels))(
+            scores.patch, tokens
+        )
         scores = scores._replace(patch=jax.device_get(patch))
-    apply = with_shared_maps(detector.apply, width, own)
+    apply = with_shared_maps(detector.apply, width, clip_levels)
     return detector._replace(apply=apply, calibration=scores)
 
 
 def _shared(
-    patch: Float[Array, "n p"], features: Features, width: float, own: int | None
+    patch: Float[Array, "n p"], features: Features, width: float, clip_levels: int | None
 ) -> Float[Array, "n p"]:
-    levels = features.levels[:own]
+    levels = features.levels[:clip_levels]
     tokens = jax.lax.stop_gradient(levels[len(levels) // 2])
 
     def share(each):

@@ -56,15 +56,15 @@ def coreset(tokens: Float[Array, "m d"], count: int) -> Int[Array, " count"]:
     return jax.lax.fori_loop(1, count, step, (taken, start))[0]
 
 
-def scorer(pool: Callable, first: int = 0) -> Callable[..., Scores]:
+def scorer(pool: Callable, first_level: int = 0) -> Callable[..., Scores]:
     """The `apply` of a memory; params {memory}: healthy rows [m, d] of every level that it reads.
 
     Gradients are those of the distance to the nearest row; which row that is has none.
-    pool: patch values [n, p] -> image scores [n]. first: the level that it reads from on.
+    pool: patch values [n, p] -> image scores [n]. first_level: that it reads.
     """
 
     def apply(params, features, key):
-        levels = tuple(map(neighbourhood, features.levels[first:]))
+        levels = tuple(map(neighbourhood, features.levels[first_level:]))
         patch = memory_distance(levels, params["memory"])
         return Scores(patch, pool(patch))
 
@@ -79,7 +79,7 @@ def build(
     k: int,
     coreset: float = 1.0,
     calibrating: Features | None = None,
-    first: int = 0,
+    first_level: int = 0,
 ) -> Detector:
     """The detector of the supports' tokens; a support is compared with the others alone.
 
@@ -88,11 +88,11 @@ def build(
         pool: patch values [n, p] -> image scores [n].
         coreset: share of the patches that is remembered, in (0, 1].
         calibrating: views of a single support, which are compared with it.
-        first: the level that the memory reads from on.
+        first_level: that the memory reads.
     """
-    apply = scorer(pool, first)
+    apply = scorer(pool, first_level)
     rows = len(tokens.pooled) // k
-    levels = tokens.levels[first:]
+    levels = tokens.levels[first_level:]
     pooled = tuple(neighbourhood(x).reshape(k, -1, x.shape[-1]) for x in levels)
     run = jax.jit(apply)
 

@@ -193,7 +193,7 @@ def encode_randomised(
 def reinitialised(encoder: ImageEncoder, vision: dict, key: jax.Array, last: bool) -> dict:
     """Parameters with the `last` block, or every block (ResNet: stage), re-initialised.
 
-    Every block: of an encoder beside the CLIP, too.
+    Every block: of the memory's encoder, too.
 
     Every kernel gets normal values of its own standard deviation; norms and biases stay.
     """

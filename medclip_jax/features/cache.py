@@ -103,11 +103,11 @@ def with_recipe(
     return feature_cache._replace(folder=folder, recipe=steps, window=window)
 
 
-def alone(feature_cache: FeatureCache) -> FeatureCache:
-    """The same of the CLIP without the encoder beside it, which nothing that is trained reads."""
-    if not feature_cache.clip.beside:
+def without_memory_encoder(feature_cache: FeatureCache) -> FeatureCache:
+    """The same of the CLIP alone: nothing that is trained reads the memory's encoder."""
+    if not feature_cache.clip.memory_levels:
         return feature_cache
-    clip, vision = lite0.alone(feature_cache.clip), feature_cache.vision["first"]
+    clip, vision = lite0.without_memory_encoder(feature_cache.clip), feature_cache.vision["clip"]
     own = feature_cache._replace(clip=clip, vision=vision)
     return with_recipe(own, own.recipe, own.window)
 

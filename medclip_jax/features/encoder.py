@@ -146,7 +146,7 @@ def encode_variants(
     feature_cache: FeatureCache, images: Sequence[Record], synthesis: Synthesis
 ) -> int:
     """Fill the cache with variants of each image; returns how many had to be encoded."""
-    feature_cache = cache.alone(feature_cache)
+    feature_cache = cache.without_memory_encoder(feature_cache)
 
     def path(record: Record) -> Path:
         return variant_path(feature_cache, record, images, synthesis)
@@ -170,7 +170,7 @@ def variant_path(
     feature_cache: FeatureCache, record: Record, images: Sequence[Record], synthesis: Synthesis
 ) -> Path:
     """The file of an image's variants; `images` count where variants copy from them."""
-    folder, partners = cache.alone(feature_cache).folder, []
+    folder, partners = cache.without_memory_encoder(feature_cache).folder, []
     if synthesis.partner == "support":
         partners = [r.sha256 for r in images]
         folder /= supports_folder(partners)

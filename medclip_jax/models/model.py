@@ -127,7 +127,7 @@ def adapt_tokens(
 
     With a key every image sees adapters that dropout has thinned, each image its own.
     """
-    levels = features.levels[: len(params["adapters"])]  # then those of an encoder beside the CLIP
+    levels = features.levels[: len(params["adapters"])]  # then the memory's
     if design.refinement is not None:
         levels = modules.refine(params["refine"], design.refinement, levels, features.inputs)
     adapted: list[Any] = [

@@ -21,6 +21,13 @@ def draw(name: str, shape) -> np.ndarray:
     return values / np.sqrt(fan)
 
 
+def waves() -> np.ndarray:
+    """A grey image [224, 224] in [0, 1]: waves of several lengths."""
+    y, x = np.mgrid[:224, :224].astype(np.float64)
+    waves = np.sin(x / 3) * np.cos(y / 7) + np.sin((x + y) / 19) + np.cos((x - 2 * y) / 41)
+    return ((waves + 3) / 6).astype(np.float32)
+
+
 def pixels(count: int, side: int) -> np.ndarray:
     """Images as an encoder takes them, [n, h, w, 3]."""
     return np.random.default_rng(side).normal(size=(count, side, side, 3)).astype(np.float32)

