@@ -1,6 +1,8 @@
-"""What a CLIP folder is worth in use: the package's memory and zero-shot methods by sweep.py.
+"""What a CLIP folder is worth in use, by sweep.py: plain prompts, memory, trained prompts, `ours`.
 
-No training decision may be read from these numbers; the card says when they were looked at.
+The memory compares the CLIP's own tokens, or the teacher's (`memory, teacher`; in `ours` too, as
+beside the CLIP that ships). For a random encoder judge the export of a run of no steps. No
+training decision may be read from these numbers; the card says when they were looked at.
 """
 
 from argparse import Namespace
@@ -11,7 +13,14 @@ import sweep
 import tables
 
 CONFIGS = ("busi", "brain_mri", "chest_xray")
-VARIANTS = {name: {"method": name} for name in ("zero_shot", "memory")}
+TEACHER = {"memory_encoder": "efficientnet-lite0"}
+VARIANTS = {
+    "zero_shot": {"method": "zero_shot"},
+    "memory": {"method": "memory"},
+    "memory, teacher": {"method": "memory"} | TEACHER,
+    "learned": {"branches": ("learned",)},
+    "ours": TEACHER,
+}
 
 
 def judge(

@@ -135,10 +135,14 @@ def test_folders_are_judged_by_the_packages_methods(tmp_path, config, model, tok
     export.write_folder(tmp_path / "fresh", encoders.init(model, 0), config, tokenizer_folder)
     fields = [f"data.root={data}", f"cache={tmp_path}/cache"]
     configs = [ROOT / "configs" / "folder.py"]
+    fields += ["steps=1", "synthesis.variants=4"]
     text = judge.judge([tmp_path / "fresh"], tmp_path / "runs", fields, configs, (2,), 1)
     head, _, row = text.splitlines()
-    assert head == "| model | set | zero_shot K=2 | memory K=2 |"
-    assert row.startswith("| fresh | folder | ") and row.count("±") == 2
+    own = ("zero_shot", "memory", "memory, teacher", "learned", "ours")
+    assert head == f"| model | set | {' | '.join(f'{v} K=2' for v in own)} |"
+    assert row.startswith("| fresh | folder | ") and row.count("±") == 5
+    runs = [json.loads(p.read_text()) for p in (tmp_path / "runs").rglob("config.json")]
+    assert sorted(c["memory_encoder"] for c in runs) == ["", "", "", *["efficientnet-lite0"] * 2]
 
 
 def test_the_plan_says_from_which_step_on_the_weights_were_others(tmp_path, monkeypatch):
