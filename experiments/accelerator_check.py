@@ -191,7 +191,7 @@ def encoders(small: bool) -> dict:
                 call = encode(clip, sizes.images(clip, batch))
                 call()
                 seconds = min(clock.seconds_of(call) for _ in range(5))
-                share = batch / seconds * sizes.flops(clip) / most
+                share = batch / seconds * sizes.flops(size, **changes) / most
                 row = {"encoder": size, **changes, "dtype": dtype, "batch": batch}
                 row |= {"images_per_second": batch / seconds, "share_of_matmul_peak": share}
                 rows.append(row)

@@ -60,10 +60,10 @@ def alone(module: str, *given: Any) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_megabytes() -> int:
-    """Of this program's memory: what getrusage says may be its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+def peak_megabytes(process: int | str = "self") -> int:
+    """Of a program's memory, 0 once it ended: what getrusage says may be its parent's."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
     return round(kib * 1024 / 1e6)
 
 

@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> dict:
             for batch in args.batch:
                 calls = timed(clips, images[:batch], worker, args.engine)
                 seconds = clock.in_turn(calls, args.times)
-                rows.append(row(batch, seconds, sizes.flops(first), peak))
+                rows.append(row(batch, seconds, sizes.flops(args.size), peak))
         finally:
             clock.end(worker)
     result = {"rows": rows, "matmul_gigaflops": peak / 1e9, "largest_difference": difference}
-    return result | {"gigaflop_per_image": sizes.flops(first) / 1e9}
+    return result | {"gigaflop_per_image": sizes.flops(args.size) / 1e9}
 
 
 def others(python: str, folder: Path, clip: checkpoint.Clip, images: np.ndarray):
@@ -86,13 +86,8 @@ def row(batch: int, seconds: dict[str, list[float]], flops: float, peak: float) 
     for name, r in rate.items():
         more = f", {ratio[name]:.2f} x torch float32" if base else ""
         print(f"batch {batch:3} {name:17} {r:7.2f} images/s, {share[name]:.0%} of peak{more}")
-    return {
-        "batch": batch,
-        "seconds": seconds,
-        "images_per_second": rate,
-        "share_of_matmul_peak": share,
-        "ratio": ratio,
-    }
+    about = {"batch": batch, "seconds": seconds, "images_per_second": rate}
+    return about | {"share_of_matmul_peak": share, "ratio": ratio}
 
 
 def compare(folder: Path, images: np.ndarray, theirs: list) -> float:

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a worker
-from bench import clock, predict_inputs  # noqa: E402
+from bench import clock, predict_inputs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +30,7 @@ def run(args: argparse.Namespace) -> dict:
             counts = args.few, args.images
             for count in counts:
                 predict_inputs.MAKERS[kind](base / kind / str(count), count, count)
-            command = [sys.executable, __file__, str(workdir), str(base / kind), *map(str, counts)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results[kind] = r = json.loads(done.stdout.splitlines()[-1])
+            results[kind] = r = clock.alone("bench.predict", workdir, base / kind, *counts)
             print(f"{kind}: {r['per_second']:.1f} frames/s, peak {r['peak_megabytes']} MB")
     return results
 

@@ -52,14 +52,9 @@ def worker(count: int, size: str, k: int, learner: str, tasks: int, times: int) 
     runner = workload.Runner(work, *workload.step(work, learner, 1, mesh=mesh))
     seconds = [runner() for _ in range(times + 1)]
     best = min(seconds[1:])
-    return {
-        "devices": count,
-        "platform": devices[0].platform,
-        "learner": learner,
-        "tasks": tasks,
-        "seconds": seconds[1:],
-        "episodes_per_second": tasks / best,
-    }
+    about = {"devices": count, "platform": devices[0].platform, "learner": learner}
+    about |= {"tasks": tasks, "seconds": seconds[1:]}
+    return about | {"episodes_per_second": tasks / best}
 
 
 if __name__ == "__main__":

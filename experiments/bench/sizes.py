@@ -34,12 +34,13 @@ def write(name: str, folder: Path, **changes) -> Path:
     return folder
 
 
-def flops(clip: checkpoint.Clip) -> float:
+def flops(name: str, **changes) -> float:
     """Multiplications and additions of all matrix products of the image encoder, for one image."""
-    image = clip.image_encoder
-    d, s = image.width, clip.grid**2 + 1
-    block = 2 * s * d * (4 * d + 2 * image.hidden) + 2 * 2 * s * s * d
-    return image.depth * block + 2 * (s - 1) * image.patch**2 * 3 * d + 2 * d * clip.joint
+    config = encoders.make_config(3, **SIZES[name] | changes)
+    image, joint = config.vision_config, config.projection_dim
+    d, p, s = image.hidden_size, image.patch_size, (image.image_size // image.patch_size) ** 2 + 1
+    block = 2 * s * d * (4 * d + 2 * image.intermediate_size) + 2 * 2 * s * s * d
+    return image.num_hidden_layers * block + 2 * (s - 1) * p * p * 3 * d + 2 * d * joint
 
 
 def images(clip: checkpoint.Clip, count: int) -> np.ndarray:

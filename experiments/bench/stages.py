@@ -1,4 +1,7 @@
-"""Seconds by stage of a job: caches empty (cold), the same workdir again, a new one (warm)."""
+"""Seconds by stage and peak of a job: caches empty (cold), the same workdir again, another (warm).
+
+With a large encoder: --config configs/busi.py:k=16 --size ViT-L/14 --jobs cold.
+"""
 
 import argparse
 import json
@@ -9,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench import clock, sizes
+
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom.py"
 JOBS = {"cold": "first", "again": "first", "warm": "second"}  # name -> workdir, in this order
 
@@ -18,6 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config"
     )
+    parser.add_argument("--size", choices=sizes.SIZES, help="of a CLIP of random weights")
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -27,15 +34,17 @@ def run(args: argparse.Namespace) -> dict:
     operating system's cache of files is left as it is.
     """
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {name: job(args, Path(folder), where) for name, where in JOBS.items()}
+        if args.size:
+            args.set.append(f"clip.checkpoint={sizes.write(args.size, Path(folder) / 'clip')}")
+        jobs = {name: job(args, Path(folder), JOBS[name]) for name in args.jobs}
     print(f"| stage | {', s | '.join(jobs)}, s |\n|---|{'---|' * len(jobs)}")
-    for stage in jobs["cold"]:
+    for stage in jobs[args.jobs[0]]:
         print(f"| {stage} | {' | '.join(f'{j.get(stage, 0):.2f}' for j in jobs.values())} |")
     return jobs
 
 
 def job(args: argparse.Namespace, folder: Path, workdir: str) -> dict[str, float]:
-    """Seconds of the stages that the job timed itself, of the rest, and in all."""
+    """Seconds of the stages that the job timed itself, of the rest, and in all; peak of memory."""
     flags = [f"--config={args.config}", f"--workdir={folder / workdir}"]
     flags += [f"--config.{field}" for field in args.set]
     environment = os.environ | {"MEDCLIP_CACHE": str(folder / "cache")}
@@ -43,9 +52,15 @@ def job(args: argparse.Namespace, folder: Path, workdir: str) -> dict[str, float
     metrics = folder / workdir / "metrics.json"
     before, begin = metrics.stat().st_mtime_ns if metrics.is_file() else None, time.perf_counter()
     command = [sys.executable, "-m", "medclip_jax.main", *flags]
-    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, clock.peak_megabytes(process.pid))
+            time.sleep(0.05)
     seconds = time.perf_counter() - begin
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     fresh = metrics.stat().st_mtime_ns != before
     stages = json.loads(metrics.read_text())["timing"] if fresh else {}
     rest = {"start, compile checks, report": seconds - sum(stages.values())}
-    return {**stages, **rest, "in all": seconds}
+    return {**stages, **rest, "in all": seconds, "peak, GB": peak / 1e3}

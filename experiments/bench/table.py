@@ -69,7 +69,7 @@ def parts(method: str, size: str, ks: list[int], draws: int) -> list[Part]:
     rows = {k: min(8, k) for k in ks}
     work = {n: workload.build(size, max(1, c.meta.tasks), n) for n in {*rows.values()}}
     first = work[max(work)]
-    result = [Part("image encoder", (sum(TEST.values()) + supports) * views, encoder(size))]
+    result = [Part("image encoder", (sum(TEST.values()) + supports) * views, sizes.flops(size))]
     for k, n in rows.items():
         times = len(TEST) * draws * models * settings[k].steps
         name = "exact meta-step" if c.learner == "maml" else "gradient"
@@ -89,14 +89,6 @@ def parts(method: str, size: str, ks: list[int], draws: int) -> list[Part]:
 def counted(function, *given) -> float:
     """Operations of one call as XLA counts them before it optimises; nothing is compiled."""
     return float(jax.jit(function).lower(*given).cost_analysis()["flops"])
-
-
-def encoder(size: str) -> float:
-    """Of one image, by its shapes: XLA would count the body of a scan once."""
-    shape = sizes.encoders.make_config(3, **sizes.SIZES[size]).vision_config
-    d, p, s = shape.hidden_size, shape.patch_size, (shape.image_size // shape.patch_size) ** 2 + 1
-    block = 2 * s * d * (4 * d + 2 * shape.intermediate_size) + 4 * s * s * d
-    return shape.num_hidden_layers * block + 2 * (s - 1) * p * p * 3 * d
 
 
 def gradient(work: workload.Work, meta: bool, causal: bool) -> float:

@@ -84,14 +84,18 @@ def engine(name: str, dtype: str, batch: int) -> Callable | None:
         session = onnxruntime.InferenceSession(onnx_file(dtype, batch), options)
         (entry,) = session.get_inputs()
         return lambda: session.run(None, {entry.name: images.numpy()})
-    if dtype == "int8":
-        return None
     import openvino
 
-    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     core = openvino.Core()
-    how = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": CORES}
-    compiled = core.compile_model(core.read_model(onnx_file("float32", batch)), "CPU", how)
+    network = core.read_model(onnx_file("float32", batch))
+    if dtype == "int8":
+        import nncf
+
+        kind, ranges = nncf.ModelType.TRANSFORMER, nncf.Dataset([images.numpy()])
+        network = nncf.quantize(network, ranges, model_type=kind, subset_size=1)
+    hint = "f32" if dtype == "float32" else "bf16"
+    how = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": CORES}
+    compiled = core.compile_model(network, "CPU", how)
     return lambda: compiled([images.numpy()])
 
 

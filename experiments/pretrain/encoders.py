@@ -133,11 +133,11 @@ def encode_image(
         if keep is not None:
             x = jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], keep[..., None], 1)], 1)
         blocks, half = encoder.vision_model.encoder, encoder.depth // 2
-        middle = blocks.scan(x, 0, half)
-        return middle, blocks.scan(middle, half, encoder.depth)
+        middle = blocks.run(x, 0, half)
+        return middle, blocks.run(middle, half, encoder.depth)
 
     images = checkpoint.normalise(grey, hf_weights.MEAN, hf_weights.STD)
-    vision = encoders.image.prepare(params)  # blocks stacked for scan
+    vision = encoders.image.prepare(params)
     states = encoders.image.apply({"params": vision}, images, method=run)
     return tuple(x.astype(jnp.float32) for x in states)
 

@@ -263,12 +263,12 @@ def describe(clip: Clip, images: int) -> dict[str, str]:
     static = dict(encoder=encoder, mean=clip.mean, std=clip.std)
     grey = jnp.zeros((1, side, side))
     run = encode_images.lower(clip.vision, grey, **static).compile()
-    jax.block_until_ready(run(clip.vision, grey))
+    found = jax.block_until_ready(run(clip.vision, grey))
     begin = time.perf_counter()
     jax.block_until_ready([run(clip.vision, grey) for _ in range(2)])
     seconds = (time.perf_counter() - begin) / 2
     used: Any = run.memory_analysis()
-    tokens = clip.grid**2 * sum(clip.widths) * (4 if encoder.dtype == "float32" else 2)
+    tokens = sum(x.size for x in found.levels) * (4 if encoder.dtype == "float32" else 2)
     card = hf_weights.locate(clip.name) / "README.md"
     text = card.read_text(errors="replace")[:5000] if card.is_file() else ""
     licence = re.search(r"^license(?:_name)?: *(.+)$", text, re.MULTILINE)

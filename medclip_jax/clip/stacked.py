@@ -1,4 +1,4 @@
-"""Parameters of an encoder's blocks as the device keeps them: stacked, and in a smaller format."""
+"""Parameters of an encoder's blocks as the device keeps them: in a smaller format, or stacked."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,7 @@
-"""The ViT image encoders, fused: blocks stacked once, run by lax.scan between the tapped ones.
+"""The ViT image encoders, fused.
 
-Parameters are transformers' Flax tree (vision_model, visual_projection) with the blocks stacked; of
-others than CLIP what names.py says. A CLIP equals FlaxCLIPModel on the same parameters
+Parameters are transformers' Flax tree (vision_model, visual_projection), of int8 with the blocks
+stacked; of others than CLIP what names.py says. A CLIP equals FlaxCLIPModel on the same parameters
 (tests/clip/test_transformers.py), the others what made them (tests/clip/test_backbones.py).
 """
 
@@ -160,16 +160,16 @@ class ViT(nn.Module):
             self.visual_projection = layers.Dense(self.joint, use_bias=False)
 
     def __call__(self, pixels: Float[Array, "n h w 3"]) -> Features:
-        scan, x, start = self.vision_model.encoder.scan, self.embed(pixels), 0
+        run, x, start = self.vision_model.encoder.run, self.embed(pixels), 0
         tapped, inputs = [], []
-        for level in self.levels:  # one scan per stretch between taps
+        for level in self.levels:
             if self.inputs:
-                x, start = scan(x, start, level - 1), level - 1
+                x, start = run(x, start, level - 1), level - 1
                 inputs.append(x.astype(jnp.float32))
-            x, start = scan(x, start, level), level
+            x, start = run(x, start, level), level
             tapped.append(x[:, self.prefix :].astype(jnp.float32))
         if start < self.depth:
-            x = scan(x, start, self.depth)
+            x = run(x, start, self.depth)
         return Features(self.pool(x).astype(jnp.float32), tuple(tapped), tuple(inputs))
 
     def embed(self, pixels: Float[Array, "n h w 3"]) -> Float[Array, "n s d"]:
@@ -193,14 +193,17 @@ class ViT(nn.Module):
     @nn.nowrap
     def prepare(self, params: Mapping) -> dict[str, Any]:
         def layout(blocks):
-            return stacked.stack({i: stacked.compress(p, self.dtype) for i, p in blocks.items()})
+            kept = {}
+            for i, p in blocks.items():  # each is on the device before the next is made
+                kept[i] = jax.tree.map(jnp.asarray, stacked.compress(p, self.dtype))
+            return stacked.stack(kept) if self.dtype == "int8" else kept
 
         return _image_part(params, layout)
 
     @nn.nowrap
     def restore(self, vision: Mapping) -> dict[str, Any]:
         def layout(blocks):
-            blocks = stacked.decompress(stacked.unstack(blocks))
+            blocks = stacked.decompress(blocks if "0" in blocks else stacked.unstack(blocks))
             return jax.tree.map(lambda x: x.astype(jnp.float32), blocks)
 
         return _image_part(vision, layout)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from medclip_jax.clip import checkpoint, hf_weights
+from medclip_jax.clip import checkpoint, hf_weights, lite0
 from medclip_jax.clip.text import encode_text
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.prompts.tokenize import Prompts
@@ -277,4 +277,10 @@ def test_check_says_what_a_checkpoint_is(loaded):
     lines = checkpoint.describe(loaded("siglip"), 816)
     assert lines["text"].startswith("TextEncoder, 12 positions; tokens by PreTrainedTokenizerFast")
     assert lines["licence"].startswith("its card says none")
-    assert checkpoint.describe(checkpoint.load("compact"), 1)["licence"] == "cc-by-4.0"
+    compact = checkpoint.load("compact")
+    lines = checkpoint.describe(compact, 100)
+    assert lines["licence"] == "cc-by-4.0"
+    own = 196 * sum(compact.widths) * 4 / 1e4  # MB of 100 images
+    assert lines["cache"].startswith(f"{own:.0f} MB")
+    paired = checkpoint.describe(lite0.with_memory_encoder(compact), 100)
+    assert paired["cache"].startswith(f"{own + 196 * 152 * 4 / 1e4:.0f} MB")
