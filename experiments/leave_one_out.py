@@ -18,6 +18,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def measure(data: Data, target: str, args) -> list[dict]:
                 scored["ours", 0] = {0: data.ours(target, first, draw)}
             for (learner, rate), values in scored.items():
                 about = {"target": target, "k": k, "draw": draw, "learner": learner, "rate": rate}
-                curve = {str(s): roc_auc_score(label, x.image) for s, x in values.items()}
+                curve = {str(s): image_auroc(label, x.image) for s, x in values.items()}
                 if len(values) == len(STEPS):
                     curve["area"] = area(list(curve.values()))
                 for s in PIXELS:
@@ -224,8 +225,14 @@ def area(curve: list[float]) -> float:
     return float(np.trapezoid(curve, place) / place[-1])
 
 
+def image_auroc(label: Sequence[int], score: np.ndarray) -> float:
+    """Of a head that diverged, whose scores are not finite, 0.5: it tells nothing."""
+    return float(roc_auc_score(label, score)) if np.isfinite(score).all() else 0.5
+
+
 def pixel_auroc(masks: np.ndarray, patches: np.ndarray) -> float:
-    return roc_auc_score(masks.ravel(), read.to_square(patches, SIDE).ravel())
+    """As `image_auroc`."""
+    return image_auroc(masks.ravel(), read.to_square(patches, SIDE).ravel())
 
 
 def scores(whitening, params, support, test, text, k: int, args) -> dict:
