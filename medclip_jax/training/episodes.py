@@ -228,16 +228,19 @@ def rows_of(features: Features, *place) -> Features:
     return jax.tree.map(lambda x: x[place], features)
 
 
-def sides(rng, sources: Sequence[Source], number: int):
-    """What a task of source `number` is made of: (images, variants), (images, anomalies)."""
+def sides(rng, sources: Sequence[Source], number: int, shots: int = SHOTS, shares=SHARES):
+    """What a task of source `number` is made of: (images, variants), (images, anomalies).
+
+    shots: support images. shares: of the query's anomalies, as SHARES.
+    """
     source = sources[number]
     order = rng.permutation(len(source.healthy.pooled))
-    support, query = order[:SHOTS], order[SHOTS : 2 * SHOTS]
+    support, query = order[:shots], order[shots : shots + SHOTS]
     kinds = rng.permutation(IDENTITY)[: rng.integers(1, IDENTITY + 1)]  # of this task
     variants = [_variant(rng, source.kinds[i], kinds) for i in support]
-    shares = np.array(SHARES) * [len(source.abnormal.pooled) > 0, 1, len(sources) > 1]
+    chances = np.array(shares) * [len(source.abnormal.pooled) > 0, 1, len(sources) > 1]
     anomalies = []
-    for image, kind in zip(query, rng.choice(3, SHOTS, p=shares / shares.sum()), strict=True):
+    for image, kind in zip(query, rng.choice(3, SHOTS, p=chances / chances.sum()), strict=True):
         if kind == 0:
             place = int(rng.integers(len(source.abnormal.pooled)))
             anomalies.append(rows_of(source.abnormal, place))

@@ -31,7 +31,7 @@ from medclip_jax.training import episodes, maml
 from medclip_jax.training.episodes import IDENTITY, SHOTS
 from medclip_jax.training.step import Learner
 
-VERSION = 2  # raise when what is learned from the same sources and settings changes
+VERSION = 3  # raise when what is learned from the same sources and settings changes
 KINDS = range(IDENTITY)  # of synthetic anomalies that alter the image
 TASKS = 40  # of each source in the task pool
 PATCHES = 16  # of each image that tasks keep, those that deviate most
@@ -88,8 +88,18 @@ def whitening_of(sources: Sequence[Source]) -> Whitening:
     return deviation.whiten([level(i) for i in range(len(sources[0].healthy.levels))])
 
 
-def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int) -> TaskPool:
+def task_pool(
+    sources: Sequence[Source],
+    whitening: Whitening,
+    tasks: int,
+    seed: int,
+    supports: Sequence[int] = (SHOTS,),
+    shares: Sequence[float] = episodes.SHARES,
+) -> TaskPool:
     """`tasks` tasks of each source, in the sources' order.
+
+    supports: images of a task's support, one of these numbers at random; each divides the largest,
+    to which rows are repeated. shares: of a query's anomalies, as episodes.SHARES.
 
     Raises ConfigError for a source with too few healthy images.
     """
@@ -101,19 +111,22 @@ def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed:
         seen = seen._replace(patch=jnp.take_along_axis(seen.patch, best[..., None], 1))
         return jax.tree.map(lambda x: x.astype(jnp.float16), seen)
 
-    each = []
+    each, most = [], max(supports)
     for number, source in enumerate(sources):
-        if (count := len(source.healthy.pooled)) < 2 * SHOTS:
+        if (count := len(source.healthy.pooled)) < most + SHOTS:
             raise ConfigError(
                 f"source {number + 1} of config.meta.sources has {count} healthy images where "
-                f"tasks need {2 * SHOTS}: leave it out"
+                f"tasks need {most + SHOTS}: leave it out"
             )
         for task in range(tasks):
             rng = np.random.default_rng([seed, number, task])
-            support, query = episodes.sides(rng, sources, number)
+            shots = int(rng.choice(supports)) if len(supports) > 1 else most
+            support, query = episodes.sides(rng, sources, number, shots, shares)
             memory = _remember(whitening, episodes.rows_of(source.healthy, support[0]))
             sides = episodes.support_rows(source, *support), episodes.query_rows(source, *query)
             seen = [Rows(rows(memory, x, own), label) for x, own, label in sides]
+            repeated = np.arange(2 * most) % (2 * shots)
+            seen[0] = jax.tree.map(lambda x, i=repeated: np.asarray(x)[i], seen[0])
             each.append(TaskPool(*seen))
     return jax.tree.map(lambda *x: np.stack(x), *each)
 
@@ -121,9 +134,9 @@ def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed:
 # --- learning -------------------------------------------------------------------------------
 
 
-def begin(learner: Learner, whitening: Whitening) -> Any:
+def begin(learner: Learner, whitening: Whitening, hidden: int = 0) -> Any:
     """Params that learning starts from: a fresh head, with inner rates where they are learned."""
-    head = deviation.init(whitening)
+    head = deviation.init(whitening, hidden)
     if learner.name == "meta_sgd":
         return maml.meta_sgd(head, learner.inner_rate)
     if learner.name == "maml_pp":
@@ -171,9 +184,11 @@ def train(
     return fit(every, held_out, whitening, learner, steps, tasks, seed, mesh)
 
 
-def fit(every: TaskPool, held_out, whitening, learner, steps, tasks, seed, mesh) -> State:
+def fit(
+    every: TaskPool, held_out, whitening, learner, steps, tasks, seed, mesh, hidden: int = 0
+) -> State:
     """`train` on a pool; held_out: True for tasks that are validated on (none: the last step)."""
-    levels, params = len(whitening.kernel), begin(learner, whitening)
+    levels, params = len(whitening.kernel), begin(learner, whitening, hidden)
     optimizer = optax.adam(LEARNING_RATE)
     rest = sharding.replicate(jax.tree.map(lambda x: x[~held_out], every), mesh)
     checked = jax.tree.map(lambda x: x[held_out], every) if held_out.any() else rest
