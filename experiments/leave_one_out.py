@@ -64,9 +64,8 @@ def main():
     parser.add_argument("--sources", nargs="+", default=[], help="not all of other modalities")
     parser.add_argument("--tokens", default="clip", choices=LEVELS, help="of which encoder")
     parser.add_argument("--tasks", type=int, default=4, help="per outer step")
-    parser.add_argument("--supports", type=int, nargs="+", default=[episodes.SHOTS])
+    parser.add_argument("--supports", type=int, nargs="+", default=episodes.SUPPORTS)
     parser.add_argument("--shares", type=float, nargs=3, default=episodes.SHARES)
-    parser.add_argument("--hidden", type=int, default=0, help="units of a head that is not linear")
     parser.add_argument("--adapt-rates", type=float, nargs="+", default=[0.05])
     parser.add_argument("--report", action="store_true", help="score report sets, as frozen")
     parser.add_argument("--freeze", action="store_true", help="write frozen_meta.json alone")
@@ -106,6 +105,7 @@ def check_report(data: Data, args) -> None:
     flags = json.loads(json.dumps(vars(args), default=str))
     now = {
         "checkpoint": data.clip.digest,
+        "version": meta.VERSION,
         "settings": {name: x for name, x in flags.items() if name not in OF_A_RUN},
         "sets": json.loads(json.dumps({name: WORDS[name] for name in report})),
     }
@@ -191,12 +191,12 @@ def learn(data: Data, names: Sequence[str], args) -> tuple:
     """(whitening, params of every learner) of these sources."""
     sources = [data.source(n) for n in names]
     whitening = meta.whitening_of(sources)
-    pool = meta.task_pool(sources, whitening, meta.TASKS, 0, args.supports, args.shares)
+    pool = meta.task_pool(sources, whitening, meta.TASKS, 0, args.supports, shares=args.shares)
     held_out = np.repeat(np.arange(len(names)) % meta.VALIDATION == meta.VALIDATION - 1, meta.TASKS)
     params = {"scratch": deviation.init(whitening)}
     for name in (n for n in args.learners if n != "ours"):
         learner = Learner(name, args.inner_steps, args.inner_rate)
-        how = args.steps, args.tasks, 0, data.mesh, args.hidden
+        how = args.steps, args.tasks, 0, data.mesh
         state = meta.fit(pool, held_out, whitening, learner, *how)
         params[name] = state.params
         print(name, *np.round(state.log[-1], 3), "least", *np.round(state.log[:, 2:].min(0), 3))

@@ -140,10 +140,10 @@ def _image_distance(
     return 1 - jnp.where(other, pooled @ memory.T, similarity.NEVER).max(-1)
 
 
-def init(whitening: Whitening, hidden: int = 0) -> dict:
+def init(whitening: Whitening) -> dict:
     """Parameters of a fresh head."""
     count = sum(kernel.shape[1] for kernel in whitening.kernel)
-    head = modules.DeviationHead(len(whitening.kernel), 1.0, hidden)
+    head = modules.DeviationHead(len(whitening.kernel), 1.0)
     return head.init(jax.random.key(0), jnp.zeros((1, 1, count)), jnp.zeros(1))["params"]
 
 
@@ -151,8 +151,7 @@ def logits(
     params: Any, seen: Deviation, levels: int
 ) -> tuple[Float[Array, "n p"], Float[Array, " n"]]:
     """Anomaly logits of patches and images. params: of a head."""
-    hidden = len(params["hidden"]["bias"]) if "hidden" in params else 0
-    module: Any = modules.DeviationHead(levels, TOP, hidden)
+    module: Any = modules.DeviationHead(levels, TOP)
     return module.apply({"params": params}, seen.patch, seen.image)
 
 

@@ -83,7 +83,6 @@ class DeviationHead(nn.Module):
 
     levels: int  # whose directions stand side by side
     top: float  # share of an image's patches that its score is the mean of
-    hidden: int = 0  # units of a layer beside the weights; 0: none
 
     @nn.compact
     def __call__(
@@ -98,11 +97,6 @@ class DeviationHead(nn.Module):
         # a direction is one of many, so that its step is as large as the others' together
         weight = (1 + (count / self.levels) ** 0.5 * direction) / self.levels
         logit = jnp.exp(scale) * (patch.astype(jnp.float32) @ weight)
-        if self.hidden:
-            each = (count / self.levels) ** 0.5 * patch.astype(jnp.float32)
-            each = jnp.sign(each) * jnp.log1p(jnp.abs(each))
-            unit = nn.relu(nn.Dense(self.hidden, name="hidden")(each))
-            logit = logit + nn.Dense(1, False, kernel_init=zeros, name="out")(unit)[..., 0]
         best = jax.lax.top_k(logit, max(1, round(self.top * logit.shape[1])))[0].mean(-1)
         return logit + offset, best + whole * image + offset
 

@@ -25,7 +25,8 @@ IDENTITY = generate.KINDS.index("identity")
 LEAST = 2  # variants of each kind per image: one for the support, one for the query
 STREAM = 46  # keeps the tasks apart from other random numbers of the same seed
 
-SHOTS = 8  # support images of a task of several data sets, and its healthy query images
+SUPPORTS = (2, 4, 8, 16)  # images of a support of several data sets: a task has one of these
+SHOTS = 8  # healthy query images of such a task
 SHARES = (0.5, 0.25, 0.25)  # of such a query's anomalies: real, synthetic, foreign
 
 Row = tuple[int, int]  # (image, variant)
@@ -228,7 +229,7 @@ def rows_of(features: Features, *place) -> Features:
     return jax.tree.map(lambda x: x[place], features)
 
 
-def sides(rng, sources: Sequence[Source], number: int, shots: int = SHOTS, shares=SHARES):
+def sides(rng, sources: Sequence[Source], number: int, shots: int, shares=SHARES):
     """What a task of source `number` is made of: (images, variants), (images, anomalies).
 
     shots: support images. shares: of the query's anomalies, as SHARES.

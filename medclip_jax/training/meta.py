@@ -1,10 +1,9 @@
 """Meta-learning over data sets: tasks of many, a head that learns from them, adaptation to another.
 
-One task is one normal class (a data set): its support is healthy images, each also with a synthetic
+A task is a normal class (a data set): its support is healthy images, each also with a synthetic
 anomaly; its query other healthy images and anomalies: real ones of that data set, synthetic ones,
-and healthy images of other data sets, which are foreign here. Nothing but the support says what is
-normal. What the frozen part makes of a task (detectors/deviation.py) is computed once; outer steps
-draw tasks from there on the device.
+and healthy images of others, which are foreign here. Nothing but the support says what is normal.
+What the frozen part makes of a task (detectors/deviation.py) is computed once.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.features.encoder import Source
 from medclip_jax.training import episodes, maml
-from medclip_jax.training.episodes import IDENTITY, SHOTS
+from medclip_jax.training.episodes import IDENTITY, SHOTS, SUPPORTS
 from medclip_jax.training.step import Learner
 
 VERSION = 3  # raise when what is learned from the same sources and settings changes
@@ -74,9 +73,6 @@ def loss(params: Any, rows: Rows, *, levels: int) -> tuple[Float[Array, ""], mam
     return value, {"loss": value}
 
 
-# --- tasks ----------------------------------------------------------------------------------
-
-
 def whitening_of(sources: Sequence[Source]) -> Whitening:
     """Whitening of the sources' healthy tokens, as many of each."""
     count = min(len(s.healthy.pooled) for s in sources)
@@ -89,18 +85,11 @@ def whitening_of(sources: Sequence[Source]) -> Whitening:
 
 
 def task_pool(
-    sources: Sequence[Source],
-    whitening: Whitening,
-    tasks: int,
-    seed: int,
-    supports: Sequence[int] = (SHOTS,),
-    shares: Sequence[float] = episodes.SHARES,
+    sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int, sizes=SUPPORTS, **shares
 ) -> TaskPool:
-    """`tasks` tasks of each source, in the sources' order.
+    """`tasks` tasks of each source, in the sources' order, as `episodes.sides` makes them.
 
-    supports: images of a task's support, one of these numbers at random; each divides the largest,
-    to which rows are repeated. shares: of a query's anomalies, as episodes.SHARES.
-
+    sizes: of a support, one at random; each divides the largest, to which rows are repeated.
     Raises ConfigError for a source with too few healthy images.
     """
 
@@ -111,32 +100,31 @@ def task_pool(
         seen = seen._replace(patch=jnp.take_along_axis(seen.patch, best[..., None], 1))
         return jax.tree.map(lambda x: x.astype(jnp.float16), seen)
 
-    each, most = [], max(supports)
+    each, fill = [], np.arange(2 * max(sizes))
     for number, source in enumerate(sources):
-        if (count := len(source.healthy.pooled)) < most + SHOTS:
+        if (count := len(source.healthy.pooled)) < 2 * SHOTS:
             raise ConfigError(
                 f"source {number + 1} of config.meta.sources has {count} healthy images where "
-                f"tasks need {most + SHOTS}: leave it out"
+                f"tasks need {2 * SHOTS}: leave it out"
             )
         for task in range(tasks):
             rng = np.random.default_rng([seed, number, task])
-            shots = int(rng.choice(supports)) if len(supports) > 1 else most
-            support, query = episodes.sides(rng, sources, number, shots, shares)
+            shots = int(rng.choice([k for k in sizes if k + SHOTS <= count]))
+            support, query = episodes.sides(rng, sources, number, shots, **shares)
             memory = _remember(whitening, episodes.rows_of(source.healthy, support[0]))
             sides = episodes.support_rows(source, *support), episodes.query_rows(source, *query)
             seen = [Rows(rows(memory, x, own), label) for x, own, label in sides]
-            repeated = np.arange(2 * most) % (2 * shots)
-            seen[0] = jax.tree.map(lambda x, i=repeated: np.asarray(x)[i], seen[0])
-            each.append(TaskPool(*seen))
+            whole = jax.tree.map(lambda x, i=fill % (2 * shots): np.asarray(x)[i], seen[0])
+            each.append(TaskPool(whole, seen[1]))
     return jax.tree.map(lambda *x: np.stack(x), *each)
 
 
 # --- learning -------------------------------------------------------------------------------
 
 
-def begin(learner: Learner, whitening: Whitening, hidden: int = 0) -> Any:
+def begin(learner: Learner, whitening: Whitening) -> Any:
     """Params that learning starts from: a fresh head, with inner rates where they are learned."""
-    head = deviation.init(whitening, hidden)
+    head = deviation.init(whitening)
     if learner.name == "meta_sgd":
         return maml.meta_sgd(head, learner.inner_rate)
     if learner.name == "maml_pp":
@@ -184,11 +172,9 @@ def train(
     return fit(every, held_out, whitening, learner, steps, tasks, seed, mesh)
 
 
-def fit(
-    every: TaskPool, held_out, whitening, learner, steps, tasks, seed, mesh, hidden: int = 0
-) -> State:
+def fit(every: TaskPool, held_out, whitening, learner, steps, tasks, seed, mesh) -> State:
     """`train` on a pool; held_out: True for tasks that are validated on (none: the last step)."""
-    levels, params = len(whitening.kernel), begin(learner, whitening, hidden)
+    levels, params = len(whitening.kernel), begin(learner, whitening)
     optimizer = optax.adam(LEARNING_RATE)
     rest = sharding.replicate(jax.tree.map(lambda x: x[~held_out], every), mesh)
     checked = jax.tree.map(lambda x: x[held_out], every) if held_out.any() else rest
