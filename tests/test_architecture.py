@@ -136,26 +136,7 @@ MOST = {
     "lines of the longest module": 300,
     "import floors": 15,
     "lines of the package": 14_500,
-    "lines of experiments": 6_000,  # other engines compared, reading, tables, looks of learned heads
-    "fields of the settings": len(dict(config.flat(config.base()))),
-        "modules that train.py imports": len(EDGES["train"]),
-        "lines of the longest function": max(
-            node.end_lineno - node.lineno + 1
-            for module, tree in TREES.items()
-            for name, node in functions(tree, module)
-            if name not in LOOP
-        ),
-    }
-
-
-MOST = {
-    "modules": 110,  # lite0.py; names.py, tensor_files.py: six kinds of checkpoints; ray_engine.py
-    "median lines of a module": 140,
-    "lines of the longest module": 300,
-    "import floors": 15,
-    "lines of the package": 14_500,
-    "lines of experiments": 6_000,  # other engines compared, what reading and a table cost; looks at
-    # report sets by meta-learned heads
+    "lines of experiments": 6_000,  # engines compared, reading, a table, looks at report sets
     "fields of the settings": 76,  # memory_encoder, score.peak and corners, meta.sources, extra
     "modules that train.py imports": 15,
     "lines of the longest function": 60,
