@@ -8,7 +8,8 @@ after 0, 1, 5, 20 and 100 steps of adaptation, the area under that curve, and pi
 and 1 step where there are masks, of maps shared among similar patches as the package's are. A
 target in that file is not repeated. All learners see the same tasks. `memory` and `scratch` learn
 from no source; joint adapts as the others do. `--learners ours ...` adds the package's default
-method, trained on the K images (half a CPU minute for each K and draw).
+method, trained on the K images (half a CPU minute for each K and draw). Report sets need --report
+and the settings that --freeze has written, see looks.py.
 
 K = 1: heads compare supports with one another, so ten gentle views of the image (the package's own
 for K = 1) are supports beside it; anomalies are made of the image, and `memory` is of it alone.
