@@ -25,8 +25,8 @@ from medclip_jax.models import modules, similarity
 DIRECTIONS = 64  # of each level that are kept
 RIDGE = 0.1  # of the mean variance, added to each direction's before whitening
 SMALLEST = 1e-3  # spread
-# of the images' distances, in their mean: two images have one distance, whose spread is 0. Sources
-# with 4 to 16 supports have 0.2 to 1.
+# Of the images' distances, as a share of their mean: two images have one distance, whose spread is
+# 0. On the sources, with 4 to 16 supports, the share is 0.2 to 1.
 LEAST_SPREAD = 0.5
 TOP = 0.05  # share of an image's patches that its score is the mean of
 
