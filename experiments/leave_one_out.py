@@ -8,7 +8,8 @@ after 0, 1, 5, 20 and 100 steps of adaptation, the area under that curve, and pi
 and 1 step where there are masks, of maps shared among similar patches as the package's are. A
 target in that file is not repeated. All learners see the same tasks. `memory` and `scratch` learn
 from no source; joint adapts as the others do. `--learners ours ...` adds the package's default
-method, trained on the K images (half a CPU minute for each K and draw).
+method, trained on the K images (half a CPU minute for each K and draw). Report sets need --report
+and the settings that --freeze has written, see looks.py.
 
 K = 1: heads compare supports with one another, so ten gentle views of the image (the package's own
 for K = 1) are supports beside it; anomalies are made of the image, and `memory` is of it alone.
@@ -16,27 +17,27 @@ for K = 1) are supports beside it; anomalies are made of the image, and `memory`
 
 import argparse
 import json
-import tempfile
+import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import looks
 import numpy as np
+from modalities import LEVELS, WORDS, Data
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from medclip_jax import build, config, train
 from medclip_jax.clip.layers import Features
 from medclip_jax.config_validation import LEARNERS
-from medclip_jax.data import catalog, datasets, splits
-from medclip_jax.data.layouts import Split
-from medclip_jax.detectors import detector, deviation, memory_bank, tiling
+from medclip_jax.data import catalog, splits
+from medclip_jax.detectors import deviation, memory_bank
 from medclip_jax.detectors.detector import Scores
-from medclip_jax.distributed import sharding
+from medclip_jax.errors import UserError
 from medclip_jax.evaluation import evaluate
-from medclip_jax.features import cache, encoder
 from medclip_jax.io import read
 from medclip_jax.models import similarity
 from medclip_jax.training import episodes, maml, meta
@@ -45,7 +46,8 @@ from medclip_jax.training.step import Learner
 STEPS = (0, 1, 5, 20, 100)
 PIXELS = (0, 1)  # steps after which maps are compared with masks
 SIDE = 28  # pixels per side of what pixel AUROC compares: a map has 7 x 7 values
-WORDS = catalog.PRESETS | catalog.SETS
+FROZEN = Path(__file__).with_name("frozen_meta.json")
+OF_A_RUN = ("root", "out", "targets", "table", "report", "freeze")  # flags that are no settings
 
 
 def main():
@@ -60,14 +62,22 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="outer steps")
     parser.add_argument("--inner-steps", type=int, default=3)
     parser.add_argument("--inner-rate", type=float, default=0.05)
+    parser.add_argument("--sources", nargs="+", default=[], help="not all of other modalities")
+    parser.add_argument("--tokens", default="clip", choices=LEVELS, help="of which encoder")
+    parser.add_argument("--tasks", type=int, default=4, help="per outer step")
+    parser.add_argument("--supports", type=int, nargs="+", default=episodes.SUPPORTS)
+    parser.add_argument("--shares", type=float, nargs=3, default=episodes.SHARES)
     parser.add_argument("--adapt-rates", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--report", action="store_true", help="score report sets, as frozen")
+    parser.add_argument("--freeze", action="store_true", help="write frozen_meta.json alone")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.jsonl"
     lines = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
     if args.table:
         return table(lines)
-    data = Data(args.root)
+    data = Data(args.root, args.tokens)
+    check_report(data, args)
     for target in args.targets:
         if any(line["target"] == target for line in lines):
             continue
@@ -76,6 +86,33 @@ def main():
         with file.open("a") as f:
             f.write("".join(json.dumps(row) + "\n" for row in rows))
         print(target, f"{time.process_time() - begin:.0f} CPU seconds", flush=True)
+
+
+def check_report(data: Data, args) -> None:
+    """Report sets are scored as frozen and logged, or not at all; --freeze ends here.
+
+    Raises UserError: they are not all targets, are learned from, or settings are not as frozen.
+    """
+    kept, asked = catalog.with_role("report"), args.report or args.freeze
+    report = [name for name in args.targets if name in kept]
+    if report and not asked:
+        raise UserError(f"{', '.join(report)}: report sets are scored as frozen only: add --report")
+    if wrong := [n for n in args.sources if n in kept]:
+        raise UserError(f"{wrong[0]} is a report set, of which nothing is learned: leave it out")
+    if not asked:
+        return
+    if not report or len(report) < len(args.targets):
+        raise UserError("--report and --freeze: give report sets as --targets, and no other set")
+    flags = json.loads(json.dumps(vars(args), default=str))
+    now = {
+        "checkpoint": data.clip.digest,
+        "version": meta.VERSION,
+        "settings": {name: x for name, x in flags.items() if name not in OF_A_RUN},
+        "sets": json.loads(json.dumps({name: WORDS[name] for name in report})),
+    }
+    if args.freeze:
+        sys.exit(print(f"frozen as {looks.freeze(now, FROZEN)}: {FROZEN.name}"))
+    looks.log(looks.check(now, FROZEN), report)
 
 
 def table(lines: list[dict]) -> None:
@@ -117,82 +154,14 @@ def interval(off: np.ndarray, count: int = 4000):
     return np.percentile(means, [2.5, 97.5])
 
 
-class Data:
-    """Coarse tokens of the data sets, encoded once into the feature cache."""
-
-    def __init__(self, root: Path):
-        self.root, self.mesh, self.sources = root, sharding.mesh(), {}
-        c = config.base("k=16", name="busi", **WORDS["busi"])
-        c.clip.dtype, c.synthesis.variants, c.memory_encoder = "float16", 12, ""  # CLIP's tokens
-        self.c = config.resolve(c)
-        self.clip = build.load_clip(self.c)
-        self.cache = build.open_cache(self.c, self.clip, self.mesh)
-        self.variants = build.synthesis(self.c)
-        width = self.c.score.affinity
-        self.share = jax.jit(detector.with_shared_maps(lambda scores, *_: scores, width))
-
-    def records(self, name: str):
-        return datasets.load(name, self.root, Path(self.c.cache))
-
-    def source(self, name: str) -> meta.Source:
-        if name not in self.sources:
-            records = self.records(name)
-            counts = build.AUXILIARY_IMAGES, build.ABNORMAL_IMAGES
-            sides = splits.source(records, Split((), ()), *counts)
-            self.sources[name] = encoder.open_source(self.cache, *sides, self.variants)
-        return self.sources[name]
-
-    def tokens(self, records) -> Features:
-        encoder.encode_images(self.cache, records)
-        small = jax.jit(encoder.coarse)
-        each = [small(cache.load(cache.image_path(self.cache, r))) for r in records]
-        return jax.tree.map(lambda *x: np.concatenate(x), *each)
-
-    def support(self, records) -> meta.Source:
-        """Their tokens; gentle views of a single image stand beside it, without anomalies."""
-        source = encoder.open_source(self.cache, records, (), self.variants)
-        if len(records) > 1:
-            return source
-        views = encoder.coarse(tiling.load_supports(self.cache, records).calibrating)
-        healthy = jax.tree.map(lambda *x: np.concatenate(x), source.healthy, views)
-        none = np.full((len(views.pooled), source.kinds.shape[1]), episodes.IDENTITY)
-        return source._replace(healthy=healthy, kinds=np.concatenate([source.kinds, none]))
-
-    def ours(self, name: str, split: Split, seed: int) -> Scores:
-        """Scores of the test set by the package's default method; a value per pixel of its maps."""
-        arg = f"k={len(split.support)},seed={seed}"
-        c = config.base(arg, name=name, root=str(self.root or ""), **WORDS[name])
-        c.clip.dtype = self.c.clip.dtype  # the same tokens
-        c.validations, c.explained, c.score.passes = 0, 0, 1  # which no score depends on
-        prepared = train.prepare(c)._replace(split=split)
-        encoded = train.encode(prepared)
-        with tempfile.TemporaryDirectory() as folder:
-            fitted = train.fit(prepared, encoded, Path(folder))
-        found = train.score(prepared, encoded, fitted, None).test.predictions
-        return Scores(found.maps.reshape(len(found.maps), -1), found.score)
-
-    def zero_shot(self, name: str) -> np.ndarray:
-        """Mean plain prompt of both classes."""
-        c = config.resolve(config.base("k=16", name=name, **WORDS[name]))
-        design, frozen = build.model_parts(c, self.clip, context=0)
-        text = build.model.text_features({}, frozen, design)
-        return similarity.class_features(similarity.Text(text, design.prompts.label))
-
-
 def measure(data: Data, target: str, args) -> list[dict]:
     """Every learner on one target, which no learner has seen."""
     kind = {n: catalog.modality_kind(about["modality"]) for n, about in WORDS.items()}
-    names = [n for n in catalog.with_role("development") if kind[n] != kind[target]]
-    sources = [data.source(n) for n in names]
-    whitening = meta.whitening_of(sources)
-    task_pool = meta.task_pool(sources, whitening, meta.TASKS, 0)
-    held_out = np.repeat(np.arange(len(names)) % meta.VALIDATION == meta.VALIDATION - 1, meta.TASKS)
-    params = {"scratch": deviation.init(whitening)}
-    for name in (n for n in args.learners if n != "ours"):
-        learner = Learner(name, args.inner_steps, args.inner_rate)
-        state = meta.fit(task_pool, held_out, whitening, learner, args.steps, 4, 0, data.mesh)
-        params[name] = state.params
-        print(target, name, *np.round(state.log[-1], 3), flush=True)
+    every = args.sources or catalog.with_role("development")
+    names = tuple(n for n in every if kind[n] != kind[target])
+    if names not in data.learned:
+        data.learned[names] = learn(data, names, args)
+    whitening, params = data.learned[names]
     text, records = data.zero_shot(target), data.records(target)
     rows = []
     for draw in range(args.draws):
@@ -202,12 +171,13 @@ def measure(data: Data, target: str, args) -> list[dict]:
         masks = np.stack([*evaluate.Masks([split.test[i] for i in known], SIDE, data.c.data.fit)])
         for k in args.k:
             first = split._replace(support=split.support[:k])
-            scored = scores(whitening, params, data.support(first.support), test, text, k, args)
+            support, seen = data.support(first.support), data.selected(test)
+            scored = scores(whitening, params, support, seen, text, k, args)
             if "ours" in args.learners:
                 scored["ours", 0] = {0: data.ours(target, first, draw)}
             for (learner, rate), values in scored.items():
                 about = {"target": target, "k": k, "draw": draw, "learner": learner, "rate": rate}
-                curve = {str(s): roc_auc_score(label, x.image) for s, x in values.items()}
+                curve = {str(s): image_auroc(label, x.image) for s, x in values.items()}
                 if len(values) == len(STEPS):
                     curve["area"] = area(list(curve.values()))
                 for s in PIXELS:
@@ -218,14 +188,36 @@ def measure(data: Data, target: str, args) -> list[dict]:
     return rows
 
 
+def learn(data: Data, names: Sequence[str], args) -> tuple:
+    """(whitening, params of every learner) of these sources."""
+    sources = [data.source(n) for n in names]
+    whitening = meta.whitening_of(sources)
+    pool = meta.task_pool(sources, whitening, meta.TASKS, 0, args.supports, shares=args.shares)
+    held_out = np.repeat(np.arange(len(names)) % meta.VALIDATION == meta.VALIDATION - 1, meta.TASKS)
+    params = {"scratch": deviation.init(whitening)}
+    for name in (n for n in args.learners if n != "ours"):
+        learner = Learner(name, args.inner_steps, args.inner_rate)
+        how = args.steps, args.tasks, 0, data.mesh
+        state = meta.fit(pool, held_out, whitening, learner, *how)
+        params[name] = state.params
+        print(name, *np.round(state.log[-1], 3), "least", *np.round(state.log[:, 2:].min(0), 3))
+    return whitening, params
+
+
 def area(curve: list[float]) -> float:
     """Under AUROC against log(1 + steps), over that axis' length: their mean along it."""
     place = np.log1p(STEPS)
     return float(np.trapezoid(curve, place) / place[-1])
 
 
+def image_auroc(label: Sequence[int], score: np.ndarray) -> float:
+    """Of a head that diverged, whose scores are not finite, 0.5: it tells nothing."""
+    return float(roc_auc_score(label, score)) if np.isfinite(score).all() else 0.5
+
+
 def pixel_auroc(masks: np.ndarray, patches: np.ndarray) -> float:
-    return roc_auc_score(masks.ravel(), read.to_square(patches, SIDE).ravel())
+    """As `image_auroc`."""
+    return image_auroc(masks.ravel(), read.to_square(patches, SIDE).ravel())
 
 
 def scores(whitening, params, support, test, text, k: int, args) -> dict:

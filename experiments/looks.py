@@ -68,28 +68,31 @@ def described(
     }
 
 
-def freeze(now: dict[str, Any]) -> str:
+def freeze(now: dict[str, Any], path: Path | None = None) -> str:
     """Write the frozen configuration; returns its hash."""
     digest = stored.digest(now)
-    files.write_json(FROZEN, {"date": str(date.today()), "hash": digest, "config": now})
+    files.write_json(path or FROZEN, {"date": str(date.today()), "hash": digest, "config": now})
     return digest
 
 
-def check(now: dict[str, Any]) -> str:
+def check(now: dict[str, Any], path: Path | None = None) -> str:
     """Hash of the frozen configuration, which `now` (or some of its sets and variants) equals.
+
+    path: of the frozen configuration, if not FROZEN.
 
     Raises:
       UserError: it is not there, was edited by hand, or differs.
     """
-    if not FROZEN.is_file():
-        raise UserError(f"there is no {FROZEN.name}: freeze the configuration first, by --freeze")
-    before = json.loads(FROZEN.read_text())
+    path = path or FROZEN
+    if not path.is_file():
+        raise UserError(f"there is no {path.name}: freeze the configuration first, by --freeze")
+    before = json.loads(path.read_text())
     frozen = before["config"]
     if (digest := stored.digest(frozen)) != before["hash"]:
-        raise UserError(f"{FROZEN.name} was edited: its hash is {digest}; restore the file")
+        raise UserError(f"{path.name} was edited: its hash is {digest}; restore the file")
     if differing := difference(frozen, now):
         raise UserError(
-            f"--report takes the configuration frozen on {before['date']} ({FROZEN.name}) alone: "
+            f"--report takes the configuration frozen on {before['date']} ({path.name}) alone: "
             f"{differing}; restore it, or decide on development sets and --freeze anew"
         )
     return before["hash"]

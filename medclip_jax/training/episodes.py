@@ -25,7 +25,8 @@ IDENTITY = generate.KINDS.index("identity")
 LEAST = 2  # variants of each kind per image: one for the support, one for the query
 STREAM = 46  # keeps the tasks apart from other random numbers of the same seed
 
-SHOTS = 8  # support images of a task of several data sets, and its healthy query images
+SUPPORTS = (2, 4, 8, 16)  # images of a support of several data sets: a task has one of these
+SHOTS = 8  # healthy query images of such a task
 SHARES = (0.5, 0.25, 0.25)  # of such a query's anomalies: real, synthetic, foreign
 
 Row = tuple[int, int]  # (image, variant)
@@ -228,16 +229,19 @@ def rows_of(features: Features, *place) -> Features:
     return jax.tree.map(lambda x: x[place], features)
 
 
-def sides(rng, sources: Sequence[Source], number: int):
-    """What a task of source `number` is made of: (images, variants), (images, anomalies)."""
+def sides(rng, sources: Sequence[Source], number: int, shots: int, shares=SHARES):
+    """What a task of source `number` is made of: (images, variants), (images, anomalies).
+
+    shots: support images. shares: of the query's anomalies, as SHARES.
+    """
     source = sources[number]
     order = rng.permutation(len(source.healthy.pooled))
-    support, query = order[:SHOTS], order[SHOTS : 2 * SHOTS]
+    support, query = order[:shots], order[shots : shots + SHOTS]
     kinds = rng.permutation(IDENTITY)[: rng.integers(1, IDENTITY + 1)]  # of this task
     variants = [_variant(rng, source.kinds[i], kinds) for i in support]
-    shares = np.array(SHARES) * [len(source.abnormal.pooled) > 0, 1, len(sources) > 1]
+    chances = np.array(shares) * [len(source.abnormal.pooled) > 0, 1, len(sources) > 1]
     anomalies = []
-    for image, kind in zip(query, rng.choice(3, SHOTS, p=shares / shares.sum()), strict=True):
+    for image, kind in zip(query, rng.choice(3, SHOTS, p=chances / chances.sum()), strict=True):
         if kind == 0:
             place = int(rng.integers(len(source.abnormal.pooled)))
             anomalies.append(rows_of(source.abnormal, place))

@@ -1,10 +1,9 @@
 """Meta-learning over data sets: tasks of many, a head that learns from them, adaptation to another.
 
-One task is one normal class (a data set): its support is healthy images, each also with a synthetic
+A task is a normal class (a data set): its support is healthy images, each also with a synthetic
 anomaly; its query other healthy images and anomalies: real ones of that data set, synthetic ones,
-and healthy images of other data sets, which are foreign here. Nothing but the support says what is
-normal. What the frozen part makes of a task (detectors/deviation.py) is computed once; outer steps
-draw tasks from there on the device.
+and healthy images of others, which are foreign here. Nothing but the support says what is normal.
+What the frozen part makes of a task (detectors/deviation.py) is computed once.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,10 +27,10 @@ from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.features.encoder import Source
 from medclip_jax.training import episodes, maml
-from medclip_jax.training.episodes import IDENTITY, SHOTS
+from medclip_jax.training.episodes import IDENTITY, SHOTS, SUPPORTS
 from medclip_jax.training.step import Learner
 
-VERSION = 2  # raise when what is learned from the same sources and settings changes
+VERSION = 3  # raise when what is learned from the same sources and settings changes
 KINDS = range(IDENTITY)  # of synthetic anomalies that alter the image
 TASKS = 40  # of each source in the task pool
 PATCHES = 16  # of each image that tasks keep, those that deviate most
@@ -74,9 +73,6 @@ def loss(params: Any, rows: Rows, *, levels: int) -> tuple[Float[Array, ""], mam
     return value, {"loss": value}
 
 
-# --- tasks ----------------------------------------------------------------------------------
-
-
 def whitening_of(sources: Sequence[Source]) -> Whitening:
     """Whitening of the sources' healthy tokens, as many of each."""
     count = min(len(s.healthy.pooled) for s in sources)
@@ -88,9 +84,12 @@ def whitening_of(sources: Sequence[Source]) -> Whitening:
     return deviation.whiten([level(i) for i in range(len(sources[0].healthy.levels))])
 
 
-def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int) -> TaskPool:
-    """`tasks` tasks of each source, in the sources' order.
+def task_pool(
+    sources: Sequence[Source], whitening: Whitening, tasks: int, seed: int, sizes=SUPPORTS, **shares
+) -> TaskPool:
+    """`tasks` tasks of each source, in the sources' order, as `episodes.sides` makes them.
 
+    sizes: of a support, one at random; each divides the largest, to which rows are repeated.
     Raises ConfigError for a source with too few healthy images.
     """
 
@@ -101,7 +100,7 @@ def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed:
         seen = seen._replace(patch=jnp.take_along_axis(seen.patch, best[..., None], 1))
         return jax.tree.map(lambda x: x.astype(jnp.float16), seen)
 
-    each = []
+    each, fill = [], np.arange(2 * max(sizes))
     for number, source in enumerate(sources):
         if (count := len(source.healthy.pooled)) < 2 * SHOTS:
             raise ConfigError(
@@ -110,11 +109,13 @@ def task_pool(sources: Sequence[Source], whitening: Whitening, tasks: int, seed:
             )
         for task in range(tasks):
             rng = np.random.default_rng([seed, number, task])
-            support, query = episodes.sides(rng, sources, number)
+            shots = int(rng.choice([k for k in sizes if k + SHOTS <= count]))
+            support, query = episodes.sides(rng, sources, number, shots, **shares)
             memory = _remember(whitening, episodes.rows_of(source.healthy, support[0]))
             sides = episodes.support_rows(source, *support), episodes.query_rows(source, *query)
             seen = [Rows(rows(memory, x, own), label) for x, own, label in sides]
-            each.append(TaskPool(*seen))
+            whole = jax.tree.map(lambda x, i=fill % (2 * shots): np.asarray(x)[i], seen[0])
+            each.append(TaskPool(whole, seen[1]))
     return jax.tree.map(lambda *x: np.stack(x), *each)
 
 

@@ -68,7 +68,8 @@ def test_a_fresh_head_is_a_memory_bank_on_whitened_tokens():
     pooled = np.asarray(supports.pooled) / np.linalg.norm(supports.pooled, axis=-1)[:, None]
     near = np.where(np.eye(4), -2, pooled @ pooled.T).max(-1)
     other = np.asarray(new.pooled) / np.linalg.norm(new.pooled, axis=-1)[:, None]
-    away = (1 - (other @ pooled.T).max(-1) - (1 - near).mean()) / near.std()
+    spread = max(near.std(), deviation.LEAST_SPREAD * (1 - near).mean())
+    away = (1 - (other @ pooled.T).max(-1) - (1 - near).mean()) / spread
     np.testing.assert_allclose(seen.image, away, rtol=1e-3)
 
 
@@ -99,3 +100,11 @@ def test_what_calibrates_has_not_seen_the_support():
         np.testing.assert_allclose(built.calibration.image[i], scores.image[0], rtol=1e-3)
         np.testing.assert_allclose(built.calibration.patch[i], scores.patch[0], rtol=2e-3)
     assert built.k == 4 and not built.stochastic
+
+
+def test_two_supports_have_one_distance_and_yet_a_spread():
+    """Their distances from each other are equal; new images' ones are no thousands of spreads."""
+    supports = coarse(tokens(2))
+    memory = deviation.remember(whitening_of(supports), supports)
+    mean, spread = np.asarray(memory.image)
+    assert mean > 0.01 and spread == np.float32(deviation.LEAST_SPREAD) * mean

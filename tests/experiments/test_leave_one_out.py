@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import jax
 import leave_one_out
+import looks
 import numpy as np
 import pytest
 
 from medclip_jax import config, train
 from medclip_jax.data import phantom, splits
 from medclip_jax.detectors import deviation, memory_bank
+from medclip_jax.errors import UserError
 from medclip_jax.models import similarity
 from medclip_jax.training import meta
 from tests.support.checkpoints import tiny_checkpoint
@@ -38,7 +40,9 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "base", small)
         patch.setattr(meta, "TASKS", 2)
-        patch.setattr(leave_one_out.catalog, "with_role", lambda _: SETS)
+        patch.setattr(
+            leave_one_out.catalog, "with_role", lambda role: SETS if role == "development" else ()
+        )
         yield SimpleNamespace(root=base / "data", out=base / "out")
 
 
@@ -149,3 +153,53 @@ def test_images_are_compared_as_if_one_by_one(data):
     whole = deviation.deviation(white, memory, test, jax.numpy.full(40, -1))
     np.testing.assert_allclose(seen.patch, whole.patch, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(seen.image, whole.image, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def command(world, tmp_path, monkeypatch):
+    """Runs the command; files of --freeze and --report lie in tmp_path."""
+    roles = {"development": SETS[1:], "report": SETS[:1]}
+    monkeypatch.setattr(leave_one_out.catalog, "with_role", roles.__getitem__)
+    monkeypatch.setattr(leave_one_out, "FROZEN", tmp_path / "frozen.json")
+    monkeypatch.setattr(looks, "LOOKS", tmp_path / "looks.csv")
+    flags = f"--root {world.root} --out {tmp_path} --targets {TARGET} --k 4 --draws 1 --steps 2"
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", ["", *flags.split(), "--learners", "joint", *more])
+        leave_one_out.main()
+
+    return run
+
+
+def test_report_sets_are_scored_as_frozen_and_the_look_is_a_line(command, tmp_path):
+    with pytest.raises(UserError, match="add --report"):
+        command()
+    with pytest.raises(UserError, match="freeze the configuration first"):
+        command("--report")
+    with pytest.raises(SystemExit):
+        command("--freeze")
+    for flag, words in {
+        "--steps=3": "settings: steps is 3, not 2",
+        f"--sources={TARGET}": "nothing is learned",
+        "--targets=fundus_mx": "give report sets",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            command("--report", flag)
+    assert not (tmp_path / "looks.csv").exists() and not (tmp_path / "scores.jsonl").exists()
+    command("--report")
+    _, line = (tmp_path / "looks.csv").read_text().splitlines()
+    assert line.endswith(f"{json.loads((tmp_path / 'frozen.json').read_text())['hash']},{TARGET}")
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
+
+
+def test_tokens_of_either_encoder(world):
+    """Sources, supports, their synthetic anomalies and test images have the same ones."""
+    one, both = (leave_one_out.Data(world.root, name) for name in ("memory", "both"))
+    records = splits.split(one.records(TARGET), 2, 0).support
+    widths = [x.shape[-1] for x in both.selected(both.tokens(records)).levels]
+    assert len(widths) > 2
+    for data, expected in ((one, widths[3:]), (both, widths)):
+        support, views = data.support(records), data.support(records[:1])
+        parts = [support.healthy, support.altered, views.healthy, data.source(OTHERS[0]).abnormal]
+        for features in parts:
+            assert [x.shape[-1] for x in features.levels] == expected

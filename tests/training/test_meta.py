@@ -49,8 +49,10 @@ def test_tasks_share_no_image_between_support_and_query(sources):
     kinds = set()
     for task in range(40):
         rng = np.random.default_rng(task)
-        (support, variants), (query, anomalies) = episodes.sides(rng, sources, 1)
-        assert len(support) == len(query) == len(anomalies) == episodes.SHOTS
+        shots = episodes.SUPPORTS[task % 3]
+        (support, variants), (query, anomalies) = episodes.sides(rng, sources, 1, shots)
+        assert len(support) == len(variants) == shots
+        assert len(query) == len(anomalies) == episodes.SHOTS
         assert not set(support) & set(query)
         own = {int(sources[1].kinds[i, v]) for i, v in zip(support, variants, strict=True)}
         assert episodes.IDENTITY not in own  # synthetic anomalies alter the image
@@ -74,7 +76,7 @@ def test_shares_of_anomalies(sources):
         counts = np.zeros(3)
         for task in range(60):
             rng = np.random.default_rng(task)
-            _, (_, anomalies) = episodes.sides(rng, [first, *sources[1:]], 0)
+            _, (_, anomalies) = episodes.sides(rng, [first, *sources[1:]], 0, 8)
             for anomaly in anomalies:
                 groups = (first.abnormal, first.altered)
                 own = [(g.pooled == anomaly.pooled).all(-1).any() for g in groups]
@@ -84,10 +86,16 @@ def test_shares_of_anomalies(sources):
 
 def test_the_task_pool_holds_what_the_head_reads(task_pool):
     white, tasks = task_pool
-    assert tasks.support.label.tolist() == [[0] * 8 + [1] * 8] * 12
-    assert tasks.support.seen.patch.shape == (12, 16, PATCHES, white.kernel[0].shape[1])
-    healthy = np.asarray(tasks.support.seen.patch[:, :8], np.float32).sum(-1)
-    np.testing.assert_allclose(healthy.mean((1, 2)), 0, atol=0.01)  # of its own supports
+    assert tasks.support.seen.patch.shape == (12, 32, PATCHES, white.kernel[0].shape[1])
+    sizes = set()
+    for label, patch in zip(tasks.support.label, tasks.support.seen.patch, strict=True):
+        shots = label.tolist().index(1)
+        assert label.tolist() == ([0] * shots + [1] * shots) * (16 // shots)
+        first = np.asarray(patch[: 2 * shots], np.float32)
+        np.testing.assert_array_equal(patch, np.tile(first, (16 // shots, 1, 1)))
+        np.testing.assert_allclose(first[:shots].sum(-1).mean(), 0, atol=0.01)  # of its supports
+        sizes.add(shots)
+    assert sizes == {2, 4, 8}  # 16 and as many as the query has are more than there are
     again = meta.task_pool([source(i) for i in range(3)], white, 4, 0)
     jax.tree.map(np.testing.assert_array_equal, again, tasks)
 
