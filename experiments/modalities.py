@@ -66,7 +66,7 @@ class Data:
         return x._replace(**{n: self.selected(getattr(x, n)) for n in parts})
 
     def support(self, records) -> meta.Source:
-        """Their tokens; gentle views of a single image stand beside it, without anomalies."""
+        """Their tokens; gentle views of a single image are supports too, without anomalies."""
         source = self.selected(encoder.open_source(self.cache, records, (), self.variants))
         if len(records) > 1:
             return source

@@ -1,7 +1,7 @@
 """What a CLIP folder is worth in use, by sweep.py: plain prompts, memory, trained prompts, `ours`.
 
 The memory compares the CLIP's own tokens, or the teacher's (`memory, teacher`; in `ours` too, as
-beside the CLIP that ships). For a random encoder judge the export of a run of no steps. No
+with the CLIP that ships). For a random encoder judge the export of a run of no steps. No
 training decision may be read from these numbers; the card says when they were looked at.
 """
 
