@@ -81,7 +81,8 @@ def adapt(
     """Take `inner.steps` gradient steps on the support loss (inner loop of equation 11).
 
     Returns the adapted params (same structure; without learned rates), or with `every` those after
-    each step, stacked; and the support loss before each step. Differentiable in params and rates.
+    each step, stacked; and the support loss before each step. Differentiable in params and rates,
+    not in what `loss` closes over.
     """
     rate = params.rate if isinstance(params, MetaSGD | StepRates) else inner.rate
     by_step, params = isinstance(params, StepRates), plain(params)
@@ -100,13 +101,21 @@ def adapt(
 
     first_moved = [p for p, a in zip(leaves, adapting, strict=True) if a]
     fixed = [p for p, a in zip(leaves, adapting, strict=True) if not a]
+    # a custom gradient in a loop may not close over what is traced (frozen parameters): that goes
+    # with the support, which has no gradient
+    explicit, closed = jax.closure_convert(value, first_moved, fixed, support)
+
+    def closed_value(moving, fixed, given):
+        return explicit(moving, fixed, given[0], *given[1])
+
+    given = support, closed
     if inner.proximal:
-        moved, losses = _minimum(value, inner, first_moved, fixed, rates, support)
+        moved, losses = _minimum(closed_value, inner, first_moved, fixed, rates, given)
         return whole(moved, fixed), losses
     take = _first_order_step if inner.first_order else _exact_step
 
     def step(moving, own):
-        moving, before = take(value, moving, fixed, rates if own is None else own, support)
+        moving, before = take(closed_value, moving, fixed, rates if own is None else own, given)
         return moving, (before, moving if every else ())
 
     # The first step stands before the loop: where tasks share params (vmap over tasks), all that

@@ -374,3 +374,38 @@ def peak_memory(inner):
 def test_memory_grows_slowly_with_steps():
     one, five = (peak_memory(Inner(0.1, steps)) for steps in (1, 5))
     assert five < 2.5 * one
+
+
+@pytest.mark.parametrize("steps, proximal", [(1, 0.0), (2, 0.0), (4, 0.0), (3, 1.0)])
+def test_a_loss_may_close_over_what_is_traced(steps, proximal):
+    """As the step does: frozen parameters are arguments of jit, and params a row of lax.map."""
+    rng = np.random.default_rng(steps)
+    frozen, start, target = (jnp.asarray(rng.normal(size=s)) for s in ((3, 3), (2, 3), (4, 3)))
+
+    def outer(params, frozen):
+        def loss(p, y):
+            value = jnp.sum((jnp.tanh(jnp.tanh(frozen @ p)) - y) ** 2)
+            return value, {"loss": value}
+
+        inner = Inner(0.1, steps, proximal=proximal)
+        return meta_loss(params, (target, target[::-1]), loss=loss, inner=inner)[0]
+
+    @jax.jit
+    def gradients(start, frozen):
+        return jax.lax.map(lambda p: jax.grad(outer)(p, frozen), start)
+
+    def plain(params):
+        def one(support, query):
+            def value(p, y):
+                return jnp.sum((jnp.tanh(jnp.tanh(frozen @ p)) - y) ** 2)
+
+            p = params
+            for _ in range(steps):
+                p = p - 0.1 * jax.grad(value)(p, support)
+            return value(p, query)
+
+        return jnp.mean(jax.vmap(one)(target, target[::-1]))
+
+    reference = (lambda p: outer(p, frozen)) if proximal else plain
+    want = jnp.stack([jax.grad(reference)(p) for p in start])
+    np.testing.assert_allclose(gradients(start, frozen), want, rtol=1e-4, atol=1e-5)
