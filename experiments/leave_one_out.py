@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--targets", nargs="+", default=[])
+    parser.add_argument("--targets", nargs="+", default=[], choices=WORDS)
     parser.add_argument("--table", action="store_true", help="print the means of OUT")
     parser.add_argument("--learners", nargs="+", default=LEARNERS, choices=(*LEARNERS, "ours"))
     parser.add_argument("--k", type=int, nargs="+", default=[4, 16], help="1 or more")
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="outer steps")
     parser.add_argument("--inner-steps", type=int, default=3)
     parser.add_argument("--inner-rate", type=float, default=0.05)
-    parser.add_argument("--sources", nargs="+", default=[], help="not all of other modalities")
+    parser.add_argument("--sources", nargs="+", default=[], choices=WORDS, help="not all others")
     parser.add_argument("--tokens", default="clip", choices=LEVELS, help="of which encoder")
     parser.add_argument("--tasks", type=int, default=4, help="per outer step")
     parser.add_argument("--supports", type=int, nargs="+", default=episodes.SUPPORTS)
@@ -71,6 +71,8 @@ def main():
     parser.add_argument("--report", action="store_true", help="score report sets, as frozen")
     parser.add_argument("--freeze", action="store_true", help="write frozen_meta.json alone")
     args = parser.parse_args()
+    if any(k < 1 or max(args.supports) % k for k in args.supports):
+        parser.error("--supports: each must divide the largest")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.jsonl"
     lines = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
@@ -103,13 +105,13 @@ def check_report(data: Data, args) -> None:
         return
     if not report or len(report) < len(args.targets):
         raise UserError("--report and --freeze: give report sets as --targets, and no other set")
-    flags = json.loads(json.dumps(vars(args), default=str))
     now = {
         "checkpoint": data.clip.digest,
         "version": meta.VERSION,
-        "settings": {name: x for name, x in flags.items() if name not in OF_A_RUN},
-        "sets": json.loads(json.dumps({name: WORDS[name] for name in report})),
+        "settings": {name: x for name, x in vars(args).items() if name not in OF_A_RUN},
+        "sets": {name: WORDS[name] for name in report},
     }
+    now = json.loads(json.dumps(now))  # as it is read again
     if args.freeze:
         sys.exit(print(f"frozen as {looks.freeze(now, FROZEN)}: {FROZEN.name}"))
     looks.log(looks.check(now, FROZEN), report)
@@ -196,9 +198,8 @@ def learn(data: Data, names: Sequence[str], args) -> tuple:
     held_out = np.repeat(np.arange(len(names)) % meta.VALIDATION == meta.VALIDATION - 1, meta.TASKS)
     params = {"scratch": deviation.init(whitening)}
     for name in (n for n in args.learners if n != "ours"):
-        learner = Learner(name, args.inner_steps, args.inner_rate)
-        how = args.steps, args.tasks, 0, data.mesh
-        state = meta.fit(pool, held_out, whitening, learner, *how)
+        how = Learner(name, args.inner_steps, args.inner_rate), args.steps, args.tasks
+        state = meta.fit(pool, held_out, whitening, *how, 0, data.mesh)
         params[name] = state.params
         print(name, *np.round(state.log[-1], 3), "least", *np.round(state.log[:, 2:].min(0), 3))
     return whitening, params
@@ -216,7 +217,6 @@ def image_auroc(label: Sequence[int], score: np.ndarray) -> float:
 
 
 def pixel_auroc(masks: np.ndarray, patches: np.ndarray) -> float:
-    """As `image_auroc`."""
     return image_auroc(masks.ravel(), read.to_square(patches, SIDE).ravel())
 
 
@@ -262,4 +262,7 @@ def compared(own, whitening, memory, test: Features):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -203,3 +203,12 @@ def test_tokens_of_either_encoder(world):
         parts = [support.healthy, support.altered, views.healthy, data.source(OTHERS[0]).abnormal]
         for features in parts:
             assert [x.shape[-1] for x in features.levels] == expected
+
+
+@pytest.mark.parametrize(
+    "flag, words", [("--targets=nosuch", "nosuch"), ("--supports=0", "divide")]
+)
+def test_flags_that_cannot_be_are_one_sentence(command, capsys, flag, words):
+    with pytest.raises(SystemExit) as ended:
+        command(flag)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
