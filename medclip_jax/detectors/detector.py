@@ -215,10 +215,10 @@ def calibrate(
         peak: share of `calibration.lowered`, [0, 1).
     """
     patch, image = detector.calibration
-    if not len(image):
-        return calibration.even_odds(alpha, pixel_rate)
     maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size, detector.corners))
     steps, maps = anomaly_maps.learn_filter(filter_steps or {}, maps, mm2)
+    if not len(image):
+        return calibration.even_odds(alpha, pixel_rate)._replace(filter=steps)
     maps, proven = calibration.lowered(maps, peak), set(detector.proven)
     if peak and "fixed" not in proven:
         proven.discard("map")  # of smaller distances the peak is smaller, too
@@ -247,7 +247,9 @@ def finish(
         steps = calibrated.image.bound is not None
         p_value = calibration.p_values(image, calibrated.healthy, steps)
     passes = unit(np.asarray(raw.passes.image))
-    patches = pixel_unit(np.asarray(raw.passes.patch))
+    # a row of patches is a map of one line
+    lines = calibration.lowered(np.asarray(raw.passes.patch)[:, :, None], calibrated.peak)
+    patches = pixel_unit(lines[:, :, 0])
     maps = anomaly_maps.apply_filter(np.asarray(raw.maps), calibrated.filter, mm2)
     return BatchScores(
         unit(image),

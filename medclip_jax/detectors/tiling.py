@@ -54,14 +54,13 @@ def spreading(grid: int, size: int, tiles: int) -> Float[np.ndarray, "i f p"]:
     return np.concatenate([whole[None], each]).astype(np.float32)
 
 
-def part(packed: Features, i: int, patches: int) -> Features:
-    """Scale 0 (the whole) or tile i - 1 of packed tokens; inputs have a class token each."""
+def part(packed: Features, i: int, scales: int) -> Features:
+    """Scale 0 (the whole) or tile i - 1 of packed tokens, of which each scale has as many."""
 
-    def rows(each: tuple, count: int) -> tuple:
-        return tuple(x[:, i * count : (i + 1) * count] for x in each)
+    def rows(each: tuple) -> tuple:
+        return tuple(jnp.split(x, scales, axis=1)[i] for x in each)
 
-    inputs = rows(packed.inputs, patches + 1)
-    return packed._replace(levels=rows(packed.levels, patches), inputs=inputs)
+    return packed._replace(levels=rows(packed.levels), inputs=rows(packed.inputs))
 
 
 def units_of(healthy: Sequence[Float[np.ndarray, "_ _"]]) -> Float[np.ndarray, "2 2"]:
@@ -82,7 +81,7 @@ def scorer(
     def packed_apply(params, packed, key):
         names = ["whole"] + ["tiles"] * tiles**2
         scores = [
-            apply(params[name], part(packed, i, grid**2), key) for i, name in enumerate(names)
+            apply(params[name], part(packed, i, len(names)), key) for i, name in enumerate(names)
         ]
         patches = [s.patch for s in scores]
         return fused(spread, scores[0].image, patches, params["units"], pool)

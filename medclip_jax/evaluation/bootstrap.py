@@ -38,22 +38,30 @@ def image(
 ) -> Intervals:
     """Intervals of the metrics of `metrics.image_level`; {} unless both classes exist.
 
+    Of a class of a single unit nothing can be resampled: only Wilson's intervals are left then.
+
     groups: unit of each image (near-duplicates, patients): whole units are resampled, and no rate
       gets Wilson's interval.
     """
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
         return {}
-    values = measure_images(resample(truth, ROUNDS, seed, groups), scores, truth)
-    values.pop("sensitivity_at_90")
-    intervals = _percentiles(values)
+    intervals: Intervals = {}
+    if varies(truth, groups):
+        values = measure_images(resample(truth, ROUNDS, seed, groups), scores, truth)
+        values.pop("sensitivity_at_90")
+        intervals = _percentiles(values)
     if groups is None:
         called = np.asarray(scores) >= 0.5
         for name, hits in (("recall", called[truth]), ("specificity", ~called[~truth])):
             wilson = st.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
             intervals[name] = Interval(float(wilson.low), float(wilson.high))
-    low, high = intervals["specificity"]
-    return intervals | {"tpr": intervals["recall"], "fpr": Interval(1 - high, 1 - low)}
+    if "recall" in intervals:
+        intervals["tpr"] = intervals["recall"]
+    if "specificity" in intervals:
+        low, high = intervals["specificity"]
+        intervals["fpr"] = Interval(1 - high, 1 - low)
+    return intervals
 
 
 def pixel(
@@ -65,9 +73,13 @@ def pixel(
     """Intervals of pooled pixel metrics when whole images are resampled.
 
     histograms: [n 3 b] of PixelMetrics.add, or a sequence whose rows are read when needed. Ranking
-    metrics come from its bins: their limits are off by no more than a bin's share.
+    metrics come from its bins: their limits are off by no more than a bin's share. {} where a
+    class is a single unit.
     """
-    weights = resample(np.asarray(labels) == 1, ROUNDS, seed, groups)
+    truth = np.asarray(labels) == 1
+    if not varies(truth, groups):
+        return {}
+    weights = resample(truth, ROUNDS, seed, groups)
     return _percentiles(measure_pixels(weights, histograms))
 
 
@@ -76,8 +88,14 @@ def means(
     labels: Shaped[np.ndarray, " n"],
     groups: Shaped[np.ndarray, " n"] | None = None,
 ) -> Intervals:
-    """Intervals of means over images; an image with NaN does not count in that mean."""
-    weights = resample(np.asarray(labels) == 1, ROUNDS, 0, groups).astype(float)
+    """Intervals of means over images; an image with NaN does not count in that mean.
+
+    {} where a class is a single unit.
+    """
+    truth = np.asarray(labels) == 1
+    if not varies(truth, groups):
+        return {}
+    weights = resample(truth, ROUNDS, 0, groups).astype(float)
     resampled = {}
     for name, each in values.items():
         known = np.isfinite(each)
@@ -98,9 +116,19 @@ def roc_band(
     rates = []
     for counts in _counts(resample(truth, ROUNDS, seed, groups), scores, truth):
         curves = np.pad(counts[:, :, ::-1].cumsum(2), ((0, 0), (0, 0), (1, 0)))
-        rates += [np.interp(fpr, *(curve / curve[:, -1:])) for curve in curves]
+        sound = (curve for curve in curves if curve[:, -1].all())  # with images of both classes
+        rates += [np.interp(fpr, *(curve / curve[:, -1:])) for curve in sound]
     low, high = np.quantile(rates, TAILS, axis=0)
     return low, high
+
+
+def varies(truth: Bool[np.ndarray, " n"], groups: Shaped[np.ndarray, " n"] | None = None) -> bool:
+    """Whether resamples differ: units with, and units without an abnormal image are two or more.
+
+    Units of one kind alone need two.
+    """
+    counts = np.bincount(_units(truth, groups)[1].astype(int), minlength=2)
+    return bool((counts[counts > 0] > 1).all())
 
 
 def resample(
@@ -114,11 +142,7 @@ def resample(
     groups: whole units are resampled, within those with and those without an abnormal image.
     """
     rng = np.random.default_rng(seed)
-    owner = np.arange(len(truth))
-    if groups is not None:
-        _, owner = np.unique(groups, return_inverse=True)
-    abnormal = np.zeros(owner.max() + 1, bool)
-    np.logical_or.at(abnormal, owner, truth)
+    owner, abnormal = _units(truth, groups)
     weights = np.zeros((rounds, len(abnormal)), np.uint16)
     for side in (False, True):
         members = np.flatnonzero(abnormal == side)
@@ -127,6 +151,16 @@ def resample(
             for row in weights:
                 row[members] = rng.multinomial(len(members), share)
     return weights if groups is None else weights[:, owner]
+
+
+def _units(truth, groups) -> tuple[Integer[np.ndarray, " n"], Bool[np.ndarray, " u"]]:
+    """Which unit each image is of, and whether each unit has an abnormal image."""
+    owner = np.arange(len(truth))
+    if groups is not None:
+        _, owner = np.unique(groups, return_inverse=True)
+    abnormal = np.zeros(owner.max() + 1, bool)
+    np.logical_or.at(abnormal, owner, truth)
+    return owner, abnormal
 
 
 def measure_images(

@@ -65,7 +65,7 @@ def score_images(
             rows = slice(i * BATCH, i * BATCH + len(own))
             check_finite(mine[rows], raw)
             mm2 = None
-            if calibration.filter.min_area_mm2:
+            if calibration.filter.min_area_mm2 or calibration.filter.min_area_pixels:
                 mm2 = read.pixel_areas(mine[rows], detector.size, feature_cache.fit)
             scores = finish(raw, calibration, mm2)
             maps[rows] = detectors_calibration.half_precision(scores.maps)

@@ -20,6 +20,7 @@ from medclip_jax.errors import DataError
 from medclip_jax.evaluation import bootstrap
 
 NAN = float("nan")
+ROUNDING = 1e-12  # a spread of metrics that is no larger is that of equal values
 Indices = Sequence[Int[np.ndarray, " _"]]
 TAILS = np.array(bootstrap.TAILS)
 
@@ -69,7 +70,7 @@ def paired_t(a: Num[np.ndarray, " n"], b: Num[np.ndarray, " n"]) -> PairedT:
     if n < 2:
         raise DataError(f"A paired t test needs at least 2 pairs, not {n}; add draws.")
     mean, sd = float(difference.mean()), float(difference.std(ddof=1))
-    if sd == 0:
+    if sd <= ROUNDING:
         return PairedT(mean, sd, NAN, NAN, n - 1, mean, mean, NAN)
     test = st.ttest_1samp(difference, 0.0)
     low, high = test.confidence_interval(0.95)
@@ -125,8 +126,8 @@ def delong(
     )
     se = variance**0.5
     # Rounding leaves 1e-17 where the two rankings are equal; that is no evidence.
-    if se < 1e-12:
-        z, p = (0.0, 1.0) if abs(a - b) < 1e-12 else (NAN, NAN)
+    if se < ROUNDING:
+        z, p = (0.0, 1.0) if abs(a - b) < ROUNDING else (NAN, NAN)
     else:
         z = (a - b) / se
         p = float(2 * st.norm.sf(abs(z)))
@@ -183,10 +184,11 @@ def image_estimates(
         differences to it.
 
     Returns:
-      The metrics of bootstrap.measure_images and false_alarm_rate; {} unless both classes exist.
+      The metrics of bootstrap.measure_images and false_alarm_rate; {} unless both classes exist
+      and have more than one unit each, without which no image can be resampled.
     """
     truth = np.asarray(labels) == 1
-    if truth.all() or not truth.any():
+    if truth.all() or not truth.any() or not bootstrap.varies(truth, groups):
         return {}
     weights = _weights(truth, groups, seed)
     rows = indices or [np.arange(len(truth))] * len(scores)
@@ -213,7 +215,10 @@ def pixel_estimates(
 
     The rest as in `image_estimates`.
     """
-    weights = _weights(np.asarray(labels) == 1, groups, seed)
+    truth = np.asarray(labels) == 1
+    if not bootstrap.varies(truth, groups):
+        return {}
+    weights = _weights(truth, groups, seed)
     rows = indices or [np.arange(len(labels))] * len(histograms)
     draws = zip(histograms, rows, strict=True)
     return _over_draws([bootstrap.measure_pixels(weights[:, row], own) for own, row in draws], seed)
@@ -288,6 +293,8 @@ def _over_draws(each: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, E
         wider = st.t.ppf(TAILS[1], df) / st.norm.ppf(TAILS[1])
         scale = wider * se / spread if spread else 1.0
         low, high = own.mean() + scale * (np.quantile(means, TAILS) - own.mean())
-        p = 2 * st.t.sf(abs(own.mean()) / se, df) if se else float(own.mean() == 0)
+        p = float(abs(own.mean()) <= ROUNDING)
+        if se > ROUNDING:
+            p = 2 * st.t.sf(abs(own.mean()) / se, df)
         estimates[name] = Estimate(*map(float, (own.mean(), se, low, high, p)))
     return estimates

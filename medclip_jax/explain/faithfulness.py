@@ -117,8 +117,9 @@ def deletion(
         ranks = np.stack([np.argsort(np.argsort(-o[i], kind="stable")) for o in orders.values()])
         gone = (ranks[:, None] < counts[None, :, None]).reshape(-1, patches)  # [order x step, p]
         rows, _ = sharding.fill_rows(replaced(tokens, healthy, i, gone), ROWS)
-        values = detectors_detector.score(detector, rows).patch
-        pooled = similarity.image_score(values, max(top, grad_cam.LEAST_TOP))
+        values = np.asarray(detectors_detector.score(detector, rows).patch)
+        values = calibration.lowered(values[:, None], thresholds.peak)[:, 0]
+        pooled = similarity.image_score(jnp.asarray(values), max(top, grad_cam.LEAST_TOP))
         raw = np.asarray(pooled)[: len(gone)]
         unit = calibration.to_unit(raw, thresholds.pixel.value, thresholds.pixel_scale)
         curves.append(unit.reshape(len(orders), -1))
@@ -145,11 +146,13 @@ def replaced(
 
     levels = tuple(map(one, tokens.levels, healthy.levels))
     many = len(gone)
-    lost = np.concatenate([np.zeros((many, 1), bool), gone], 1)  # the class token stays
-    inputs = tuple(
-        jnp.where(lost[..., None], other[:1], x[i : i + 1])
-        for x, other in zip(tokens.inputs, healthy.inputs, strict=True)
-    )
+
+    def patches_of(x, other):
+        before = x.shape[1] - gone.shape[1]  # a class token, which stays, or none
+        lost = np.pad(gone, ((0, 0), (before, 0)))
+        return jnp.where(lost[..., None], other[:1], x[i : i + 1])
+
+    inputs = tuple(map(patches_of, tokens.inputs, healthy.inputs))
     return Features(jnp.repeat(tokens.pooled[i : i + 1], many, 0), levels, inputs)
 
 

@@ -65,7 +65,8 @@ def draw(files: Files) -> dict[str, bytes]:
     calibration = files.metrics.get("calibration") or {}
     grid, both = np.linspace(0, 1, 101), np.unique(label).size == 2
     unit = files.predictions.get("unit")
-    band = (grid, *bootstrap.roc_band(score, label, grid, groups=unit)) if both else None
+    sure = both and bootstrap.varies(label == 1, unit)
+    band = (grid, *bootstrap.roc_band(score, label, grid, groups=unit)) if sure else None
     curves = (files.metrics.get("explanations") or {}).get("deletion")
     return {
         "loss": figures.loss(files.steps),

@@ -7,6 +7,7 @@ import pytest
 
 from medclip_jax.clip import checkpoint, hf_weights
 from medclip_jax.detectors import calibration, detector, prompt_detector
+from medclip_jax.detectors.anomaly_maps import MapFilter
 from medclip_jax.models import model, similarity
 from tests.support.checkpoints import Theirs
 from tests.support.models import design_of, rows, tokens
@@ -115,9 +116,14 @@ def test_a_batch_is_calibrated_by_the_held_out_supports(folded):
     assert peaked.image == result.image and peaked.peak == 0.25
     assert peaked.pixel.value < result.pixel.value and peaked.pixel.rate_attained < 0.03
     limits = peaked.pixel.value, peaked.pixel_scale
-    got = score_batch(made, peaked, new, keys).maps
+    got = score_batch(made, peaked, new, keys)
     wanted = calibration.to_unit(calibration.lowered(maps, 0.25), *limits)
-    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    np.testing.assert_allclose(got.maps, wanted, atol=1e-6)
+    each = np.asarray(raw.passes.patch)  # patches are lowered as maps are
+    off = 0.25 * (each.max(-1) - np.median(each, -1))
+    unit = calibration.to_unit(each - off[..., None], *limits)
+    np.testing.assert_allclose(got.patch_mean, unit.mean(1), atol=1e-6)
+    np.testing.assert_allclose(got.patch_variance, unit.var(1), atol=1e-7)
 
 
 @pytest.mark.parametrize("entries", [1 << 19, 16])  # all images at a time, one at a time
@@ -194,3 +200,6 @@ def test_without_supports_the_decision_is_where_both_classes_are_equally_likely(
     got = score_batch(made, result, tokens(3), jax.random.split(jax.random.key(0), 2))
     np.testing.assert_array_equal(got.alarm, np.asarray(detector.score(made, tokens(3)).image) > 0)
     assert np.isnan(got.p_value).all() and result.k == 0
+    steps = {"median": 3.0, "sigma": 2.0, "ceiling": 1.0}
+    filtered = detector.calibrate(made, **RATES, filter_steps=steps)
+    assert filtered == result._replace(healthy=filtered.healthy, filter=MapFilter(3, sigma=2.0))

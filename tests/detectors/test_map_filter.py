@@ -126,6 +126,19 @@ def test_thresholds_come_from_supports_filtered_the_same(scene):
     np.testing.assert_allclose(got.predictions.maps, unit, atol=2e-3)
 
 
+def test_pixels_count_only_where_the_spacing_is_unknown(scene, monkeypatch):
+    """In a test set as in the supports and in prediction, though no area is asked for in mm²."""
+    feature_cache, _, test, made = scene
+    thresholds = detector.calibrate(made, **RATES, filter_steps={"min_area_pixels": 500.0})
+    filtered = score(made, feature_cache, test, thresholds=thresholds).predictions.maps
+    monkeypatch.setattr(read, "pixel_areas", lambda records, *_: [1.0] * len(records))
+    known = score(made, feature_cache, test, thresholds=thresholds).predictions.maps
+    off = thresholds._replace(filter=anomaly_maps.MapFilter())
+    plain = score(made, feature_cache, test, thresholds=off).predictions.maps
+    np.testing.assert_array_equal(known, plain)
+    assert (filtered < plain).any()
+
+
 def test_a_calibration_survives_its_file(scene, tmp_path):
     *_, made = scene
     found = detector.calibrate(made, **RATES, filter_steps={"sigma": 1.5})

@@ -127,10 +127,10 @@ def test_packed_tokens_are_those_of_the_pixels(wide):
     for level, (a, b) in enumerate(zip(fresh.levels, stored.levels, strict=True)):
         assert a.shape == (4, 5 * GRID**2, a.shape[-1])
         np.testing.assert_allclose(b[:, GRID**2 :], a[:, GRID**2 :], atol=1e-5)
-        third = tiling.part(stored, 3, GRID**2).levels[level]
+        third = tiling.part(stored, 3, 5).levels[level]
         np.testing.assert_allclose(third, tokens.levels[level][2::4], atol=1e-5)
     (whole,) = cache.load_images(feature_cache, supports, 4)
-    np.testing.assert_array_equal(tiling.part(stored, 0, GRID**2).levels[0], whole.levels[0])
+    np.testing.assert_array_equal(tiling.part(stored, 0, 5).levels[0], whole.levels[0])
     np.testing.assert_array_equal(tiling.unpack(stored, 2).levels[0][5], stored.levels[0][1, 32:48])
     assert tiling.encode_images(feature_cache, supports, 2) == 0
     names = {tiling.tiles_path(feature_cache, supports[0], t).name for t in (2, 3)}
@@ -147,7 +147,7 @@ def test_the_fused_map_is_the_mean_of_standardised_scales(wide, name):
     for i, spread in enumerate(tiling.spreading(GRID, SIZE, 2)):
         scale = small if i else whole
         healthy = scale.calibration.patch
-        values = detector.score(scale, tiling.part(new, i, 16)).patch
+        values = detector.score(scale, tiling.part(new, i, 5)).patch
         wanted += (values - healthy.mean()) / healthy.std(ddof=1) @ spread.T / 2
     np.testing.assert_allclose(got.patch, wanted, atol=1e-4)
     assert got.patch.shape == (2, (2 * GRID) ** 2)
@@ -162,7 +162,7 @@ def test_the_fused_map_is_the_mean_of_standardised_scales(wide, name):
             wanted += (own - others.mean()) / others.std(ddof=1) @ spread.T / 2
         np.testing.assert_allclose(patch, wanted, atol=1e-4)
     if name == "zero_shot":
-        image = detector.score(whole, tiling.part(new, 0, 16)).image
+        image = detector.score(whole, tiling.part(new, 0, 5)).image
         np.testing.assert_allclose(got.image, image, atol=1e-6)
     else:
         np.testing.assert_allclose(got.image, POOL(got.patch), atol=1e-6)
@@ -201,21 +201,23 @@ def test_fused_branches_of_tiles_score_a_test_set(wide, monkeypatch):
     np.testing.assert_allclose(again.predictions.score[::-1], got.predictions.score, atol=1e-5)
 
 
-def test_tiles_carry_what_refinement_reads(wide):
+@pytest.mark.parametrize("before", [1, 0])
+def test_tiles_carry_what_refinement_reads(wide, before):
     """Whole and tiles keep their own inputs, class tokens included, packed, unpacked and viewed."""
     rng = np.random.default_rng(0)
 
     def tokens(n):
         levels, inputs = (
-            tuple(rng.normal(size=(n, p, 8)).astype(np.float32) for _ in range(2)) for p in (16, 17)
+            tuple(rng.normal(size=(n, p, 8)).astype(np.float32) for _ in range(2))
+            for p in (16, 16 + before)
         )
         return Features(rng.normal(size=(n, 4)).astype(np.float32), levels, inputs)
 
     whole, small = tokens(3), tokens(12)
     both = tiling.pack(whole, small)
-    assert both.inputs[0].shape == (3, 5 * 17, 8)
+    assert both.inputs[0].shape == (3, 5 * (16 + before), 8)
     for i in range(5):
-        one = tiling.part(both, i, 16)
+        one = tiling.part(both, i, 5)
         own = (whole, slice(None)) if i == 0 else (small, slice(i - 1, None, 4))
         for name in ("levels", "inputs"):
             for got, wanted in zip(getattr(one, name), getattr(own[0], name), strict=True):

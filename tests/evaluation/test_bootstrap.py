@@ -76,6 +76,32 @@ def test_patients_are_resampled_whole():
     assert whole["fpr"].low == pytest.approx(1 - whole["specificity"].high)
 
 
+def test_units_of_healthy_and_abnormal_images_leave_out_what_a_resample_lacks():
+    """Three volumes with slices of both kinds, three of lesions alone: some resamples have none
+    that is healthy, so that specificity has no interval, and the band leaves them out."""
+    label = np.array([0, 1] * 3 + [1] * 6)
+    unit = np.repeat(np.arange(6), 2)
+    score = np.random.default_rng(0).random(12)
+    limits = bootstrap.image(score, label, groups=unit)
+    assert {"recall", "tpr"} < set(limits) and not {"specificity", "fpr", "auroc"} & set(limits)
+    low, high = bootstrap.roc_band(score, label, np.linspace(0, 1, 5), groups=unit)
+    assert np.isfinite([low, high]).all() and (low <= high).all()
+
+
+@pytest.mark.parametrize("units", [[0] * 10 + [1] * 10, [*range(10)] + [10] * 10])
+def test_a_class_of_one_unit_has_no_interval(units):
+    (score, label), units = scene(np.random.default_rng(1), 10, 10), np.array(units)
+    assert not bootstrap.varies(label == 1, units)
+    assert bootstrap.image(score, label, groups=units) == {}
+    assert bootstrap.means({"distance": score}, label, groups=units) == {}
+    histograms = [PixelMetrics().add(np.full((4, 4), x), np.eye(4) * y) for x, y in zip(
+        np.clip(score, 0, 1), label, strict=True)]  # fmt: skip
+    assert bootstrap.pixel(histograms, label, groups=units) == {}
+    alone = bootstrap.image(np.array([0.2, 0.6, 0.7]), np.array([0, 1, 1]))  # by Wilson alone
+    assert set(alone) == {"recall", "tpr", "specificity", "fpr"}
+    assert alone["fpr"] == pytest.approx((0, 0.793), abs=1e-3)
+
+
 def test_the_roc_band_surrounds_the_curve():
     from sklearn.metrics import roc_curve
 

@@ -45,6 +45,11 @@ def test_deletion_replaces_the_most_important_first():
         np.testing.assert_allclose(found[name], wanted, atol=1e-6)
     assert found["map"][0] == found["worst"][0] and found["map"][-1] == found["worst"][-1]
     assert np.mean(found["map"]) < np.mean(found["worst"])
+    peaked = thresholds_of()._replace(peak=0.25)  # the threshold is that of lowered maps
+    found = faithfulness.deletion(made, tokens, healthy, orders, peaked, top=1.0)
+    lowered = value - 0.25 * (value.max(1) - np.median(value, 1))[:, None]
+    first = calibration.to_unit(lowered.mean(1), 0.0, 1.0).mean()
+    assert found["map"][0] == pytest.approx(first, abs=1e-6)
 
 
 def test_coarse_levels_and_inputs_lose_the_same_place():
@@ -59,6 +64,9 @@ def test_coarse_levels_and_inputs_lose_the_same_place():
     np.testing.assert_array_equal(made.levels[1][..., 0], 1.0 - gone)
     np.testing.assert_array_equal(made.levels[0][..., 0], [[1, 1, 1, 1], [0, 1, 1, 1]])
     np.testing.assert_array_equal(made.inputs[0][1, :, 0], [1, *(1.0 - gone[1])])
+    bare = whole._replace(inputs=(inputs[:, 1:],))  # of an encoder without a class token
+    made = faithfulness.replaced(bare, bare._replace(inputs=(0 * inputs[:, 1:],)), 0, gone)
+    np.testing.assert_array_equal(made.inputs[0][..., 0], 1.0 - gone)
 
 
 def test_of_model_on_a_bank(scene):
