@@ -31,6 +31,7 @@ from modalities import LEVELS, WORDS, Data
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
+from medclip_jax import build
 from medclip_jax.clip.layers import Features
 from medclip_jax.config_validation import LEARNERS
 from medclip_jax.data import catalog, splits
@@ -71,8 +72,9 @@ def main():
     parser.add_argument("--report", action="store_true", help="score report sets, as frozen")
     parser.add_argument("--freeze", action="store_true", help="write frozen_meta.json alone")
     args = parser.parse_args()
-    if any(k < 1 or max(args.supports) % k for k in args.supports):
-        parser.error("--supports: each must divide the largest")
+    most = build.AUXILIARY_IMAGES - episodes.SHOTS
+    if any(k < 1 or max(args.supports) % k for k in args.supports) or max(args.supports) > most:
+        parser.error(f"--supports: each must divide the largest, which may be {most}")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.jsonl"
     lines = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
@@ -122,30 +124,37 @@ def table(lines: list[dict]) -> None:
     rates = {line["learner"]: line["rate"] for line in reversed(lines)}  # the first of each
     lines = [line for line in lines if line["rate"] == rates[line["learner"]]]
     for k in sorted({line["k"] for line in lines}):
-        one = {name: by_target(lines, k, name, "1" if rates[name] else "0") for name in rates}
-        for name, values in one.items():
-            own = [x for x in lines if x["k"] == k and x["learner"] == name]
+        every = {name: [x for x in lines if (x["k"], x["learner"]) == (k, name)] for name in rates}
+        for name, own in every.items():
+            if not own:
+                continue
             columns = [c for c in (*map(str, STEPS), "area") if c in own[0]]
             means = [np.mean([x[c] for x in own]) for c in columns]
             pixels = [x.get("pixel 1", x["pixel 0"]) for x in own if "pixel 0" in x]
             print(k, name, *(f"{x:.3f}" for x in means), end="")
             print(f" | pixel {np.mean(pixels):.3f}" if pixels else "", end="")
-            for other in [n for n in ("joint", "memory") if n in one]:
-                off = values - one[other]
+            for other in ("joint", "memory"):
+                off = differences(own, every.get(other, []))
+                if other == name or not off.size:
+                    continue
                 low, high = interval(off)
-                above = int((off.mean(1) > 0).sum())
-                p = binomtest(above, len(off)).pvalue
+                signs = np.sign(off.mean(1).round(12))
+                above, unequal = int((signs > 0).sum()), int(np.abs(signs).sum())
+                p = binomtest(above, unequal).pvalue if unequal else 1.0
                 print(f" | {other} {off.mean():+.3f} ({low:+.3f} to {high:+.3f})", end="")
                 print(f" {above} of {len(off)} p={p:.2f}", end="")
             print()
 
 
-def by_target(lines, k: int, learner: str, step: str) -> np.ndarray:
-    """Image AUROC [target, draw]."""
-    own = [x for x in lines if x["k"] == k and x["learner"] == learner]
-    names, draws = sorted({x["target"] for x in own}), sorted({x["draw"] for x in own})
-    values = {(x["target"], x["draw"]): x[step] for x in own}
-    return np.array([[values[t, d] for d in draws] for t in names])
+def differences(ours: list[dict], others: list[dict]) -> np.ndarray:
+    """[target, draw] of image AUROC after one step, if any is taken; of what both have."""
+    a, b = (
+        {(x["target"], x["draw"]): x["1" if x["rate"] else "0"] for x in y} for y in (ours, others)
+    )
+    both = a.keys() & b.keys()
+    names = sorted({target for target, _ in both})
+    draws = sorted({draw for _, draw in both if {(n, draw) for n in names} <= both})
+    return np.array([[a[n, d] - b[n, d] for d in draws] for n in names])
 
 
 def interval(off: np.ndarray, count: int = 4000):

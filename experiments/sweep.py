@@ -88,7 +88,7 @@ def main() -> None:
             pass  # once more for what others left unfinished
     results = {job: read(args.runs / job.name, job.seed) for job in jobs if done(args, job)}
     print(f"{len(results)} of {len(jobs)} runs are finished", file=sys.stderr)
-    write(args.out, results)
+    write(args.out, results, args.only)
 
 
 def arguments() -> argparse.Namespace:
@@ -111,8 +111,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ray.address", dest="address", default="", help="HOST:PORT of it")
     parser.add_argument("--ray.workers", dest="workers", type=int, default=0, help="at a time")
     args = parser.parse_args()
-    if any(x.startswith("data.split=") for x in args.set):
-        parser.error("--set data.split: give --split clean, peer or both")
+    if any(x.partition("=")[0] in ("k", "seed", "data.split") for x in args.set):
+        parser.error("--set k, seed, data.split: give --k, --draws, --split")
     try:
         args.fields = importlib.import_module(f"variants.{args.variants}").VARIANTS
     except ModuleNotFoundError:
@@ -160,10 +160,13 @@ def settings(args: argparse.Namespace, job: Job) -> ConfigDict:
     c.data.split = job.split
     for assignment in args.set:
         name, _, text = assignment.partition("=")
-        old = c
-        for part in name.split("."):
-            old = old[part]
-        c.update_from_flattened_dict({name: text if isinstance(old, str) else literal_eval(text)})
+        try:
+            text_field = isinstance(dict(config_module.flat(c))[name], str)
+            c.update_from_flattened_dict({name: text if text_field else literal_eval(text)})
+        except (KeyError, SyntaxError, TypeError, ValueError):
+            raise UserError(
+                f"--set {assignment}: give a field and its value, as steps=10"
+            ) from None
     if job.seed:  # explanations are checked in the first draw alone: they take longest
         c.explained = 0
     teacher = args.runs / job._replace(variant="teacher").name
@@ -287,13 +290,13 @@ def pixel_counts(workdir: Path) -> np.ndarray | None:
         return arrays["pixel_counts"] if "pixel_counts" in arrays.files else None
 
 
-def write(out: Path, results: dict[Job, dict[str, Any]]) -> None:
-    """runs.csv, summary.csv and tables.md of finished runs."""
+def write(out: Path, results: dict[Job, dict[str, Any]], only: Sequence[str]) -> None:
+    """runs.csv, summary.csv and tables.md of finished runs; the base is the first of `only`."""
     cells: dict[tables.Place, dict[str, list[dict]]] = {}
-    for job, result in results.items():
+    for job, result in sorted(results.items(), key=lambda item: only.index(item[0].variant)):
         cell = cells.setdefault((job.dataset, job.split, job.k), {})
         cell.setdefault(job.variant, []).append(result)
-    summaries = tables.summarise(cells)
+    summaries = tables.summarise(cells, only[0])
     files.write_bytes(out / "runs.csv", tables.runs_csv(cells))
     files.write_bytes(out / "summary.csv", tables.summary_csv(cells, summaries))
     files.write_bytes(out / "tables.md", tables.markdown(cells, summaries))

@@ -1,7 +1,7 @@
 """Tables of finished runs: means, two-level intervals, paired tests, published numbers as context.
 
 A cell is {variant: its runs, a dict each as `sweep.read` returns them}, of one data set, split and
-K. Its first variant is the base that the others are compared with.
+K. One variant, the base, is what the others are compared with.
 """
 
 import csv
@@ -87,11 +87,12 @@ class Summary(NamedTuple):
     differences: Mapping[str, Difference]
 
 
-def summarise(cells: Cells) -> dict[Place, Summary]:
+def summarise(cells: Cells, base: str) -> dict[Place, Summary]:
     """Numbers of every variant of every cell, and differences corrected over each split's cells."""
     differing = {}
     for split in dict.fromkeys(place[1] for place in cells):
-        differing |= differences({place: c for place, c in cells.items() if place[1] == split})
+        own = {place: c for place, c in cells.items() if place[1] == split}
+        differing |= differences(own, base)
     return {
         place: Summary({v: numbers(runs) for v, runs in cell.items()}, differing[place])
         for place, cell in cells.items()
@@ -166,19 +167,16 @@ def overlap(runs: Sequence[Run]) -> float | None:
     return float(np.mean(pairs)) if pairs else None
 
 
-def differences(cells: Cells) -> dict[Place, dict[str, Difference]]:
-    """Image AUROC of each variant against the base of its cell, corrected over all cells."""
-    pairs = {(place, v): p for place, cell in cells.items() for v, p in paired(cell).items()}
+def differences(cells: Cells, base: str) -> dict[Place, dict[str, Difference]]:
+    """Image AUROC of each variant against the base, where a cell has it, corrected over all."""
+    pairs = {(place, v): p for place, cell in cells.items() for v, p in paired(cell, base).items()}
     result: dict[Place, dict[str, Difference]] = {place: {} for place in cells}
     if not pairs:
         return result
     signed = [significance.wilcoxon(*aurocs(p)) for p in pairs.values()]
     paired_t = [significance.paired_t(*aurocs(p)).p if len(p) > 1 else 1 for p in pairs.values()]
     level = [two_level(p) for p in pairs.values()]
-    each = [
-        [significance.delong(a["score"], b["score"], a["label"]).p for a, b in p]
-        for p in pairs.values()
-    ]
+    each = [[delong_p(*pair) for pair in p] for p in pairs.values()]
     of_draws = np.nan_to_num(np.concatenate(each), nan=1.0)
     ends = np.cumsum([len(p) for p in each])[:-1]
     tests = zip(
@@ -200,13 +198,20 @@ def differences(cells: Cells) -> dict[Place, dict[str, Difference]]:
     return result
 
 
-def paired(cell: Cell) -> dict[str, list[tuple[Run, Run]]]:
+def delong_p(a: Run, b: Run) -> float:
+    """p of DeLong's test of two runs; NaN where a class has fewer than two images."""
+    if np.bincount(a["label"], minlength=2).min() < 2:
+        return np.nan
+    return significance.delong(a["score"], b["score"], a["label"]).p
+
+
+def paired(cell: Cell, base: str) -> dict[str, list[tuple[Run, Run]]]:
     """Runs of each variant with those of the base on the same draw."""
-    base, *others = cell
-    by_seed = {r["seed"]: r for r in cell[base] if np.isfinite(value(r, MAIN))}
+    by_seed = {r["seed"]: r for r in cell.get(base, ()) if np.isfinite(value(r, MAIN))}
     pairs = {
-        variant: [(r, by_seed[r["seed"]]) for r in cell[variant] if r["seed"] in by_seed]
-        for variant in others
+        variant: [(r, by_seed[r["seed"]]) for r in runs if r["seed"] in by_seed]
+        for variant, runs in cell.items()
+        if variant != base
     }
     return {
         v: p for v, p in pairs.items() if p and np.isfinite([value(a, MAIN) for a, _ in p]).all()

@@ -214,10 +214,10 @@ def _combinations(c: Any) -> Rules:
         f"branches is {tuple(c.branches)}: give any of {', '.join(BRANCHES)} once; "
         "zero_shot_image speaks for the image score alone and needs another branch, not zero_shot",
     )
-    yield (
-        c.method == "joint" and c.learner != "joint",
-        f"learner is {c.learner}, and method=joint always trains jointly: give method=ours",
-    )
+    other = c.method == "joint" and c.learner != "joint"
+    yield other, f"learner is {c.learner}, and method=joint always trains jointly: give method=ours"
+    still = c.learner == "maml_pp" and not c.meta.inner_steps
+    yield still, "learner maml_pp weighs inner steps: give meta.inner_steps=1 or more"
     across, needs = "meta" in branches and c.method not in FIXED_METHODS, "see configs/meta.py"
     both = f"meta.sources goes with the branch meta, training and k=4 or more: {needs}"
     yield across != bool(c.meta.sources), both

@@ -136,7 +136,7 @@ MOST = {
     "lines of the longest module": 300,
     "import floors": 15,
     "lines of the package": 14_500,
-    "lines of experiments": 6_000,  # engines compared, reading, a table, looks at report sets
+    "lines of experiments": 6_020,  # engines compared, reading, a table, looks at report sets
     "fields of the settings": 76,  # memory_encoder, score.peak and corners, meta.sources, extra
     "modules that train.py imports": 15,
     "lines of the longest function": 60,

@@ -91,6 +91,7 @@ def test_a_source_of_the_targets_modality_is_refused(modality, source):
         ),
         ({"branches": ("memory",)}, "meta.sources goes with the branch meta"),
         ({"meta.sources": (), "learner": "maml"}, "meta.sources goes with the branch meta"),
+        ({"learner": "maml_pp", "meta.inner_steps": 0}, "maml_pp weighs inner steps"),
         (
             {"meta.sources": (), "branches": ("learned",), "learner": "reptile"},
             "needs meta.sources",

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 from jaxtyping import Bool, Float, Num
+from scipy import ndimage
 
 from medclip_jax import files
 from medclip_jax.errors import DataError
@@ -221,8 +222,19 @@ def fit(
 def fit_mask(
     mask: Bool[np.ndarray, "h w"], size: int, mode: Mode = "stretch"
 ) -> Bool[np.ndarray, "s s"]:
-    """Resize a mask by nearest neighbour; the same geometry as `fit`."""
-    return _place(mask.astype(np.uint8), size, mode, PIL.Image.Resampling.NEAREST) > 0
+    """Resize a mask by nearest neighbour; the same geometry as `fit`.
+
+    A lesion (8-connected) between the sampled points keeps a pixel: its image is not healthy.
+    """
+    owners, _ = ndimage.label(mask, np.ones((3, 3)))
+    square = _place(owners.astype(np.int32), size, mode, PIL.Image.Resampling.NEAREST)
+    corner, sides = np.array(_box(len(mask), mask.shape[1], size, mode)).reshape(2, 2)
+    boxes = ndimage.find_objects(owners)
+    for number in np.setdiff1d(owners, np.append(square, 0)):
+        inside = np.argwhere(owners[boxes[number - 1]] == number)
+        middle = inside[len(inside) // 2] + [edge.start + 0.5 for edge in boxes[number - 1]]
+        square[tuple((corner + middle * sides / mask.shape).astype(int))] = number
+    return square > 0
 
 
 def to_frame(
@@ -235,10 +247,7 @@ def to_frame(
 
 
 def to_square(patch: Num[np.ndarray, "n p"], size: int) -> Float[np.ndarray, "n s s"]:
-    """A value per patch (square grid, row-major) -> pixels, bilinear with pixel centres at halves.
-
-    As anomaly maps are, unless `score.corners` says otherwise.
-    """
+    """A value per patch (square grid, row-major) -> pixels, as maps without score.corners."""
     grid = round(patch.shape[1] ** 0.5)
     squares = np.asarray(patch, np.float32).reshape(-1, grid, grid)
     return np.stack([to_frame(square, size, size) for square in squares])

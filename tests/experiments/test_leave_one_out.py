@@ -98,6 +98,27 @@ def test_a_table_without_the_learners_that_others_are_compared_with(capsys):
     assert "1 ours 0.875 | memory +0.125 (" in capsys.readouterr().out
 
 
+def test_a_table_compares_what_both_learners_have(capsys):
+    """`ours` on one of eight targets, .01 better there; equal learners are no evidence; an odd
+    draw and a K without a learner leave the rest as it is."""
+    base = {"k": 1, "rate": 0, "0": 0.75}
+    joint = [
+        base | {"learner": "joint", "target": t, "draw": d} for t in "abcdefgh" for d in (0, 1)
+    ]
+    lines = [x | {"0": 0.5 + 0.25 * (x["target"] == "b")} for x in joint]
+    lines += [x | {"learner": "memory"} for x in lines]
+    lines += [x | {"learner": "ours", "0": 0.76} for x in joint if x["target"] == "b"]
+    lines += [lines[0] | {"learner": "ours", "target": "b", "draw": 9}, lines[0] | {"k": 4}]
+    leave_one_out.table(lines)
+    of = {
+        x.split(" | ")[0].split()[1]: x.split(" | ")[1:]
+        for x in capsys.readouterr().out.splitlines()[:3]
+    }
+    assert of["joint"] == ["memory +0.000 (+0.000 to +0.000) 0 of 8 p=1.00"]
+    assert of["memory"] == ["joint +0.000 (+0.000 to +0.000) 0 of 8 p=1.00"]
+    assert of["ours"][0] == "joint +0.010 (+0.010 to +0.010) 1 of 1 p=1.00"
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_ours_is_the_packages_run_of_the_same_draw(done, world, tmp_path, k):
     """Of the same supports and test images: what the command line gives for them."""

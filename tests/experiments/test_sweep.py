@@ -159,6 +159,36 @@ def test_unknown_names_are_refused(command):
             command(*flags)
 
 
+@pytest.mark.parametrize("field", ["k=8", "seed=1", "data.split=clean"])
+def test_fields_that_flags_of_their_own_set_are_refused(command, field, capsys):
+    """Else all "draws" would be one run, under the wrong K."""
+    with pytest.raises(SystemExit):
+        command(f"--set={field}")
+    assert "give --k, --draws, --split" in capsys.readouterr().err and not command.runs
+
+
+@pytest.mark.parametrize("field", ["score.tops=0", "steps=ten", "steps", "steps=(", "steps='a'"])
+def test_a_field_or_value_that_cannot_be_is_named(command, field):
+    with pytest.raises(UserError, match="give a field and its value"):
+        command(f"--set={field}")
+
+
+def test_the_base_is_the_first_variant_whatever_is_finished_first(command, tmp_path):
+    """Draw 0 of `ours` is another process's: nothing is compared with `memory` in its place."""
+    (tmp_path / "runs").mkdir()
+    for seed in (0, 1):
+        (tmp_path / "runs" / f"phantom-k4-ours-{seed}").mkdir()
+    locks = [sweep.filelock.FileLock(f"{tmp_path}/runs/phantom-k4-ours-{n}.lock") for n in (0, 1)]
+    with locks[0], locks[1]:
+        alone = command()["summary.csv"].decode()
+    assert ",memory,2," in alone and ",ours," not in alone
+    rows = list(csv.DictReader(alone.splitlines()))
+    assert {row["difference"] for row in rows} == {""}
+    rows = list(csv.DictReader(command()["summary.csv"].decode().splitlines()))
+    assert {row["variant"] for row in rows if row["difference"]} == {"memory"}
+    assert rows[0]["variant"] == "ours"
+
+
 def test_two_variants_of_a_phantom_are_run_and_tabulated(tmp_path, monkeypatch):
     clip, *_ = tiny_checkpoint(tmp_path / "clip")
     data = phantom.write_folder(tmp_path / "data", "ultrasound", 0, 64, 4, 3, 4)

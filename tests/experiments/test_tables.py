@@ -97,14 +97,14 @@ def test_differences_are_paired_by_draw_and_corrected(cell):
 
 def differences(cell):
     place = "busi", "clean", 4
-    return tables.differences({place: cell})[place]
+    return tables.differences({place: cell}, next(iter(cell)))[place]
 
 
 def test_holm_counts_sets_ks_and_methods_of_a_split(cell):
     alone = differences(cell)["memory"]
     places = [(name, "clean", k) for name in ("busi", "brain_mri") for k in (4, 16)]
     cells = {place: {**cell, "same": cell["memory"]} for place in places}
-    summaries = tables.summarise({**cells, ("busi", "peer", 4): cell})
+    summaries = tables.summarise({**cells, ("busi", "peer", 4): cell}, "ours")
     for place in places:
         for d in summaries[place].differences.values():
             assert d.p == pytest.approx(min(1, 8 * alone.p))
@@ -164,10 +164,29 @@ def test_a_constant_gain_has_an_interval_without_width(cell):
     assert same.wilcoxon_p == 1
 
 
+def test_one_healthy_image_is_too_few_for_tests_but_not_for_tables(cell):
+    """DeLong's test and the two-level interval need two images of a class."""
+    first = int(np.flatnonzero(cell["ours"][0]["label"] == 0)[0])
+    few = {
+        variant: [
+            {**r, **{n: r[n][(r["label"] == 1) | (np.arange(60) == first)] for n in (
+                "id", "label", "score")}, "pixel_counts": lambda: None} for r in runs
+        ] for variant, runs in cell.items()
+    }  # fmt: skip
+    d = differences(few)["memory"]
+    assert (d.low, d.high, d.p, d.delong, d.delong_p) == (None, None, 1, 0, 1)
+    assert tables.numbers(few["ours"])["image auroc"].low is None
+
+
+def test_without_the_base_nothing_is_compared(cell):
+    place = "busi", "clean", 4
+    assert tables.differences({place: {"memory": cell["memory"]}}, "ours") == {place: {}}
+
+
 def test_files_name_variants_and_published_numbers(cell):
     few = {"ours": cell["ours"][:2]}
     cells = {("busi", "peer", 4): cell, ("busi", "peer", 8): few, ("busi", "clean", 4): few}
-    summaries = tables.summarise(cells)
+    summaries = tables.summarise(cells, "ours")
     rows = list(csv.DictReader(tables.summary_csv(cells, summaries).decode().splitlines()))
     assert len(rows) == 4 * len(tables.METRICS)
     first = rows[0]

@@ -52,6 +52,26 @@ def test_pad_keeps_the_aspect_and_stretch_does_not():
     assert read.fit(tall, 32, "stretch").min() > 0.999
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2990), st.integers(0, 1990), st.integers(1, 10), st.sampled_from(MODES))
+def test_a_lesion_between_the_sampled_points_keeps_a_pixel(row, column, side, mode):
+    """13 pixels of the image are one of the frame: nearest neighbour alone would lose most."""
+    mask = np.zeros((3000, 2000), bool)
+    mask[row : row + side, column : column + side] = True
+    mask[1500:1600, 900:1000] = True  # a large one stays as it was
+    alone = mask.copy()
+    alone[row : row + side, column : column + side] = False
+    found, large = read.fit_mask(mask, 224, mode), read.fit_mask(alone, 224, mode)
+    added = np.argwhere(found & ~large)
+    assert (found | large == found).all() and len(added) <= 2
+    if len(added):
+        top, left, rows, columns = read._box(3000, 2000, 224, mode)
+        at = (added.mean(0) - (top, left) + 0.5) * (3000 / rows, 2000 / columns)
+        assert abs(at - (row + side / 2, column + side / 2)).max() <= 14
+    else:  # it lies on the large one
+        assert alone[max(row - 14, 0) : row + 24, max(column - 14, 0) : column + 24].any()
+
+
 def test_shrinking_is_antialiased():
     """Stripes of one pixel shrink to their mean, not to what the sampling grid hits."""
     stripes = np.tile(np.array([0, 1], np.float32), (64, 32))
