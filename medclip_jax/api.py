@@ -99,7 +99,7 @@ class Scorer:
         thresholds are of the new site. The first call loads and compiles; later ones, with as many
         images, are quick.
         Raises ConfigError for fewer images or a workdir that learned jointly, DataError for a file
-        that cannot be read.
+        that cannot be read or has several frames.
         """
         if self._start is None:
             self._start = build_detector.load_start(self.workdir)

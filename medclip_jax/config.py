@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from medclip_jax import config_validation, files, object_store
+from medclip_jax import config_validation, object_store
 from medclip_jax.config_validation import FIXED_METHODS, deforms, flat, recipe_of
 from medclip_jax.errors import ConfigError
 
@@ -290,9 +290,9 @@ def gradients(c: ConfigDict) -> int:
 
 
 def cache_folder(name: str) -> Path:
-    """Where prepared data and tokens are kept between runs."""
+    """Where prepared data and tokens are kept between runs; of a URL here, nothing is fetched."""
     folder = name or object_store.user_cache()
     with suppress(UnicodeEncodeError):  # libraries that keep files there take UTF-8 alone
         str(folder).encode()
-        return files.expanded(folder)
+        return object_store.place(str(folder))
     raise ConfigError("the cache folder's name is no UTF-8: give another (config.cache)")

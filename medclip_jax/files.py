@@ -182,8 +182,14 @@ def write_npz(file: Any, arrays: Mapping[str, Any]) -> None:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes. Raises OSError, also for what is no regular file."""
+def sha256_of(*paths: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, or of the hashes of several files in order.
+
+    Raises OSError, also for what is no regular file.
+    """
+    if len(paths) != 1:
+        return hashlib.sha256(" ".join(map(sha256_of, paths)).encode()).hexdigest()
+    (path,) = paths
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)

@@ -31,8 +31,7 @@ _STAGED: dict[str, Path] = {}  # by URL, of this process
 
 def is_url(name: str | os.PathLike[str]) -> bool:
     """Is this a URL, and not a path? Raises ConfigError for one that cannot be used."""
-    match = URL.match(str(name))
-    if match is None:
+    if not (match := URL.match(str(name))):
         return False
     from fsspec.registry import get_filesystem_class, known_implementations
 
@@ -162,6 +161,9 @@ class Store:
         with suppress(OSError, ValueError):
             self._sent = json.loads(self._record.read_text("utf-8"))
         there = self.listing()
+        for name, (version, now) in self._sent.items():  # sent from here, its version not read yet
+            if not version and name in there and (not now or there[name][0] == now[0]):
+                self._sent[name][0] = there[name][1]
         if {n: v for n, (_, v) in there.items()} != {n: x[0] for n, x in self._sent.items()}:
             # somebody changed the store: what was not sent from here is dropped
             for name in self._here().keys() - there.keys():
@@ -181,22 +183,22 @@ class Store:
         here = self._here()
         changed = [n for n, now in here.items() if self._sent.get(n, [0, 0])[1] != now]
         removed = [n for n in self._sent if n not in here]
-        for last in (False, True):
-            part = [n for n in changed if (n in LAST) is last]
-            self._each(self.put, part, here)
-        with self._errors():
+        try:
+            for last in (False, True):
+                self._each(self.put, [n for n in changed if (n in LAST) is last], here)
             for name in removed:
-                with suppress(FileNotFoundError):
+                with self._errors(), suppress(FileNotFoundError):
                     self.fs.rm_file(self._key(name))
                 del self._sent[name]
-        there = self.listing() if changed or removed else {}
-        for name in (n for n in changed if n in self._sent):
-            size, version = there.get(name, (None, ""))
-            if size != self._sent[name][1][0]:
-                del self._sent[name]
-                raise WorkdirError(f"{self._key(name)} is not whole in the store ({size} bytes)")
-            self._sent[name][0] = version
-        self._remember()
+            there = self.listing() if changed or removed else {}
+            for n in sorted(self._sent.keys() & changed):
+                size, version = there.get(n, (None, ""))
+                if size != self._sent[n][1][0]:
+                    self._sent[n][1] = None  # it is sent again
+                    raise WorkdirError(f"{self._key(n)} is not whole in the store ({size} bytes)")
+                self._sent[n][0] = version
+        finally:  # what was sent before a cut is known as ours
+            self._remember()
 
     def keep_sending(self, stop: threading.Event) -> None:
         """Send every MIRROR_EVERY seconds until `stop` is set."""
@@ -291,9 +293,8 @@ class Store:
             raise
         except Exception as error:  # of many libraries, which have no common type
             kinds = {PermissionError: "no permission", FileNotFoundError: "no such bucket"}
-            kind = next((text for e, text in kinds.items() if isinstance(error, e)), "")
-            what = one_line(error)[:200]
+            kind = next((kinds[e] for e in kinds if isinstance(error, e)), type(error).__name__)
             raise WorkdirError(
-                f"{self.name} cannot be used ({kind or type(error).__name__}: {what}): check the "
-                "bucket's name, the credentials in the environment and the network"
+                f"{self.name} cannot be used ({kind}: {one_line(error)[:200]}): check the bucket's "
+                "name, the credentials in the environment and the network"
             ) from error

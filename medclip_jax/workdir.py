@@ -17,6 +17,7 @@ from medclip_jax.data import splits
 from medclip_jax.data.layouts import Record, Split
 from medclip_jax.distributed import runtime
 from medclip_jax.errors import WorkdirError
+from medclip_jax.io.nifti_header import files_of
 
 LOCK = ".lock"
 FILES = (
@@ -139,7 +140,10 @@ def keep_split(workdir: Path, split: Split, c: ConfigDict, main: bool = True) ->
 def truth_of(test: Sequence[Record]) -> list[list[Any]]:
     """All that a result reads of test images, for its key: a corrected label or mask changes it."""
     return [
-        [r.id, r.sha256, int(r.label), r.patient, [files.sha256_of(mask) for mask in r.masks]]
+        [
+            *(r.id, r.sha256, int(r.label), r.patient),
+            [files.sha256_of(*files_of(mask)) for mask in r.masks],
+        ]
         for r in test
     ]
 

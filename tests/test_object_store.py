@@ -159,6 +159,73 @@ def cut(self, name, here):
         raise ConnectionError("cut")
 
 
+NEW = {name: name.encode() for name in ("a", "b/c", "config.json", "metrics.json", "z")}
+
+
+def cut_after(most: int):
+    """A Store.put whose connection is cut after so many objects."""
+    real, left = object_store.Store.put, [most]
+
+    def put(self, name, here):
+        if not left[0]:
+            cut(self, name, here)
+        left[0] -= 1
+        real(self, name, here)
+
+    return put
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    each = (p for p in path.rglob("*") if p.is_file())
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in each}
+
+
+@pytest.mark.parametrize("most", range(len(NEW)))
+def test_wherever_a_send_is_cut_the_same_command_loses_nothing(monkeypatch, most):
+    monkeypatch.setattr(object_store, "THREADS", 1)
+    with object_store.folder("memory://b/run") as path:
+        files.write_bytes(path / "config.json", b"older words")
+    with monkeypatch.context() as patch, pytest.raises(WorkdirError, match="nothing is lost"):
+        patch.setattr(object_store.Store, "put", cut_after(most))
+        with object_store.folder("memory://b/run") as path:
+            for name, data in NEW.items():
+                files.write_bytes(path / name, data)
+    object_store._STAGED.clear()
+    with object_store.folder("memory://b/run") as again:
+        assert contents(again) == NEW
+    assert {n.removeprefix("/b/run/"): STORE.cat(n) for n in STORE.store} == NEW
+
+
+def test_what_a_round_that_failed_sent_is_known_as_ours(monkeypatch):
+    """The next round has no need to send it, so its version is read by the next command."""
+    monkeypatch.setattr(object_store, "THREADS", 1)
+    store = object_store.Store("memory://b/run")
+    for name, data in NEW.items():
+        files.write_bytes(store.path / name, data)
+    with monkeypatch.context() as patch, pytest.raises(WorkdirError, match="cut"):
+        patch.setattr(object_store.Store, "put", cut_after(2))
+        store.send()
+    store.send()
+    files.write_bytes(store.path / "a", b"newer, not sent")
+    again = object_store.Store("memory://b/run")
+    again.fetch()
+    assert contents(again.path) == NEW | {"a": b"newer, not sent"}
+    STORE.pipe("/b/run/a", b"of somebody else")  # another size: the store has the word
+    assert again.fetch() == 5 and contents(again.path) == NEW | {"a": b"of somebody else"}
+
+
+def test_an_object_that_is_not_whole_is_sent_again(monkeypatch):
+    store, real = object_store.Store("memory://b/run"), type(STORE).pipe_file
+    files.write_bytes(store.path / "a", b"whole")
+    with monkeypatch.context() as patch, pytest.raises(WorkdirError, match=r"a is not whole.*2 b"):
+        patch.setattr(type(STORE), "pipe_file", lambda fs, key, data: real(fs, key, data[:2]))
+        store.send()
+    again = object_store.Store("memory://b/run")
+    again.fetch()
+    again.send()
+    assert STORE.cat("/b/run/a") == (store.path / "a").read_bytes() == b"whole"
+
+
 def test_half_an_object_is_an_error_not_a_file(monkeypatch):
     STORE.pipe({"/b/data/a.png": b"whole"})
 

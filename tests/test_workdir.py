@@ -10,9 +10,11 @@ import pytest
 from filelock import FileLock
 
 from medclip_jax import config, files, main, workdir
+from medclip_jax.data.layouts import Record
 from medclip_jax.errors import WorkdirError
 from medclip_jax.training import checkpoints
 from medclip_jax.workdir import claim, locked
+from tests.support.folders import pair
 from tests.support.paths import ROOT
 
 
@@ -60,6 +62,15 @@ def test_a_claim_on_another_run_is_refused(tmp_path, arg, given, named):
     with pytest.raises(WorkdirError, match=named):
         claim(tmp_path, settings(arg, **given))
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_truth_changes_with_the_voxels_of_a_mask(tmp_path):
+    mask = pair(tmp_path / "mask", 0)
+    record = Record("a", 1, "test", tmp_path / "a.png", (mask,), "0" * 64)
+    before = workdir.truth_of([record])
+    assert workdir.truth_of([record]) == before
+    pair(tmp_path / "mask", 1)
+    assert workdir.truth_of([record]) != before
 
 
 def test_one_run_in_a_workdir_and_a_dead_one_leaves_no_lock(tmp_path):

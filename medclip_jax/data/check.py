@@ -19,6 +19,7 @@ from medclip_jax.data import datasets, layouts, near_duplicates, splits
 from medclip_jax.data.layouts import Record
 from medclip_jax.errors import DataError, printable
 from medclip_jax.io import read
+from medclip_jax.io.nifti_header import files_of
 
 LOW_CONTRAST = 0.1  # of the full scale, between the 1st and the 99th percentile
 STYLES = {"error": "bold red", "warning": "yellow", "ok": "green"}
@@ -109,7 +110,8 @@ def examined(
         return f"{path} holds {len(frames)} frames where one image is needed"
     low, high = np.percentile(frames, (1, 99))
     thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
-    return Examined(frames.shape[1:], float(high - low), thumbnail, files.sha256_of(path), covered)
+    digest = files.sha256_of(*files_of(path))
+    return Examined(frames.shape[1:], float(high - low), thumbnail, digest, covered)
 
 
 def contents(examples: Sequence[layouts.Example]) -> list[Row]:

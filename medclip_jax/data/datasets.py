@@ -15,6 +15,7 @@ from medclip_jax.data.catalog import ABOUT, PRESETS, SETS, modality_kind
 from medclip_jax.data.layouts import Record
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
+from medclip_jax.io.nifti_header import files_of
 
 LAYOUTS: dict[str, Callable[..., layouts.Layout]] = {
     "busi": layouts.busi,
@@ -144,7 +145,8 @@ def healthy_folder(folder: Path, window: str = "") -> list[Record]:
         if len(frames) > 1:
             return f"{path} holds {len(frames)} frames: give images of one frame"
         name = path.relative_to(folder).as_posix()
-        return Record(name, 0, "", path.absolute(), (), files.sha256_of(path), window=window)
+        digest = files.sha256_of(*files_of(path))
+        return Record(name, 0, "", path.absolute(), (), digest, window=window)
 
     results = examine(layout, window, record)
     if wrong := [*layout.problems, *(x for x in results if isinstance(x, str))]:

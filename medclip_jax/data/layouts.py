@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medclip_jax.errors import DataError
+from medclip_jax.io.nifti_header import files_of
 
 GIVE_ROOT = "give the folder by --config.data.root or $MEDCLIP_DATA"
 MASK = re.compile(r"(?P<name>.+)_mask(_\d+)?", re.DOTALL)
@@ -32,7 +33,7 @@ class Record(NamedTuple):
     part: str  # the data set's own part: "train", "test", or "" where it has none
     path: Path  # absolute
     masks: tuple[Path, ...]  # their union is the lesion mask; empty if there is none
-    sha256: str  # of the image file's bytes
+    sha256: str  # of the image's file, or files: see files.sha256_of
     patient: str = ""  # whose image, where the data set says so; a code, never a name
     window: str = ""  # CT window that the image is read with, see io.read
     unit: int = -1  # near-duplicates and images of one patient have the same; -1: not known
@@ -179,13 +180,13 @@ def fingerprint(layout: Layout) -> str:
     digest = hashlib.sha256(str(layout.root.resolve()).encode())
     for example in layout.examples:
         digest.update(f"\n{example.label} {example.part} {example.patient}".encode())
-        for name in (example.id, *example.masks):
+        names = (example.id, *example.masks)
+        for name, path in ((n, path) for n in names for path in files_of(layout.root / n)):
             try:
-                stat = (layout.root / name).stat()
+                stat = path.stat()
             except OSError as error:
                 raise DataError(
-                    f"{layout.root / name} cannot be reached ({error.strerror}): "
-                    "restore or remove it."
+                    f"{path} cannot be reached ({error.strerror}): restore or remove it."
                 ) from error
             digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
@@ -231,10 +232,14 @@ def _too_deep(root: Path, place: Path) -> list[str]:
 
 
 def _files(place: Path) -> list[Path]:
-    """Files of a folder, in natural order, without what file browsers leave behind."""
+    """Files of a folder, in natural order, without what file browsers leave behind.
+
+    Of a NIfTI pair there is the header alone.
+    """
     entries = place.iterdir() if place.is_dir() else ()
     files = (p for p in entries if not p.is_dir() and not p.name.startswith("."))
-    images = (p for p in files if p.name.lower() not in DESKTOP_FILES)
+    kept = {p for p in files if p.name.lower() not in DESKTOP_FILES}
+    images = (p for p in kept if (first := files_of(p)[0]) == p or first not in kept)
     return sorted(images, key=lambda p: natural(p.name))
 
 

@@ -24,6 +24,7 @@ from medclip_jax.data.catalog import ABOUT, About
 from medclip_jax.data.layouts import Record
 from medclip_jax.errors import DataError, UserError, WorkdirError
 from medclip_jax.io.image import reason
+from medclip_jax.io.nifti_header import files_of
 
 DIGESTS = "sha256.json"  # of all other files of a prepared data set
 BATCH = 1024  # rows read at a time
@@ -68,7 +69,8 @@ class PathBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     def _generate_examples(self, layout: layouts.Layout) -> Iterator[tuple[str, dict[str, Any]]]:
         for example in layout.examples:
             fields = example._asdict() | {"masks": list(example.masks), "image": example.id}
-            yield example.id, fields | {"sha256": files.sha256_of(layout.root / example.id)}
+            digest = files.sha256_of(*files_of(layout.root / example.id))
+            yield example.id, fields | {"sha256": digest}
 
     def _info(self) -> tfds.core.DatasetInfo:
         text, about = tfds.features.Text, self.ABOUT

@@ -19,7 +19,7 @@ from medclip_jax.clip import checkpoint
 from medclip_jax.data import preprocessing
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Scores, calibrate
-from medclip_jax.errors import ConfigError
+from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.io import read as io_read
 from medclip_jax.models import model
@@ -61,7 +61,7 @@ def adapt(start: Start, images: Sequence[Path]) -> tuple[Detector, Calibration]:
 
     One set of parameters adapts to all of them, and one more to those outside each fold, which
     scores that fold: so no image calibrates what has seen it. Raises DataError for a file that
-    cannot be read, ConfigError for fewer than two.
+    cannot be read or has several frames, ConfigError for fewer than two.
     """
     if len(images) < LEAST:
         raise ConfigError(f"{len(images)} images to adapt to: give {LEAST} or more")
@@ -85,8 +85,10 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
     clip, site = start.clip, start.site
 
     def read(path):
-        image = io_read.read(path, window=site.window)
-        return io_read.fit(image.pixels[0], clip.size, site.fit)
+        frames = io_read.read(path, window=site.window).pixels
+        if len(frames) != 1:
+            raise DataError(f"{path} holds {len(frames)} frames: give images of one frame")
+        return io_read.fit(frames[0], clip.size, site.fit)
 
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read, images))).astype(np.float32)

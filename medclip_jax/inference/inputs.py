@@ -19,6 +19,7 @@ from medclip_jax import errors, files
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.inference import series, walk
 from medclip_jax.io.nifti import MARK as NIFTI_MARK
+from medclip_jax.io.nifti_header import files_of
 from medclip_jax.io.pillow import MARK as PNG_MARK
 from medclip_jax.io.read import DICOM, NIFTI, PILLOW, is_dicom
 
@@ -65,6 +66,7 @@ def find(named: Sequence[str], follow_links: bool = False, nameless: bool = Fals
         root, entries = walk.entries(name, visited, follow_links)
         if not entries and os.path.isdir(name) and len(visited) == before:
             continue  # named twice
+        entries = list({entry.path: entry for entry in map(_by_header, entries)}.values())
         new = [entry for entry in entries if entry.path not in seen]
         seen.update(entry.path for entry in new)
         groups = list(_group(new))
@@ -102,7 +104,7 @@ def kind_of(path: str) -> str | None:
     Raises OSError if those cannot be read.
     """
     name = os.path.basename(path).lower()
-    if name.endswith(".img"):  # the other half of a NIfTI pair
+    if name.endswith(".img"):  # half of a NIfTI pair, whose header is missing: see `_by_header`
         return None
     for kind, endings in (("image", PILLOW), ("nifti", NIFTI), ("dicom", DICOM)):
         if name.endswith(endings):
@@ -165,6 +167,13 @@ def _group(entries: Sequence[walk.Entry]) -> Iterator[tuple]:
             yield "dicom", tuple(x.path for x in stack), tuple(x.uid for x in stack), ""
 
 
+def _by_header(entry: walk.Entry) -> walk.Entry:
+    """The entry; for the voxels of a NIfTI pair that of its header, if there is one."""
+    header = str(files_of(Path(entry.path))[0])
+    there = header != entry.path and not entry.error and os.path.lexists(header)
+    return entry._replace(path=header) if there else entry
+
+
 def _kind(entry: walk.Entry) -> tuple[str, str]:
     """(kind, why it is not read); two empty texts for a file to be passed over."""
     name = entry.path.lower()
@@ -174,7 +183,7 @@ def _kind(entry: walk.Entry) -> tuple[str, str]:
             return kind or "image", ""
         if name.endswith(NOT_READ):
             return "", "a format that is not read: save it as PNG, TIFF, DICOM or NIfTI"
-        if name.endswith(".img") and not os.path.lexists(entry.path[:-4] + ".hdr"):
+        if name.endswith(".img"):
             return "", "half of a NIfTI pair whose header (.hdr) is missing"
         return "", ""
     except OSError as error:

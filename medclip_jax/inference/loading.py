@@ -105,12 +105,13 @@ def load(item: Item, predictor: Predictor, output: Path, stamp: str) -> Job:
     if item.error:
         return Job(item, rows=[], error=item.error)
     try:
-        if sum(image.check_regular(Path(path)) for path in item.paths) > image.MAX_BYTES:
+        paths = [file for path in item.paths for file in nifti_header.files_of(Path(path))]
+        if sum(map(image.check_regular, paths)) > image.MAX_BYTES:
             raise DataError(
                 f"{item.source} has more than {image.MAX_BYTES:,} bytes in its files and no more "
                 "are read: give it in parts."
             )
-        sha256 = _content(item)
+        sha256 = files.sha256_of(*paths)
         key = hashlib.sha256(f"{stamp} {sha256}".encode()).hexdigest()
         rows = results.finished(output, item, key)
         if rows is not None:
@@ -167,14 +168,6 @@ def _open(item: Item, window: str) -> Frames:
     if len(paths) > 1:
         return dicom.open_slices(paths, paths[0].parent, parse_window(window))
     return read.open_image(paths[0], window=window)
-
-
-def _content(item: Item) -> str:
-    """SHA-256 of the bytes of one file, or of the hashes of a series' files in order."""
-    each = []
-    for path in item.paths:
-        each.append(files.sha256_of(path))
-    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
 
 def reason(error: Exception, item: Item) -> str:

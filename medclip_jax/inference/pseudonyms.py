@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from medclip_jax import files
 from medclip_jax.errors import WorkdirError
 from medclip_jax.inference import inputs
 from medclip_jax.inference.inputs import Item
+from medclip_jax.io.nifti_header import files_of
 
 SALT_FILE = ".pseudonyms"
 SALT_BYTES = 32
@@ -73,9 +74,10 @@ def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
     return renamed
 
 
-def without_names(message: str, paths: Iterable[str], name: str) -> str:
+def without_names(message: str, paths: Sequence[str], name: str) -> str:
     """A message with `name` for every path, and without what a library says in brackets."""
-    for path in paths:
+    voxels = [str(file) for path in paths for file in files_of(Path(path))[1:]]  # of pairs
+    for path in (*paths, *voxels):
         whole = os.path.abspath(path)
         parts = {path, whole, os.path.basename(whole)}
         for part in sorted(parts | {inputs.printable(p) for p in parts}, key=len, reverse=True):

@@ -100,8 +100,8 @@ def write(
     }
     if privacy.salt:
         page["sha256"] = None  # of the source: who has it could tell that it was here
-    path = output / f"{item.output}.json"
-    files.write_json(path, stored.sealed(files.plain(page)), durable=False)
+    page = files.plain(page)  # of what is read again `finished` makes the same rows
+    files.write_json(output / f"{item.output}.json", stored.sealed(page), durable=False)
     return table_rows(page, item), objects.notes
 
 

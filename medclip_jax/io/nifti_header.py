@@ -29,6 +29,14 @@ HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 nibabel.imageglobals.logger.setLevel(logging.CRITICAL)
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold an image: header and voxels of a pair, either named; else the one."""
+    if not path.name.lower().endswith(PAIR_SUFFIXES):
+        return (path,)
+    upper = path.suffix.isupper()
+    return tuple(path.with_suffix(x.upper() if upper else x) for x in PAIR_SUFFIXES)
+
+
 def read_header(path: Path) -> nibabel.Nifti1Header:
     """The header of a file or pair, which proved harmless; raises as `stored`."""
     return stored(path, header_only=True)[0]
@@ -45,11 +53,8 @@ def stored(path: Path, header_only: bool = False) -> tuple[nibabel.Nifti1Header,
 
     Extensions (they may hold a whole DICOM header) are not even parsed.
     """
-    magics, data = SINGLE, path
-    if path.name.lower().endswith(PAIR_SUFFIXES):
-        upper, magics = path.suffix.isupper(), PAIR
-        path = path.with_suffix(".HDR" if upper else ".hdr")
-        data = path.with_suffix(".IMG" if upper else ".img")
+    path, *voxels_of_pair = files_of(path)
+    magics, data = (PAIR, voxels_of_pair[0]) if voxels_of_pair else (SINGLE, path)
     with _opened(path) as file:
         header = _header(path, _read(path, file, HEADER_BYTES), magics)
     if header_only:

@@ -33,6 +33,7 @@ from medclip_jax.io.image import (
     parse_window,
 )
 from medclip_jax.io.nifti import Axis, open_nifti
+from medclip_jax.io.nifti_header import files_of
 
 __all__ = ["Axis", "Mode", "fit", "fit_mask", "read", "read_all", "read_mask", "to_frame"]
 
@@ -131,13 +132,12 @@ def read_all(
 
     def one(source: S) -> Float[np.ndarray, "s s"]:
         pixels = read(source.path, window=source.window).pixels
-        if (known := getattr(source, "sha256", "")) and files.sha256_of(source.path) != known:
+        known = getattr(source, "sha256", "")
+        if known and files.sha256_of(*files_of(source.path)) != known:
             raise DataError(f"{source.path} was changed while it was read: run the command again.")
         if len(pixels) != 1:
-            raise DataError(
-                f"{source.path} holds {len(pixels)} frames where one image is needed: "
-                "save the frames as files of their own."
-            )
+            text = "frames where one image is needed: save the frames as files of their own."
+            raise DataError(f"{source.path} holds {len(pixels)} {text}")
         return fit(pixels[0], size, mode)
 
     workers, waiting = os.cpu_count() or 1, iter(sources)

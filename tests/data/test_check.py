@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from medclip_jax import main
 from medclip_jax.data import check, datasets
 from medclip_jax.errors import DataError
-from tests.support.folders import ROOT, png, write_busi, write_folder
+from tests.support.folders import ROOT, pair, png, write_busi, write_folder
 
 
 @pytest.fixture
@@ -108,12 +109,27 @@ def test_long_lists_are_cut(tmp_path):
     assert text.getvalue().count("has no mask") == 10 and "more" in text.getvalue()
 
 
+def test_pairs_with_equal_headers_are_no_duplicates(tmp_path):
+    for n, kind in enumerate(("train/good", "test/good", "test/mass")):
+        for i in range(4):
+            pair(tmp_path / "mine" / kind / str(i), 4 * n + i)
+    rows, text = table("folder", tmp_path / "mine")
+    assert rows["train healthy"].images == 4 and "duplicate" not in text
+
+
 def test_mode_check_needs_no_workdir(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MEDCLIP_CACHE", str(tmp_path / "cache"))
     argv = ["main", f"--config=configs/folder.py:k=4,root={folder}", "--mode=check"]
     assert main.main(argv) == 0
     assert "train healthy" in capsys.readouterr().out
+    fetched = fsspec.filesystem("memory")
+    assert main.main([*argv, "--config.cache=memory://nobody/cache"]) == 0  # before the first run
+    fetched.pipe("/nobody/cache/tokens", b"many")
+    assert main.main([*argv, "--config.cache=memory://nobody/cache"]) == 0
+    fetched.rm("/nobody", recursive=True)
+    assert not list((tmp_path / "cache").rglob("tokens"))  # nothing was copied
+    capsys.readouterr()
     (folder / "test" / "good" / "0.png").write_bytes(b"no image")
     assert main.main(argv) == 2
     held = capsys.readouterr()

@@ -9,7 +9,8 @@ import pytest
 from medclip_jax.data import datasets, layouts, splits
 from medclip_jax.data.catalog import ABOUT, PRESETS
 from medclip_jax.errors import DataError
-from tests.support.folders import ROOT, real, write_brain, write_chest
+from medclip_jax.io import read
+from tests.support.folders import ROOT, pair, real, write_brain, write_chest
 
 CONFIGS = ROOT / "configs"
 
@@ -99,6 +100,45 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
 def test_images_that_nobody_would_read_are_named(tmp_path, name, problem):
     layout = layouts.folder(empty_files(tmp_path, "train/good/1.png", "test/stain/img/1.png", name))
     assert [x for x in layout.problems if x.startswith(problem)]
+
+
+def sha_of_pair(header: Path) -> str:
+    """SHA-256 of the two files' hashes, as of a DICOM series."""
+    both = [hashlib.sha256(p.read_bytes()) for p in (header, header.with_suffix(".img"))]
+    return hashlib.sha256(" ".join(x.hexdigest() for x in both).encode()).hexdigest()
+
+
+def test_a_nifti_pair_is_one_image_known_by_both_files(tmp_path, cache):
+    kinds = ("train/good", "test/good", "test/mass")
+    paths = [pair(tmp_path / "mine" / kind / str(i), 3 * n + i) for n, kind in enumerate(kinds)
+             for i in range(3)]  # fmt: skip
+    assert len({path.read_bytes() for path in paths}) == 1  # equal headers
+    records = datasets.load("folder", tmp_path / "mine", cache)
+    assert {r.path for r in records} == set(paths) and layouts.unique(records) == list(records)
+    assert all(r.sha256 == sha_of_pair(r.path) for r in records)
+    assert len(list(read.read_all(records, 8))) == 9  # none is taken for changed
+    (one, *rest) = datasets.healthy_folder(paths[0].parent)
+    assert len(rest) == 2 and one.sha256 == sha_of_pair(paths[0])
+    pair(paths[0], 99)  # other voxels, the same header
+    again = datasets.load("folder", tmp_path / "mine", cache)
+    changed = [r.path for r, old in zip(again, records, strict=True) if r.sha256 != old.sha256]
+    assert changed == [paths[0]]
+    with pytest.raises(DataError, match=r"0\.hdr was changed while it was read"):
+        list(read.read_all(records, 8))
+    paths[0].with_suffix(".img").unlink()
+    with pytest.raises(DataError, match=r"0\.img cannot be reached \(No such file"):
+        datasets.load("folder", tmp_path / "mine", cache)
+
+
+def test_voxels_without_their_header_are_named(tmp_path, cache):
+    """Not passed over in silence, whatever the case of the letters."""
+    pair(tmp_path / "a", 0).unlink()
+    header = pair(tmp_path / "b", 1)
+    header.with_suffix(".img").rename(tmp_path / "B.IMG")
+    header.rename(tmp_path / "B.HDR")
+    assert [e.id for e in layouts.healthy(tmp_path).examples] == ["B.HDR", "a.img"]
+    with pytest.raises(DataError, match=r"1 problem.*a\.hdr does not exist"):
+        datasets.healthy_folder(tmp_path)
 
 
 def test_good_is_healthy_however_it_is_spelt(tmp_path):

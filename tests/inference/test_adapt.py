@@ -1,13 +1,14 @@
 """A new site's detector: calibrated on images it has not seen, from parameters or a workdir."""
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
 from medclip_jax import build, build_detector, config
 from medclip_jax.detectors import calibration, detector
-from medclip_jax.errors import ConfigError, WorkdirError
+from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from medclip_jax.inference import adapt
 from medclip_jax.models import model, similarity
 
@@ -71,6 +72,14 @@ def test_a_site_is_calibrated_with_its_own_number_of_images(tiny, images):
     assert "with 5 healthy images" in image.message and "with 5 healthy images" in pixel.message
     p = calibration.p_values(np.array([scores[0] - 1, scores[4] + 1]), thresholds.healthy)
     np.testing.assert_allclose(p, [1, 1 / 6])
+
+
+def test_an_image_of_several_frames_is_refused(tiny, images, tmp_path):
+    volume = tmp_path / "v.nii"
+    values = np.random.default_rng(0).integers(0, 99, (9, 8, 3)).astype(np.int16)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(volume)
+    with pytest.raises(DataError, match=r"v\.nii holds 3 frames: give images of one frame"):
+        adapt.adapt(started(tiny), [images[0], volume])
 
 
 def test_altered_rows_show_every_kind_once(tiny, images):

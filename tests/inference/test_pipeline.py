@@ -1,11 +1,13 @@
 """The parts of prediction's stream: bounded reading, results, overlay and packed map volumes."""
 
+import hashlib
 import io
 import json
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -13,11 +15,12 @@ import pytest
 from scipy import ndimage
 
 from medclip_jax.detectors.detector import BatchScores
-from medclip_jax.inference import loading, pipeline, predictor, results
+from medclip_jax.inference import loading, pipeline, predictor, pseudonyms, results
 from medclip_jax.inference.inputs import Item
 from medclip_jax.io import pillow
 from medclip_jax.io.image import Frames
 from medclip_jax.io.pillow import encode_png
+from tests.support.folders import pair
 
 
 def blobs(seed: int, shape=(60, 70)) -> np.ndarray:
@@ -121,20 +124,58 @@ def test_closing_the_stream_lets_waiting_readers_go(monkeypatch):
     pool.shutdown(wait=True)  # would hang if a reader still waited
 
 
-@pytest.fixture
-def result(tmp_path):
-    """(folder, item) of a finished item with one alarm, written as prediction does."""
+def test_an_item_is_known_by_all_its_files(tmp_path, monkeypatch):
+    """Other voxels under the same header are scored again; errors name no file of a pair."""
+    monkeypatch.setattr(loading, "FITTED", 0)
+    path = str(pair(tmp_path / "a", 0))
+    encoder = SimpleNamespace(clip=SimpleNamespace(size=8), fit="pad")
+    unused: dict = dict.fromkeys(predictor.Predictor._fields)
+    plain = predictor.Predictor(**unused | {"window": "", "encoder": encoder})
+    item = Item("a", (path,), "nifti", "a-1")
+
+    def content(one=item):
+        job = loading.load(one, plain, tmp_path, "stamp")
+        return (job.error, "") if job.error else job.content()[:2]
+
+    before = content()
+    assert content() == before
+    pair(tmp_path / "a", 1)
+    assert content()[0] != before[0] and content()[1] != before[1]
+    image = tmp_path / "b.png"
+    image.write_bytes(encode_png(np.zeros((9, 9), np.uint8)))
+    single = content(Item("b", (str(image),), "image", "b-1"))[1]
+    assert single == hashlib.sha256(image.read_bytes()).hexdigest()
+    (tmp_path / "a.img").unlink()
+    error, _ = content()
+    assert "a.img does not exist" in error
+    assert "a.img" not in pseudonyms.without_names(error, item.paths, "0123")
+
+
+def written(folder, p_value=0.5):
+    """(item, rows) of a finished item with one alarm, written as prediction does."""
     item = Item("a", ("a.png",), "image", "a-1")
     maps = np.stack([blobs(0, (24, 24))])
-    columns = maps.max((1, 2)), maps.mean((1, 2)), np.ones(1, bool), maps[:, 0, 1], maps
+    columns = (
+        maps.max((1, 2)),
+        np.full(1, p_value, np.float32),
+        np.ones(1, bool),
+        maps[:, 0, 1],
+        maps,
+    )
     scores = BatchScores(*columns, *[maps[:, 0]] * 4)._replace(passes=maps[:, 0, :1])
     pixels, codes = np.zeros((1, 50, 30), np.float32), np.zeros((1, 50, 30), np.uint16)
     frames = Frames(pixels.shape, lambda first, end: pixels[first:end], None, {}, "", 0)
     part = predictor.part(scores, codes, 0, None, "pad")
     loaded = predictor.Loaded("k", "0" * 64, frames, None, codes, True)
     privacy = results.Privacy()
-    results.write(tmp_path, item, loaded, [part], "pad", {}, privacy, lambda _: None)
-    return tmp_path, item
+    rows, _ = results.write(folder, item, loaded, [part], "pad", {}, privacy, lambda _: None)
+    return item, rows
+
+
+@pytest.fixture
+def result(tmp_path):
+    """(folder, item) of a finished item."""
+    return tmp_path, written(tmp_path)[0]
 
 
 def test_a_finished_item_gives_its_rows_again(result):
@@ -142,6 +183,13 @@ def test_a_finished_item_gives_its_rows_again(result):
     (row,) = results.finished(folder, item, "k")
     assert row["alarm"] == 1 and row["result"] == "a-1.json"
     assert results.finished(folder, item, "other") is None
+
+
+@pytest.mark.parametrize("p_value", [0.5, np.nan])  # nan: of a run with fewer than two supports
+def test_the_rows_are_the_same_when_written_and_when_read_again(tmp_path, p_value):
+    item, rows = written(tmp_path, p_value)
+    assert rows == results.finished(tmp_path, item, "k")
+    assert rows[0]["p_value"] == (0.5 if p_value == 0.5 else None)  # None: an empty cell
 
 
 def test_an_altered_result_is_made_again(result):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from medclip_jax.errors import DataError
 from medclip_jax.inference import inputs, pseudonyms, walk
+from tests.support.folders import pair
 from tests.support.predicting import noise, png, walked
 
 
@@ -94,6 +95,18 @@ def test_what_cannot_be_opened_is_listed_with_its_reason(tmp_path):
         "in/slides.nrrd": "a format that is not read: save it as PNG, TIFF, DICOM or NIfTI",
         "absent.png": "is not there",
     }
+
+
+def test_a_nifti_pair_is_one_image_however_it_is_named(tmp_path):
+    header = pair(tmp_path / "in" / "a", 0)
+    voxels = header.with_suffix(".img")
+    upper = [p.rename(p.with_name(f"B{p.suffix.upper()}")) for p in (pair(header, 1), voxels)]
+    pair(header, 0)
+    for named in ((header, voxels), (voxels,), (tmp_path / "in" / "a.*",)):
+        (item,) = inputs.find([str(name) for name in named])
+        assert item.paths == (str(header),) and item.kind == "nifti" and not item.error
+    assert walked(tmp_path / "in") == ([("in/B.HDR",), ("in/a.hdr",)], {})
+    assert walked(*upper) == ([("B.HDR",)], {})
 
 
 @pytest.mark.parametrize("pattern", ["", "/**/*.png", "/*"])

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
@@ -22,6 +23,14 @@ def png(path: Path, seed: int, size=(9, 7), mask=False) -> Path:
     array = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
     PIL.Image.fromarray((array > 127).astype(np.uint8) * 255 if mask else array).save(path)
     return path
+
+
+def pair(path: Path, seed: int, side=8) -> Path:
+    """A NIfTI pair of one slice; headers of one side are equal bytes. Returns the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 1000, (side, side, 1)).astype(np.int16)
+    nibabel.Nifti1Pair(values, np.eye(4)).to_filename(path.with_suffix(".img"))
+    return path.with_suffix(".hdr")
 
 
 def write_busi(root: Path) -> Path:
