@@ -136,17 +136,17 @@ def picture(table: ontology.Ontology, place: str) -> str:
 def reports(path: Path) -> Subjects:
     """Findings and impression of every report that has both."""
     if path.is_dir():
-        read = {
-            str(p): sections(p.read_text(errors="replace")) for p in sorted(path.rglob("*.txt"))
-        }
+        paths = sorted(path.rglob("*.txt"))
+        read = {str(p): sections(p.read_text(errors="replace")) for p in paths}
     else:
-        with path.open(newline="") as file:
-            lines = [{k.strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
-        read = {str(i): line for i, line in enumerate(lines)}
-    texts = {
-        n: [" ".join((r.get(x) or "").split()) for x in ("findings", "impression")]
-        for n, r in read.items()
-    }
+        try:
+            with path.open(newline="") as file:
+                rows = {str(i): x for i, x in enumerate(csv.DictReader(file))}
+        except (OSError, ValueError, csv.Error) as error:
+            raise SystemExit(f"{path} cannot be read as a table ({error})") from None
+        read = {i: {str(k).strip().lower(): v for k, v in x.items()} for i, x in rows.items()}
+    parts = "findings", "impression"
+    texts = {n: [" ".join((r.get(x) or "").split()) for x in parts] for n, r in read.items()}
     whole = {name: [pair] for name, pair in texts.items() if all(pair)}
     if len(whole) < 10:
         raise SystemExit(f"{path}: {len(whole)} reports with findings and impression, need 10")

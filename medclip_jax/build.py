@@ -41,8 +41,10 @@ SYNONYMS = 3  # words per anatomy, condition and modality that the ontology adds
 def load_clip(c: ConfigDict) -> Clip:
     """The frozen CLIP with the layers tapped that the configuration names.
 
-    Raises ConfigError for an encoder of images alone where prompts would be used.
+    Raises ConfigError for an encoder of images alone where prompts would be used, and as
+    sharding.devices.
     """
+    sharding.devices()
     dtype = "float32" if c.clip.dtype == "float16" else c.clip.dtype  # which tokens alone have
     taps = tuple(c.clip.layers), dtype, c.model.refine, c.clip.implementation
     clip = load(c.clip.checkpoint, *taps, c.clip.size)

@@ -42,7 +42,12 @@ MODES = {
 }
 OF_CONFIGS = AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError
 MOST_CONFIG = 1 << 20  # bytes of a config file
+OURS = Path(), Path("configs")  # folders whose names may stand for packaged configs
 TRAINED_MODES = ("predict", "export")  # use a trained workdir and take no config
+ONLY = {"output": TRAINED_MODES} | dict.fromkeys(  # flags that not every mode takes
+    "input part engine cam boxes_of_passed follow_links pseudonymise keep_burned_in".split(),
+    ("predict",),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -123,16 +128,17 @@ def parse(argv: list[str]) -> flags.FlagValues:
     except (flags.Error, *OF_CONFIGS) as error:
         where = "config has no such field: " if isinstance(error, AttributeError) else ""
         raise ConfigError(f"{where}{one_line(error)} (see --help)") from error
-    of_ray = args["ray.address"].value or args["ray.workers"].value
-    if (args.engine and args.mode != "predict") or (of_ray and not args.engine):
-        raise ConfigError(
-            "--engine goes with --mode predict, --ray.* with --engine ray: see --help"
-        )
-    if args.mode in TRAINED_MODES:
+    for name, modes in ONLY.items():
+        if args[name].value and args.mode not in modes:
+            raise ConfigError(f"--{name} goes with --mode {' or '.join(modes)}: see --help")
+    if (args["ray.address"].value or args["ray.workers"].value) and not args.engine:
+        raise ConfigError("--ray.* goes with --mode predict --engine ray: see --help")
+    if args.mode == "predict":
         args["input"].value = [*args.input, *rest[1:]]  # --input A B C
-        return complete(args)
-    if len(rest) > 1:
+    elif len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
+    if args.mode in TRAINED_MODES:
+        return complete(args)
     if args.config is None or not (args.workdir or args.mode == "check"):
         raise ConfigError("--config and --workdir are needed: see --help")
     if not isinstance(args.config, ConfigDict):  # ml_collections says nothing until it is used
@@ -158,7 +164,7 @@ def check_config_file(argv: list[str]) -> None:
 
 
 def with_packaged_config(argv: list[str]) -> list[str]:
-    """The same flags, with a config that is not a file here taken from the installed package.
+    """The same flags, ~ written out, with a config that is not here taken from the package.
 
     `--config configs/busi.py:k=16`, `busi.py:k=16` and `busi:k=16` then mean the same.
     """
@@ -171,14 +177,15 @@ def with_packaged_config(argv: list[str]) -> list[str]:
         place = i if equals else i + 1
         text = value if equals else "".join(argv[place : place + 1])
         name, colon, arguments = text.partition(":")
-        ours = Path(name).parent.name in ("", "configs") and not Path(name).is_absolute()
-        if not (name and ours) or Path(name).is_file():
-            continue
-        for folder in (package / "configs", package.parent / "configs"):
-            if (file := folder / f"{Path(name).stem}.py").is_file():
-                text = f"{file}{colon}{arguments}"
-                argv[place] = f"{flag}={text}" if equals else text
-                break
+        file = Path(name)
+        if name.startswith("~"):
+            file = files.expanded(name)
+        elif file.parent in OURS and file.suffix in ("", ".py") and not file.is_file():
+            ours = (folder / "configs" / f"{file.stem}.py" for folder in (package, package.parent))
+            file = next(filter(Path.is_file, ours), file)
+        if file != Path(name):
+            text = f"{file}{colon}{arguments}"
+            argv[place] = f"{flag}={text}" if equals else text
     return argv
 
 
@@ -200,10 +207,11 @@ def complete(args: flags.FlagValues) -> flags.FlagValues:
 def use(args: flags.FlagValues) -> None:
     """Predict with, or export, a trained workdir."""
     from medclip_jax import build_detector, object_store, workdir
+    from medclip_jax.distributed import sharding
 
     folder, output = files.expanded(args.workdir), object_store.place(args.output)
     if args.engine != "ray":  # whose workers have the devices
-        log_devices()
+        sharding.log_devices()
     if args.mode == "export":
         if output.name in workdir.FILES and output.parent.resolve() == folder.resolve():
             raise ConfigError(f"{output} is a file of the run: give another --output")
@@ -250,7 +258,7 @@ def check(fields: ConfigDict) -> None:
 def run(mode: str, fields: ConfigDict, name: str) -> None:
     """Train, evaluate or report in the workdir of this name, which no other run uses meanwhile."""
     from medclip_jax import object_store, train, workdir
-    from medclip_jax.distributed import runtime
+    from medclip_jax.distributed import runtime, sharding
     from medclip_jax.evaluation.metrics import headline
 
     object_store.place(name)  # a scheme that is unknown is an error
@@ -267,22 +275,13 @@ def run(mode: str, fields: ConfigDict, name: str) -> None:
         if mode == "report":
             train.write_report(folder)
             return
-        log_devices()
+        sharding.log_devices()
         stack.enter_context(object_store.folder(cache or ".", main))
         metrics = train.run(fields, folder, train=mode == "train")
     if metrics is not None:  # of several processes only the main one reports
         logging.info("%s", headline(metrics))
         if not metrics["calibration"]["attainable"]:
             logging.warning("%s", metrics["calibration"]["message"])
-
-
-def log_devices() -> None:
-    """Log what the run computes on."""
-    import jax
-
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not of absent TPUs
-    kinds = sorted({d.device_kind for d in jax.devices()})
-    logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
 
 
 def cli() -> None:

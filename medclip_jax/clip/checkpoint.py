@@ -79,9 +79,8 @@ def load(
             does not go with the patches.
     """
     folder = hf_weights.locate(checkpoint)
-    of_open_clip = open_clip_weights.matches(folder)
-    weights = open_clip_weights.read(folder) if of_open_clip else hf_weights.read(folder)
-    weights = _at_size(weights, size)
+    reader = open_clip_weights if open_clip_weights.matches(folder) else hf_weights
+    weights = _at_size(reader.read(folder), size)
     taps = dict(levels=tuple(layers), dtype=dtype, inputs=inputs)
     if weights.resnet is None:
         taps["levels"] = _blocks(weights.config, tuple(layers))
@@ -112,7 +111,7 @@ def _assemble(name: str, weights: hf_weights.Weights, image_encoder, text_encode
         widths = weights.resnet.widths(levels)
     tokenizer, tokens, positions, end = None, np.zeros((0, 0)), 0, -1
     if text_encoder is not None:
-        tokenizer = hf_weights.load_tokenizer(weights.folder, weights.tokenizer)
+        tokenizer = text.load_tokenizer(weights.folder, weights.tokenizer)
         tokens, table = (
             params["text_model"]["embeddings"][f"{x}_embedding"]["embedding"]
             for x in ("token", "position")
@@ -161,8 +160,12 @@ def _fused(weights: hf_weights.Weights, taps: dict) -> tuple[ImageEncoder, Any]:
             return resnet.tapped(weights.resnet, **taps), text_encoder
         more: dict[str, Any] = {**taps, **weights.vision}
         encoder = vit.of_params(params, *kinds("vision"), **more)
-        side = weights.config["vision_config"]["image_size"]
-        _check_shapes(encoder.clone(levels=()), params, jnp.zeros((1, side, side, 3)))
+        vision = weights.config["vision_config"]
+        for name, own in (("patch_size", encoder.patch), ("hidden_size", encoder.width)):
+            if vision[name] != own:
+                raise ValueError(f"{name} of the images is {vision[name]}, not {own}")
+        pixels = jax.ShapeDtypeStruct((1, *[vision["image_size"]] * 2, 3), np.float32)
+        _check_shapes(encoder.clone(levels=()), params, pixels)
         if text_encoder is not None:
             one, context = jnp.zeros((1, 1), int), jnp.zeros((1, 0, text_encoder.width))
             _check_shapes(text_encoder, params, context, one, one - 1, jnp.zeros(1, int))

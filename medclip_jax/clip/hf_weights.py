@@ -12,6 +12,7 @@ from medclip_jax import files, stored
 from medclip_jax.clip import names, tensor_files
 from medclip_jax.clip.layers import ACTIVATIONS, GATED
 from medclip_jax.errors import CheckpointError
+from medclip_jax.stored import Number
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "compact_clip"
 OPEN_CLIP_CONFIG = "open_clip_config.json"  # see open_clip_weights
@@ -41,6 +42,16 @@ CONFIGS = {  # model_type -> its class in transformers, pixel mean and sd where 
     "dinov2": ("Dinov2Config", IMAGENET),
     "dinov2_with_registers": ("Dinov2WithRegistersConfig", IMAGENET),
     "dinov3_vit": ("DINOv3ViTConfig", IMAGENET),
+}
+SIZE = Number(1, 1 << 16, whole=True)
+NUMBERS = {  # of a config, open_clip's too
+    **dict.fromkeys(("num_attention_heads", "hidden_size", "patch_size"), SIZE),
+    **dict.fromkeys(("heads", "head_width", "context_length"), SIZE._replace(low=0, absent=True)),
+    "num_hidden_layers": Number(1, 256, whole=True),
+    "image_size": Number(1, 4096, whole=True),  # as config.clip.size
+    "layer_norm_eps": Number(0, 1),
+    "rope_theta": Number(1e-3, 1e12),
+    "eos_token_id": Number(0, 1 << 24, whole=True, absent=True),
 }
 
 
@@ -153,43 +164,6 @@ def check_tokenizer(folder: Path) -> None:
     )
 
 
-def load_tokenizer(folder: Path, kind: str) -> Any:
-    """The tokenizer, with the texts changed as its text encoder was trained on them."""
-    import transformers
-    from tokenizers import Regex, normalizers
-
-    try:
-        if kind == "clip":
-            of_clip = transformers.CLIPTokenizerFast
-            return of_clip.from_pretrained(folder, local_files_only=True)
-        if kind == "bert":
-            of_bert = transformers.BertTokenizerFast
-            tokenizer = of_bert.from_pretrained(folder, local_files_only=True)
-            tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
-        else:
-            end = {"siglip": "</s>", "gemma": "<eos>"}[kind]
-            pad = {"siglip": "</s>", "gemma": "<pad>"}[kind]
-            file = str(folder / "tokenizer.json")
-            tokenizer = transformers.PreTrainedTokenizerFast(
-                tokenizer_file=file, eos_token=end, pad_token=pad
-            )
-            # SigLIP reads small letters without punctuation, SigLIP 2 small letters
-            steps = [normalizers.Lowercase()]
-            if kind == "siglip":
-                steps += [
-                    normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
-                    normalizers.Replace(Regex(r"\s+"), " "),
-                    normalizers.Strip(),
-                ]
-            backend = tokenizer.backend_tokenizer
-            own = [backend.normalizer] if backend.normalizer is not None else []
-            backend.normalizer = normalizers.Sequence([*steps, *own])
-        return tokenizer
-    except Exception as error:  # the tokenizers library raises bare Exception on damaged files
-        message = f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
-        raise CheckpointError(message) from None
-
-
 def _download(name: str) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -242,6 +216,11 @@ def _config(path: Path) -> dict[str, Any]:
             f"{path}: model_type is {kind!r}, need one of {', '.join(CONFIGS)}; "
             "give another folder (docs/backbones.md lists what can be read)"
         )
+    parts = {n: x for n, x in raw.items() if "_config" in n and isinstance(x, dict)}
+    for part, fields in {"": raw, **parts}.items():
+        check_numbers(path, fields, part)
+        for name in ("num_labels", "id2label", "label2id"):  # of millions, names would be made
+            fields.pop(name, None)
     try:
         config = getattr(transformers, CONFIGS[kind][0]).from_dict(raw).to_dict()
         parts = {part: config[part] for part in ("vision_config", "text_config") if part in config}
@@ -262,14 +241,15 @@ def _check_fields(path: Path, fields: dict[str, Any], part: str) -> None:
             f"{', '.join(ACTIVATIONS)}; use another checkpoint"
         )
     fields["hidden_act"] = (GATED if gated else "") + activation
-    sizes = ["num_hidden_layers", "num_attention_heads", "hidden_size"]
-    sizes += ["image_size", "patch_size"] if "patch_size" in fields else []
-    for name in sizes:
-        if type(fields[name]) is not int or not 0 < fields[name] < 1 << 20:
-            raise CheckpointError(
-                f"{path}: {part or 'its'} {name} is {fields[name]!r}, need a whole number; "
-                "copy it again"
-            )
+
+
+def check_numbers(path: Path, fields: dict[str, Any], part: str) -> None:
+    """Raise CheckpointError for the first of these fields that is not as NUMBERS says."""
+    try:
+        for name in [name for name in NUMBERS if name in fields]:
+            stored.check(fields[name], NUMBERS[name], f"{part} {name}".strip())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; copy it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -283,12 +263,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def normalisation(path: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Pixel mean and sd as `path` gives them, OpenAI's for None. Raises CheckpointError."""
     try:
-        mean, std = (tuple(map(float, x)) for x in (mean or MEAN, std or STD))
+        mean, std = list(mean or MEAN), list(std or STD)
+        stored.check(mean, [Number(-1e4, 1e4)], "mean")
+        stored.check(std, [Number(1e-6, 1e4)], "sd")
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3:
         raise CheckpointError(f"{path}: mean and std of the pixels must be three numbers each")
-    return mean, std
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def digest_of(config: bytes, weights: Path) -> str:

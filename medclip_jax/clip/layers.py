@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Any] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+LARGEST_GRID = 512  # patches per side: 4096 pixels, 8 of them a patch
 GATED = "gated_"  # before an activation: of the first half of fc1, times the second half
 # The gradient of a block computes attention and activation anew: keeping less is faster.
 SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -108,6 +109,8 @@ def rotate(x: Float[Array, "n s h d"], base: float, prefix: int) -> Float[Array,
     Simeoni et al. 2025. The `prefix` tokens before them stay.
     """
     side, d = round((x.shape[1] - prefix) ** 0.5), x.shape[-1]
+    if side > LARGEST_GRID:
+        raise ValueError(f"{side} patches per side where at most {LARGEST_GRID} are read")
     centres = 2 * (np.arange(side) + 0.5) / side - 1
     place = np.stack(np.meshgrid(centres, centres, indexing="ij"), -1).reshape(-1, 2, 1)
     angle = 2 * np.pi * place * base ** -np.arange(0, 1, 4 / d)

@@ -234,5 +234,5 @@ HEAD = [
 
 def depth(flat: Flat, part: str) -> int:
     """Blocks of `vision` or `text` among the tensors."""
-    found = [re.match(rf"{part}_model/encoder/layers/(\d+)/", n) for n in flat]
+    found = [re.match(rf"{part}_model/encoder/layers/(\d{{1,6}})/", n) for n in flat]
     return max((int(x[1]) + 1 for x in found if x), default=0)

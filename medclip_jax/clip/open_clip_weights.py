@@ -60,8 +60,8 @@ def read(folder: Path) -> hf_weights.Weights:
     if any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in flat):
         encoder, params = _resnet(path, flat)
     said = [x.get("layers") for x in (vision, text)]  # of a ResNet, four numbers
-    depths = [
-        max(n if type(n) is int else 1, names.depth(tree, part))
+    depths = [  # with more blocks than tensors, one is missing
+        min(max(n if type(n) is int else 1, names.depth(tree, part)), len(tree))
         for n, part in zip(said, ("vision", "text"), strict=True)
     ]
     plain = "vision_model/embeddings/prefix_tokens" in tree
@@ -90,7 +90,7 @@ def read(folder: Path) -> hf_weights.Weights:
             "layer_norm_eps": 1e-12 if is_bert else 1e-5,
             "hidden_act": quick,
             "eos_token_id": LARGEST,
-            "positions": int(text.get("context_length") or 77),
+            "positions": text.get("context_length") or 77,
         },
     }
     more = [] if encoder else [sizes, pooling, config["text_config"]["positions"]]
@@ -144,7 +144,9 @@ def _config(folder: Path) -> tuple[dict[str, Any], tuple[float, ...], tuple[floa
         model, pixels = fields.get("model_cfg", {}), fields.get("preprocess_cfg", {})
         model = {"vision_cfg": {}, "text_cfg": {}, **model}
         model["quick_gelu"] = bool(model.get("quick_gelu", not fields))
-        model["heads"] = int(model["text_cfg"].get("heads", 0))
+        for part in UNREAD:
+            hf_weights.check_numbers(path, model[part], part)
+        model["heads"] = model["text_cfg"].get("heads") or 0
         if "multimodal_cfg" in model:
             raise CheckpointError(
                 f"{path}: this is a CoCa, whose attentional pooling is not read; use a CLIP"

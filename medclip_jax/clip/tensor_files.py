@@ -20,7 +20,10 @@ from medclip_jax import stored
 from medclip_jax.errors import CheckpointError
 
 Flat = dict[str, np.ndarray]
-LARGEST_PICKLE = 64 << 20  # bytes; the values of tensors lie beside it
+LARGEST_PICKLE = 64 << 20  # bytes, without the values of tensors
+LARGEST_SIDE = 1 << 40  # of a tensor, and the most that an offset or stride may be
+ENTRY = 50  # bytes of a file that an entry of a dict takes at least, of a tensor over 100
+SUFFIXES = ".safetensors", ".bin", ".msgpack", ".pt"  # what an index may name
 STORAGES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -53,11 +56,14 @@ def named(path: Path) -> list[str]:
         return []
     try:
         names = sorted(set(stored.read_json(path)["weight_map"].values()))
-        plain = all(name and Path(name).name == name and name != ".." for name in names)
+        plain = all(Path(name).name == name and name.endswith(SUFFIXES) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
     if not names or not plain:
-        raise CheckpointError(f"{path}: its files must lie beside it; download it again")
+        raise CheckpointError(
+            f"{path}: it must name weights ({', '.join(SUFFIXES)}) in its own folder; "
+            "download it again"
+        )
     return names
 
 
@@ -104,6 +110,14 @@ def _msgpack(path: Path) -> Mapping:
         ) from None
 
 
+# in pure Python: the C one reserves as much memory as a damaged file asks for
+PICKLE: Any = pickle._Unpickler
+UNUSED = (  # opcodes that PyTorch does not write
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
+)
+
+
 class Forbidden(Exception):
     """The pickle names what no tensor needs."""
 
@@ -114,30 +128,45 @@ class Inert:
     state: Any = None
 
 
-# in pure Python: the C one reserves as much memory as a damaged file asks for
-class _Tensors(pickle._Unpickler):
-    def __init__(self, file, archive: zipfile.ZipFile, root: str, scripted: bool):
+class _Tensors(PICKLE):
+    def __init__(self, file, archive: zipfile.ZipFile, root: str, scripted: bool, room: int):
         super().__init__(file)
         self.archive, self.root, self.scripted = archive, root, scripted
+        self.room = room  # bytes of the file, which its storages share
         self.values: dict[str, np.ndarray] = {}
 
     def build(self) -> None:
         """The opcode that sets attributes: of `Inert` alone, of an OrderedDict they are dropped."""
-        stack: Any = self.stack  # type: ignore[attr-defined]
-        state, instance = stack.pop(), stack[-1]
+        state, instance = self.stack.pop(), self.stack[-1]
         if isinstance(instance, Inert):
             instance.state = state
         elif not isinstance(instance, OrderedDict):
             raise Forbidden("attributes of its own")
 
-    dispatch: ClassVar[Any] = pickle._Unpickler.dispatch | {pickle.BUILD[0]: build}
+    def fill(self, first: int, load: Callable[[Any], None]) -> None:
+        """An opcode that fills a dict; the hash of tuples in tuples may take for ever."""
+        if any(isinstance(key, tuple) for key in self.stack[first::2]):
+            raise ValueError("a dict under tuples")
+        load(self)
+
+    def refuse(self) -> None:
+        """An opcode that PyTorch does not write: memory of any size, or more hashes."""
+        raise ValueError("an opcode of no tensor")
+
+    dispatch: ClassVar[Any] = PICKLE.dispatch | {
+        pickle.BUILD[0]: build,
+        pickle.SETITEM[0]: lambda self: self.fill(-2, PICKLE.load_setitem),
+        pickle.SETITEMS[0]: lambda self: self.fill(0, PICKLE.load_setitems),
+        pickle.DICT[0]: lambda self: self.fill(0, PICKLE.load_dict),
+        **dict.fromkeys([opcode[0] for opcode in UNUSED], refuse),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): lambda: OrderedDict(),  # a copy of none
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch", "Size"): tuple,
+            ("torch", "Size"): lambda size: size if isinstance(size, tuple) else (),
         }
         if module == "torch" and name in STORAGES:
             return np.dtype(STORAGES[name])
@@ -149,7 +178,8 @@ class _Tensors(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, dtype, key, _, count = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or type(count) is not int:
+        known = kind == "storage" and isinstance(dtype, np.dtype) and type(count) is int
+        if not known or type(key) is not str:
             raise ValueError("an unknown storage")
         if key not in self.values:
             info = self.archive.getinfo(f"{self.root}data/{key}")
@@ -158,13 +188,19 @@ class _Tensors(pickle._Unpickler):
                 or not 0 <= count * dtype.itemsize <= info.file_size
             ):
                 raise ValueError(f"storage {key} has {info.file_size} bytes")
+            self.room -= info.file_size
+            if self.room < 0:
+                raise ValueError("its storages are larger than the file")
             self.values[key] = np.frombuffer(self.archive.read(info), dtype, count)
         return self.values[key]
 
 
 def _tensor(values: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
     """A view of a storage; ValueError if it reaches out of it."""
-    if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
+    sides = (offset, *shape, *strides)
+    if len(shape) != len(strides) or not all(
+        type(n) is int and 0 <= n < LARGEST_SIDE for n in sides
+    ):
         raise ValueError("a shape that cannot be")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     size = math.prod(shape)
@@ -183,14 +219,14 @@ def _torch(path: Path) -> Mapping:
                 n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")
             ]
             info = archive.getinfo(listed[0] if listed else "data.pkl")
-            if info.file_size > LARGEST_PICKLE:
-                raise ValueError(f"data.pkl has {info.file_size} bytes")
+            if info.file_size > LARGEST_PICKLE or info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"data.pkl is packed or has {info.file_size} bytes")
             root = info.filename.removesuffix("data.pkl")
             scripted = f"{root}constants.pkl" in archive.namelist()
             with archive.open(info) as file:
-                reader = _Tensors(file, archive, root, scripted)
-                result = reader.load()
-            flat = _flatten(result)
+                size = path.stat().st_size
+                reader = _Tensors(file, archive, root, scripted, size)
+                flat = _flatten(reader.load(), size)
     except Forbidden as error:
         raise CheckpointError(
             f"{path}: it holds more than tensors ({error}), which could run a program; {advice}"
@@ -208,20 +244,27 @@ def _torch(path: Path) -> Mapping:
     return flat
 
 
-def _flatten(result: Any, depth: int = 0) -> Flat:
-    """Tensors by dotted name; of a training checkpoint those of its `state_dict` alone."""
+def _flatten(result: Any, room: int) -> Flat:
+    """Tensors by dotted name; of a training checkpoint those of its `state_dict` alone.
+
+    room: bytes that all entries and their names may take. Raises ValueError for more, as of dicts
+    that lie in one another several times.
+    """
     if isinstance(result, Inert):
         result = result.state
-    if depth == 0 and isinstance(result, Mapping):
+    if isinstance(result, Mapping):
         result = next((result[n] for n in ("state_dict", "model") if n in result), result)
-        if isinstance(result, Inert):
-            result = result.state
-    if not isinstance(result, Mapping) or depth > 30:
-        return {}
-    flat = {}
-    for name, x in result.items():
-        if isinstance(x, np.ndarray):
-            flat[str(name)] = x
-        elif isinstance(x, Inert | Mapping):
-            flat |= {f"{name}.{n}": y for n, y in _flatten(x, depth + 1).items()}
+    flat, rest = {}, [("", result)]
+    while rest:
+        start, part = rest.pop()
+        part = part.state if isinstance(part, Inert) else part
+        for last, x in part.items() if isinstance(part, Mapping) else ():
+            name = f"{start}{last}"
+            room -= ENTRY + len(name)
+            if room < 0:
+                raise ValueError("its entries would take more bytes than it has")
+            if isinstance(x, np.ndarray):
+                flat[name] = x
+            elif isinstance(x, Inert | Mapping):
+                rest.append((f"{name}.", x))
     return flat

@@ -6,6 +6,7 @@ masks it. SigLIP's reads the padding, and its last position is the feature.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from medclip_jax.clip import layers
+from medclip_jax.errors import CheckpointError
 from medclip_jax.prompts.tokenize import Prompts
 
 
@@ -205,3 +207,40 @@ def of_params(params: Mapping, heads: int, activation: str, eps: float) -> TextE
         eps=eps,
         full_length="bias" in params["text_projection"],
     )
+
+
+def load_tokenizer(folder: Path, kind: str) -> Any:
+    """The tokenizer, with the texts changed as its text encoder was trained on them."""
+    import transformers
+    from tokenizers import Regex, normalizers
+
+    try:
+        if kind == "clip":
+            of_clip = transformers.CLIPTokenizerFast
+            return of_clip.from_pretrained(folder, local_files_only=True)
+        if kind == "bert":
+            of_bert = transformers.BertTokenizerFast
+            tokenizer = of_bert.from_pretrained(folder, local_files_only=True)
+            tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+        else:
+            end = {"siglip": "</s>", "gemma": "<eos>"}[kind]
+            pad = {"siglip": "</s>", "gemma": "<pad>"}[kind]
+            file = str(folder / "tokenizer.json")
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_file=file, eos_token=end, pad_token=pad
+            )
+            # SigLIP reads small letters without punctuation, SigLIP 2 small letters
+            steps = [normalizers.Lowercase()]
+            if kind == "siglip":
+                steps += [
+                    normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
+                    normalizers.Replace(Regex(r"\s+"), " "),
+                    normalizers.Strip(),
+                ]
+            backend = tokenizer.backend_tokenizer
+            own = [backend.normalizer] if backend.normalizer is not None else []
+            backend.normalizer = normalizers.Sequence([*steps, *own])
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises bare Exception on damaged files
+        message = f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
+        raise CheckpointError(message) from None

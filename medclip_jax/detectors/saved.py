@@ -25,6 +25,7 @@ from medclip_jax.errors import ConfigError, WorkdirError, one_line
 FORMAT = 6
 MOST_BYTES = 8 << 30  # of the parameters: the memory of thousands of supports
 MOST_SETTINGS = 16 << 20  # bytes
+MOST_PARTS = 20  # of a tensor's name; ours have six
 TENSORS, SETTINGS = "scorer.safetensors", "scorer.json"
 
 
@@ -65,6 +66,8 @@ def write(
     files.write_bytes(workdir / TENSORS, raw)
     places = {"teacher": "", "cache": "", "data": settings["data"] | {"root": ""}}
     places["calibration"] = settings["calibration"] | {"extra": ""}
+    sets = {x: [n.partition("=")[0] for n in settings["meta"][x]] for x in ("data", "sources")}
+    places["meta"] = settings["meta"] | sets  # NAME of NAME=FOLDER
     head = {
         "format": FORMAT,
         "medclip-jax": __version__,
@@ -122,13 +125,22 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
 
 def unflatten(tensors: dict[str, np.ndarray]) -> Any:
-    """The inverse of `flatten`; every sequence comes back as a tuple."""
+    """The inverse of `flatten`; every sequence comes back as a tuple.
+
+    Raises ValueError for names that `flatten` does not give.
+    """
     tree: dict = {}
     for name, value in tensors.items():
         *parents, last = name.split("/")
+        if len(parents) >= MOST_PARTS:
+            raise ValueError(f"tensor {stored.short(name)} has more than {MOST_PARTS} parts")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise ValueError(f"tensor {stored.short(name)} lies in another, or another in it")
         node[last] = value
     return _sequences(tree)
 
@@ -138,6 +150,8 @@ def _sequences(node: Any) -> Any:
         return node
     node = {name: _sequences(part) for name, part in node.items()}
     if node and all(name.startswith("[") for name in node):
+        if missing := [i for i in range(len(node)) if f"[{i}]" not in node]:
+            raise ValueError(f"a sequence of {len(node)} tensors has no number {missing[0]}")
         return tuple(node[f"[{i}]"] for i in range(len(node)))
     return node
 

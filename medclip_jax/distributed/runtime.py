@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 
 from medclip_jax import files
-from medclip_jax.distributed import rendezvous
+from medclip_jax.distributed import rendezvous, sharding
 from medclip_jax.errors import (
     TERMINATED,
     ConfigError,
@@ -162,6 +162,7 @@ def start(
         ) from error
     if joined:  # with the same facts
         atexit.register(joined.part)
+    sharding.devices()
     agree({**(facts or {}), "local devices": jax.local_device_count()})
 
 
@@ -219,7 +220,7 @@ def exit_together() -> Iterator[None]:
 
 def leave(code: int) -> None:
     """End this process with `code`; without waiting for the others if it failed."""
-    if code in (0, TERMINATED) or not several():
+    if code in (0, TERMINATED) or not jax.distributed.is_initialized():
         sys.exit(code)  # at the end of a whole run, or a stop that all agreed on, all arrive
     _exit_now(code)
 

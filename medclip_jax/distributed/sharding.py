@@ -5,6 +5,8 @@ Row i of n belongs to device i // ceil(n / devices); what is missing at the end 
 copies of the last row, marked as not valid.
 """
 
+import logging
+import os
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +15,31 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
+from medclip_jax.errors import ConfigError, one_line
+
 AXIS = "rows"
+
+
+def devices() -> list[jax.Device]:
+    """All devices. Raises ConfigError where JAX cannot use what $JAX_PLATFORMS names."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:  # the first, without a message, for "cuda"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        if platforms in ("", "cpu"):  # which are always there: another fault
+            raise
+        reason = one_line(error).partition(" (set JAX")[0] if str(error) else "there is none"
+        raise ConfigError(
+            f"JAX_PLATFORMS is {platforms!r}, which JAX cannot use here ({reason}): unset it, give "
+            "cpu, or install JAX for that device"
+        ) from error
+
+
+def log_devices() -> None:
+    """Log what the run computes on; raises as `devices`."""
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not of absent TPUs
+    kinds = sorted({device.device_kind for device in devices()})
+    logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
 
 
 def is_main() -> bool:

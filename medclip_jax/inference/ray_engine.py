@@ -63,9 +63,9 @@ class Worker:
         dicom_write.quieten()
         self.stop, self.volumes = threading.Event(), threading.Lock()
 
-    def load(self, driver: tuple, paths: Sequence[str], load: Callable, start: Callable) -> tuple:
+    def load(self, driver: tuple, paths: Sequence[str], nameless: bool, load, start) -> tuple:
         """Load the predictor of the first path; its digest, its batch size and the device."""
-        check(driver, paths)
+        check(driver, paths, nameless)
         loaded = load(Path(paths[0]))
         self.score_items = start(loaded)
         return loaded.digest, predictor.batch_size(loaded), jax.devices()[0].device_kind
@@ -84,16 +84,17 @@ def versions() -> tuple:
     return ("medclip_jax", __version__), ("jax", jax.__version__)  # Python: Ray sees to it
 
 
-def check(driver: tuple, paths: Sequence[str]) -> None:
-    """On a node: raise ConfigError if it has other versions or does not see one of the paths."""
+def check(driver: tuple, paths: Sequence[str], nameless: bool = False) -> None:
+    """On a node: raise ConfigError for other versions, or an unseen workdir, output or input."""
     where = f"node {platform.node()} of the cluster"
     for (name, wanted), (_, own) in zip(driver, versions(), strict=True):
         if own != wanted:
             text = "install the same everywhere"
             raise ConfigError(f"{where} has {name} {own} and this machine {wanted}: {text}")
     for path in itertools.filterfalse(os.path.exists, paths):
+        name = "the inputs" if nameless and path not in paths[:2] else Path(path).parent
         text = "give a folder that all nodes share under the same path"
-        raise ConfigError(f"{where} does not see {Path(path).parent}: {text}")
+        raise ConfigError(f"{where} does not see {name}: {text}")
 
 
 @contextmanager
@@ -177,10 +178,9 @@ def score(
     load: a workdir -> its predictor, of which `start` makes what scores in a worker's process.
     Raises ConfigError for a node that does not fit, ProcessError if no worker can be had.
     """
-    output = output.absolute()
-    with files.temporary_folder(output / "nodes") as probe:
+    with files.temporary_folder((output := output.absolute()) / "nodes") as probe:
         seen = [item.paths[0] for item in items if not item.error][:1]
-        how = [str(workdir.absolute()), str(probe), *seen], load, start
+        how = [str(workdir.absolute()), str(probe), *seen], bool(privacy.salt), load, start
         with closing(Pool(items, (str(output), privacy), how, workers)) as pool:
             yield from pool.outcomes(stop)
     files.sweep(output)

@@ -135,7 +135,12 @@ def key(term: str) -> str:
 def rows(name: str, lines: Iterable[str]) -> list[Concept]:
     """Concepts of a CSV table; `name` is what error messages call it."""
     table = csv.DictReader(lines)
-    header = table.fieldnames or []
+    try:
+        header, cells = table.fieldnames or [], [(table.line_num, row) for row in table]
+    except csv.Error as error:  # quotes that are not closed, and a cell without end
+        raise ConfigError(
+            f"{name} cannot be read as a table ({error}): close its quotes, or save it as CSV again"
+        ) from None
     if missing := [c for c in ("kind", "name") if c not in header]:
         raise ConfigError(f"{name} has no column {' and '.join(missing)}: add it to the first line")
     if unknown := [c for c in header if c not in COLUMNS]:
@@ -143,7 +148,7 @@ def rows(name: str, lines: Iterable[str]) -> list[Concept]:
             f"{name} has the unknown column {', '.join(map(str, unknown))}: "
             f"columns are {', '.join(COLUMNS)}"
         )
-    return [concept(f"{name} line {table.line_num}", row) for row in table]
+    return [concept(f"{name} line {line}", row) for line, row in cells]
 
 
 def concept(where: str, row: dict) -> Concept:

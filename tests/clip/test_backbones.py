@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from medclip_jax.clip import checkpoint, hf_weights, lite0
 from medclip_jax.clip.text import encode_text
@@ -220,6 +220,11 @@ def test_other_kinds_are_refused(tmp_path, file, change, said):
         (("vision_cfg",), {"pool_type": "avg"}, "pool_type is 'avg'"),
         (("text_cfg",), {"hf_pooler_type": "max_pooler"}, "hf_pooler_type is 'max_pooler'"),
         (("text_cfg",), {"no_causal_mask": True}, "no_causal_mask is True"),
+        (("vision_cfg",), {"head_width": "64"}, "vision_cfg head_width is '64' where a whole"),
+        (("vision_cfg",), {"layers": 10**9}, "is missing"),
+        (("text_cfg",), {"context_length": "x"}, "text_cfg context_length is 'x' where a whole"),
+        (("text_cfg",), {"context_length": -5}, "context_length is -5, outside 0 to 65536"),
+        (("text_cfg",), {"heads": 1e400}, "text_cfg heads is inf where a whole number belongs"),
     ],
 )
 def test_what_open_clip_can_and_we_cannot_is_refused(tmp_path, where, change, said):
@@ -230,9 +235,40 @@ def test_what_open_clip_can_and_we_cannot_is_refused(tmp_path, where, change, sa
     for name in where:
         part = part[name]
     part |= change
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config).replace("Infinity", "1e400"))
     with pytest.raises(CheckpointError, match=said):
         checkpoint.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_theta": "x"}, "rope_theta is 'x' where a number belongs"),
+        ({"rope_theta": 0}, "rope_theta is 0, outside 0.001 to"),
+        ({"image_size": 4096, "patch_size": 4}, "patch_size of the images is 4, not 8"),
+    ],
+)
+def test_numbers_of_an_encoder_without_positions(tmp_path, change, said):
+    folder = write("dinov3_vit", tmp_path / "a")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.load(str(folder))
+
+
+def test_a_block_of_a_great_number_is_one_sentence(tmp_path):
+    """Not as many names of blocks."""
+    folder = write("open_clip", tmp_path / "a")
+    path = folder / "open_clip_model.safetensors"
+    tensors = load_file(path)
+    for number in ("999999", "9" * 5000):
+        name = f"visual.transformer.resblocks.{number}.ln_1.weight"
+        save_file(tensors | {name: np.zeros(1, np.float32)}, path)
+        if len(number) > 9:  # no block
+            assert checkpoint.load(str(folder)).image_encoder.depth == 3
+        else:
+            with pytest.raises(CheckpointError, match="is missing"):
+                checkpoint.load(str(folder))
 
 
 def test_a_sentencepiece_file_alone_says_what_to_do(tmp_path):

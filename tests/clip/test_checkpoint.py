@@ -1,8 +1,13 @@
 """Loading checkpoints: what is refused, and how the message says it."""
 
+import json
 import shutil
+import time
 from pathlib import Path
+from unittest import mock
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -69,6 +74,45 @@ def test_damaged_config(copy):
         checkpoint.load(str(copy))
 
 
+def change(copy: Path, part: str, **fields) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (config[part] if part else config).update(fields)
+    (copy / "config.json").write_text(json.dumps(config).replace("Infinity", "1e400"))
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "said"),
+    [
+        ("vision_config", {"image_size": 1_000_000}, "image_size is 1000000, outside 1 to 4096"),
+        ("vision_config", {"image_size": 4096}, "do not fit its config"),
+        ("vision_config", {"patch_size": 8}, r"\(patch_size of the images is 8, not 16\)"),
+        ("vision_config", {"hidden_size": 384}, r"\(hidden_size of the images is 384, not 192\)"),
+        ("vision_config", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, outside"),
+        ("vision_config", {"num_attention_heads": 1e400}, "is inf where a whole number belongs"),
+        ("vision_config", {"layer_norm_eps": "x"}, "layer_norm_eps is 'x' where a number belongs"),
+        ("text_config", {"eos_token_id": "x"}, "eos_token_id is 'x' where a whole number"),
+        ("text_config", {"hidden_size": None}, "hidden_size is None where a whole number"),
+        ("", {"vision_config_dict": {"num_hidden_layers": 10**7}}, "is 10000000, outside"),
+    ],
+)
+def test_numbers_of_a_config_are_compared_before_they_take_memory(copy, part, fields, said):
+    """Nor is there an image of the size that a config promises."""
+    change(copy, part, **fields)
+    with mock.patch.object(jnp, "zeros", wraps=jnp.zeros) as zeros:
+        with pytest.raises(CheckpointError, match=said):
+            checkpoint.load(str(copy))
+    assert all(np.prod(x.args[0]) < 1e5 for x in zeros.call_args_list)
+
+
+@pytest.mark.parametrize("part", ["", "vision_config"])
+def test_names_of_classes_are_not_made(copy, part):
+    """Of which transformers would make three million."""
+    change(copy, part, num_labels=3_000_000, id2label={"0": "a"}, label2id={"a": 0})
+    start = time.process_time()
+    config = hf_weights.read(copy).config
+    assert time.process_time() - start < 3 and config["vision_config"]["hidden_size"] == 192
+
+
 def test_damaged_msgpack(tmp_path):
     folder, *_ = tiny_checkpoint(tmp_path / "tiny")
     path = folder / "flax_model.msgpack"
@@ -82,7 +126,12 @@ def test_impossible_levels():
         checkpoint.load("compact", layers=(3, 99))
 
 
-@pytest.mark.parametrize("content", ["{", '{"image_mean": 3}', '{"image_std": [1, 1]}', "[]"])
+WRONG = '{"image_mean": [1, 1, "nan"]}', '{"image_std": [1, 0, 1]}', '{"image_std": [1, 1, 1e400]}'
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"image_mean": 3}', '{"image_std": [1, 1]}', "[]", *WRONG]
+)
 def test_damaged_preprocessing(copy, content):
     (copy / "preprocessor_config.json").write_text(content)
     with pytest.raises(CheckpointError, match="preprocessor_config.json: "):

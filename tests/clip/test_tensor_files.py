@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import time
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -118,6 +120,54 @@ def test_damaged_pickles_are_one_sentence(tmp_path, content):
         tensor_files.read(archive(tmp_path / "a.bin", content))
 
 
+def doubled(value: bytes, levels: int, wrap: bytes) -> bytes:
+    """A pickle of a value that lies twice in what lies twice in what ...; two bytes to fetch it."""
+    out = b"\x80\x02" + value
+    for i in range(levels):
+        it = b"h" + bytes([100 + i])
+        out += b"q" + bytes([100 + i]) + b"0" + wrap.replace(b"IT", it)
+    return out
+
+
+DICT = b"}(X\x01\0\0\0aITX\x01\0\0\0bITu"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80\x05\x96" + (10**12).to_bytes(8, "little") + b".", "an opcode of no tensor"),
+        (doubled(b"}", 60, DICT) + b".", "more bytes than it has"),
+        (doubled(storage(4)[2:-1], 60, DICT) + b".", "more bytes than it has"),
+        (b"\x80\x02}q\x64X\x01\0\0\0ah\x64s.", "more bytes than it has"),  # in itself
+        (b"\x80\x02}" + doubled(b"K\x01", 60, b"ITIT\x86")[2:] + b"K\x01s.", "under tuples"),
+        (b"\x80\x02}(" + doubled(b"K\x01", 60, b"ITIT\x86")[2:] + b"K\x01u.", "under tuples"),
+        (doubled(b"K\x01", 60, b"ITIT\x86") + b"(h\x9fK\x01d.", "under tuples"),
+        (b"\x80\x04(" + doubled(b"K\x01", 60, b"ITIT\x86")[2:] + b"\x91.", "opcode of no tensor"),
+        (b"\x80\x02ccollections\nOrderedDict\n}\x85R.", "damaged"),  # a copy
+    ],
+)
+def test_a_small_pickle_takes_neither_memory_nor_time(tmp_path, content, said):
+    path, start = archive(tmp_path / "a.bin", content), time.process_time()
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=said):
+        tensor_files.read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6 and time.process_time() - start < 1
+
+
+def test_dicts_that_are_shared_are_read_under_each_name(tmp_path):
+    """As a module that a network has twice; also in files of pickled zeros, which are packed."""
+    content = doubled(storage(4)[2:-1], 1, DICT) + b"."
+    data = np.arange(4, dtype=np.float32).tobytes()
+    tensors = tensor_files.read(archive(tmp_path / "a.bin", content, data))
+    assert set(tensors) == {"a.w", "b.w"} and all(x[3] == 3 for x in tensors.values())
+    with zipfile.ZipFile(tmp_path / "b.bin", "w") as file:
+        file.writestr("x/data.pkl", b"}" * (1 << 20), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="data.pkl is packed"):
+        tensor_files.read(tmp_path / "b.bin")
+
+
 @pytest.mark.parametrize("keep", [0, 10, 300, 900])
 def test_truncated_files_are_one_sentence(tmp_path, keep):
     path = tmp_path / "a.bin"
@@ -138,7 +188,9 @@ def test_an_index_names_the_files(tmp_path):
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(CheckpointError, match="two.safetensors is missing, one of 2 files"):
         tensor_files.read(index)
-    for other in ({"a": "../one.safetensors"}, {"a": "/etc/passwd"}, {"a": ""}, {"a": 3}, {}, []):
+    own = {"a": index.name}  # in which it would be looked for again, and again
+    paths = {"a": "../one.safetensors"}, {"a": "/etc/passwd"}, {"a": "config.json"}, {"a": ".."}
+    for other in (own, *paths, {"a": ""}, {"a": 3}, {}, []):
         index.write_text(json.dumps({"weight_map": other}))
         with pytest.raises(CheckpointError, match=r"index\.json: "):
             tensor_files.read(index)

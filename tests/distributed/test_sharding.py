@@ -1,5 +1,7 @@
 """Sharding: uneven rows, equal values, donation."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from medclip_jax.distributed import sharding
+from medclip_jax.errors import ConfigError
 
 ROWS = (1, 3, 4, 13)
 
@@ -29,6 +32,26 @@ def test_mesh_has_one_auto_axis_over_all_devices():
     assert all(t == jax.sharding.AxisType.Auto for t in mesh.axis_types)
     assert sharding.mesh(jax.devices()[1:4]).size == 3
     assert list(sharding.mesh(jax.devices()[::-1]).devices) == jax.devices()
+
+
+@pytest.mark.parametrize(
+    "platforms, error, said",
+    [
+        ("cuda", AssertionError(), "is 'cuda', which JAX cannot use here (there is none): unset"),
+        ("tpu", RuntimeError("no libtpu (set JAX_PLATFORMS='')"), "here (no libtpu): unset it"),
+    ],
+)
+def test_a_named_platform_that_is_not_there_is_a_sentence(monkeypatch, platforms, error, said):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        sharding.devices()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # not for its sake
+    with pytest.raises(type(error)):
+        sharding.devices()
 
 
 @pytest.mark.parametrize("devices", [1, 4])

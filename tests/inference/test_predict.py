@@ -217,9 +217,12 @@ def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):
 
 def test_a_config_by_name_is_the_packaged_one(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for given in ("configs/phantom.py:k=4", "phantom:k=4"):
+    for given in ("configs/phantom.py:k=4", "./configs/phantom.py:k=4", "phantom:k=4"):
         argv = main.with_packaged_config(["main", f"--config={given}"])
         assert argv[1] == f"--config={ROOT}/configs/phantom.py:k=4"
+    monkeypatch.setenv("HOME", str(tmp_path))  # of which a config is the user's own
+    argv = main.with_packaged_config(["main", "--config", "~/configs/phantom.py:k=4"])
+    assert argv[2] == f"{tmp_path}/configs/phantom.py:k=4"
     assert main.with_packaged_config(["main", "--config", "none.py"]) == [
         "main",
         "--config",

@@ -18,7 +18,7 @@ from medclip_jax import main
 from medclip_jax.errors import ConfigError, ProcessError
 from medclip_jax.inference import ray_engine
 from medclip_jax.inference.inputs import Item
-from medclip_jax.inference.results import Outcome
+from medclip_jax.inference.results import Outcome, Privacy
 from tests.support import content
 from tests.support.paths import ROOT
 from tests.support.predicting import png, run, table
@@ -95,7 +95,7 @@ def outcomes(monkeypatch, tmp_path):
         monkeypatch.setattr(ray_engine, "ROOM", 0)
         items = [Item(f"{i}", (f"/in/{i}",), "image", f"{i}") for i in range(count)]
         how = {"workdir": tmp_path, "load": print, "start": print}
-        where = tmp_path / "out", None, stop or threading.Event()
+        where = tmp_path / "out", Privacy(), stop or threading.Event()
         yield from ray_engine.score(items, *where, **how)
         assert not list((tmp_path / "out").iterdir())
 
@@ -154,6 +154,30 @@ def test_other_versions_and_folders_are_refused_by_name(tmp_path):
             ray_engine.check(versions, paths)
 
 
+def test_under_pseudonyms_no_node_names_an_input(tmp_path, monkeypatch):
+    """The workdir and the output, which it must see as well, keep their names."""
+    given = []
+
+    class Pool:
+        def __init__(self, items, where, load, workers):
+            given.append(load)
+
+        outcomes, close = (lambda *_: iter(())), (lambda _: None)
+
+    monkeypatch.setattr(ray_engine, "Pool", Pool)
+    items = [Item("a", ("/absent/Miller_John/a.png",), "image", "a")]
+    for salt in (None, b"salt"):
+        where = tmp_path / "out", Privacy(salt), threading.Event()
+        [*ray_engine.score(items, *where, workdir=tmp_path, load=print, start=print)]
+    shown = "/absent/Miller_John", "the inputs"
+    for (paths, nameless, *_), name in zip(given, shown, strict=True):
+        paths[1] = str(tmp_path)
+        with pytest.raises(ConfigError, match=f"does not see {name}: give a folder that all"):
+            ray_engine.check(ray_engine.versions(), paths, nameless)
+    with pytest.raises(ConfigError, match="does not see /absent: give"):
+        ray_engine.check(ray_engine.versions(), ["/absent/run", *paths[1:]], True)
+
+
 def test_without_the_extra_it_is_one_sentence(tmp_path, capfd, monkeypatch):
     png(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -173,8 +197,10 @@ def test_without_the_extra_it_is_one_sentence(tmp_path, capfd, monkeypatch):
     ],
 )
 def test_a_flag_of_ray_that_would_do_nothing_is_refused(tmp_path, wrong):
-    named = [f"--workdir={tmp_path}/run", f"--output={tmp_path}/out", f"--input={tmp_path}"]
-    with pytest.raises(ConfigError, match="--engine goes with --mode predict, --ray"):
+    named = [f"--workdir={tmp_path}/run"]
+    if wrong[0] != "--mode=train":
+        named.append(f"--output={tmp_path}/out")
+    with pytest.raises(ConfigError, match="--(engine|ray.*) goes with --mode predict"):
         main.parse(["main", *named, *wrong])
 
 

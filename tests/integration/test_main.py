@@ -103,6 +103,49 @@ def test_a_command_that_cannot_start_says_why(argv, named, tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["porj/configs/folder.py", "../configs/folder.py", "configs/folder.txt", "~/folder.py"]
+)
+def test_a_config_elsewhere_is_not_the_packaged_one(name, tmp_path, monkeypatch, capfd):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    error = sentence(capfd, main.main(["main", f"--config={name}:k=4", "--workdir=w"]))
+    assert f"config file {name.replace('~', str(tmp_path))} cannot be read" in error
+
+
+@pytest.mark.parametrize(
+    "flag", ["--input=a.png", "--part=1/2", "--cam", "--boxes_of_passed", "--pseudonymise"]
+)
+@pytest.mark.parametrize("mode", ["train", "evaluate", "check", "export", "report"])
+def test_a_flag_of_prediction_is_refused_elsewhere(flag, mode, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    more = ["--output=o"] if mode == "export" else ["--config=phantom"]
+    for given in (flag, "--follow_links", "--keep_burned_in"):
+        error = sentence(capfd, main.main(["main", f"--mode={mode}", "--workdir=w", *more, given]))
+        name = given.partition("=")[0]
+        assert f"error: {name} goes with --mode predict: see --help" == error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_is_of_predict_and_export_and_no_word_is_left_unread(tmp_path, capfd):
+    error = sentence(capfd, main.main(["main", "--config=phantom", "--workdir=w", "--output=o"]))
+    assert "error: --output goes with --mode predict or export: see --help" == error
+    export = ["main", "--mode=export", f"--workdir={tmp_path}", f"--output={tmp_path}/o", "a.png"]
+    assert "'a.png' is not a flag" in sentence(capfd, main.main(export))
+
+
+def test_a_platform_that_is_not_there_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "medclip_jax.main", "--mode=predict", "--input=a.png"]
+    command += [f"--workdir={tmp_path}", f"--output={tmp_path}/out"]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: JAX_PLATFORMS is 'cuda', which JAX cannot use here (")
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_ends_quietly_when_its_reader_leaves():
     command = [sys.executable, "-m", "medclip_jax.main", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

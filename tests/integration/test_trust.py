@@ -1,14 +1,16 @@
 """What a finished run stored and later commands believe: altered files are named."""
 
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from medclip_jax import build_detector, main, stored
 from medclip_jax.detectors import saved
-from medclip_jax.errors import UserError
+from medclip_jax.errors import UserError, WorkdirError
 from medclip_jax.report import load
 from tests.support.damaged import altered, one_bit
 
@@ -47,6 +49,61 @@ def test_a_flipped_bit_of_a_detector_is_found(small, tmp_path, name):
         (tmp_path / name).write_bytes(flipped)
         with pytest.raises(UserError, match="damaged|format"):
             saved.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (("a", "a/b"), "lies in another"),
+        (("a/b", "a"), "lies in another"),
+        (("a/b", "a/b/c"), "lies in another"),
+        (("model/[1]",), "a sequence of 1 tensors has no number 0"),
+        (("model/[0]", "model/[00]"), "a sequence of 2 tensors has no number 1"),
+        (("/".join("x" * 3000),), "more than 20 parts"),
+        (("/".join("x" * 21),), "more than 20 parts"),
+    ],
+)
+def test_tensors_of_a_detector_under_impossible_names_are_one_sentence(
+    small, tmp_path, names, said
+):
+    tensors = {name: np.zeros(1, np.float32) for name in names}
+    with pytest.raises(ValueError, match=said):
+        saved.unflatten(tensors)
+    (tmp_path / saved.TENSORS).write_bytes(raw := save(tensors))
+    head = json.loads((small / saved.SETTINGS).read_text())
+    head = stored.sealed(head | {"sha256": hashlib.sha256(raw).hexdigest()})
+    (tmp_path / saved.SETTINGS).write_text(json.dumps(head))
+    with pytest.raises(WorkdirError, match="is damaged .*: run --mode evaluate"):
+        saved.read(tmp_path)
+
+
+def test_names_of_tensors_come_back():
+    tree = {"a": {"b": (np.ones(2), {"c": np.zeros(1)})}, "/".join("x" * 18): np.ones(3)}
+    again = saved.unflatten(saved.flatten(tree))
+    np.testing.assert_array_equal(again["a"]["b"][0], np.ones(2))
+    np.testing.assert_array_equal(again["a"]["b"][1]["c"], np.zeros(1))
+
+
+def test_a_detector_names_no_folder_of_its_data(small, tmp_path):
+    """Of data sets that were given as NAME=FOLDER, their names."""
+    trained = saved.read(small)
+    c = trained.config.copy_and_resolve_references()
+    with c.unlocked():
+        c.data.root = c.teacher = c.calibration.extra = "/mnt/ward7/Miller_John"
+        c.meta.data = "busi", "brain_mri=/mnt/ward7/Miller_John"
+        c.meta.sources = ("bus_uc=/mnt/ward7/Miller_John",)
+    detector = build_detector.load_predictor(small).detector
+    rest = {name: getattr(trained, name) for name in ("checkpoint", "language", "supports")}
+    settings = json.loads(c.to_json_best_effort())
+    saved.write(tmp_path, detector, trained.calibration, settings=settings, **rest)
+    assert "Miller" not in (tmp_path / saved.SETTINGS).read_text()
+    written = json.loads((tmp_path / saved.SETTINGS).read_text())["config"]["meta"]
+    assert written["data"] == ["busi", "brain_mri"] and written["sources"] == ["bus_uc"]
+    with c.unlocked():
+        c.meta.sources = ()  # which go with a branch that this run has not
+    settings = json.loads(c.to_json_best_effort())
+    saved.write(tmp_path, detector, trained.calibration, settings=settings, **rest)
+    assert saved.read(tmp_path).config.meta.data == ("busi", "brain_mri")
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.json", "split.json", "predictions.npz"])

@@ -183,6 +183,9 @@ def test_reports_are_read_in_both_forms(script, tmp_path, form):
         short = tmp_path / "short.csv"
         short.write_text("findings,impression\na,b\n")
         script.reports(short)
+    with pytest.raises(SystemExit, match="cannot be read as a table .*field larger than field"):
+        short.write_text('findings,impression\na,"b\n' + "a,b\n" * 40_000)
+        script.reports(short)
 
 
 def test_training_raises_retrieval_of_what_it_did_not_see(script, monkeypatch, tmp_path, capsys):

@@ -196,6 +196,8 @@ def test_own_rows_are_joined_and_appended(tmp_path):
         ("kind,name,sctid\nfinding,x,36118009\n", "sctid '36118009' is not a code.*check digit"),
         ("kind,name,synonyms\nfinding,x,pneumonia\n", "calls both 'pneumonia' and 'x'"),
         ("kind,name,site\nfinding,x,elbow\n", "has no 'elbow', of which 'x' is part"),
+        ('kind,name\nfinding,"x\n' + "finding,y\n" * 20_000, "as a table .*: close its quotes"),
+        ('kind,"name' + "," * 200_000, "as a table .*: close its quotes"),
     ],
 )
 def test_own_files_that_cannot_be_used_say_why(tmp_path, text, why):

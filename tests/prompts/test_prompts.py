@@ -7,6 +7,7 @@ import pytest
 from medclip_jax import build as build_module
 from medclip_jax import config
 from medclip_jax.clip import hf_weights
+from medclip_jax.clip.text import load_tokenizer
 from medclip_jax.errors import ConfigError
 from medclip_jax.models import model
 from medclip_jax.prompts import ontology, tokenize
@@ -31,7 +32,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return hf_weights.load_tokenizer(hf_weights.EMBEDDED, "clip")
+    return load_tokenizer(hf_weights.EMBEDDED, "clip")
 
 
 @pytest.fixture
