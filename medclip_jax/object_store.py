@@ -190,8 +190,8 @@ class Store:
                 with self._errors(), suppress(FileNotFoundError):
                     self.fs.rm_file(self._key(name))
                 del self._sent[name]
-            there = self.listing() if changed or removed else {}
-            for n in sorted(self._sent.keys() & changed):
+            there = self.listing() if changed or not all(x[0] for x in self._sent.values()) else {}
+            for n in [n for n, x in self._sent.items() if n in changed or not x[0]]:
                 size, version = there.get(n, (None, ""))
                 if size != self._sent[n][1][0]:
                     self._sent[n][1] = None  # it is sent again

@@ -145,7 +145,10 @@ def _config(folder: Path) -> tuple[dict[str, Any], tuple[float, ...], tuple[floa
         model = {"vision_cfg": {}, "text_cfg": {}, **model}
         model["quick_gelu"] = bool(model.get("quick_gelu", not fields))
         for part in UNREAD:
-            hf_weights.check_numbers(path, model[part], part)
+            own = {
+                name: model[part].get(name) for name in ("heads", "head_width", "context_length")
+            }
+            hf_weights.check_numbers(path, own, part)
         model["heads"] = model["text_cfg"].get("heads") or 0
         if "multimodal_cfg" in model:
             raise CheckpointError(

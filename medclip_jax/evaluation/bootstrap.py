@@ -123,12 +123,9 @@ def roc_band(
 
 
 def varies(truth: Bool[np.ndarray, " n"], groups: Shaped[np.ndarray, " n"] | None = None) -> bool:
-    """Whether resamples differ: units with, and units without an abnormal image are two or more.
-
-    Units of one kind alone need two.
-    """
-    counts = np.bincount(_units(truth, groups)[1].astype(int), minlength=2)
-    return bool((counts[counts > 0] > 1).all())
+    """Whether no class, of those that are there, has its images in a single unit."""
+    owner, _ = _units(truth, groups)
+    return all(len(np.unique(owner[truth == side])) != 1 for side in (False, True))
 
 
 def resample(

@@ -125,7 +125,8 @@ def checkpoint(tmp_path_factory) -> Path:
         tiny_checkpoint(folder / "vit", text_blocks=2)[0] / "flax_model.msgpack"
     )
     save_file(tensors, folder / hf_weights.OPEN_CLIP[0])
-    text = {"quick_gelu": False, "text_cfg": {"heads": 2}}
+    vision = {"patch_size": None, "image_size": [64, 64]}  # as open_clip's own: they are not read
+    text = {"quick_gelu": False, "text_cfg": {"heads": 2}, "vision_cfg": vision}
     config = {"model_cfg": text, "preprocess_cfg": {"mean": [0.5] * 3}}
     (folder / open_clip_weights.CONFIG).write_text(json.dumps(config))
     copy_tokenizer(folder)

@@ -102,6 +102,16 @@ def test_a_class_of_one_unit_has_no_interval(units):
     assert alone["fpr"] == pytest.approx((0, 0.793), abs=1e-3)
 
 
+def test_one_unit_of_healthy_images_alone_is_not_a_class_of_one_unit():
+    """Twenty patients have slices of both kinds, and one has healthy ones alone."""
+    label = np.array([0, 1] * 20 + [0, 0])
+    patient = np.array([f"p{i // 2}" for i in range(42)])
+    assert bootstrap.varies(label == 1, patient)
+    score = np.random.default_rng(0).normal(label, 1.0)
+    assert np.ptp(bootstrap.image(score, label, groups=patient)["auroc"]) > 0.05
+    assert not bootstrap.varies(label[:3] == 1, patient[[0, 0, 2]])  # lesions of one patient
+
+
 def test_the_roc_band_surrounds_the_curve():
     from sklearn.metrics import roc_curve
 
