@@ -101,7 +101,10 @@ def synthesis(c: ConfigDict, supports: Sequence[Record] = ()) -> augmentation.Sy
     recipe = augmentation.Synthesis(c.synthesis.preset, variants, seed, partner, *copies)
     if variants and supports and (c.meta.sources or c.learner != "joint"):
         kinds = np.stack([augmentation.drawn_kinds(r, recipe)[0] for r in supports])
-        (episodes.check_altered if c.meta.sources else episodes.check)(kinds)
+        if c.meta.sources:
+            episodes.check_altered(kinds)
+        else:
+            episodes.check(kinds, training_pool.supports(len(supports), folds(c)))
     return recipe
 
 

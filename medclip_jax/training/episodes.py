@@ -7,7 +7,7 @@ K (the target), rows are dealt out to both sides, so that they share none. A sin
 on the support side only, and takes no part in identity tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from medclip_jax.features.training_pool import Batch, Episodes, TrainingPool
 from medclip_jax.synthesis import generate
 
 IDENTITY = generate.KINDS.index("identity")
-LEAST = 2  # variants of each kind per image: one for the support, one for the query
+LEAST = 2  # variants of each kind among a task's images: one for its support, one for its query
 STREAM = 46  # keeps the tasks apart from other random numbers of the same seed
 
 SUPPORTS = (2, 4, 8, 16)  # images of a support of several data sets: a task has one of these
@@ -97,21 +97,23 @@ def sample(
 
 
 def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Rows:
-    """What trained params adapt to: every image as it is and once with each kind; [1, 4 m]."""
+    """What trained params adapt to: every image as it is and once with each kind that it has."""
     rows = [(i, -1) for i in own]
-    rows += [(i, np.flatnonzero(kinds[i] == k)[0]) for k in range(IDENTITY) for i in own]
+    for kind in range(IDENTITY):
+        rows += [(i, v[0]) for i in own if len(v := np.flatnonzero(kinds[i] == kind))]
     image, variant = np.array(rows).T
     return Rows(image[None], variant[None])
 
 
-def check(kinds: Int[np.ndarray, "i v"]) -> None:
-    """Raise ConfigError unless every image has two variants of each kind."""
-    counts = np.stack([(kinds == kind).sum(1) for kind in range(IDENTITY)])
-    if counts.min() < LEAST:
-        raise ConfigError(
-            f"config.synthesis.variants is {kinds.shape[1]}, which left an image with "
-            f"{counts.min()} of a kind where episodes need {LEAST}: set more, 50 is usual"
-        )
+def check(kinds: Int[np.ndarray, "i v"], members: Iterable[Int[np.ndarray, " _"]]) -> None:
+    """Raise ConfigError unless all images of every member have two variants of each kind."""
+    for own in members:
+        counts = np.bincount(kinds[own].ravel(), minlength=IDENTITY)[:IDENTITY]
+        if counts.min() < LEAST:
+            raise ConfigError(
+                f"config.synthesis.variants is {kinds.shape[1]}, which left {len(own)} image(s) "
+                f"with {counts.min()} of a kind where episodes need {LEAST}: set more, 50 is usual"
+            )
 
 
 def check_altered(kinds: Int[np.ndarray, "i v"]) -> None:

@@ -227,7 +227,7 @@ def _reader(pools, folds, joint, schedule, mesh, views, on_target) -> Callable[[
         make, own = training_pool.joint_batch, [np.concatenate(sets) for sets in members]
     else:
         make, size = episodes.episodes_batch, episodes.Sizes(n, k, schedule.shots)
-        episodes.check(pool.kinds)
+        episodes.check(pool.kinds, sum(members, []))
 
     def read(step: int):
         batch = make(step, pool, own, size, schedule.seed, rows, views)

@@ -113,9 +113,26 @@ def test_adaptation_is_every_image_clean_and_with_each_kind():
 
 
 def test_too_few_variants_are_refused():
-    known = kinds(3)
-    episodes.check(known)
+    known, alone = kinds(3), [np.array([1])]
+    episodes.check(known, alone)
     known[1][known[1] == 2] = 0
     known[1, 0] = 2
-    with pytest.raises(ConfigError, match=r"variants is 30, which left an image with 1 of a kind"):
-        episodes.check(known)
+    episodes.check(known, [np.arange(3)])  # the other images have enough of that kind
+    with pytest.raises(
+        ConfigError, match=r"variants is 30, which left 1 image\(s\) with 1 of a kind"
+    ):
+        episodes.check(known, [np.arange(3), *alone])
+
+
+def test_an_image_that_lacks_a_kind_takes_part_with_the_others():
+    known = kinds(3)
+    known[1][known[1] == 2] = 0
+    rows = episodes.adaptation(np.arange(3), known)
+    assert rows.image.shape == (1, 11)
+    pairs_shown = zip(rows.image[0], rows.variant[0], strict=True)
+    shown = [(i, known[i, v]) for i, v in pairs_shown if v >= 0]
+    assert sorted(shown) == sorted((i, k) for i in range(3) for k in range(3) if (i, k) != (1, 2))
+    for tasks in draw(50, [np.arange(3)], known):
+        for i in np.flatnonzero(tasks.kind == 2):
+            for side in (tasks.support, tasks.query):
+                assert (side.variant[i] >= 0).any() and (side.variant[i] < 0).any()
