@@ -27,7 +27,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from medclip_jax.errors import DataError
-from medclip_jax.io import dicom_reference, dicom_seg
+from medclip_jax.io import dicom_header, dicom_reference, dicom_seg
 from medclip_jax.io.dicom_reference import NoReferenceError, Plane, Source
 
 MIN_FILES = 128  # for fewer, processes would start for longer than they work
@@ -37,6 +37,7 @@ SINGLE = {  # classes whose files have one frame, PS3.3 A.2 to A.4, A.6, A.8, A.
     for n in ("1", "1.1", "1.1.1", "1.2", "1.2.1", "1.3", "1.3.1", "2", "4", "6.1", "7", "128")
 }
 BURNED_IN = "the source says that text is burnt into its pixels"
+NO_PICTURES = f"no capture and no pictures: {BURNED_IN}; --keep_burned_in writes them"
 
 
 class DicomObjects(NamedTuple):
@@ -66,18 +67,18 @@ def build(task: Task) -> DicomObjects:
     try:
         sources = [dicom_reference.read(Path(p), task.salt) for p in task.paths]
     except Exception as error:  # pydicom raises many types when a value is of another kind
-        return DicomObjects({}, [f"no DICOM objects: {_reason(error)}"], [], False)
+        return _no_objects(task, _reason(error), any(map(_is_burned_in, task.paths)))
     owners = [(i, plane) for i, source in enumerate(sources) for plane in source.planes]
     planes = [plane for _, plane in owners]
     frames = [(i, plane.number or 1) for i, plane in owners]
     burned_in = any(source.burned_in == "YES" for source in sources)
     if len(planes) != len(task.mask):
-        note = f"no DICOM objects: headers state {len(planes)} frames, {len(task.mask)} were read"
-        return DicomObjects({}, [note], [], burned_in)
+        why = f"headers state {len(planes)} frames, {len(task.mask)} were read"
+        return _no_objects(task, why, burned_in)
     files, notes = _segmentations(task, sources, owners)
     notes += _flaws(planes)
     if burned_in and task.salt and not task.burned_in:
-        notes.append(f"no capture and no pictures: {BURNED_IN}; --keep_burned_in writes them")
+        notes.append(NO_PICTURES)
         return DicomObjects(files, notes, frames, burned_in)
     if burned_in:
         notes.append(f"{BURNED_IN}: pictures and capture show it")
@@ -91,6 +92,23 @@ def build(task: Task) -> DicomObjects:
     except Exception as error:  # as of the Segmentations
         notes.append(f"no capture: {_reason(error)}")
     return DicomObjects(files, notes, frames, burned_in)
+
+
+def _no_objects(task: Task, why: str, burned_in: bool) -> DicomObjects:
+    hidden = burned_in and task.salt and not task.burned_in
+    return DicomObjects(
+        {}, [f"no DICOM objects: {why}", *[NO_PICTURES] * bool(hidden)], [], burned_in
+    )
+
+
+def _is_burned_in(path: str) -> bool:
+    """What a header says that can be read in part alone; True where it cannot be read at all."""
+    try:
+        head = dicom_header.parse(Path(path), ("BurnedInAnnotation",))
+        return "YES" in str(head.get("BurnedInAnnotation") or "").upper()
+    except Exception as error:  # of a file that was read a moment ago: rather no pictures
+        logging.debug("no header of a file (%s)", type(error).__name__)
+        return True
 
 
 def _segmentations(

@@ -277,6 +277,19 @@ def test_text_burnt_into_pixels(whole, tmp_path, caplog, more):
         assert capture.BurnedInAnnotation == "YES"
 
 
+@pytest.mark.parametrize("more", [[], ["--pseudonymise"], ["--pseudonymise", "--keep_burned_in"]])
+def test_text_burnt_into_pixels_of_a_source_that_nothing_can_refer_to(whole, tmp_path, more):
+    """Without a series there are no DICOM objects; the mark counts for the pictures still."""
+    path = change(
+        dicom(tmp_path / "in" / "a.dcm"), BurnedInAnnotation="YES", SeriesInstanceUID=None
+    )
+    assert run(whole, tmp_path / "out", path, more=more) == 0
+    (page,) = pages(tmp_path / "out")
+    shown = more != ["--pseudonymise"]
+    assert ("overlay" in page["files"]) == shown != any("no pictures" in x for x in page["notes"])
+    assert bool([*(tmp_path / "out").glob("*.overlay.png")]) == ("overlay" in page["files"])
+
+
 def test_a_missing_segmentation_is_said_once_with_its_reason(whole, tmp_path, caplog):
     for number in (1, 2):
         path = dicom(tmp_path / "in" / f"{number}.dcm", number)
