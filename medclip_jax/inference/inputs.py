@@ -180,7 +180,7 @@ def _kind(entry: walk.Entry) -> tuple[str, str]:
     try:
         kind = kind_of(entry.path)
         if kind or entry.named:
-            return kind or "image", ""
+            return kind or ("dicom" if is_dicom(Path(entry.path)) else "image"), ""
         if name.endswith(NOT_READ):
             return "", "a format that is not read: save it as PNG, TIFF, DICOM or NIfTI"
         if name.endswith(".img"):

@@ -101,6 +101,21 @@ def stack(folder: Path, count: int = 4, **elements) -> list[Path]:
     return [change(dicom(folder / f"{i}.dcm", i), **elements) for i in range(count)]
 
 
+@pytest.mark.parametrize("named", ["*.mr", "1.mr", "3.mr"])
+def test_dicom_of_an_unusual_ending_is_dicom_where_it_is_named(tmp_path, named):
+    """So that it has its objects, its series, and what its header says of burnt-in text."""
+    for number in (1, 2):
+        dicom(tmp_path / f"{number}.dcm", number).rename(tmp_path / f"{number}.mr")
+    report = change(dicom(tmp_path / "3.dcm", 3), SOPClassUID=uid.ComprehensiveSRStorage)
+    report.rename(tmp_path / "3.mr")
+    found = inputs.find([str(tmp_path / named)])
+    kinds = {item.paths[0][-4:]: (item.kind, len(item.paths)) for item in found}
+    whole = {"1.mr": ("dicom", 2), "3.mr": ("", 1)}
+    assert (
+        kinds == {"*.mr": whole, "1.mr": {"1.mr": ("dicom", 1)}, "3.mr": {"3.mr": ("", 1)}}[named]
+    )
+
+
 def test_a_series_names_its_files_and_instances_in_order(tmp_path):
     folder = tmp_path / "in"
     for i, name in enumerate("cabd"):
