@@ -105,7 +105,7 @@ def open_image(path: Path, axis: Axis = "acquisition", window: str | None = None
     if name.endswith(DICOM) or is_dicom(path):
         return open_dicom(path, ct_window)
     raise DataError(
-        f"{path} has the suffix '{path.suffix}', which cannot be read, and is not DICOM: "
+        f"{path} has a suffix that is not read, and is not DICOM: "  # which may be part of a name
         f"give one of {', '.join(SUFFIXES)}."
     )
 

@@ -46,7 +46,7 @@ def test_busi_missing_and_orphan_masks_are_listed_together(busi, cache):
     assert "3 problem(s) found, fix these first" in message
     assert "benign/benign (3).png has no mask benign (3)_mask.png" in message
     assert "mask malignant/malignant (2)_mask.png has no image" in message
-    assert "normal/notes.txt has the suffix '.txt'" in message
+    assert "normal/notes.txt has a suffix that is not read" in message
 
 
 def test_folder_problems_are_listed_together(folder, cache):

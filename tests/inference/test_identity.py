@@ -81,6 +81,7 @@ def planted(tmp_path_factory) -> Path:
     assert len(pictures(folder)) == 4
     (folder / f"{MARK}_cut.png").write_bytes((folder / f"{MARK}.png").read_bytes()[:-300])
     (folder / f"{MARK}_text.png").write_text(MARK)
+    (folder / f"scan.{MARK}_JANE").write_text(MARK)
     volume(folder / f"{MARK}.nii.gz")
     (folder / f"{MARK}_cut.nii.gz").write_bytes((folder / f"{MARK}.nii.gz").read_bytes()[:-40])
     (folder / f"{MARK}_head.nii").write_bytes(MARK.encode() * 60)
@@ -136,7 +137,8 @@ def test_under_pseudonyms_nothing_of_a_source_is_left(whole, planted, tmp_path, 
     output = tmp_path / "out"
     caplog.set_level("DEBUG")
     absent = planted / f"{MARK}*.none"
-    assert run(whole, output, planted, planted.parent, absent, more=["--pseudonymise"]) == 0
+    named = planted / f"scan.{MARK}_JANE", planted, planted.parent, absent
+    assert run(whole, output, *named, more=["--pseudonymise"]) == 0
     rows, bad = table(output), table(output, "unreadable.csv")
     assert len(rows) == 2 + 1 + 1 + 1 + 3 + 3 + 4 + 3 and len(bad) >= 7
     assert sum(name.endswith(".dcm") for page in pages(output) for name in page["files"].values())

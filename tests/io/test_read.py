@@ -127,7 +127,7 @@ def test_unknown_suffix_missing_file_folder_and_not_an_image(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     cases = {
-        "a.txt": "suffix '.txt'",
+        "a.txt": "a suffix that is not read",
         "gone.png": "does not exist",
         "b.png": "not a PNG",
         "empty.png": "is empty: copy it",
