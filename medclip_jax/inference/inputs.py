@@ -68,8 +68,8 @@ def find(named: Sequence[str], follow_links: bool = False, nameless: bool = Fals
             continue  # named twice
         entries = list({entry.path: entry for entry in map(_by_header, entries)}.values())
         new = [entry for entry in entries if entry.path not in seen]
-        seen.update(entry.path for entry in new)
         groups = list(_group(new))
+        seen.update(path for _, paths, *_ in groups for path in paths)
         items += [_item(root, *group) for group in groups]
         if not groups and len(new) == len(entries):
             empty += 1

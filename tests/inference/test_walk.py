@@ -31,6 +31,15 @@ def test_hidden_files_thumbnails_and_what_systems_leave_are_passed_over(tmp_path
     assert names == [(".thumbnails/scan.png",)]
 
 
+def test_a_file_that_its_folder_passes_over_is_taken_where_it_is_named_too(tmp_path):
+    png(tmp_path / "in" / "scan.png")
+    png(tmp_path / "in" / "other.png").rename(tmp_path / "in" / "other.mr")
+    for named in (["in", "in/other.mr"], ["in/other.mr", "in"], ["in", "in/*.mr", "in/other.mr"]):
+        names, refused = walked(*(tmp_path / name for name in named))
+        assert sorted(os.path.basename(n) for (n,) in names) == ["other.mr", "scan.png"], named
+        assert not refused
+
+
 def test_links_stay_in_the_folder_that_was_named(tmp_path):
     outside = tmp_path / "outside"
     png(outside / "secret.png")
