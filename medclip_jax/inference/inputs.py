@@ -197,7 +197,7 @@ def _is_ours(path: str, kind: str, head) -> bool:
             return PNG_MARK in _first_bytes(path, 128)
         if kind == "nifti" and path.lower().endswith(".gz"):
             start = zlib.decompressobj(31).decompress(_first_bytes(path, 512), 348)
-            return start[148:228].rstrip(b"\0") == NIFTI_MARK
+            return any(start[i : i + 80].rstrip(b"\0") == NIFTI_MARK for i in (148, 240))
         return kind == "dicom" and series.is_ours(head)
     except (OSError, zlib.error):  # reading will say what is wrong
         return False

@@ -24,6 +24,7 @@ Axis = Literal["acquisition", "axial", "coronal", "sagittal"]
 MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 MARK = b"medclip_jax anomaly map"  # description of every volume that is written
 MAP_SLOPE = 2.0**-16  # of written maps, uint16: a voxel is at least 0.5 exactly where its map is
+MOST_OF_1 = (1 << 15) - 1  # voxels along an axis of NIfTI-1
 GEOMETRY = (
     *("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d", "xyzt_units"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
@@ -178,13 +179,14 @@ def write_nifti(
         for frames in codes.reshape(-1, depth, *codes.shape[1:])
     ]
     points = (len(volumes),) if len(volumes) > 1 else ()
-    written = nibabel.Nifti1Header()
+    shape = (*volumes[0].shape, *points)
+    written = (nibabel.Nifti1Header if max(shape) <= MOST_OF_1 else nibabel.Nifti2Header)()
     written.set_data_dtype(np.uint16)
-    written.set_data_shape((*volumes[0].shape, *points))
+    written.set_data_shape(shape)
     for name in GEOMETRY:
         written[name] = header[name]
-    written["magic"], written["descrip"] = b"n+1", MARK
-    written.set_data_offset(352)
+    written["magic"], written["descrip"] = written.single_magic, MARK
+    written.set_data_offset(written.single_vox_offset)
     written.set_slope_inter(MAP_SLOPE, 0)
     with (
         files.writing(path, durable=False) as file,

@@ -16,7 +16,7 @@ from medclip_jax import build_detector, main
 from medclip_jax.inference import inputs, predictor
 from medclip_jax.io import read
 from tests.support.paths import ROOT
-from tests.support.predicting import PLANTED, dicom, noise, pages, run, table
+from tests.support.predicting import PLANTED, dicom, noise, pages, run, table, walked
 from tests.support.runs import predictions
 
 
@@ -213,6 +213,17 @@ def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):
     tops = [made.get_fdata()[:, i].max() >= 0.5 for i in range(24)]
     boxed = [bool(f["boxes"]) for f in page["frames"]]
     assert len(boxed) == 24 and all(t or not b for t, b in zip(tops, boxed, strict=True))
+
+
+def test_a_volume_too_long_for_the_first_nifti_has_a_map_of_the_second(whole, tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 900, (33000, 12, 1)).astype(np.int16)
+    nibabel.Nifti2Image(voxels, np.diag([0.1, 0.2, 1, 1])).to_filename(tmp_path / "long.nii.gz")
+    assert run(whole, tmp_path / "out", tmp_path) == 0
+    (page,) = pages(tmp_path / "out")
+    made = nibabel.load(path := tmp_path / "out" / page["files"]["map"])
+    assert made.shape == voxels.shape and made.header["magic"].item() == b"n+2"
+    np.testing.assert_allclose(made.affine, np.diag([0.1, 0.2, 1, 1]), atol=1e-6)
+    assert walked(path)[1] == {path.name: inputs.OURS}
 
 
 def test_a_config_by_name_is_the_packaged_one(monkeypatch, tmp_path):
