@@ -7,6 +7,7 @@ Host values only, so that threads can do it while the encoder runs.
 """
 
 import io
+import itertools
 import json
 import os
 import zipfile
@@ -26,6 +27,10 @@ COLUMNS = (
     *("source", "frame", "score", "p_value", "alarm", "uncertainty", "boxes"),
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
     *("file", "frame_in_file", "sop_instance_uid"),
+)
+ENDINGS = (  # of an item's files, beside its JSON and numbered Segmentations
+    *("overlay.png", "cam.png", "map.png", "map.npz", "map.nii.gz", "mc_dropout.npz"),
+    *("capture.dcm", "seg.dcm"),
 )
 LARGEST_PAGE = 1 << 28  # bytes of a JSON
 CAM_SIDE = 256  # pixels of the square that Grad-CAM is brought to before the image's frame
@@ -91,6 +96,7 @@ def write(
     for name, raw in contents.items():
         names[_what(name)] = f"{item.output}.{name}"
         files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
+    _remove_others(output, item, set(names.values()))
     _name_files(frames, item, objects)
     page = _page(item, loaded, frames, top, model) | {
         "files": names,
@@ -103,6 +109,17 @@ def write(
     page = files.plain(page)  # of what is read again `finished` makes the same rows
     files.write_json(output / f"{item.output}.json", stored.sealed(page), durable=False)
     return table_rows(page, item), objects.notes
+
+
+def _remove_others(output: Path, item: Item, names: set[str]) -> None:
+    """Files that an earlier result of the item had, under other settings, and this one has not."""
+    numbered = (f"{number}.seg.dcm" for number in itertools.count(1))
+    there = itertools.takewhile(lambda x: (output / f"{item.output}.{x}").exists(), numbered)
+    for ending in (*ENDINGS, *there):
+        path = output / f"{item.output}.{ending}"
+        if path.name not in names and not path.is_dir():
+            with files.disk_errors(path):
+                path.unlink(missing_ok=True)
 
 
 def _page(item: Item, loaded: Loaded, frames, top: int, model: dict[str, Any]) -> dict[str, Any]:

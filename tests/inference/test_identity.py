@@ -279,6 +279,17 @@ def test_text_burnt_into_pixels(whole, tmp_path, caplog, more):
         assert capture.BurnedInAnnotation == "YES"
 
 
+def test_pictures_of_an_earlier_call_do_not_stay(whole, tmp_path):
+    path, output = change(dicom(tmp_path / "a.dcm"), BurnedInAnnotation="YES"), tmp_path / "out"
+    left = {}
+    for more in (["--keep_burned_in", "--cam"], []):
+        assert run(whole, output, path, more=["--pseudonymise", *more]) == 0
+        (page,) = pages(output)
+        left[len(more)] = {p.name.partition(".")[2] for p in output.glob(f"{page['source']}.*")}
+        assert left[len(more)] == {x.partition(".")[2] for x in page["files"].values()} | {"json"}
+    assert left[2] - left[0] == {"overlay.png", "cam.png", "capture.dcm"}
+
+
 @pytest.mark.parametrize("more", [[], ["--pseudonymise"], ["--pseudonymise", "--keep_burned_in"]])
 def test_text_burnt_into_pixels_of_a_source_that_nothing_can_refer_to(whole, tmp_path, more):
     """Without a series there are no DICOM objects; the mark counts for the pictures still."""
