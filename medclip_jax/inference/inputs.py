@@ -26,6 +26,7 @@ from medclip_jax.io.read import DICOM, NIFTI, PILLOW, is_dicom
 NOT_READ = (  # formats of images that people have, too
     *(".gif", ".webp", ".jp2", ".heic", ".svs", ".npy", ".mha", ".mhd", ".nrrd", ".mgz", ".mgh"),
 )
+HASH = 12  # letters at the end of the name of an output
 COPY = "a copy of another file of its series"
 OURS = "a result of this program, not an image"
 
@@ -237,4 +238,4 @@ def printable(path: str) -> str:
 
 
 def _hash(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
+    return hashlib.sha256(source.encode()).hexdigest()[:HASH]

@@ -23,17 +23,23 @@ from medclip_jax.io.nifti_header import files_of
 
 SALT_FILE = ".pseudonyms"
 SALT_BYTES = 32
+NAMED = f"*-{'[0-9a-f]' * inputs.HASH}.json"  # results under inputs.safe_name
 
 
 def salt_of(output: Path) -> bytes:
     """The salt of an output folder; a new one where there is none.
 
     Raises WorkdirError if it cannot be written, is damaged, or lacks where results are: the same
-    names would then get other pseudonyms.
+    names would then get other pseudonyms; also where results with names are.
     """
     path = output / SALT_FILE
     with files.disk_errors(path):
         output.mkdir(parents=True, exist_ok=True)
+        if next(output.glob(NAMED), None):
+            raise WorkdirError(
+                f"{output} holds results with names, of a call without --pseudonymise: "
+                "predict into a new folder"
+            )
         if not os.path.lexists(path):
             if next(output.glob("results*.csv"), None):
                 raise WorkdirError(

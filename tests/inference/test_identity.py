@@ -254,6 +254,18 @@ def test_results_whose_salt_is_gone_are_not_mixed_with_others(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.csv"]
 
 
+def test_results_with_names_are_not_mixed_with_pseudonyms(whole, tmp_path, capfd):
+    """Also where that call was stopped, so that it left no table, and where a salt is there."""
+    source, output = dicom(tmp_path / "in" / "a.dcm"), tmp_path / "out"
+    pseudonyms.salt_of(output)
+    assert run(whole, output, source) == 0
+    for path in (output / "results.csv", output / "unreadable.csv"):
+        path.unlink()
+    assert run(whole, output, source, more=["--pseudonymise"]) == 2
+    assert "holds results with names" in capfd.readouterr().err
+    assert run(whole, tmp_path / "new", source, more=["--pseudonymise"]) == 0
+
+
 def test_a_planted_link_is_not_followed(tmp_path):
     (tmp_path / pseudonyms.SALT_FILE).symlink_to(tmp_path / "absent")
     with pytest.raises(WorkdirError):
