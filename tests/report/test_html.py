@@ -225,6 +225,25 @@ def test_one_class_and_missing_pictures_and_predictions_are_reported(tmp_path):
     assert html.count('<td data-v="-1">–</td>') == 8 and "test/0009.png" in html
 
 
+@pytest.mark.parametrize(
+    "label, shares",
+    [
+        ([0] * 10, "it flags 12.5% of the healthy images"),
+        ([1] * 10, "it flags 75.0% of the abnormal images"),
+        ([0, 1] * 5, "it flags 75.0% of the abnormal and 12.5% of the healthy images"),
+    ],
+)
+@pytest.mark.parametrize("k", [0, 16])
+def test_what_is_flagged_and_where_the_threshold_is_from(tmp_path, label, shares, k):
+    folder = make_workdir(tmp_path, label=np.array(label, np.int32))
+    edit(folder, k=k, calibration={"k": k, "message": "-"})
+    text = Page(report_html.write(folder).read_text()).text
+    origin = "set from healthy images alone" if k else "where the prompts give probability 0.5"
+    assert f"At the threshold {origin} {shares}." in text
+    assert f"The threshold of 0.5 is {origin};" in text and f"is the threshold {origin}." in text
+    assert ("healthy images alone" in text) == bool(k)
+
+
 def test_no_jax_and_no_pyplot(workdir):
     code = (
         "import sys; from medclip_jax.report import html; html.write(sys.argv[1]); "
