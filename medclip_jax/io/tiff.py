@@ -31,8 +31,9 @@ from medclip_jax.io.image import (
 )
 
 # of TIFF 6.0: orientation tag, photometric interpretations, sample format, extra sample
-ORIENTATION, WHITE_IS_ZERO, RGB, PALETTE, SIGNED, UNASSOCIATED = 274, 0, 2, 3, 2, 2
-PLAIN = (WHITE_IS_ZERO, 1, RGB, PALETTE)
+ORIENTATION, WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE = 274, 0, 1, 2, 3
+SIGNED, UNASSOCIATED = 2, 2
+PLAIN = (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE)
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 OURS, JPEG = (1, 8, 32946), (6, 7)  # compressions: none and deflate; the old JPEG and the new
 
@@ -90,7 +91,9 @@ def _directories(path: Path, tif: Any) -> list[Any]:
         raise DataError(
             f"{path} has pages of several sizes or kinds: save each page as its own file."
         )
-    if first.samplesperpixel > 5 or first.imagedepth > 1 or np.dtype(first.dtype).kind == "c":
+    most = 2 if first.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) else 5  # grey, and alpha
+    several = first.samplesperpixel > most or first.imagedepth > 1
+    if several or np.dtype(first.dtype).kind == "c":
         raise DataError(
             f"{path} has {first.samplesperpixel} values ({first.dtype}) per pixel and "
             f"{first.imagedepth} layers per page: save it as grey or RGB."

@@ -241,6 +241,9 @@ def test_values_far_from_zero_keep_their_steps(tmp_path):
         (np.where(UNIT > 0.5, np.nan, UNIT), "NaN, infinite"),
         (np.where(UNIT > 0.5, np.inf, UNIT), "NaN, infinite"),
         (np.zeros((12, 20, 7), np.uint8), "7 values"),
+        (np.zeros((12, 20, 3), np.uint8), "3 values"),  # of which none is the grey
+        (np.zeros((12, 20, 3), np.uint16), "3 values"),
+        (np.zeros((12, 20, 4), np.float32), "4 values"),
     ],
 )
 def test_what_a_tiff_may_hold_but_nobody_can_show(tmp_path, stored, words):
