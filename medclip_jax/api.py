@@ -46,14 +46,18 @@ class Scorer:
         self._predictor = build_detector.load_predictor(self.workdir)
         self._start: inference_adapt.Start | None = None  # what `adapt` starts from, compiled once
 
-    def predict(self, images: Iterable, boxes_of_passed: bool = False) -> list[Prediction]:
+    def predict(
+        self, images: Iterable | str | Path, boxes_of_passed: bool = False
+    ) -> list[Prediction]:
         """Score images: paths of one-frame files, or arrays [h, w] of finite values in [0, 1].
+
+        A path alone, not in a list, is one image.
 
         boxes_of_passed: also boxes of what the maps of images without an alarm mark.
 
         Raises DataError for what cannot be read or is no such array.
         """
-        held = [_pixels(image, self._predictor.window) for image in images]
+        held = [_pixels(image, self._predictor.window) for image in _listed(images)]
         if not held:
             return []
         pixels, spacings = zip(*held, strict=True)
@@ -91,7 +95,7 @@ class Scorer:
         with object_store.folder(str(output)) as folder:
             return inference_predict.run(score, items, folder, pseudonymise=pseudonymise)
 
-    def adapt(self, images: Iterable[str | Path]) -> "Scorer":
+    def adapt(self, images: Iterable[str | Path] | str | Path) -> "Scorer":
         """The scorer of a new site, from 2 or more of its healthy images; this one stays as it is.
 
         The workdir must have meta-learned (config.learner not joint). Nothing is written. The new
@@ -101,9 +105,10 @@ class Scorer:
         Raises ConfigError for fewer images or a workdir that learned jointly, DataError for a file
         that cannot be read or has several frames.
         """
+        paths = [files.expanded(image) for image in _listed(images)]
         if self._start is None:
             self._start = build_detector.load_start(self.workdir)
-        detector, thresholds = inference_adapt.adapt(self._start, [Path(i) for i in images])
+        detector, thresholds = inference_adapt.adapt(self._start, paths)
         again = copy(self)
         again.adapted = True
         again._predictor = self._predictor._replace(detector=detector, calibration=thresholds)
@@ -115,10 +120,15 @@ def load(workdir: str | Path) -> Scorer:
     return Scorer(workdir)
 
 
+def _listed(images: Iterable | str | Path) -> Iterable:
+    """A path alone is one image, not its letters."""
+    return [images] if isinstance(images, str | Path) else images
+
+
 def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:
     """Pixels and spacing; that of an array is not known."""
     if isinstance(image, str | Path):
-        read = io_read.read(Path(image), window=window)
+        read = io_read.read(files.expanded(image), window=window)
         if len(read.pixels) != 1:
             raise DataError(
                 f"{image} holds {len(read.pixels)} frames: use predict_files for volumes"

@@ -57,7 +57,7 @@ def find(named: Sequence[str], follow_links: bool = False, nameless: bool = Fals
 
     Raises DataError if there is no image.
     """
-    named = [str(files.expanded(name)) if ":/" in name else name for name in named]
+    named = [str(files.expanded(n)) if ":/" in n or n.startswith("~/") else n for n in named]
     items: list[Item] = []
     seen: set[str] = set()
     visited: set[tuple[int, int]] = set()

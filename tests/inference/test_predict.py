@@ -49,6 +49,20 @@ def test_an_image_alone_is_scored_as_among_others(whole, data):
         assert (one.alarm, len(one.boxes)) == (other.alarm, len(other.boxes))
 
 
+def test_a_path_alone_is_one_image_and_a_home_folder_is_written_out(
+    whole, data, tmp_path, monkeypatch
+):
+    scorer, name = medclip_jax.load(whole), predictions(whole)["id"][0]
+    monkeypatch.setenv("HOME", str(data))
+    ways = [data / name], data / name, str(data / name), f"~/{name}"
+    assert len({scorer.predict(way)[0].score for way in ways}) == 1
+    assert scorer.predict_files(f"~/{name}", output=tmp_path / "out").scored == 1
+    (tmp_path / "~").mkdir()
+    Image.fromarray(noise()).save(tmp_path / "~" / "~a.png")
+    monkeypatch.chdir(tmp_path)
+    assert walked("./~/~a.png")[0] == [("~a.png",)]  # a folder of that name
+
+
 def test_boxes_of_command_line_notebook_and_report_are_equal(whole, data, tmp_path):
     written = predictions(whole)
     ends = [0, *written["boxes_end"]]
