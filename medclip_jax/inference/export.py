@@ -209,9 +209,9 @@ def save(predictor: Any, path: str | Path) -> int:
 def fit(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
     """Into the encoder frame as io.read.fit does, without Pillow: antialiased bilinear.
 
-    Raises ValueError for what is not a finite [h, w].
+    Raises ValueError for what is no [h, w] of values in [0, 1], but for rounding.
     """
-    if pixels.ndim != 2 or not pixels.size or not np.isfinite(pixels).all():
+    if pixels.ndim != 2 or not pixels.size or not -1e-3 < pixels.min() <= pixels.max() < 1.001:
         raise ValueError(f"an image of shape {pixels.shape}: give finite values [h, w] in [0, 1]")
     height, width = pixels.shape
     rows = columns = size

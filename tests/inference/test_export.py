@@ -62,6 +62,14 @@ def test_its_frame_is_the_readers_own(shape, mode):
     np.testing.assert_allclose(export.fit(pixels, 32, mode), read.fit(pixels, 32, mode), atol=2e-6)
 
 
+@pytest.mark.parametrize("value", [255, 1.01, -0.1, np.nan, np.inf])
+def test_values_beyond_the_unit_range_are_refused_as_in_a_notebook(exported, value):
+    image = IMAGES[0].copy()
+    image[3, 5] = value
+    with pytest.raises(ValueError, match=r"give finite values \[h, w\] in \[0, 1\]"):
+        export.load(exported)([IMAGES[1], image])
+
+
 def test_it_needs_jax_and_numpy_alone(exported):
     code = (
         "import sys, numpy\n"
