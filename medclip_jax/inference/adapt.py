@@ -61,7 +61,7 @@ def adapt(start: Start, images: Sequence[Path]) -> tuple[Detector, Calibration]:
 
     One set of parameters adapts to all of them, and one more to those outside each fold, which
     scores that fold: so no image calibrates what has seen it. Raises DataError for a file that
-    cannot be read or has several frames, ConfigError for fewer than two.
+    cannot be read or has several frames, ConfigError for fewer than two or one that is there twice.
     """
     if len(images) < LEAST:
         raise ConfigError(f"{len(images)} images to adapt to: give {LEAST} or more")
@@ -93,6 +93,8 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(read, images))).astype(np.float32)
     names = [int(hashlib.sha256(x.tobytes()).hexdigest()[:16], 16) for x in pixels]
+    if len(set(names)) < len(names):
+        raise ConfigError("an image is there twice, and would calibrate what saw it: give it once")
     kinds = np.repeat(np.arange(KINDS), len(images))
     keys = [generate.key_for(site.seed, name, v) for v in range(KINDS) for name in names]
     repeated = np.tile(pixels, (KINDS, 1, 1))

@@ -82,6 +82,15 @@ def test_an_image_of_several_frames_is_refused(tiny, images, tmp_path):
         adapt.adapt(started(tiny), [images[0], volume])
 
 
+def test_an_image_that_is_there_twice_is_refused(tiny, images, tmp_path):
+    """Of folds, one would be adapted to it and the other calibrated on it."""
+    copy = tmp_path / "copy.bmp"
+    Image.open(images[0]).save(copy)
+    for given in ([images[0], images[1], images[0]], [*images, copy]):
+        with pytest.raises(ConfigError, match="an image is there twice"):
+            adapt.adapt(started(tiny), given)
+
+
 def test_altered_rows_show_every_kind_once(tiny, images):
     rows = adapt.altered_rows(started(tiny), images[:2])
     assert rows.label.tolist() == [0, 0] + [1] * 6 and rows.mask.shape == (8, 32, 32)
