@@ -117,7 +117,15 @@ def _open(path: Path, window: Window | None) -> _File:
         modality = modality if modality in MODALITIES else "OT"
         stored = dicom_frames.stored(path, ds)
         nbytes = path.stat().st_size
-        return _File(path, ds, stored, shape, dicom_pixels.spacing(ds), modality, nbytes)
+        return _File(path, ds, stored, shape, _spacing(ds), modality, nbytes)
+
+
+def _spacing(ds: Dataset) -> tuple[float, float] | None:
+    """As of `dicom_pixels`; None also where it is no numbers, since the pixels are good without."""
+    try:
+        return dicom_pixels.spacing(ds)
+    except (TypeError, ValueError):  # pydicom converts a value when it is read
+        return None
 
 
 def _check_series(source: Path, files: Sequence[_File]) -> None:

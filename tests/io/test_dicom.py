@@ -180,6 +180,19 @@ def test_spacing_is_row_then_column_in_mm(tmp_path, elements, wanted):
     assert result is wanted is None or result == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("written", [b"0.5", b"0,5\\0,5", b"0.5\\x", b"0.5\\0.5\\0.5", b"", b"\\"])
+@pytest.mark.parametrize("name", ["PixelSpacing", "ImagerPixelSpacing"])
+def test_a_spacing_that_is_no_two_numbers_is_unknown_and_the_pixels_are_read(
+    tmp_path, name, written
+):
+    path = save(tmp_path / "a.dcm", film(ramp(), **{name: ["1111.111", "2222.222"]}))
+    raw, known = path.read_bytes(), b"1111.111\\2222.222"
+    assert raw.count(known) == 1
+    path.write_bytes(raw.replace(known, written.ljust(len(known))))
+    found = read.read(path)
+    assert found.spacing is None and np.ptp(found.pixels) == 1
+
+
 def test_ultrasound_regions_give_spacing_where_they_agree(tmp_path):
     def region(delta):
         return item(
