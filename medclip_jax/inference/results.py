@@ -8,7 +8,6 @@ Host values only, so that threads can do it while the encoder runs.
 
 import io
 import itertools
-import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -206,7 +205,8 @@ def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
     The JSON and each file that it names must be, byte for byte, what was written.
     """
     try:
-        page = json.loads(files.read_regular(output / f"{item.output}.json", LARGEST_PAGE))
+        raw = files.read_regular(output / f"{item.output}.json", LARGEST_PAGE)
+        page = stored.parse_json(raw)
         stored.check_seal(page)
         if page["key"] != key:
             return None

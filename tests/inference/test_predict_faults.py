@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_jax import files
-from medclip_jax.inference import loading, predict
+from medclip_jax import files, stored
+from medclip_jax.inference import inputs, loading, predict, results
 from tests.support.predicting import dicom, noise, pages, run, table
 
 
@@ -178,6 +178,14 @@ def test_the_output_folder_may_lie_in_the_input_folder(whole, tmp_path, caplog):
         shutil.copytree(folder / "results", folder / f"copy {number}")
     assert run(whole, folder, folder) == 0
     assert len(table(folder)) == 3
+
+
+def test_a_result_of_far_too_many_values_is_not_parsed(tmp_path, monkeypatch):
+    """Each value takes twenty times its bytes in memory."""
+    monkeypatch.setattr(json, "loads", lambda raw: pytest.fail("it was parsed"))
+    (tmp_path / "a.json").write_bytes(b'{"key":[' + b"0," * stored.MOST_VALUES + b"0]}")
+    item = inputs.Item("a.png", ("a.png",), "image", "a")
+    assert results.finished(tmp_path, item, "key") is None
 
 
 def test_altered_results_are_made_again(whole, tmp_path, caplog):
