@@ -127,7 +127,7 @@ def load(item: Item, predictor: Predictor, output: Path, stamp: str) -> Job:
 def _job(item: Item, predictor: Predictor, key: str, sha256: str) -> Job:
     with in_turn(one_decoded, _pixels(item)):
         frames = _open(item, predictor.window)
-    count, many = frames.shape[0], item.kind == "dicom" and frames.shape[0] > 1
+    count, many = frames.shape[0], item.kind != "nifti" and frames.shape[0] > 1
     height, width = frames.shape[1:]
     if count > 1 and min(height, width) < MIN_SIDE:
         raise DataError(

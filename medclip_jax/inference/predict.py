@@ -29,7 +29,7 @@ from medclip_jax.inference.predictor import Predictor, batch_size
 from medclip_jax.inference.results import Outcome, Privacy
 from medclip_jax.io import dicom_write
 
-FORMAT = 5  # of the outputs; with another number finished items are scored again
+FORMAT = 6  # of the outputs; with another number finished items are scored again
 PENDING = 1 << 28  # bytes of items whose results are being written, if there are several
 LISTED = 20  # unreadable files named on the terminal
 

@@ -214,6 +214,27 @@ def test_a_header_with_several_values_for_one_is_a_slice_of_its_own(tmp_path):
     assert [len(item.paths) for item in items] == [1, 1]
 
 
+def test_every_page_of_a_stack_has_its_map(whole, data, tmp_path):
+    """As each image alone; a single map would be of the first page, whichever has the alarm."""
+    healthy, abnormal = (next((data / "test").glob(f"{kind}/*.png")) for kind in ("good", "[!g]*"))
+    pages_of = [Image.open(path).convert("L").resize((64, 64)) for path in (healthy, abnormal)]
+    (tmp_path / "in").mkdir()
+    for name, some in {"one": pages_of[:1], "two": pages_of[1:], "both": pages_of}.items():
+        path = tmp_path / "in" / f"{name}.tif"
+        some[0].save(path, save_all=True, append_images=some[1:])
+    assert run(whole, tmp_path / "out", tmp_path / "in") == 0
+    found = {page["source"]: page for page in pages(tmp_path / "out")}
+    both = found["in/both.tif"]
+    assert "map.png" not in both["files"]["map"] and len(both["frames"]) == 2
+    maps = np.load(tmp_path / "out" / both["files"]["map"])["maps"]
+    for i, name in enumerate(("one", "two")):
+        alone = found[f"in/{name}.tif"]
+        assert alone["score"] == pytest.approx(both["frames"][i]["score"], abs=1e-4)
+        codes = np.asarray(Image.open(tmp_path / "out" / alone["files"]["map"]), np.float32)
+        mine = read.to_frame(maps[i].astype(np.float32), 64, 64)
+        np.testing.assert_allclose(codes / 65536, mine, atol=2e-3)
+
+
 def test_a_volume_gives_a_map_on_its_own_grid(whole, tmp_path):
     voxels = np.random.default_rng(0).integers(0, 900, (20, 24, 8)).astype(np.int16)
     affine = np.array([[-1.5, 0, 0, 9], [0, 0, 2.0, -7], [0, 1.2, 0, 3], [0, 0, 0, 1]])
