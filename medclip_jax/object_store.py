@@ -226,10 +226,10 @@ class Store:
                 found = {}
         names = {}
         for key, info in found.items():
-            name = key[len(self.root) :].lstrip("/")
+            name = key[len(self.root) :].removeprefix("/")
             if key.endswith("/") or info.get("type") == "directory" or TEMPORARY.search(name):
                 continue
-            if ".." in name.split("/") or "\0" in name or str(Path(name)) != (name or "."):
+            if ".." in name.split("/") or "\0" in name or str(Path("/", name)) != f"/{name}":
                 logging.warning("%r: no file can have such a name: it is left out", key)
                 continue
             version = next((str(info[k]) for k in VERSION_KEYS if info.get(k)), "")
