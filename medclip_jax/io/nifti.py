@@ -115,6 +115,7 @@ def open_nifti(path: Path, axis: Axis = "acquisition", window: Window | None = N
 
     row, column = (float(volume.sizes()[a]) for a in AXES[way][1:])
     known = np.isfinite((row, column)).all() and min(row, column) > 0
+    known = known and nifti_header.states_sizes(path)
     hounsfield = window and f"window {window.centre:g}/{window.width:g} in Hounsfield units"
     return Frames(
         (count, *shape),

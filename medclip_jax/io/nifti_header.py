@@ -142,6 +142,18 @@ def _header(path: Path, raw: bytearray, magics: tuple[bytes, bytes]) -> nibabel.
     return header
 
 
+def states_sizes(path: Path) -> bool:
+    """Whether a header that was accepted says how large voxels are; nibabel makes 1 of a 0."""
+    path = files_of(path)[0]
+    with _opened(path) as file:
+        raw = bytes(_read(path, file, HEADER_BYTES))
+    first = raw[344:347] in (SINGLE[0], PAIR[0])
+    header = nibabel.Nifti1Header if first else nibabel.Nifti2Header
+    fields = header(raw[: header.sizeof_hdr], check=False)
+    absent = (fields["pixdim"][1:4] == 0) & (fields["dim"][1:4] > 1)
+    return bool(fields["sform_code"] > 0 or not absent.any())
+
+
 def affine_of(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:
     """Voxel index -> position [4, 4]: the best of sform, qform and voxel sizes that is usable."""
     for affine in (header.get_best_affine(), header.get_qform(coded=True)[0]):

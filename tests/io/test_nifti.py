@@ -170,6 +170,29 @@ def test_texts_of_a_header_stay_in_the_file(tmp_path):
     assert b"DOE" not in gzip.decompress((tmp_path / "b.nii.gz").read_bytes())
 
 
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize(
+    "sizes, codes, known",
+    [
+        ((0, 0, 0), (0, 0), None),
+        ((2, 0, 3), (1, 0), None),
+        ((0, 0, 0), (0, 1), (1.5, 2.5)),  # of the sform
+        ((2, 3, 4), (0, 0), (3, 2)),
+    ],
+)
+def test_voxels_of_no_size_have_none(tmp_path, kind, sizes, codes, known):
+    """nibabel makes 1 mm of 0."""
+    volume = kind(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.diag([2.5, 1.5, 2, 1]))
+    path = tmp_path / "a.nii"
+    volume.to_filename(path)
+    header, raw = volume.header.copy(), path.read_bytes()
+    header["pixdim"][1:4], header["magic"] = sizes, header.single_magic
+    header["qform_code"], header["sform_code"] = codes
+    header.set_data_offset(header.single_vox_offset)
+    path.write_bytes(header.binaryblock + raw[len(header.binaryblock) :])
+    assert readers.read(path, axis="axial").spacing == known
+
+
 @pytest.mark.parametrize(
     "name", ["oblique_lefthanded_i16", "las_lefthanded_u8", "qform_only_f32", "fourd_f32"]
 )
