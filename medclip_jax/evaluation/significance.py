@@ -83,7 +83,7 @@ def wilcoxon(a: Num[np.ndarray, " n"], b: Num[np.ndarray, " n"]) -> Wilcoxon:
 
     `least_p` is 2 / 2^n: 5 draws cannot go below 0.0625. Raises DataError for NaN or no pairs.
     """
-    difference = _differences(a, b)
+    difference = _differences(a, b).round(12)  # what rounding alone tells apart is equal
     difference = difference[difference != 0]
     if not (n := len(difference)):
         return Wilcoxon(0.0, 1.0, 0, 1.0)

@@ -62,6 +62,15 @@ def test_five_draws_cannot_be_significant():
     assert (same.p, same.n, same.least_p) == (1.0, 0, 1.0)
 
 
+def test_wilcoxon_takes_what_rounding_tells_apart_for_equal():
+    """.8 - .7 is not .9 - .8 in binary; by all 32 sign flips of five tied ranks p is 12 / 32."""
+    a, b = np.array([[0.8, 0.9, 0.7, 0.6, 0.5], [0.7, 0.8, 0.6, 0.5, 0.6]])
+    got = significance.wilcoxon(a, b)
+    assert (got.statistic, got.p, got.n) == (3.0, pytest.approx(12 / 32), 5)
+    same = significance.wilcoxon(np.full(5, 0.1 + 0.2), np.full(5, 0.3))
+    assert (same.p, same.n, same.least_p) == (1.0, 0, 1.0)
+
+
 def test_paired_t_of_constant_differences_is_undefined():
     got = significance.paired_t(np.ones(4), np.zeros(4))
     assert (got.mean, got.sd, got.low, got.high) == (1.0, 0.0, 1.0, 1.0)
