@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import published
 
+from medclip_jax.errors import DataError
 from medclip_jax.evaluation import significance
 
 METRICS = {  # name -> where it stands in metrics.json
@@ -228,6 +229,8 @@ def two_level(
     pairs: Sequence[tuple[Run, Run]],
 ) -> tuple[float, float | None, float | None, float]:
     """Mean difference with its limits and p, draws and images resampled together for both."""
+    if not all(np.array_equal(a[x], b[x]) for a, b in pairs for x in ("id", "label")):
+        raise DataError("variants of a draw were tested on different data: run them on the same")
     variant, base = zip(*pairs, strict=True)
     places, labels, units = images(variant)
     estimates = significance.image_estimates(
@@ -240,8 +243,7 @@ def two_level(
     a, b = aurocs(pairs)
     if "auroc" not in estimates:
         return float((a - b).mean()), None, None, 1.0
-    _, _, low, high, p = estimates["auroc"]
-    return float((a - b).mean()), low, high, p
+    return float((a - b).mean()), *estimates["auroc"][2:]
 
 
 # --- files ------------------------------------------------------------------------------------

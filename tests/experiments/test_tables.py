@@ -95,6 +95,14 @@ def test_differences_are_paired_by_draw_and_corrected(cell):
     assert fewer.draws == 2 and fewer.mean == pytest.approx((a - b)[1:3].mean())
 
 
+@pytest.mark.parametrize("rows", [np.arange(59), np.roll(np.arange(60), 2)], ids=["cut", "moved"])
+def test_variants_of_other_test_images_are_not_compared(cell, rows):
+    """As where an image was added between two sweeps: scores would be paired by their place."""
+    other = [r | {name: r[name][rows] for name in ("id", "label", "score")} for r in cell["ours"]]
+    with pytest.raises(DataError, match="tested on different data"):
+        differences({"ours": other, "memory": cell["memory"]})
+
+
 def differences(cell):
     place = "busi", "clean", 4
     return tables.differences({place: cell}, next(iter(cell)))[place]
