@@ -31,7 +31,7 @@ from modalities import LEVELS, WORDS, Data
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from medclip_jax import build
+from medclip_jax import build, files
 from medclip_jax.clip.layers import Features
 from medclip_jax.config_validation import LEARNERS
 from medclip_jax.data import catalog, splits
@@ -87,8 +87,8 @@ def main():
             continue
         begin = time.process_time()
         rows = measure(data, target, args)
-        with file.open("a") as f:
-            f.write("".join(json.dumps(row) + "\n" for row in rows))
+        before = file.read_bytes() if file.exists() else b""  # others may have added targets
+        files.write_bytes(file, before + "".join(json.dumps(row) + "\n" for row in rows).encode())
         print(target, f"{time.process_time() - begin:.0f} CPU seconds", flush=True)
 
 

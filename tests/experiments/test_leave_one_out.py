@@ -1,6 +1,7 @@
 """Leave one modality out: K = 1, the default method as a rival, and maps that are shared."""
 
 import json
+import resource
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from medclip_jax import config, train
 from medclip_jax.data import phantom, splits
 from medclip_jax.detectors import deviation, memory_bank
-from medclip_jax.errors import UserError
+from medclip_jax.errors import UserError, WorkdirError
 from medclip_jax.models import similarity
 from medclip_jax.training import meta
 from tests.support.checkpoints import tiny_checkpoint
@@ -90,6 +91,26 @@ def test_every_learner_and_rival_at_every_k(done, world, monkeypatch, capsys):
     assert [x[0].split()[:2] for x in lines] == [[str(k), n] for k in (1, 4) for n in names[::-1]]
     ours = next(x for x in done.rows if x["k"] == 1 and x["learner"] == "ours")
     assert lines[0][:2] == [f"1 ours {ours['0']:.3f}", f"pixel {ours['pixel 0']:.3f}"]
+
+
+def test_a_target_whose_lines_do_not_fit_on_the_disk_is_not_half_there(tmp_path, monkeypatch):
+    """Half of a target would be taken for all of it, half of a line end the next start."""
+    file, row = tmp_path / "scores.jsonl", {"target": "a", "k": 1, "draw": 0, "rate": 0, "0": 0.5}
+    file.write_text(json.dumps(row) + "\n")
+    before = file.read_bytes()
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path), "--targets", TARGET])
+    monkeypatch.setattr(leave_one_out, "Data", lambda *_: None)
+    monkeypatch.setattr(leave_one_out, "measure", lambda *_: [row | {"target": TARGET}] * 9)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(WorkdirError):
+            leave_one_out.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    leave_one_out.main()
+    assert [json.loads(x)["target"] for x in file.read_text().splitlines()] == ["a"] + [TARGET] * 9
 
 
 def test_a_table_without_the_learners_that_others_are_compared_with(capsys):
