@@ -224,8 +224,7 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
         )
     design, _ = build.model_parts(c, clip)
     empty = detector.Scores(jnp.zeros((0, clip.grid**2)), jnp.zeros(0))
-    trains = {"learned", "model"} & trained.params.keys()  # as a branch, or as the whole detector
-    k, random = trained.calibration.k, design.dropout > 0 and bool(trains)
+    k, random = trained.calibration.k, design.dropout > 0 and "learned" in build.branch_names(c)
     params = jax.tree.map(jnp.asarray, trained.params)
     scales = 1 + c.score.tiles**2 if c.score.tiles > 1 else 1
     scores = detector.Detector(

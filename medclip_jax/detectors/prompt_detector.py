@@ -65,6 +65,7 @@ def learned(params: dict) -> tuple[Any, Any]:
     Raises KeyError for a detector without a trained branch.
     """
     own = params.get("learned", params)  # a branch of its own, or the whole detector
+    own = own.get("whole", own)  # of tiled images
     return own["model"], own["text"]
 
 

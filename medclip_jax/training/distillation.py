@@ -40,7 +40,7 @@ def check(
     run's test images.
     """
     name = f"config.teacher {workdir}"
-    if not teacher["steps"]:
+    if not teacher["steps"] or "learned" not in teacher["branches"]:
         raise ConfigError(f"{name} learned nothing (method {teacher['method']}): set a trained one")
     for field in ("name", "fit"):
         if teacher["data"][field] != student["data"][field]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import medclip_jax
 from medclip_jax import config, train
 from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
@@ -15,6 +16,7 @@ from medclip_jax.models import losses
 from medclip_jax.training import distillation
 from tests.support.pictures import opened
 from tests.support.reference import reference_params
+from tests.support.runs import predictions
 
 
 @pytest.mark.parametrize("path", reference_params("losses_*.npz"))
@@ -103,14 +105,28 @@ def test_a_workdir_teaches_another(world, whole, tmp_path):
     assert np.isfinite(line["distill"])
 
 
+def test_a_run_of_tiles_alone_teaches_and_predicts_as_it_was_measured(world, tmp_path):
+    """As the paper's recipe: no branch has a name, and each scale has parameters of its own."""
+    world.train(tmp_path / "tiles", branches=("learned",), score__tiles=2)
+    held = predictions(tmp_path / "tiles")
+    files = [world.data / name for name in held["id"][:4]]
+    got = medclip_jax.load(tmp_path / "tiles").predict(files)
+    np.testing.assert_allclose([x.uncertainty for x in got], held["uncertainty"][:4], atol=2e-3)
+    assert min(x.uncertainty for x in got) > 0
+    world.train(tmp_path / "student", teacher=str(tmp_path / "tiles"))
+    (line,) = read_steps(tmp_path / "student" / "metrics.jsonl")
+    assert line["distill"] > 0
+
+
 CONFIG = {"steps": 5, "method": "ours", "data": {"name": "folder", "fit": "pad"}}
-CONFIG |= {"model": {"form": "softmax"}}
+CONFIG |= {"model": {"form": "softmax"}, "branches": ["learned", "memory"]}
 
 
 @pytest.mark.parametrize(
     "teacher, test, message",
     [
         ({"steps": 0}, [], "learned nothing"),
+        ({"branches": ["meta"]}, [], "learned nothing"),
         ({"data": {"name": "busi", "fit": "pad"}}, [], "'busi' and this run has 'folder'"),
         ({"model": {"form": "distance"}}, [], "same form"),
         ({}, ["a"], "1 of this run's test images"),
