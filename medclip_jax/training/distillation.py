@@ -42,7 +42,7 @@ def check(
     name = f"config.teacher {workdir}"
     if not teacher["steps"] or "learned" not in teacher["branches"]:
         raise ConfigError(f"{name} learned nothing (method {teacher['method']}): set a trained one")
-    for field in ("name", "fit"):
+    for field in ("name", "fit", "window"):
         if teacher["data"][field] != student["data"][field]:
             raise ConfigError(
                 f"{name} was trained with config.data.{field} {teacher['data'][field]!r} and this "

@@ -118,7 +118,7 @@ def test_a_run_of_tiles_alone_teaches_and_predicts_as_it_was_measured(world, tmp
     assert line["distill"] > 0
 
 
-CONFIG = {"steps": 5, "method": "ours", "data": {"name": "folder", "fit": "pad"}}
+CONFIG = {"steps": 5, "method": "ours", "data": {"name": "folder", "fit": "pad", "window": ""}}
 CONFIG |= {"model": {"form": "softmax"}, "branches": ["learned", "memory"]}
 
 
@@ -127,7 +127,8 @@ CONFIG |= {"model": {"form": "softmax"}, "branches": ["learned", "memory"]}
     [
         ({"steps": 0}, [], "learned nothing"),
         ({"branches": ["meta"]}, [], "learned nothing"),
-        ({"data": {"name": "busi", "fit": "pad"}}, [], "'busi' and this run has 'folder'"),
+        ({"data": CONFIG["data"] | {"name": "busi"}}, [], "'busi' and this run has 'folder'"),
+        ({"data": CONFIG["data"] | {"window": "lung"}}, [], "window 'lung' and this run has ''"),
         ({"model": {"form": "distance"}}, [], "same form"),
         ({}, ["a"], "1 of this run's test images"),
     ],
