@@ -160,9 +160,13 @@ def calibrate(
     if steps:
         mm2 = read.pixel_areas(records, feature_cache.clip.size, feature_cache.fit)
         mm2 = mm2 * len(scores.calibration.image) if scores.k == 1 else mm2  # views of the one
+    inside = None
+    if scores.k > 1:  # views of a single one have the padding elsewhere
+        named = ((r.path, r.window) for r in records)
+        inside = detector.places(named, feature_cache.clip.size, feature_cache.fit)
     own = c.calibration
     rates = {"alpha": own.alpha, "pixel_rate": own.pixel_rate, "peak": c.score.peak}
-    return detector.calibrate(scores, **rates, filter_steps=steps, mm2=mm2)
+    return detector.calibrate(scores, **rates, filter_steps=steps, mm2=mm2, inside=inside)
 
 
 # --- a trained workdir, loaded: as a teacher, as a predictor, or to start adaptation from ---

@@ -8,7 +8,7 @@ The decision is strict on raw scores; `to_unit` maps the threshold itself just b
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class Calibration(NamedTuple):
 
 def calibrate(
     healthy: Float[np.ndarray, " v"],
-    maps: Float[np.ndarray, "v s s"],
+    maps: Sequence[Float[np.ndarray, "_ _"]] | Float[np.ndarray, "v s s"],
     k: int,
     alpha: float,
     pixel_rate: float,
@@ -68,15 +68,15 @@ def calibrate(
 ) -> Calibration:
     """Thresholds and scales from the image scores and maps of the held-out supports.
 
-    maps: after `steps`. k: number of supports; of a single one the rows are views. proven: as of
-    `Detector`.
+    maps: after `steps`, without padding. k: number of supports; of a single one the rows are views.
+    proven: as of `Detector`.
     """
     if k > 1:
         image = threshold(healthy, alpha, proven="image" in proven)
         pixel = pixel_threshold(maps, pixel_rate, proven="map" in proven)
     else:
         image, pixel = largest(healthy, alpha), pixel_quantile(maps, pixel_rate)
-    scale = spread(np.asarray(maps).ravel())
+    scale = spread(np.concatenate([np.ravel(x) for x in maps]))
     return Calibration(healthy, image, spread(healthy), pixel, scale, k, steps)
 
 

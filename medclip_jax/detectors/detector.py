@@ -5,8 +5,9 @@ adaptation use it. Everything of a batch is one compiled program, in which what 
 share (a search in the memory) runs once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,10 @@ from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import anomaly_maps, calibration
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache
+from medclip_jax.io import read
 from medclip_jax.models import similarity
 
+Place = tuple[slice, slice]  # rows and columns
 MOST_COSINES = 1 << 19  # of an image's patches; with more, images are compared one by one
 
 
@@ -196,6 +199,25 @@ def _read(static: Detector, params, fold_params, features: Features, keys) -> Ra
     return Raw(scores.image, maps, passes, folds)
 
 
+def places(images: Iterable[tuple[Path, str]], size: int, mode: read.Mode) -> list[Place] | None:
+    """Which part of the square of `size` each image fills; None where every one fills all of it.
+
+    Padding is no pixel of an image: it is neither calibrated on nor measured.
+
+    Args:
+        images: file and CT window of each, which is read for it.
+        mode: of `read.fit`.
+    """
+    if mode == "stretch":
+        return None
+    found = []
+    for path, window in images:
+        height, width = read.read(path, window=window).pixels.shape[1:]
+        top, left, rows, columns = read.box(height, width, size, mode)
+        found.append(np.s_[top : top + rows, left : left + columns])
+    return found
+
+
 def calibrate(
     detector: Detector,
     *,
@@ -204,6 +226,7 @@ def calibrate(
     filter_steps: dict | None = None,
     mm2: Sequence[float | None] | None = None,
     peak: float = 0.0,
+    inside: Sequence[Place] | None = None,
 ) -> calibration.Calibration:
     """Thresholds and scales from the supports' scores alone.
 
@@ -213,6 +236,7 @@ def calibrate(
         filter_steps: of config.score.map_filter by name; the ceiling is learned here.
         mm2: area in mm² of a pixel of each row of `detector.calibration`, None where unknown.
         peak: share of `calibration.lowered`, [0, 1).
+        inside: of each map, what the image fills (`places`); None: all of it.
     """
     patch, image = detector.calibration
     maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size, detector.corners))
@@ -222,8 +246,9 @@ def calibrate(
     maps, proven = calibration.lowered(maps, peak), set(detector.proven)
     if peak and "fixed" not in proven:
         proven.discard("map")  # of smaller distances the peak is smaller, too
+    own: Any = maps if inside is None else [x[place] for x, place in zip(maps, inside, strict=True)]
     thresholds = calibration.calibrate(
-        np.asarray(image), maps, detector.k, alpha, pixel_rate, steps, proven
+        np.asarray(image), own, detector.k, alpha, pixel_rate, steps, proven
     )
     return thresholds._replace(peak=peak)
 

@@ -18,7 +18,7 @@ from medclip_jax.data import splits
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration as detectors_calibration
 from medclip_jax.detectors.calibration import Calibration
-from medclip_jax.detectors.detector import Detector, Raw, finish, read_batch
+from medclip_jax.detectors.detector import Detector, Raw, finish, places, read_batch
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import progress
 from medclip_jax.evaluation import bootstrap, detection, metrics, pixel_metrics
@@ -171,7 +171,7 @@ def of_pixels(
     histograms (PixelMetrics.add), the pointing game and detection; None for all without masks.
 
     Healthy images count as empty masks; an abnormal image whose mask is unknown is left out, and
-    its counts are 0.
+    its counts are 0. Padding is not measured.
     """
     p = scored.predictions
     known = [i for i, r in enumerate(test) if r.masks or r.label == 0]
@@ -184,8 +184,11 @@ def of_pixels(
     shape = len(test), 3, pixel_metrics.IMAGE_BINS
     counts = files.temporary_array(shape, np.float32, folder)
     sizes = mm or [(1.0, 1.0)] * len(known)
+    named = ((r.path, r.window) for r in records)
+    inside = places(named, p.maps.shape[-1], fit) or [np.s_[:, :]] * len(known)
     lesions: list[detection.Image] = []
-    for i, values, mask, size in zip(known, maps, masks, sizes, strict=True):
+    for i, *whole, size, place in zip(known, maps, masks, sizes, inside, strict=True):
+        values, mask = (x[place] for x in whole)
         counts[i] = measured.add(values, mask, size)
         lesions.append(detection.image_of(values, bool(p.score[i] >= 0.5), mask))
     # px: of the encoder frame; one image without spacing makes all distances so
@@ -194,7 +197,7 @@ def of_pixels(
         "boundary_tolerance": TOLERANCE,
     }
     why = None if scored.cams is None else scored.cams[known]
-    points = pixel_metrics.pointing(maps, why, masks)
+    points = pixel_metrics.pointing(maps, why, masks, inside)
     return pixel, measured.averaged(), counts, points, detection.measured(lesions)
 
 

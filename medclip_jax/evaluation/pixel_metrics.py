@@ -4,6 +4,7 @@ Pixels are counted in bins of their value, so memory does not grow with the imag
 AUPRO are exact for maps of 8 and 16 bits, and within 2^-20 of a map's range otherwise.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -128,6 +129,7 @@ def pointing(
     maps: Iterable[Float[np.ndarray, "h w"]],
     cams: Float[np.ndarray, "n p"] | None,
     masks: Iterable[Bool[np.ndarray, "h w"]],
+    inside: Iterable[Any] | None = None,
 ) -> dict[str, dict[str, float | int]] | None:
     """Of map and Grad-CAM: hit, chance, n, empty; None if no image has a lesion mask.
 
@@ -139,14 +141,16 @@ def pointing(
         maps: unit scores, in the frame of the masks.
         cams: a value per patch, None where there is no Grad-CAM.
         masks: True in lesions; an image without any is left out.
+        inside: of each frame, what the image fills (`detector.places`); None: all of it.
     """
     hits: dict[str, list[float]] = {"map": [], "grad_cam": []}
     empty = dict.fromkeys(hits, 0)
     chances = []
-    for i, (heat, mask) in enumerate(zip(maps, masks, strict=True)):
+    places = itertools.repeat(np.s_[:, :]) if inside is None else inside
+    for i, (heat, mask, place) in enumerate(zip(maps, masks, places, strict=inside is not None)):
         if not mask.any():
             continue
-        chances.append(mask.mean())
+        chances.append(mask[place].mean())
         each = {"map": heat}
         if cams is not None:
             each["grad_cam"] = read.to_square(cams[i : i + 1], len(mask))[0]

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from medclip_jax.clip import checkpoint
 from medclip_jax.data import preprocessing
 from medclip_jax.detectors.calibration import Calibration
-from medclip_jax.detectors.detector import Detector, Scores, calibrate
+from medclip_jax.detectors.detector import Detector, Scores, calibrate, places
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.features.training_pool import Batch
 from medclip_jax.io import read as io_read
@@ -76,7 +76,10 @@ def adapt(start: Start, images: Sequence[Path]) -> tuple[Detector, Calibration]:
     detector = Detector(
         *(start.apply, params, None, scores, k, False, start.clip.size), corners=site.corners
     )
-    thresholds = calibrate(detector, alpha=site.alpha, pixel_rate=site.pixel_rate, peak=site.peak)
+    inside = places([(path, site.window) for path in images], start.clip.size, site.fit)
+    thresholds = calibrate(
+        detector, alpha=site.alpha, pixel_rate=site.pixel_rate, peak=site.peak, inside=inside
+    )
     return detector, thresholds
 
 

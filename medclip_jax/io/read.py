@@ -225,7 +225,7 @@ def fit_mask(
     """Resize a mask by nearest neighbour, as `fit`; of a lesion that it misses a pixel stays."""
     owners, count = ndimage.label(mask, np.ones((3, 3)))
     square = _place(owners.astype(np.int32, copy=False), size, mode, PIL.Image.Resampling.NEAREST)
-    corner, sides = np.array(_box(len(mask), mask.shape[1], size, mode)).reshape(2, 2)
+    corner, sides = np.array(box(len(mask), mask.shape[1], size, mode)).reshape(2, 2)
     lost = np.setdiff1d(np.arange(1, count + 1), square)
     boxes = ndimage.find_objects(owners) if len(lost) else ()
     for number in lost:
@@ -239,7 +239,7 @@ def to_frame(
     heat: Float[np.ndarray, "s s"], height: int, width: int, mode: Mode = "stretch"
 ) -> Float[np.ndarray, "h w"]:
     """Inverse of `fit`, bilinear: a map over the square becomes one of height x width pixels."""
-    top, left, rows, columns = _box(height, width, heat.shape[0], mode)
+    top, left, rows, columns = box(height, width, heat.shape[0], mode)
     inside = heat[top : top + rows, left : left + columns].astype(np.float32, copy=False)
     return _resize(inside, height, width, PIL.Image.Resampling.BILINEAR)
 
@@ -264,7 +264,7 @@ def pixel_area(
     return spacing[0] * height / size * spacing[1] * width / size
 
 
-def _box(height: int, width: int, size: int, mode: Mode) -> tuple[int, int, int, int]:
+def box(height: int, width: int, size: int, mode: Mode) -> tuple[int, int, int, int]:
     """Where the image lies in the square: (top, left, rows, columns)."""
     if mode == "stretch":
         return 0, 0, size, size
@@ -275,7 +275,7 @@ def _box(height: int, width: int, size: int, mode: Mode) -> tuple[int, int, int,
 
 def _place(pixels: np.ndarray, size: int, mode: Mode, resample: PIL.Image.Resampling) -> np.ndarray:
     height, width = pixels.shape
-    top, left, rows, columns = _box(height, width, size, mode)
+    top, left, rows, columns = box(height, width, size, mode)
     square = np.zeros((size, size), pixels.dtype)
     square[top : top + rows, left : left + columns] = _resize(pixels, rows, columns, resample)
     return square

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medclip_jax import build_detector, config
 from medclip_jax.data import splits
-from medclip_jax.detectors import calibration, detector
+from medclip_jax.detectors import anomaly_maps, calibration, detector
 from medclip_jax.errors import DataError
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.features import cache
 from medclip_jax.io import read as io_read
+from medclip_jax.models import similarity
 from tests.support.scenes import perfect, score
 
 
@@ -142,6 +144,33 @@ def test_measure_counts_healthy_images_as_empty_masks(scene):
     pixels = sum(got["pixel"][name] for name in ("tp", "tn", "fp", "fn"))
     assert pixels == len(test) * 32 * 32
     assert got["calibration"]["n_healthy_test"] == 5
+
+
+def test_padding_is_no_pixel_of_an_image(scene):
+    """Images of 30 x 40 pixels fill 24 x 32 of a frame of 32; a miss is as far as their diagonal.
+
+    The threshold for pixels is of these alone, too: a share of the image, not of the square.
+    """
+    feature_cache, supports, test, made = scene
+    named = [(r.path, r.window) for r in test[:1]]
+    assert detector.places(named, 32, "stretch") is None
+    assert detector.places(named, 32, "pad") == [np.s_[4:28, 0:32]]
+    said = perfect(test)
+    nothing = said.predictions._replace(maps=np.zeros_like(said.predictions.maps))
+    got = evaluate.measure(said._replace(predictions=nothing), test, "pad")
+    assert sum(got["pixel"][name] for name in ("tp", "tn", "fp", "fn")) == len(test) * 24 * 32
+    assert got["pixel"]["hausdorff_or_diagonal"] == 40
+    masks = [*evaluate.Masks([r for r in test if r.label], 32, "pad")]
+    chance = np.mean([mask.sum() / (24 * 32) for mask in masks])
+    assert got["explanations"]["pointing"]["map"]["chance"] == pytest.approx(chance)
+
+    c = config.base()
+    c.score.peak = 0.0
+    padded = feature_cache._replace(fit="pad")
+    found = build_detector.calibrate(c, made, padded, supports)
+    maps = np.asarray(similarity.to_pixels(jnp.asarray(made.calibration.patch), 32))[:, 4:28]
+    assert found.pixel == anomaly_maps.pixel_threshold(maps, c.calibration.pixel_rate)
+    assert found.pixel_scale == calibration.spread(maps.ravel())
 
 
 def test_measure_leaves_out_abnormal_images_whose_mask_is_unknown(scene):

@@ -65,7 +65,7 @@ def test_a_lesion_between_the_sampled_points_keeps_a_pixel(row, column, side, mo
     added = np.argwhere(found & ~large)
     assert (found | large == found).all() and len(added) <= 2
     if len(added):
-        top, left, rows, columns = read._box(3000, 2000, 224, mode)
+        top, left, rows, columns = read.box(3000, 2000, 224, mode)
         at = (added.mean(0) - (top, left) + 0.5) * (3000 / rows, 2000 / columns)
         assert abs(at - (row + side / 2, column + side / 2)).max() <= 14
     else:  # it lies on the large one
