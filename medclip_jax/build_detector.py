@@ -172,15 +172,15 @@ def calibrate(
 # --- a trained workdir, loaded: as a teacher, as a predictor, or to start adaptation from ---
 
 
-def load_teacher(c: ConfigDict, clip: Clip, test: Sequence[Record]) -> distillation.Teacher:
-    """The trained model of the workdir config.teacher.
+def load_teacher(c: ConfigDict, clip: Clip, unseen: Sequence[Record]) -> distillation.Teacher:
+    """The trained model of the workdir config.teacher; unseen: what it may not have learned from.
 
     Raises WorkdirError or CheckpointError where there is none, ConfigError if it cannot teach.
     """
     workdir = files.expanded(c.teacher)
     trained = saved.read(workdir)
     own = trained.config
-    distillation.check(workdir, own, c, trained.supports, [r.sha256 for r in test])
+    distillation.check(workdir, own, c, trained.supports, [r.sha256 for r in unseen])
     parts = ("layers", "dtype", "implementation")
     same = trained.checkpoint == clip.digest and own.model.refine == c.model.refine
     if not same or any(own.clip[part] != c.clip[part] for part in parts):

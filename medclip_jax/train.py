@@ -144,9 +144,9 @@ def encode(prepared: Prepared) -> Encoded:
 
 def teacher_of(prepared: Prepared) -> Any:
     """The trained model that teaches this run, or None; an error where it cannot."""
-    c = prepared.config
+    c, unseen = prepared.config, (*prepared.split.test, *prepared.extra)
     teach = c.teacher and c.steps
-    return build_detector.load_teacher(c, prepared.clip, prepared.split.test) if teach else None
+    return build_detector.load_teacher(c, prepared.clip, unseen) if teach else None
 
 
 def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True) -> Fitted:

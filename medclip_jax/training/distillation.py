@@ -32,12 +32,12 @@ class Teacher(NamedTuple):
 
 
 def check(
-    workdir: Path, teacher: Any, student: Any, supports: Sequence[str], test: Sequence[str]
+    workdir: Path, teacher: Any, student: Any, supports: Sequence[str], unseen: Sequence[str]
 ) -> None:
     """Raise ConfigError if this teacher cannot teach this run.
 
-    teacher and student are configs, supports and test sha256 of the teacher's supports and of this
-    run's test images.
+    teacher and student are configs, supports and unseen sha256: of the teacher's supports, and of
+    what this run tests and calibrates on (config.calibration.extra).
     """
     name = f"config.teacher {workdir}"
     if not teacher["steps"] or "learned" not in teacher["branches"]:
@@ -54,10 +54,10 @@ def check(
             f"{name} has model.form {forms[0]!r} and this run {forms[1]!r}, whose logits differ in "
             "meaning: set a teacher of the same form"
         )
-    if seen := set(supports) & set(test):
+    if seen := set(supports) & set(unseen):
         raise ConfigError(
-            f"{name} learned from {len(seen)} of this run's test images: set a teacher of the same "
-            "config.seed, config.k and split"
+            f"{name} learned from {len(seen)} of this run's test images, or of those of "
+            "config.calibration.extra: set a teacher of the same config.seed, config.k and split"
         )
 
 

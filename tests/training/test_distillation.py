@@ -1,5 +1,7 @@
 """Equation (13) against the reference; a teacher's logits reach the rows; who may not teach."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import medclip_jax
 from medclip_jax import config, train
 from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
+from medclip_jax.data.layouts import Split
 from medclip_jax.errors import ConfigError
 from medclip_jax.features import encoder, training_pool
 from medclip_jax.files import read_steps
@@ -116,6 +119,16 @@ def test_a_run_of_tiles_alone_teaches_and_predicts_as_it_was_measured(world, tmp
     world.train(tmp_path / "student", teacher=str(tmp_path / "tiles"))
     (line,) = read_steps(tmp_path / "student" / "metrics.jsonl")
     assert line["distill"] > 0
+
+
+def test_what_a_teacher_learned_from_calibrates_no_student(monkeypatch):
+    """Images of calibration.extra prove a rate: they may be its supports no more than tests may."""
+    monkeypatch.setattr(train.build_detector, "load_teacher", lambda c, clip, unseen: unseen)
+    prepared = train.Prepared(
+        *(SimpleNamespace(teacher="x", steps=2), None, Split(("support",), ("test",)), ()),
+        *(None, {}, None, ("extra",)),
+    )
+    assert train.teacher_of(prepared) == ("test", "extra")
 
 
 CONFIG = {"steps": 5, "method": "ours", "data": {"name": "folder", "fit": "pad", "window": ""}}
