@@ -84,7 +84,7 @@ MODALITIES = (  # free text -> the preprocessing.RECIPES of it; the first that f
     (re.compile(r"ultraso|sonogra", re.IGNORECASE), "ultrasound"),
     (re.compile(r"\bmri?\b|magnetic resonance", re.IGNORECASE), "mri"),
     (re.compile(r"mammogra", re.IGNORECASE), "mammography"),
-    (re.compile(r"x-?ray|radiogra", re.IGNORECASE), "xray"),
+    (re.compile(r"x[- ]?ray|radiogra", re.IGNORECASE), "xray"),
     (re.compile(r"\bct\b|computed tomogra", re.IGNORECASE), "ct"),
 )
 OTHER_RECIPE = "zscore"  # of every other modality

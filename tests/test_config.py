@@ -129,7 +129,11 @@ def test_a_field_of_the_command_line_wins_in_any_order():
     "modality, recipe, elastic",
     [("breast ultrasound", "ultrasound", True), ("Brain MRI", "mri", True)]
     + [("chest X-ray", "xray", False), ("retinal OCT", "zscore", False), ("CT", "ct", False)]
-    + [("mammography", "mammography", False), ("computed tomography", "ct", False)],
+    + [
+        ("chest X ray", "xray", False),
+        ("mammography", "mammography", False),
+        ("computed tomography", "ct", False),
+    ],
 )
 def test_the_papers_preprocessing_and_augmentation_follow_the_modality(modality, recipe, elastic):
     done = config.resolve(config.base("method=paper", name="folder", modality=modality))
