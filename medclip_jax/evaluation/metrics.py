@@ -288,4 +288,5 @@ def headline(metrics: dict) -> str:
     parts = {"image AUROC": metrics["image"]["auroc"], "pixel AUROC": pixel.get("auroc")}
     parts |= {"AUPRO": pixel.get("aupro"), "Dice": pixel.get("dice")}
     shown = ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if value is not None)
+    shown = shown or "no AUROC, as the test images are of one class"
     return f"{metrics['dataset']} K={metrics['k']} {metrics['method']}: {shown}"

@@ -66,7 +66,7 @@ class Exported:
 
 def load(path: str | Path) -> Exported:
     """Open an exported file. Raises CheckpointError for a foreign, damaged or newer file."""
-    path = Path(path)
+    path = files.expanded(path)
     try:
         manifest, code, weights = _members(path)
         return Exported(manifest, code.call, [jax.device_put(w) for w in weights])

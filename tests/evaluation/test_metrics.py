@@ -138,3 +138,10 @@ def test_the_threshold_itself_is_positive_in_double_precision():
     for threshold, positive in ((0.1, True), (0.7, False)):
         got = metrics.image_level(np.array([threshold], np.float32), np.array([0]), threshold)
         assert got["fpr"] == positive
+
+
+def test_the_headline_says_why_it_is_empty():
+    run = {"dataset": "busi", "k": 4, "method": "ours", "pixel": None}
+    assert metrics.headline(run | {"image": {"auroc": 0.9}}) == "busi K=4 ours: image AUROC 0.900"
+    said = metrics.headline(run | {"image": {"auroc": None}})
+    assert said == "busi K=4 ours: no AUROC, as the test images are of one class"

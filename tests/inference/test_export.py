@@ -138,6 +138,11 @@ def test_a_received_workdir_whose_files_are_none(whole, tmp_path, capfd, mode, n
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def test_the_home_folder_is_written_out(exported, monkeypatch):
+    monkeypatch.setenv("HOME", str(exported.parent))
+    assert export.load(f"~/{exported.name}").manifest == export.load(exported).manifest
+
+
 def test_foreign_and_damaged_files_are_refused(exported, tmp_path):
     path = tmp_path / "x"
     raw = bytearray(exported.read_bytes())
