@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import filelock
 import jax
 import jax.numpy as jnp
 import looks
@@ -86,9 +87,9 @@ def main():
         if any(line["target"] == target for line in lines):
             continue
         begin = time.process_time()
-        rows = measure(data, target, args)
-        before = file.read_bytes() if file.exists() else b""  # others may have added targets
-        files.write_bytes(file, before + "".join(json.dumps(row) + "\n" for row in rows).encode())
+        rows = "".join(json.dumps(row) + "\n" for row in measure(data, target, args)).encode()
+        with filelock.FileLock(f"{file}.lock"):  # others may add targets
+            files.write_bytes(file, (file.read_bytes() if file.exists() else b"") + rows)
         print(target, f"{time.process_time() - begin:.0f} CPU seconds", flush=True)
 
 
