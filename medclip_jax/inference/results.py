@@ -27,7 +27,7 @@ COLUMNS = (
     *("row0", "col0", "row1", "col1", "height_mm", "width_mm", "height", "width", "result"),
     *("file", "frame_in_file", "sop_instance_uid"),
 )
-ENDINGS = (  # of an item's files, beside its JSON and numbered Segmentations
+ENDINGS = (  # of an item's files, without its JSON and numbered Segmentations
     *("overlay.png", "cam.png", "map.png", "map.npz", "map.nii.gz", "mc_dropout.npz"),
     *("capture.dcm", "seg.dcm"),
 )

@@ -77,7 +77,7 @@ def build(task: Task) -> DicomObjects:
         return _no_objects(task, why, burned_in)
     files, notes = _segmentations(task, sources, owners)
     notes += _flaws(planes)
-    if burned_in and task.salt and not task.burned_in:
+    if _hides_pictures(task, burned_in):
         notes.append(NO_PICTURES)
         return DicomObjects(files, notes, frames, burned_in)
     if burned_in:
@@ -95,10 +95,14 @@ def build(task: Task) -> DicomObjects:
 
 
 def _no_objects(task: Task, why: str, burned_in: bool) -> DicomObjects:
-    hidden = burned_in and task.salt and not task.burned_in
-    return DicomObjects(
-        {}, [f"no DICOM objects: {why}", *[NO_PICTURES] * bool(hidden)], [], burned_in
-    )
+    notes = [f"no DICOM objects: {why}"]
+    notes += [NO_PICTURES] if _hides_pictures(task, burned_in) else []
+    return DicomObjects({}, notes, [], burned_in)
+
+
+def _hides_pictures(task: Task, burned_in: bool) -> bool:
+    """Under pseudonyms text that is burnt into pixels is not shown unless it was asked for."""
+    return burned_in and bool(task.salt) and not task.burned_in
 
 
 def _is_burned_in(path: str) -> bool:
