@@ -205,14 +205,14 @@ def places(images: Iterable[tuple[Path, str]], size: int, mode: read.Mode) -> li
     Padding is no pixel of an image: it is neither calibrated on nor measured.
 
     Args:
-        images: file and CT window of each, which is read for it.
+        images: file and CT window of each, which is opened for it.
         mode: of `read.fit`.
     """
     if mode == "stretch":
         return None
     found = []
     for path, window in images:
-        height, width = read.read(path, window=window).pixels.shape[1:]
+        height, width = read.open_image(path, window=window).shape[1:]
         top, left, rows, columns = read.box(height, width, size, mode)
         found.append(np.s_[top : top + rows, left : left + columns])
     return found

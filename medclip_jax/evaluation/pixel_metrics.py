@@ -150,13 +150,15 @@ def pointing(
     for i, (heat, mask, place) in enumerate(zip(maps, masks, places, strict=inside is not None)):
         if not mask.any():
             continue
-        chances.append(mask[place].mean())
         each = {"map": heat}
         if cams is not None:
             each["grad_cam"] = read.to_square(cams[i : i + 1], len(mask))[0]
+        lesion = mask[place]
+        chances.append(lesion.mean())
         for name, values in each.items():
-            hits[name].append(mask[values == values.max()].mean() if values.max() > 0 else 0.0)
-            empty[name] += int(values.max() <= 0)
+            own = values[place]
+            hits[name].append(lesion[own == own.max()].mean() if own.max() > 0 else 0.0)
+            empty[name] += int(own.max() <= 0)
     chance = float(np.mean(chances)) if chances else 0.0
     return {
         name: dict(hit=float(np.mean(values)), chance=chance, n=len(values), empty=empty[name])

@@ -280,4 +280,8 @@ def test_pointing_of_map_and_grad_cam_by_hand():
     measured = pixel_metrics.pointing(maps, cams, masks)
     assert measured["grad_cam"] == {"hit": 0.5, "chance": 0.25, "n": 2, "empty": 1}
     assert set(pixel_metrics.pointing(maps, None, masks)) == {"map"}
+    inside = [np.s_[:, :4]] * 3  # the rest is padding: where the second map is largest
+    maps[1, 2, 2] = 0.5
+    padded = pixel_metrics.pointing(maps, None, masks, inside)
+    assert padded["map"] == {"hit": 1.0, "chance": 0.5, "n": 2, "empty": 0}
     assert pixel_metrics.pointing(maps, cams, np.zeros_like(masks)) is None
