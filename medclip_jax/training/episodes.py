@@ -1,10 +1,10 @@
 """Episodes of meta-learning: which images, healthy or altered, are a task's support and query.
 
 A task is a kind of synthetic anomaly, a dataset, K healthy images and their variants, as rows of
-the training pool. Half of the rows are clean and half show the task's kind; all are clean in an
-identity task. With more than K images in the dataset the query is on others than the support; with
-K (the target), rows are dealt out to both sides, so that they share none. A single image is clean
-on the support side only, and takes no part in identity tasks.
+the training pool. Half of the rows are clean and half show the task's kind, where a side has both;
+all are clean in an identity task. With more than K images in the dataset the query is on others
+than the support; with K (the target), rows are dealt out to both sides, so that they share none. A
+single image is clean on the support side only, and takes no part in identity tasks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -111,8 +111,9 @@ def check(kinds: Int[np.ndarray, "i v"], members: Iterable[Int[np.ndarray, " _"]
         counts = np.bincount(kinds[own].ravel(), minlength=IDENTITY)[:IDENTITY]
         if counts.min() < LEAST:
             raise ConfigError(
-                f"config.synthesis.variants is {kinds.shape[1]}, which left {len(own)} image(s) "
-                f"with {counts.min()} of a kind where episodes need {LEAST}: set more, 50 is usual"
+                f"config.synthesis.variants is {kinds.shape[1]}: {len(own)} image(s) that learn "
+                f"together have {counts.min()} of a kind of anomaly, and episodes need {LEAST}: "
+                "set more, 50 is usual"
             )
 
 

@@ -131,7 +131,7 @@ def test_too_few_variants_for_episodes_are_refused_before_anything_is_encoded(
     fields = ("--config.learner=maml", "--config.synthesis.variants=4")
     code = world.main(tmp_path / "run", *fields, f"--config.cache={tmp_path / 'cache'}")
     said = capsys.readouterr().err
-    assert code == 2 and "config.synthesis.variants is 4, which left" in said, said
+    assert code == 2 and "config.synthesis.variants is 4: 3 image(s)" in said, said
     assert not (tmp_path / "run" / "config.json").exists() and not [
         *tmp_path.glob("cache/**/*.safetensors")
     ]

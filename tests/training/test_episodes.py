@@ -119,7 +119,7 @@ def test_too_few_variants_are_refused():
     known[1, 0] = 2
     episodes.check(known, [np.arange(3)])  # the other images have enough of that kind
     with pytest.raises(
-        ConfigError, match=r"variants is 30, which left 1 image\(s\) with 1 of a kind"
+        ConfigError, match=r"variants is 30: 1 image\(s\) that learn together have 1"
     ):
         episodes.check(known, [np.arange(3), *alone])
 
