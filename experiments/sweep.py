@@ -15,7 +15,8 @@ Both splits are run: `clean`, the headline, and `peer`, as published tables have
 (medclip_jax.data.catalog.EVIDENCE) need --report and the frozen configuration, see looks.py.
 
 Writes below --out: runs.csv (a line per run), summary.csv (a line per data set, K, variant and
-metric, with intervals, tests and published numbers) and tables.md.
+metric, with intervals, tests and published numbers), tables.md, and runs.npz: with --archive on
+another machine these runs are not repeated there.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import archive
 import filelock
 import looks
 import numpy as np
@@ -86,7 +88,7 @@ def main() -> None:
     with on_ray(args) if args.engine else nullcontext(map) as each:
         while any([*each(partial(run_all, args), draws)]):
             pass  # once more for what others left unfinished
-    results = {job: read(args.runs / job.name, job.seed) for job in jobs if done(args, job)}
+    results = {job: finished(args, job) for job in jobs if done(args, job)}
     print(f"{len(results)} of {len(jobs)} runs are finished", file=sys.stderr)
     write(args.out, results, args.only)
 
@@ -104,6 +106,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--freeze", action="store_true", help="write frozen.json, run nothing")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' workdirs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
+    parser.add_argument("--archive", type=Path, nargs="+", default=[], help="other runs.npz files")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs"
     )
@@ -118,6 +121,7 @@ def arguments() -> argparse.Namespace:
     except ModuleNotFoundError:
         names = sorted(p.stem for p in Path(__file__).with_name("variants").glob("[a-z]*.py"))
         parser.error(f"--variants {args.variants}: give one of {', '.join(names)}")
+    args.archived = {n: run for path in args.archive for n, run in archive.read(path).items()}
     args.only = args.only or list(args.fields)
     if unknown := [name for name in args.only if name not in args.fields]:
         parser.error(f"--only {', '.join(unknown)}: give any of {', '.join(args.fields)}")
@@ -181,7 +185,8 @@ def run_all(args: argparse.Namespace, jobs: Sequence[Job]) -> bool:
     """`run` the variants of one draw; forget the synthetic anomalies that no other draw can use."""
     ran = [run(args, job) for job in jobs]
     if any(ran) and all(done(args, job) for job in jobs):
-        split = json.loads((args.runs / jobs[0].name / "split.json").read_text())
+        workdir = args.runs / jobs[ran.index(True)].name
+        split = json.loads((workdir / "split.json").read_text())
         folder = encoder.supports_folder([r["sha256"] for r in split["support"]])
         root = Path(config_module.resolve(settings(args, jobs[0])).cache)
         for path in root.glob(f"feature_cache/*/{folder}"):
@@ -218,7 +223,12 @@ def on_ray(args: argparse.Namespace) -> Iterator[Callable]:
 
 
 def done(args: argparse.Namespace, job: Job) -> bool:
-    return (args.runs / job.name / "scores.npz").is_file()
+    return job.name in args.archived or (args.runs / job.name / "scores.npz").is_file()
+
+
+def finished(args: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """What tables need of a finished run."""
+    return args.archived.get(job.name) or read(args.runs / job.name, job.seed)
 
 
 def run(args: argparse.Namespace, job: Job, wait: bool = False) -> bool:
@@ -229,7 +239,7 @@ def run(args: argparse.Namespace, job: Job, wait: bool = False) -> bool:
     """
     c, workdir = settings(args, job), args.runs / job.name
     if done(args, job):
-        refuse_other(workdir, c)
+        refuse_other(args, job, c)
         return False
     if TEACHER in args.fields[job.variant].values():
         run(args, job._replace(variant="teacher"), wait=True)
@@ -246,16 +256,22 @@ def run(args: argparse.Namespace, job: Job, wait: bool = False) -> bool:
     return True
 
 
-def refuse_other(workdir: Path, c: ConfigDict) -> None:
+def refuse_other(args: argparse.Namespace, job: Job, c: ConfigDict) -> None:
     """Raise WorkdirError if a finished run had other settings than `c`."""
-    settings = json.loads(config_module.resolve(c).to_json_best_effort())
-    stored = json.loads((workdir / "config.json").read_text())
-    for name, value in settings.items():
-        if name != "cache" and stored.get(name) != value:
+    workdir, archived = args.runs / job.name, args.archived.get(job.name)
+    before = archived["settings"] if archived else as_flat((workdir / "config.json").read_text())
+    same = archive.WHERE if archived else ("cache",)
+    for name, value in as_flat(config_module.resolve(c).to_json_best_effort()).items():
+        if name not in same and before.get(name) != value:
             raise WorkdirError(
-                f"{workdir} is a finished run with {name} = {stored.get(name)}, not {value}: give "
-                "another --runs folder, or the settings of the first sweep"
+                f"{workdir} is a finished run with {name} = {before.get(name)}, not {value}: give "
+                "another --runs folder or --archive, or the settings of the first sweep"
             )
+
+
+def as_flat(text: str) -> dict[str, Any]:
+    """Every field of settings in JSON by its dotted name."""
+    return dict(config_module.flat(json.loads(text)))
 
 
 def reduce(workdir: Path) -> None:
@@ -272,6 +288,7 @@ def reduce(workdir: Path) -> None:
 def read(workdir: Path, seed: int) -> dict[str, Any]:
     """metrics.json of a finished run with its arrays; `pixel_counts` is read when it is called."""
     result = json.loads((workdir / "metrics.json").read_text()) | {"seed": seed}
+    result["settings"] = as_flat((workdir / "config.json").read_text())
     with np.load(workdir / "scores.npz", allow_pickle=False) as arrays:
         result |= {name: arrays[name] for name in TABULATED if name in arrays.files}
     result["pixel_counts"] = partial(pixel_counts, workdir)
@@ -300,6 +317,7 @@ def write(out: Path, results: dict[Job, dict[str, Any]], only: Sequence[str]) ->
     files.write_bytes(out / "runs.csv", tables.runs_csv(cells))
     files.write_bytes(out / "summary.csv", tables.summary_csv(cells, summaries))
     files.write_bytes(out / "tables.md", tables.markdown(cells, summaries))
+    archive.write(out / "runs.npz", {job.name: result for job, result in results.items()})
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ NAMES = [f"phantom-k4-{variant}-{seed}" for seed in (0, 1) for variant in ("ours
 
 def test_a_stopped_sweep_resumes_and_nothing_is_run_twice(command, tmp_path):
     whole = command(folder=tmp_path / "whole")
-    assert command.runs == NAMES and set(whole) == {"runs.csv", "summary.csv", "tables.md"}
+    assert command.runs == NAMES
+    assert set(whole) == {"runs.csv", "runs.npz", "summary.csv", "tables.md"}
     command.runs.clear()
     command.stop_at = 3
     with pytest.raises(KeyboardInterrupt):
@@ -88,6 +89,34 @@ def test_a_finished_run_with_other_settings_is_refused(command):
     command()
     with pytest.raises(WorkdirError, match="finished run with k = 4|model"):
         command("--set=model.dropout=0.0")
+
+
+def test_archived_runs_are_not_repeated_and_make_the_same_tables(command, tmp_path):
+    archived = tmp_path / "there" / "results" / "runs.npz"
+    whole = command(folder=tmp_path / "there")
+    command.runs.clear()
+    assert command(f"--archive={archived}", folder=tmp_path / "here") == whole
+    assert command.runs == []
+    more = command("--draws=3", f"--archive={archived}", folder=tmp_path / "here")
+    assert command.runs == [f"phantom-k4-{variant}-2" for variant in ("ours", "memory")]
+    assert {*whole["runs.csv"].splitlines()} < {*more["runs.csv"].splitlines()}
+
+
+def test_archived_runs_with_other_settings_are_refused(command, tmp_path):
+    command(folder=tmp_path / "there")
+    archived = f"--archive={tmp_path}/there/results/runs.npz"
+    with pytest.raises(WorkdirError, match="finished run with model.dropout = 0.1, not 0.0"):
+        command("--set=model.dropout=0.0", archived, folder=tmp_path / "here")
+    assert command("--set=data.root=/elsewhere", archived, folder=tmp_path / "here")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_what_is_no_archive_is_refused_before_anything_runs(command, tmp_path, content):
+    if content is not None:
+        (tmp_path / "runs.npz").write_bytes(content)
+    with pytest.raises(UserError, match="no file of runs"):
+        command(f"--archive={tmp_path}/runs.npz")
+    assert command.runs == []
 
 
 def test_a_student_waits_for_its_teacher(command, tmp_path):
