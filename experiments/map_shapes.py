@@ -31,8 +31,8 @@ def main() -> None:
     print("| run | maps | AUROC | AUPRC | AUPRO | Dice | oracle Dice |")
     print("|---|---|---|---|---|---|---|")
     for run in args.runs:
-        raw, masks, healthy, corners = loaded(run, args.most)
-        for name, maps in changed(raw, corners).items():
+        raw, masks, healthy, how = loaded(run, args.most)
+        for name, maps in changed(raw, *how).items():
             row = measured(maps, masks, healthy)
             print(
                 f"| {run.name} | {name} | " + " | ".join(f"{x:.3f}" for x in row) + " |", flush=True
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def loaded(run: Path, most: int):
-    """Raw maps and masks of the images whose masks are known, which are healthy, score.corners."""
+    """Raw maps and masks of images whose masks are known, which are healthy, `changed`'s rest."""
     c = config.restored(json.loads((run / "config.json").read_text()))
     limits = json.loads((run / "scorer.json").read_text())["calibration"]
     test = build.load_split(c).test
@@ -48,11 +48,11 @@ def loaded(run: Path, most: int):
         i for i, r in enumerate(test) if not r.label
     ]
     with np.load(run / "predictions.npz") as stored:
-        unit = stored["maps"][rows].astype(np.float32)
+        unit, grid = stored["maps"][rows].astype(np.float32), stored["patch_mean"].shape[-1]
     masks = np.stack([*evaluate.Masks([test[i] for i in rows], unit.shape[-1], c.data.fit)])
     raw = limits["pixel"]["value"] + limits["pixel_scale"] * of_unit(unit)
     healthy = np.array([not test[i].label for i in rows])
-    return raw.astype(np.float32), masks, healthy, c.score.corners
+    return raw.astype(np.float32), masks, healthy, (grid, c.score.corners)
 
 
 def of_unit(unit: np.ndarray) -> np.ndarray:
@@ -61,9 +61,9 @@ def of_unit(unit: np.ndarray) -> np.ndarray:
     return np.where(unit >= 0.5, above, 1 - 0.5 / np.maximum(unit, 1e-6))
 
 
-def changed(raw: np.ndarray, corners: bool) -> dict[str, np.ndarray]:
-    """Maps by what was done to them; corners: of the run's similarity.interpolation."""
-    frame = round(raw.shape[-1] / 16), raw.shape[-1]
+def changed(raw: np.ndarray, grid: int, corners: bool) -> dict[str, np.ndarray]:
+    """Maps by what was done to them; grid: patches a side; corners: of the run's interpolation."""
+    frame = grid, raw.shape[-1]
     other = similarity.interpolation(*frame, not corners)
     other = other @ np.linalg.pinv(similarity.interpolation(*frame, corners))
     moved = np.einsum("gh,nhw,kw->ngk", other, raw, other, optimize=True)

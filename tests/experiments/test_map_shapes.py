@@ -21,10 +21,12 @@ def test_changed_maps_are_measured():
     healthy = np.array([False, False, True])
     auroc, auprc, aupro, dice, oracle = map_shapes.measured(maps, masks, healthy)
     assert (auroc, auprc, aupro, oracle) == (1, 1, 1, 1) and 0.8 < dice < 1
-    named = map_shapes.changed(maps, corners=True)
+    named = map_shapes.changed(maps, 2, corners=True)
     assert {x.shape for x in named.values()} == {(3, 32, 32)}
-    patch = rng.normal(size=(1, 2, 2))
-    one, two = (similarity.interpolation(2, 32, corners) for corners in (True, False))
-    moved = map_shapes.changed(one @ patch @ one.T, corners=True)["patches at their centres"]
-    np.testing.assert_allclose(moved, two @ patch @ two.T, atol=1e-5)
+    for grid in (2, 4):  # patches of 16 and of 8 pixels
+        patch = rng.normal(size=(1, grid, grid))
+        one, two = (similarity.interpolation(grid, 32, corners) for corners in (True, False))
+        moved = map_shapes.changed(one @ patch @ one.T, grid, corners=True)
+        expected = two @ patch @ two.T
+        np.testing.assert_allclose(moved["patches at their centres"], expected, atol=1e-5)
     np.testing.assert_array_equal(named["peak 0.25"], calibration.lowered(maps, 0.25))
