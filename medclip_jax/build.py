@@ -130,15 +130,15 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
 
 def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
     """How scores are explained. Raises ConfigError for a layer that is not tapped."""
-    layers = len(clip.widths)
+    first, layers, whose = 0, len(clip.widths), "tapped layers (config.clip.layers)"
+    if clip.memory_levels and branch_names(c) == ("memory",):  # it reads no layer of the CLIP
+        first, layers, whose = layers, clip.memory_levels, "layers of the memory's encoder"
     if not -layers <= c.explanation.layer < layers:
         raise ConfigError(
             f"config.explanation.layer is {c.explanation.layer}: give 0 to {layers - 1}, one of "
-            f"the {layers} tapped layers (config.clip.layers), or -1 for the last"
+            f"the {layers} {whose}, or -1 for the last"
         )
-    layer = c.explanation.layer % layers
-    if clip.memory_levels and branch_names(c) == ("memory",):  # it reads no layer of the CLIP
-        layer = layers + clip.memory_levels - 1
+    layer = first + c.explanation.layer % layers
     return grad_cam.Explanation(c.explanation.method, layer, c.score.top)
 
 
