@@ -142,8 +142,9 @@ def restore(
             continue
         if own != origin:
             raise CheckpointError(
-                f"{manager.directory}: another CLIP, language adapter or ontology was learned with "
-                "than there is now: restore that one, or give another --workdir"
+                f"{manager.directory}: learned with another CLIP, language adapter or other "
+                "prompts (config.prompts.ontology_file) than now: restore these, or give another "
+                "--workdir"
             )
         return read["state"]
     if steps:

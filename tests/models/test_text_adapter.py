@@ -147,14 +147,14 @@ def test_a_run_notices_another_ontology_and_another_clip(world, tmp_path, capfd)
     assert call("odd spot") == 0
     before = (run / "scorer.json").read_bytes()
     assert call("odd place", "--mode=evaluate") == 2
-    assert "or ontology was learned with than there is now" in capfd.readouterr().err
+    assert "or other prompts (config.prompts.ontology_file) than now" in capfd.readouterr().err
     assert predict(run, tmp_path / "out", world.data / "test" / "good") == 2
     assert "another language adapter or ontology than" in capfd.readouterr().err
     weights = clip / "flax_model.msgpack"
     tree = serialization.msgpack_restore(weights.read_bytes())
     weights.write_bytes(serialization.msgpack_serialize(jax.tree.map(lambda x: 2 * x, tree)))
     assert call("odd spot") == 2
-    assert "another CLIP, language adapter" in capfd.readouterr().err
+    assert "learned with another CLIP, language adapter" in capfd.readouterr().err
     assert (run / "scorer.json").read_bytes() == before
 
 
