@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medclip_jax import config_validation, files
+from medclip_jax import config_validation, files, stored
 from medclip_jax.clip import lite0
 from medclip_jax.clip.checkpoint import Clip, describe, load
 from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
@@ -130,15 +130,15 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
 
 def explanation(c: ConfigDict, clip: Clip) -> grad_cam.Explanation:
     """How scores are explained. Raises ConfigError for a layer that is not tapped."""
-    layers = len(clip.widths)
+    first, layers, whose = 0, len(clip.widths), "tapped layers (config.clip.layers)"
+    if clip.memory_levels and branch_names(c) == ("memory",):  # it reads no layer of the CLIP
+        first, layers, whose = layers, clip.memory_levels, "layers of the memory's encoder"
     if not -layers <= c.explanation.layer < layers:
         raise ConfigError(
             f"config.explanation.layer is {c.explanation.layer}: give 0 to {layers - 1}, one of "
-            f"the {layers} tapped layers (config.clip.layers), or -1 for the last"
+            f"the {layers} {whose}, or -1 for the last"
         )
-    layer = c.explanation.layer % layers
-    if clip.memory_levels and branch_names(c) == ("memory",):  # it reads no layer of the CLIP
-        layer = layers + clip.memory_levels - 1
+    layer = first + c.explanation.layer % layers
     return grad_cam.Explanation(c.explanation.method, layer, c.score.top)
 
 
@@ -175,9 +175,8 @@ def encode(c: ConfigDict, clip: Clip, split: Split, others, mesh, teacher=None, 
 
 def fresh_params(c: ConfigDict, clip: Clip, design: model.Design) -> dict:
     """Params as training starts from them."""
-    language = None
-    if c.model.language_tuned:
-        language = text_adapter.load(c.model.language, clip.own_digest, clip.joint)
+    tuned = c.model.language_tuned
+    own = text_adapter.load(c.model.language, clip.own_digest, clip.joint) if tuned else None
     return model.init(
         jax.random.key(c.seed),
         clip,
@@ -185,17 +184,15 @@ def fresh_params(c: ConfigDict, clip: Clip, design: model.Design) -> dict:
         context=c.prompts.context,
         shared=c.prompts.shared,
         contrast=bool(c.loss.simclr),
-        language=language,
+        language=own,
     )
 
 
-def training(c: ConfigDict, design: model.Design) -> dict[str, Any]:
+def training(c: ConfigDict, clip: Clip, design: model.Design) -> dict[str, Any]:
     """What `training.loop.fit` takes by name, but for workdir and mesh."""
     distill = losses.Distill(weight=c.loss.distill) if c.teacher else None
     schedule = {name: c[name] for name in ("steps", "seed", "batch", "checkpoint_every")}
-    contrast = None
-    if c.loss.simclr:
-        contrast = Contrast(partial(model.simclr, design=design), c.loss.simclr)
+    simclr = partial(model.simclr, design=design)
     schedule |= {"tasks": c.meta.tasks, "shots": c.meta.shots, "validations": c.validations}
     return {
         "loss": partial(model.loss, design=design, weights=c.loss.to_dict(), distill=distill),
@@ -203,10 +200,16 @@ def training(c: ConfigDict, design: model.Design) -> dict[str, Any]:
         "learner": learner(c),
         "schedule": loop.Schedule(**schedule),
         "score": validation.scorer(design, c.score.top),
-        "contrast": contrast,
+        "contrast": Contrast(simclr, c.loss.simclr) if c.loss.simclr else None,
         "on_target": not c.meta.data or c.data.name in c.meta.data,
         "tensorboard": c.tensorboard,
+        "origin": origin(c, clip, design),
     }
+
+
+def origin(c: ConfigDict, clip: Clip, design: model.Design) -> str:
+    """Names what a run learns with besides images: the CLIP, the language adapter, the prompts."""
+    return stored.digest([clip.digest, text_adapter.digest(c.model.language), design.prompts.text])
 
 
 def folds(c: ConfigDict) -> list[np.ndarray]:

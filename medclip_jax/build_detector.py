@@ -42,10 +42,9 @@ def score_function(
     own = clip, design, image_score, c.score.affinity
     branches = {name: branch_function(name, *own) for name in names}
     if c.score.tiles > 1:
-        frame = c.score.tiles, clip.grid, clip.size
         for name, apply in branches.items():
             pool = None if name.startswith("zero_shot") else image_score
-            branches[name] = tiling.scorer(apply, *frame, pool)
+            branches[name] = tiling.scorer(apply, c.score.tiles, clip.grid, clip.size, pool)
     return ensemble.scorer(branches) if len(names) > 1 else branches[names[0]]
 
 
@@ -65,6 +64,12 @@ def branch_function(name: str, clip: Clip, design: model.Design, image_score, wi
 def image_score_of(c: ConfigDict, clip: Clip) -> Callable:
     """Patch values [n, p] -> image scores [n]."""
     return partial(detector.image_score, size=clip.size, top=c.score.top, corners=c.score.corners)
+
+
+def words(c: ConfigDict, design: model.Design) -> str:
+    """Names the language adapter, with the prompts where a file of the user's makes them."""
+    own = text_adapter.digest(c.model.language)
+    return stored.digest([own, design.prompts.text]) if c.prompts.ontology_file else own
 
 
 def branch_shares(c: ConfigDict) -> dict | None:
@@ -123,19 +128,18 @@ def branch(
     image_score = image_score_of(c, clip)
     plain, k = name.startswith("zero_shot"), images.k if images else 0
 
-    def scale(tokens, calibrating):
+    def scale(tokens, rows):
         if plain or images is None:
-            built = prompt_detector.zero_shot(clip, frozen, plain_design, calibrating, k)
+            built = prompt_detector.zero_shot(clip, frozen, plain_design, rows, k)
         elif name == "memory":
             like = {"k": k, "coreset": c.memory_coreset, "first_level": clip.first_memory_level}
-            like["calibrating"] = calibrating
+            like["calibrating"] = rows
             built = memory_bank.build(tokens, image_score, clip.size, **like)
         elif name == "meta":
             built = deviation.build(params[0], params[1], tokens, folds, clip.grid, clip.size)
         else:
-            own = design, image_score, calibrating
-            built = prompt_detector.build(params, frozen, *own, folds, k)
-        return detector.sharing_detector(built, calibrating, c.score.affinity, len(clip.widths))
+            built = prompt_detector.build(params, frozen, design, image_score, rows, folds, k)
+        return detector.sharing_detector(built, rows, c.score.affinity, len(clip.widths))
 
     if images is None:
         return scale(None, None)
@@ -185,12 +189,12 @@ def load_teacher(c: ConfigDict, clip: Clip, unseen: Sequence[Record]) -> distill
     same = trained.checkpoint == clip.digest and own.model.refine == c.model.refine
     if not same or any(own.clip[part] != c.clip[part] for part in parts):
         clip = build.load_clip(own)
-    if clip.digest != trained.checkpoint:
-        raise ConfigError(
-            f"config.teacher {workdir} was trained with another CLIP than {own.clip.checkpoint} "
-            f"is now ({trained.checkpoint}, not {clip.digest}): restore that one"
-        )
     design, _ = build.model_parts(own, clip)
+    if (clip.digest, words(own, design)) != (trained.checkpoint, trained.language):
+        raise ConfigError(
+            f"config.teacher {workdir} was trained with another CLIP, language adapter or ontology "
+            "than its settings name now: restore that one"
+        )
     params, text = prompt_detector.learned(jax.tree.map(jnp.asarray, trained.params))
 
     @jax.jit
@@ -221,12 +225,12 @@ def load_predictor(workdir: Path) -> predictor.Predictor:
             f"{workdir} was trained with another checkpoint than {c.clip.checkpoint} is now "
             f"({trained.checkpoint}, not {clip.digest}): restore that one"
         )
-    if text_adapter.digest(c.model.language) != trained.language:
-        raise CheckpointError(
-            f"{workdir} was trained with another language adapter than {c.model.language} is now: "
-            "restore that one"
-        )
     design, _ = build.model_parts(c, clip)
+    if words(c, design) != trained.language:
+        raise CheckpointError(
+            f"{workdir} was trained with another language adapter or ontology than "
+            f"{c.model.language or c.prompts.ontology_file} is now: restore that one"
+        )
     empty = detector.Scores(jnp.zeros((0, clip.grid**2)), jnp.zeros(0))
     k, random = trained.calibration.k, design.dropout > 0 and "learned" in build.branch_names(c)
     params = jax.tree.map(jnp.asarray, trained.params)
@@ -274,7 +278,7 @@ def load_start(workdir: Path) -> adapt.Start:
     template = step.start(params, loop.adam(c.learning_rate), count, c.seed)
     manager = checkpoints.open(workdir)
     with checkpoints.closing(manager):
-        newest = checkpoints.restore(manager, template)
+        newest = checkpoints.restore(manager, template, build.origin(c, clip, design))
     if newest is None:
         raise CheckpointError(f"{workdir} has no checkpoint: run --mode train first")
     return site_start(c, clip, design, frozen, jax.tree.map(lambda x: x[0], newest.params))

@@ -107,7 +107,7 @@ def run(
         *(workdir, scored.detector, scored.calibration),
         settings=json.loads(c.to_json_best_effort()),
         checkpoint=prepared.clip.digest,
-        language=text_adapter.digest(c.model.language),
+        language=build_detector.words(c, prepared.design),
         supports=[r.sha256 for r in prepared.split.support],
     )
     if scored.test is None:
@@ -160,7 +160,7 @@ def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True)
         workdir=workdir,
         mesh=mesh,
         resume_only=not train,
-        **build.training(c, design),
+        **build.training(c, clip, design),
     )
     return Fitted(params, folds)
 

@@ -130,7 +130,7 @@ def calibration(
         low, high = (betabinom.ppf(q, n, j, k + 1 - j) / n for q in (0.025, 0.975))
         x, lower, upper = (np.concatenate([[0], y, [1]]) for y in (j / (k + 1), low, high))
         axes.fill_between(
-            x, lower, upper, color=NEUTRAL, alpha=0.18, lw=0, label=f"95% by chance, K = {k}"
+            x, lower, upper, color=NEUTRAL, alpha=0.18, lw=0, label=f"95% by chance, {k} images"
         )
     axes.plot([0, 1], [0, 1], color=NEUTRAL, lw=1, ls=":", label="exact")
     axes.ecdf(np.clip(p_value, 0, 1), color=HEALTHY, lw=2, label=f"observed (n = {n})")

@@ -28,6 +28,7 @@ from medclip_jax.training.step import TrainState
 
 MOST_METADATA = 1 << 24  # bytes of a file that orbax reads whole, a few thousand as a rule
 MOST_DATA = 1 << 40  # of arrays, of which it reads the parts that it needs
+ORIGIN = "learned from"  # beside the checksums
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:
@@ -61,8 +62,10 @@ def open(workdir: Path) -> ocp.CheckpointManager:
         ) from error
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, origin: str = "") -> None:
     """Write the state of this step in the background.
+
+    origin: names what it was learned from, for `restore`.
 
     Raises WorkdirError if the disk refuses it; that may be the error of the save before.
     """
@@ -71,21 +74,23 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
         if step in manager.all_steps():  # damaged, since the run resumed before it
             manager.delete(step)
         # forced, or nothing would be saved below the step of a damaged checkpoint
-        checksums = ocp.args.JsonSave(_checksums(state))
+        checksums = ocp.args.JsonSave({**_checksums(state), ORIGIN: origin})
         item = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=checksums)
         manager.save(step, args=item, force=True)
 
 
-def resume(manager: ocp.CheckpointManager | None, fresh: TrainState, mesh: Any) -> TrainState:
+def resume(
+    manager: ocp.CheckpointManager | None, fresh: TrainState, mesh: Any, origin: str = ""
+) -> TrainState:
     """The state to go on from, in every process: of process 0's checkpoints, else the fresh one.
 
-    manager: None in the processes that have none.
+    manager: None in the processes that have none. origin: as of `restore`.
     """
     if not runtime.several():
         assert manager is not None
-        return restore(manager, fresh) or fresh
+        return restore(manager, fresh, origin) or fresh
     own = _on_host(fresh)
-    found = restore(manager, own) if manager else None
+    found = restore(manager, own, origin) if manager else None
     if not runtime.any_process(found is not None)[0]:
         return fresh
     return sharding.replicate(sharding.broadcast(found or own), mesh)
@@ -109,11 +114,14 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
             manager.close()
 
 
-def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState | None:
+def restore(
+    manager: ocp.CheckpointManager, template: TrainState, origin: str = ""
+) -> TrainState | None:
     """The newest whole state, with the shapes and placement of `template`; None if there is none.
 
     A damaged checkpoint is skipped for the one before it, with a warning. Raises CheckpointError if
-    there are checkpoints and none can be read.
+    there are checkpoints and none can be read, or what they were learned from has another name than
+    `origin`.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     steps = sorted(manager.all_steps(), reverse=True)
@@ -124,12 +132,21 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> TrainState 
                 "checksums": ocp.args.JsonRestore(),
             }
             read = manager.restore(step, args=ocp.args.Composite(**wanted))
-            if _checksums(read["state"]) != read["checksums"]:
+            checksums = dict(read["checksums"])
+            own = checksums.pop(ORIGIN, origin)
+            if _checksums(read["state"]) != checksums:
                 raise ValueError("its checksums differ: bits of it have changed")
-            return read["state"]
         except Exception as error:  # orbax and tensorstore raise many types on damaged files
             reason = re.split(r"\n| See full TensorStore", str(error))[0]
             logging.warning("checkpoint %d cannot be read and is skipped (%s)", step, reason)
+            continue
+        if own != origin:
+            raise CheckpointError(
+                f"{manager.directory}: learned with another CLIP, language adapter or other "
+                "prompts (config.prompts.ontology_file) than now: restore these, or give another "
+                "--workdir"
+            )
+        return read["state"]
     if steps:
         raise CheckpointError(
             f"{manager.directory}: none of the checkpoints {steps} can be read, or they are of "

@@ -70,6 +70,7 @@ def fit(
     on_target: bool = True,
     resume_only: bool = False,
     tensorboard: bool = False,
+    origin: str = "",
 ) -> Any:
     """Train the main params on all supports and fold params on those outside each fold.
 
@@ -87,6 +88,7 @@ def fit(
         rows are learned from jointly, episodes have it beside their tasks.
       on_target: learn from the supports, too, where there are auxiliary datasets.
       resume_only: a finished training is required.
+      origin: names what is learned with besides images; a checkpoint of another is refused.
 
     Returns:
       Params [1 + folds, ...] on the host: the main params, then the fold params.
@@ -107,7 +109,7 @@ def fit(
 
     main = sharding.is_main()  # it alone reads and writes
     manager = checkpoints.open(workdir) if main else None
-    state = checkpoints.resume(manager, state, mesh)
+    state = checkpoints.resume(manager, state, mesh, origin)
     first = int(state.step)
     if resume_only and first < steps:
         raise CheckpointError(
@@ -152,7 +154,7 @@ def fit(
                 log.flush()  # before it is saved: a resume does not repeat it
                 _check_finite(done, jax.device_get(parts))
                 if manager:
-                    checkpoints.save(manager, state)
+                    checkpoints.save(manager, state, origin)
             if stop:
                 break
         log.flush()

@@ -11,6 +11,7 @@ from medclip_jax import build, build_detector, config
 from medclip_jax.clip import checkpoint, lite0
 from medclip_jax.data.augmentation import Synthesis
 from medclip_jax.distributed import sharding
+from medclip_jax.errors import ConfigError
 from medclip_jax.features import cache, encoder
 from medclip_jax.models import model
 from tests.support.drawn import waves
@@ -116,6 +117,18 @@ def test_it_goes_with_the_memory_and_the_embedded_clip(fields, chosen):
     c = config.base("k=4", name="folder")
     c.update_from_flattened_dict(fields)
     assert config.resolve(c).memory_encoder == chosen
+
+
+def test_a_memory_is_explained_at_a_layer_of_its_own_encoder(compact):
+    clip = lite0.with_memory_encoder(compact)
+    for method, layers in (("memory", {-2: 3, -1: 4, 0: 3, 1: 4}), ("ours", {-1: 2, 0: 0, 2: 2})):
+        c = config.base(f"k=4,method={method}", name="folder")
+        for given, layer in layers.items():
+            c.explanation.layer = given
+            assert build.explanation(c, clip).layer == layer
+    c.method, c.explanation.layer = "memory", 2
+    with pytest.raises(ConfigError, match="give 0 to 1, one of the 2 layers of the memory's enc"):
+        build.explanation(c, clip)
 
 
 def test_every_branch_reads_its_own_encoder():

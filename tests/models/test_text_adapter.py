@@ -2,12 +2,14 @@
 
 import csv
 import importlib.util
+import shutil
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from safetensors import safe_open
 
 from medclip_jax import build
@@ -129,6 +131,31 @@ def test_a_run_with_an_adapter_predicts_and_notices_another(world, tmp_path, cap
     text_adapter.save(path, other, clip.digest, {})
     assert predict(tmp_path / "run", tmp_path / "out2", world.data) == 2
     assert "another language adapter" in capfd.readouterr().err
+
+
+def test_a_run_notices_another_ontology_and_another_clip(world, tmp_path, capfd):
+    clip, table, run = tmp_path / "clip", tmp_path / "own.csv", tmp_path / "run"
+    shutil.copytree(world.clip, clip)
+    flags = (f"--config.clip.checkpoint={clip}", f"--config.prompts.ontology_file={table}")
+    flags += ("--config.prompts.phrases=ontology", "--config.data.conditions=('oddity',)")
+    flags += ("--config.steps=3", "--config.branches=('learned',)")
+
+    def call(words: str, *more: str) -> int:
+        table.write_text(f"kind,name,synonyms\nfinding,oddity,{words}\n")
+        return world.main(run, *flags, *more, report=False)
+
+    assert call("odd spot") == 0
+    before = (run / "scorer.json").read_bytes()
+    assert call("odd place", "--mode=evaluate") == 2
+    assert "or other prompts (config.prompts.ontology_file) than now" in capfd.readouterr().err
+    assert predict(run, tmp_path / "out", world.data / "test" / "good") == 2
+    assert "another language adapter or ontology than" in capfd.readouterr().err
+    weights = clip / "flax_model.msgpack"
+    tree = serialization.msgpack_restore(weights.read_bytes())
+    weights.write_bytes(serialization.msgpack_serialize(jax.tree.map(lambda x: 2 * x, tree)))
+    assert call("odd spot") == 2
+    assert "learned with another CLIP, language adapter" in capfd.readouterr().err
+    assert (run / "scorer.json").read_bytes() == before
 
 
 def test_the_wrong_clip_and_nothing_to_tune_are_refused(world, tmp_path, capfd):

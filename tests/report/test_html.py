@@ -244,6 +244,19 @@ def test_what_is_flagged_and_where_the_threshold_is_from(tmp_path, label, shares
     assert ("healthy images alone" in text) == bool(k)
 
 
+@pytest.mark.parametrize("k, calibrating", [(0, 0), (1, 1), (16, 16), (16, 200)])
+def test_limits_are_those_of_what_calibrated(tmp_path, k, calibrating):
+    """Of config.calibration.extra where there is one; fewer than two images keep no rate."""
+    files = load.read(make_workdir(tmp_path, n=10))
+    metrics = files.metrics | {"k": k, "calibration": {"k": calibrating, "message": "-"}}
+    files = files._replace(metrics=metrics)
+    words = Page(report_html.page(files, dict.fromkeys(NAMES, b""), [], [])).text
+    assert ("false-alarm rate that can be kept" in words) == (calibrating > 1)
+    assert f"can be kept is 1/{calibrating + 1}. The" in words or calibrating < 2
+    assert f"what {calibrating} healthy images allow by chance" in words
+    assert ("This is one sample of" in words) == bool(k)
+
+
 def test_no_jax_and_no_pyplot(workdir):
     code = (
         "import sys; from medclip_jax.report import html; html.write(sys.argv[1]); "

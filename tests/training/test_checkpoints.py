@@ -82,6 +82,17 @@ def test_what_is_saved_is_not_touched_by_a_donated_step(tmp_path):
     assert int(stored.step) == 11 and np.unique(stored.params["a"]).tolist() == [11.0]
 
 
+def test_what_was_learned_with_another_clip_or_other_prompts_is_refused(tmp_path):
+    manager = checkpoints.open(tmp_path)
+    with checkpoints.closing(manager):
+        checkpoints.save(manager, state(10), "one")
+    manager = checkpoints.open(tmp_path)
+    with checkpoints.closing(manager):
+        assert_equal(checkpoints.restore(manager, state(0), "one"), state(10))
+        with pytest.raises(CheckpointError, match="learned with another CLIP, language adapter or"):
+            checkpoints.restore(manager, state(0), "two")
+
+
 def test_a_damaged_newest_is_skipped_and_replaced(tmp_path, caplog):
     folder = written(tmp_path, 10, 20)
     damage(folder / "20")
