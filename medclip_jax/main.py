@@ -273,7 +273,7 @@ def run(mode: str, fields: ConfigDict, name: str) -> None:
             runtime.start(**address, timeout=fields.join_timeout, facts=facts)
         main = runtime.is_main()
         folder = stack.enter_context(object_store.folder(name, main))
-        stack.enter_context(workdir.locked(folder))
+        stack.enter_context(workdir.locked(folder, mode == "train"))
         if mode == "report":
             train.write_report(folder)
             return
