@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from medclip_jax.errors import DataError
 from medclip_jax.io.nifti_header import files_of
-from medclip_jax.io.read import SUFFIXES
 
 GIVE_ROOT = "give the folder by --config.data.root or $MEDCLIP_DATA"
 MASK = re.compile(r"(?P<name>.+)_mask(_\d+)?", re.DOTALL)
@@ -23,6 +22,7 @@ BRAIN_LABELS = {"no": 0, "yes": 1}
 CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
 CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
 NOT_GOOD = ("normal", "healthy", "ok")  # would count as kinds of anomaly: only `good` is healthy
+USUAL = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".nii", ".gz")  # images
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
 
@@ -138,7 +138,7 @@ def folder(root: Path) -> Layout:
     extras = [p.name for p in _folders(root / "train") if p.name != "good"]
     problems += [f"train/{x} is not allowed: only train/good is trained on" for x in extras]
     stray = (p for part in ("train", "test", "ground_truth") for p in _files(root / part))
-    images = [p for p in stray if p.name.lower().endswith(SUFFIXES)]
+    images = [p for p in stray if p.suffix.lower() in USUAL]
     problems += [f"{_below(root, p)} is in no folder of a kind: move it to one" for p in images]
     for kind in _folders(root / "test"):
         of_kind, wrong = _kind(root, kind)
