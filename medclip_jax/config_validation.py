@@ -82,10 +82,10 @@ MAP_FILTER: dict[str, tuple[float, float]] = {
 
 MODALITIES = (  # free text -> the preprocessing.RECIPES of it; the first that fits
     (re.compile(r"ultraso|sonogra", re.IGNORECASE), "ultrasound"),
-    (re.compile(r"\bmri?\b|magnetic resonance", re.IGNORECASE), "mri"),
+    (re.compile(r"\bmr\b|mri\b|magnetic resonance", re.IGNORECASE), "mri"),  # fMRI, too
     (re.compile(r"mammogra", re.IGNORECASE), "mammography"),
+    (re.compile(r"\bct\b|computed tomogra", re.IGNORECASE), "ct"),  # X-ray CT, too
     (re.compile(r"x[- ]?ray|radiogra", re.IGNORECASE), "xray"),
-    (re.compile(r"\bct\b|computed tomogra", re.IGNORECASE), "ct"),
 )
 OTHER_RECIPE = "zscore"  # of every other modality
 DEFORMED = ("ultrasound", "mri")  # soft tissue under a probe or a coil; not bone
@@ -204,10 +204,8 @@ def check_learned(c: Any) -> None:
 
 def _combinations(c: Any) -> Rules:
     branches, plain = set(c.branches), {"zero_shot", "zero_shot_image"}
-    yield (
-        c.k == 0 and c.method != "zero_shot",
-        f"k is 0, but method {c.method} needs an image: give k=1 or more",
-    )
+    none = c.k == 0 and c.method != "zero_shot"
+    yield none, f"k is 0, but method {c.method} needs an image: give k=1 or more"
     yield (
         len(branches & {*BRANCHES}) < len(c.branches)  # one is unknown, or there twice
         or (branches <= {"zero_shot_image"} or plain <= branches),
@@ -252,6 +250,8 @@ def _combinations(c: Any) -> Rules:
 
 
 def _needs(c: Any) -> Rules:
+    unread = c.prompts.ontology_file and c.prompts.phrases != "ontology"
+    yield unread, "prompts.ontology_file is for prompts.phrases=ontology: give that, or no file"
     yield (
         c.model.language_tuned and not c.model.language,
         "model.language_tuned is on and there is no adapter to tune: give "

@@ -6,6 +6,8 @@ and ends with a traceback and exit code 1.
 
 import ast
 import logging
+import re
+import traceback
 from contextlib import suppress
 
 
@@ -58,6 +60,17 @@ def one_line(error: BaseException) -> str:
         with suppress(ValueError, SyntaxError):
             message = str(ast.literal_eval(message))
     return " ".join(message.split()) or type(error).__name__
+
+
+def of_config(error: Exception, file: str) -> str:
+    """What is wrong with a flag or, and in which line, with a config file."""
+    text = re.sub(r' Other fields present: "{.*}"', "", one_line(error))  # each with its value
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    if "'get_config'" in text:
+        return f"config file {file} has no function get_config"
+    if lines:
+        return f"config file {file} line {lines[-1]}: {text}"
+    return f"config has no such field: {text}" if isinstance(error, AttributeError) else text
 
 
 class PrintableLines(logging.Formatter):

@@ -40,7 +40,6 @@ MODES = {
     "export": "write a trained detector as one file that runs with jax and numpy alone",
     "report": "rebuild figures and report.html from the workdir's files",
 }
-OF_CONFIGS = AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError
 MOST_CONFIG = 1 << 20  # bytes of a config file
 OURS = Path(), Path("configs")  # folders whose names may stand for packaged configs
 TRAINED_MODES = ("predict", "export")  # use a trained workdir and take no config
@@ -122,12 +121,13 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_boolean("follow_links", False, "Also out of named folders.", flag_values=args)
     flags.DEFINE_boolean("cam", False, "Also write the Grad-CAM of each item.", flag_values=args)
     flags.DEFINE_boolean("boxes_of_passed", False, "Boxes without an alarm.", flag_values=args)
-    check_config_file(argv)
+    file = check_config_file(argv)
     try:
         rest = args(argv)
-    except (flags.Error, *OF_CONFIGS) as error:
-        where = "config has no such field: " if isinstance(error, AttributeError) else ""
-        raise ConfigError(f"{where}{one_line(error)} (see --help)") from error
+    except UserError:
+        raise
+    except Exception as error:  # a config file is a program and may raise anything
+        raise ConfigError(f"{errors.of_config(error, file)} (see --help)") from error
     for name, modes in ONLY.items():
         if args[name].value and args.mode not in modes:
             raise ConfigError(f"--{name} goes with --mode {' or '.join(modes)}: see --help")
@@ -139,28 +139,30 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise ConfigError(f"{rest[1]!r} is not a flag: see --help")
     if args.mode in TRAINED_MODES:
         return complete(args)
-    if args.config is None or not (args.workdir or args.mode == "check"):
+    if not args["config"].present or not (args.workdir or args.mode == "check"):
         raise ConfigError("--config and --workdir are needed: see --help")
     if not isinstance(args.config, ConfigDict):  # ml_collections says nothing until it is used
         raise ConfigError("the config file gives no settings: see configs/folder.py")
     return args
 
 
-def check_config_file(argv: list[str]) -> None:
-    """Raise ConfigError if --config names no regular file, or one too large for settings."""
+def check_config_file(argv: list[str]) -> str:
+    """The file of --config; ConfigError if it is no regular file, or too large for settings."""
     from medclip_jax import stored
 
+    file = ""
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, inline = flag.partition("=")
-        name = (inline if equals else value).partition(":")[0]
         if flag not in ("--config", "-config"):
             continue
+        file = (inline if equals else value).partition(":")[0]
         try:
-            stored.check_file(Path(name), MOST_CONFIG)
+            stored.check_file(Path(file), MOST_CONFIG)
         except OSError as error:
-            raise ConfigError(f"config file {name} cannot be read: give one that exists") from error
+            raise ConfigError(f"config file {file} cannot be read: give one that exists") from error
         except ValueError as error:
-            raise ConfigError(f"config file {name} cannot be used ({error})") from error
+            raise ConfigError(f"config file {file} cannot be used ({error})") from error
+    return file
 
 
 def with_packaged_config(argv: list[str]) -> list[str]:
@@ -271,7 +273,7 @@ def run(mode: str, fields: ConfigDict, name: str) -> None:
             runtime.start(**address, timeout=fields.join_timeout, facts=facts)
         main = runtime.is_main()
         folder = stack.enter_context(object_store.folder(name, main))
-        stack.enter_context(workdir.locked(folder))
+        stack.enter_context(workdir.locked(folder, mode == "train"))
         if mode == "report":
             train.write_report(folder)
             return

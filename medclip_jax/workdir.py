@@ -28,22 +28,28 @@ FOLDERS = ("checkpoints", "figures", "tensorboard")
 
 
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it until the block is left.
+def locked(workdir: Path, new: bool = True) -> Iterator[None]:
+    """Make the folder, if it may be new, and keep other runs out of it until the block is left.
 
     The kernel holds the lock for as long as the process lives, so a dead one leaves none behind.
     Of several processes of one run, process 0 holds it for all.
 
     Raises:
       WorkdirError: the folder cannot be made or written, another run is in it, or one of its names
-        is taken by a link or a special file.
+        is taken by a link or a special file; there is no run although it is not `new`.
     """
     refusal, main = None, runtime.is_main()
     with ExitStack() as stack:
         if main:
             try:
-                stack.callback(_lock(workdir).release)
-                check_names(workdir)
+                if new or workdir.exists():
+                    stack.callback(_lock(workdir).release)
+                    check_names(workdir)
+                if not new and not (workdir / "config.json").exists():
+                    raise WorkdirError(
+                        f"{workdir}/config.json is missing: run --mode train with this workdir "
+                        "first, or give that of a run"
+                    )
                 for folder in (workdir, workdir / "figures"):
                     files.sweep(folder)
             except WorkdirError as error:

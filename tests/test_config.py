@@ -133,6 +133,9 @@ def test_a_field_of_the_command_line_wins_in_any_order():
         ("chest X ray", "xray", False),
         ("mammography", "mammography", False),
         ("computed tomography", "ct", False),
+        ("X-ray computed tomography", "ct", False),
+        ("prostate mpMRI", "mri", True),
+        ("MR angiography", "mri", True),
     ],
 )
 def test_the_papers_preprocessing_and_augmentation_follow_the_modality(modality, recipe, elastic):
@@ -179,6 +182,15 @@ def test_values_that_cannot_be_used_are_named(field, value):
     with pytest.raises(ConfigError) as caught:
         config.resolve(c)
     assert f"config.{field} is {value!r}" in str(caught.value)
+
+
+def test_an_ontology_that_no_phrase_reads_is_refused():
+    c = config.base()
+    c.prompts.ontology_file = "own.csv"
+    with pytest.raises(ConfigError, match="ontology_file is for prompts.phrases=ontology"):
+        config.resolve(c)
+    c.prompts.phrases = "ontology"
+    assert config.resolve(c).prompts.ontology_file == "own.csv"
 
 
 def test_the_cache_is_where_it_was_named(monkeypatch, tmp_path):

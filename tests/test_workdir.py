@@ -146,6 +146,20 @@ def test_each_mode_refuses_them_with_one_sentence(tmp_path, capfd, mode, plant, 
     assert outside.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("mode", ["evaluate", "report"])
+def test_a_workdir_without_a_run_is_refused_at_once_and_not_made(tmp_path, capfd, mode):
+    (tmp_path / "empty").mkdir()
+    flags = [f"--mode={mode}", f"--config={ROOT}/configs/folder.py:k=4,root={tmp_path}"]
+    for name in ("typo", "empty"):
+        assert main.main(["main", *flags, f"--workdir={tmp_path / name}"]) == 2
+        error = capfd.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(
+            f"error: {tmp_path / name}/config.json is missing: run --mode train"
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+    assert not [p for p in (tmp_path / "empty").iterdir() if p.name != ".lock"]
+
+
 def test_other_names_of_somebodys_files(tmp_path):
     """A hard link is refused where it would be written into, else replaced."""
     workdir, outside = tmp_path / "run", tmp_path / "outside"

@@ -102,16 +102,12 @@ def run(
     return tuple(rows)
 
 
-def examined(
-    path: Path, frames: Float[np.ndarray, "f h w"], covered: float | None
-) -> Examined | str:
-    """What a decoded image looks like; a sentence where it has several frames."""
-    if len(frames) != 1:
-        return f"{path} holds {len(frames)} frames where one image is needed"
-    low, high = np.percentile(frames, (1, 99))
-    thumbnail = near_duplicates.normalised(read.fit(frames[0], near_duplicates.SIDE))
+def examined(path: Path, image: Float[np.ndarray, "h w"], covered: float | None) -> Examined:
+    """What a decoded image looks like."""
+    low, high = np.percentile(image, (1, 99))
+    thumbnail = near_duplicates.normalised(read.fit(image, near_duplicates.SIDE))
     digest = files.sha256_of(*files_of(path))
-    return Examined(frames.shape[1:], float(high - low), thumbnail, digest, covered)
+    return Examined(image.shape, float(high - low), thumbnail, digest, covered)
 
 
 def contents(examples: Sequence[layouts.Example]) -> list[Row]:
@@ -171,6 +167,12 @@ def split_rows(
     rows = [Row("ok", f"{kind} split", len(records), f"pool {len(pool)}, test {len(test)}")]
     if len(pool) < k:
         rows.append(Row("error", "pool", len(pool), f"fewer than K = {k} healthy images"))
+    if not any(r.part for r in records):  # a test part may lack a class, what is left over may not
+        rows += [
+            Row("error", "test set", 0, f"no {word} image is left: add some or take a smaller pool")
+            for label, word in enumerate(("healthy", "abnormal"))
+            if all(r.label != label for r in test)
+        ]
     group = {r.id: int(g) for r, g in zip(records, groups, strict=True)}
     labels = splits.labels_of(records, groups)
     contradicting = [r.id for r in records if len(labels[group[r.id]]) > 1]

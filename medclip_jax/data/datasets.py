@@ -141,9 +141,7 @@ def healthy_folder(folder: Path, window: str = "") -> list[Record]:
         raise DataError(f"there is no folder {folder}: give one of healthy images.")
     layout = layouts.healthy(folder)
 
-    def record(path: Path, frames: Any, covered: Any) -> Any:
-        if len(frames) > 1:
-            return f"{path} holds {len(frames)} frames: give images of one frame"
+    def record(path: Path, image: Any, covered: Any) -> Record:
         name = path.relative_to(folder).as_posix()
         digest = files.sha256_of(*files_of(path))
         return Record(name, 0, "", path.absolute(), (), digest, window=window)
@@ -190,22 +188,24 @@ def masks_of(
 def examine(
     layout: layouts.Layout, window: str = "", look: Callable[..., Any] = lambda *args: args[2]
 ) -> list[Any]:
-    """`look(path, frames, covered)` of every image, all decoded with their masks once, on threads.
+    """`look(path, image, covered)` of every image, all decoded with their masks once, on threads.
 
     covered is the share of the image that its masks cover, None without a mask.
 
-    What cannot be read, or differs from its mask in size, gives a sentence instead.
+    What cannot be read, has several frames or another size than its mask gives a sentence instead.
     """
 
     def one(example: layouts.Example) -> Any:
         path = layout.root / example.id
         try:
             frames = read.read(path, window=window).pixels
+            if len(frames) != 1:
+                return f"{path} holds {len(frames)} frames where one image is needed"
             masks = [layout.root / mask for mask in example.masks]
             lesion = read.read_mask(masks, frames.shape[1:], path)
         except DataError as error:
             return str(error).rstrip(".")
-        return look(path, frames, float(lesion.mean()) if masks else None)
+        return look(path, frames[0], float(lesion.mean()) if masks else None)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts = range(0, len(layout.examples), CHUNK)  # or all the files would wait at once

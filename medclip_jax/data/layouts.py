@@ -22,6 +22,7 @@ BRAIN_LABELS = {"no": 0, "yes": 1}
 CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
 CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
 NOT_GOOD = ("normal", "healthy", "ok")  # would count as kinds of anomaly: only `good` is healthy
+USUAL = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".nii", ".gz")  # images
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
 
@@ -132,12 +133,13 @@ def folder(root: Path) -> Layout:
         raise DataError(
             f"no folder {needed} (layout: train/good, test/good, test/<kind>): {GIVE_ROOT}."
         )
-    examples = [_example(root, image, 0, "good", "train", []) for image in _images(needed)]
-    problems = _too_deep(root, needed) + [
-        f"train/{extra.name} is not allowed: only train/good is trained on"
-        for extra in _folders(root / "train")
-        if extra.name != "good"
-    ]
+    examples = [_example(root, image, 0, "good", "train", []) for image in _files(_own(needed))]
+    problems = _unread(root, needed)
+    extras = [p.name for p in _folders(root / "train") if p.name != "good"]
+    problems += [f"train/{x} is not allowed: only train/good is trained on" for x in extras]
+    stray = (p for part in ("train", "test", "ground_truth") for p in _files(root / part))
+    images = [p for p in stray if p.suffix.lower() in USUAL]
+    problems += [f"{_below(root, p)} is in no folder of a kind: move it to one" for p in images]
     for kind in _folders(root / "test"):
         of_kind, wrong = _kind(root, kind)
         examples += of_kind
@@ -151,11 +153,8 @@ def folder(root: Path) -> Layout:
 def healthy(root: Path) -> Layout:
     """List a folder of healthy images."""
     images = _files(root)
-    stems, problems = {_stem(image) for image in images}, []
-    for name, masks in _masks(images).items():
-        problems += [f"{m.name} is a mask: take it out" for m in masks if name in stems]
     examples = [_example(root, image, 0, "good", "", []) for image in images]
-    return Layout(root, _sorted(examples), tuple(problems))
+    return Layout(root, _sorted(examples), tuple(_masks_among(root, images)))
 
 
 def find(root: Path, title: str, name: str, inner: str, needed: tuple[str, ...]) -> Path:
@@ -202,33 +201,47 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     """Test images of one kind with their masks, and what does not fit together."""
     truth = root / "ground_truth" / kind.name
     masks, form = _masks(_files(truth)), f"ground_truth/{kind.name}/{{}}_mask.png"
+    problems = _unread(root, kind)
+    odd = [p for p in _files(truth) if "mask" in _stem(p).lower() and not MASK.fullmatch(_stem(p))]
+    rule = "is no mask's name: give it as <image>_mask.png, or several as <image>_mask_1.png"
+    problems += [f"{_below(root, p)} {rule}" for p in odd]
     label = 0 if kind.name.lower() == "good" else 1
     if (kind / "label").is_dir():
         truth, form = kind / "label", f"test/{kind.name}/label/{{}}.png"
         masks = {_stem(path): [path] for path in _files(truth)} if label else {}  # good: all black
-    examples, problems = [], _too_deep(root, kind)
+    examples = []
     if kind.name.lower() in NOT_GOOD:
         problems.append(f"test/{kind.name} would count as abnormal: name it test/good")
-    for image in _images(kind):
+    for image in _files(_own(kind)):
         lesions = masks.pop(_stem(image), [])
         if label and not lesions and truth.is_dir():
-            problems.append(f"{_below(root, image)} has no mask {form.format(image.stem)}")
+            problems.append(f"{_below(root, image)} has no mask {form.format(_stem(image))}")
         examples.append(_example(root, image, label, kind.name, "test", lesions))
     return examples, problems + _orphans(root, masks)
 
 
-def _images(place: Path) -> list[Path]:
-    """Files of a kind: in its folder, or in `img` below it."""
-    return _files(place / "img" if (place / "img").is_dir() else place)
+def _unread(root: Path, place: Path) -> list[str]:
+    """Files of a kind that nobody would read, the first of each folder; masks among its images."""
+    own = _own(place)
+    outside = [_files(p)[0] for p in _with_files(place) if p not in (own, place / "label")]
+    problems = [f"{_below(root, x)} is not in {_below(root, own)}: move it there" for x in outside]
+    return problems + _masks_among(root, _files(own))
 
 
-def _too_deep(root: Path, place: Path) -> list[str]:
-    """What nobody would read: files below a kind's folder, or beside its `img`."""
-    names = [p for p in _folders(place) if p.name not in ("img", "label") and _files(p)]
-    problems = [f"{_below(root, p)} is one folder too deep: move its images up" for p in names]
-    if (place / "img").is_dir() and (outside := _files(place)):
-        problems.append(f"{_below(root, outside[0])} is not in the folder img: move it there")
-    return problems
+def _masks_among(root: Path, images: list[Path]) -> list[str]:
+    stems = {_stem(image) for image in images}
+    masks = (m for name, masks in _masks(images).items() if name in stems for m in masks)
+    return [f"{_below(root, mask)} is a mask: take it out of the images" for mask in masks]
+
+
+def _own(place: Path) -> Path:
+    """The folder of a kind's images: `img`, where there is one."""
+    return place / "img" if (place / "img").is_dir() else place
+
+
+def _with_files(place: Path) -> list[Path]:
+    """Folders that hold files, at a place and below it."""
+    return [place] * bool(_files(place)) + [x for p in _folders(place) for x in _with_files(p)]
 
 
 def _files(place: Path) -> list[Path]:
@@ -249,7 +262,9 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    return path.stem.removesuffix(".nii") if path.suffix == ".gz" else path.stem
+    """The name without its ending; numbers are none (1.2.840 is a UID)."""
+    stem = path.stem[:-4] if path.name.lower().endswith(".nii.gz") else path.stem
+    return path.name if path.suffix[1:].isdigit() else stem
 
 
 def _masks(files: list[Path]) -> dict[str, list[Path]]:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from medclip_jax import main
-from medclip_jax.data import check, datasets
+from medclip_jax.data import check, datasets, splits
 from medclip_jax.errors import DataError
 from tests.support.folders import ROOT, pair, png, write_busi, write_folder
 
@@ -107,6 +107,26 @@ def test_long_lists_are_cut(tmp_path):
     with pytest.raises(DataError, match="15 problem"):
         check.run("busi", root, tmp_path, 4, pool_size=8, console=Console(file=text, width=200))
     assert text.getvalue().count("has no mask") == 10 and "more" in text.getvalue()
+
+
+def test_a_pool_that_leaves_no_healthy_image_to_test_on_is_an_error_as_in_a_run(tmp_path):
+    root, text = write_busi(tmp_path / "busi"), io.StringIO()
+    with pytest.raises(DataError, match="cannot be used: 1 problem"):
+        check.run("busi", root, tmp_path, 4, pool_size=12, console=Console(file=text, width=200))
+    assert "no healthy image is left: add some or take a smaller pool" in text.getvalue()
+    with pytest.raises(DataError, match="no healthy image: add some or take a smaller pool"):
+        splits.split(datasets.load("busi", root, tmp_path / "cache"), 4, 0, 12)
+
+
+def test_images_of_several_frames_are_listed_before_a_run_too(folder):
+    for name in ("train/good/1.tif", "test/good/1.tif"):
+        pages = [PIL.Image.new("L", (7, 9), shade) for shade in (1, 99)]
+        pages[0].save(folder / name, save_all=True, append_images=pages[1:])
+    with pytest.raises(DataError, match="cannot be used: 2 problem"):
+        table("folder", folder)
+    listed = "2 problem.*test/good/1.tif holds 2 frames.*train/good/1.tif holds 2 frames"
+    with pytest.raises(DataError, match=listed):
+        datasets.load("folder", folder, folder.parent / "cache")
 
 
 def test_pairs_with_equal_headers_are_no_duplicates(tmp_path):

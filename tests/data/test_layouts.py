@@ -91,15 +91,42 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("test/crack/1/a.png", "test/crack/1 is one folder too deep"),
-        ("train/good/old/a.png", "train/good/old is one folder too deep"),
+        ("test/crack/1/a.png", "test/crack/1/a.png is not in test/crack: move it there"),
+        ("test/crack/1/2/a.png", "test/crack/1/2/a.png is not in test/crack: move it there"),
+        ("train/good/old/a.png", "train/good/old/a.png is not in train/good"),
         ("test/normal/a.png", "test/normal would count as abnormal"),
-        ("test/stain/b.png", "test/stain/b.png is not in the folder img"),
+        ("test/stain/b.png", "test/stain/b.png is not in test/stain/img"),
+        ("test/stain/img/1/b.png", "test/stain/img/1/b.png is not in test/stain/img"),
+        ("train/a.png", "train/a.png is in no folder of a kind"),
+        ("test/a.dcm", "test/a.dcm is in no folder of a kind"),
+        ("ground_truth/1_mask.png", "ground_truth/1_mask.png is in no folder of a kind"),
+        ("train/good/1_mask.png", "train/good/1_mask.png is a mask: take it out"),
+        ("test/stain/img/1_mask_2.png", "test/stain/img/1_mask_2.png is a mask: take it out"),
+        ("ground_truth/stain/1_mask_left.png", "ground_truth/stain/1_mask_left.png is no mask's"),
     ],
 )
 def test_images_that_nobody_would_read_are_named(tmp_path, name, problem):
     layout = layouts.folder(empty_files(tmp_path, "train/good/1.png", "test/stain/img/1.png", name))
     assert [x for x in layout.problems if x.startswith(problem)]
+
+
+def test_a_table_among_the_folders_of_kinds_is_passed_over(tmp_path):
+    root = empty_files(tmp_path, "train/good/1.png", "test/stain/1.png", "test/labels.csv")
+    assert not layouts.folder(root).problems
+
+
+@pytest.mark.parametrize("image", ["1.2.840.113", "a.NII.GZ", "a.nii.gz", "us.mr", "a.b.png"])
+def test_a_mask_has_the_name_of_its_image_whatever_that_ends_in(tmp_path, image):
+    stem = image if image.startswith("1.") else image.rpartition(".")[0].removesuffix(".NII")
+    mask = f"ground_truth/stain/{stem.removesuffix('.nii')}_mask.png"
+    names = [
+        f"test/stain/{image}",
+        "test/stain/1.2.840.114",
+        "ground_truth/stain/1.2.840.114_mask.png",
+    ]
+    layout = layouts.folder(empty_files(tmp_path, "train/good/1.png", mask, *names))
+    assert not layout.problems
+    assert (mask,) in [e.masks for e in layout.examples if e.id == f"test/stain/{image}"]
 
 
 def sha_of_pair(header: Path) -> str:

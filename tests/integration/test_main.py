@@ -104,6 +104,25 @@ def test_a_command_that_cannot_start_says_why(argv, named, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    "line, named",
+    [
+        ("c.steps = tru", "config file mine.py line 4: name 'tru' is not defined (see --help)"),
+        ("c.k = (4, 8)[2]", "config file mine.py line 4: tuple index out of range (see --help)"),
+        ("assert c.k > 99", "config file mine.py line 4: AssertionError (see --help)"),
+        ("c.stepz = 3", 'config is locked. Did you mean "steps" instead of "stepz"? (see --help)'),
+        ("return None", "the config file gives no settings: see configs/folder.py"),
+    ],
+)
+def test_a_config_file_that_fails_names_its_line(line, named, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    head = ["from medclip_jax import config", "def get_config(arg=''):", "    c = config.base(arg)"]
+    Path("mine.py").write_text("\n".join([*head, f"    {line}", "    return c"]))
+    error = sentence(capfd, main.main(["main", "--config=mine.py:k=4", "--workdir=w"]))
+    assert error.endswith(named) and len(error) < 200
+    assert os.listdir() == ["mine.py"]
+
+
+@pytest.mark.parametrize(
     "name", ["porj/configs/folder.py", "../configs/folder.py", "configs/folder.txt", "~/folder.py"]
 )
 def test_a_config_elsewhere_is_not_the_packaged_one(name, tmp_path, monkeypatch, capfd):
