@@ -19,7 +19,6 @@ from medclip_jax.errors import UserError
 
 ARRAYS = {"id": "S", "support": "S16", "label": "i1", "score": "f4", "unit": "i4"}  # and formats
 SHARED = ("settings", "backbone", "versions")  # by many runs
-WHERE = ("cache", "data.root", "distributed", "join_timeout")  # settings that compute nothing
 MOST = 1 << 26  # bytes of an array
 
 
@@ -28,7 +27,6 @@ def write(path: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
     listed, shared, arrays = {}, {}, {}
     for name, run in runs.items():
         same = {x: run[x] for x in SHARED}
-        same["settings"] = {x: y for x, y in run["settings"].items() if x not in WHERE}
         own = {x: encoded(run[x], kind) for x, kind in ARRAYS.items() if x in run}
         places = {x: stored.digest([x, y.dtype.str, y.tobytes().hex()]) for x, y in own.items()}
         arrays |= {places[x]: y for x, y in own.items()}

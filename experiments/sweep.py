@@ -259,19 +259,22 @@ def run(args: argparse.Namespace, job: Job, wait: bool = False) -> bool:
 def refuse_other(args: argparse.Namespace, job: Job, c: ConfigDict) -> None:
     """Raise WorkdirError if a finished run had other settings than `c`."""
     workdir, archived = args.runs / job.name, args.archived.get(job.name)
-    before = archived["settings"] if archived else as_flat((workdir / "config.json").read_text())
-    same = archive.WHERE if archived else ("cache",)
+    before = archived["settings"] if archived else settings_of(workdir)
     for name, value in as_flat(config_module.resolve(c).to_json_best_effort()).items():
-        if name not in same and before.get(name) != value:
+        if before.get(name) != value:
             raise WorkdirError(
                 f"{workdir} is a finished run with {name} = {before.get(name)}, not {value}: give "
                 "another --runs folder or --archive, or the settings of the first sweep"
             )
 
 
+def settings_of(workdir: Path) -> dict[str, Any]:
+    return as_flat((workdir / "config.json").read_text())
+
+
 def as_flat(text: str) -> dict[str, Any]:
-    """Every field of settings in JSON by its dotted name."""
-    return dict(config_module.flat(json.loads(text)))
+    """The fields of settings in JSON that say what a run computes, by dotted name."""
+    return dict(config_module.flat(config_module.comparable(json.loads(text))))
 
 
 def reduce(workdir: Path) -> None:
@@ -288,7 +291,7 @@ def reduce(workdir: Path) -> None:
 def read(workdir: Path, seed: int) -> dict[str, Any]:
     """metrics.json of a finished run with its arrays; `pixel_counts` is read when it is called."""
     result = json.loads((workdir / "metrics.json").read_text()) | {"seed": seed}
-    result["settings"] = as_flat((workdir / "config.json").read_text())
+    result["settings"] = settings_of(workdir)
     with np.load(workdir / "scores.npz", allow_pickle=False) as arrays:
         result |= {name: arrays[name] for name in TABULATED if name in arrays.files}
     result["pixel_counts"] = partial(pixel_counts, workdir)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import archive
 import filelock
 import looks
 import pytest
 import sweep
+from sklearn.metrics import roc_auc_score
 
 from medclip_jax import config as config_module
 from medclip_jax.data import phantom
@@ -117,6 +119,15 @@ def test_what_is_no_archive_is_refused_before_anything_runs(command, tmp_path, c
     with pytest.raises(UserError, match="no file of runs"):
         command(f"--archive={tmp_path}/runs.npz")
     assert command.runs == []
+
+
+def test_archived_scores_of_the_docs_give_their_numbers():
+    runs = archive.read(PHANTOM.parents[1] / "docs" / "scores" / "clean.npz")
+    assert len(runs) >= 82
+    for run in runs.values():
+        auroc = roc_auc_score(run["label"], run["score"])
+        assert auroc == pytest.approx(run["image"]["auroc"], abs=1e-5)
+        assert len(run["support"]) == run["settings"]["k"]
 
 
 def test_a_student_waits_for_its_teacher(command, tmp_path):
