@@ -45,7 +45,7 @@ def judge(
     rows = []
     for folder in folders:
         own = [*fields, f"clip.checkpoint={folder}", "explained=0"]
-        args = Namespace(runs=runs / folder.name, set=own, fields=VARIANTS)
+        args = Namespace(runs=runs / folder.name, set=own, fields=VARIANTS, archived={})
         for config in configs:
             cells = []
             for k in ks:
