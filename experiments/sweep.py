@@ -313,6 +313,14 @@ def pixel_counts(workdir: Path) -> np.ndarray | None:
 def write(out: Path, results: dict[Job, dict[str, Any]], only: Sequence[str]) -> None:
     """runs.csv, summary.csv and tables.md of finished runs; the base is the first of `only`."""
     cells: dict[tables.Place, dict[str, list[dict]]] = {}
+    weights: dict[Any, str] = {}
+    for job, result in results.items():
+        named = result["settings"]["clip.checkpoint"]
+        if (other := weights.setdefault(named, result["backbone"])) != result["backbone"]:
+            raise UserError(
+                f"{job.name} was run with {result['backbone']}, others with {other}: the CLIP "
+                "has changed between them, so give another --runs folder or --archive"
+            )
     for job, result in sorted(results.items(), key=lambda item: only.index(item[0].variant)):
         cell = cells.setdefault((job.dataset, job.split, job.k), {})
         cell.setdefault(job.variant, []).append(result)

@@ -28,7 +28,7 @@ from medclip_jax.training.step import TrainState
 
 MOST_METADATA = 1 << 24  # bytes of a file that orbax reads whole, a few thousand as a rule
 MOST_DATA = 1 << 40  # of arrays, of which it reads the parts that it needs
-ORIGIN = "learned from"  # beside the checksums
+ORIGIN = "learned from"  # an entry next to the checksums
 
 
 def open(workdir: Path) -> ocp.CheckpointManager:

@@ -112,6 +112,13 @@ def test_archived_runs_with_other_settings_are_refused(command, tmp_path):
     assert command("--set=data.root=/elsewhere", archived, folder=tmp_path / "here")
 
 
+def test_runs_of_a_clip_that_has_changed_are_not_tabulated_together(command, tmp_path):
+    command(folder=tmp_path / "there")
+    edit(tmp_path / "there" / "runs" / NAMES[0], backbone="compact (another)")
+    with pytest.raises(UserError, match="the CLIP has changed between them"):
+        command(folder=tmp_path / "there")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", None])
 def test_what_is_no_archive_is_refused_before_anything_runs(command, tmp_path, content):
     if content is not None:
