@@ -315,7 +315,7 @@ def write(out: Path, results: dict[Job, dict[str, Any]], only: Sequence[str]) ->
     cells: dict[tables.Place, dict[str, list[dict]]] = {}
     weights: dict[Any, str] = {}
     for job, result in results.items():
-        named = result["settings"]["clip.checkpoint"]
+        named = tuple(result["settings"][x] for x in ("clip.checkpoint", "memory_encoder"))
         if (other := weights.setdefault(named, result["backbone"])) != result["backbone"]:
             raise UserError(
                 f"{job.name} was run with {result['backbone']}, others with {other}: the CLIP "

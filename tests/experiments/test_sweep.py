@@ -35,9 +35,10 @@ def command(tmp_path, monkeypatch):
             (workdir / "checkpoints").mkdir(parents=True)
             raise KeyboardInterrupt
         make_workdir(workdir, n=20)
-        edit(workdir, seed=c.seed, method=c.method)
-        settings = config_module.resolve(c).to_json_best_effort()
-        (workdir / "config.json").write_text(settings)
+        resolved = config_module.resolve(c)
+        backbone = f"compact (digest{resolved.memory_encoder})"
+        edit(workdir, seed=c.seed, method=c.method, backbone=backbone)
+        (workdir / "config.json").write_text(resolved.to_json_best_effort())
         (workdir / "split.json").write_text('{"support": [{"sha256": "ab"}]}')
 
     def command(*flags, folder=tmp_path):
@@ -113,7 +114,7 @@ def test_archived_runs_with_other_settings_are_refused(command, tmp_path):
 
 
 def test_runs_of_a_clip_that_has_changed_are_not_tabulated_together(command, tmp_path):
-    command(folder=tmp_path / "there")
+    command("--only=ours,mediclip", folder=tmp_path / "there")  # with and without memory_encoder
     edit(tmp_path / "there" / "runs" / NAMES[0], backbone="compact (another)")
     with pytest.raises(UserError, match="the CLIP has changed between them"):
         command(folder=tmp_path / "there")
