@@ -80,6 +80,13 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def share(tree: PyTree, mesh: Mesh) -> PyTree:
+    """As `replicate`, but on a device that holds an array it stays the same: never donate it."""
+    if jax.process_count() > 1:
+        return replicate(tree, mesh)
+    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), tree)
+
+
 def local_rows(n: int, mesh: Mesh) -> Int[np.ndarray, " m"]:
     """Which of `n` rows this process holds, in order.
 

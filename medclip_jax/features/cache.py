@@ -56,7 +56,7 @@ def open(
 
     The rest are FeatureCache's fields. Raises ConfigError for an unknown recipe.
     """
-    vision = sharding.replicate(clip.vision, mesh)
+    vision = sharding.share(clip.vision, mesh)
     about = clip, fit, stacked.compute_dtype(dtype), mesh, vision
     unnamed = FeatureCache(folder / "feature_cache" / "-", *about)
     feature_cache = with_recipe(unnamed, recipe, window)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medclip_jax.clip import layers
 
-CHUNK = 16  # images whose tokens are refined at a time
+CHUNK = 16  # images whose tokens are refined at a time, fewer of a large encoder:
+ATTENTION = 2**21  # attention weights of them, at most
 
 
 class PromptLearner(nn.Module):
@@ -231,21 +232,23 @@ def refine(
 ) -> tuple[Float[Array, "n p d"], ...]:
     """Refined patch tokens of every tapped level; ValueError if `inputs` are missing.
 
-    Of many images a CHUNK at a time, and going back their attention is computed anew, so that
-    memory does not grow with it.
+    Of many images, or large ones, a few at a time, and going back their attention is computed
+    anew, so that memory does not grow with it.
     """
     refiner: Any = TokenRefiner(frozen_parts.heads, frozen_parts.eps, frozen_parts.prefix)
+    weights = [frozen_parts.heads * x.shape[1] ** 2 for x in inputs]  # of one image
+    chunk = max(1, min(CHUNK, ATTENTION // max(weights, default=1)))
 
     def one(own: Mapping, block: Mapping, tokens: Any, x: Any) -> Any:
         n = len(tokens)
-        if not isinstance(n, int) or n <= CHUNK:  # an exported program has any number of images
+        if not isinstance(n, int) or n <= chunk:  # an exported program has any number of images
             return refiner.apply({"params": own}, block, tokens, x)
 
         @jax.checkpoint
         def of_image(row):
             return refiner.apply({"params": own}, block, row[0][None], row[1][None])[0]
 
-        return jax.lax.map(of_image, (tokens, x), batch_size=CHUNK)
+        return jax.lax.map(of_image, (tokens, x), batch_size=chunk)
 
     each = zip(params, frozen_parts.blocks, levels, inputs, strict=True)
     return tuple(one(*level) for level in each)

@@ -19,6 +19,7 @@ from medclip_jax.training.checkpoints import MetricsLog
 from medclip_jax.training.step import start
 
 LOG_EVERY = 10  # steps
+LARGE = 2**28  # bytes of a batch, above which few are held
 GATE_RATE = 30  # times the learning rate: of the gates of token refinement, which start at 0
 
 
@@ -118,8 +119,8 @@ def fit(
     joint = learner.name == "joint"
     inner = learner.inner(learner.inner_steps)
     objective = loss if joint else training_step.meta_objective(loss, inner, contrast)
-    take_step = training_step.make_step(objective, optimizer, sharding.replicated(mesh))
-    frozen = sharding.replicate(frozen, mesh)
+    take_step: Any = training_step.make_step(objective, optimizer, sharding.replicated(mesh))
+    frozen = sharding.share(frozen, mesh)
     read = _reader(pools, folds, joint, schedule, mesh, contrast is not None, on_target)
     adapted = _adaptation(pools[0], folds, loss, learner, mesh)
     validate = None
@@ -135,13 +136,14 @@ def fit(
     ):
         log, before = _DelayedLog(lines), None
         for done, batch in enumerate(runtime.progress(inputs, "train", len(remaining)), first + 1):
+            if done == first + 1:
+                take_step = take_step.lower(state, frozen, batch).compile()
+                runtime.trim()  # what compiling took, before the step takes its own
             state, parts = take_step(state, frozen, batch)
-            # one step computes and one waits: the batches of more would be in memory
-            jax.block_until_ready(before)
+            # one step computes and one waits, or none if large: all their batches are in memory
+            jax.block_until_ready(parts if _bytes_of(batch) > LARGE else before)
             before = parts
             log.flush()
-            if done == first + 1:
-                runtime.trim()  # what compiling took
             last = done == steps
             if validate and validation.due(done, steps, schedule.validations, LOG_EVERY):
                 parts |= validate(adapted(state.params, frozen), frozen)
@@ -182,6 +184,10 @@ class _DelayedLog:
         if self._log:
             self._log.write(step, values)
         _check_finite(step, values)
+
+
+def _bytes_of(batch) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(batch))
 
 
 def _stopping(sigterm) -> bool:

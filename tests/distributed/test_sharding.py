@@ -94,3 +94,12 @@ def test_replicated_state_can_be_donated():
     stepped = jax.jit(lambda s: s | {"w": s["w"] + 1}, donate_argnums=0)(state)
     assert state["w"].is_deleted()
     np.testing.assert_array_equal(params["w"] + 1, stepped["w"])
+
+
+def test_what_is_shared_lies_on_every_device_and_once_on_its_own():
+    mesh, weights = sharding.mesh(), {"w": jnp.arange(4.0)}
+    shared = sharding.share(weights, mesh)["w"]
+    assert shared.sharding.is_fully_replicated and len(shared.addressable_shards) == 4
+    np.testing.assert_array_equal(shared, weights["w"])
+    own = [s.data.unsafe_buffer_pointer() for s in shared.addressable_shards]
+    assert weights["w"].unsafe_buffer_pointer() in own

@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -167,14 +168,19 @@ def test_the_training_loop_reads_from_the_device_at_log_lines_alone(world, monke
     flush = loop._DelayedLog.flush
 
     def made(*args, **kwargs):
-        take_step = make(*args, **kwargs)
+        lower = make(*args, **kwargs).lower
 
-        def guarded(*given):
-            events.append("step")
-            with jax.transfer_guard("disallow_explicit"):
-                return take_step(*given)
+        def compiled(*shapes):
+            take_step = lower(*shapes).compile()
 
-        return guarded
+            def guarded(*given):
+                events.append("step")
+                with jax.transfer_guard("disallow_explicit"):
+                    return take_step(*given)
+
+            return guarded
+
+        return SimpleNamespace(lower=lambda *x: SimpleNamespace(compile=lambda: compiled(*x)))
 
     def flushed(log):
         if log._waiting is not None:

@@ -138,20 +138,28 @@ def test_a_whole_run_learns_it_and_its_scorer_reads_alike(world, tmp_path):
     assert np.isfinite(got.score).all() and got.maps.shape == (2, 32, 32)
 
 
-def test_many_images_are_refined_in_parts_with_the_same_gradient(folder, monkeypatch):
+@pytest.mark.parametrize("limit", [{"CHUNK": 3}, {"ATTENTION": 2 * 2 * 17**2}])
+def test_many_images_are_refined_in_parts_with_the_same_gradient(folder, monkeypatch, limit):
     clip, design, _, params = built(folder, (2, 4))
     rng = np.random.default_rng(0)
-    levels = tuple(jnp.asarray(rng.normal(size=(7, 16, 32)), jnp.float32) for _ in range(2))
-    inputs = tuple(jnp.asarray(rng.normal(size=(7, 17, 32)), jnp.float32) for _ in range(2))
+    levels = tuple(jnp.asarray(rng.normal(size=(13, 16, 32)), jnp.float32) for _ in range(2))
+    inputs = tuple(jnp.asarray(rng.normal(size=(13, 17, 32)), jnp.float32) for _ in range(2))
     opened = tuple({**q, "gate": jnp.asarray(0.3)} for q in params["refine"])
 
     def value(q):
         both = modules.refine(q, design.refinement, levels, inputs)
         return sum((x**2).sum() for x in both), both
 
-    (_, whole), wanted = jax.value_and_grad(value, has_aux=True)(opened)
-    monkeypatch.setattr(modules, "CHUNK", 3)
-    (_, parts), got = jax.value_and_grad(value, has_aux=True)(opened)
+    def compiled():
+        return jax.jit(jax.value_and_grad(value, has_aux=True)).lower(opened).compile()
+
+    at_once = compiled()
+    for name, most in limit.items():
+        monkeypatch.setattr(modules, name, most)
+    in_parts = compiled()
+    ((_, whole), wanted), ((_, parts), got) = at_once(opened), in_parts(opened)
+    peaks = [x.memory_analysis().temp_size_in_bytes for x in (at_once, in_parts)]
+    assert peaks[1] < 0.8 * peaks[0]
     for a, b in zip(jax.tree.leaves((whole, wanted)), jax.tree.leaves((parts, got)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4)
 

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -100,3 +102,32 @@ def test_a_value_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, pool
     with pytest.raises(ConfigError, match=r"step 7: .*dice.* is not finite"):
         fit(tmp_path, pool, loss=loss)
     assert saved(tmp_path) == set() and lines(tmp_path) == []
+
+
+def test_no_large_batch_is_read_while_two_are_held(tmp_path, pool, monkeypatch):
+    events, read, make_step = [], training_pool.joint_batch, loop.training_step.make_step
+
+    def slow(x):
+        time.sleep(0.05)
+        events.append("done")
+        return x
+
+    def make(*args):
+        take, late = make_step(*args), jax.jit(lambda x: jax.pure_callback(slow, x, x))
+
+        def step(state, frozen, batch):
+            state, parts = take(state, frozen, batch)
+            return state, parts | {"loss": late(parts["loss"])}
+
+        compiled = SimpleNamespace(compile=lambda: step)
+        return SimpleNamespace(lower=lambda *_: compiled)
+
+    monkeypatch.setattr(loop, "LARGE", 0)
+    monkeypatch.setattr(loop.training_step, "make_step", make)
+    monkeypatch.setattr(training_pool, "joint_batch", lambda *x: events.append("read") or read(*x))
+    fit(tmp_path, pool, steps=5)
+    reads = [i for i, event in enumerate(events) if event == "read"]
+    a_step = events.count("done") / 5  # the devices' calls
+    assert len(reads) == 5 and a_step >= 1
+    for step, start in enumerate(reads[2:], 1):
+        assert events[:start].count("done") >= step * a_step
