@@ -68,6 +68,8 @@ def decoded(run: Mapping, shared: Mapping, arrays: Mapping[str, np.ndarray]) -> 
     result |= {x: arrays[place] for x, place in run["arrays"].items()}
     for x in [x for x in ("id", "support") if x in result]:
         result[x] = np.char.decode(result[x], "utf-8")
+    if "support" in result:
+        result["support"] = result["support"].tolist()
     for metric, number in run["numbers"].items():
         *groups, last = tables.METRICS[metric]
         place = result

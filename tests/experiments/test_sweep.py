@@ -1,6 +1,7 @@
 """sweep.py: nothing is run twice or lost, processes share the work, variants are configs."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -39,7 +40,9 @@ def command(tmp_path, monkeypatch):
         backbone = f"compact (digest{resolved.memory_encoder})"
         edit(workdir, seed=c.seed, method=c.method, backbone=backbone)
         (workdir / "config.json").write_text(resolved.to_json_best_effort())
-        (workdir / "split.json").write_text('{"support": [{"sha256": "ab"}]}')
+        hashes = [hashlib.sha256(bytes([c.seed + i])).hexdigest() for i in range(4)]
+        split = {"support": [{"sha256": x} for x in hashes]}  # draws next to each other share three
+        (workdir / "split.json").write_text(json.dumps(split))
 
     def command(*flags, folder=tmp_path):
         fixed = [f"--out={folder}/results", f"--runs={folder}/runs", f"--config={PHANTOM}"]
@@ -103,6 +106,7 @@ def test_archived_runs_are_not_repeated_and_make_the_same_tables(command, tmp_pa
     more = command("--draws=3", f"--archive={archived}", folder=tmp_path / "here")
     assert command.runs == [f"phantom-k4-{variant}-2" for variant in ("ours", "memory")]
     assert {*whole["runs.csv"].splitlines()} < {*more["runs.csv"].splitlines()}
+    assert more == command("--draws=3", folder=tmp_path / "fresh")
 
 
 def test_archived_runs_with_other_settings_are_refused(command, tmp_path):
