@@ -26,6 +26,11 @@ PHANTOM = sweep.Path(sweep.__file__).parents[1] / "configs" / "phantom.py"
 TABLES = [p.stem for p in sorted(PHANTOM.parents[1].glob("experiments/variants/[a-z]*.py"))]
 
 
+def supports(seed):
+    """Hashes of four made-up supports; draws next to each other share three."""
+    return [hashlib.sha256(bytes([seed + i])).hexdigest() for i in range(4)]
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """command(*flags) runs the script on made-up runs; command.runs: their names in order."""
@@ -40,8 +45,7 @@ def command(tmp_path, monkeypatch):
         backbone = f"compact (digest{resolved.memory_encoder})"
         edit(workdir, seed=c.seed, method=c.method, backbone=backbone)
         (workdir / "config.json").write_text(resolved.to_json_best_effort())
-        hashes = [hashlib.sha256(bytes([c.seed + i])).hexdigest() for i in range(4)]
-        split = {"support": [{"sha256": x} for x in hashes]}  # draws next to each other share three
+        split = {"support": [{"sha256": x} for x in supports(c.seed)]}
         (workdir / "split.json").write_text(json.dumps(split))
 
     def command(*flags, folder=tmp_path):
@@ -150,7 +154,7 @@ def test_a_student_waits_for_its_teacher(command, tmp_path):
 
 
 def test_anomalies_of_one_draws_supports_are_forgotten_when_it_is_done(command, tmp_path):
-    own, other = (encoder.supports_folder([x]) for x in ("ab", "cd"))
+    own, other = (encoder.supports_folder(x) for x in (supports(0), ["cd"]))
     for name in (own, other):
         (tmp_path / "cache" / "feature_cache" / "clip" / name).mkdir(parents=True)
     command.stop_at = 2
