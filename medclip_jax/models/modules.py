@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medclip_jax.clip import layers
 
-CHUNK = 16  # images whose tokens are refined at a time, fewer of a large encoder:
-ATTENTION = 2**21  # attention weights of them, at most
+CHUNK = 16  # images whose tokens are refined at a time, fewer where they have more than
+ATTENTION = 2**21  # attention weights in all
 
 
 class PromptLearner(nn.Module):

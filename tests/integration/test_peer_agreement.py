@@ -21,9 +21,9 @@ from medclip_jax.training import loop
 from tests.support.paths import ROOT
 from tests.support.reference import reference_files
 
-# Of anomalies and training, per draw. Runs that differ in both have standard deviations of .013 on
-# BUSI and .04 on brain MRI, and the peer has one run a draw: see `limit`.
-SEEDS = 2
+# Of anomalies and training, per draw: runs that differ in both have standard deviations of .013 on
+# BUSI and .039 on brain MRI (docs/results.md).
+SEEDS = 3
 SETS = {"busi": "busi", "brain_mri": "brain"}
 LAYERS = (3, 5, 8)  # that the reference tapped
 
@@ -46,24 +46,6 @@ def scores(prepared, encoded, workdir) -> np.ndarray:
     return np.concatenate([np.asarray(score(params, x)) for x in groups])
 
 
-def limit(ours: np.ndarray) -> float:
-    """Largest difference of the means that is agreement: .02, or two standard errors if larger.
-
-    Args:
-      ours: image AUROC [draw, seed]; the peer's single runs are taken to vary as these do.
-    """
-    draws, seeds = ours.shape
-    spread = np.sqrt(ours.var(axis=1, ddof=1).mean())
-    return max(0.02, 2 * spread * np.sqrt((1 + 1 / seeds) / draws))
-
-
-def test_the_limit_follows_from_what_runs_of_a_draw_differ_by():
-    steady, noisy = np.full((3, 2), 0.8), np.array([[0.78, 0.84], [0.84, 0.8], [0.8, 0.74]])
-    assert limit(steady) == 0.02
-    # variances .0018, .0008, .0018: a spread of .0383; the mean's error is that times sqrt(1.5 / 3)
-    assert limit(noisy) == pytest.approx(2 * 0.038297 * 0.70711, rel=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_mean_image_auroc_is_the_peers(name, tmp_path):
@@ -72,8 +54,7 @@ def test_mean_image_auroc_is_the_peers(name, tmp_path):
     weights = data.parent / "models" / "compact_clip"
     if len(files) != 3 or not data.is_dir() or not weights.is_dir():
         pytest.skip("no runs of the peer, or no weights, beside the checkout")
-    ours: list[list[float]] = []
-    peers = []
+    ours, peers = [], []
     for path in files:
         draw = int(path.stem.split("_")[0][-1])
         with np.load(path) as reference:
@@ -88,14 +69,9 @@ def test_mean_image_auroc_is_the_peers(name, tmp_path):
         prepared = train.prepare(c)
         assert [r.id for r in prepared.split.support] == support.tolist()
         assert [r.id for r in prepared.split.test] == ids.tolist()
-        ours.append([])
         for seed in range(SEEDS):
             prepared.config.seed = 10 + 10 * seed + draw  # of anomalies and training
             found = scores(prepared, train.encode(prepared), tmp_path / f"{draw}-{seed}")
-            ours[-1].append(roc_auc_score(labels, found))
-    got, most = np.array(ours), limit(np.array(ours))
-    found = (
-        f"ours {got.round(3).tolist()}, the peer {np.round(peers, 3).tolist()}, limit {most:.3f}"
-    )
-    print(found)
-    assert got.mean() == pytest.approx(np.mean(peers), abs=most), found
+            ours.append(roc_auc_score(labels, found))
+    found = f"ours {np.round(ours, 3).tolist()}, the peer {np.round(peers, 3).tolist()}"
+    assert np.mean(ours) == pytest.approx(np.mean(peers), abs=0.02), found
