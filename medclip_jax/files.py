@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, are read only if regular; temporary arrays; plain JSON."""
+"""Files, whole or not there, read only if regular; temporary arrays; plain JSON; natural order."""
 
 import errno
 import fcntl
@@ -274,3 +274,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"Cannot write {path} ({error.strerror or error}): "
             "free space there, fix its permissions or give another folder."
         ) from error
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts "a (2)" before "a (10)"; ties in number fall back on the spelling."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((1, int(p), p) if p.isdecimal() else (0, 0, p) for p in parts)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medclip_jax.errors import DataError
+from medclip_jax.files import natural
 from medclip_jax.io.nifti_header import files_of
 
 GIVE_ROOT = "give the folder by --config.data.root or $MEDCLIP_DATA"
@@ -22,6 +23,8 @@ BRAIN_LABELS = {"no": 0, "yes": 1}
 CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
 CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
 NOT_GOOD = ("normal", "healthy", "ok")  # would count as kinds of anomaly: only `good` is healthy
+PARTS = ("train", "test", "ground_truth")  # folders of the MVTec-AD layout
+OTHER_NAMES = r"(train|test)(ing|s)?|ground[ _-]?truths?|gt|(mask|label|annotation|segmentation)s?"
 USUAL = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".nii", ".gz")  # images
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
@@ -88,10 +91,7 @@ def busi(root: Path) -> Layout:
 
 
 def brain_mri(root: Path) -> Layout:
-    """List Kaggle's "Brain MRI Images for Brain Tumor Detection": `no/*` healthy, `yes/*` tumour.
-
-    The set has no masks and no parts.
-    """
+    """List Kaggle's "Brain MRI Images for Brain Tumor Detection": `no/*`, `yes/*`; no masks."""
     root = find(root, "brain MRI", "brain_mri", "brain_tumor_dataset", tuple(BRAIN_LABELS))
     examples = [
         _example(root, image, label, kind, "", [])
@@ -104,8 +104,7 @@ def brain_mri(root: Path) -> Layout:
 def chest_xray(root: Path) -> Layout:
     """List the open paediatric chest films: `{train,test}/{NORMAL,PNEUMONIA}/*`.
 
-    Supports come from `train/NORMAL`; the archive's own `test` is the test set. Its `val` folder
-    (16 films) is not used. The set has no masks. File names name the patients:
+    Supports come from `train/NORMAL`; `test` is tested on, `val` not used. Names tell patients:
     `[NORMAL2-]IM-<patient>-<image>` and `person<patient>_<cause>_<image>`.
     """
     places = tuple(f"{part}/{kind}" for part in ("train", "test") for kind in CHEST_LABELS)
@@ -137,7 +136,8 @@ def folder(root: Path) -> Layout:
     problems = _unread(root, needed)
     extras = [p.name for p in _folders(root / "train") if p.name != "good"]
     problems += [f"train/{x} is not allowed: only train/good is trained on" for x in extras]
-    stray = (p for part in ("train", "test", "ground_truth") for p in _files(root / part))
+    problems += _other_parts(root)
+    stray = (p for part in PARTS for p in _files(root / part))
     images = [p for p in stray if p.suffix.lower() in USUAL]
     problems += [f"{_below(root, p)} is in no folder of a kind: move it to one" for p in images]
     for kind in _folders(root / "test"):
@@ -191,12 +191,6 @@ def fingerprint(layout: Layout) -> str:
     return digest.hexdigest()[:24]
 
 
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts "a (2)" before "a (10)"; ties in number fall back on the spelling."""
-    parts = re.split(r"([0-9]+)", name)
-    return tuple((1, int(p), p) if p.isdecimal() else (0, 0, p) for p in parts)
-
-
 def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     """Test images of one kind with their masks, and what does not fit together."""
     truth = root / "ground_truth" / kind.name
@@ -218,6 +212,15 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
             problems.append(f"{_below(root, image)} has no mask {form.format(_stem(image))}")
         examples.append(_example(root, image, label, kind.name, "test", lesions))
     return examples, problems + _orphans(root, masks)
+
+
+def _other_parts(root: Path) -> list[str]:
+    """Folders of images named nearly as a part of the layout (on some disks Test is test)."""
+    others = [p for p in _folders(root) if re.fullmatch(OTHER_NAMES, p.name, re.IGNORECASE)]
+    held = [p for p in others if any(x.suffix.lower() in USUAL for x in p.rglob("*"))]
+    own = [root / part for part in PARTS if (root / part).exists()]
+    odd = (_below(root, p) for p in held if not any(p.samefile(part) for part in own))
+    return [f"{x} is not read: use train/good, test/<kind>, ground_truth/<kind>" for x in odd]
 
 
 def _unread(root: Path, place: Path) -> list[str]:
@@ -245,10 +248,7 @@ def _with_files(place: Path) -> list[Path]:
 
 
 def _files(place: Path) -> list[Path]:
-    """Files of a folder, in natural order, without what file browsers leave behind.
-
-    Of a NIfTI pair there is the header alone.
-    """
+    """Files of a folder, in order, less what file browsers leave; of a NIfTI pair the header."""
     entries = place.iterdir() if place.is_dir() else ()
     files = (p for p in entries if not p.is_dir() and not p.name.startswith("."))
     kept = {p for p in files if p.name.lower() not in DESKTOP_FILES}

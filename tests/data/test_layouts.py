@@ -102,6 +102,12 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
         ("ground_truth/1_mask.png", "ground_truth/1_mask.png is in no folder of a kind"),
         ("train/good/1_mask.png", "train/good/1_mask.png is a mask: take it out"),
         ("test/stain/img/1_mask_2.png", "test/stain/img/1_mask_2.png is a mask: take it out"),
+        (
+            "masks/stain/1.png",
+            "masks is not read: use train/good, test/<kind>, ground_truth/<kind>",
+        ),
+        ("Test/crack/1.png", "Test is not read"),
+        ("ground truth/stain/1_mask.PNG", "ground truth is not read"),
         ("ground_truth/stain/1_mask_left.png", "ground_truth/stain/1_mask_left.png is no mask's"),
     ],
 )
@@ -110,8 +116,9 @@ def test_images_that_nobody_would_read_are_named(tmp_path, name, problem):
     assert [x for x in layout.problems if x.startswith(problem)]
 
 
-def test_a_table_among_the_folders_of_kinds_is_passed_over(tmp_path):
-    root = empty_files(tmp_path, "train/good/1.png", "test/stain/1.png", "test/labels.csv")
+def test_what_is_no_image_of_the_layout_is_passed_over(tmp_path):
+    others = ("test/labels.csv", "labels/a.csv", "valid/good/1.png", "raw/1.png")
+    root = empty_files(tmp_path, "train/good/1.png", "test/stain/1.png", *others)
     assert not layouts.folder(root).problems
 
 
