@@ -56,7 +56,7 @@ def open_dicom(path: Path, window: Window | None = None) -> Frames:
 def open_slices(paths: Sequence[Path], source: Path, window: Window | None = None) -> Frames:
     """Open files, in order, as one series that messages call `source`; else as `open_dicom`.
 
-    Spacing is None where the files differ in it.
+    Spacing is None where the files differ in it by more than rounding.
     """
     files: list[_File] = []
     for path in paths:
@@ -64,7 +64,6 @@ def open_slices(paths: Sequence[Path], source: Path, window: Window | None = Non
         _check_series(source, files)
     places = [(f, i) for f in files for i in range(f.stored.number)]
     stretch, ranges = _ranges(places, window)
-    spacings = {file.spacing for file in files}
     modalities = {file.modality for file in files}
 
     def part(first: int, end: int) -> Float[np.ndarray, "n h w"]:
@@ -81,7 +80,7 @@ def open_slices(paths: Sequence[Path], source: Path, window: Window | None = Non
     return Frames(
         (len(places), *files[0].shape),
         part,
-        spacings.pop() if len(spacings) == 1 else None,
+        dicom_header.agreed([file.spacing for file in files]),
         {"format": "DICOM", "modality": modalities.pop() if len(modalities) == 1 else "OT"},
         ranges,
         sum(file.nbytes for file in files),

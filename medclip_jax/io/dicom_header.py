@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom.charset
 import pydicom.config
 import pydicom.encaps
@@ -259,6 +260,12 @@ def count(path: Path, ds: Dataset, name: str) -> int:
         raise DataError(
             f"{path} has no usable {name} in its header: it is damaged or truncated, remove it."
         ) from None
+
+
+def agreed(each: Sequence[Any]) -> Any:
+    """The spacing, (row, column), that all have but for a scanner's rounding, else None."""
+    same = each and all(each) and np.allclose(each, each[0], rtol=1e-4, atol=0)
+    return each[0] if same else None
 
 
 def syntax_name(ds: Dataset) -> str:

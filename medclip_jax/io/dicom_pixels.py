@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float32, Num
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
+from medclip_jax.io import dicom_header
 from medclip_jax.io.image import COLOUR, GREY, LUMA, PALETTE, Window, bands
 
 CM, REGION_2D = 3, 1  # PS3.3 C.8.5.5: unit code of centimetres, spatial format of a 2-D image
@@ -124,7 +125,7 @@ def spacing(ds: Dataset) -> tuple[float, float] | None:
     return (row, column) if 0 < row < np.inf and 0 < column < np.inf else None
 
 
-def _ultrasound_spacing(ds: Dataset) -> list[float] | None:
+def _ultrasound_spacing(ds: Dataset) -> tuple[float, float] | None:
     pairs = [
         (abs(float(r.PhysicalDeltaY)) * 10, abs(float(r.PhysicalDeltaX)) * 10)
         for r in ds.get("SequenceOfUltrasoundRegions") or []
@@ -133,8 +134,7 @@ def _ultrasound_spacing(ds: Dataset) -> list[float] | None:
         and "PhysicalDeltaX" in r
         and "PhysicalDeltaY" in r
     ]
-    same = pairs and np.allclose(pairs, pairs[0], rtol=1e-4, atol=0)  # rounded by the scanner
-    return list(pairs[0]) if same else None
+    return dicom_header.agreed(pairs)
 
 
 def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "h w"]:

@@ -31,6 +31,18 @@ def test_series_is_sorted_along_its_normal(tmp_path):
     np.testing.assert_array_equal(read.read(tmp_path, frames=(1, 3)).pixels, image.pixels[1:3])
 
 
+@pytest.mark.parametrize("other, mm", [(0.50001, 0.5), (0.51, None), (None, None)])
+def test_a_series_has_the_spacing_that_its_files_agree_on(tmp_path, other, mm):
+    """A scanner may write the same one rounded otherwise."""
+    save(tmp_path / "a", slice_at(0, 0))
+    ds = slice_at(1, 1)
+    ds.PixelSpacing = [other, other]
+    if other is None:
+        del ds.PixelSpacing
+    save(tmp_path / "b", ds)
+    assert read.read(tmp_path).spacing == ((mm, mm) if mm else None)
+
+
 def test_series_without_positions_is_sorted_by_number(tmp_path):
     for i, (z, number) in enumerate(((3, 10), (1, 2), (2, 9))):
         ds = slice_at(z, number)
