@@ -112,13 +112,13 @@
     return canvas;
   }
 
-  // top, left, bottom, right and score of the 8-connected parts of a map from a grey level on
+  // top, left, bottom, right and score of a map's 8-connected parts from a level on, but specks
   function parts(image, level, frame) {
     const w = image.width, h = image.height, data = bytes(image)[2].data;
-    const seen = new Uint8Array(w * h), found = [];
+    const seen = new Uint8Array(w * h), found = [], least = Math.floor(w * h / report.smallest);
     for (let start = 0; start < w * h; start++) {
       if (seen[start] || data[4 * start] < level) continue;
-      let [top, left, bottom, right, most] = [h, w, 0, 0, 0];
+      let [top, left, bottom, right, most, area] = [h, w, 0, 0, 0, 0];
       const open = [start];
       seen[start] = 1;
       while (open.length) {
@@ -126,12 +126,14 @@
         top = Math.min(top, y); bottom = Math.max(bottom, y + 1);
         left = Math.min(left, x); right = Math.max(right, x + 1);
         most = Math.max(most, data[4 * p]);
+        area++;
         for (let v = Math.max(0, y - 1); v <= Math.min(h - 1, y + 1); v++)
           for (let u = Math.max(0, x - 1); u <= Math.min(w - 1, x + 1); u++) {
             const q = v * w + u;
             if (!seen[q] && data[4 * q] >= level) { seen[q] = 1; open.push(q); }
           }
       }
+      if (area < least) continue;
       const sy = frame[0] / h, sx = frame[1] / w;
       found.push([top * sy, left * sx, bottom * sy, right * sx, most / 256]);
     }

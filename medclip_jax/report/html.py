@@ -122,7 +122,7 @@ def page(
         lesion_table=_table(metrics.get("lesions") or {}),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        viewer_data=as_script(files.pictures, cam=cam, most=boxes.MOST),
+        viewer_data=as_script(files.pictures, cam=cam, most=boxes.MOST, smallest=boxes.SMALLEST),
         images=list(_rows(files)),
         pictured=sum(x is not None for x in files.pictures),
         explanations=checks(explanations, cam),
