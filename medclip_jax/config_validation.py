@@ -252,11 +252,11 @@ def _combinations(c: Any) -> Rules:
 def _needs(c: Any) -> Rules:
     unread = c.prompts.ontology_file and c.prompts.phrases != "ontology"
     yield unread, "prompts.ontology_file is for prompts.phrases=ontology: give that, or no file"
-    yield (
-        c.model.language_tuned and not c.model.language,
-        "model.language_tuned is on and there is no adapter to tune: give "
-        "config.model.language, such as fresh",
-    )
+    joined = [x for x in c.data.conditions if "," in x and c.prompts.phrases != "ontology"]
+    yield joined, f"data.conditions has {joined}: give each by itself, as \"('tumour', 'cyst')\""
+    need = "there is no adapter to tune: give config.model.language, such as fresh"
+    untuned = c.model.language_tuned and not c.model.language
+    yield untuned, f"model.language_tuned is on and {need}"
     yield (
         c.steps and c.loss.simclr and not augment(c),
         f"loss.simclr is {c.loss.simclr} and nothing augments the supports: give "

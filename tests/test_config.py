@@ -193,6 +193,19 @@ def test_an_ontology_that_no_phrase_reads_is_refused():
     assert config.resolve(c).prompts.ontology_file == "own.csv"
 
 
+def test_conditions_joined_by_commas_are_no_single_condition():
+    """`--config.data.conditions=tumour,cyst` is one text: prompts said "image with tumour,cyst"."""
+    flags = ["main", "--config=configs/phantom.py", "--workdir=w"]
+    for text in ("tumour,cyst", "tumour, cyst", "('mass','tumour, cyst')"):
+        c = main.parse([*flags, f"--config.data.conditions={text}"]).config
+        with pytest.raises(ConfigError, match=r"conditions has \['tumour, ?cyst'\]: give each"):
+            config.resolve(c)
+    c.prompts.phrases = "ontology"  # whose names may have commas, and which refuses others
+    assert config.resolve(c).data.conditions == ("mass", "tumour, cyst")
+    for text in ("tumour", "('tumour','cyst')"):
+        config.resolve(main.parse([*flags, f"--config.data.conditions={text}"]).config)
+
+
 def test_the_cache_is_where_it_was_named(monkeypatch, tmp_path):
     monkeypatch.setenv("MEDCLIP_CACHE", str(tmp_path / "env"))
     assert config.cache_folder(str(tmp_path / "flag")) == tmp_path / "flag"
