@@ -49,9 +49,8 @@ def parse_arg(arg: str) -> dict:
         try:
             values[name] = ARGUMENTS[name](value)
         except ValueError:
-            raise ConfigError(
-                f"config argument {name}={value!r} is not a whole number: give one, as {name}=16"
-            ) from None
+            need = f"is not a whole number: give one, as {name}=16"
+            raise ConfigError(f"config argument {name}={value!r} {need}") from None
     return values
 
 
@@ -84,10 +83,9 @@ def _follow_method(c: ConfigDict, data: Mapping) -> None:
 
     for field in sorted(set().union(*presets.values())):
         group, _, name = field.rpartition(".")
-        if group == "data" and name in data:
-            continue
-        holder = c[group] if group else c
-        holder[name] = FieldReference(holder[name], op=Lookup(lookup(field), [method]))
+        if group != "data" or name not in data:
+            holder = c[group] if group else c
+            holder[name] = FieldReference(holder[name], op=Lookup(lookup(field), [method]))
 
 
 def departures(c: ConfigDict) -> list[str]:
@@ -214,6 +212,7 @@ def _scoring(c: ConfigDict) -> None:
 def resolve(config: ConfigDict) -> ConfigDict:
     """A copy with derived values filled in; ConfigError for what cannot be used."""
     c = config.copy_and_resolve_references()
+    fields_of(c)
     if c.k == 0 and c.method == "ours":
         c.method = "zero_shot"  # the only branch that needs no support
     _automatic(c)
@@ -244,21 +243,24 @@ def _automatic(c: ConfigDict) -> None:
         c.memory_encoder = "efficientnet-lite0" if fits else ""
 
 
+def fields_of(values: ConfigDict | Mapping, whose: str = "") -> dict[str, Any]:
+    """Every field by its dotted name; ConfigError for one that is not as it may be."""
+    types, fields = {name: type(x) for name, x in flat(base())}, dict(flat(values))
+    if unpaired := sorted(types.keys() ^ fields.keys()):
+        raise ConfigError(f"{whose}config.{unpaired[0]} is missing or unknown (--help lists all)")
+    for name, value in fields.items():
+        kind, large = types[name], whose and isinstance(value, int) and abs(value) > 1 << 53
+        kinds: Any = {tuple: (list, tuple), float: (int, float)}.get(kind, kind)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool) or large:
+            raise ConfigError(f"{whose}config.{name} is {value!r} where a {kind.__name__} belongs")
+        fields[name] = kind(value)
+    return fields
+
+
 def restored(values: Mapping[str, Any]) -> ConfigDict:
     """The resolved settings of a workdir; ConfigError for a field that is not as it may be."""
     c = base()
-    types, fields = {name: type(x) for name, x in flat(c)}, dict(flat(values))
-    if unpaired := sorted(types.keys() ^ fields.keys()):
-        raise ConfigError(f"the stored config.{unpaired[0]} is missing or unknown")
-    for name, value in fields.items():
-        kinds: Any = {tuple: list, float: (int, float)}.get(types[name], types[name])
-        boolean = isinstance(value, bool) and types[name] is not bool
-        large = isinstance(value, int) and abs(value) > 1 << 53
-        if not isinstance(value, kinds) or boolean or large:
-            wanted = types[name].__name__
-            raise ConfigError(f"the stored config.{name} is {value!r} where a {wanted} belongs")
-        fields[name] = types[name](value)
-    c.update_from_flattened_dict(fields)
+    c.update_from_flattened_dict(fields_of(values, "the stored "))
     config_validation.check(c)
     return c
 

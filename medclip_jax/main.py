@@ -143,6 +143,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise ConfigError("--config and --workdir are needed: see --help")
     if not isinstance(args.config, ConfigDict):  # ml_collections says nothing until it is used
         raise ConfigError("the config file gives no settings: see configs/folder.py")
+    config.fields_of(args.config)
     return args
 
 
@@ -198,8 +199,7 @@ def complete(args: flags.FlagValues) -> flags.FlagValues:
     if missing:
         raise ConfigError(f"--mode {args.mode} needs {' and '.join(missing)}: see --help")
     if args.config is not None:
-        text = "takes no --config: the settings are those of the workdir"
-        raise ConfigError(f"--mode {args.mode} {text}")
+        raise ConfigError(f"--mode {args.mode} takes no --config: the settings are the workdir's")
     return args
 
 

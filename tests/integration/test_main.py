@@ -111,6 +111,21 @@ def test_a_command_that_cannot_start_says_why(argv, named, tmp_path, monkeypatch
         ("assert c.k > 99", "config file mine.py line 4: AssertionError (see --help)"),
         ("c.stepz = 3", 'config is locked. Did you mean "steps" instead of "stepz"? (see --help)'),
         ("return None", "the config file gives no settings: see configs/folder.py"),
+        ("c.steps = None", "config.steps is None where a int belongs"),
+        ("c.data.root = None", "config.data.root is None where a str belongs"),
+        (
+            "c = config.ConfigDict({'k': 4})",
+            "config.augment is missing or unknown (--help lists all)",
+        ),
+        # words of the data set: a misspelt one was passed over, a text taken for its letters
+        (
+            "c = config.base(conditons=('a',))",
+            "config.data.conditons is missing or unknown (--help lists all)",
+        ),
+        (
+            "c = config.base(conditions='ab')",
+            "config.data.conditions is 'ab' where a tuple belongs",
+        ),
     ],
 )
 def test_a_config_file_that_fails_names_its_line(line, named, tmp_path, monkeypatch, capfd):
