@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and runs take some too
 
+import command
 import jax
 import numpy as np
 from bench import clock, sizes, torch_peer, workload
@@ -236,4 +237,4 @@ def pytorch(small: bool, python: str, end: float) -> dict:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command.run(main)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import command
+
 # modules of bench
 COMMANDS = ("encoder", "large", "maml", "stages", "predict", "scaling", "input", "table")
 
@@ -57,4 +59,4 @@ def machine() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

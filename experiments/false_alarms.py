@@ -13,6 +13,7 @@ import argparse
 import itertools
 from typing import Any
 
+import command
 import jax
 import numpy as np
 from scipy import ndimage
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

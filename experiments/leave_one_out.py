@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import command
 import filelock
 import jax
 import jax.numpy as jnp
@@ -272,7 +273,4 @@ def compared(own, whitening, memory, test: Features):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import command
 import numpy as np
 from pretrain import captions, device, encoders, leaks, loop, objective, views
 
@@ -31,28 +32,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    as_it_is = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     add = parser.add_argument
     add("--data", type=Path, help="folder with pretrain/, terminology/ ...")
     add("--run", type=Path, required=True, help="folder for caches and checkpoints")
-    add(
-        "--stage", choices=("leaks", "views", "texts", "tokens", "train", "decay", "pack", "device")
-    )
+    add("--stage", choices=STAGES)
     add("--shards", type=int, default=60, help="shards of 512 views")
     add("--init", type=Path, help="CLIP folder whose image encoder is the starting point")
     add("--steps", type=int, default=30000, help="of train, decay, or device's decay")
     add("--minutes", type=float, default=6.0, help="of device, before the decay")
     add("--batch", type=int, default=64)
     add("--patches", type=int, default=98, help="of 196, that a step sees before the decay")
-    add(
-        "--weight",
-        action="append",
-        default=[],
-        metavar="PART=X",
-        help="weight of a part of the loss, as similarity=0",
-    )
+    add("--weight", action="append", default=[], metavar="PART=X", help="of the loss: similarity=0")
     add("--width", type=int, default=256, help="of the image encoder, a multiple of 64")
     add("--layers", type=int, default=8, help="of the image encoder")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of its products")
@@ -152,9 +144,11 @@ def weights_of(assignments: list[str]) -> objective.Weights:
     weights = objective.Weights()
     for assignment in assignments:
         name, _, value = assignment.partition("=")
-        if name not in weights._fields:
-            raise SystemExit(f"--weight {assignment}: give one of {', '.join(weights._fields)}")
-        weights = weights._replace(**{name: float(value)})
+        try:
+            weights = weights._replace(**{name: float(value)})
+        except (TypeError, ValueError):  # no part, no number
+            known = ", ".join(weights._fields)
+            raise SystemExit(f"--weight {assignment}: give PART=NUMBER, of {known}") from None
     return weights
 
 
@@ -243,6 +237,8 @@ def decay_plan(run: Path, plan: loop.Plan, state: loop.State) -> loop.Plan:
 
 def main() -> None:
     args = arguments()
+    if args.data is None and (args.judge or args.stage not in (None, "tokens", "device")):
+        raise SystemExit("--data is needed: give the folder with pretrain/, terminology/ ...")
     if args.stage == "leaks":
         make_leaks(args.data, args.run)
     elif args.stage == "tokens":
@@ -261,10 +257,8 @@ def main() -> None:
         elif args.stage == "pack":
             from pretrain import teachers
 
-            material, net = (
-                load_material(args.run, rows, args.shards),
-                teachers.load_image_teacher(),
-            )
+            material = load_material(args.run, rows, args.shards)
+            net = teachers.load_image_teacher()
             device.pack(args.data / "pretrain", rows, material, net, args.run / "pack.npz")
         else:
             train(args, rows)
@@ -283,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -20,6 +20,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import command
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,4 +254,4 @@ def fit(adapter, subjects: list[jax.Array], args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

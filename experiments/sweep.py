@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import archive
+import command
 import filelock
 import looks
 import numpy as np
@@ -332,7 +333,4 @@ def write(out: Path, results: dict[Job, dict[str, Any]], only: Sequence[str]) ->
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

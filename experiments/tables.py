@@ -274,14 +274,8 @@ def summary_csv(cells: Cells, summaries: Mapping[Place, Summary]) -> bytes:
     head = ["dataset", "split", "k", "variant", "draws", "supports_shared", "metric"]
     head += ["mean", "sd", "low95", "high95"]
     head += ["difference", "difference_low95", "difference_high95", "two_level_p_holm"]
-    head += [
-        "paired_t_p_holm",
-        "wilcoxon_p_holm",
-        "wilcoxon_least_p_holm",
-        "delong_significant",
-        "delong_median_p",
-    ]
-    head += ["paired_draws"]
+    head += ["paired_t_p_holm", "wilcoxon_p_holm", "wilcoxon_least_p_holm", "delong_significant"]
+    head += ["delong_median_p", "paired_draws"]
     rows = []
     for (dataset, split, k), cell in cells.items():
         summary = summaries[dataset, split, k]

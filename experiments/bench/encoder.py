@@ -25,9 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     engines = ["torch", "compiled", "onnx", "openvino"]
     parser.add_argument("--engine", nargs="+", default=engines[:1], choices=engines)
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument(
-        "--python", default=sys.executable, help="a Python with PyTorch; '' for none"
-    )
+    parser.add_argument("--python", default=sys.executable, help="with PyTorch; '' for none")
 
 
 def run(args: argparse.Namespace) -> dict:

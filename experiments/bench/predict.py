@@ -15,9 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds)
     parser.add_argument("--images", type=int, default=240, help="frames of each kind")
     parser.add_argument("--few", type=int, default=32, help="frames of the run that is subtracted")
-    parser.add_argument(
-        "--workdir", type=Path, help="a trained run; without it a short one is made"
-    )
+    parser.add_argument("--workdir", type=Path, help="a trained run; else a short one is made")
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from bench import clock, sizes
+from medclip_jax.errors import UserError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom.py"
 JOBS = {"cold": "first", "again": "first", "warm": "second"}  # name -> workdir, in this order
@@ -52,14 +53,16 @@ def job(args: argparse.Namespace, folder: Path, workdir: str) -> dict[str, float
     metrics = folder / workdir / "metrics.json"
     before, begin = metrics.stat().st_mtime_ns if metrics.is_file() else None, time.perf_counter()
     command = [sys.executable, "-m", "medclip_jax.main", *flags]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+    said = folder / "stderr"
+    with said.open("w") as log, subprocess.Popen(command, env=environment, stderr=log) as process:
         peak = 0
         while process.poll() is None:
             peak = max(peak, clock.peak_megabytes(process.pid))
             time.sleep(0.05)
     seconds = time.perf_counter() - begin
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        last = said.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise UserError(f"the job ended with code {process.returncode}: {last}")
     fresh = metrics.stat().st_mtime_ns != before
     stages = json.loads(metrics.read_text())["timing"] if fresh else {}
     rest = {"start, compile checks, report": seconds - sum(stages.values())}

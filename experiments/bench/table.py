@@ -36,9 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument(
-        "--tflops", type=float, default=197, help="peak of a chip; TPU v5e, bfloat16"
-    )
+    parser.add_argument("--tflops", type=float, default=197, help="of a chip: TPU v5e, bfloat16")
     parser.add_argument("--share", type=float, default=0.4, help="of it that is reached: assumed")
 
 
