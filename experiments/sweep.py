@@ -45,7 +45,7 @@ from ml_collections import ConfigDict
 from medclip_jax import config as config_module
 from medclip_jax import files, train
 from medclip_jax.data import splits
-from medclip_jax.errors import UserError, WorkdirError
+from medclip_jax.errors import ConfigError, UserError, WorkdirError
 from medclip_jax.evaluation import metrics
 from medclip_jax.features import encoder
 
@@ -86,6 +86,11 @@ def main() -> None:
         for variant in args.only
     ]
     draws = [[*same] for _, same in groupby(jobs, lambda job: job[:-1])]
+    for job in (job for job in jobs if not job.seed):  # now, not after the runs before it
+        try:
+            config_module.resolve(settings(args, job))
+        except ConfigError as error:
+            raise ConfigError(f"{job.name}: {error}") from None
     with on_ray(args) if args.engine else nullcontext(map) as each:
         while any([*each(partial(run_all, args), draws)]):
             pass  # once more for what others left unfinished
@@ -101,7 +106,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variants", default="methods", help="a file of experiments/variants")
     parser.add_argument("--only", type=lambda x: x.split(","), help="variants of it, by comma")
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--draws", type=command.count, default=10)
     parser.add_argument("--split", nargs="+", choices=splits.KINDS, default=["clean", "peer"])
     parser.add_argument("--report", action="store_true", help="score report sets, as frozen")
     parser.add_argument("--freeze", action="store_true", help="write frozen.json, run nothing")
@@ -115,8 +120,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ray.address", dest="address", default="", help="HOST:PORT of it")
     parser.add_argument("--ray.workers", dest="workers", type=int, default=0, help="at a time")
     args = parser.parse_args()
-    if any(x.partition("=")[0] in ("k", "seed", "data.split") for x in args.set):
-        parser.error("--set k, seed, data.split: give --k, --draws, --split")
+    words = [word for x in args.config for word in x.partition(":")[2].split(",")]
+    if any(x.partition("=")[0] in ("k", "seed", "data.split") for x in args.set + words):
+        parser.error("k, seed, data.split of --set or --config: give --k, --draws, --split")
+    names = [Job(x, 0, 0, "", "").dataset for x in dict.fromkeys(args.config)]
+    if twice := {name for name in names if names.count(name) > 1}:  # one would pass for the other
+        parser.error(f"--config has two data sets called {twice.pop()}: rename a file, or run one")
     try:
         args.fields = importlib.import_module(f"variants.{args.variants}").VARIANTS
     except ModuleNotFoundError:
@@ -251,6 +260,8 @@ def run(args: argparse.Namespace, job: Job, wait: bool = False) -> bool:
                 return False
             print(job.name, file=sys.stderr, flush=True)
             train.run(c, workdir, report=False)
+            if not (workdir / "predictions.npz").is_file():
+                raise UserError(f"{job.name}: the data set has no test images: add some")
             reduce(workdir)
     except filelock.Timeout:
         return False

@@ -223,6 +223,44 @@ def test_fields_that_flags_of_their_own_set_are_refused(command, field, capsys):
     assert "give --k, --draws, --split" in capsys.readouterr().err and not command.runs
 
 
+@pytest.mark.parametrize("words", ["k=8", "method=ours,k=8", "seed=1"])
+def test_k_and_seed_of_a_config_are_refused_too(command, words, capsys):
+    """Nothing came of them, and `k=8` was the name of the data set."""
+    with pytest.raises(SystemExit):
+        command(f"--config={PHANTOM}:{words}")
+    assert "give --k, --draws, --split" in capsys.readouterr().err and not command.runs
+
+
+def test_two_data_sets_of_one_name_are_refused(command, capsys):
+    """The runs of the first were taken for those of the second."""
+    one = f"{PHANTOM}:root=a"
+    for pair in (["a/mine.py", "b/mine.py"], [one, f"{one},method=ours"]):
+        with pytest.raises(SystemExit):
+            command("--config", *pair)
+        assert "--config has two data sets called" in capsys.readouterr().err
+    command("--config", str(PHANTOM), str(PHANTOM))  # the same one twice
+    assert command.runs == NAMES
+
+
+def test_what_a_later_run_would_refuse_ends_the_sweep_before_the_first(command):
+    with pytest.raises(UserError, match="^phantom-k0-memory-0: config.k is 0, but method memory"):
+        command("--k", "4", "0")
+    assert not command.runs
+
+
+def test_no_draws_leave_the_tables_as_they_are(command, tmp_path):
+    before = command()
+    with pytest.raises(SystemExit):
+        command("--draws=0")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "results").iterdir()}
+
+
+def test_a_data_set_without_test_images_is_one_sentence(command, monkeypatch):
+    monkeypatch.setattr(sweep.train, "run", lambda *_, **__: None)  # as it ends there
+    with pytest.raises(UserError, match="^phantom-k4-ours-0: the data set has no test images"):
+        command()
+
+
 @pytest.mark.parametrize("field", ["score.tops=0", "steps=ten", "steps", "steps=(", "steps='a'"])
 def test_a_field_or_value_that_cannot_be_is_named(command, field):
     with pytest.raises(UserError, match="give a field and its value"):
