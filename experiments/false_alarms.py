@@ -100,7 +100,7 @@ def left_out(images: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=4000, help="of images; a tenth of maps")
+    parser.add_argument("--draws", type=command.count, default=4000, help="images; maps: a tenth")
     args = parser.parse_args()
     print("| scores | branches | correlation | K | promised | observed | by all | by others "
           "| cv+ |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
@@ -115,7 +115,7 @@ def main() -> None:
           "|---|---|---|---|---|---|---|")  # fmt: skip
     for branches, shift, kind, k in itertools.product((1, 2), (0.3, 1.0), KINDS, (4, 8, 16, 32)):
         for rate in (0.02, 0.25):
-            draws, one = args.draws // 10, branches == 1
+            draws, one = max(1, args.draws // 10), branches == 1
             promise, seen, error = pixel_rate(kind, k, branches, shift, draws, rate, proven=one)
             print(f"| {kind} | {branches} | {shift} | {k} | {rate} | {promise:.3f} | "
                   f"{seen:.4f} ± {error:.4f} |", flush=True)  # fmt: skip

@@ -60,14 +60,14 @@ def main():
     parser.add_argument("--targets", nargs="+", default=[], choices=WORDS)
     parser.add_argument("--table", action="store_true", help="print the means of OUT")
     parser.add_argument("--learners", nargs="+", default=LEARNERS, choices=(*LEARNERS, "ours"))
-    parser.add_argument("--k", type=int, nargs="+", default=[4, 16], help="1 or more")
-    parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1000, help="outer steps")
+    parser.add_argument("--k", type=command.count, nargs="+", default=[4, 16])
+    parser.add_argument("--draws", type=command.count, default=5)
+    parser.add_argument("--steps", type=command.count, default=1000, help="outer steps")
     parser.add_argument("--inner-steps", type=int, default=3)
     parser.add_argument("--inner-rate", type=float, default=0.05)
     parser.add_argument("--sources", nargs="+", default=[], choices=WORDS, help="not all others")
     parser.add_argument("--tokens", default="clip", choices=LEVELS, help="of which encoder")
-    parser.add_argument("--tasks", type=int, default=4, help="per outer step")
+    parser.add_argument("--tasks", type=command.count, default=4, help="per outer step")
     parser.add_argument("--supports", type=int, nargs="+", default=episodes.SUPPORTS)
     parser.add_argument("--shares", type=float, nargs=3, default=episodes.SHARES)
     parser.add_argument("--adapt-rates", type=float, nargs="+", default=[0.05])
@@ -77,6 +77,8 @@ def main():
     most = build.AUXILIARY_IMAGES - episodes.SHOTS
     if any(k < 1 or max(args.supports) % k for k in args.supports) or max(args.supports) > most:
         parser.error(f"--supports: each must divide the largest, which may be {most}")
+    if not (args.targets or args.table):
+        parser.error("--targets: give one or more, or --table")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.jsonl"
     lines = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
@@ -84,6 +86,8 @@ def main():
         return table(lines)
     data = Data(args.root, args.tokens)
     check_report(data, args)
+    if lone := [name for name in args.targets if not sources_of(name, args)]:
+        raise UserError(f"--sources: all have {lone[0]}'s modality, of which nothing is learned")
     for target in args.targets:
         if any(line["target"] == target for line in lines):
             continue
@@ -169,9 +173,7 @@ def interval(off: np.ndarray, count: int = 4000):
 
 def measure(data: Data, target: str, args) -> list[dict]:
     """Every learner on one target, which no learner has seen."""
-    kind = {n: catalog.modality_kind(about["modality"]) for n, about in WORDS.items()}
-    every = args.sources or catalog.with_role("development")
-    names = tuple(n for n in every if kind[n] != kind[target])
+    names = sources_of(target, args)
     if names not in data.learned:
         data.learned[names] = learn(data, names, args)
     whitening, params = data.learned[names]
@@ -199,6 +201,13 @@ def measure(data: Data, target: str, args) -> list[dict]:
                         curve[f"pixel {s}"] = pixel_auroc(masks, np.asarray(x.patch)[known])
                 rows.append(about | curve)
     return rows
+
+
+def sources_of(target: str, args) -> tuple[str, ...]:
+    """The data sets that are learned from for a target: those of other modalities."""
+    kind = {n: catalog.modality_kind(about["modality"]) for n, about in WORDS.items()}
+    every = args.sources or catalog.with_role("development")
+    return tuple(n for n in every if kind[n] != kind[target])
 
 
 def learn(data: Data, names: Sequence[str], args) -> tuple:

@@ -248,9 +248,21 @@ def test_tokens_of_either_encoder(world):
 
 
 @pytest.mark.parametrize(
-    "flag, words", [("--targets=nosuch", "nosuch"), ("--supports=0", "divide")]
+    "flag, words",
+    [("--targets=nosuch", "nosuch"), ("--supports=0", "divide")]
+    + [(f"--{name}=0", "1 or more") for name in ("k", "draws", "steps", "tasks")],
 )
 def test_flags_that_cannot_be_are_one_sentence(command, capsys, flag, words):
     with pytest.raises(SystemExit) as ended:
         command(flag)
     assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_targets_and_sources_to_learn_from_are_needed(command, tmp_path, monkeypatch, capsys):
+    """Without the first nothing was done, and nothing said; without the second, a traceback."""
+    with pytest.raises(UserError, match="--sources: all have fundus_mx's modality"):
+        command("--targets=fundus_mx", "--sources=fundus_mx")
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        leave_one_out.main()
+    assert ended.value.code == 2 and "--targets: give one or more" in capsys.readouterr().err
