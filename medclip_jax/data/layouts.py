@@ -24,7 +24,7 @@ CHEST_LABELS = {"NORMAL": 0, "PNEUMONIA": 1}
 CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
 NOT_GOOD = ("normal", "healthy", "ok")  # would count as kinds of anomaly: only `good` is healthy
 PARTS = ("train", "test", "ground_truth")  # folders of the MVTec-AD layout
-OTHER_NAMES = r"(train|test)(ing|s)?|ground[ _-]?truths?|gt|(mask|label|annotation|segmentation)s?"
+MISNAMED = r"(train|test)(ing|s)?|ground[ _-]?truths?|gt|(mask|label|annotation|segmentation)s?"
 USUAL = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".nii", ".gz")  # images
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
@@ -136,7 +136,7 @@ def folder(root: Path) -> Layout:
     problems = _unread(root, needed)
     extras = [p.name for p in _folders(root / "train") if p.name != "good"]
     problems += [f"train/{x} is not allowed: only train/good is trained on" for x in extras]
-    problems += _other_parts(root)
+    problems += _misnamed(root)
     stray = (p for part in PARTS for p in _files(root / part))
     images = [p for p in stray if p.suffix.lower() in USUAL]
     problems += [f"{_below(root, p)} is in no folder of a kind: move it to one" for p in images]
@@ -214,13 +214,13 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     return examples, problems + _orphans(root, masks)
 
 
-def _other_parts(root: Path) -> list[str]:
+def _misnamed(root: Path) -> list[str]:
     """Folders of images named nearly as a part of the layout (on some disks Test is test)."""
-    others = [p for p in _folders(root) if re.fullmatch(OTHER_NAMES, p.name, re.IGNORECASE)]
+    others = [p for p in _folders(root) if re.fullmatch(MISNAMED, p.name, re.IGNORECASE)]
     held = [p for p in others if any(x.suffix.lower() in USUAL for x in p.rglob("*"))]
     own = [root / part for part in PARTS if (root / part).exists()]
     odd = (_below(root, p) for p in held if not any(p.samefile(part) for part in own))
-    return [f"{x} is not read: use train/good, test/<kind>, ground_truth/<kind>" for x in odd]
+    return [f"folder {x} is unread: use train/good, test/<kind>, ground_truth/<kind>" for x in odd]
 
 
 def _unread(root: Path, place: Path) -> list[str]:

@@ -80,7 +80,7 @@ def open_slices(paths: Sequence[Path], source: Path, window: Window | None = Non
     return Frames(
         (len(places), *files[0].shape),
         part,
-        dicom_header.agreed([file.spacing for file in files]),
+        dicom_header.common_spacing([file.spacing for file in files]),
         {"format": "DICOM", "modality": modalities.pop() if len(modalities) == 1 else "OT"},
         ranges,
         sum(file.nbytes for file in files),

@@ -262,10 +262,10 @@ def count(path: Path, ds: Dataset, name: str) -> int:
         ) from None
 
 
-def agreed(each: Sequence[Any]) -> Any:
+def common_spacing(spacings: Sequence[Any]) -> Any:
     """The spacing, (row, column), that all have but for a scanner's rounding, else None."""
-    same = each and all(each) and np.allclose(each, each[0], rtol=1e-4, atol=0)
-    return each[0] if same else None
+    same = all(spacings) and np.allclose(spacings, spacings[:1], rtol=1e-4, atol=0)
+    return spacings[0] if spacings and same else None
 
 
 def syntax_name(ds: Dataset) -> str:

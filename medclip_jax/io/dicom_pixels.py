@@ -134,7 +134,7 @@ def _ultrasound_spacing(ds: Dataset) -> tuple[float, float] | None:
         and "PhysicalDeltaX" in r
         and "PhysicalDeltaY" in r
     ]
-    return dicom_header.agreed(pairs)
+    return dicom_header.common_spacing(pairs)
 
 
 def _luma(colour: Num[np.ndarray, "h w 3"], white: float) -> Float[np.ndarray, "h w"]:

@@ -104,10 +104,10 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
         ("test/stain/img/1_mask_2.png", "test/stain/img/1_mask_2.png is a mask: take it out"),
         (
             "masks/stain/1.png",
-            "masks is not read: use train/good, test/<kind>, ground_truth/<kind>",
+            "folder masks is unread: use train/good, test/<kind>, ground_truth/<kind>",
         ),
-        ("Test/crack/1.png", "Test is not read"),
-        ("ground truth/stain/1_mask.PNG", "ground truth is not read"),
+        ("Test/crack/1.png", "folder Test is unread"),
+        ("ground truth/stain/1_mask.PNG", "folder ground truth is unread"),
         ("ground_truth/stain/1_mask_left.png", "ground_truth/stain/1_mask_left.png is no mask's"),
     ],
 )
