@@ -141,7 +141,10 @@ class MapFilter(NamedTuple):
 
 
 def learn_filter(
-    settings: dict, maps: Maps, mm2: Sequence[float | None] | None = None
+    settings: dict,
+    maps: Maps,
+    mm2: Sequence[float | None] | None = None,
+    inside: Sequence[Any] | None = None,
 ) -> tuple[MapFilter, Maps]:
     """A filter whose ceiling, a quantile, is learned from the supports' maps, and these filtered.
 
@@ -149,13 +152,16 @@ def learn_filter(
         settings: steps of config.score.map_filter by name.
         maps: raw maps of the supports, each held out.
         mm2: area in mm² of a pixel of each, None where it is unknown.
+        inside: of each, what the image fills; None: all of it.
     """
     fields = dict(settings)
     ceiling = fields.pop("ceiling", 1)
     steps = MapFilter(**fields)
     maps = apply_filter(maps, steps, mm2)
     if ceiling < 1:
-        steps = steps._replace(ceiling=float(np.quantile(maps, ceiling)))
+        places = inside or [np.s_[:]] * len(maps)
+        own = np.concatenate([x[place].ravel() for x, place in zip(maps, places, strict=True)])
+        steps = steps._replace(ceiling=float(np.quantile(own, ceiling)))
     return steps, np.minimum(maps, steps.ceiling)
 
 

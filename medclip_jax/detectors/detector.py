@@ -240,7 +240,7 @@ def calibrate(
     """
     patch, image = detector.calibration
     maps = np.asarray(similarity.to_pixels(jnp.asarray(patch), detector.size, detector.corners))
-    steps, maps = anomaly_maps.learn_filter(filter_steps or {}, maps, mm2)
+    steps, maps = anomaly_maps.learn_filter(filter_steps or {}, maps, mm2, inside)
     if not len(image):
         return calibration.even_odds(alpha, pixel_rate)._replace(filter=steps)
     maps, proven = calibration.lowered(maps, peak), set(detector.proven)

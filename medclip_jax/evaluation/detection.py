@@ -43,8 +43,8 @@ def image_of(map: Float[np.ndarray, "h w"], alarm: bool, mask: Bool[np.ndarray, 
     )
 
 
-def measured(images: Sequence[Image]) -> dict[str, Any] | None:
-    """Of all images, healthy ones among them; None where no lesion is known.
+def measured(images: Sequence[Image], label: Sequence[int] | np.ndarray) -> dict[str, Any] | None:
+    """Of all images, healthy ones (label 0) among them; None where no lesion is known.
 
     Returns:
       count and small_count of lesions; recall and small_recall, the share that a box of an image
@@ -56,7 +56,7 @@ def measured(images: Sequence[Image]) -> dict[str, Any] | None:
     small = np.concatenate([image.small for image in images])
     alarms = [x if x.alarm else x._replace(boxes=x.boxes[:0], score=x.score[:0]) for x in images]
     seen = np.concatenate([found(image, IOUS[0])[1] for image in alarms])
-    healthy = [len(image.score) for image in alarms if not len(image.lesions)]
+    healthy = [len(image.score) for image, y in zip(alarms, label, strict=True) if y == 0]
     curves = {}
     for least in IOUS:
         values = froc(images, least)

@@ -198,7 +198,7 @@ def of_pixels(
     }
     why = None if scored.cams is None else scored.cams[known]
     points = pixel_metrics.pointing(maps, why, masks, inside)
-    return pixel, measured.averaged(), counts, points, detection.measured(lesions)
+    return pixel, measured.averaged(), counts, points, detection.measured(lesions, p.label[known])
 
 
 # --- what is known of test images: read after scoring only ---

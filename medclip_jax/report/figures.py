@@ -266,7 +266,8 @@ def _cells(picture: Picture) -> list[Image.Image]:
     pen = ImageDraw.Draw(marked)
     y, x = image.height / picture.frame[0], image.width / picture.frame[1]
     for box in picture.boxes:
-        corners = (box.col0 * x, box.row0 * y, box.col1 * x - 1, box.row1 * y - 1)
+        first, last = (box.col0 * x, box.row0 * y), (box.col1 * x - 1, box.row1 * y - 1)
+        corners = *first, *map(max, first, last)  # of a line, less than a pixel wide here
         pen.rectangle(corners, outline="black", width=3)
         pen.rectangle(corners, outline=pillow.BOX, width=2)
     cells = [image.convert("RGB"), _blend(image, picture.map), marked]

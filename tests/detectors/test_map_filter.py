@@ -107,6 +107,14 @@ def test_the_ceiling_is_learned_from_the_filtered_supports():
     assert maps.max() == np.float32(steps.ceiling)
 
 
+def test_the_ceiling_is_of_the_images_not_of_their_padding():
+    made = np.random.default_rng(1).random((4, 30, 30)).astype(np.float32)
+    padded, places = np.pad(made, ((0, 0), (0, 60), (0, 60))), [np.s_[:30, :30]] * 4
+    steps, maps = anomaly_maps.learn_filter({"ceiling": 0.98}, padded, None, places)
+    assert steps.ceiling == pytest.approx(np.quantile(made, 0.98))
+    assert np.mean(maps[:, :30, :30] == np.float32(steps.ceiling)) == pytest.approx(0.02)
+
+
 def test_thresholds_come_from_supports_filtered_the_same(scene):
     feature_cache, supports, test, made = scene
     plain = score(made, feature_cache, test)

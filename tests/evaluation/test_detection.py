@@ -63,11 +63,12 @@ def test_recall_is_of_alarms_and_small_lesions_are_apart():
     lesions = [[0, 0, 4, 4], [10, 10, 40, 40]]
     both = image(lesions, [0.9, 0.8], lesions, [True, False])
     healthy = image([[0, 0, 4, 4]], [0.7])
-    got = detection.measured([both, both._replace(alarm=False), healthy])
+    unmarked = image([[0, 0, 4, 4], [5, 5, 9, 9]], [0.7, 0.6])  # abnormal, of an empty mask
+    got = detection.measured([both, both._replace(alarm=False), healthy, unmarked], [1, 1, 0, 1])
     assert (got["count"], got["small_count"]) == (4, 2)
     assert got["recall"] == got["small_recall"] == 0.5 and got["boxes_per_healthy_image"] == 1
     assert got["froc"]["0.1"]["sensitivity"][-1] == 1.0  # boxes of images that passed, too
-    assert detection.measured([healthy]) is None
+    assert detection.measured([healthy], [0]) is None
 
 
 def test_lesions_and_boxes_of_a_map():
@@ -95,7 +96,7 @@ def test_boxes_of_annotators_find_themselves_and_shifted_ones_do_not():
         )
     lesions = sum(len(x.lesions) for x in images)
     assert lesions >= 44 and len(images) == 124
-    got = detection.measured(images)
+    got = detection.measured(images, [1] * 124)
     assert got["recall"] == 1.0 and got["froc"]["0.3"]["mean"] == 1.0
     # half a side to the right: IoU is 1/3; a whole side: 0
     for share, found in ((0.5, 1.0), (1.0, 0.0)):
@@ -104,6 +105,5 @@ def test_boxes_of_annotators_find_themselves_and_shifted_ones_do_not():
             boxes = one.boxes.copy()
             boxes[:, 1::2] += share * (one.boxes[:, 3:] - one.boxes[:, 1:2])
             moved.append(one._replace(boxes=boxes))
-        assert detection.measured(moved)["froc"]["0.3"]["sensitivity"][-1] == pytest.approx(
-            found, abs=0.05
-        )
+        got = detection.measured(moved, [1] * 124)
+        assert got["froc"]["0.3"]["sensitivity"][-1] == pytest.approx(found, abs=0.05)

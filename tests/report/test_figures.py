@@ -46,3 +46,10 @@ def test_boxes_and_outlines_are_where_they_belong():
         rows, columns = np.nonzero(np.abs(row[2] - np.array(colour)).sum(2) < 60)
         edges = np.array([rows.min(), rows.max(), columns.min(), columns.max()]) / 250
         np.testing.assert_allclose(edges, wanted, atol=0.02)
+
+
+def test_a_box_of_one_row_is_drawn_in_the_smaller_copy():
+    line = Box(row0=200, col0=100, row1=201, col1=300, score=0.9, area=200)
+    ((_, _, marked, _),) = cells([picture(np.zeros((64, 64), np.float32), boxes=[line])])
+    rows, columns = np.nonzero(marked.max(-1) > 100)
+    assert abs(rows.mean() - 125) < 3 and abs(columns.mean() - 125) < 3
