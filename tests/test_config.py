@@ -1,5 +1,7 @@
 """The fields, their arguments, and what is derived from them."""
 
+import contextlib
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -261,3 +263,14 @@ def test_tiles_are_refused_where_maps_reach_from_corner_to_corner():
         config.resolve(c)
     c.score.corners = False
     assert config.resolve(c).score.tiles == 2
+
+
+@pytest.mark.parametrize("teacher, taught", [("", False), ("w", True)])
+def test_weights_of_which_none_teaches_a_score_are_refused(teacher, taught):
+    c = config.base("k=4")
+    c.loss.update({"focal": 0.0, "dice": 0.0, "align": 0.0, "prompt": 1.0})
+    c.teacher = teacher  # its logits are learned from
+    with contextlib.nullcontext() if taught else pytest.raises(ConfigError, match="nothing is lea"):
+        config.resolve(c)
+    c.method, c.teacher = "memory", ""  # nothing trains
+    assert config.resolve(c).steps == 0
