@@ -71,7 +71,7 @@ def describe_clip(c: ConfigDict) -> list[str]:
 
 def load_split(c: ConfigDict) -> Split:
     """Supports and test images of the data set."""
-    parse_window(c.data.window)  # a wrong one is an error before anything is read
+    parse_window(c.data.window), preprocessing.steps(c.data.recipe)  # before anything is read
     root = files.expanded(c.data.root) if c.data.root else None
     meaning = {"uncertain": c.data.uncertain, "window": c.data.window}
     records = datasets.load(c.data.name, root, Path(c.cache), c.k, **meaning)

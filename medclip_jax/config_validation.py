@@ -1,7 +1,7 @@
 """Which values and combinations of configuration fields can be used; other code trusts them."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -62,6 +62,9 @@ PATHS = (  # of any bytes; words are encoded by the tokenizer
     *("prompts.ontology_file", "calibration.extra"),
 )
 LONGEST = 4000  # characters of a text
+EPISODES = "meta.tasks meta.shots meta.inner_steps meta.inner_rate meta.adapt_steps"
+UNTRAINED = "learner teacher augment batch steps learning_rate loss. meta. synthesis. "
+UNTRAINED += "prompts.context prompts.init prompts.position prompts.shared model.language_tuned"
 AUGMENT: Limits = {"flip": (0, 1), "rotate": (0, 180), "intensity": (0, 1), "elastic": (0, 0.05)}
 MAP_FILTER: Limits = {
     **{"median": (1, 99), "min_area_mm2": (0, 1e6), "min_area_pixels": (0, 1e6)},
@@ -251,6 +254,27 @@ def _needs(c: Any) -> Rules:
     absent = c.tensorboard and c.steps and find_spec("tensorboardX") is None
     install = "pip install 'medclip-jax[tensorboard]' or turn it off."
     yield absent, f"tensorboard is on and tensorboardX is not installed: {install}"
+
+
+def idle(c: Any, given: Sequence[str]) -> list[str]:
+    """Of the `given` fields those that nothing reads, and why. c: resolved."""
+    read = (c.method,) if c.method in FIXED_METHODS else c.branches
+    rules = (  # whether, fields and groups, why
+        (not c.teacher, "loss.distill", "there is no teacher"),
+        (not c.prompts.context, "prompts.init prompts.position", "prompts.context is 0"),
+        (c.learner == "joint" and not c.meta.sources, EPISODES, "learner is joint"),
+        ("memory" not in read, "memory_encoder memory_coreset", "no branch is memory"),
+        (c.method in FIXED_METHODS, "branches", f"method {c.method} is its own branch"),
+        ("chexpert" not in f"{c.data.name} {c.meta}", "data.uncertain", "chexpert alone has them"),
+        (not c.steps, UNTRAINED, "nothing trains"),
+    )
+    why = {
+        name: reason
+        for applies, names, reason in rules
+        for name in (given if applies else ())
+        if {name, name.partition(".")[0] + "."} & {*names.split()}
+    }
+    return [f"config.{name} has no effect: {reason}" for name, reason in why.items()]
 
 
 def _refuse(rules: Rules) -> None:
