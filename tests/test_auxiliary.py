@@ -57,7 +57,9 @@ def test_elastic_deformation_is_off_where_a_modality_forbids_it(caplog):
     assert "phantom-mri" not in caplog.text
 
 
-def test_an_unknown_name_is_refused():
+def test_an_unknown_name_or_one_that_is_there_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"^config.meta.data has a data set twice: give each"):
+        choose("brain_mri", "busi=/a", "brain_mri")
     with pytest.raises(ConfigError, match=r"^config.meta.data has 'knees': choose any of busi, "):
         choose("knees")
 
