@@ -189,8 +189,8 @@ def fresh_params(c: ConfigDict, clip: Clip, design: model.Design) -> dict:
     )
 
 
-def training(c: ConfigDict, clip: Clip, design: model.Design) -> dict[str, Any]:
-    """What `training.loop.fit` takes by name, but for workdir and mesh."""
+def training(c: ConfigDict, clip: Clip, design: model.Design, others: Sequence) -> dict[str, Any]:
+    """What `training.loop.fit` takes by name, but for workdir and mesh; others: auxiliary pools."""
     distill = losses.Distill(weight=c.loss.distill) if c.teacher else None
     schedule = {name: c[name] for name in ("steps", "seed", "batch", "checkpoint_every")}
     simclr = partial(model.simclr, design=design)
@@ -204,7 +204,7 @@ def training(c: ConfigDict, clip: Clip, design: model.Design) -> dict[str, Any]:
         "contrast": Contrast(simclr, c.loss.simclr) if c.loss.simclr else None,
         "on_target": not c.meta.data or c.data.name in c.meta.data,
         "tensorboard": c.tensorboard,
-        "origin": origin(c, clip, design),
+        "origin": origin(c, clip, design) + "".join(pool.digest for pool in others),
     }
 
 

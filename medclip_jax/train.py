@@ -160,7 +160,7 @@ def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True)
         workdir=workdir,
         mesh=mesh,
         resume_only=not train,
-        **build.training(c, clip, design),
+        **build.training(c, clip, design, encoded.pools[1:]),
     )
     return Fitted(params, folds)
 
