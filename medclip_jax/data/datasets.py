@@ -279,8 +279,7 @@ def auxiliary(
             )
             changes = strengths._replace(elastic=0.0)
         place = files.expanded(root) if root else default_root
-        reading = "" if name in named else window
-        steps = preprocessing.steps(own_recipe)
+        steps, reading = preprocessing.steps(own_recipe), "" if name in named else window
         chosen.append(Auxiliary(name, place, own, steps, changes, reading))
     if len({(other.name, other.root) for other in chosen}) < len(chosen):
         raise ConfigError(f"config.meta.{field} has a data set twice: give each once")
