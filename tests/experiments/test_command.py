@@ -72,7 +72,10 @@ def test_counts_are_one_or_more():
         ("table --tflops nan", "--tflops: 'nan': give a number above 0"),
         ("large --python x --dtype int4", "--dtype: invalid choice: 'int4'"),
         ("large --python false --size DINOv2-g/14@224", "--python false: it needs PyTorch and"),
-        ("predict --kinds png --images 2 --few 1 --workdir /none", "predict ended with code 2: see"),
+        (
+            "predict --kinds png --images 2 --few 1 --workdir /none",
+            "predict ended with code 2: see",
+        ),
     ],
 )
 def test_a_benchmark_that_cannot_be_run_is_a_sentence(flags, said, monkeypatch, capsys):
