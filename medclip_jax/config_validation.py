@@ -65,6 +65,7 @@ LONGEST = 4000  # characters of a text
 EPISODES = "meta.tasks meta.shots meta.inner_steps meta.inner_rate meta.adapt_steps"
 UNTRAINED = "learner teacher augment batch steps learning_rate loss. meta. synthesis. "
 UNTRAINED += "prompts.context prompts.init prompts.position prompts.shared model.language_tuned"
+WORDED = "prompts. model.form model.learn_scale model.dropout model.language"
 AUGMENT: Limits = {"flip": (0, 1), "rotate": (0, 180), "intensity": (0, 1), "elastic": (0, 0.05)}
 MAP_FILTER: Limits = {
     **{"median": (1, 99), "min_area_mm2": (0, 1e6), "min_area_pixels": (0, 1e6)},
@@ -223,11 +224,8 @@ def _combinations(c: Any) -> Rules:
         f"score.map_filter has ceiling={ceiling:g}, so that no pixel could be abnormal: "
         f"give more than 1 - config.calibration.pixel_rate, {least:g}",
     )
-    yield (
-        c.k == 0 and ceiling < 1,
-        "score.map_filter has a ceiling, a quantile of the supports, and config.k is 0: "
-        "give k=1 or more, or leave it out",
-    )
+    says = "score.map_filter has a ceiling, a quantile of the supports, and config.k is 0"
+    yield c.k == 0 and ceiling < 1, f"{says}: give k=1 or more, or leave it out"
     if c.score.tiles > 1:
         need = "give k=1 or more, or tiles=1"
         yield c.k == 0, f"score.tiles needs supports to standardise on and config.k is 0: {need}"
@@ -241,8 +239,7 @@ def _needs(c: Any) -> Rules:
     joined = [x for x in c.data.conditions if "," in x and c.prompts.phrases != "ontology"]
     yield joined, f"data.conditions has {joined}: give each by itself, as \"('tumour', 'cyst')\""
     need = "there is no adapter to tune: give config.model.language, such as fresh"
-    untuned = c.model.language_tuned and not c.model.language
-    yield untuned, f"model.language_tuned is on and {need}"
+    yield c.model.language_tuned and not c.model.language, f"model.language_tuned is on and {need}"
     alone, need = c.steps and c.loss.simclr and not augment(c), "such as rotate=10, or simclr 0"
     same = f"loss.simclr is {c.loss.simclr} and nothing augments the supports: give config.augment"
     yield alone, f"{same}, {need}"
@@ -264,6 +261,7 @@ def idle(c: Any, given: Sequence[str]) -> list[str]:
         (not c.prompts.context, "prompts.init prompts.position", "prompts.context is 0"),
         (c.learner == "joint" and not c.meta.sources, EPISODES, "learner is joint"),
         ("memory" not in read, "memory_encoder memory_coreset", "no branch is memory"),
+        ({*read} <= {"memory", *PIXEL_METHODS}, WORDED, "no branch has prompts"),
         (c.method in FIXED_METHODS, "branches", f"method {c.method} is its own branch"),
         ("chexpert" not in f"{c.data.name} {c.meta}", "data.uncertain", "chexpert alone has them"),
         (not c.steps, UNTRAINED, "nothing trains"),

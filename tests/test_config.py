@@ -287,6 +287,8 @@ def test_weights_of_which_none_teaches_a_score_are_refused(teacher, taught):
         ("paper", {"meta.tasks": 3, "score.tiles": 1}, {}),
         ("memory", {"learner": "maml", "steps": 9}, dict.fromkeys(("learner", "steps"), "nothing")),
         ("grey_level", {"loss.distill": 0.5}, {"loss.distill": "nothing trains"}),
+        ("memory", {"prompts.phrases": "words"}, {"prompts.phrases": "no branch has prompts"}),
+        ("zero_shot", {"prompts.phrases": "words", "model.form": "distance"}, {}),
         ("zero_shot", {"branches": ("memory",)}, {"branches": "method zero_shot is its own"}),
         ("ours", {"data.uncertain": "positive"}, {"data.uncertain": "chexpert al"}),
         ("ours", {"data.uncertain": "positive", "meta.data": ("chexpert=x",)}, {}),

@@ -142,7 +142,8 @@ def test_mode_check_needs_no_workdir(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MEDCLIP_CACHE", str(tmp_path / "cache"))
     argv = ["main", f"--config=configs/folder.py:k=4,root={folder}", "--mode=check"]
     assert main.main(argv) == 0
-    assert "train healthy" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "train healthy" in said.out and not said.err
     fetched = fsspec.filesystem("memory")
     assert main.main([*argv, "--config.cache=memory://nobody/cache"]) == 0  # before the first run
     fetched.pipe("/nobody/cache/tokens", b"many")
