@@ -56,6 +56,7 @@ def main() -> int:
             "pytorch": functools.partial(pytorch, args.small, args.python, end),
         }
         for name, part in parts.items():
+            files.write_json(args.out, result)  # first: --out may be no place for it
             if time.monotonic() > end:
                 result["skipped"].append(name)
                 continue
@@ -64,7 +65,6 @@ def main() -> int:
             result[name]["seconds_of_this_part"] = time.monotonic() - begin
             result["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
             print(name, result[name], flush=True)
-            files.write_json(args.out, result)
     files.write_json(args.out, result)
     return 0 if result.get("equality", {}).get("same", True) else 1
 

@@ -13,14 +13,16 @@ import importlib
 import os
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import command
 
-# modules of bench
-COMMANDS = ("encoder", "large", "maml", "stages", "predict", "scaling", "input", "table")
+from medclip_jax import files
+
+COMMANDS = ("encoder", "large", "maml", "stages", "predict", "scaling", "input", "table")  # bench's
 
 
 def main() -> None:
@@ -30,24 +32,19 @@ def main() -> None:
     for name, module in modules.items():
         one = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         one.add_argument("--json", type=Path, help="file for the result")
+        one.register("type", int, command.count)  # all of them are counts
+        one.register("type", float, command.positive)
         module.arguments(one)
     args = parser.parse_args()
-    about = {"command": args.command, "arguments": plain_arguments(args), "machine": machine()}
+    own = {name: value for name, value in vars(args).items() if name not in ("json", "command")}
+    about = {"command": args.command, "arguments": own, "machine": machine()}
     result = about | modules[args.command].run(args)
     if args.json:
-        from medclip_jax import files
-
         files.write_json(args.json, result)
-
-
-def plain_arguments(args: argparse.Namespace) -> dict:
-    return {name: value for name, value in vars(args).items() if name not in ("json", "command")}
 
 
 def machine() -> dict:
     """What the numbers depend on."""
-    from importlib.metadata import version
-
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)),

@@ -3,6 +3,8 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from medclip_jax.errors import UserError
 
@@ -19,8 +21,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
-def count(text: str) -> int:
-    """The value of a flag that is 1 or more."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of 1 or more")
-    return int(text)
+def positive(text: str, kind: type = float, wanted: str = "a number above 0"):
+    """The value of a flag that is more than 0."""
+    with suppress(ValueError):
+        if 0 < kind(text) < 1 << 53:  # written so that NaN is refused
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give {wanted}")
+
+
+count = partial(positive, kind=int, wanted="a whole number of 1 or more")

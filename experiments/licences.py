@@ -5,6 +5,7 @@ python experiments/licences.py
 Read from the metadata of what is installed, the way pip saw it; nothing is looked up elsewhere.
 """
 
+import argparse
 import re
 import tomllib
 from importlib import metadata
@@ -97,14 +98,13 @@ def page(packages: list[Package]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     packages = tree(core())
     path = ROOT / "docs" / "licences.md"
-    path.parent.mkdir(exist_ok=True)
     path.write_text(page(packages))
     others = [p for p in packages if not is_permissive(p.licence)]
-    print(f"{path}: {len(packages)} packages, {len(others)} not permissive")
-    for package in others:
-        print(f"  {package}")
+    said = f"{path}: {len(packages)} packages, {len(others)} not permissive"
+    print(said, *others, sep="\n  ")
 
 
 if __name__ == "__main__":

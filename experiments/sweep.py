@@ -113,9 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' workdirs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--archive", type=Path, nargs="+", default=[], help="other runs.npz files")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs"
-    )
+    parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of all runs")
     parser.add_argument("--engine", choices=["ray"], help="runs are tasks of a Ray cluster")
     parser.add_argument("--ray.address", dest="address", default="", help="HOST:PORT of it")
     parser.add_argument("--ray.workers", dest="workers", type=int, default=0, help="at a time")

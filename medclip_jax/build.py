@@ -64,14 +64,18 @@ def branch_names(c: ConfigDict) -> tuple[str, ...]:
 
 
 def describe_clip(c: ConfigDict) -> list[str]:
-    """What the checkpoint is, and what supports, variants and test images cost, line by line."""
-    lines = describe(load_clip(c), c.k * (1 + c.synthesis.variants))
+    """A named checkpoint and what images cost, by line; ConfigError for what a run refuses."""
+    preprocessing.steps(c.data.recipe)
+    clip = load_clip(c)
+    explanation(c, clip), model_parts(c, clip, auxiliary_datasets(c))
+    named = c.clip.checkpoint != "compact"
+    lines = describe(clip, c.k * (1 + c.synthesis.variants)) if named else {}
     return [f"{name:10} {line}" for name, line in lines.items()]
 
 
 def load_split(c: ConfigDict) -> Split:
     """Supports and test images of the data set."""
-    parse_window(c.data.window)  # a wrong one is an error before anything is read
+    parse_window(c.data.window), preprocessing.steps(c.data.recipe)  # before anything is read
     root = files.expanded(c.data.root) if c.data.root else None
     meaning = {"uncertain": c.data.uncertain, "window": c.data.window}
     records = datasets.load(c.data.name, root, Path(c.cache), c.k, **meaning)
@@ -87,8 +91,7 @@ def load_extra(c: ConfigDict, split: Split) -> tuple[Record, ...]:
 
 def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:
     """Where tokens of this CLIP and preprocessing are kept."""
-    recipe = preprocessing.steps(c.data.recipe)
-    reading = recipe, c.data.window
+    reading = preprocessing.steps(c.data.recipe), c.data.window
     return cache.open(Path(c.cache), clip, c.data.fit, c.clip.dtype, mesh, *reading)
 
 
@@ -116,8 +119,6 @@ def auxiliary_datasets(c: ConfigDict) -> tuple[datasets.Auxiliary, ...]:
     if c.meta.sources:
         how |= {"default_root": files.expanded(c.data.root) if c.data.root else None}
         sources = datasets.auxiliary("sources", c.meta.sources, words, other_modality=True, **how)
-        if len({(other.name, str(other.root)) for other in sources}) < len(sources):
-            raise ConfigError("config.meta.sources has a data set twice: give each once")
         if kept := {other.name for other in sources} & set(with_role("report")):
             raise ConfigError(
                 f"config.meta.sources has {min(kept)}, whose labels are for final scores alone: "
@@ -188,8 +189,8 @@ def fresh_params(c: ConfigDict, clip: Clip, design: model.Design) -> dict:
     )
 
 
-def training(c: ConfigDict, clip: Clip, design: model.Design) -> dict[str, Any]:
-    """What `training.loop.fit` takes by name, but for workdir and mesh."""
+def training(c: ConfigDict, clip: Clip, design: model.Design, others: Sequence) -> dict[str, Any]:
+    """What `training.loop.fit` takes by name, but for workdir and mesh; others: auxiliary pools."""
     distill = losses.Distill(weight=c.loss.distill) if c.teacher else None
     schedule = {name: c[name] for name in ("steps", "seed", "batch", "checkpoint_every")}
     simclr = partial(model.simclr, design=design)
@@ -203,7 +204,7 @@ def training(c: ConfigDict, clip: Clip, design: model.Design) -> dict[str, Any]:
         "contrast": Contrast(simclr, c.loss.simclr) if c.loss.simclr else None,
         "on_target": not c.meta.data or c.data.name in c.meta.data,
         "tensorboard": c.tensorboard,
-        "origin": origin(c, clip, design),
+        "origin": origin(c, clip, design) + "".join(pool.digest for pool in others),
     }
 
 

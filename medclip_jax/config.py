@@ -30,7 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "assets" / "methods.json").read_text("utf-8"),
     object_hook=lambda x: {n: tuple(v) if isinstance(v, list) else v for n, v in x.items()},
 )
-MEDICLIP = PRESETS["mediclip"]
 AUTO = "auto"  # a value that follows from others, see `_automatic`
 
 
@@ -60,8 +59,7 @@ def base(arg: str = "", **data) -> ConfigDict:
     c = ConfigDict()
     c.k = values.get("k", 16)  # healthy support images; 1: no fold can be held out; 0: zero-shot
     c.seed = values.get("seed", 0)  # of the support sample and of all training randomness
-    # ours | paper | mediclip | memory | zero_shot | thumbnails | grey_level | joint
-    c.method = values.get("method", "ours")
+    c.method = values.get("method", "ours")  # one of config_validation.METHODS
     c.data = _data(values.get("root", ""), data)
     c.cache = ""  # folder of features and prepared data; "": $MEDCLIP_CACHE or the user's cache
     _model(c)
@@ -90,12 +88,14 @@ def _follow_method(c: ConfigDict, data: Mapping) -> None:
 
 def departures(c: ConfigDict) -> list[str]:
     """The fields of an unresolved config that differ from the preset of its method, as text."""
-    values = dict(flat(c))
-    return [
-        f"{name} = {values[name]!r} (preset: {value!r})"
-        for name, value in flat(PRESETS.get(c.method, {}))
-        if values[name] != value
-    ]
+    own = dict(flat(PRESETS.get(c.method, {})))
+    return [f"{n} = {x!r} (preset: {own[n]!r})" for n, x in flat(c) if own.get(n, x) != x]
+
+
+def idle(given: ConfigDict, c: ConfigDict) -> list[str]:
+    """The fields of an unresolved config that are set and not read, and why; c: resolved."""
+    usual = dict(flat(base(f"method={given.method}")))
+    return config_validation.idle(c, [n for n, x in flat(given) if x != usual[n]])
 
 
 def _data(root: str, data: dict) -> dict:

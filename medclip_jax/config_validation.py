@@ -1,7 +1,7 @@
 """Which values and combinations of configuration fields can be used; other code trusts them."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +11,7 @@ from medclip_jax import object_store
 from medclip_jax.errors import ConfigError
 
 Rules = Iterator[tuple[Any, str]]  # whether a combination cannot be used, and the message
+Limits = dict[str, tuple[float, float]]  # by name: the least and the largest value
 
 METHODS = ("ours", "paper", "mediclip", "memory", "zero_shot", "thumbnails", "grey_level", "joint")
 FIXED_METHODS = ("memory", "zero_shot", "thumbnails", "grey_level")  # nothing is trained
@@ -33,29 +34,25 @@ CHOICES = {
     **{"model.form": ("softmax", "distance"), "score.tiles": (1, 2, 3)},
     "explanation.method": ("grad_cam", "grad_cam_pp"),
 }
-RANGES: dict[str, tuple[float, float]] = {  # both ends included
-    "k": (0, 1 << 20),
+RANGES: Limits = {  # both ends included
+    **dict.fromkeys(("k", "validations"), (0, 1 << 20)),
     "seed": (0, 1 << 31),
     "data.pool": (1, 1 << 20),
     "clip.size": (0, 4096),
     "prompts.context": (0, 64),
     "model.dropout": (0, 0.99),
-    "synthesis.variants": (0, 10_000),
+    **dict.fromkeys(("synthesis.variants", "meta.shots"), (0, 10_000)),
     **{f"loss.{x}": (0, 1e6) for x in ("focal", "dice", "align", "prompt", "simclr", "distill")},
-    "meta.tasks": (1, 10_000),
-    "meta.shots": (0, 10_000),
+    **dict.fromkeys(("meta.tasks", "score.passes"), (1, 10_000)),
     **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), (0, 1000)),
     "meta.inner_rate": (1e-9, 1e3),
-    "learning_rate": (0, 1e3),
+    **dict.fromkeys(("learning_rate", "score.affinity"), (0, 1e3)),
     "batch": (0, 4096),
     "steps": (0, 1 << 30),
-    "validations": (0, 1 << 20),
     "checkpoint_every": (1, 1 << 30),
     "memory_coreset": (0.001, 1),
     "score.top": (0, 1),
-    "score.affinity": (0, 1e3),
     "score.peak": (0, 0.9),
-    "score.passes": (1, 10_000),
     **dict.fromkeys(("calibration.alpha", "calibration.pixel_rate"), (0.0001, 0.9999)),
     "explained": (0, 32),
     "join_timeout": (1, 86_400),
@@ -65,21 +62,15 @@ PATHS = (  # of any bytes; words are encoded by the tokenizer
     *("prompts.ontology_file", "calibration.extra"),
 )
 LONGEST = 4000  # characters of a text
-AUGMENT: dict[str, tuple[float, float]] = {
-    "flip": (0, 1),
-    "rotate": (0, 180),
-    "intensity": (0, 1),
-    "elastic": (0, 0.05),
+EPISODES = "meta.tasks meta.shots meta.inner_steps meta.inner_rate meta.adapt_steps"
+UNTRAINED = "learner teacher augment batch steps learning_rate loss. meta. synthesis. "
+UNTRAINED += "prompts.context prompts.init prompts.position prompts.shared model.language_tuned"
+WORDED = "prompts. model.form model.learn_scale model.dropout model.language"
+AUGMENT: Limits = {"flip": (0, 1), "rotate": (0, 180), "intensity": (0, 1), "elastic": (0, 0.05)}
+MAP_FILTER: Limits = {
+    **{"median": (1, 99), "min_area_mm2": (0, 1e6), "min_area_pixels": (0, 1e6)},
+    **{"sigma": (0, 100), "ceiling": (0.0001, 1)},
 }
-MAP_FILTER: dict[str, tuple[float, float]] = {
-    "median": (1, 99),
-    "min_area_mm2": (0, 1e6),
-    "min_area_pixels": (0, 1e6),
-    "sigma": (0, 100),
-    "ceiling": (0.0001, 1),
-}
-
-
 MODALITIES = (  # free text -> the preprocessing.RECIPES of it; the first that fits
     (re.compile(r"ultraso|sonogra", re.IGNORECASE), "ultrasound"),
     (re.compile(r"\bmr\b|mri\b|magnetic resonance", re.IGNORECASE), "mri"),  # fMRI, too
@@ -101,7 +92,7 @@ def deforms(modality: str) -> bool:
     return recipe_of(modality) in DEFORMED
 
 
-def settings(field: str, text: str, ranges: dict[str, tuple[float, float]]) -> dict[str, float]:
+def settings(field: str, text: str, ranges: Limits) -> dict[str, float]:
     """`name=value,name=value` of a field -> values; {} for "".
 
     Raises:
@@ -158,13 +149,13 @@ def cluster(text: str) -> dict[str, Any] | None:
 def check(c: Any) -> None:
     """Raise ConfigError naming the first field whose value cannot be used."""
     check_texts(c)
+    values = dict(flat(c))
     for name, choices in CHOICES.items():
-        if (value := _field(c, name)) not in choices:
-            raise ConfigError(
-                f"config.{name} is {value!r}: give one of {', '.join(map(str, choices))}"
-            )
+        if (value := values[name]) not in choices:
+            wanted = ", ".join(map(str, choices))
+            raise ConfigError(f"config.{name} is {value!r}: give one of {wanted}")
     for name, limits in RANGES.items():
-        _in_range(name, _field(c, name), limits)
+        _in_range(name, values[name], limits)
     augment(c)
     cluster(c.distributed)
     _refuse(_combinations(c))
@@ -233,19 +224,12 @@ def _combinations(c: Any) -> Rules:
         f"score.map_filter has ceiling={ceiling:g}, so that no pixel could be abnormal: "
         f"give more than 1 - config.calibration.pixel_rate, {least:g}",
     )
-    yield (
-        c.k == 0 and ceiling < 1,
-        "score.map_filter has a ceiling, a quantile of the supports, and config.k is 0: "
-        "give k=1 or more, or leave it out",
-    )
+    says = "score.map_filter has a ceiling, a quantile of the supports, and config.k is 0"
+    yield c.k == 0 and ceiling < 1, f"{says}: give k=1 or more, or leave it out"
     if c.score.tiles > 1:
-        yield (
-            c.k == 0,
-            "score.tiles needs supports to standardise on and config.k is 0: "
-            "give k=1 or more, or tiles=1",
-        )
-        unfit = c.method in PIXEL_METHODS
-        yield unfit, f"score.tiles is not for method {c.method}: give tiles=1"
+        need = "give k=1 or more, or tiles=1"
+        yield c.k == 0, f"score.tiles needs supports to standardise on and config.k is 0: {need}"
+        yield c.method in PIXEL_METHODS, f"score.tiles is not for method {c.method}: give tiles=1"
         yield c.score.corners, "score.tiles goes without score.corners: give score.corners=False"
 
 
@@ -255,32 +239,46 @@ def _needs(c: Any) -> Rules:
     joined = [x for x in c.data.conditions if "," in x and c.prompts.phrases != "ontology"]
     yield joined, f"data.conditions has {joined}: give each by itself, as \"('tumour', 'cyst')\""
     need = "there is no adapter to tune: give config.model.language, such as fresh"
-    untuned = c.model.language_tuned and not c.model.language
-    yield untuned, f"model.language_tuned is on and {need}"
-    yield (
-        c.steps and c.loss.simclr and not augment(c),
-        f"loss.simclr is {c.loss.simclr} and nothing augments the supports: give "
-        "config.augment, such as rotate=10, or simclr 0",
-    )
+    yield c.model.language_tuned and not c.model.language, f"model.language_tuned is on and {need}"
+    alone, need = c.steps and c.loss.simclr and not augment(c), "such as rotate=10, or simclr 0"
+    same = f"loss.simclr is {c.loss.simclr} and nothing augments the supports: give config.augment"
+    yield alone, f"{same}, {need}"
+    weighs = c.loss.focal or c.loss.dice or c.loss.align or (c.teacher and c.loss.distill)
+    vain = c.steps and not c.meta.sources and not weighs
+    yield vain, "loss.focal, dice and align are 0, so nothing is learned: give one a weight"
     also, says = c.meta.data or c.meta.sources, "leave config.meta.data and sources empty"
     yield c.teacher and also, f"teacher teaches the target's images alone: {says}"
-    yield (
-        c.tensorboard and c.steps and find_spec("tensorboardX") is None,
-        "tensorboard is on and tensorboardX is not installed: "
-        "pip install 'medclip-jax[tensorboard]' or turn it off.",
+    absent = c.tensorboard and c.steps and find_spec("tensorboardX") is None
+    install = "pip install 'medclip-jax[tensorboard]' or turn it off."
+    yield absent, f"tensorboard is on and tensorboardX is not installed: {install}"
+
+
+def idle(c: Any, given: Sequence[str]) -> list[str]:
+    """Of the `given` fields those that nothing reads, and why. c: resolved."""
+    read = (c.method,) if c.method in FIXED_METHODS else c.branches
+    rules = (  # whether, fields and groups, why
+        (not c.teacher, "loss.distill", "there is no teacher"),
+        (not c.prompts.context, "prompts.init prompts.position", "prompts.context is 0"),
+        (c.learner == "joint" and not c.meta.sources, EPISODES, "learner is joint"),
+        ("memory" not in read, "memory_encoder memory_coreset", "no branch is memory"),
+        ({*read} <= {"memory", *PIXEL_METHODS}, WORDED, "no branch has prompts"),
+        (c.method in FIXED_METHODS, "branches", f"method {c.method} is its own branch"),
+        ("chexpert" not in f"{c.data.name} {c.meta}", "data.uncertain", "chexpert alone has them"),
+        (not c.steps, UNTRAINED, "nothing trains"),
     )
+    why = {
+        name: reason
+        for applies, names, reason in rules
+        for name in (given if applies else ())
+        if {name, name.partition(".")[0] + "."} & {*names.split()}
+    }
+    return [f"config.{name} has no effect: {reason}" for name, reason in why.items()]
 
 
 def _refuse(rules: Rules) -> None:
     for applies, message in rules:
         if applies:
             raise ConfigError(f"config.{message}")
-
-
-def _field(c: Any, name: str) -> Any:
-    for part in name.split("."):
-        c = c[part]
-    return c
 
 
 def _in_range(name: str, value: float, limits: tuple[float, float]) -> None:

@@ -244,14 +244,12 @@ def use(args: flags.FlagValues) -> None:
 
 def check(fields: ConfigDict) -> None:
     """Print what a named CLIP is, and the table of the data set; UserError if one has a fault."""
+    from medclip_jax import build
     from medclip_jax.data import check as data_check
 
     c = config.resolve(fields)
-    if c.clip.checkpoint != config.base().clip.checkpoint:
-        from medclip_jax.build import describe_clip
-
-        for line in describe_clip(c):
-            print(printable(line), flush=True)
+    for line in (*config.idle(fields, c), *build.describe_clip(c)):
+        print(printable(line), flush=True)
     data, root = c.data, files.expanded(c.data.root) if c.data.root else None
     how = {"pool_size": data.pool, "kind": data.split, "uncertain": data.uncertain}
     data_check.run(data.name, root, Path(c.cache), c.k, seed=c.seed, window=data.window, **how)

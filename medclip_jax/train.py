@@ -16,7 +16,6 @@ from rich.console import Console
 from medclip_jax import __version__, build, build_detector, stored
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
-from medclip_jax.data import preprocessing
 from medclip_jax.detectors import saved
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
@@ -124,8 +123,9 @@ def prepare(config: ConfigDict) -> Prepared:
     c = config_module.resolve(config)
     for departure in config_module.departures(config):
         logging.info("method %s with %s", c.method, departure)
+    for line in config_module.idle(config, c):
+        logging.warning("%s", line)
     others = build.auxiliary_datasets(c)
-    preprocessing.steps(c.data.recipe)
     runtime.keep_compiled(Path(c.cache))
     clip, split = build.load_clip(c), build.load_split(c)
     build.synthesis(c, split.support)
@@ -160,7 +160,7 @@ def fit(prepared: Prepared, encoded: Encoded, workdir: Path, train: bool = True)
         workdir=workdir,
         mesh=mesh,
         resume_only=not train,
-        **build.training(c, clip, design),
+        **build.training(c, clip, design, encoded.pools[1:]),
     )
     return Fitted(params, folds)
 

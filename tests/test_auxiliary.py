@@ -9,7 +9,7 @@ import pytest
 from medclip_jax import build, config, train
 from medclip_jax.data.catalog import PRESETS, SETS
 from medclip_jax.data.preprocessing import RECIPES as STEPS
-from medclip_jax.errors import ConfigError
+from medclip_jax.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import tiny_checkpoint
 
 WORDS = {n: PRESETS["phantom-ultrasound"][n] for n in ("modality", "anatomy", "conditions")}
@@ -57,7 +57,9 @@ def test_elastic_deformation_is_off_where_a_modality_forbids_it(caplog):
     assert "phantom-mri" not in caplog.text
 
 
-def test_an_unknown_name_is_refused():
+def test_an_unknown_name_or_one_that_is_there_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"^config.meta.data has a data set twice: give each"):
+        choose("brain_mri", "busi=/a", "brain_mri")
     with pytest.raises(ConfigError, match=r"^config.meta.data has 'knees': choose any of busi, "):
         choose("knees")
 
@@ -91,3 +93,8 @@ def test_training_on_two_phantoms(tmp_path, monkeypatch):
     train.fit(prepared, encoded, tmp_path)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert np.isfinite(json.loads(line)["loss"])
+    train.fit(prepared, encoded, tmp_path)  # resumes
+    target, other = encoded.pools
+    changed = encoded._replace(pools=[target, other._replace(digest=target.digest)])
+    with pytest.raises(CheckpointError, match="or images of config.meta.data than now"):
+        train.fit(prepared, changed, tmp_path)

@@ -1,5 +1,7 @@
 """The fields, their arguments, and what is derived from them."""
 
+import contextlib
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -261,3 +263,41 @@ def test_tiles_are_refused_where_maps_reach_from_corner_to_corner():
         config.resolve(c)
     c.score.corners = False
     assert config.resolve(c).score.tiles == 2
+
+
+@pytest.mark.parametrize("teacher, taught", [("", False), ("w", True)])
+def test_weights_of_which_none_teaches_a_score_are_refused(teacher, taught):
+    c = config.base("k=4")
+    c.loss.update({"focal": 0.0, "dice": 0.0, "align": 0.0, "prompt": 1.0})
+    c.teacher = teacher  # its logits are learned from
+    with contextlib.nullcontext() if taught else pytest.raises(ConfigError, match="nothing is lea"):
+        config.resolve(c)
+    c.method, c.teacher = "memory", ""  # nothing trains
+    assert config.resolve(c).steps == 0
+
+
+@pytest.mark.parametrize(
+    "method, fields, named",
+    [
+        ("ours", {"learner": "maml", "meta.tasks": 2, "memory_coreset": 0.5, "steps": 3}, {}),
+        ("ours", {"prompts.context": 0, "prompts.init": "a b"}, {"prompts.init": "context is 0"}),
+        ("ours", {"branches": ("memory",), "teacher": "w"}, {"teacher": "nothing trains"}),
+        ("ours", {"branches": ("learned",), "memory_encoder": ""}, {"memory_encoder": "no branch"}),
+        ("mediclip", {"meta.tasks": 2}, {"meta.tasks": "learner is joint"}),
+        ("paper", {"meta.tasks": 3, "score.tiles": 1}, {}),
+        ("memory", {"learner": "maml", "steps": 9}, dict.fromkeys(("learner", "steps"), "nothing")),
+        ("grey_level", {"loss.distill": 0.5}, {"loss.distill": "nothing trains"}),
+        ("memory", {"prompts.phrases": "words"}, {"prompts.phrases": "no branch has prompts"}),
+        ("zero_shot", {"prompts.phrases": "words", "model.form": "distance"}, {}),
+        ("zero_shot", {"branches": ("memory",)}, {"branches": "method zero_shot is its own"}),
+        ("ours", {"data.uncertain": "positive"}, {"data.uncertain": "chexpert al"}),
+        ("ours", {"data.uncertain": "positive", "meta.data": ("chexpert=x",)}, {}),
+    ],
+)
+def test_a_field_that_nothing_reads_is_said(method, fields, named):
+    c = config.base(f"k=4,method={method}", name="folder")
+    c.update_from_flattened_dict(fields)
+    said = config.idle(c, config.resolve(c))
+    assert len(said) == len(named)
+    for line, (field, why) in zip(said, named.items(), strict=True):
+        assert line.startswith(f"config.{field} has no effect: ") and why in line

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medclip_jax.errors import UserError
+
 
 def in_turn(
     runs: dict[str, Callable[[], float]], times: int, again: bool = False
@@ -52,11 +54,13 @@ def matmul_peak(times: int = 5, n: int = 2048, dtype: str = "float32") -> float:
 
 
 def alone(module: str, *given: Any) -> dict:
-    """What a module of bench, run with these words in a process of its own, prints last, JSON."""
+    """The JSON that a module of bench, run with these words, prints last; UserError if it fails."""
     folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     command = [sys.executable, "-m", module, *map(str, given)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"{module} ended with code {done.returncode}: see above")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 from bench import clock, sizes
+from medclip_jax.errors import UserError
 
+DTYPES = ["float32", "bfloat16", "int8"]
 # what `--python` makes with transformers: class of the config and its fields
 SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27)
 SIGLIP |= dict(num_attention_heads=16)
@@ -19,10 +21,7 @@ KINDS = {
         "siglip",
         {"vision_config": SIGLIP | dict(image_size=448, patch_size=14), "text_config": SIGLIP},
     ),
-    "DINOv2-g/14@224": (
-        "dinov2",
-        GIANT | dict(image_size=224, patch_size=14, use_swiglu_ffn=True),
-    ),
+    "DINOv2-g/14@224": ("dinov2", GIANT | dict(image_size=224, patch_size=14, use_swiglu_ffn=True)),
 }
 MAKE = """
 import json, sys, torch
@@ -41,7 +40,7 @@ config.save_pretrained(folder)
 def arguments(parser: argparse.ArgumentParser) -> None:
     names = ["ViT-L/14@336", *KINDS]
     parser.add_argument("--size", nargs="+", default=names, choices=names)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "int8"])
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--python", required=True, help="a Python with PyTorch and transformers")
@@ -55,7 +54,8 @@ def run(args: argparse.Namespace) -> dict:
             if size in KINDS:
                 kind, fields = KINDS[size]
                 make = [args.python, "-c", MAKE, kind, json.dumps(fields), name]
-                subprocess.run(make, check=True)
+                if subprocess.run(make).returncode:
+                    raise UserError(f"--python {args.python}: it needs PyTorch and transformers")
                 tokenizer(folder)
             else:
                 sizes.write("ViT-L/14", folder, size=336)

@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> dict:
         base = Path(folder)
         workdir = args.workdir or trained(base)
         for kind in args.kinds:
-            counts = args.few, args.images
-            for count in counts:
+            for count in (counts := (args.few, args.images)):
                 predict_inputs.MAKERS[kind](base / kind / str(count), count, count)
             results[kind] = r = clock.alone("bench.predict", workdir, base / kind, *counts)
             print(f"{kind}: {r['per_second']:.1f} frames/s, peak {r['peak_megabytes']} MB")

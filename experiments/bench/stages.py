@@ -21,9 +21,7 @@ JOBS = {"cold": "first", "again": "first", "warm": "second"}  # name -> workdir,
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=str(CONFIG), help="FILE[:k=...] of the job")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config"
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the config")
     parser.add_argument("--size", choices=sizes.SIZES, help="of a CLIP of random weights")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
 

@@ -31,9 +31,8 @@ class Part(NamedTuple):
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="ViT-L/14", choices=sizes.SIZES)
-    parser.add_argument(
-        "--method", nargs="+", default=["ours"], choices=["ours", "mediclip", "paper"]
-    )
+    methods = ["ours", "mediclip", "paper"]
+    parser.add_argument("--method", nargs="+", default=methods[:1], choices=methods)
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--tflops", type=float, default=197, help="of a chip: TPU v5e, bfloat16")

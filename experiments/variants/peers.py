@@ -8,9 +8,9 @@ there to `ours` of the branches that learn nothing: memory and plain prompts.
 
 from ml_collections import ConfigDict
 
-from medclip_jax.config import EPOCHS, MEDICLIP, STEPS, flat
+from medclip_jax.config import EPOCHS, PRESETS, STEPS, flat
 
-TOP5 = dict(flat(ConfigDict(MEDICLIP))) | {"method": "ours", "score.top": 0.05}
+TOP5 = dict(flat(ConfigDict(PRESETS["mediclip"]))) | {"method": "ours", "score.top": 0.05}
 WHOLE = {"steps": lambda k: EPOCHS * -(-k // 8), "synthesis.variants": EPOCHS}  # as `mediclip`
 
 VARIANTS = {

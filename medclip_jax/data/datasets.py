@@ -247,7 +247,7 @@ def auxiliary(
       other_modality: each must be of another modality than the target.
 
     Raises:
-      ConfigError: an unknown name, or one of the target's modality.
+      ConfigError: an unknown name, one that is there twice, or one of the target's modality.
     """
     named, known, chosen = PRESETS | SETS, (*LAYOUTS, *SETS, *PHANTOMS), []
     for full in names:
@@ -279,7 +279,8 @@ def auxiliary(
             )
             changes = strengths._replace(elastic=0.0)
         place = files.expanded(root) if root else default_root
-        reading = "" if name in named else window
-        steps = preprocessing.steps(own_recipe)
+        steps, reading = preprocessing.steps(own_recipe), "" if name in named else window
         chosen.append(Auxiliary(name, place, own, steps, changes, reading))
+    if len({(other.name, other.root) for other in chosen}) < len(chosen):
+        raise ConfigError(f"config.meta.{field} has a data set twice: give each once")
     return tuple(chosen)

@@ -22,6 +22,7 @@ AXIS = "rows"
 
 def devices() -> list[jax.Device]:
     """All devices. Raises ConfigError where JAX cannot use what $JAX_PLATFORMS names."""
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not of absent TPUs
     try:
         return jax.devices()
     except (AssertionError, RuntimeError) as error:  # the first, without a message, for "cuda"
@@ -37,7 +38,6 @@ def devices() -> list[jax.Device]:
 
 def log_devices() -> None:
     """Log what the run computes on; raises as `devices`."""
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not of absent TPUs
     kinds = sorted({device.device_kind for device in devices()})
     logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
 

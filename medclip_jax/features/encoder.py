@@ -90,6 +90,7 @@ def open_pool(
         np.asarray(kinds or np.zeros((len(images), 0), int)),
         synthesis.copies if synthesis.variants else 0,
         inputs=feature_cache.clip.image_encoder.inputs,
+        digest=stored.digest([r.sha256 for r in images]),
     )
 
 

@@ -65,6 +65,7 @@ class TrainingPool(NamedTuple):
     teacher: tuple[Float[np.ndarray, "_ p"], ...] = ()
     inputs: bool = False  # tokens hold the tapped layers' inputs
     source: Int[np.ndarray, " k"] | None = None  # dataset of each image; None: all of one
+    digest: str = ""  # of the images
 
 
 def join(pools: Sequence[TrainingPool]) -> TrainingPool:

@@ -184,16 +184,18 @@ def _threads(per_core: int) -> Iterator[ThreadPoolExecutor]:
 def _write(
     predictor: Predictor, output: Path, privacy: Privacy, build: dicom_write.Build, job: Job
 ) -> list[dict]:
-    """Write what was scored; the rows of the table. An input that vanished has an error instead."""
-    if job.rows is not None:
-        return job.rows
-    if job.error:  # a frame could not be made
-        return []
-    try:
-        return _write_scored(predictor, output, privacy, build, job)
-    except (DataError, OSError, MemoryError) as error:  # of the input: the output's is WorkdirError
-        job.error = loading.reason(error, job.item)
-        return []
+    """Write what was scored; the rows of the table. An input that vanished has an error instead.
+
+    Of an item with an error no earlier result stays.
+    """
+    if job.rows is None and not job.error:  # else it was finished, or a frame could not be made
+        try:
+            return _write_scored(predictor, output, privacy, build, job)
+        except (DataError, OSError, MemoryError) as error:  # of the output it is a WorkdirError
+            job.error = loading.reason(error, job.item)
+    if job.error:
+        results.remove(output, job.item)
+    return job.rows or []
 
 
 def _write_scored(predictor, output, privacy, build, job: Job) -> list[dict]:

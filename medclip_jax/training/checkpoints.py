@@ -120,8 +120,8 @@ def restore(
     """The newest whole state, with the shapes and placement of `template`; None if there is none.
 
     A damaged checkpoint is skipped for the one before it, with a warning. Raises CheckpointError if
-    there are checkpoints and none can be read, or what they were learned from has another name than
-    `origin`.
+    there are checkpoints and none can be read, or the name of what they were learned from does not
+    begin with `origin`.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     steps = sorted(manager.all_steps(), reverse=True)
@@ -140,11 +140,11 @@ def restore(
             reason = re.split(r"\n| See full TensorStore", str(error))[0]
             logging.warning("checkpoint %d cannot be read and is skipped (%s)", step, reason)
             continue
-        if own != origin:
+        if not own.startswith(origin):
             raise CheckpointError(
-                f"{manager.directory}: learned with another CLIP, language adapter or other "
-                "prompts (config.prompts.ontology_file) than now: restore these, or give another "
-                "--workdir"
+                f"{manager.directory}: learned with another CLIP, language adapter, prompts "
+                "(config.prompts.ontology_file) or images of config.meta.data than now: restore "
+                "these, or give another --workdir"
             )
         return read["state"]
     if steps:

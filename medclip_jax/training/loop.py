@@ -89,7 +89,8 @@ def fit(
         rows are learned from jointly, episodes have it beside their tasks.
       on_target: learn from the supports, too, where there are auxiliary datasets.
       resume_only: a finished training is required.
-      origin: names what is learned with besides images; a checkpoint of another is refused.
+      origin: names what is learned with besides the target's images; a checkpoint of another is
+        refused.
 
     Returns:
       Params [1 + folds, ...] on the host: the main params, then the fold params.

@@ -142,7 +142,8 @@ def test_mode_check_needs_no_workdir(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MEDCLIP_CACHE", str(tmp_path / "cache"))
     argv = ["main", f"--config=configs/folder.py:k=4,root={folder}", "--mode=check"]
     assert main.main(argv) == 0
-    assert "train healthy" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "train healthy" in said.out and not said.err
     fetched = fsspec.filesystem("memory")
     assert main.main([*argv, "--config.cache=memory://nobody/cache"]) == 0  # before the first run
     fetched.pipe("/nobody/cache/tokens", b"many")
@@ -150,6 +151,11 @@ def test_mode_check_needs_no_workdir(folder, capsys, monkeypatch, tmp_path):
     fetched.rm("/nobody", recursive=True)
     assert not list((tmp_path / "cache").rglob("tokens"))  # nothing was copied
     capsys.readouterr()
+    for field, value in (("data.recipe", "clae"), ("explanation.layer", "9"), ("meta.data", "knee")):
+        assert main.main([*argv, f"--config.{field}={value}"]) == 2  # as a run does
+        assert f"config.{field} " in capsys.readouterr().err
+    assert main.main([*argv, "--config.method=memory", "--config.learner=maml"]) == 0
+    assert "config.learner has no effect: nothing trains\n" in capsys.readouterr().out
     (folder / "test" / "good" / "0.png").write_bytes(b"no image")
     assert main.main(argv) == 2
     held = capsys.readouterr()

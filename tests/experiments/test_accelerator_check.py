@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from bench import clock, torch_peer, workload
 
+from medclip_jax.errors import WorkdirError
+
 
 @pytest.mark.slow
 def test_every_part_runs_and_the_device_agrees_with_the_cpu(tmp_path, monkeypatch):
@@ -84,3 +86,10 @@ def test_images_are_made_in_the_layout_of_a_users_folder(tmp_path):
     assert counts == {"train/good": 2, "test/good": 3}
     with accelerator_check.Image.open(tmp_path / "test/lesion/1.png") as image:
         assert np.asarray(image)[120, 120] == 250 and image.size == (384, 320)
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check", f"--out={tmp_path}"])
+    monkeypatch.setattr(accelerator_check, "equality", lambda small: pytest.fail("measured"))
+    with pytest.raises(WorkdirError, match="Cannot write"):
+        accelerator_check.main()

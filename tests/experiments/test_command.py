@@ -67,6 +67,27 @@ def test_counts_are_one_or_more():
 @pytest.mark.parametrize(
     "flags, said",
     [
+        ("maml --times 0", "--times: '0': give a whole number of 1 or more"),
+        ("encoder --batch 8 -1", "--batch: '-1': give a whole number of 1 or more"),
+        ("table --tflops nan", "--tflops: 'nan': give a number above 0"),
+        ("large --python x --dtype int4", "--dtype: invalid choice: 'int4'"),
+        ("large --python false --size DINOv2-g/14@224", "--python false: it needs PyTorch and"),
+        (
+            "predict --kinds png --images 2 --few 1 --workdir /none",
+            "predict ended with code 2: see",
+        ),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run_is_a_sentence(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        command.run(benchmark.main)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
         (["--stage=views"], "--data is needed"),
         (["--judge=clip"], "--data is needed"),
         (["--stage=train", "--data={}"], "captions.csv"),  # which is not there

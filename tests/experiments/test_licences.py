@@ -39,3 +39,12 @@ def test_the_page_names_the_core():
 )
 def test_a_licence_is_read(said, good):
     assert licences.is_permissive(said) == good
+
+
+@pytest.mark.parametrize("flag, code", [("--help", 0), ("--foo", 2)])
+def test_no_flag_writes_the_page(flag, code, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["licences.py", flag])
+    monkeypatch.setattr(licences, "tree", None)  # is not asked
+    with pytest.raises(SystemExit) as ended:
+        licences.main()
+    assert ended.value.code == code

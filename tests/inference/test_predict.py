@@ -274,3 +274,17 @@ def test_a_config_by_name_is_the_packaged_one(monkeypatch, tmp_path):
         "--config",
         "none.py",
     ]
+
+
+def test_what_can_no_longer_be_read_leaves_no_earlier_result(whole, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i in range(2):
+        Image.fromarray(noise(i)).save(folder / f"{i}.png")
+    assert run(whole, output, folder) == 0
+    kept, gone = sorted(inputs.safe_name(f"in/{i}.png") for i in range(2))
+    assert len(list(output.glob(f"{gone}.*"))) >= 3
+    before = {path.name for path in output.glob(f"{kept}.*")}
+    (folder / "1.png").write_bytes(b"no image")
+    assert run(whole, output, folder) == 0
+    assert {path.name for path in output.iterdir()} == before | {"results.csv", "unreadable.csv"}

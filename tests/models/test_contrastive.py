@@ -108,7 +108,7 @@ def test_training_with_simclr_logs_it(tmp_path, clip, pool):
         *(build.fresh_params(c, clip, design), frozen, [augmented(pool)], []),
         workdir=tmp_path,
         mesh=sharding.mesh(),  # four devices and three rows: one only fills
-        **build.training(c, clip, design),
+        **build.training(c, clip, design, ()),
     )
     assert np.isfinite(params["head"]["out"]["kernel"]).all()
     assert '"simclr"' in (tmp_path / "metrics.jsonl").read_text()
