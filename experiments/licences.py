@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import command
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -99,8 +100,7 @@ def page(packages: list[Package]) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    packages = tree(core())
-    path = ROOT / "docs" / "licences.md"
+    packages, path = tree(core()), ROOT / "docs" / "licences.md"
     path.write_text(page(packages))
     others = [p for p in packages if not is_permissive(p.licence)]
     said = f"{path}: {len(packages)} packages, {len(others)} not permissive"
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     add("--stage", choices=STAGES)
     add("--shards", type=command.count, default=60, help="shards of 512 views")
     add("--init", type=Path, help="CLIP folder whose image encoder is the starting point")
-    add("--steps", type=command.count, default=30000, help="of train, decay, or device's decay")
+    add("--steps", type=int, default=30000, help="of train, decay, or device's decay")
     add("--minutes", type=float, default=6.0, help="of device, before the decay")
     add("--batch", type=command.count, default=64)
     add("--patches", type=command.count, default=98, help="of 196 in a step before the decay")

@@ -151,7 +151,11 @@ def test_mode_check_needs_no_workdir(folder, capsys, monkeypatch, tmp_path):
     fetched.rm("/nobody", recursive=True)
     assert not list((tmp_path / "cache").rglob("tokens"))  # nothing was copied
     capsys.readouterr()
-    for field, value in (("data.recipe", "clae"), ("explanation.layer", "9"), ("meta.data", "knee")):
+    for field, value in (
+        ("data.recipe", "clae"),
+        ("explanation.layer", "9"),
+        ("meta.data", "knee"),
+    ):
         assert main.main([*argv, f"--config.{field}={value}"]) == 2  # as a run does
         assert f"config.{field} " in capsys.readouterr().err
     assert main.main([*argv, "--config.method=memory", "--config.learner=maml"]) == 0

@@ -152,7 +152,7 @@ def test_the_plan_says_from_which_step_on_the_weights_were_others(tmp_path, monk
         return json.loads((tmp_path / "plan.json").read_text())["phases"]
 
     first = phases(0)
-    assert first == phases(10) and [n for n, _ in first] == [0]
+    assert first == phases(10, "--steps=0") and [n for n, _ in first] == [0]  # none, as documented
     later = phases(20, "--weight", "caption=0")
     assert later[0] == first[0] and later[1][0] == 20 and len(later) == 2
     assert " caption 0.1" in later[0][1] and " caption 0.1" not in later[1][1]

@@ -32,7 +32,11 @@ def scores(prepared, encoded, workdir) -> np.ndarray:
     """Largest pixel of the anomaly probability of each test image; no fold is held out."""
     c, design = prepared.config, prepared.design
     params = build.fresh_params(c, prepared.clip, design)
-    how = {"workdir": workdir, "mesh": prepared.mesh, **build.training(c, prepared.clip, design, ())}
+    how = {
+        "workdir": workdir,
+        "mesh": prepared.mesh,
+        **build.training(c, prepared.clip, design, ()),
+    }
     stacked = loop.fit(params, prepared.frozen, encoded.pools, [], **how)
     params = jax.tree.map(lambda x: x[0], stacked)
 
