@@ -203,7 +203,7 @@ def _at_size(weights: hf_weights.Weights, size: int) -> hf_weights.Weights:
     if size % patch:
         raise ConfigError(
             f"config.clip.size is {size}, no multiple of the patches' {patch} pixels: "
-            f"give {size // patch * patch or patch} or {(size // patch + 1) * patch}"
+            f"give {(least := size // patch or 1) * patch} or {(least + 1) * patch}"
         )
     config = {**weights.config, "vision_config": {**vision, "image_size": size}}
     model = weights.params["vision_model"]

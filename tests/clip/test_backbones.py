@@ -176,6 +176,8 @@ def test_an_encoder_of_images_alone_has_no_text(loaded, name):
 def test_a_size_that_does_not_fit_the_patches_is_refused(loaded):
     with pytest.raises(ConfigError, match=r"clip.size is 50.*8 pixels: give 48 or 56"):
         loaded("dinov2", 50)
+    with pytest.raises(ConfigError, match=r"clip.size is 1, .*8 pixels: give 8 or 16"):
+        loaded("dinov2", 1)
 
 
 @pytest.mark.parametrize("name", ["siglip", "dinov2", "dinov3_vit", "open_clip_bert_mlp"])
