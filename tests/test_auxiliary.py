@@ -96,5 +96,5 @@ def test_training_on_two_phantoms(tmp_path, monkeypatch):
     train.fit(prepared, encoded, tmp_path)  # resumes
     target, other = encoded.pools
     changed = encoded._replace(pools=[target, other._replace(digest=target.digest)])
-    with pytest.raises(CheckpointError, match="or images of config.meta.data than now"):
+    with pytest.raises(CheckpointError, match="or other images of config.meta.data than"):
         train.fit(prepared, changed, tmp_path)

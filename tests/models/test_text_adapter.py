@@ -147,7 +147,7 @@ def test_a_run_notices_another_ontology_and_another_clip(world, tmp_path, capfd)
     assert call("odd spot") == 0
     before = (run / "scorer.json").read_bytes()
     assert call("odd place", "--mode=evaluate") == 2
-    assert "or other prompts (config.prompts.ontology_file) than now" in capfd.readouterr().err
+    assert "(config.prompts.ontology_file) or other images of" in capfd.readouterr().err
     assert predict(run, tmp_path / "out", world.data / "test" / "good") == 2
     assert "another language adapter or ontology than" in capfd.readouterr().err
     weights = clip / "flax_model.msgpack"
