@@ -32,7 +32,7 @@ def main() -> None:
     for name, module in modules.items():
         one = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         one.add_argument("--json", type=Path, help="file for the result")
-        one.register("type", int, command.count)  # all of them are counts
+        one.register("type", int, command.count)  # what benchmarks call int is a count
         one.register("type", float, command.positive)
         module.arguments(one)
     args = parser.parse_args()

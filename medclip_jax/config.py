@@ -92,10 +92,10 @@ def departures(c: ConfigDict) -> list[str]:
     return [f"{n} = {x!r} (preset: {own[n]!r})" for n, x in flat(c) if own.get(n, x) != x]
 
 
-def idle(given: ConfigDict, c: ConfigDict) -> list[str]:
+def unused_fields(given: ConfigDict, c: ConfigDict) -> list[str]:
     """The fields of an unresolved config that are set and not read, and why; c: resolved."""
     usual = dict(flat(base(f"method={given.method}")))
-    return config_validation.idle(c, [n for n, x in flat(given) if x != usual[n]])
+    return config_validation.unused_fields(c, [n for n, x in flat(given) if x != usual[n]])
 
 
 def _data(root: str, data: dict) -> dict:

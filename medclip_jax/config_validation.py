@@ -35,7 +35,7 @@ CHOICES = {
     "explanation.method": ("grad_cam", "grad_cam_pp"),
 }
 RANGES: Limits = {  # both ends included
-    **dict.fromkeys(("k", "validations"), (0, 1 << 20)),
+    "k": (0, 1 << 20),
     "seed": (0, 1 << 31),
     "data.pool": (1, 1 << 20),
     "clip.size": (0, 4096),
@@ -46,12 +46,14 @@ RANGES: Limits = {  # both ends included
     **dict.fromkeys(("meta.tasks", "score.passes"), (1, 10_000)),
     **dict.fromkeys(("meta.inner_steps", "meta.adapt_steps"), (0, 1000)),
     "meta.inner_rate": (1e-9, 1e3),
-    **dict.fromkeys(("learning_rate", "score.affinity"), (0, 1e3)),
+    "learning_rate": (0, 1e3),
     "batch": (0, 4096),
     "steps": (0, 1 << 30),
+    "validations": (0, 1 << 20),
     "checkpoint_every": (1, 1 << 30),
     "memory_coreset": (0.001, 1),
     "score.top": (0, 1),
+    "score.affinity": (0, 1e3),
     "score.peak": (0, 0.9),
     **dict.fromkeys(("calibration.alpha", "calibration.pixel_rate"), (0.0001, 0.9999)),
     "explained": (0, 32),
@@ -62,10 +64,10 @@ PATHS = (  # of any bytes; words are encoded by the tokenizer
     *("prompts.ontology_file", "calibration.extra"),
 )
 LONGEST = 4000  # characters of a text
-EPISODES = "meta.tasks meta.shots meta.inner_steps meta.inner_rate meta.adapt_steps"
-UNTRAINED = "learner teacher augment batch steps learning_rate loss. meta. synthesis. "
-UNTRAINED += "prompts.context prompts.init prompts.position prompts.shared model.language_tuned"
-WORDED = "prompts. model.form model.learn_scale model.dropout model.language"
+EPISODE_FIELDS = "meta.tasks meta.shots meta.inner_steps meta.inner_rate meta.adapt_steps"
+TRAINING_FIELDS = "learner teacher augment batch steps learning_rate loss. model.language_tuned "
+TRAINING_FIELDS += "prompts.context prompts.init prompts.position prompts.shared meta. synthesis."
+PROMPT_FIELDS = "prompts. model.form model.learn_scale model.dropout model.language"
 AUGMENT: Limits = {"flip": (0, 1), "rotate": (0, 180), "intensity": (0, 1), "elastic": (0, 0.05)}
 MAP_FILTER: Limits = {
     **{"median": (1, 99), "min_area_mm2": (0, 1e6), "min_area_pixels": (0, 1e6)},
@@ -253,18 +255,18 @@ def _needs(c: Any) -> Rules:
     yield absent, f"tensorboard is on and tensorboardX is not installed: {install}"
 
 
-def idle(c: Any, given: Sequence[str]) -> list[str]:
+def unused_fields(c: Any, given: Sequence[str]) -> list[str]:
     """Of the `given` fields those that nothing reads, and why. c: resolved."""
     read = (c.method,) if c.method in FIXED_METHODS else c.branches
     rules = (  # whether, fields and groups, why
         (not c.teacher, "loss.distill", "there is no teacher"),
         (not c.prompts.context, "prompts.init prompts.position", "prompts.context is 0"),
-        (c.learner == "joint" and not c.meta.sources, EPISODES, "learner is joint"),
+        (c.learner == "joint" and not c.meta.sources, EPISODE_FIELDS, "learner is joint"),
         ("memory" not in read, "memory_encoder memory_coreset", "no branch is memory"),
-        ({*read} <= {"memory", *PIXEL_METHODS}, WORDED, "no branch has prompts"),
+        ({*read} <= {"memory", *PIXEL_METHODS}, PROMPT_FIELDS, "no branch has prompts"),
         (c.method in FIXED_METHODS, "branches", f"method {c.method} is its own branch"),
-        ("chexpert" not in f"{c.data.name} {c.meta}", "data.uncertain", "chexpert alone has them"),
-        (not c.steps, UNTRAINED, "nothing trains"),
+        ("chexpert" not in f"{c.data.name} {c.meta}", "data.uncertain", "no data set is CheXpert"),
+        (not c.steps, TRAINING_FIELDS, "nothing trains"),
     )
     why = {
         name: reason

@@ -243,12 +243,12 @@ def use(args: flags.FlagValues) -> None:
 
 
 def check(fields: ConfigDict) -> None:
-    """Print what a named CLIP is, and the table of the data set; UserError if one has a fault."""
+    """Print unused settings, a named CLIP and the table of the data set; UserError for a fault."""
     from medclip_jax import build
     from medclip_jax.data import check as data_check
 
     c = config.resolve(fields)
-    for line in (*config.idle(fields, c), *build.describe_clip(c)):
+    for line in (*config.unused_fields(fields, c), *build.describe_clip(c)):
         print(printable(line), flush=True)
     data, root = c.data, files.expanded(c.data.root) if c.data.root else None
     how = {"pool_size": data.pool, "kind": data.split, "uncertain": data.uncertain}

@@ -123,7 +123,7 @@ def prepare(config: ConfigDict) -> Prepared:
     c = config_module.resolve(config)
     for departure in config_module.departures(config):
         logging.info("method %s with %s", c.method, departure)
-    for line in config_module.idle(config, c):
+    for line in config_module.unused_fields(config, c):
         logging.warning("%s", line)
     others = build.auxiliary_datasets(c)
     runtime.keep_compiled(Path(c.cache))

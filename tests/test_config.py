@@ -290,14 +290,14 @@ def test_weights_of_which_none_teaches_a_score_are_refused(teacher, taught):
         ("memory", {"prompts.phrases": "words"}, {"prompts.phrases": "no branch has prompts"}),
         ("zero_shot", {"prompts.phrases": "words", "model.form": "distance"}, {}),
         ("zero_shot", {"branches": ("memory",)}, {"branches": "method zero_shot is its own"}),
-        ("ours", {"data.uncertain": "positive"}, {"data.uncertain": "chexpert al"}),
+        ("ours", {"data.uncertain": "positive"}, {"data.uncertain": "no data set is CheXpert"}),
         ("ours", {"data.uncertain": "positive", "meta.data": ("chexpert=x",)}, {}),
     ],
 )
 def test_a_field_that_nothing_reads_is_said(method, fields, named):
     c = config.base(f"k=4,method={method}", name="folder")
     c.update_from_flattened_dict(fields)
-    said = config.idle(c, config.resolve(c))
+    said = config.unused_fields(c, config.resolve(c))
     assert len(said) == len(named)
     for line, (field, why) in zip(said, named.items(), strict=True):
         assert line.startswith(f"config.{field} has no effect: ") and why in line

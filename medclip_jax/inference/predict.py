@@ -194,7 +194,7 @@ def _write(
         except (DataError, OSError, MemoryError) as error:  # of the output it is a WorkdirError
             job.error = loading.reason(error, job.item)
     if job.error:
-        results.remove(output, job.item)
+        results.remove_results(output, job.item)
     return job.rows or []
 
 

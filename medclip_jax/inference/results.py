@@ -95,7 +95,7 @@ def write(
     for name, raw in contents.items():
         names[_what(name)] = f"{item.output}.{name}"
         files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
-    remove(output, item, {*names.values(), f"{item.output}.json"})
+    remove_results(output, item, keep={*names.values(), f"{item.output}.json"})
     _name_files(frames, item, objects)
     page = _page(item, loaded, frames, top, model) | {
         "files": names,
@@ -110,13 +110,13 @@ def write(
     return table_rows(page, item), objects.notes
 
 
-def remove(output: Path, item: Item, but: Collection[str] = ()) -> None:
-    """Files of an earlier result of the item, `but` these: under other settings or other bytes."""
+def remove_results(output: Path, item: Item, keep: Collection[str] = ()) -> None:
+    """Remove files of an earlier result of the item, under other settings or of other bytes."""
     numbered = (f"{number}.seg.dcm" for number in itertools.count(1))
     there = itertools.takewhile(lambda x: (output / f"{item.output}.{x}").exists(), numbered)
     for ending in ("json", *ENDINGS, *there):
         path = output / f"{item.output}.{ending}"
-        if path.name not in but and not path.is_dir():
+        if path.name not in keep and not path.is_dir():
             with files.disk_errors(path):
                 path.unlink(missing_ok=True)
 

@@ -96,8 +96,10 @@ def test_boxes_of_annotators_find_themselves_and_shifted_ones_do_not():
         )
     lesions = sum(len(x.lesions) for x in images)
     assert lesions >= 44 and len(images) == 124
-    got = detection.measured(images, [1] * 124)
+    label = [int(len(x.lesions) > 0) for x in images]
+    got = detection.measured(images, label)
     assert got["recall"] == 1.0 and got["froc"]["0.3"]["mean"] == 1.0
+    assert got["boxes_per_healthy_image"] == 0.0
     # half a side to the right: IoU is 1/3; a whole side: 0
     for share, found in ((0.5, 1.0), (1.0, 0.0)):
         moved = []
@@ -105,5 +107,5 @@ def test_boxes_of_annotators_find_themselves_and_shifted_ones_do_not():
             boxes = one.boxes.copy()
             boxes[:, 1::2] += share * (one.boxes[:, 3:] - one.boxes[:, 1:2])
             moved.append(one._replace(boxes=boxes))
-        got = detection.measured(moved, [1] * 124)
+        got = detection.measured(moved, label)
         assert got["froc"]["0.3"]["sensitivity"][-1] == pytest.approx(found, abs=0.05)
