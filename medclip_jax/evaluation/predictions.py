@@ -170,7 +170,7 @@ def grey(unit: Float[np.ndarray, "h w"]) -> bytes:
     """PNG of values in [0, 1], times 256 and rounded down: 128 is what the threshold marks."""
     file = io.BytesIO()
     codes = np.clip(np.floor(256 * unit), 0, 255).astype(np.uint8)
-    PIL.Image.fromarray(codes).save(file, "PNG", optimize=True)
+    PIL.Image.fromarray(codes).save(file, "PNG")
     return file.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Images through the frozen encoder, spread over the devices; the feature cache is filled."""
 
 import collections
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -158,11 +159,15 @@ def encode_variants(
     size, fit = feature_cache.clip.size, feature_cache.fit
     pixels = {r.id: x for r, x in read.read_all(images, size, fit)}
     partners = np.stack([pixels[r.id] for r in images])
-    for record in progress(todo, "make variants", len(todo)):
-        altered, masks, kinds = variants(record, pixels[record.id], partners, synthesis)
-        packed = np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1)
-        tokens = encode(feature_cache, altered)
-        cache.write(feature_cache, path(record), tokens, {"mask": packed, "kind": kinds})
+
+    def make(record: Record):
+        return record, *variants(record, pixels[record.id], partners, synthesis)
+
+    with contextlib.closing(runtime.prefetch(make, todo)) as made:
+        for record, altered, masks, kinds in progress(made, "make variants", len(todo)):
+            packed = np.packbits(masks.reshape(len(masks), -1) > 0.5, axis=1)
+            tokens = encode(feature_cache, altered)
+            cache.write(feature_cache, path(record), tokens, {"mask": packed, "kind": kinds})
     runtime.wait_for_files([path(r) for r in todo])
     return len(todo) * (synthesis.variants + synthesis.copies)
 
@@ -250,12 +255,15 @@ def _encode_shares(
         while len(line) > most:
             yield narrowed(sharding.fetch(*line.popleft()), feature_cache.dtype)
 
-    for images, real in shares:
-        images = preprocessing.batch(images, feature_cache.recipe)
-        placed = sharding.place(images, feature_cache.mesh)
-        line.append((checkpoint.encode_images(feature_cache.vision, placed, **static), real))
-        yield from fetched(batches_ahead(feature_cache.mesh))
-    yield from fetched(0)
+    def prepared(share: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
+        return preprocessing.batch(share[0], feature_cache.recipe), share[1]
+
+    with contextlib.closing(runtime.prefetch(prepared, shares)) as ready:
+        for images, real in ready:
+            placed = sharding.place(images, feature_cache.mesh)
+            line.append((checkpoint.encode_images(feature_cache.vision, placed, **static), real))
+            yield from fetched(batches_ahead(feature_cache.mesh))
+        yield from fetched(0)
 
 
 def batches_ahead(mesh: jax.sharding.Mesh) -> int:

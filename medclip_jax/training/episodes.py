@@ -7,7 +7,7 @@ than the support; with K (the target), rows are dealt out to both sides, so that
 single image is clean on the support side only, and takes no part in identity tasks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -203,17 +203,19 @@ def _views(
     return training_pool.take_views(pool, image[rows], [view[rows] for view in pair])
 
 
-def adaptation_batch(pool: TrainingPool, members: Sequence[Int[np.ndarray, " _"]]) -> Batch:
-    """What every params adapts to, [row, 1 + folds, ...]; rows that fill a shorter one are invalid.
+def adaptation_batches(
+    pool: TrainingPool, members: Sequence[Int[np.ndarray, " _"]]
+) -> Iterator[Batch]:
+    """What each params adapts to, [row, ...]; rows that fill a shorter one are invalid.
 
     pool: of the target's supports alone. members: of each params.
     """
     rows = [adaptation(own, pool.kinds) for own in members]
-    count = np.array([r.image.size for r in rows])
-    full = [Rows(*(np.resize(x, (1, count.max())) for x in r)) for r in rows]
-    batch = _take(pool, full)
-    batch = jax.tree.map(lambda x: x[0].swapaxes(0, 1), batch)
-    return batch._replace(valid=np.arange(count.max())[:, None] < count[None])
+    most = max(r.image.size for r in rows)
+    for own in rows:
+        image, variant = (np.resize(x, most) for x in own)
+        valid: Any = np.arange(most) < own.image.size
+        yield training_pool.take(pool, image, variant)._replace(valid=valid)
 
 
 def _take(pool: TrainingPool, rows: Sequence[Rows]) -> Batch:

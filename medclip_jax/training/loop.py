@@ -211,14 +211,19 @@ def _adaptation(pool: TrainingPool, folds, loss, learner, mesh) -> Callable[[Any
         return lambda params, _: params
     own = training_pool.supports(len(pool.clean), folds)
     inner = learner.inner(learner.adapt_steps)
+    stacked = jax.jit(lambda each: jax.tree.map(lambda *x: jax.numpy.stack(x), *each))
 
     @jax.jit
-    def adapted(params, frozen, rows):
-        return training_step.adapt(params, frozen, rows, loss=loss, inner=inner)
+    def adapted(params, index, frozen, rows):
+        return training_step.adapt(params, index, frozen, rows, loss=loss, inner=inner)
 
-    def read_and_adapt(params, frozen):  # rows of all supports are not held between calls
-        rows, valid = sharding.spread(episodes.adaptation_batch(pool, own), mesh)
-        return adapted(params, frozen, rows._replace(valid=rows.valid & valid[:, None]))
+    def read_and_adapt(params, frozen):  # the rows of one params after another are in memory
+        each = []
+        for index, batch in enumerate(episodes.adaptation_batches(pool, own)):
+            rows, valid = sharding.spread(batch, mesh)
+            rows = rows._replace(valid=rows.valid & valid)
+            each.append(jax.block_until_ready(adapted(params, index, frozen, rows)))
+        return stacked(each)
 
     return read_and_adapt
 

@@ -141,15 +141,16 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)
 
 
-def adapt(params: Any, frozen: Any, batch: Batch, *, loss: Callable, inner: maml.Inner) -> Any:
-    """Every params of the stack adapts to its own rows, without dropout.
+def adapt(
+    stack: Any, index: Any, frozen: Any, batch: Batch, *, loss: Callable, inner: maml.Inner
+) -> Any:
+    """The params at an index of the stack, adapted to its own rows without dropout.
 
-    Leaves of batch are [row, 1 + folds, ...]; the result is without learned rates. Pure; jit it.
+    Leaves of batch are [row, ...]; the result is without learned rates. Pure; jit it.
     """
 
     def plain(params, batch):
         return loss(params, frozen, batch, None)
 
-    by_params = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch)
-    adapted = partial(maml.adapt, loss=plain, inner=inner)
-    return jax.lax.map(lambda own: adapted(*own)[0], (params, by_params))
+    params = jax.tree.map(lambda x: x[index], stack)
+    return maml.adapt(params, batch, loss=plain, inner=inner)[0]

@@ -43,10 +43,11 @@ def tasks_of(pool, number, members=(ALL,)):
 
 
 def adapted_to(pool, state, members=(ALL,), learner="maml", steps=1):
-    rows = episodes.adaptation_batch(pool, members)
     inner = step.Learner(learner, inner_rate=0.1).inner(steps)
     run = jax.jit(partial(step.adapt, loss=toy_loss, inner=inner))
-    return run(state.params, {}, rows)
+    batches = enumerate(episodes.adaptation_batches(pool, members))
+    each = [run(state.params, index, {}, rows) for index, rows in batches]
+    return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
 
 def close(a, b, rtol):
@@ -62,7 +63,7 @@ def first(tree):
 def test_every_learner_learns_and_adapting_helps(clip, pool, learner):
     optimizer = optax.adam(3e-2)
     state, take_step = begin(clip, optimizer, learner=learner), step_of(learner, optimizer)
-    rows = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), episodes.adaptation_batch(pool, [ALL]))
+    rows = jax.tree.map(jnp.asarray, next(episodes.adaptation_batches(pool, [ALL])))
     value = jax.jit(lambda params: toy_loss(first(params), {}, rows, None)[0])
 
     def plain(params):
@@ -165,7 +166,8 @@ def test_fold_params_see_their_own_images_alone(clip, pool):
 
 def test_rows_that_fill_a_shorter_one_do_not_count(clip, pool):
     state, few = begin(clip, optax.sgd(0.1), 2), np.array([1, 3])
-    assert episodes.adaptation_batch(pool, [ALL, few]).valid.sum(0).tolist() == [16, 8]
+    batches = episodes.adaptation_batches(pool, [ALL, few])
+    assert [b.valid.sum() for b in batches] == [16, 8]
     padded = adapted_to(pool, state, [ALL, few], steps=2)
     own = state._replace(params=jax.tree.map(lambda x: x[1:], state.params))
     exact = adapted_to(pool, own, [few], steps=2)
