@@ -124,7 +124,6 @@ def test_the_roc_band_surrounds_the_curve():
     assert high[-1] == 1.0 and (np.diff(low) >= 0).all() and (high - low)[5] > 0.02
 
 
-@pytest.mark.slow
 def test_intervals_hold_the_truth_95_times_in_100():
     """Test sets of 80 + 80; the truth of N(1, 1) against N(0, 1) is a closed form."""
     rng, label = np.random.default_rng(3), np.repeat([0, 1], 80)

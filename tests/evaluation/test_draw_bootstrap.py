@@ -122,7 +122,6 @@ def test_pixel_metrics_from_histograms():
     assert significance.pixel_estimates(own, label, indices=part)["dice"] != found["dice"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tested", [60, 40])
 def test_intervals_hold_the_truth_95_times_in_100(tested, monkeypatch):
     """Five draws whose separation varies with sd 0.2 around 1, on 60 abnormal and `tested` of 60

@@ -76,6 +76,7 @@ def done(world):
     return seen
 
 
+@pytest.mark.slow
 def test_every_learner_and_rival_at_every_k(done, world, monkeypatch, capsys):
     names = ["memory", "zero-shot", "scratch", "joint", "ours"]
     assert [(x["k"], x["learner"]) for x in done.rows] == [(k, n) for k in (1, 4) for n in names]
@@ -140,6 +141,7 @@ def test_a_table_compares_what_both_learners_have(capsys):
     assert of["ours"][0] == "joint +0.010 (+0.010 to +0.010) 1 of 1 p=1.00"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 4])
 def test_ours_is_the_packages_run_of_the_same_draw(done, world, tmp_path, k):
     """Of the same supports and test images: what the command line gives for them."""
@@ -150,6 +152,7 @@ def test_ours_is_the_packages_run_of_the_same_draw(done, world, tmp_path, k):
     assert own["0"] == pytest.approx(whole["image"]["auroc"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_pixels_are_of_shared_maps(done):
     """Of memory and heads as of the default method, whose maps the package has shared."""
     for place, (test, scored) in zip((0, 6), done.scored, strict=True):
@@ -234,6 +237,7 @@ def test_report_sets_are_scored_as_frozen_and_the_look_is_a_line(command, tmp_pa
     assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_tokens_of_either_encoder(world):
     """Sources, supports, their synthetic anomalies and test images have the same ones."""
     one, both = (leave_one_out.Data(world.root, name) for name in ("memory", "both"))

@@ -130,6 +130,7 @@ def check_export(folder, params, model, material):
     np.testing.assert_allclose(ours, read, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_folders_are_judged_by_the_packages_methods(tmp_path, config, model, tokenizer_folder):
     data = phantom.write_folder(tmp_path / "data", "ultrasound", 0, 32, 3, 1, 1)
     export.write_folder(tmp_path / "fresh", encoders.init(model, 0), config, tokenizer_folder)

@@ -68,6 +68,7 @@ def finished(folder: Path) -> int:
     return len(list(folder.glob("*.json")))
 
 
+@pytest.mark.slow
 def test_signals_while_predicting_and_the_same_command_finishes(predict, tmp_path):
     cut, whole = tmp_path / "cut", tmp_path / "undisturbed"
     code, stderr = predict(cut, number=signal.SIGINT, least=1)

@@ -170,6 +170,7 @@ def test_a_killed_run_resumes_bit_for_bit(world, whole, killed, tmp_path):
     assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_sigterm_while_meta_training_saves_and_the_same_command_finishes(world, tmp_path):
     workdir = tmp_path / "cut"
     flags = (*META, f"--config.steps={STEPS}", "--config.branches=('learned',)")
