@@ -245,12 +245,12 @@ def spacings(
     """
     sizes = []
     for record in records:
-        image = read.read(record.path)
+        image = read.open_image(record.path, window=record.window)
         if image.spacing is None:
             return None
-        sides = image.pixels.shape[1:]
-        sides = sides if fit == "stretch" else (max(sides),) * 2
-        sizes.append(tuple(mm * side / size for mm, side in zip(image.spacing, sides, strict=True)))
+        row, column = image.spacing
+        height, width = image.shape[1:] if fit == "stretch" else (max(image.shape[1:]),) * 2
+        sizes.append((row * height / size, column * width / size))
     return sizes
 
 
@@ -259,7 +259,7 @@ def lesion_mask(record: Record) -> Bool[np.ndarray, "h w"]:
 
     Raises DataError for a mask of another size than its image.
     """
-    shape = read.read(record.path).pixels.shape[1:]
+    shape = read.open_image(record.path, window=record.window).shape[1:]
     return read.read_mask(record.masks, shape, record.path)
 
 

@@ -159,20 +159,15 @@ def save(predictor: Any, path: str | Path) -> int:
     if path.exists() and not path.is_file():  # before the work; a device would be replaced
         raise WorkdirError(f"{path} is a folder or no regular file: give the name of a file")
     calibration = predictor.calibration
-    if predictor.encoder.recipe:
+    absent = {  # from the program
+        "data.recipe": bool(predictor.encoder.recipe),
+        "score.map_filter": calibration.filter != MapFilter(),
+        "score.tiles": predictor.tiles > 1,
+    }
+    for field in (name for name, used in absent.items() if used):
         raise ConfigError(
-            f"the run was trained with data.recipe {', '.join(predictor.encoder.recipe)}, which an "
-            "exported file cannot carry: use --mode predict, or train without a recipe"
-        )
-    if calibration.filter != MapFilter():
-        raise ConfigError(
-            "the run filters its maps (config.score.map_filter), which an exported file cannot: "
-            "use --mode predict, or train without it"
-        )
-    if predictor.tiles > 1:
-        raise ConfigError(
-            "the run scores tiles (config.score.tiles), which an exported file cannot: "
-            "use --mode predict, or train with tiles=1"
+            f"the run was trained with config.{field}, which an exported file cannot carry: use "
+            "--mode predict, or train without it"
         )
     (code, weights), packed = _program(predictor), io.BytesIO()
     files.write_npz(packed, {f"w{i}": w for i, w in enumerate(weights)})
@@ -281,7 +276,13 @@ def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
         return jax.core.eval_jaxpr(closed.jaxpr, own, images)
 
     shapes = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
-    code = jax.export.export(jax.jit(lifted), platforms=PLATFORMS)(shapes, images).serialize()
+    settings: Any = jax.config  # its fields appear when jax is imported: unknown to a type checker
+    lines = settings.jax_traceback_in_locations_limit
+    try:  # or the program would name the folders of this machine's sources
+        jax.config.update("jax_traceback_in_locations_limit", 0)
+        code = jax.export.export(jax.jit(lifted), platforms=PLATFORMS)(shapes, images).serialize()
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", lines)
     return bytes(code), weights
 
 

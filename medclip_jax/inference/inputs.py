@@ -215,6 +215,7 @@ def _item(
     """An item whose sources are told from the folder `root`."""
     names = tuple(printable(os.path.relpath(path, root)) for path in paths)
     source = names[0] if len(names) == 1 else f"{names[0]} (+{len(names) - 1})"
+    uids = tuple(map(printable, uids))  # any text of a header
     return Item(source, paths, kind, safe_name(source), names, uids, error)
 
 
@@ -232,7 +233,7 @@ def _unique(items: Sequence[Item]) -> list[Item]:
 
 
 def printable(path: str) -> str:
-    """A path as text that any terminal, CSV or JSON reader can take."""
+    """A path, or a UID of a header, as text that any terminal, CSV or JSON reader can take."""
     text = errors.printable(path)
     return f"./{text}" if text[:1] in ("=", "+", "-", "@") else text  # no spreadsheet formula
 

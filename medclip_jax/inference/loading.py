@@ -112,7 +112,8 @@ def load(item: Item, predictor: Predictor, output: Path, stamp: str) -> Job:
                 "are read: give it in parts."
             )
         sha256 = files.sha256_of(*paths)
-        key = hashlib.sha256(f"{stamp} {sha256}".encode()).hexdigest()
+        named = f"{stamp} {sha256} {item.names}"  # results name the files of a series
+        key = hashlib.sha256(named.encode()).hexdigest()
         rows = results.finished(output, item, key)
         if rows is not None:
             return Job(item, rows=rows)

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from medclip_jax import files
 from medclip_jax.errors import WorkdirError
@@ -83,13 +84,15 @@ def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
 def without_names(message: str, paths: Sequence[str], name: str) -> str:
     """A message with `name` for every path, and without what a library says in brackets."""
     voxels = [str(file) for path in paths for file in files_of(Path(path))[1:]]  # of pairs
+    instead: dict[str, str] = {}
     for path in (*paths, *voxels):
         whole = os.path.abspath(path)
-        parts = {path, whole, os.path.basename(whole)}
-        for part in sorted(parts | {inputs.printable(p) for p in parts}, key=len, reverse=True):
-            message = message.replace(part, name)
-        folder = os.path.dirname(whole)
-        message = message.replace(folder, "...").replace(inputs.printable(folder), "...")
+        instead |= dict.fromkeys((path, whole, os.path.basename(whole)), name)
+        instead |= {os.path.dirname(whole): "..."}
+    instead |= {inputs.printable(part): text for part, text in instead.items()}
+    # in one pass and as whole words: a file may be called 1
+    parts = map(re.escape, sorted(instead, key=len, reverse=True))
+    message = re.sub(rf"(?<!\w)({'|'.join(parts)})(?!\w)", lambda x: instead[x[0]], message)
     while (shorter := re.sub(r" ?\([^()]*\)", "", message)) != message:
         message = shorter
     return message
@@ -102,9 +105,13 @@ class _Nameless(logging.Filter):
         super().__init__()
         self.names, self.folders = names, folders
 
+    def _hidden(self, arg: Any) -> Any:
+        is_name = isinstance(arg, str | os.PathLike)  # a number is none, though files have numbers
+        return self.names.get(str(arg), arg) if is_name else arg
+
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(self.names.get(str(arg), arg) for arg in record.args)
+            record.args = tuple(map(self._hidden, record.args))
         text = record.getMessage()
         if any(folder in text for folder in self.folders):
             record.msg, record.args = "a message that names an input is left out", ()

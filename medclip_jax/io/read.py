@@ -151,9 +151,9 @@ def read_all(
 
 
 def pixel_areas(sources: Iterable[Source], size: int, mode: Mode) -> list[float | None]:
-    """`pixel_area` of each image, which is read for it. Raises DataError."""
-    images = (read(source.path) for source in sources)
-    return [pixel_area(x.spacing, x.pixels.shape[1:], size, mode) for x in images]
+    """`pixel_area` of each image, which is opened for it. Raises DataError."""
+    images = (open_image(source.path, window=source.window) for source in sources)
+    return [pixel_area(x.spacing, x.shape[1:], size, mode) for x in images]
 
 
 def read_mask(

@@ -13,7 +13,7 @@ from medclip_jax.detectors import anomaly_maps, calibration, detector, saved
 from medclip_jax.detectors.anomaly_maps import least_pixels
 from medclip_jax.features import cache
 from medclip_jax.io import read
-from medclip_jax.io.image import Image
+from medclip_jax.io.image import in_memory
 from medclip_jax.models import similarity
 from tests.support.pictures import write_pictures
 from tests.support.scenes import RATES, score
@@ -84,8 +84,8 @@ def test_a_pixel_of_the_frame_covers_what_it_covered(fit, wanted):
 def test_areas_read_the_images(tmp_path, monkeypatch):
     records = write_pictures(tmp_path, 2)
     assert read.pixel_areas(records, 32, "stretch") == [None, None]
-    made = Image(np.zeros((1, 30, 40), np.float32), (0.4, 0.8), {})
-    monkeypatch.setattr(read, "read", lambda path: made)
+    made = in_memory(np.zeros((1, 30, 40), np.float32), "", "")._replace(spacing=(0.4, 0.8))
+    monkeypatch.setattr(read, "open_image", lambda path, window: made)
     assert read.pixel_areas(records[:1], 20, "stretch") == [pytest.approx(0.6 * 1.6)]
 
 

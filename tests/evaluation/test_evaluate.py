@@ -7,12 +7,14 @@ from PIL import Image
 
 from medclip_jax import build_detector, config
 from medclip_jax.data import splits
+from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import anomaly_maps, calibration, detector
 from medclip_jax.errors import DataError
 from medclip_jax.evaluation import evaluate, predictions
 from medclip_jax.features import cache
 from medclip_jax.io import read as io_read
 from medclip_jax.models import similarity
+from tests.support.predicting import change, dicom
 from tests.support.scenes import perfect, score
 
 
@@ -208,8 +210,12 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
     """Images of 30 x 40 pixels of 0.4 x 0.8 mm in a frame of 32."""
     _, _, test, _ = scene
     plain = evaluate.measure(perfect(test), test, fit)["pixel"]
-    read = io_read.read
-    monkeypatch.setattr(io_read, "read", lambda path: read(path)._replace(spacing=(0.4, 0.8)))
+    opened = io_read.open_image
+
+    def with_spacing(*args, **how):
+        return opened(*args, **how)._replace(spacing=(0.4, 0.8))
+
+    monkeypatch.setattr(io_read, "open_image", with_spacing)
     assert evaluate.spacings(test, 32, fit) == [pytest.approx(wanted)] * len(test)
     said = perfect(test)
     wrong = np.array(said.predictions.maps)
@@ -223,10 +229,23 @@ def test_distances_are_in_millimetres_where_all_images_have_a_spacing(
 
 def test_one_image_without_spacing_makes_all_distances_pixels(scene, monkeypatch):
     _, _, test, _ = scene
-    read, last = io_read.read, test[-1].path
-    monkeypatch.setattr(
-        io_read,
-        "read",
-        lambda path: read(path)._replace(spacing=None if path == last else (0.4, 0.8)),
-    )
+    opened, last = io_read.open_image, test[-1].path
+
+    def with_spacing(path, **how):
+        return opened(path, **how)._replace(spacing=None if path == last else (0.4, 0.8))
+
+    monkeypatch.setattr(io_read, "open_image", with_spacing)
     assert evaluate.spacings(test, 32, "stretch") is None
+
+
+def test_images_are_measured_under_the_window_that_they_are_scored_with(tmp_path):
+    """A CT whose own window cannot be used, 40 x 50 pixels of 0.5 x 0.7 mm."""
+    ct = {"Modality": "CT", "RescaleSlope": 1, "RescaleIntercept": -1024}
+    own = {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": "UNKNOWN"}
+    path = change(dicom(tmp_path / "ct.dcm"), **ct, **own)
+    with pytest.raises(DataError, match="unknown VOI LUT function"):
+        io_read.read(path)
+    record = Record("ct.dcm", 1, "test", path, (), "", window="lung")
+    assert evaluate.spacings([record], 20, "stretch") == [pytest.approx((1.0, 1.75))]
+    assert io_read.pixel_areas([record], 20, "stretch") == [pytest.approx(1.75)]
+    assert evaluate.lesion_mask(record).shape == (40, 50)

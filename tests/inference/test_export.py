@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from PIL import Image
 
 import medclip_jax
 from medclip_jax import build_detector, main
+from medclip_jax.clip.layers import Features, ImageEncoder
+from medclip_jax.detectors import detector
 from medclip_jax.errors import CheckpointError, DataError, WorkdirError
 from medclip_jax.inference import export, predictor
 from medclip_jax.io import read
@@ -53,6 +56,35 @@ def test_weights_of_another_format(whole, tmp_path, dtype):
     theirs = export.load(tmp_path / "x.medclip")(frames)
     mine = predictor.score(model, frames)
     np.testing.assert_allclose(theirs.score, mine.score, atol=1e-5)
+
+
+class Reader(ImageEncoder):
+    """An image encoder without parameters."""
+
+    inputs, depth = False, 1
+
+    def apply(self, params, pixels):
+        rows = pixels.mean(-1).reshape(pixels.shape[0], -1, 4)
+        return Features(rows.mean(1), (rows,))
+
+
+def test_the_program_does_not_name_the_folders_of_its_sources():
+    def apply(params, features, key):
+        patch = features.levels[0].mean(-1)
+        return detector.Scores(patch, patch.max(1))
+
+    clip = SimpleNamespace(image_encoder=Reader(), mean=(0.0,) * 3, std=(1.0,) * 3, vision={})
+    model = SimpleNamespace(
+        encoder=SimpleNamespace(clip=clip, dtype="float32"),
+        calibration=SimpleNamespace(peak=0.25),
+        keys=jax.random.split(jax.random.key(0), 2),
+        detector=detector.Detector(apply, {}, None, None, 2, False, 8),
+        size=8,
+    )
+    before = jax.config.jax_traceback_in_locations_limit
+    code, _ = export._program(model)
+    assert b"main" in code and b".py" not in code and str(ROOT).encode() not in code
+    assert jax.config.jax_traceback_in_locations_limit == before
 
 
 @pytest.mark.parametrize("mode", ["stretch", "pad"])

@@ -216,3 +216,10 @@ def test_damaged_headers_stop_nobody(tmp_path):
         names, refused = walked(tmp_path / "in")
         named = sorted(name for item in names for name in item)
         assert sorted([*named, *refused]) == ["in/a.dcm", "in/b.dcm"]
+
+
+def test_a_uid_that_is_none_is_no_formula_and_no_control_codes(tmp_path):
+    change(dicom(tmp_path / "a.dcm"), SOPInstanceUID='=HYPERLINK("x")\x1b[2J')
+    dicom(tmp_path / "b.dcm", 2)
+    (item,) = inputs.find([str(tmp_path)])
+    assert item.uids == ('./=HYPERLINK("x")\\x1b[2J', "1.2.826.0.1.77.3.2")
