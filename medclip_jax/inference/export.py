@@ -159,15 +159,15 @@ def save(predictor: Any, path: str | Path) -> int:
     if path.exists() and not path.is_file():  # before the work; a device would be replaced
         raise WorkdirError(f"{path} is a folder or no regular file: give the name of a file")
     calibration = predictor.calibration
-    absent = {  # from the program
+    used = {  # what the program has no place for
         "data.recipe": bool(predictor.encoder.recipe),
         "score.map_filter": calibration.filter != MapFilter(),
         "score.tiles": predictor.tiles > 1,
     }
-    for field in (name for name, used in absent.items() if used):
+    if fields := [f"config.{name}" for name, on in used.items() if on]:
         raise ConfigError(
-            f"the run was trained with config.{field}, which an exported file cannot carry: use "
-            "--mode predict, or train without it"
+            f"the run was trained with {', '.join(fields)}, which an exported file cannot carry: "
+            "use --mode predict, or train without"
         )
     (code, weights), packed = _program(predictor), io.BytesIO()
     files.write_npz(packed, {f"w{i}": w for i, w in enumerate(weights)})
