@@ -85,7 +85,7 @@ def roc(
         rate, low, high = band
         axes.fill_between(rate, low, high, color=HEALTHY, alpha=0.2, lw=0, label="95% pointwise")
     axes.plot(fpr, tpr, color=HEALTHY, lw=2, label=name)
-    chosen = score > 0.5
+    chosen = score >= 0.5
     point = chosen[label == 0].mean(), chosen[label == 1].mean()
     axes.plot(*point, "o", color=ABNORMAL, ms=8, ls="none", clip_on=False, label="threshold (0.5)")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -148,7 +148,7 @@ def risk_coverage(
     score: Float[np.ndarray, " n"],
     uncertainty: Float[np.ndarray, " n"],
 ) -> bytes:
-    """Error rate of the decision (score > 0.5) among the images of least uncertainty.
+    """Error rate of the decision (score >= 0.5) among the images of least uncertainty.
 
     Images of equal uncertainty are kept or left out together, so order never matters.
     """
@@ -157,7 +157,7 @@ def risk_coverage(
     if not np.isfinite(uncertainty).all():
         return message("Risk is undefined: the uncertainty was not measured.")
     order = np.argsort(uncertainty, kind="stable")
-    wrong = ((score > 0.5) != (label == 1))[order]
+    wrong = ((score >= 0.5) != (label == 1))[order]
     ends = np.flatnonzero(np.append(np.diff(uncertainty[order]) != 0, True)) + 1
     risk = np.cumsum(wrong)[ends - 1] / ends
     figure, axes = chart("coverage: share of images decided", "error rate among them")

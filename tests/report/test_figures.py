@@ -1,8 +1,9 @@
-"""The printed gallery: one scale for all images, boxes and outlines where they are."""
+"""Charts, and the printed gallery: one scale for all images, boxes and outlines in place."""
 
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from medclip_jax.evaluation import predictions
@@ -53,3 +54,19 @@ def test_a_box_of_one_row_is_drawn_in_the_smaller_copy():
     ((_, _, marked, _),) = cells([picture(np.zeros((64, 64), np.float32), boxes=[line])])
     rows, columns = np.nonzero(marked.max(-1) > 100)
     assert abs(rows.mean() - 125) < 3 and abs(columns.mean() - 125) < 3
+
+
+@pytest.mark.parametrize("chart", ["roc", "risk_coverage"])
+def test_a_score_of_the_threshold_is_an_alarm(monkeypatch, chart):
+    """As in metrics.json: 0.5 is what lies just above it, rounded."""
+    drawn_on = []
+    monkeypatch.setattr(figures, "png", lambda figure: drawn_on.extend(figure.axes) or b"")
+    label, score = np.array([0, 0, 1, 1]), np.array([0.2, 0.5, 0.5, 0.8])
+    given = (label, score, None if chart == "roc" else np.arange(4.0))
+    getattr(figures, chart)(*given)
+    (axes,) = drawn_on
+    drawn = {line.get_label(): np.ravel(line.get_data()).tolist() for line in axes.lines}
+    if chart == "roc":
+        assert drawn["threshold (0.5)"] == [0.5, 1.0]
+    else:
+        assert "all images: 0.250" in drawn  # one false alarm, nothing missed
