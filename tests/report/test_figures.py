@@ -61,12 +61,12 @@ def test_a_score_of_the_threshold_is_an_alarm(monkeypatch, chart):
     """As in metrics.json: 0.5 is what lies just above it, rounded."""
     drawn_on = []
     monkeypatch.setattr(figures, "png", lambda figure: drawn_on.extend(figure.axes) or b"")
-    label, score = np.array([0, 0, 1, 1]), np.array([0.2, 0.5, 0.5, 0.8])
+    label, score = np.array([0, 1, 1, 1]), np.array([0.2, 0.5, 0.5, 0.8])
     given = (label, score, None if chart == "roc" else np.arange(4.0))
     getattr(figures, chart)(*given)
     (axes,) = drawn_on
     drawn = {line.get_label(): np.ravel(line.get_data()).tolist() for line in axes.lines}
     if chart == "roc":
-        assert drawn["threshold (0.5)"] == [0.5, 1.0]
+        assert drawn["threshold (0.5)"] == [0.0, 1.0]
     else:
-        assert "all images: 0.250" in drawn  # one false alarm, nothing missed
+        assert "all images: 0.000" in drawn  # nothing is missed
