@@ -119,12 +119,11 @@ def spread(tree: PyTree, mesh: Mesh) -> tuple[PyTree, Bool[Array, " n"]]:
     """Spread axis 0 over all devices; every process passes the same, whole tree.
 
     Returns the tree, its rows filled up to a multiple of the devices, and which rows are valid.
-    To read only a part in each process, use `local_rows` and `place`.
+    As of `place`, it may share memory with what is passed. To read only a part in each process,
+    use `local_rows` and `place`.
     """
     n = np.shape(jax.tree.leaves(tree)[0])[0]
-    rows = local_rows(n, mesh)
-    own = jax.tree.map(lambda x: np.asarray(jax.device_get(x))[rows], tree)
-    return place(own, mesh), valid_rows(n, mesh)
+    return place(_take(tree, local_rows(n, mesh)), mesh), valid_rows(n, mesh)
 
 
 def fill_rows(tree: PyTree, rows: int) -> tuple[PyTree, int]:
@@ -136,9 +135,18 @@ def fill_rows(tree: PyTree, rows: int) -> tuple[PyTree, int]:
     n = len(jax.tree.leaves(tree)[0])
     if n > rows:
         raise ValueError(f"{n} rows do not fit in {rows}")
-    index = np.minimum(np.arange(rows), n - 1)
-    full = jax.tree.map(lambda x: np.asarray(x)[index], tree)
+    full = _take(tree, np.minimum(np.arange(rows), n - 1))
     return spread(full, mesh(jax.local_devices()))[0], n
+
+
+def _take(tree: PyTree, rows: Int[np.ndarray, " m"]) -> PyTree:
+    """Rows of every leaf on the host; all of them in their order are not copied."""
+
+    def one(x):
+        host = np.asarray(jax.device_get(x))
+        return host if np.array_equal(rows, np.arange(len(host))) else host[rows]
+
+    return jax.tree.map(one, tree)
 
 
 def fetch(tree: PyTree, n: int) -> PyTree:

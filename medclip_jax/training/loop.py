@@ -19,7 +19,7 @@ from medclip_jax.training.checkpoints import MetricsLog
 from medclip_jax.training.step import start
 
 LOG_EVERY = 10  # steps
-LARGE = 2**28  # bytes of a batch, above which two are in memory at a time, not three
+LARGE = 2**26  # bytes of a batch, above which two are in memory at a time, not three
 GATE_RATE = 30  # times the learning rate: of the gates of token refinement, which start at 0
 
 
