@@ -277,12 +277,12 @@ def _program(predictor: Any) -> tuple[bytes, list[np.ndarray]]:
 
     shapes = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
     settings: Any = jax.config  # its fields appear when jax is imported: unknown to a type checker
-    lines = settings.jax_traceback_in_locations_limit
+    limit = settings.jax_traceback_in_locations_limit
     try:  # or the program would name the folders of this machine's sources
         jax.config.update("jax_traceback_in_locations_limit", 0)
         code = jax.export.export(jax.jit(lifted), platforms=PLATFORMS)(shapes, images).serialize()
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", lines)
+        jax.config.update("jax_traceback_in_locations_limit", limit)
     return bytes(code), weights
 
 
