@@ -255,15 +255,26 @@ def _encode_shares(
         while len(line) > most:
             yield narrowed(sharding.fetch(*line.popleft()), feature_cache.dtype)
 
-    def prepared(share: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
-        return preprocessing.batch(share[0], feature_cache.recipe), share[1]
+    for images, real in _preprocessed(shares, feature_cache.recipe):
+        placed = sharding.place(images, feature_cache.mesh)
+        line.append((checkpoint.encode_images(feature_cache.vision, placed, **static), real))
+        yield from fetched(batches_ahead(feature_cache.mesh))
+    yield from fetched(0)
 
-    with contextlib.closing(runtime.prefetch(prepared, shares)) as ready:
-        for images, real in ready:
-            placed = sharding.place(images, feature_cache.mesh)
-            line.append((checkpoint.encode_images(feature_cache.vision, placed, **static), real))
-            yield from fetched(batches_ahead(feature_cache.mesh))
-        yield from fetched(0)
+
+def _preprocessed(
+    shares: Iterable[tuple[np.ndarray, int]], recipe: Sequence[str]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The shares after the recipe, each computed while the one before is encoded."""
+
+    def one(share: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
+        return preprocessing.batch(share[0], recipe), share[1]
+
+    if not recipe:  # no thread for nothing: one image is waited for
+        yield from shares
+        return
+    with contextlib.closing(runtime.prefetch(one, shares)) as ready:
+        yield from ready
 
 
 def batches_ahead(mesh: jax.sharding.Mesh) -> int:
