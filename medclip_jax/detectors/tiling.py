@@ -83,8 +83,7 @@ def scorer(
         scores = [
             apply(params[name], part(packed, i, len(names)), key) for i, name in enumerate(names)
         ]
-        patches = [s.patch for s in scores]
-        return fused(spread, scores[0].image, patches, params["units"], pool)
+        return fused(spread, scores[0].image, [s.patch for s in scores], params["units"], pool)
 
     return packed_apply
 
@@ -164,11 +163,16 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record], 
     """Fill the feature cache with the tiles of the images; returns how many images lacked them."""
     missing = cache.missing(records, lambda r: tiles_path(feature_cache, r, tiles))
     size, count = feature_cache.clip.size, tiles**2
-    arriving = read.read_all(missing, side(size, tiles), feature_cache.fit)
     per = max(1, encoder.batch_size(feature_cache) // count)
-    for group in progress(batches(arriving, per), "encode tiles", -(-len(missing) // per)):
-        tokens = encoder.encode(feature_cache, cut(np.stack([x for _, x in group]), size, tiles))
-        for i, (record, _) in enumerate(group):
+    groups = list(batches(missing, per))
+    arriving = read.read_all(missing, side(size, tiles), feature_cache.fit)
+    stacks = (
+        cut(np.stack([next(arriving)[1] for _ in group]), size, tiles)
+        for group in progress(groups, "encode tiles", len(groups))
+    )
+    encoded = encoder.encode_batches(feature_cache, stacks, per * count)
+    for group, tokens in zip(groups, encoded, strict=True):
+        for i, record in enumerate(group):
             own = jax.tree.map(lambda x, i=i: x[i * count : (i + 1) * count], tokens)
             cache.write(feature_cache, tiles_path(feature_cache, record, tiles), own)
     runtime.wait_for_files([tiles_path(feature_cache, r, tiles) for r in missing])
@@ -176,10 +180,7 @@ def encode_images(feature_cache: cache.FeatureCache, records: Sequence[Record], 
 
 
 def loader(tiles: int) -> Callable[..., Iterator[Features]]:
-    """What reads packed tokens in the place of cache.load_images, with its arguments.
-
-    encode_images comes first, for images and for tiles.
-    """
+    """What reads packed tokens as cache.load_images reads tokens; both were encoded before."""
 
     def load(feature_cache, records: Sequence[Record], size: int) -> Iterator[Features]:
         whole = cache.load_images(feature_cache, records, size)

@@ -200,13 +200,19 @@ def encode(
 ) -> Features:
     """Tokens of images in the encoder's frame, [0, 1], on the host; the cache is not read.
 
-    size: images encoded together, a multiple of the devices; 0 is `batch_size`.
+    size: images encoded together; 0 is `batch_size`.
     """
     size = size or batch_size(feature_cache)
-    rows = sharding.local_rows(size, feature_cache.mesh)
     groups = (images[start : start + size] for start in range(0, len(images), size))
-    shares = ((group[rows % len(group)], len(group)) for group in groups)
-    return jax.tree.map(lambda *x: np.concatenate(x), *_encode_shares(feature_cache, shares))
+    return jax.tree.map(lambda *x: np.concatenate(x), *encode_batches(feature_cache, groups, size))
+
+
+def encode_batches(
+    feature_cache: FeatureCache, groups: Iterable[Float[np.ndarray, "_ s s"]], size: int
+) -> Iterator[Features]:
+    """`encode` of each group of at most `size` images, of which the next is prepared meanwhile."""
+    rows = sharding.local_rows(size, feature_cache.mesh)
+    return _encode_shares(feature_cache, ((x[rows % len(x)], len(x)) for x in groups))
 
 
 def encode_stacks(

@@ -1,6 +1,7 @@
 """Tiles: their geometry, their place in the feature cache, and the detector that fuses them."""
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from medclip_jax.clip.layers import Features
+from medclip_jax.data import preprocessing
 from medclip_jax.detectors import (
     detector,
     ensemble,
@@ -15,6 +17,7 @@ from medclip_jax.detectors import (
     prompt_detector,
     tiling,
 )
+from medclip_jax.distributed import sharding
 from medclip_jax.evaluation import evaluate
 from medclip_jax.features import cache, encoder
 from medclip_jax.models import similarity
@@ -135,6 +138,38 @@ def test_packed_tokens_are_those_of_the_pixels(wide):
     assert tiling.encode_images(feature_cache, supports, 2) == 0
     names = {tiling.tiles_path(feature_cache, supports[0], t).name for t in (2, 3)}
     assert len(names) == 2 and cache.image_path(feature_cache, supports[0]).name not in names
+
+
+@pytest.mark.parametrize(("tiles", "together"), [(2, [16, 8]), (3, [9] * 6)])
+def test_the_recipe_of_the_next_tiles_is_computed_while_tiles_are_encoded(
+    tmp_path, tiny, monkeypatch, tiles, together
+):
+    """By 2 x 2 tiles 4 images at once, then 2; by 3 x 3 each alone, with no row to fill it up."""
+    pictures, prepared, seen = write_pictures(tmp_path, 6, start=300), threading.Semaphore(0), []
+    feature_cache = cache.open(tmp_path, tiny, "stretch", "float32", one_device(), "zscore")
+    recipe, fetch, shapes = preprocessing.batch, sharding.fetch, set()
+
+    def counted(images, steps):
+        prepared.release()
+        shapes.add(len(images))
+        return recipe(images, steps)
+
+    def waiting(arrays, count):
+        seen.append(count)
+        for _ in range(2 if len(seen) == 1 else len(seen) < len(together)):
+            assert prepared.acquire(timeout=30)
+        return fetch(arrays, count)
+
+    monkeypatch.setattr(preprocessing, "batch", counted)
+    monkeypatch.setattr(sharding, "fetch", waiting)
+    assert tiling.encode_images(feature_cache, pictures, tiles) == 6
+    assert seen == together and shapes == {together[0]}
+    monkeypatch.undo()
+    frames = tiling.healthy_images(feature_cache, pictures, tiling.side(SIZE, tiles))
+    for record, frame in zip(pictures, frames, strict=True):
+        alone = encoder.encode(feature_cache, tiling.cut(frame[None], SIZE, tiles))
+        stored = cache.load(tiling.tiles_path(feature_cache, record, tiles))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), stored, alone)
 
 
 @pytest.mark.parametrize("name", ["learned", "memory", "zero_shot"])
