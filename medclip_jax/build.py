@@ -20,7 +20,7 @@ from medclip_jax.config_validation import FIXED_METHODS, PIXEL_METHODS
 from medclip_jax.data import augmentation, datasets, preprocessing, splits
 from medclip_jax.data.catalog import with_role
 from medclip_jax.data.layouts import Record, Split
-from medclip_jax.detectors import tiling
+from medclip_jax.detectors import saved, tiling
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import ConfigError
 from medclip_jax.explain import grad_cam
@@ -85,8 +85,8 @@ def load_split(c: ConfigDict) -> Split:
 
 def load_extra(c: ConfigDict, split: Split) -> tuple[Record, ...]:
     """Healthy images of config.calibration.extra; () where there is no such folder named."""
-    extra = files.expanded(c.calibration.extra) if c.calibration.extra else None
-    return datasets.extra(extra, split, c.calibration.alpha, c.data.window) if extra else ()
+    how = split, c.calibration.alpha, c.data.window, Path(c.cache)
+    return datasets.extra(files.expanded(c.calibration.extra), *how) if c.calibration.extra else ()
 
 
 def open_cache(c: ConfigDict, clip: Clip, mesh) -> cache.FeatureCache:
@@ -192,19 +192,19 @@ def fresh_params(c: ConfigDict, clip: Clip, design: model.Design) -> dict:
 def training(c: ConfigDict, clip: Clip, design: model.Design, others: Sequence) -> dict[str, Any]:
     """What `training.loop.fit` takes by name, but for workdir and mesh; others: auxiliary pools."""
     distill = losses.Distill(weight=c.loss.distill) if c.teacher else None
-    schedule = {name: c[name] for name in ("steps", "seed", "batch", "checkpoint_every")}
+    own = {n: c[n] for n in ("steps", "seed", "batch", "checkpoint_every", "validations")}
     simclr = partial(model.simclr, design=design)
-    schedule |= {"tasks": c.meta.tasks, "shots": c.meta.shots, "validations": c.validations}
+    names = [origin(c, clip, design), saved.digest_of_teacher(c), *(p.digest for p in others)]
     return {
         "loss": partial(model.loss, design=design, weights=c.loss.to_dict(), distill=distill),
         "optimizer": loop.adam(c.learning_rate),
         "learner": learner(c),
-        "schedule": loop.Schedule(**schedule),
+        "schedule": loop.Schedule(**own, tasks=c.meta.tasks, shots=c.meta.shots),
         "score": validation.scorer(design, c.score.top),
         "contrast": Contrast(simclr, c.loss.simclr) if c.loss.simclr else None,
         "on_target": not c.meta.data or c.data.name in c.meta.data,
         "tensorboard": c.tensorboard,
-        "origin": origin(c, clip, design) + "".join(pool.digest for pool in others),
+        "origin": "".join(names),
     }
 
 

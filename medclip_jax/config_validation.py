@@ -65,8 +65,9 @@ PATHS = (  # of any bytes; words are encoded by the tokenizer
 )
 LONGEST = 4000  # characters of a text
 EPISODE_FIELDS = "meta.tasks meta.shots meta.inner_steps meta.inner_rate meta.adapt_steps"
-TRAINING_FIELDS = "learner teacher augment batch steps learning_rate loss. model.language_tuned "
-TRAINING_FIELDS += "prompts.context prompts.init prompts.position prompts.shared meta. synthesis."
+LEARNED_FIELDS = "augment batch learning_rate loss. model.language_tuned prompts.context "
+LEARNED_FIELDS += "prompts.init prompts.position prompts.shared validations"  # of `learned`
+TRAINING_FIELDS = f"{LEARNED_FIELDS} learner teacher steps meta. synthesis."
 PROMPT_FIELDS = "prompts. model.form model.learn_scale model.dropout model.language"
 AUGMENT: Limits = {"flip": (0, 1), "rotate": (0, 180), "intensity": (0, 1), "elastic": (0, 0.05)}
 MAP_FILTER: Limits = {
@@ -136,9 +137,8 @@ def cluster(text: str) -> dict[str, Any] | None:
         return {}
     coordinator, _, place = text.partition(",")
     process, _, processes = place.partition("/")
-    port = coordinator.rpartition(":")[2]
-    host, numbers = coordinator.rpartition(":")[0], (port, process, processes)
-    if host and all(x.isascii() and x.isdigit() and len(x) < 8 for x in numbers):
+    host, _, port = coordinator.rpartition(":")
+    if host and all(re.fullmatch("[0-9]{1,7}", x) for x in (port, process, processes)):
         if int(process) < int(processes) and 0 < int(port) < 1 << 16:
             own = {"process": int(process), "processes": int(processes)}
             return {"coordinator": coordinator, **own}
@@ -229,8 +229,7 @@ def _combinations(c: Any) -> Rules:
     says = "score.map_filter has a ceiling, a quantile of the supports, and config.k is 0"
     yield c.k == 0 and ceiling < 1, f"{says}: give k=1 or more, or leave it out"
     if c.score.tiles > 1:
-        need = "give k=1 or more, or tiles=1"
-        yield c.k == 0, f"score.tiles needs supports to standardise on and config.k is 0: {need}"
+        yield c.k == 0, "score.tiles needs supports and config.k is 0: give k=1 or more, or tiles=1"
         yield c.method in PIXEL_METHODS, f"score.tiles is not for method {c.method}: give tiles=1"
         yield c.score.corners, "score.tiles goes without score.corners: give score.corners=False"
 
@@ -266,6 +265,7 @@ def unused_fields(c: Any, given: Sequence[str]) -> list[str]:
         ({*read} <= {"memory", *PIXEL_METHODS}, PROMPT_FIELDS, "no branch has prompts"),
         (c.method in FIXED_METHODS, "branches", f"method {c.method} is its own branch"),
         ("chexpert" not in f"{c.data.name} {c.meta}", "data.uncertain", "no data set is CheXpert"),
+        (c.meta.sources, f"{LEARNED_FIELDS} meta.shots", "the branch meta trains alone"),
         (not c.steps, TRAINING_FIELDS, "nothing trains"),
     )
     why = {

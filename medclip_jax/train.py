@@ -259,7 +259,8 @@ def key_of(prepared: Prepared, report: bool) -> str:
     truth = workdirs.truth_of(prepared.split.test), [r.sha256 for r in prepared.extra]
     made_from = prepared.clip.digest, adapter, prepared.design.prompts.text, truth
     how = c.explained, c.explanation.to_dict()
-    return stored.digest([*made_from, how, report, versions()])
+    taught = filter(None, [saved.digest_of_teacher(c)])
+    return stored.digest([*made_from, how, report, versions(), *taught])
 
 
 def must_agree(c: ConfigDict) -> dict[str, Any]:
@@ -280,8 +281,7 @@ def contents(prepared: Prepared) -> dict[str, str]:
         "the language adapter": text_adapter.digest(c.model.language),
         "the checkpoint": prepared.clip.digest,
     }
-    if c.teacher:
-        named["the teacher"] = saved.read(c.teacher).digest
+    named["the teacher"] = saved.digest_of_teacher(c)
     return {name: stored.digest(value) for name, value in named.items()}
 
 

@@ -276,6 +276,9 @@ def test_weights_of_which_none_teaches_a_score_are_refused(teacher, taught):
     assert config.resolve(c).steps == 0
 
 
+META = {"meta.sources": ("busi",), "branches": ("meta", "zero_shot"), "learner": "maml"}
+
+
 @pytest.mark.parametrize(
     "method, fields, named",
     [
@@ -292,6 +295,12 @@ def test_weights_of_which_none_teaches_a_score_are_refused(teacher, taught):
         ("zero_shot", {"branches": ("memory",)}, {"branches": "method zero_shot is its own"}),
         ("ours", {"data.uncertain": "positive"}, {"data.uncertain": "no data set is CheXpert"}),
         ("ours", {"data.uncertain": "positive", "meta.data": ("chexpert=x",)}, {}),
+        ("ours", META | {"steps": 9, "meta.tasks": 2, "prompts.phrases": "words"}, {}),
+        (
+            "ours",
+            META | {"batch": 2, "loss.dice": 0.5, "meta.shots": 3, "prompts.context": 4},
+            dict.fromkeys(("batch", "loss.dice", "meta.shots", "prompts.context"), "meta trains"),
+        ),
     ],
 )
 def test_a_field_that_nothing_reads_is_said(method, fields, named):

@@ -13,6 +13,7 @@ from medclip_jax.config_validation import deforms, recipe_of
 from medclip_jax.data import augmentation, chexpert, layouts, phantom, preprocessing
 from medclip_jax.data.catalog import ABOUT, PRESETS, SETS, modality_kind
 from medclip_jax.data.layouts import Record
+from medclip_jax.data.near_duplicates import distinct
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.io import read
 from medclip_jax.io.nifti_header import files_of
@@ -115,8 +116,12 @@ def find(
     return name, LAYOUTS[name](root, *([uncertain] if name == "chexpert" else []))
 
 
-def extra(folder: Path, split: layouts.Split, alpha: float, window: str) -> tuple[Record, ...]:
+def extra(
+    folder: Path, split: layouts.Split, alpha: float, window: str, cache: Path | None = None
+) -> tuple[Record, ...]:
     """Healthy images of config.calibration.extra, for a false-alarm rate of alpha.
+
+    Near-duplicates of supports, of test images and of one another are left out, with a warning.
 
     Raises DataError for what cannot be read, one that is a support or tested, or too few images.
     """
@@ -126,13 +131,20 @@ def extra(folder: Path, split: layouts.Split, alpha: float, window: str) -> tupl
     for path, what in ((r.path, others.get(r.sha256)) for r in records):
         if what:
             raise DataError(f"{path} of config.calibration.extra is {what}: take it out")
+    kept = distinct(records, (*split.support, *split.test), cache)
+    if copies := len(records) - len(kept):
+        logging.warning(
+            "%d of the %d images of config.calibration.extra are near-duplicates of supports, of "
+            "test images or of one another and are left out",
+            *(copies, len(records)),
+        )
     needed = max(2, math.ceil(1 / alpha - 1 - 1e-9))
-    if len(records) < needed:
+    if len(kept) < needed:
         raise DataError(
-            f"config.calibration.extra, {folder}, holds {len(records)} healthy images: a "
+            f"config.calibration.extra, {folder}, holds {len(kept)} healthy images: a "
             f"false-alarm rate of {alpha:g} needs {needed} or more"
         )
-    return tuple(records)
+    return tuple(kept)
 
 
 def healthy_folder(folder: Path, window: str = "") -> list[Record]:

@@ -47,6 +47,15 @@ def groups(records: Sequence[Record], cache: Path | None = None) -> Int[np.ndarr
     return labels
 
 
+def distinct(
+    records: Sequence[Record], known: Sequence[Record], cache: Path | None = None
+) -> list[Record]:
+    """The records that are near-duplicates of nothing known and of no record before them."""
+    order = groups([*known, *records], cache).tolist()
+    first = {group: i for i, group in reversed([*enumerate(order)])}
+    return [r for i, r in enumerate(records, len(known)) if first[order[i]] == i]
+
+
 def _stored(path: Path, n: int) -> Int[np.ndarray, " n"] | None:
     """The groups of n images in a file; None if there is none, or it is damaged."""
     try:

@@ -116,6 +116,14 @@ def read(workdir: str | Path) -> Stored:
         ) from None
 
 
+def digest_of_teacher(c: ConfigDict) -> str:
+    """Names what config.teacher has learned; "" where none teaches. Raises as `read`."""
+    if not (c.teacher and c.steps):
+        return ""
+    read(c.teacher)
+    return files.sha256_of(files.expanded(c.teacher) / TENSORS)
+
+
 def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Leaves of dicts and tuples under names such as learned/model/adapters/[0]/kernel."""
     return {

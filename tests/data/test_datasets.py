@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from medclip_jax import build, config, files
 from medclip_jax.data import datasets, layouts, tfds_builders
@@ -316,6 +317,23 @@ def test_extra_images_must_be_no_supports_and_not_tested(tmp_path, where):
     records = write_pictures(tmp_path, 5)
     with pytest.raises(DataError, match=f"2.png of config.calibration.extra is the {where}"):
         extra_of(tmp_path, **{where: records[2:3]})
+
+
+def test_extra_near_duplicates_of_what_is_used_or_of_one_another_are_left_out(tmp_path, caplog):
+    """As files of their own: another format, other grey values."""
+    (tmp_path / "data").mkdir(), (tmp_path / "extra").mkdir()
+    records = write_pictures(tmp_path / "data", 3)
+    write_pictures(tmp_path / "extra", 6)[0].path.unlink()  # 1 and 2 are those of the data
+    for i in (1, 2, 4):
+        with Image.open(tmp_path / "extra" / f"{i}.png") as image:
+            image.point(lambda value: 0.8 * value).save(tmp_path / "extra" / f"darker-{i}.png")
+        if i < 3:
+            (tmp_path / "extra" / f"{i}.png").unlink()
+    got = extra_of(tmp_path / "extra", records[:2], records[2:], alpha=0.25)
+    assert [r.id for r in got] == ["3.png", "4.png", "5.png"]
+    assert "3 of the 6 images of config.calibration.extra are near-duplicates" in caplog.text
+    with pytest.raises(DataError, match="holds 3 healthy images: .* needs 4 or more"):
+        extra_of(tmp_path / "extra", records[:2], records[2:])
 
 
 def test_extra_images_that_cannot_be_used_are_named(tmp_path):

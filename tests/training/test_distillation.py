@@ -1,5 +1,7 @@
 """Equation (13) against the reference; a teacher's logits reach the rows; who may not teach."""
 
+import logging
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +14,7 @@ from medclip_jax import config, train
 from medclip_jax.data import augmentation
 from medclip_jax.data.augmentation import Strengths
 from medclip_jax.data.layouts import Split
-from medclip_jax.errors import ConfigError
+from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.features import encoder, training_pool
 from medclip_jax.files import read_steps
 from medclip_jax.models import losses
@@ -108,7 +110,7 @@ def test_a_workdir_teaches_another(world, whole, tmp_path):
     assert np.isfinite(line["distill"])
 
 
-def test_a_run_of_tiles_alone_teaches_and_predicts_as_it_was_measured(world, tmp_path):
+def test_a_run_of_tiles_alone_teaches_and_predicts_as_it_was_measured(world, tmp_path, caplog):
     """As the paper's recipe: no branch has a name, and each scale has parameters of its own."""
     world.train(tmp_path / "tiles", branches=("learned",), score__tiles=2)
     held = predictions(tmp_path / "tiles")
@@ -119,6 +121,13 @@ def test_a_run_of_tiles_alone_teaches_and_predicts_as_it_was_measured(world, tmp
     world.train(tmp_path / "student", teacher=str(tmp_path / "tiles"))
     (line,) = read_steps(tmp_path / "student" / "metrics.jsonl")
     assert line["distill"] > 0
+    with caplog.at_level(logging.INFO):
+        world.train(tmp_path / "student", teacher=str(tmp_path / "tiles"))
+    assert "is finished: nothing to do" in caplog.text
+    shutil.rmtree(tmp_path / "tiles")  # and another one takes its place
+    world.train(tmp_path / "tiles", branches=("learned",), score__tiles=2, learning_rate=0.5)
+    with pytest.raises(CheckpointError, match="another teacher"):
+        world.train(tmp_path / "student", teacher=str(tmp_path / "tiles"))
 
 
 def test_what_a_teacher_learned_from_calibrates_no_student(monkeypatch):
