@@ -298,7 +298,7 @@ def test_every_evaluation_set_has_one_role_and_words():
 
 def extra_of(folder, support=(), test=(), alpha=0.2):
     c = config.base("k=4", name="folder")
-    c.calibration.extra, c.calibration.alpha = str(folder), alpha
+    c.calibration.extra, c.calibration.alpha, c.cache = str(folder), alpha, f"{folder}-cache"
     return build.load_extra(c, Split(tuple(support), tuple(test)))
 
 
