@@ -135,7 +135,7 @@ def fit(
         runtime.sigterm() as sigterm,
         contextlib.closing(runtime.prefetch(read, remaining)) as inputs,
     ):
-        log, before = _DelayedLog(lines), None
+        log, before, fitted = _DelayedLog(lines), None, None
         for done, batch in enumerate(runtime.progress(inputs, "train", len(remaining)), first + 1):
             if done == first + 1:
                 take_step = take_step.lower(state, frozen, batch).compile()
@@ -147,7 +147,8 @@ def fit(
             log.flush()
             last = done == steps
             if validate and validation.due(done, steps, schedule.validations, LOG_EVERY):
-                parts |= validate(adapted(state.params, frozen), frozen)
+                fitted = adapted(state.params, frozen)
+                parts |= validate(fitted, frozen)
             if logged := last or done % LOG_EVERY == 0:
                 log.write_later(done, parts | gates(state.params))
             save = last or done % schedule.checkpoint_every == 0
@@ -163,7 +164,8 @@ def fit(
         log.flush()
     if _stopping(sigterm):  # the manager has closed, so the checkpoint is whole
         raise Preempted(f"stopped by SIGTERM at step {int(state.step)} of {steps}")
-    return sharding.fetch(adapted(state.params, frozen), count)
+    fitted = fitted or adapted(state.params, frozen)  # the last step was validated with them
+    return sharding.fetch(fitted, count)
 
 
 class _DelayedLog:

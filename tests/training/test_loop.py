@@ -63,6 +63,19 @@ def test_the_loss_falls_and_params_differ_by_fold(tmp_path, pool):
     assert (main != one).any() and (main != two).any() and (one != two).any()
 
 
+def test_params_are_adapted_once_after_the_last_step(tmp_path, pool, monkeypatch):
+    """For its validation and for the result, which is that of a run without validations."""
+    counted, real = [], loop.episodes.adaptation_batches
+    monkeypatch.setattr(
+        loop.episodes, "adaptation_batches", lambda *args: counted.append(1) or real(*args)
+    )
+    with_score = fit(tmp_path / "a", pool, "maml", score=lambda _, __, x: x.levels[0][:, 0, 0])
+    assert len(counted) == 3  # after 10, 20 and 27 steps
+    without = fit(tmp_path / "b", pool, "maml")
+    assert len(counted) == 4
+    jax.tree.map(np.testing.assert_array_equal, with_score, without)
+
+
 def test_no_steps_leaves_params_as_they_are(tmp_path, pool):
     params = fit(tmp_path, pool, steps=0)
     fresh = toy_params(pool.clean[0]("level0").shape[-1])
