@@ -262,24 +262,32 @@ def risk_and_coverage(
 
 
 def risk_coverage(wrong: np.ndarray, uncertainty: Column) -> Column:
-    """Share of wrong decisions among the 1, 2, ... n most certain images."""
-    order = np.argsort(uncertainty, kind="stable")
-    return np.cumsum(np.asarray(wrong, float)[order]) / np.arange(1, len(order) + 1)
+    """Share of wrong decisions among the 1, 2, ... n most certain images.
+
+    Of images of equal uncertainty it is the mean over all orders of them.
+    """
+    _, tie, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
+    errors, images = np.cumsum(np.bincount(tie, wrong)), np.arange(1, len(tie) + 1)
+    return np.interp(images, [0, *np.cumsum(count)], [0, *errors]) / images
 
 
 def _rejection(score, label, wrong, uncertainty) -> dict[str, Any]:
-    """aurc, risk and auroc of one measure; see `risk_and_coverage`."""
+    """aurc, risk and auroc of one measure; see `risk_and_coverage`.
+
+    Where a tie lies across a coverage, its images have the share of it that remains as weight.
+    """
     curve = risk_coverage(wrong, uncertainty)
-    order = np.argsort(uncertainty, kind="stable")
-    remaining = [order[: max(1, round(share * len(order)))] for share in COVERAGE]
-    return {
-        "aurc": float(curve.mean()),
-        "risk": [float(curve[len(rows) - 1]) for rows in remaining],
-        "auroc": [
-            float(roc_auc_score(label[rows], score[rows])) if np.ptp(label[rows]) else None
-            for rows in remaining
-        ],
-    }
+    _, tie, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
+    remaining = [max(1, round(share * len(tie))) for share in COVERAGE]
+    aurocs = []
+    for n in remaining:
+        weight = np.clip((n - (np.cumsum(count) - count)) / count, 0, 1)[tie]
+        rows = weight > 0
+        both = np.ptp(label[rows]) > 0
+        how = {"sample_weight": weight[rows]}
+        aurocs.append(float(roc_auc_score(label[rows], score[rows], **how)) if both else None)
+    risk = [float(curve[n - 1]) for n in remaining]
+    return {"aurc": float(curve.mean()), "risk": risk, "auroc": aurocs}
 
 
 def headline(metrics: dict) -> str:

@@ -1,5 +1,7 @@
 """What the uncertainty is, by closed forms, and what it is worth, on cases worked out by hand."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -32,6 +34,26 @@ def test_mutual_information_is_what_the_passes_disagree_about():
 def test_risk_falls_where_the_uncertain_are_wrong():
     wrong, values = np.array([1, 0, 0, 1]), np.array([0.9, 0.1, 0.2, 0.5])
     np.testing.assert_allclose(metrics.risk_coverage(wrong, values), [0, 0, 1 / 3, 1 / 2])
+
+
+def test_images_of_equal_uncertainty_count_as_the_mean_over_all_orders():
+    wrong, label = np.array([1, 0, 0, 1, 1, 0]), np.array([1, 0, 1, 0, 0, 1])
+    values = np.array([0.5, 0.2, 0.5, 0.5, 0.1, 0.9])
+    score = np.where(wrong == label, 0.2, 0.8) + 0.01 * np.arange(6)
+    curves = []
+    for order in itertools.permutations(range(6)):
+        first = np.argsort(values[list(order)], kind="stable")
+        curves.append(np.cumsum(wrong[list(order)][first]) / np.arange(1, 7))
+    np.testing.assert_allclose(metrics.risk_coverage(wrong, values), np.mean(curves, 0))
+    whole = metrics.risk_and_coverage(score, label, {"sd": values})["measures"]["sd"]
+    assert whole["aurc"] == pytest.approx(np.mean(curves))
+    # of 6 remain 3: two healthy (0.84, 0.21) and a third of each of 0.2, 0.82 (abnormal) and 0.83
+    assert whole["auroc"][-1] == pytest.approx((1 / 3) / (2 / 3 * (2 + 1 / 3)))
+    for order in itertools.permutations(range(6)):
+        at = list(order)
+        found = metrics.risk_and_coverage(score[at], label[at], {"sd": values[at]})
+        assert found["measures"]["sd"]["auroc"] == pytest.approx(whole["auroc"])
+        assert found["measures"]["sd"]["aurc"] == pytest.approx(whole["aurc"])
 
 
 def test_what_remains_is_measured():
