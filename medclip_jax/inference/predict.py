@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -138,7 +138,7 @@ def _stream(
     objects = dicom_write.builder(sum(item.kind == "dicom" for item in items))
     # threads end first: they wait for objects
     with objects as build, _threads(1) as readers, _threads(2) as writers:
-        write = partial(_write, predictor, output, privacy, build)
+        write = partial(_write, predictor, output, privacy, build, results.numbered(output))
         weigh = partial(loading.weight, map_bytes=2 * predictor.size**2)
         reading = pipeline.read_ahead(readers, items, load, 2 * size, stop, weigh)
         with closing(reading):
@@ -182,7 +182,12 @@ def _threads(per_core: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _write(
-    predictor: Predictor, output: Path, privacy: Privacy, build: dicom_write.Build, job: Job
+    predictor: Predictor,
+    output: Path,
+    privacy: Privacy,
+    build: dicom_write.Build,
+    earlier: Mapping[str, Sequence[str]],
+    job: Job,
 ) -> list[dict]:
     """Write what was scored; the rows of the table. An input that vanished has an error instead.
 
@@ -190,15 +195,15 @@ def _write(
     """
     if job.rows is None and not job.error:  # else it was finished, or a frame could not be made
         try:
-            return _write_scored(predictor, output, privacy, build, job)
+            return _write_scored(predictor, output, privacy, build, earlier, job)
         except (DataError, OSError, MemoryError) as error:  # of the output it is a WorkdirError
             job.error = loading.reason(error, job.item)
     if job.error:
-        results.remove_results(output, job.item)
+        results.remove_results(output, job.item, earlier)
     return job.rows or []
 
 
-def _write_scored(predictor, output, privacy, build, job: Job) -> list[dict]:
+def _write_scored(predictor, output, privacy, build, earlier, job: Job) -> list[dict]:
     image = predictor.calibration.image
     model = {
         "scorer": predictor.digest,
@@ -211,7 +216,8 @@ def _write_scored(predictor, output, privacy, build, job: Job) -> list[dict]:
     loaded = job.content()
     fit = predictor.fit
     with loading.in_turn(loading.one_drawn, loaded.codes[0].size):
-        rows, job.notes = results.write(output, job.item, loaded, parts, fit, model, privacy, build)
+        how = fit, model, privacy, build, earlier
+        rows, job.notes = results.write(output, job.item, loaded, parts, *how)
     return rows
 
 

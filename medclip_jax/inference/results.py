@@ -6,11 +6,11 @@ Boxes are in the image's own pixels and, where it has a spacing, mm.
 Host values only, so that threads can do it while the encoder runs.
 """
 
+import collections
 import io
-import itertools
 import os
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ def write(
     model: dict[str, Any],
     privacy: Privacy,
     build: dicom_write.Build,
+    earlier: Mapping[str, Sequence[str]],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Write all files of one item, or raise WorkdirError.
 
@@ -69,6 +70,7 @@ def write(
         parts: of all frames, in order.
         model: what the JSON says of the detector.
         build: as dicom_write.build, wherever it runs.
+        earlier: as of `remove_results`.
 
     Returns:
         Rows of the table, one per frame, and notes on what is missing.
@@ -95,7 +97,7 @@ def write(
     for name, raw in contents.items():
         names[_what(name)] = f"{item.output}.{name}"
         files.write_bytes(output / f"{item.output}.{name}", raw, durable=False)
-    remove_results(output, item, keep={*names.values(), f"{item.output}.json"})
+    remove_results(output, item, earlier, {*names.values(), f"{item.output}.json"})
     _name_files(frames, item, objects)
     page = _page(item, loaded, frames, top, model) | {
         "files": names,
@@ -110,13 +112,27 @@ def write(
     return table_rows(page, item), objects.notes
 
 
-def remove_results(output: Path, item: Item, keep: Collection[str] = ()) -> None:
-    """Remove files of an earlier result of the item, under other settings or of other bytes."""
-    numbered = (f"{number}.seg.dcm" for number in itertools.count(1))
-    there = itertools.takewhile(lambda x: (output / f"{item.output}.{x}").exists(), numbered)
-    for ending in ("json", *ENDINGS, *there):
-        path = output / f"{item.output}.{ending}"
-        if path.name not in keep and not path.is_dir():
+def numbered(output: Path) -> dict[str, list[str]]:
+    """Names of the numbered Segmentations in a folder, by the `output` of their item."""
+    names: dict[str, list[str]] = collections.defaultdict(list)
+    for path in output.glob("*.seg.dcm"):
+        item, _, number = path.name.removesuffix(".seg.dcm").rpartition(".")
+        if number.isdecimal():
+            names[item].append(path.name)
+    return names
+
+
+def remove_results(
+    output: Path, item: Item, earlier: Mapping[str, Sequence[str]], keep: Collection[str] = ()
+) -> None:
+    """Remove files of an earlier result of the item, under other settings or of other bytes.
+
+    earlier: what was `numbered` when the run began; gaps in the numbers are no matter.
+    """
+    own = (f"{item.output}.{ending}" for ending in ("json", *ENDINGS))
+    for name in (*own, *earlier.get(item.output, ())):
+        path = output / name
+        if name not in keep and not path.is_dir():
             with files.disk_errors(path):
                 path.unlink(missing_ok=True)
 

@@ -168,7 +168,7 @@ def written(folder, p_value=0.5):
     part = predictor.part(scores, codes, 0, None, "pad")
     loaded = predictor.Loaded("k", "0" * 64, frames, None, codes, True)
     privacy = results.Privacy()
-    rows, _ = results.write(folder, item, loaded, [part], "pad", {}, privacy, lambda _: None)
+    rows, _ = results.write(folder, item, loaded, [part], "pad", {}, privacy, lambda _: None, {})
     return item, rows
 
 
