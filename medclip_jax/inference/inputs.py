@@ -11,7 +11,7 @@ import re
 import stat
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -236,6 +236,12 @@ def printable(path: str) -> str:
     """A path, or a UID of a header, as text that any terminal, CSV or JSON reader can take."""
     text = errors.printable(path)
     return f"./{text}" if text[:1] in ("=", "+", "-", "@") else text  # no spreadsheet formula
+
+
+def replaced(message: str, instead: Mapping[str, str]) -> str:
+    """A message with other texts for whole paths and words of it, in one pass, longest first."""
+    parts = map(re.escape, sorted(instead, key=len, reverse=True))
+    return re.sub(rf"(?<!\w)({'|'.join(parts)})(?!\w)", lambda x: instead[x[0]], message)
 
 
 def _hash(source: str) -> str:

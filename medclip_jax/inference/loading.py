@@ -181,8 +181,9 @@ def reason(error: Exception, item: Item) -> str:
         message = str(error)
     else:  # its text may quote anything
         message = f"{item.source} cannot be read ({type(error).__name__}): it is damaged"
-    for path, name in zip(item.paths, item.names or [item.source] * len(item.paths), strict=True):
-        message = message.replace(path, name)
+    names = item.names or [item.source] * len(item.paths)
+    instead = dict(zip(item.paths, names, strict=True))
     folder = os.path.dirname(item.paths[0])
-    message = message.replace(folder, item.source) if len(folder) > 1 else message
+    instead |= {folder: item.source} if len(folder) > 1 else {}
+    message = inputs.replaced(message, instead)
     return inputs.printable(" ".join(message.split()))

@@ -25,6 +25,7 @@ from medclip_jax.io.nifti_header import files_of
 SALT_FILE = ".pseudonyms"
 SALT_BYTES = 32
 NAMED = f"*-{'[0-9a-f]' * inputs.HASH}.json"  # results under inputs.safe_name
+IN_SENTENCES = re.compile(r"\W?|\d+([.,]\d+)?")  # "/", "3", "7.5"
 
 
 def salt_of(output: Path) -> bytes:
@@ -67,8 +68,9 @@ def salt_of(output: Path) -> bytes:
 
 
 def pseudonym(text: str, salt: bytes) -> str:
-    """16 hexadecimal digits."""
-    return hmac.new(salt, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:16]
+    """A "p", so that no spreadsheet takes it for a number, and 16 hexadecimal digits."""
+    digest = hmac.new(salt, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    return f"p{digest[:16]}"
 
 
 def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
@@ -82,7 +84,10 @@ def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
 
 
 def without_names(message: str, paths: Sequence[str], name: str) -> str:
-    """A message with `name` for every path, and without what a library says in brackets."""
+    """A message with `name` for every path, and without what a library says in brackets.
+
+    A file's name alone is replaced, too, unless it may be a number or a sign of the sentence.
+    """
     voxels = [str(file) for path in paths for file in files_of(Path(path))[1:]]  # of pairs
     instead: dict[str, str] = {}
     for path in (*paths, *voxels):
@@ -90,9 +95,8 @@ def without_names(message: str, paths: Sequence[str], name: str) -> str:
         instead |= dict.fromkeys((path, whole, os.path.basename(whole)), name)
         instead |= {os.path.dirname(whole): "..."}
     instead |= {inputs.printable(part): text for part, text in instead.items()}
-    # in one pass and as whole words: a file may be called 1
-    parts = map(re.escape, sorted(instead, key=len, reverse=True))
-    message = re.sub(rf"(?<!\w)({'|'.join(parts)})(?!\w)", lambda x: instead[x[0]], message)
+    names = {part: text for part, text in instead.items() if not IN_SENTENCES.fullmatch(part)}
+    message = inputs.replaced(message, names)
     while (shorter := re.sub(r" ?\([^()]*\)", "", message)) != message:
         message = shorter
     return message
