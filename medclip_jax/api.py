@@ -55,7 +55,7 @@ class Scorer:
 
         boxes_of_passed: also boxes of what the maps of images without an alarm mark.
 
-        Raises DataError for what cannot be read or is no such array.
+        Raises DataError for what cannot be read or is no such array, ConfigError for no path.
         """
         held = [_pixels(image, self._predictor.window) for image in _listed(images)]
         if not held:
@@ -75,7 +75,7 @@ class Scorer:
 
     def predict_files(
         self,
-        *named: str,
+        *named: str | Path,
         output: str | Path,
         cam: bool = False,
         follow_links: bool = False,
@@ -86,13 +86,15 @@ class Scorer:
 
         pseudonymise: no name or identifier of a source in the results, as --pseudonymise.
 
-        Raises ConfigError for an adapted scorer, which is kept nowhere that files could refer to.
+        Raises ConfigError for an adapted scorer, which is kept nowhere that files could refer to,
+        or what is no path (a list: unpack it, predict_files(*paths, ...)), DataError for no image.
         """
         if self.adapted:
             raise ConfigError("an adapted scorer is in memory alone: use predict for its images")
-        items = inputs.find([str(name) for name in named], follow_links, nameless=pseudonymise)
+        name = files.text_of(output)
+        items = inputs.find(named, follow_links, nameless=pseudonymise)
         score = inference_predict.in_process(self._predictor, cam, boxes_of_passed)
-        with object_store.folder(str(output)) as folder:
+        with object_store.folder(name) as folder:
             return inference_predict.run(score, items, folder, pseudonymise=pseudonymise)
 
     def adapt(self, images: Iterable[str | Path] | str | Path) -> "Scorer":
@@ -122,7 +124,12 @@ def load(workdir: str | Path) -> Scorer:
 
 def _listed(images: Iterable | str | Path) -> Iterable:
     """A path alone is one image, not its letters."""
-    return [images] if isinstance(images, str | Path) else images
+    if isinstance(images, str | Path):
+        return [images]
+    if not np.iterable(images):
+        kind = type(images).__name__
+        raise DataError(f"a value of type {kind} where images are meant: give a list of them")
+    return images
 
 
 def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, float] | None]:
@@ -134,7 +141,10 @@ def _pixels(image, window: str) -> tuple[Float[np.ndarray, "h w"], tuple[float, 
                 f"{image} holds {len(read.pixels)} frames: use predict_files for volumes"
             )
         return read.pixels[0], read.spacing
-    held = np.asarray(image)
+    try:
+        held = np.asarray(image)
+    except ValueError:
+        raise DataError("an image whose rows are not of one length: give [h, w] floats") from None
     if held.ndim != 2 or not held.size or held.dtype.kind not in "fiub":
         raise DataError(f"an image of shape {held.shape} and type {held.dtype}: give [h, w] floats")
     held = held.astype(np.float32)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from medclip_jax import object_store
-from medclip_jax.errors import WorkdirError
+from medclip_jax.errors import ConfigError, WorkdirError
 
 MOST_LOG = 1 << 27  # bytes of a metrics.jsonl that is read
 
@@ -166,9 +166,17 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def text_of(name: str | os.PathLike[str]) -> str:
+    """A path or URL as text. Raises ConfigError for what is neither."""
+    if not isinstance(name, str | os.PathLike):
+        kind = type(name).__name__
+        raise ConfigError(f"a value of type {kind} where a path is meant: give text or a Path")
+    return str(name)
+
+
 def expanded(name: str | os.PathLike[str]) -> Path:
     """A path, ~ written out, or the local copy of a URL: object_store's path_of and local."""
-    url = ":/" in str(name) and object_store.is_url(name)
+    url = ":/" in text_of(name) and object_store.is_url(name)
     return object_store.local(str(name)) if url else object_store.path_of(name)
 
 

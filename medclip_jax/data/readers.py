@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from medclip_jax import files
 from medclip_jax.io import read as io_read
 from medclip_jax.io.image import Image
 
@@ -9,10 +10,10 @@ __all__ = ["read"]
 
 
 def read(
-    path: Path,
+    path: str | Path,
     axis: io_read.Axis = "axial",
     frames: tuple[int, int] | None = None,
     window: str | None = None,
 ) -> Image:
     """As `io.read.read`, but NIfTI volumes are sliced axially unless another axis is named."""
-    return io_read.read(path, axis, frames, window)
+    return io_read.read(files.expanded(path), axis, frames, window)

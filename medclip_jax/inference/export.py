@@ -17,7 +17,7 @@ import jax.export
 import numpy as np
 
 from medclip_jax import __version__, files, stored
-from medclip_jax.errors import CheckpointError, ConfigError, WorkdirError, one_line
+from medclip_jax.errors import CheckpointError, ConfigError, DataError, WorkdirError, one_line
 
 KIND, FORMAT = "medclip_jax detector", 3
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -42,14 +42,14 @@ class Exported:
     """A loaded file; call it with images. `manifest` holds recipe and thresholds."""
 
     def __init__(self, manifest: dict[str, Any], call, weights: list):
-        self.manifest = manifest
-        self._call = jax.jit(call)
-        self._weights = weights
+        self.manifest, self._call, self._weights = manifest, jax.jit(call), weights
 
     def __call__(self, images) -> Scores:
-        """Score images [n, h, w], or a list of [h, w], finite values in [0, 1], of any size."""
+        """Scores of [n, h, w], or a list of [h, w], values in [0, 1]; DataError for all else."""
+        if not np.iterable(images) or not len(images := [*images]):
+            raise DataError("no image to score: give [n, h, w], or a list of [h, w]")
         size, mode = self.manifest["recipe"]["size"], self.manifest["recipe"]["fit"]
-        frames = np.stack([fit(np.asarray(image, np.float32), size, mode) for image in images])
+        frames = np.stack([fit(image, size, mode) for image in images])
         raw, maps, passes = jax.device_get(self._call(self._weights, frames))
         calibration = self.manifest["calibration"]
         threshold, scale = calibration["threshold"], calibration["scale"]
@@ -97,11 +97,9 @@ def _members(path: Path) -> tuple[dict[str, Any], Any, list[np.ndarray]]:
         stored.check(manifest, stored.EXPORTED)
         for name in MEMBERS:  # piece by piece
             with archive.open(name) as member:
-                if (
-                    hashlib.file_digest(cast(Any, member), "sha256").hexdigest()
-                    != manifest["sha256"][name]
-                ):
-                    raise ValueError(f"{name} in it is not what was written")
+                digest = hashlib.file_digest(cast(Any, member), "sha256").hexdigest()
+            if digest != manifest["sha256"][name]:
+                raise ValueError(f"{name} in it is not what was written")
         code = jax.export.deserialize(bytearray(_member(archive, MEMBERS[0], MOST_PROGRAM)))
         wanted = _arguments(code, manifest["recipe"]["size"])
         code.mlir_module()  # or a damaged program would be an error of the first image
@@ -201,13 +199,17 @@ def save(predictor: Any, path: str | Path) -> int:
     return len(whole.getvalue())
 
 
-def fit(pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
+def fit(pixels: Any, size: int, mode: str) -> np.ndarray:
     """Into the encoder frame as io.read.fit does, without Pillow: antialiased bilinear.
 
-    Raises ValueError for what is no [h, w] of values in [0, 1], but for rounding.
+    Raises DataError for what is no [h, w] of values in [0, 1], but for rounding.
     """
+    try:
+        pixels = np.asarray(pixels, np.float32)
+    except (TypeError, ValueError):  # text, or rows of several lengths
+        raise DataError("an image that is no array: give finite values [h, w] in [0, 1]") from None
     if pixels.ndim != 2 or not pixels.size or not -1e-3 < pixels.min() <= pixels.max() < 1.001:
-        raise ValueError(f"an image of shape {pixels.shape}: give finite values [h, w] in [0, 1]")
+        raise DataError(f"an image of shape {pixels.shape}: give finite values [h, w] in [0, 1]")
     height, width = pixels.shape
     rows = columns = size
     if mode == "pad":
@@ -240,10 +242,8 @@ def p_values(scores: np.ndarray, healthy: np.ndarray, k: int, steps: bool) -> np
 def _weights(old: int, new: int) -> np.ndarray:
     """[new, old] triangle filter as wide as a new pixel, rows summing to 1 (Pillow's BILINEAR)."""
     scale = old / new
-    support = max(scale, 1.0)
     centre = (np.arange(new) + 0.5) * scale
-    distance = np.abs(np.arange(old) + 0.5 - centre[:, None]) / support
-    weights = np.maximum(0, 1 - distance)
+    weights = np.maximum(0, 1 - np.abs(np.arange(old) + 0.5 - centre[:, None]) / max(scale, 1.0))
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 

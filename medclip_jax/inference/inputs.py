@@ -43,7 +43,9 @@ class Item(NamedTuple):
     error: str = ""  # why it is not read: a phrase without names
 
 
-def find(named: Sequence[str], follow_links: bool = False, nameless: bool = False) -> list[Item]:
+def find(
+    named: Sequence[str | os.PathLike[str]], follow_links: bool = False, nameless: bool = False
+) -> list[Item]:
     """The images below the given paths, in the order given, folders in the order of their names.
 
     A path that exists is taken literally, else as a glob pattern (** goes through folders). In a
@@ -55,14 +57,17 @@ def find(named: Sequence[str], follow_links: bool = False, nameless: bool = Fals
       follow_links: also those that lead out of the folder that was named.
       nameless: warnings and errors name none of them.
 
-    Raises DataError if there is no image.
+    Raises DataError if there is no image, ConfigError for what is no path.
     """
-    named = [str(files.expanded(n)) if ":/" in n or n.startswith("~/") else n for n in named]
+    if not named:
+        raise DataError("nothing to score: give files, folders or glob patterns")
+    texts = [*map(files.text_of, named)]
+    texts = [str(files.expanded(n)) if ":/" in n or n.startswith("~/") else n for n in texts]
     items: list[Item] = []
     seen: set[str] = set()
     visited: set[tuple[int, int]] = set()
     empty = 0
-    for name in named:
+    for name in texts:
         before = len(visited)
         root, entries = walk.entries(name, visited, follow_links)
         if not entries and os.path.isdir(name) and len(visited) == before:
@@ -78,7 +83,7 @@ def find(named: Sequence[str], follow_links: bool = False, nameless: bool = Fals
             logging.warning("%s: %s", "a path" if nameless else printable(name), reason)
             items.append(Item(printable(name), (name,), "", safe_name(name), error=reason))
     if len(items) == empty:
-        where = "the inputs" if nameless else ", ".join(named)
+        where = "the inputs" if nameless else ", ".join(texts)
         raise DataError(
             f"{where}: no image there (PNG, JPEG, BMP, TIFF, DICOM, NIfTI): "
             "give files, folders or glob patterns"

@@ -98,7 +98,7 @@ def test_its_frame_is_the_readers_own(shape, mode):
 def test_values_beyond_the_unit_range_are_refused_as_in_a_notebook(exported, value):
     image = IMAGES[0].copy()
     image[3, 5] = value
-    with pytest.raises(ValueError, match=r"give finite values \[h, w\] in \[0, 1\]"):
+    with pytest.raises(DataError, match=r"give finite values \[h, w\] in \[0, 1\]"):
         export.load(exported)([IMAGES[1], image])
 
 
@@ -199,6 +199,48 @@ def test_the_names_of_a_notebook(whole, tmp_path):
     with pytest.raises(DataError, match="NaN"):
         scorer.predict([np.full((4, 4), np.nan)])
     assert issubclass(DataError, medclip_jax.UserError)
+
+
+WRONG = {  # as a user calls it -> words of the one sentence
+    'scorer.predict_files(output="out")': "nothing to score: give",
+    'scorer.predict_files(["a", "b"], output="out")': "type list where a path is",
+    'scorer.predict_files("absent", output=None)': "type NoneType where a path is",
+    "scorer.adapt([1, 2])": "type int where a path is",
+    "scorer.adapt(None)": "type NoneType where images are",
+    "scorer.predict(5)": "type int where images are",
+    "scorer.predict([[[0.5, 0.5], [0.5]]])": "rows are not of one length",
+    'medclip_jax.load(["run"])': "type list where a path is",
+    "readers.read(7)": "type int where a path is",
+}
+
+
+def test_a_notebook_says_what_is_wrong_with_what_it_was_given(tmp_path):
+    """In a process of its own: in this one types are checked before."""
+    code = f"""
+import types, medclip_jax
+from medclip_jax import api
+from medclip_jax.data import readers
+scorer = api.Scorer.__new__(api.Scorer)
+scorer.adapted, scorer._predictor = False, types.SimpleNamespace(window="")
+for call in {[*WRONG]}:
+    try:
+        print(eval(call))
+    except medclip_jax.UserError as error:
+        print(error)
+"""
+    shown = {"capture_output": True, "text": True, "cwd": tmp_path, "check": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, **shown).stdout
+    for line, words in zip(said.splitlines(), WRONG.values(), strict=True):
+        assert words in line
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("images", [[], None, 5, np.zeros((0, 8, 8)), "a.png", [[[0.5], []]]])
+def test_what_is_no_image_is_one_sentence(images):
+    call = export.Exported({"recipe": {"size": 8, "fit": "pad"}}, lambda *_: None, [])
+    with pytest.raises(DataError, match=r"image .*give .*\[h, w\]"):
+        call(images)
 
 
 def test_importing_the_package_is_light():
