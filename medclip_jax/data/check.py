@@ -167,6 +167,8 @@ def split_rows(
     rows = [Row("ok", f"{kind} split", len(records), f"pool {len(pool)}, test {len(test)}")]
     if len(pool) < k:
         rows.append(Row("error", "pool", len(pool), f"fewer than K = {k} healthy images"))
+    if why := splits.emptied(records, test):
+        rows.append(Row("error", "test set", 0, why))
     if not any(r.part for r in records):  # a test part may lack a class, what is left over may not
         rows += [
             Row("error", "test set", 0, f"no {word} image is left: add some or take a smaller pool")

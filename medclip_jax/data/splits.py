@@ -48,6 +48,8 @@ def split(
         pool, test = clean(records, seed, near_duplicates.groups(records, cache))
     else:
         pool, test = peer(records, seed, pool_size)
+    if why := emptied(records, test):
+        raise DataError(why)
     if not 0 <= k <= len(pool):
         raise ConfigError(
             f"config.k is {k} but the pool holds {len(pool)} healthy images: "
@@ -128,6 +130,16 @@ def clean(records: Sequence[Record], seed: int, groups: Int[np.ndarray, " n"]) -
     )
     place = {r.id: i for i, r in enumerate(records)}
     return [pool[i] for i in order], sorted(test, key=lambda r: place[r.id])
+
+
+def emptied(records: Sequence[Record], test: Sequence[Record]) -> str:
+    """Why nothing is left of a test part; "" where something is, or there was none."""
+    if test or all(r.part != "test" for r in records):
+        return ""
+    return (
+        "nothing is left to test on: every image of the test part contradicts a near-duplicate in "
+        "its label or copies another: put labels right or give config.data.split=peer"
+    )
 
 
 def with_units(test: Sequence[Record], records: Sequence[Record], cache: Path) -> list[Record]:

@@ -118,6 +118,25 @@ def test_a_pool_that_leaves_no_healthy_image_to_test_on_is_an_error_as_in_a_run(
         splits.split(datasets.load("busi", root, tmp_path / "cache"), 4, 0, 12)
 
 
+def test_a_test_part_that_contradicts_the_train_part_is_an_error_as_in_a_run(folder):
+    """Of the clean split, which leaves out what is healthy in one part and abnormal in another."""
+    healthy, cache = (folder / "train" / "good" / "0.png").read_bytes(), folder.parent / "cache"
+    for path in (folder / "test").rglob("*.png"):
+        path.write_bytes(healthy)
+    text = io.StringIO()
+    with pytest.raises(DataError, match="cannot be used: 1 problem"):
+        shown = Console(file=text, width=400)
+        check.run("folder", folder, cache, 2, kind="clean", console=shown)
+    said = "nothing is left to test on: every image of the test part contradicts"
+    assert said in text.getvalue() and "config.data.split=peer" in text.getvalue()
+    records = datasets.load("folder", folder, cache)
+    with pytest.raises(DataError, match=said):
+        splits.split(records, 2, 0, kind="clean", cache=cache)
+    assert len(splits.split(records, 2, 0, cache=cache).test) == 18
+    apart = [r for r in records if r.part == "train"]
+    assert not splits.split(apart, 2, 0, kind="clean", cache=cache).test  # there was none
+
+
 def test_images_of_several_frames_are_listed_before_a_run_too(folder):
     for name in ("train/good/1.tif", "test/good/1.tif"):
         pages = [PIL.Image.new("L", (7, 9), shade) for shade in (1, 99)]
