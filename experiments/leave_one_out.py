@@ -79,18 +79,18 @@ def main():
         parser.error(f"--supports: each must divide the largest, which may be {most}")
     if not (args.targets or args.table):
         parser.error("--targets: give one or more, or --table")
-    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.jsonl"
     lines = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
     if args.table:
+        if not lines:
+            raise UserError(f"{file} holds no finished target: run --targets with this --out first")
         return table(lines)
+    args.out.mkdir(parents=True, exist_ok=True)
     data = Data(args.root, args.tokens)
     check_report(data, args)
     if lone := [name for name in args.targets if not sources_of(name, args)]:
         raise UserError(f"--sources: all have {lone[0]}'s modality, of which nothing is learned")
-    for target in args.targets:
-        if any(line["target"] == target for line in lines):
-            continue
+    for target in (x for x in args.targets if x not in {line["target"] for line in lines}):
         begin = time.process_time()
         rows = "".join(json.dumps(row) + "\n" for row in measure(data, target, args)).encode()
         with filelock.FileLock(f"{file}.lock"):  # others may add targets

@@ -65,7 +65,7 @@ def make_leaks(data: Path, run: Path) -> None:
     """leaks.json: names of the training images that are in no evaluation set, counts for the card.
 
     Raises:
-      SystemExit: a collection of the training images is used for evaluation.
+      SystemExit: a collection of the training images is used for evaluation, or a set is empty.
     """
     rows = views.read_rows(data / "pretrain")
     if seen := catalog.seen_collections(row.source for row in rows):
@@ -73,6 +73,8 @@ def make_leaks(data: Path, run: Path) -> None:
         raise SystemExit(f"captions.csv: {named} is used for evaluation; take its images out")
     names = catalog.with_role("development", "report")
     sets = {name: data / FOLDERS.get(name, f"sets/{name}") for name in names}
+    if empty := [x for x in sets.values() if not leaks.image_files(x)]:
+        raise SystemExit(f"{empty[0]}: no image there to compare with; add the evaluation sets")
     paths = [data / "pretrain" / "images" / row.image for row in rows]
     keep, counts = leaks.leak_check(paths, sets, run / "leaks")
     rows = [row for row, kept in zip(rows, keep, strict=True) if kept]
@@ -155,7 +157,8 @@ def weights_of(assignments: list[str]) -> objective.Weights:
 def load_material(run: Path, rows: list[views.Row], shards: int) -> loop.Material:
     from transformers import CLIPTokenizerFast
 
-    read = views.read_shards(run / "views", shards)
+    if not (read := views.read_shards(run / "views", shards)):
+        raise SystemExit(f"{run / 'views'}: no finished shard; run --stage views first")
     return loop.Material(
         shards=read,
         places=usable(run, rows, read),

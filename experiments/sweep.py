@@ -96,6 +96,8 @@ def main() -> None:
             pass  # once more for what others left unfinished
     results = {job: finished(args, job) for job in jobs if done(args, job)}
     print(f"{len(results)} of {len(jobs)} runs are finished", file=sys.stderr)
+    if not results:
+        raise UserError(f"no run in {args.runs} is finished: no table is written, run this again")
     write(args.out, results, args.only)
 
 
@@ -176,9 +178,7 @@ def settings(args: argparse.Namespace, job: Job) -> ConfigDict:
             text_field = isinstance(dict(config_module.flat(c))[name], str)
             c.update_from_flattened_dict({name: text if text_field else literal_eval(text)})
         except (KeyError, SyntaxError, TypeError, ValueError):
-            raise UserError(
-                f"--set {assignment}: give a field and its value, as steps=10"
-            ) from None
+            raise UserError(f"--set {assignment}: give a field and its value: steps=10") from None
     if job.seed:  # explanations are checked in the first draw alone: they take longest
         c.explained = 0
     teacher = args.runs / job._replace(variant="teacher").name
@@ -269,17 +269,13 @@ def run(args: argparse.Namespace, job: Job, wait: bool = False) -> bool:
 def refuse_other(args: argparse.Namespace, job: Job, c: ConfigDict) -> None:
     """Raise WorkdirError if a finished run had other settings than `c`."""
     workdir, archived = args.runs / job.name, args.archived.get(job.name)
-    before = archived["settings"] if archived else settings_of(workdir)
+    before = archived["settings"] if archived else as_flat((workdir / "config.json").read_text())
     for name, value in as_flat(config_module.resolve(c).to_json_best_effort()).items():
         if before.get(name) != value:
             raise WorkdirError(
                 f"{workdir} is a finished run with {name} = {before.get(name)}, not {value}: give "
                 "another --runs folder or --archive, or the settings of the first sweep"
             )
-
-
-def settings_of(workdir: Path) -> dict[str, Any]:
-    return as_flat((workdir / "config.json").read_text())
 
 
 def as_flat(text: str) -> dict[str, Any]:
@@ -301,7 +297,7 @@ def reduce(workdir: Path) -> None:
 def read(workdir: Path, seed: int) -> dict[str, Any]:
     """metrics.json of a finished run with its arrays; `pixel_counts` is read when it is called."""
     result = json.loads((workdir / "metrics.json").read_text()) | {"seed": seed}
-    result["settings"] = settings_of(workdir)
+    result["settings"] = as_flat((workdir / "config.json").read_text())
     with np.load(workdir / "scores.npz", allow_pickle=False) as arrays:
         result |= {name: arrays[name] for name in TABULATED if name in arrays.files}
     result["pixel_counts"] = partial(pixel_counts, workdir)

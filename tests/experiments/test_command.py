@@ -101,6 +101,18 @@ def test_pre_training_without_its_data(flags, said, tmp_path, monkeypatch, capsy
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_stages_of_pre_training_of_empty_folders(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "captions.csv").touch()
+    for stage, said in (("train", "views: no finished shard"), ("leaks", "no image there")):
+        monkeypatch.setattr(
+            "sys.argv", f"x --run={tmp_path} --data={tmp_path} --stage={stage}".split()
+        )
+        with pytest.raises(SystemExit) as ended:
+            command.run(pretrain_compact_clip.main)
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weight", ["similarity=x", "similarity", "none=1"])
 def test_a_weight_of_no_part_or_no_number(weight):
     with pytest.raises(SystemExit, match=re.escape(f"--weight {weight}: give PART=NUMBER")):

@@ -114,6 +114,18 @@ def test_a_target_whose_lines_do_not_fit_on_the_disk_is_not_half_there(tmp_path,
     assert [json.loads(x)["target"] for x in file.read_text().splitlines()] == ["a"] + [TARGET] * 9
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_table_of_nothing_is_one_sentence(tmp_path, monkeypatch, content):
+    out = tmp_path / "out"
+    if content is not None:
+        out.mkdir()
+        (out / "scores.jsonl").write_text(content)
+    monkeypatch.setattr("sys.argv", ["", "--out", str(out), "--table"])
+    with pytest.raises(UserError, match=r"scores\.jsonl holds no finished target: run --targets"):
+        leave_one_out.main()
+    assert out.exists() == (content is not None)
+
+
 def test_a_table_without_the_learners_that_others_are_compared_with(capsys):
     line = {"target": "a", "k": 1, "draw": 0, "rate": 0, "0": 0.75}
     leave_one_out.table([line | {"learner": "memory"}, line | {"learner": "ours", "0": 0.875}])

@@ -95,6 +95,15 @@ def test_a_run_of_another_process_is_left_to_it(command, tmp_path):
     assert command.runs[3:] == [NAMES[1]]
 
 
+def test_where_nothing_is_finished_the_tables_stay_as_they_are(command, tmp_path):
+    before = command()
+    (tmp_path / "others").mkdir()
+    with filelock.FileLock(tmp_path / "others" / f"{NAMES[0]}.lock"):
+        with pytest.raises(UserError, match="no run in .*others is finished: no table is written"):
+            command(f"--runs={tmp_path}/others", "--only=ours", "--draws=1")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "results").iterdir()}
+
+
 def test_a_finished_run_with_other_settings_is_refused(command):
     command()
     with pytest.raises(WorkdirError, match="finished run with k = 4|model"):
