@@ -72,6 +72,7 @@ def test_resumed_equals_uninterrupted_and_loads_elsewhere(
     check_export(tmp_path / "out", jax.tree.map(np.asarray, whole.params["clip"]), model, material)
 
 
+@pytest.mark.slow
 def test_the_decayed_weights_are_exported_and_the_card_says_so(tmp_path, tokenizer_folder):
     entries = len(CLIPTokenizerFast.from_pretrained(tokenizer_folder))
     shape = encoders.make_config(entries, width=64, layers=2, heads=1)

@@ -93,6 +93,7 @@ def test_all_patches_in_any_order_give_the_full_encoder(model):
     np.testing.assert_allclose(mixed[0, 1:], full[0, 1:][order[0]], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_alone_leave_the_image_encoder_as_it_is(material, model):
     none = dict.fromkeys(("fine", "coarse", "pooled", "similarity"), 0.0)
     weights = objective.Weights(**none)
