@@ -67,7 +67,7 @@ def describe_clip(c: ConfigDict) -> list[str]:
     """A named checkpoint and what images cost, by line; ConfigError for what a run refuses."""
     preprocessing.steps(c.data.recipe)
     clip = load_clip(c)
-    explanation(c, clip), model_parts(c, clip, auxiliary_datasets(c))
+    explanation(c, clip), model_parts(c, clip, auxiliary_datasets(c)), saved.digest_of_teacher(c)
     named = c.clip.checkpoint != "compact"
     lines = describe(clip, c.k * (1 + c.synthesis.variants)) if named else {}
     return [f"{name:10} {line}" for name, line in lines.items()]

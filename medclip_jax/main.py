@@ -252,6 +252,7 @@ def check(fields: ConfigDict) -> None:
         print(printable(line), flush=True)
     data, root = c.data, files.expanded(c.data.root) if c.data.root else None
     how = {"pool_size": data.pool, "kind": data.split, "uncertain": data.uncertain}
+    how |= {"extra": c.calibration.extra, "alpha": c.calibration.alpha}
     data_check.run(data.name, root, Path(c.cache), c.k, seed=c.seed, window=data.window, **how)
 
 

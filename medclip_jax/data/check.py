@@ -4,7 +4,8 @@ Every image and mask is decoded once. Nothing is written.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +66,13 @@ def run(
     kind: str = "peer",
     uncertain: str = "exclude",
     window: str = "",
+    extra: str = "",
+    alpha: float = 0.1,
     console: Console | None = None,
 ) -> tuple[Row, ...]:
     """Examine a data set and print the table; arguments as those of datasets.load and split.
+
+    extra: folder of datasets.extra, "" for none; alpha: the false-alarm rate it is for.
 
     Returns the rows, errors first; raises DataError where one is an error, after printing.
     """
@@ -89,10 +94,13 @@ def run(
         Row("warning", subject, 1, file) for subject, names in strange.items() for file in names
     ]
     records = [
-        Record(e.id, e.label, e.part, layout.root / e.id, (), image.sha256, e.patient)
+        Record(
+            e.id, e.label, e.part, layout.root / e.id, (), image.sha256, e.patient, window=window
+        )
         for e, image in readable
     ]
-    rows += split_rows(records, groups, seed, pool_size, kind, k)
+    more = partial(datasets.extra, files.expanded(extra), alpha=alpha, window=window)
+    rows += split_rows(records, groups, seed, pool_size, kind, k, more if extra else None)
     rows.sort(key=lambda row: list(STYLES).index(row.state))
     show(rows, f"{name}: {layout.root}", console or Screen())
     if errors := sum(row.state == "error" for row in rows):
@@ -159,7 +167,8 @@ def split_rows(
     seed: int,
     pool_size: int,
     kind: str,
-    k,
+    k: int,
+    extra: Callable[[layouts.Split], Sequence[Record]] | None = None,
 ) -> list[Row]:
     """What stands on both sides of the split: the whole pool that supports come from, and test."""
     sides = splits.clean(records, seed, groups) if kind == "clean" else None
@@ -167,6 +176,12 @@ def split_rows(
     rows = [Row("ok", f"{kind} split", len(records), f"pool {len(pool)}, test {len(test)}")]
     if len(pool) < k:
         rows.append(Row("error", "pool", len(pool), f"fewer than K = {k} healthy images"))
+    if extra:
+        try:
+            found = extra(layouts.Split(tuple(pool[:k]), tuple(test)))
+            rows.append(Row("ok", "calibration.extra", len(found), "healthy, for thresholds alone"))
+        except DataError as error:
+            rows.append(Row("error", "calibration.extra", 1, str(error).rstrip(".")))
     if why := splits.emptied(records, test):
         rows.append(Row("error", "test set", 0, why))
     if not any(r.part for r in records):  # a test part may lack a class, what is left over may not

@@ -1,6 +1,7 @@
 """The table of a data set's problems."""
 
 import io
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,7 @@ from medclip_jax import main
 from medclip_jax.data import check, datasets, splits
 from medclip_jax.errors import DataError
 from tests.support.folders import ROOT, pair, png, write_busi, write_folder
+from tests.support.pictures import write_pictures
 
 
 @pytest.fixture
@@ -54,6 +56,22 @@ def test_what_is_worth_a_look(folder):
     }
     clean, _ = table("folder", folder, kind="clean")
     assert not [what for what in clean if "across" in what]
+
+
+def test_images_for_calibration_are_looked_at_too(folder, tmp_path):
+    (extra := tmp_path / "extra").mkdir()
+    records = write_pictures(extra, 4)
+    rows, _ = table("folder", folder, extra=str(extra), alpha=0.2)
+    assert rows["calibration.extra"].state == "ok" and rows["calibration.extra"].images == 4
+    with pytest.raises(DataError, match="1 problem"):
+        table("folder", folder, extra=str(extra), alpha=0.1)  # needs nine
+    shutil.copy(folder / "test" / "good" / "0.png", records[0].path)
+    text = io.StringIO()
+    with pytest.raises(DataError, match="1 problem"):
+        how = {"extra": str(extra), "alpha": 0.2, "console": Console(file=text, width=300)}
+        check.run("folder", folder, folder.parent, 4, **how)
+    assert "0.png of config.calibration.extra is the test image test/good/0.png" in text.getvalue()
+    assert not (folder.parent / "cache").exists() and not [*folder.parent.glob("near*")]
 
 
 def test_what_cannot_be_used_is_all_in_one_table(folder):
