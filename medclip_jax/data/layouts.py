@@ -137,24 +137,21 @@ def folder(root: Path) -> Layout:
     extras = [p.name for p in _folders(root / "train") if p.name != "good"]
     problems += [f"train/{x} is not allowed: only train/good is trained on" for x in extras]
     problems += _misnamed(root)
-    stray = (p for part in PARTS for p in _files(root / part))
-    images = [p for p in stray if p.suffix.lower() in USUAL]
-    problems += [f"{_below(root, p)} is in no folder of a kind: move it to one" for p in images]
+    stray = (p for part in PARTS for p in _usual(root / part))
+    problems += [f"{_below(root, p)} is in no folder of a kind: move it to one" for p in stray]
     for kind in _folders(root / "test"):
         of_kind, wrong = _kind(root, kind)
         examples += of_kind
         problems += wrong
-    for truth in _folders(root / "ground_truth"):
-        if not (root / "test" / truth.name).is_dir():
-            problems += _orphans(root, _masks(_files(truth)))
+    lone = (x for x in _folders(root / "ground_truth") if not (root / "test" / x.name).is_dir())
+    problems += _orphans(root, {place.name: _usual(place) for place in lone})
     return Layout(root, _sorted(examples), tuple(problems))
 
 
 def healthy(root: Path) -> Layout:
-    """List a folder of healthy images."""
-    images = _files(root)
-    examples = [_example(root, image, 0, "good", "", []) for image in images]
-    return Layout(root, _sorted(examples), tuple(_masks_among(root, images)))
+    """List a folder of healthy images, in BMAD's archives those in its folder `img`."""
+    examples = [_example(root, image, 0, "good", "", []) for image in _files(_own(root))]
+    return Layout(root, _sorted(examples), tuple(_unread(root.parent, root)))
 
 
 def find(root: Path, title: str, name: str, inner: str, needed: tuple[str, ...]) -> Path:
@@ -196,9 +193,8 @@ def _kind(root: Path, kind: Path) -> tuple[list[Example], list[str]]:
     truth = root / "ground_truth" / kind.name
     masks, form = _masks(_files(truth)), f"ground_truth/{kind.name}/{{}}_mask.png"
     problems = _unread(root, kind)
-    odd = [p for p in _files(truth) if "mask" in _stem(p).lower() and not MASK.fullmatch(_stem(p))]
     rule = "is no mask's name: give it as <image>_mask.png, or several as <image>_mask_1.png"
-    problems += [f"{_below(root, p)} {rule}" for p in odd]
+    problems += [f"{_below(root, p)} {rule}" for p in _usual(truth) if not _masks([p])]
     label = 0 if kind.name.lower() == "good" else 1
     if (kind / "label").is_dir():
         truth, form = kind / "label", f"test/{kind.name}/label/{{}}.png"
@@ -226,7 +222,7 @@ def _misnamed(root: Path) -> list[str]:
 def _unread(root: Path, place: Path) -> list[str]:
     """Files of a kind that nobody would read, the first of each folder; masks among its images."""
     own = _own(place)
-    outside = [_files(p)[0] for p in _with_files(place) if p not in (own, place / "label")]
+    outside = (_files(p)[0] for p in _with_files(place) if p not in (own, place / "label"))
     problems = [f"{_below(root, x)} is not in {_below(root, own)}: move it there" for x in outside]
     return problems + _masks_among(root, _files(own))
 
@@ -254,6 +250,10 @@ def _files(place: Path) -> list[Path]:
     kept = {p for p in files if p.name.lower() not in DESKTOP_FILES}
     images = (p for p in kept if (first := files_of(p)[0]) == p or first not in kept)
     return sorted(images, key=lambda p: natural(p.name))
+
+
+def _usual(place: Path) -> list[Path]:
+    return [p for p in _files(place) if p.suffix.lower() in USUAL or _masks([p])]
 
 
 def _folders(place: Path) -> list[Path]:

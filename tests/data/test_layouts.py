@@ -109,6 +109,8 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
         ("Test/crack/1.png", "folder Test is unread"),
         ("ground truth/stain/1_mask.PNG", "folder ground truth is unread"),
         ("ground_truth/stain/1_mask_left.png", "ground_truth/stain/1_mask_left.png is no mask's"),
+        ("ground_truth/stain/1_left.png", "ground_truth/stain/1_left.png is no mask's name"),
+        ("ground_truth/Stain/1.png", "mask ground_truth/Stain/1.png has no image"),
     ],
 )
 def test_images_that_nobody_would_read_are_named(tmp_path, name, problem):
@@ -173,6 +175,17 @@ def test_voxels_without_their_header_are_named(tmp_path, cache):
     assert [e.id for e in layouts.healthy(tmp_path).examples] == ["B.HDR", "a.img"]
     with pytest.raises(DataError, match=r"1 problem.*a\.hdr does not exist"):
         datasets.healthy_folder(tmp_path)
+
+
+def test_healthy_images_in_folders_below_are_named_but_bmads_are_read(tmp_path):
+    """They were left out of `calibration.extra` without a line."""
+    root = empty_files(
+        tmp_path, "more/1.png", "more/old/2.png", "good/img/1.png", "good/label/1.png"
+    )
+    found = layouts.healthy(root / "more")
+    assert found.problems == ("more/old/2.png is not in more: move it there",)
+    found = layouts.healthy(root / "good")
+    assert [e.id for e in found.examples] == ["img/1.png"] and not found.problems
 
 
 def test_good_is_healthy_however_it_is_spelt(tmp_path):

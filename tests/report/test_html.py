@@ -241,7 +241,8 @@ def test_what_is_flagged_and_where_the_threshold_is_from(tmp_path, label, shares
     origin = "set from healthy images alone" if k else "where the prompts give probability 0.5"
     assert f"At the threshold {origin} {shares}." in text
     assert f"The threshold of 0.5 is {origin};" in text and f"is the threshold {origin}." in text
-    assert ("healthy images alone" in text) == bool(k)
+    assert f"Images are flagged from 0.5 on, the threshold {origin}." in text
+    assert ("healthy images alone" in text) == bool(k) and "calibrated threshold" not in text
 
 
 @pytest.mark.parametrize("k, calibrating", [(0, 0), (1, 1), (16, 16), (16, 200)])
