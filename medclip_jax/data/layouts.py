@@ -25,7 +25,7 @@ CHEST_PATIENT = re.compile(r"((NORMAL2-)?IM-\d+|person\d+)[-_]")
 NOT_GOOD = ("normal", "healthy", "ok")  # would count as kinds of anomaly: only `good` is healthy
 PARTS = ("train", "test", "ground_truth")  # folders of the MVTec-AD layout
 MISNAMED = r"(train|test)(ing|s)?|ground[ _-]?truths?|gt|(mask|label|annotation|segmentation)s?"
-USUAL = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".nii", ".gz")  # images
+USUAL = ".png .jpg .jpeg .bmp .tif .tiff .dcm .dicom .ima .nii .hdr .img .gz".split()  # images
 DESKTOP_FILES = ("thumbs.db", "desktop.ini")  # left behind by file browsers, besides dot files
 
 

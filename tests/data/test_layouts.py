@@ -99,6 +99,8 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
         ("test/stain/img/1/b.png", "test/stain/img/1/b.png is not in test/stain/img"),
         ("train/a.png", "train/a.png is in no folder of a kind"),
         ("test/a.dcm", "test/a.dcm is in no folder of a kind"),
+        ("test/a.IMA", "test/a.IMA is in no folder of a kind"),
+        ("labels/stain/1.hdr", "folder labels is unread"),
         ("ground_truth/1_mask.png", "ground_truth/1_mask.png is in no folder of a kind"),
         ("train/good/1_mask.png", "train/good/1_mask.png is a mask: take it out"),
         ("test/stain/img/1_mask_2.png", "test/stain/img/1_mask_2.png is a mask: take it out"),
@@ -186,6 +188,10 @@ def test_healthy_images_in_folders_below_are_named_but_bmads_are_read(tmp_path):
     assert found.problems == ("more/old/2.png is not in more: move it there",)
     found = layouts.healthy(root / "good")
     assert [e.id for e in found.examples] == ["img/1.png"] and not found.problems
+
+
+def test_every_kind_of_file_that_is_read_is_looked_for():
+    assert {Path(f"a{ending}").suffix for ending in read.SUFFIXES} == set(layouts.USUAL)
 
 
 def test_good_is_healthy_however_it_is_spelt(tmp_path):
