@@ -4,6 +4,7 @@ Blocks are flax.linen modules under the names that transformers' CLIP uses. Read
 to them: LayerScale is folded into the layer before it, a bias that is lacking is 0.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -248,6 +249,15 @@ def widened(features: Features) -> Features:
             for part in features
         )
     )
+
+
+def joined(each: Sequence[Features]) -> Features:
+    """The rows of several, `widened`, on the host: of one array after another."""
+
+    def rows(*x: Any) -> np.ndarray:
+        return np.concatenate(x, dtype=np.float32 if x[0].dtype == np.float16 else x[0].dtype)
+
+    return jax.tree.map(rows, *each)
 
 
 def narrowed(features: Features, dtype: str) -> Features:

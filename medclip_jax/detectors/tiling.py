@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from medclip_jax import stored
-from medclip_jax.clip.layers import Features, widened
+from medclip_jax.clip.layers import Features, joined
 from medclip_jax.data import augmentation
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration
@@ -183,10 +183,12 @@ def loader(tiles: int) -> Callable[..., Iterator[Features]]:
     """What reads packed tokens as cache.load_images reads tokens; both were encoded before."""
 
     def load(feature_cache, records: Sequence[Record], size: int) -> Iterator[Features]:
-        whole = cache.load_images(feature_cache, records, size)
-        for group, tokens in zip(batches(records, size), whole, strict=True):
-            rows = [cache.load(tiles_path(feature_cache, r, tiles)) for r in group]
-            yield pack(tokens, widened(jax.tree.map(lambda *x: np.concatenate(x), *rows)))
+        def packed(record: Record) -> Features:
+            whole = cache.load(cache.image_path(feature_cache, record))
+            return pack(whole, cache.load(tiles_path(feature_cache, record, tiles)))
+
+        for group in batches(records, size):
+            yield joined([packed(r) for r in group])
 
     return load
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from medclip_jax import files, stored
 from medclip_jax.clip import checkpoint, lite0, stacked
-from medclip_jax.clip.layers import Features, widened
+from medclip_jax.clip.layers import Features, joined
 from medclip_jax.data import preprocessing
 from medclip_jax.data.layouts import Record, unique
 from medclip_jax.distributed import runtime, sharding
@@ -159,8 +159,7 @@ def load_images(
 ) -> Iterator[Features]:
     """Tokens of cached images in order, `size` at a time; encoder.encode_images comes first."""
     for group in batches(records, size):
-        each = [load(image_path(feature_cache, r)) for r in group]
-        yield widened(jax.tree.map(lambda *rows: np.concatenate(rows), *each))
+        yield joined([load(image_path(feature_cache, r)) for r in group])
 
 
 def write(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medclip_jax.clip.layers import attend, product
+from medclip_jax.clip.layers import Features, attend, joined, product, widened
 
 CPU = Path("/proc/cpuinfo")
 FLAGS = CPU.read_text() if CPU.exists() else ""
@@ -48,3 +48,13 @@ def test_bfloat16_factors_reach_the_processor_as_they_are():
     text = jax.jit(lambda a, b: product("na,ab->nb", a, b)).lower(a, b).compile().as_text()
     assert "bf16[64,128]" in text and "f32[64,256]" in text
     assert "f32[64,128]" not in text and "f32[128,256]" not in text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_joined_rows_are_those_of_each_in_the_format_that_is_computed_in(dtype):
+    made = (np.asarray(drawn(n, 3, 4, seed=n, dtype=dtype)) for n in (1, 2))
+    each = [Features(x[:, 0], (x, 2 * x), ()) for x in made]
+    whole = widened(jax.tree.map(lambda *x: np.concatenate(x), *each))
+    assert whole.pooled.dtype == (jnp.bfloat16 if dtype == "bfloat16" else np.float32)
+    jax.tree.map(np.testing.assert_array_equal, joined(each), whole)
+    assert [x.dtype for x in jax.tree.leaves(joined(each))] == [whole.pooled.dtype] * 3
