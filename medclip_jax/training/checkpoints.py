@@ -142,9 +142,9 @@ def restore(
             continue
         if not own.startswith(origin):
             raise CheckpointError(
-                f"{manager.directory}: learned with another CLIP, language adapter, other prompts "
-                "(config.prompts.ontology_file), another teacher or other images of "
-                "config.meta.data than now: restore these, or give another --workdir"
+                f"{manager.directory}: learned with another CLIP, language adapter, teacher, other "
+                "prompts (config.prompts.ontology_file) or other images of config.meta.data than "
+                "now: restore these, or give another --workdir"
             )
         return read["state"]
     if steps:

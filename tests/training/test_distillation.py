@@ -126,7 +126,7 @@ def test_a_run_of_tiles_alone_teaches_and_predicts_as_it_was_measured(world, tmp
     assert "is finished: nothing to do" in caplog.text
     shutil.rmtree(tmp_path / "tiles")  # and another one takes its place
     world.train(tmp_path / "tiles", branches=("learned",), score__tiles=2, learning_rate=0.5)
-    with pytest.raises(CheckpointError, match="another teacher"):
+    with pytest.raises(CheckpointError, match="language adapter, teacher, other prompts"):
         world.train(tmp_path / "student", teacher=str(tmp_path / "tiles"))
 
 
