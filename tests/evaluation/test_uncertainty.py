@@ -49,8 +49,7 @@ def test_images_of_equal_uncertainty_count_as_the_mean_over_all_orders():
     assert whole["aurc"] == pytest.approx(np.mean(curves))
     # of 6 remain 3: two healthy (0.84, 0.21) and a third of each of 0.2, 0.82 (abnormal) and 0.83
     assert whole["auroc"][-1] == pytest.approx((1 / 3) / (2 / 3 * (2 + 1 / 3)))
-    for order in itertools.permutations(range(6)):
-        at = list(order)
+    for at in ([5, 4, 3, 2, 1, 0], [3, 2, 0, 1, 4, 5], [2, 0, 3, 5, 1, 4]):  # all, the ties alone
         found = metrics.risk_and_coverage(score[at], label[at], {"sd": values[at]})
         assert found["measures"]["sd"]["auroc"] == pytest.approx(whole["auroc"])
         assert found["measures"]["sd"]["aurc"] == pytest.approx(whole["aurc"])
