@@ -196,11 +196,11 @@ def loader(tiles: int) -> Callable[..., Iterator[Features]]:
 def pack(whole: Features, tiles: Features) -> Features:
     """One Features of n images and of their tiles, which are rows of their own, image by image."""
 
-    def joined(v: Any, t: Any) -> Any:  # on the host
+    def with_tiles(v: Any, t: Any) -> Any:  # on the host
         return np.concatenate([v, t.reshape(len(v), -1, v.shape[-1])], 1)
 
     levels, inputs = (
-        tuple(map(joined, own, parts))
+        tuple(map(with_tiles, own, parts))
         for own, parts in ((whole.levels, tiles.levels), (whole.inputs, tiles.inputs))
     )
     return Features(whole.pooled, levels, inputs)

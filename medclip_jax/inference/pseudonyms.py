@@ -25,7 +25,8 @@ from medclip_jax.io.nifti_header import files_of
 SALT_FILE = ".pseudonyms"
 SALT_BYTES = 32
 NAMED = f"*-{'[0-9a-f]' * inputs.HASH}.json"  # results under inputs.safe_name
-IN_SENTENCES = re.compile(r"\W?|\d+([.,]\d+)?")  # "/", "3", "7.5"
+# "/", "3", "7.5"; a longer number may be a patient's
+IN_SENTENCES = re.compile(r"\W?|\d{1,4}([.,]\d{1,4})?")
 
 
 def salt_of(output: Path) -> bytes:
