@@ -3,8 +3,7 @@
 python -m medclip_jax.main --config configs/phantom.py --workdir runs/phantom
 
 Other simulated sets: --config.data.name=phantom-mri or phantom-xray. Their lesions are small (1 to
-3% of an image), so contours are tighter than by default; chosen
-with the masks of phantom-ultrasound in sight.
+3% of an image), so contours are tighter than by default, which was chosen with masks in sight.
 """
 
 from medclip_jax import config
