@@ -30,5 +30,5 @@ def get_config(arg: str = ""):
     c = config.base(rest, name=name, **WORDS[name])
     c.meta.sources, c.branches, c.learner = tuple(sources), ("meta",), "maml"
     c.meta.inner_rate = 0.5
-    c.synthesis.variants, c.clip.dtype = 12, "float16"
+    c.synthesis.preset, c.synthesis.variants, c.clip.dtype = "medclip", 12, "float16"
     return c

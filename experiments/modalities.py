@@ -31,6 +31,7 @@ class Data:
         self.learned: dict = {}
         c = config.base("k=16", name="busi", **WORDS["busi"])
         c.clip.dtype, c.synthesis.variants, c.memory_encoder = "float16", 12, ""  # CLIP's tokens
+        c.synthesis.preset = "medclip"  # as in configs/meta.py
         self.c = config.resolve(c)
         self.clip = build.load_clip(self.c)
         if tokens != "clip":  # as levels of one encoder, which variants have, too

@@ -150,7 +150,7 @@ def _model(c: ConfigDict) -> None:
 
 def _training(c: ConfigDict) -> None:
     c.synthesis = {
-        "preset": "medclip",  # medclip | mediclip (the peer, known faults included)
+        "preset": "masses",  # masses | medclip (the paper's) | mediclip (the peer's) | opacities
         "variants": 0,  # anomalous ones per support; an epoch uses one; 0: 50, of mediclip 200
     }
     # of the supports in training, "" = off: flip (probability), rotate (largest angle, degrees),

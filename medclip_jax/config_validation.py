@@ -30,7 +30,7 @@ CHOICES = {
     "memory_encoder": ("", "efficientnet-lite0"),
     "prompts.phrases": ("templates", "words", "ontology"),
     "prompts.position": ("end", "middle", "front"),
-    "synthesis.preset": ("medclip", "mediclip"),
+    "synthesis.preset": ("masses", "medclip", "mediclip", "opacities"),
     **{"model.form": ("softmax", "distance"), "score.tiles": (1, 2, 3)},
     "explanation.method": ("grad_cam", "grad_cam_pp"),
 }

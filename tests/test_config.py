@@ -222,6 +222,15 @@ def test_flat_names_every_field_once():
     assert len(names) == len(set(names)) and {"k", "data.root", "model.dropout"} <= set(names)
 
 
+@pytest.mark.parametrize(
+    "method, preset",
+    [("ours", "masses"), ("joint", "masses"), ("paper", "medclip"), ("mediclip", "mediclip")],
+)
+def test_dark_masses_are_of_our_own_methods_alone(method, preset):
+    """The published ones keep the kinds of anomalies that they were published with."""
+    assert config.resolve(config.base(f"method={method}")).synthesis.preset == preset
+
+
 def test_tensorboard_without_its_extra_is_refused_before_the_run(monkeypatch):
     c = config.base()
     c.tensorboard = True

@@ -11,7 +11,7 @@ VARIANTS = {
     "no-dropout": {"model.dropout": 0.0},
     "distance-form": {"model.form": "distance"},
     "token-refinement": {"model.refine": True},
-    "mediclip-synthesis": {"synthesis.preset": "mediclip"},
+    **{f"{p}-synthesis": {"synthesis.preset": p} for p in ("medclip", "mediclip", "opacities")},
     "augmentation": VIEWS,
     "augmentation-simclr": VIEWS | {"loss.simclr": 0.1},
     "maml": {"learner": "maml"},

@@ -194,7 +194,7 @@ def variants(
     changed, masks = generate.batch(keys, images, sources, kinds, recipe.preset)
     if not recipe.copies:
         return changed, masks, kinds
-    clean = np.full(recipe.copies, generate.KINDS.index("identity"))
+    clean = np.full(recipe.copies, generate.IDENTITY)
     pairs = (changed, bases[1:]), (masks, np.zeros_like(bases[1:])), (kinds, clean)
     images, masks, kinds = map(np.concatenate, pairs)
     return images, masks, kinds
@@ -205,7 +205,8 @@ def drawn_kinds(
 ) -> tuple[Int[np.ndarray, " v"], np.random.Generator]:
     """The kinds of an image's anomalous variants, which need no pixel, and what draws on."""
     rng = np.random.default_rng([recipe.seed, int(record.sha256[:16], 16)])
-    return rng.integers(len(generate.KINDS) - 1, size=recipe.variants), rng
+    places = generate.places_of(recipe.preset)
+    return places[rng.integers(len(places), size=recipe.variants)], rng
 
 
 @partial(jax.jit, static_argnums=0)

@@ -27,7 +27,6 @@ from medclip_jax.synthesis import generate
 from medclip_jax.training import maml
 
 LEAST = 2  # images: each is held out once
-KINDS = generate.KINDS.index("identity")  # those before it alter the image
 
 
 class Site(NamedTuple):
@@ -84,7 +83,7 @@ def adapt(start: Start, images: Sequence[Path]) -> tuple[Detector, Calibration]:
 
 
 def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
-    """Tokens of the images as they are, then of a variant of each kind of all: [4 k] rows."""
+    """Tokens of the images as they are, then of a variant of each kind of all: [(1 + kinds) k]."""
     clip, site = start.clip, start.site
 
     def read(path):
@@ -98,9 +97,10 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
     names = [int(hashlib.sha256(x.tobytes()).hexdigest()[:16], 16) for x in pixels]
     if len(set(names)) < len(names):
         raise ConfigError("an image is there twice, and would calibrate what saw it: give it once")
-    kinds = np.repeat(np.arange(KINDS), len(images))
-    keys = [generate.key_for(site.seed, name, v) for v in range(KINDS) for name in names]
-    repeated = np.tile(pixels, (KINDS, 1, 1))
+    places = generate.places_of(site.preset)
+    kinds, count = np.repeat(places, len(images)), len(places)
+    keys = [generate.key_for(site.seed, name, v) for v in range(count) for name in names]
+    repeated = np.tile(pixels, (count, 1, 1))
     changed, masks = generate.batch(jnp.stack(keys), repeated, repeated, kinds, site.preset)
     tokens = checkpoint.encode_images(
         clip.vision,
@@ -109,7 +109,7 @@ def altered_rows(start: Start, images: Sequence[Path]) -> Batch:
         mean=clip.mean,
         std=clip.std,
     )
-    label: Any = (np.arange((1 + KINDS) * len(images)) >= len(images)).astype(np.int32)
+    label: Any = (np.arange((1 + count) * len(images)) >= len(images)).astype(np.int32)
     mask: Any = np.concatenate([np.zeros_like(pixels), masks.astype(np.float32)])
     valid: Any = np.ones(len(label), bool)
     return Batch(tokens, mask, label, valid)

@@ -1,9 +1,9 @@
 """What each kind of synthetic anomaly does to an image: pure JAX, in the full frame.
 
-Each of `cutpaste`, `gauss` and `source` samples a shape, places it and returns the altered values
-and the pixels they are for. `bodies` are the body masks of the image and its partner; None is the
-peer's way (anywhere, and resampled by cubic splines). Formulas: section 4.3 of the paper and
-MediCLIP's medsyn.
+Each kind samples where it lies and returns the altered values and the pixels they are for. `bodies`
+are the body masks of the image and its partner; None is the peer's way (anywhere, and resampled by
+cubic splines). Formulas: section 4.3 of the paper and MediCLIP's medsyn; `mass` and `opacity` are
+ours.
 """
 
 from itertools import product
@@ -17,7 +17,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from medclip_jax.synthesis import shapes
 from medclip_jax.synthesis.shapes import Pair
 
-SIDES = {"cutpaste": (0.1, 0.6), "gauss": (0.3, 0.8), "source": (0.2, 0.6)}  # shares of the frame
+SIDES = {  # shares of the frame
+    **{"cutpaste": (0.1, 0.6), "gauss": (0.3, 0.8), "source": (0.2, 0.6), "mass": (0.05, 0.35)}
+}
+WAVES = (0.12, 0.12, 0.10, 0.08, 0.06, 0.05)  # of a mass's outline, sd
+CLOUDS = 7  # per side, of an opacity
 PAD = 12  # pixels beyond an edge after which a cubic spline has forgotten it
 
 Image = Float[Array, "h w"]
@@ -165,6 +169,55 @@ def source(
         value = resample(image, rows, columns)
     moved = jnp.where(in_box(y, x, shape.box, margin=1), value, image)
     return moved, inside if body is None else inside & body
+
+
+def mass(
+    key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
+) -> tuple[Image, Mask]:
+    """A dark mass: an ellipse of irregular, soft outline, darker by 30 to 90% and smoother.
+
+    The outline is .85 of the ellipse's, changed by waves of 2 to 7 periods around it.
+    """
+    k_box, k_place, k_turn, k_waves, k_phases, k_blur, k_dark, k_smooth = jax.random.split(key, 8)
+    frame, lo, hi = limits("mass", image)
+    box = jnp.round(jax.random.uniform(k_box, (2,), minval=lo, maxval=hi))
+    points, filled = shapes.grid_points(box), jnp.ones((shapes.GRID, shapes.GRID), bool)
+    body = None if bodies is None else bodies[0]
+    y, x = relative(image, shapes.place(k_place, box, frame, body, points, filled))
+    turned = shapes.rotation(jax.random.uniform(k_turn, minval=-jnp.pi, maxval=jnp.pi))
+    y, x = y - (box[0] - 1) / 2, x - (box[1] - 1) / 2
+    v = (turned[0, 0] * y + turned[0, 1] * x) / (box[0] / 2)
+    u = (turned[1, 0] * y + turned[1, 1] * x) / (box[1] / 2)
+    waves = jax.random.normal(k_waves, (len(WAVES),)) * jnp.array(WAVES)
+    phases = jax.random.uniform(k_phases, (len(WAVES),), maxval=2 * jnp.pi)
+    angle, outline = jnp.arctan2(v, u), jnp.full(image.shape, 0.85)
+    for i in range(len(WAVES)):
+        outline += waves[i] * jnp.cos((2 + i) * angle + phases[i])
+    softness = jax.random.uniform(k_blur, minval=0.7, maxval=3.5)
+    inside = (jnp.hypot(v, u) < outline).astype(jnp.float32)
+    soft = blur(inside, softness, jnp.zeros(2), frame)
+    smooth = blur(image, jnp.float32(3.0), jnp.zeros(2), frame)
+    value = image + jax.random.uniform(k_smooth, maxval=0.7) * (smooth - image)
+    value = value * jax.random.uniform(k_dark, minval=0.1, maxval=0.7)
+    touched = soft > 0.02
+    return image + soft * (value - image), touched if body is None else touched & body
+
+
+def opacity(
+    key: PRNGKeyArray, image: Image, partner: Image, bodies: tuple[Mask, Mask] | None
+) -> tuple[Image, Mask]:
+    """A diffuse opacity, or lucency: up to half brighter or darker in large clouds of the body.
+
+    Brighter is towards 1 and darker towards 0, by a share, so that neither is cut off.
+    """
+    k_cloud, k_level, k_gain, k_bright = jax.random.split(key, 4)
+    cloud = jax.image.resize(jax.random.normal(k_cloud, (CLOUDS, CLOUDS)), image.shape, "cubic")
+    level = 0.5 * jax.random.normal(k_level)
+    cloud = jax.nn.sigmoid(3 * (cloud - level) / jnp.maximum(cloud.std(), 1e-6))
+    share = jax.random.uniform(k_gain, minval=0.1, maxval=0.5) * cloud
+    aim = jax.random.bernoulli(k_bright).astype(jnp.float32)
+    body = jnp.ones(image.shape, bool) if bodies is None else bodies[0]
+    return image + share * (aim - image), body
 
 
 def resample(image: Image, rows: Image, columns: Image) -> Image:

@@ -1,15 +1,16 @@
-"""Synthetic anomalies on healthy images: CutPaste, GaussIntensityChange, Source, Identity.
+"""Synthetic anomalies on healthy images: CutPaste, GaussIntensityChange, Source, Identity, ours.
 
-The tasks are MediCLIP's (medsyn), re-implemented from the formulas of section 4.3. Two presets:
-
-`medclip` (default). Anomalies lie on the body (see `shapes.body_mask`), change nothing outside it,
-and the label is true: pixels that differ by more than VISIBLE, closed with a 5 x 5 square. A sample
-of fewer than MIN_PIXELS is repeated, up to TRIES times.
+These four are MediCLIP's tasks (medsyn), re-implemented from the formulas of section 4.3; a dark
+mass and a diffuse opacity are ours. A preset is a set of kinds (`PRESETS`) and one of two ways:
 
 `mediclip`. The peer as released, its known faults included, for like-for-like comparison: anywhere
 in the frame, cubic splines rounded to 8 bits, intensities cut off to 8 bits, the whole shape as
 label of Gauss and Source, and for CutPaste the shape without unchanged pixels that can be reached
 from its outside.
+
+All others. Anomalies lie on the body (see `shapes.body_mask`), change nothing outside it, and the
+label is true: pixels that differ by more than VISIBLE, closed with a 5 x 5 square. A sample of
+fewer than MIN_PIXELS is repeated, up to TRIES times.
 """
 
 import os
@@ -26,15 +27,29 @@ from medclip_jax.synthesis import anomalies, shapes
 from medclip_jax.synthesis.anomalies import Image, Mask
 
 # raise when the anomalies of a key change: the feature cache is named by it
-VERSION = {"medclip": 2, "mediclip": 3}
-ALTER = {"cutpaste": anomalies.cutpaste, "gauss": anomalies.gauss, "source": anomalies.source}
-KINDS = (*ALTER, "identity")
+VERSION = {"medclip": 2, "mediclip": 3, "masses": 1, "opacities": 1}
+ALTER = {
+    **{"cutpaste": anomalies.cutpaste, "gauss": anomalies.gauss, "source": anomalies.source},
+    **{"mass": anomalies.mass, "opacity": anomalies.opacity},
+}
+# the feature cache holds their places: new ones go last
+KINDS = ("cutpaste", "gauss", "source", "identity", "mass", "opacity")
+IDENTITY = KINDS.index("identity")
+PRESETS = {  # the kinds of each, equally often; identity is the image as it is
+    **dict.fromkeys(("medclip", "mediclip"), ("cutpaste", "gauss", "source")),
+    **{"masses": ("cutpaste", "gauss", "source", "mass"), "opacities": ("opacity",)},
+}
 VISIBLE = 2 / 255  # a smaller change is no anomaly
 MIN_PIXELS = 16
 TRIES = 4
 CHUNK = 16  # images per compiled call of `batch`
 
-Preset = Literal["medclip", "mediclip"]
+Preset = Literal["medclip", "mediclip", "masses", "opacities"]
+
+
+def places_of(preset: Preset) -> Int[np.ndarray, " k"]:
+    """The kinds of a preset, as indices into KINDS."""
+    return np.array([KINDS.index(kind) for kind in PRESETS[preset]])
 
 
 def key_for(seed: int, image_digest: int, variant: int) -> PRNGKeyArray:

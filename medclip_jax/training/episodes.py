@@ -19,9 +19,8 @@ from medclip_jax.errors import ConfigError
 from medclip_jax.features import training_pool
 from medclip_jax.features.encoder import Source
 from medclip_jax.features.training_pool import Batch, Episodes, TrainingPool
-from medclip_jax.synthesis import generate
+from medclip_jax.synthesis.generate import IDENTITY
 
-IDENTITY = generate.KINDS.index("identity")
 LEAST = 2  # variants of each kind among a task's images: one for its support, one for its query
 STREAM = 46  # keeps the tasks apart from other random numbers of the same seed
 
@@ -72,7 +71,7 @@ def sample(
     Args:
       members: of each dataset, the images (indices into the pool) that may be used.
       kinds: of each image of the pool, the kind of each variant (`check` them once before).
-      sizes: kind (probability 1/4 each) and dataset are sampled for each task.
+      sizes: kind (each as likely, identity too) and dataset are sampled for each task.
       copies: augmented copies per image; a clean row is one of them or the image, at random.
     """
     tasks = []
@@ -80,7 +79,7 @@ def sample(
         rng = np.random.default_rng([seed, step, task, STREAM])
         kind_share, source = rng.random(), int(rng.integers(len(members)))
         own = rng.permutation(members[source])
-        possible = [i for i in range(len(generate.KINDS)) if i != IDENTITY or len(own) > 1]
+        possible = [*altering(kinds).tolist(), IDENTITY][: None if len(own) > 1 else -1]
         kind = possible[int(kind_share * len(possible))]
         sides = _deal(rng, own, kinds, kind, sizes.k)
         rows = [_choose(clean, altered, sizes.shots) for clean, altered in sides]
@@ -96,10 +95,15 @@ def sample(
     return Tasks(support, query, task_kinds, sources)
 
 
+def altering(kinds: Int[np.ndarray, "*s"]) -> Int[np.ndarray, " _"]:
+    """The kinds that are there and alter an image."""
+    return np.setdiff1d(kinds, IDENTITY)
+
+
 def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Rows:
     """What trained params adapt to: every image as it is and once with each kind that it has."""
     rows = [(i, -1) for i in own]
-    for kind in range(IDENTITY):
+    for kind in altering(kinds):
         rows += [(i, v[0]) for i in own if len(v := np.flatnonzero(kinds[i] == kind))]
     image, variant = np.array(rows).T
     return Rows(image[None], variant[None])
@@ -108,7 +112,7 @@ def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Row
 def check(kinds: Int[np.ndarray, "i v"], members: Iterable[Int[np.ndarray, " _"]]) -> None:
     """Raise ConfigError unless all images of every member have two variants of each kind."""
     for own in members:
-        counts = np.bincount(kinds[own].ravel(), minlength=IDENTITY)[:IDENTITY]
+        counts = np.array([(kinds[own] == kind).sum() for kind in altering(kinds)])
         if counts.min() < LEAST:
             raise ConfigError(
                 f"config.synthesis.variants is {kinds.shape[1]}: {len(own)} image(s) that learn "
@@ -119,7 +123,7 @@ def check(kinds: Int[np.ndarray, "i v"], members: Iterable[Int[np.ndarray, " _"]
 
 def check_altered(kinds: Int[np.ndarray, "i v"]) -> None:
     """Raise ConfigError unless every image has a variant that alters it."""
-    if not (kinds < IDENTITY).any(1).all():
+    if not (kinds != IDENTITY).any(1).all():
         raise ConfigError(
             f"config.synthesis.variants is {kinds.shape[1]}, which left an image without an "
             "anomaly: set more, 12 is usual"
@@ -242,7 +246,8 @@ def sides(rng, sources: Sequence[Source], number: int, shots: int, shares=SHARES
     source = sources[number]
     order = rng.permutation(len(source.healthy.pooled))
     support, query = order[:shots], order[shots : shots + SHOTS]
-    kinds = rng.permutation(IDENTITY)[: rng.integers(1, IDENTITY + 1)]  # of this task
+    known = altering(source.kinds)
+    kinds = rng.permutation(known)[: rng.integers(1, len(known) + 1)]  # of this task
     variants = [_variant(rng, source.kinds[i], kinds) for i in support]
     chances = np.array(shares) * [len(source.abnormal.pooled) > 0, 1, len(sources) > 1]
     anomalies = []
@@ -251,7 +256,7 @@ def sides(rng, sources: Sequence[Source], number: int, shots: int, shares=SHARES
             place = int(rng.integers(len(source.abnormal.pooled)))
             anomalies.append(rows_of(source.abnormal, place))
         elif kind == 1:
-            own = int(image), _variant(rng, source.kinds[image], range(IDENTITY))
+            own = int(image), _variant(rng, source.kinds[image], known)
             anomalies.append(rows_of(source.altered, *own))
         else:
             other = sources[(number + int(rng.integers(1, len(sources)))) % len(sources)]
@@ -262,7 +267,7 @@ def sides(rng, sources: Sequence[Source], number: int, shots: int, shares=SHARES
 def _variant(rng, kinds: np.ndarray, wanted) -> int:
     """A variant of one of the wanted kinds, or of any that alters if the image has none."""
     fitting = np.flatnonzero(np.isin(kinds, np.array(list(wanted))))
-    return int(rng.choice(fitting if len(fitting) else np.flatnonzero(kinds < IDENTITY)))
+    return int(rng.choice(fitting if len(fitting) else np.flatnonzero(kinds != IDENTITY)))
 
 
 def support_rows(source: Source, images: np.ndarray, variants: list[int]):

@@ -27,11 +27,10 @@ from medclip_jax.distributed import runtime, sharding
 from medclip_jax.errors import CheckpointError, ConfigError
 from medclip_jax.features.encoder import Source
 from medclip_jax.training import episodes, maml
-from medclip_jax.training.episodes import IDENTITY, SHOTS, SUPPORTS
+from medclip_jax.training.episodes import SHOTS, SUPPORTS
 from medclip_jax.training.step import Learner
 
 VERSION = 3  # raise when what is learned from the same sources and settings changes
-KINDS = range(IDENTITY)  # of synthetic anomalies that alter the image
 TASKS = 40  # of each source in the task pool
 PATCHES = 16  # of each image that tasks keep, those that deviate most
 LEARNING_RATE = 1e-2  # of Adam
@@ -243,7 +242,8 @@ def target_rows(
 ) -> tuple[Rows, deviation.Memory]:
     """What a head adapts to: these supports and an anomaly of each kind of each; their memory."""
     kinds = target.kinds[images]
-    first = [(i, np.flatnonzero(own == kind)) for i, own in enumerate(kinds) for kind in KINDS]
+    known = episodes.altering(kinds)
+    first = [(i, np.flatnonzero(own == kind)) for i, own in enumerate(kinds) for kind in known]
     image, variant = np.array([(i, places[0]) for i, places in first if len(places)]).T
     clean = episodes.rows_of(target.healthy, images)
     changed = episodes.rows_of(target.altered, images[image], variant)

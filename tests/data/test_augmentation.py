@@ -143,6 +143,15 @@ def test_copies_are_clean_rows_behind_the_variants(feature_cache, pictures):  # 
     assert encoder.encode_variants(feature_cache, pictures[:2], recipe) == 0
 
 
+@pytest.mark.parametrize("preset", generate.PRESETS)
+def test_variants_are_of_the_kinds_of_the_preset_equally_often(preset, pictures):  # noqa: F811
+    recipe = augmentation.Synthesis(preset, 3000, 0, "self")
+    kinds, _ = augmentation.drawn_kinds(pictures[0], recipe)
+    named = [generate.KINDS[kind] for kind in kinds]
+    shares = [named.count(kind) / 3000 for kind in generate.PRESETS[preset]]
+    assert sum(shares) == pytest.approx(1) and np.ptp(shares) < 0.08
+
+
 def test_augmentation_is_in_the_name_and_off_is_not(feature_cache, pictures):  # noqa: F811
     on = SYNTHESIS._replace(copies=2, strengths=ALL)
     recipes = [SYNTHESIS, on, on._replace(copies=3), on._replace(strengths=ALL._replace(flip=0.1))]

@@ -11,6 +11,7 @@ from medclip_jax.detectors import calibration, detector
 from medclip_jax.errors import ConfigError, DataError, WorkdirError
 from medclip_jax.inference import adapt
 from medclip_jax.models import model, similarity
+from medclip_jax.synthesis import generate
 
 
 def settings(**fields):
@@ -93,9 +94,12 @@ def test_an_image_that_is_there_twice_is_refused(tiny, images, tmp_path):
 
 def test_altered_rows_show_every_kind_once(tiny, images):
     rows = adapt.altered_rows(started(tiny), images[:2])
-    assert rows.label.tolist() == [0, 0] + [1] * 6 and rows.mask.shape == (8, 32, 32)
+    kinds = generate.PRESETS["masses"]
+    count = 2 * (1 + len(kinds))
+    assert rows.label.tolist() == [0, 0] + [1] * 2 * len(kinds)
+    assert rows.mask.shape == (count, 32, 32)
     assert not rows.mask[:2].any() and rows.mask[2:].any((1, 2)).all()
-    assert isinstance(rows.features.pooled, jax.Array) and rows.features.pooled.shape[0] == 8
+    assert isinstance(rows.features.pooled, jax.Array) and rows.features.pooled.shape[0] == count
 
 
 def test_what_cannot_be_adapted_is_refused(tiny, images, tmp_path):

@@ -1,6 +1,7 @@
 """Synthetic anomalies: distributions against the peer's, and what our preset promises."""
 
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +133,8 @@ def healthy():
 
 @pytest.fixture(scope="module")
 def samples(healthy):
-    """96 samples of our preset on phantoms of all modalities: originals, kinds, results."""
-    n = 96
+    """24 samples of each kind on phantoms of all modalities: originals, kinds, results."""
+    n = 24 * len(generate.KINDS)
     images, partners = healthy[np.arange(n) % 12], healthy[(np.arange(n) * 5) % 12]
     kinds = np.arange(n, dtype=np.int32) // 24
     keys = jax.random.split(jax.random.key(3), n)
@@ -145,22 +146,24 @@ def test_medclip_masks_are_binary_and_hardly_ever_empty(samples):
     _, kinds, _, masks = samples
     assert set(np.unique(masks)) == {0.0, 1.0}
     area = masks.sum((1, 2))
-    assert (area[kinds < 3] >= generate.MIN_PIXELS).mean() >= 0.99
-    assert not area[kinds == 3].any()
+    altered = kinds != generate.IDENTITY
+    assert (area[altered] >= generate.MIN_PIXELS).mean() >= 0.99
+    assert not area[~altered].any()
 
 
 def test_medclip_label_marks_every_visible_change_and_little_else(samples):
     images, kinds, new, masks = samples
     visible = np.abs(new - images) > generate.VISIBLE
     assert np.all(masks[visible] == 1.0), "every visible change is labelled"
-    share = [visible[i][masks[i] > 0].mean() for i in np.flatnonzero(kinds < 3)]
-    assert np.mean(share) > 0.8
+    for kind in generate.PRESETS["masses"] + generate.PRESETS["opacities"]:
+        own = np.flatnonzero(kinds == generate.KINDS.index(kind))
+        assert np.mean([visible[i][masks[i] > 0].mean() for i in own]) > 0.75, kind
 
 
 def test_medclip_anomalies_lie_on_the_body(samples):
     images, kinds, new, masks = samples
     bodies = np.asarray(jax.jit(jax.vmap(shapes.body_mask))(images))
-    for i in np.flatnonzero(kinds < 3):
+    for i in np.flatnonzero(kinds != generate.IDENTITY):
         body = bodies[i]
         np.testing.assert_array_equal(new[i][~body], images[i][~body])
         assert not masks[i][~body].any()
@@ -169,7 +172,70 @@ def test_medclip_anomalies_lie_on_the_body(samples):
 def test_values_stay_in_range_and_identity_changes_nothing(samples):
     images, kinds, new, _ = samples
     assert new.min() >= 0 and new.max() <= 1 and new.dtype == np.float32
-    np.testing.assert_array_equal(new[kinds == 3], images[kinds == 3])
+    same = kinds == generate.IDENTITY
+    np.testing.assert_array_equal(new[same], images[same])
+
+
+def of_kind(name: str, image: np.ndarray, count: int):
+    """So many anomalies of a kind on one image, one on each, anywhere in the frame."""
+
+    @jax.jit
+    @jax.vmap
+    def one(key):
+        return getattr(anomalies, name)(key, jnp.asarray(image), jnp.asarray(image), None)
+
+    return map(np.asarray, one(jax.random.split(jax.random.key(6), count)))
+
+
+def test_a_mass_is_as_large_and_as_dark_as_is_said():
+    """On one grey level: the area within an ellipse's wavy outline in closed form, and the depth.
+
+    Half the mean square of the outline, 0.85 and waves of random height, times the half sides.
+    """
+    new, inside = of_kind("mass", np.full((224, 224), 0.5, np.float32), 300)
+    change = 0.5 - new
+    assert change.min() >= -1e-6 and not change[~inside].max() > 0.02 * 0.5
+    depth = change.max((1, 2))
+    large = change.sum((1, 2)) / np.maximum(depth, 1e-6) > 400  # a blurred small one is less dark
+    share = 1 - 2 * (0.5 - depth[large])
+    assert 0.29 < share.min() < 0.4 and 0.8 < share.max() < 0.91
+    mean_square = 0.85**2 + 0.5 * np.square(anomalies.WAVES).sum()
+    sides = [(lo + hi) / 2 for lo, hi in [anomalies.SIDES["mass"]] * 2]
+    expected = np.pi / 4 * mean_square * sides[0] * sides[1]
+    area = (change > depth[:, None, None] / 2).mean((1, 2))
+    assert area.mean() == pytest.approx(expected, rel=0.1)
+
+
+def test_a_mass_is_smoother_than_what_it_lies_on():
+    noise = np.random.default_rng(0).uniform(0.4, 0.6, (224, 224)).astype(np.float32)
+    new, inside = of_kind("mass", noise, 60)
+    core = np.stack([ndi.binary_erosion(x, iterations=5) for x in inside])
+
+    def texture(x):  # change from pixel to pixel, as a share of the grey level
+        return np.abs(np.diff(x, axis=-1, prepend=x[..., :1])) / x
+
+    shares = [t[c].mean() for t, c in zip(texture(new), core, strict=True) if c.sum() > 40]
+    assert len(shares) > 20 and 0.5 < np.median(shares) / texture(noise).mean() < 0.9
+
+
+def test_an_opacity_is_a_cloud_towards_white_or_black(healthy):
+    """Every pixel goes the same share of a smooth cloud, at most half, of its way to 0 or 1."""
+    image = np.clip(healthy[0], 0.05, 0.95)
+    new, inside = of_kind("opacity", image, 60)
+    assert inside.all()
+    up = (new - image).sum((1, 2)) > 0
+    assert 15 < up.sum() < 45
+    aim = up.astype(np.float32)[:, None, None]
+    cloud = (new - image) / (aim - image)
+    assert cloud.min() >= -1e-4 and 0.4 < cloud.max() <= 0.5 + 1e-4
+    assert np.abs(np.diff(cloud, axis=1)).max() < 0.2, "no edge"
+
+
+def test_a_preset_is_a_set_of_kinds():
+    assert set(generate.PRESETS) == set(generate.VERSION) == set(get_args(generate.Preset))
+    assert {k for kinds in generate.PRESETS.values() for k in kinds} == set(generate.ALTER)
+    assert set(generate.KINDS) == {*generate.ALTER, "identity"}
+    assert generate.places_of("masses").tolist() == [0, 1, 2, 4]
 
 
 def test_body_of_an_mri_is_the_head_with_its_dark_inside(healthy):

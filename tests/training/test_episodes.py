@@ -109,7 +109,7 @@ def test_adaptation_is_every_image_clean_and_with_each_kind():
         (image, "identity" if v < 0 else generate.KINDS[known[image, v]])
         for image, v in zip(rows.image[0], rows.variant[0], strict=True)
     ]
-    assert sorted(shown) == sorted((i, kind) for i in own for kind in generate.KINDS)
+    assert sorted(shown) == sorted((i, kind) for i in own for kind in generate.KINDS[:4])
 
 
 def test_too_few_variants_are_refused():
