@@ -107,7 +107,7 @@ def synthesis(c: ConfigDict, supports: Sequence[Record] = ()) -> augmentation.Sy
         if c.meta.sources:
             episodes.check_altered(kinds)
         else:
-            episodes.check(kinds, training_pool.supports(len(supports), folds(c)))
+            episodes.check(kinds, training_pool.supports(len(kinds), folds(c)), recipe.preset)
     return recipe
 
 

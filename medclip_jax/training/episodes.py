@@ -19,6 +19,7 @@ from medclip_jax.errors import ConfigError
 from medclip_jax.features import training_pool
 from medclip_jax.features.encoder import Source
 from medclip_jax.features.training_pool import Batch, Episodes, TrainingPool
+from medclip_jax.synthesis import generate
 from medclip_jax.synthesis.generate import IDENTITY
 
 LEAST = 2  # variants of each kind among a task's images: one for its support, one for its query
@@ -109,10 +110,18 @@ def adaptation(own: Int[np.ndarray, " m"], kinds: Int[np.ndarray, "i v"]) -> Row
     return Rows(image[None], variant[None])
 
 
-def check(kinds: Int[np.ndarray, "i v"], members: Iterable[Int[np.ndarray, " _"]]) -> None:
-    """Raise ConfigError unless all images of every member have two variants of each kind."""
+def check(
+    kinds: Int[np.ndarray, "i v"],
+    members: Iterable[Int[np.ndarray, " _"]],
+    preset: generate.Preset | None = None,
+) -> None:
+    """Raise ConfigError unless all images of every member have two variants of each kind.
+
+    preset: whose kinds; None: those that there are.
+    """
+    wanted = altering(kinds) if preset is None else generate.places_of(preset)
     for own in members:
-        counts = np.array([(kinds[own] == kind).sum() for kind in altering(kinds)])
+        counts = np.array([(kinds[own] == kind).sum() for kind in wanted])
         if counts.min() < LEAST:
             raise ConfigError(
                 f"config.synthesis.variants is {kinds.shape[1]}: {len(own)} image(s) that learn "

@@ -118,6 +118,8 @@ def test_too_few_variants_are_refused():
     known[1][known[1] == 2] = 0
     known[1, 0] = 2
     episodes.check(known, [np.arange(3)])  # the other images have enough of that kind
+    with pytest.raises(ConfigError, match="have 0 of a kind"):  # of masses, which none has
+        episodes.check(known, [np.arange(3)], "masses")
     with pytest.raises(
         ConfigError, match=r"variants is 30: 1 image\(s\) that learn together have 1"
     ):
