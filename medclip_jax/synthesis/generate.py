@@ -77,12 +77,15 @@ def batch(
     only what each image needs: on CPU this is faster than vmap.
 
     Args:
-      keys: of `key_for`; partners: what CutPaste copies from; kinds: indices into KINDS.
+      keys: of `key_for`; partners: what CutPaste copies from.
+      kinds: indices into KINDS, of the preset or identity; others raise ValueError.
 
     Returns:
       Altered images [0, 1] and masks (0 or 1), on the host.
     """
     images, partners, kinds = np.asarray(images), np.asarray(partners), np.asarray(kinds)
+    if not np.isin(kinds, [*places_of(preset), IDENTITY]).all():
+        raise ValueError(f"kinds {np.unique(kinds)} are not all of the preset {preset}")
     words = jax.device_get(jax.random.key_data(keys))
     changed, masks = images.copy(), np.zeros_like(images)
 
@@ -102,7 +105,8 @@ def batch(
 
 @partial(jax.jit, static_argnums=0)
 def _many(preset, words, *rows):
-    makers = [partial(make, name, preset=preset) for name in KINDS]
+    own = PRESETS[preset]  # others would only take time to compile
+    makers = [partial(make, n if n in own else "identity", preset=preset) for n in KINDS]
 
     def one(row):
         key, image, partner, kind = row

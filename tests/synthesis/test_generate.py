@@ -138,7 +138,12 @@ def samples(healthy):
     images, partners = healthy[np.arange(n) % 12], healthy[(np.arange(n) * 5) % 12]
     kinds = np.arange(n, dtype=np.int32) // 24
     keys = jax.random.split(jax.random.key(3), n)
-    new, masks = generate.batch(keys, images, partners, kinds)
+    new, masks = np.empty_like(images), np.empty_like(images)
+    for preset in ("masses", "opacities"):
+        own = np.isin(kinds, generate.places_of(preset))
+        own |= (kinds == generate.IDENTITY) & (preset == "masses")
+        rows = keys[own], images[own], partners[own], kinds[own]
+        new[own], masks[own] = generate.batch(*rows, preset)
     return images, kinds, new, masks
 
 
@@ -229,6 +234,12 @@ def test_an_opacity_is_a_cloud_towards_white_or_black(healthy):
     cloud = (new - image) / (aim - image)
     assert cloud.min() >= -1e-4 and 0.4 < cloud.max() <= 0.5 + 1e-4
     assert np.abs(np.diff(cloud, axis=1)).max() < 0.2, "no edge"
+
+
+def test_a_kind_of_another_preset_is_refused():
+    one = np.zeros((1, 32, 32), np.float32)
+    with pytest.raises(ValueError, match=r"kinds \[4\] are not all of the preset medclip"):
+        generate.batch(jax.random.split(jax.random.key(0), 1), one, one, np.array([4]))
 
 
 def test_a_preset_is_a_set_of_kinds():
