@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.ndimage as ndi
 
+from medclip_jax.config_validation import CHOICES
 from medclip_jax.data import phantom
 from medclip_jax.synthesis import anomalies, generate, shapes
 from tests.support.reference import reference_files
@@ -212,15 +213,17 @@ def test_a_mass_is_as_large_and_as_dark_as_is_said():
 
 
 def test_a_mass_is_smoother_than_what_it_lies_on():
+    """0 to .7 of it is blurred, .35 in the median: inside, .65 of the noise remains."""
     noise = np.random.default_rng(0).uniform(0.4, 0.6, (224, 224)).astype(np.float32)
-    new, inside = of_kind("mass", noise, 60)
-    core = np.stack([ndi.binary_erosion(x, iterations=5) for x in inside])
+    new, inside = of_kind("mass", noise, 200)
+    core = np.stack([ndi.binary_erosion(x, iterations=18) for x in inside])  # not the soft border
 
     def texture(x):  # change from pixel to pixel, as a share of the grey level
         return np.abs(np.diff(x, axis=-1, prepend=x[..., :1])) / x
 
     shares = [t[c].mean() for t, c in zip(texture(new), core, strict=True) if c.sum() > 40]
-    assert len(shares) > 20 and 0.5 < np.median(shares) / texture(noise).mean() < 0.9
+    assert len(shares) > 20
+    assert np.median(shares) / texture(noise).mean() == pytest.approx(0.65, abs=0.12)
 
 
 def test_an_opacity_is_a_cloud_towards_white_or_black(healthy):
@@ -243,7 +246,8 @@ def test_a_kind_of_another_preset_is_refused():
 
 
 def test_a_preset_is_a_set_of_kinds():
-    assert set(generate.PRESETS) == set(generate.VERSION) == set(get_args(generate.Preset))
+    named = generate.VERSION, get_args(generate.Preset), CHOICES["synthesis.preset"]
+    assert all(set(names) == set(generate.PRESETS) for names in named)
     assert {k for kinds in generate.PRESETS.values() for k in kinds} == set(generate.ALTER)
     assert set(generate.KINDS) == {*generate.ALTER, "identity"}
     assert generate.places_of("masses").tolist() == [0, 1, 2, 4]
