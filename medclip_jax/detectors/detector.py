@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from medclip_jax.clip.layers import Features
 from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import anomaly_maps, calibration
+from medclip_jax.detectors.programs import jit_for_detector
 from medclip_jax.distributed import sharding
 from medclip_jax.features import cache
 from medclip_jax.io import read
@@ -152,7 +153,7 @@ def score(detector: Detector, features: Features) -> Scores:
     return _score(detector.apply, detector.params, features)
 
 
-@partial(jax.jit, static_argnums=0)
+@jit_for_detector(1)
 def _score(apply: Callable, params, features: Features) -> Scores:
     return apply(params, features, None)
 
@@ -182,7 +183,7 @@ def read_batch(detector: Detector, features: Features, keys: Array) -> Raw:
     return _read(static, detector.params, detector.fold_params, features, keys)
 
 
-@partial(jax.jit, static_argnums=0)
+@jit_for_detector(1)
 def _read(static: Detector, params, fold_params, features: Features, keys) -> Raw:
     scores = static.apply(params, features, None)
     passes = jax.tree.map(lambda x: x[:, None], scores)

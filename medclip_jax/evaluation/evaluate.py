@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from medclip_jax.data.layouts import Record
 from medclip_jax.detectors import calibration as detectors_calibration
 from medclip_jax.detectors.calibration import Calibration
 from medclip_jax.detectors.detector import Detector, Raw, finish, places, read_batch
+from medclip_jax.detectors.programs import jit_for_detector
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.distributed.runtime import progress
 from medclip_jax.evaluation import bootstrap, detection, metrics, pixel_metrics
@@ -101,7 +101,7 @@ def explained(detector: Detector, batch: Features, keys, how: grad_cam.Explanati
     return jax.device_get(raw), grad_cam.weigh_or_zeros(batch, slopes, how)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@jit_for_detector(2)
 def _both(static: Detector, how: grad_cam.Explanation, params, batch: Features, keys):
     detector = static._replace(params=params[0], fold_params=params[1])
     plain = detector.read is None or detector.scales > 1

@@ -7,7 +7,7 @@ made of, Grad-CAM is close to the map itself: it shows agreement, not independen
 
 import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from medclip_jax.clip.layers import Features
 from medclip_jax.detectors.detector import Detector
+from medclip_jax.detectors.programs import jit_for_detector
 from medclip_jax.errors import UserError
 from medclip_jax.io import read
 from medclip_jax.models import similarity
@@ -107,7 +108,7 @@ def _warn(message: str) -> None:
     logging.warning("no Grad-CAM: %s", message)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@jit_for_detector(4)
 def _gradients(
     apply: Callable, layer: int, top: float, scales: int, params: Any, features: Features
 ):

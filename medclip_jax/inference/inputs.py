@@ -62,8 +62,6 @@ def find(
     if not named:
         raise DataError("nothing to score: give files, folders or glob patterns")
     texts = [*map(files.text_of, named)]
-    if "" in texts:  # which would be where the program was started
-        raise DataError("an input is empty: give files, folders or glob patterns")
     texts = [str(files.expanded(n)) if ":/" in n or n.startswith("~/") else n for n in texts]
     items: list[Item] = []
     seen: set[str] = set()

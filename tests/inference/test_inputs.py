@@ -47,11 +47,6 @@ def test_results_of_this_program_are_no_images(tmp_path):
         walked(out)
 
 
-def test_an_empty_input_is_not_the_folder_that_the_program_was_started_in():
-    with pytest.raises(DataError, match="an input is empty: give files, folders"):
-        inputs.find(["scan.png", ""])
-
-
 @pytest.mark.parametrize(
     ("storage", "rows", "reason"),
     [

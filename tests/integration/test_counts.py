@@ -1,5 +1,6 @@
 """How often things are done, never how long they take: encoding, compiling, talking to the host."""
 
+import gc
 import logging
 import re
 from collections import Counter
@@ -147,11 +148,23 @@ def rows_of(feature_cache: Path) -> int:
 # --- compilations -------------------------------------------------------------------------------
 
 
+def held() -> int:
+    """Bytes of all arrays on the devices."""
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
 def test_another_draw_or_data_set_finds_the_programs_compiled(world, programs, tmp_path):
+    """And no run leaves arrays behind, of which a process that makes many would die."""
+
     def compiled(name: str, seed: int, data: str) -> Counter:
         programs.clear()
         world.run(tmp_path / name, f"k=4,seed={seed}", data, tmp_path / "cache")
+        gc.collect()
+        assert held() <= before
         return Counter(name for name in programs if name not in SMALL)
+
+    gc.collect()
+    before = held()
 
     first = compiled("first", 0, "ultrasound")
     assert first["step"] == 1 and len(first) > 5, first
