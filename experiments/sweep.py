@@ -3,7 +3,7 @@
 python experiments/sweep.py --config configs/busi.py configs/brain_mri.py --variants methods \
   --k 4 16 --draws 10 --runs runs/methods --out results --set data.root=/data
 
---variants names a file of experiments/variants; its first variant is the base of all comparisons.
+--variants names a file of experiments/variants; the first that runs is the base of comparisons.
 A field of a variant may be a function of K.
 Draw i is seed i for every variant, so all see the same supports; whole draws run first. A finished
 run is never repeated, and a stopped one resumes. Start the same command in several terminals to

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Every number of the tables: experiments/table.sh DATA FOLDER. Run it again to resume; several at once
+# The tables of `peers`, whole: experiments/table.sh DATA FOLDER. Run it again to resume; several at once
 # share the work. Idle priority where chrt is known. DATA holds busi, brain_mri, chest_xray and sets.
 # Core hours: three sets 25, development sets 13, report sets 5 (2,160, 1,440 and 540 runs); disk below 20 GB.
 set -eu
