@@ -245,15 +245,16 @@ def use(args: flags.FlagValues) -> None:
 def check(fields: ConfigDict) -> None:
     """Print unused settings, a named CLIP and the table of the data set; UserError for a fault."""
     from medclip_jax import build
-    from medclip_jax.data import check as data_check
+    from medclip_jax.data import catalog, check
 
     c = config.resolve(fields)
-    for line in (*config.unused_fields(fields, c), *build.describe_clip(c)):
+    said = (*config.unused_fields(fields, c), *catalog.cautions(c))
+    for line in (*said, *build.describe_clip(c)):
         print(printable(line), flush=True)
     data, root = c.data, files.expanded(c.data.root) if c.data.root else None
     how = {"pool_size": data.pool, "kind": data.split, "uncertain": data.uncertain}
     how |= {"extra": c.calibration.extra, "alpha": c.calibration.alpha}
-    data_check.run(data.name, root, Path(c.cache), c.k, seed=c.seed, window=data.window, **how)
+    check.run(data.name, root, Path(c.cache), c.k, seed=c.seed, window=data.window, **how)
 
 
 def run(mode: str, fields: ConfigDict, name: str) -> None:

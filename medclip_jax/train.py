@@ -16,6 +16,7 @@ from rich.console import Console
 from medclip_jax import __version__, build, build_detector, stored
 from medclip_jax import config as config_module
 from medclip_jax import workdir as workdirs
+from medclip_jax.data import catalog
 from medclip_jax.detectors import saved
 from medclip_jax.distributed import runtime, sharding
 from medclip_jax.evaluation import evaluate, predictions
@@ -123,16 +124,15 @@ def prepare(config: ConfigDict) -> Prepared:
     c = config_module.resolve(config)
     for departure in config_module.departures(config):
         logging.info("method %s with %s", c.method, departure)
-    for line in config_module.unused_fields(config, c):
+    for line in (*config_module.unused_fields(config, c), *catalog.cautions(c)):
         logging.warning("%s", line)
     others = build.auxiliary_datasets(c)
     runtime.keep_compiled(Path(c.cache))
     clip, split = build.load_clip(c), build.load_split(c)
     build.synthesis(c, split.support)
     build.explanation(c, clip)
-    design, frozen = build.model_parts(c, clip, others)
-    extra = build.load_extra(c, split)
-    return Prepared(c, clip, split, others, design, frozen, sharding.mesh(), extra)
+    parts = build.model_parts(c, clip, others)
+    return Prepared(c, clip, split, others, *parts, sharding.mesh(), build.load_extra(c, split))
 
 
 def encode(prepared: Prepared) -> Encoded:

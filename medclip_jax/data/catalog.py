@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from medclip_jax import config_validation
 
@@ -100,6 +100,30 @@ def with_role(*roles: str) -> tuple[str, ...]:
 
 # Collections that are also in pre-training, with other patients: such a set is no unseen modality.
 OTHER_PATIENTS = ("knee_xr", "gallbladder_us", "wce_bleed", "lung_ct")
+
+
+# Modalities whose findings were named in captions of the embedded CLIP's pre-training (its card).
+CAPTIONED = (
+    *("brain MRI", "chest X-ray", "breast ultrasound", "knee X-ray", "gallbladder ultrasound"),
+    *("chest CT", "capsule endoscopy"),
+)
+
+
+def cautions(c: Any) -> list[str]:
+    """A line where plain prompts are fused for a modality of which CAPTIONED tells nothing.
+
+    On three such report sets they cost .05 of image AUROC (docs/results.md).
+    """
+    fused = "zero_shot_image" in c.branches and c.method not in config_validation.FIXED_METHODS
+    words = {*c.data.modality.lower().split()}
+    known = any({*name.lower().split()} <= words for name in CAPTIONED)
+    if known or not fused or c.clip.checkpoint != "compact":
+        return []
+    return [
+        f"config.data.modality is {c.data.modality!r}, and the embedded CLIP has read captions of "
+        f"{', '.join(CAPTIONED)}: of others its plain prompts may know no disease; compare with "
+        "--config.branches=\"('learned','memory')\""
+    ]
 
 
 def seen_collections(sources: Iterable[str]) -> dict[str, str]:
