@@ -104,9 +104,9 @@ def settings(field: str, text: str, ranges: Limits) -> dict[str, float]:
     values: dict[str, float] = {}
     for piece in filter(None, text.replace(" ", "").split(",")):
         name, _, number = piece.partition("=")
-        if name not in ranges:
+        if name not in ranges or name in values:
             known = ", ".join(f"{n}=…" for n in ranges)
-            raise ConfigError(f"config.{field} has {piece!r}: give any of {known}")
+            raise ConfigError(f"config.{field} has {piece!r}: give any of {known} once")
         try:
             values[name] = float(number)
         except ValueError:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import secrets
@@ -156,8 +157,11 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             line = json.loads(text)
-            int(line["step"]), float(line["seconds"])
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+            values = [x for name, x in line.items() if name != "nonfinite" and x is not None]
+            if not all(isinstance(x, int | float) for x in values):
+                raise ValueError(text)
+            operator.index(line["step"]), float(line["seconds"])
+        except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
             raise WorkdirError(
                 f"Line {number} of {path} is not a logged step: "
                 "delete that line or start in a new workdir."
@@ -176,7 +180,9 @@ def text_of(name: str | os.PathLike[str]) -> str:
 
 def expanded(name: str | os.PathLike[str]) -> Path:
     """A path, ~ written out, or the local copy of a URL: object_store's path_of and local."""
-    url = ":/" in text_of(name) and object_store.is_url(name)
+    if not text_of(name):
+        raise ConfigError("an empty text where a path is meant: give a file or a folder")
+    url = ":/" in str(name) and object_store.is_url(name)
     return object_store.local(str(name)) if url else object_store.path_of(name)
 
 

@@ -319,3 +319,12 @@ def test_a_field_that_nothing_reads_is_said(method, fields, named):
     assert len(said) == len(named)
     for line, (field, why) in zip(said, named.items(), strict=True):
         assert line.startswith(f"config.{field} has no effect: ") and why in line
+
+
+@pytest.mark.parametrize("field", ["augment", "score.map_filter"])
+def test_a_name_given_twice_is_an_error(field):
+    name = {"augment": "flip", "score.map_filter": "median"}[field]
+    c = config.base("k=4")
+    c.update_from_flattened_dict({field: f"{name}=1,{name}=3"})
+    with pytest.raises(ConfigError, match=f"config.{field} has '{name}=3': give any of .* once"):
+        config.resolve(c)

@@ -99,8 +99,10 @@ def run(
         )
         for e, image in readable
     ]
-    more = partial(datasets.extra, files.expanded(extra), alpha=alpha, window=window)
-    rows += split_rows(records, groups, seed, pool_size, kind, k, more if extra else None)
+    more = None
+    if extra:
+        more = partial(datasets.extra, files.expanded(extra), alpha=alpha, window=window)
+    rows += split_rows(records, groups, seed, pool_size, kind, k, more)
     rows.sort(key=lambda row: list(STYLES).index(row.state))
     show(rows, f"{name}: {layout.root}", console or Screen())
     if errors := sum(row.state == "error" for row in rows):

@@ -123,23 +123,21 @@ def folder(root: Path) -> Layout:
 
     `train/good/*`, `test/good/*`, `test/<kind>/*`, and optionally
     `ground_truth/<kind>/<name>_mask.png`. Where a kind has a folder in `ground_truth`, each of its
-    images must have a mask. Without a folder `test` there is nothing to measure on. In BMAD's
-    archives the images of a kind lie in `test/<kind>/img` and their masks, if there are any, under
-    the same names in `test/<kind>/label`; `valid` is not used.
+    images must have a mask. In BMAD's archives the images of a kind lie in `test/<kind>/img` and
+    their masks, if any, under the same names in `test/<kind>/label`; `valid` is not used.
     """
     needed = root / "train" / "good"
     if not needed.is_dir():
-        raise DataError(
-            f"no folder {needed} (layout: train/good, test/good, test/<kind>): {GIVE_ROOT}."
-        )
+        layout = "layout: train/good, test/good, test/<kind>"
+        raise DataError(f"no folder {needed} ({layout}): {GIVE_ROOT}.")
     examples = [_example(root, image, 0, "good", "train", []) for image in _files(_own(needed))]
-    problems = _unread(root, needed)
+    problems = _unread(root, needed) + _misnamed(root)
     extras = [p.name for p in _folders(root / "train") if p.name != "good"]
     problems += [f"train/{x} is not allowed: only train/good is trained on" for x in extras]
-    problems += _misnamed(root)
-    stray = (p for part in PARTS for p in _usual(root / part))
+    kinds = _folders(root / "test")
+    stray = (p for part in PARTS for p in _usual(root / part, [kind.name for kind in kinds]))
     problems += [f"{_below(root, p)} is in no folder of a kind: move it to one" for p in stray]
-    for kind in _folders(root / "test"):
+    for kind in kinds:
         of_kind, wrong = _kind(root, kind)
         examples += of_kind
         problems += wrong
@@ -238,9 +236,11 @@ def _own(place: Path) -> Path:
     return place / "img" if (place / "img").is_dir() else place
 
 
-def _with_files(place: Path) -> list[Path]:
-    """Folders that hold files, at a place and below it."""
-    return [place] * bool(_files(place)) + [x for p in _folders(place) for x in _with_files(p)]
+def _with_files(place: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Folders that hold files, at a place and below it; links to one `above` are not followed."""
+    above += (place.resolve(),)
+    inner = (p for p in _folders(place) if p.resolve() not in above)
+    return [place] * bool(_files(place)) + [x for p in inner for x in _with_files(p, above)]
 
 
 def _files(place: Path) -> list[Path]:
@@ -252,8 +252,8 @@ def _files(place: Path) -> list[Path]:
     return sorted(images, key=lambda p: natural(p.name))
 
 
-def _usual(place: Path) -> list[Path]:
-    return [p for p in _files(place) if p.suffix.lower() in USUAL or _masks([p])]
+def _usual(place: Path, names: Iterable[str] = ()) -> list[Path]:
+    return [p for p in _files(place) if p.suffix.lower() in USUAL or _masks([p]) or p.name in names]
 
 
 def _folders(place: Path) -> list[Path]:

@@ -41,6 +41,7 @@ class Item(NamedTuple):
     names: tuple[str, ...] = ()  # of `paths`, as `source`; the files of a series have one frame
     uids: tuple[str, ...] = ()  # SOPInstanceUID of `paths`, "" where there is none
     error: str = ""  # why it is not read: a phrase without names
+    place: str = ""  # hash of where it lies, or its pseudonym
 
 
 def find(
@@ -221,7 +222,8 @@ def _item(
     names = tuple(printable(os.path.relpath(path, root)) for path in paths)
     source = names[0] if len(names) == 1 else f"{names[0]} (+{len(names) - 1})"
     uids = tuple(map(printable, uids))  # any text of a header
-    return Item(source, paths, kind, safe_name(source), names, uids, error)
+    place = _hash(os.path.abspath(paths[0]))
+    return Item(source, paths, kind, safe_name(source), names, uids, error, place)
 
 
 def _unique(items: Sequence[Item]) -> list[Item]:
@@ -250,4 +252,4 @@ def replaced(message: str, instead: Mapping[str, str]) -> str:
 
 
 def _hash(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()[:HASH]
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:HASH]

@@ -87,6 +87,7 @@ def run(
 
 
 def _run(score: Score, items: Sequence[Item], output: Path, part: str, privacy: Privacy) -> Summary:
+    results.refuse_others(output, items)
     logging.info("%d item(s) to score", len(items))
     files.sweep(output)
     share = f".{part.replace('/', '-of-')}" if part else ""

@@ -80,7 +80,8 @@ def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
     for item in items:
         name = pseudonym(item.output, salt)
         names = tuple(pseudonym(own, salt) for own in item.names)
-        renamed.append(item._replace(source=name, output=name, names=names, uids=()))
+        place = pseudonym(item.place, salt)
+        renamed.append(Item(name, item.paths, item.kind, name, names, (), item.error, place))
     return renamed
 
 

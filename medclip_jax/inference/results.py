@@ -10,7 +10,7 @@ import collections
 import io
 import os
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from medclip_jax import files, stored
 from medclip_jax.detectors.detector import BatchScores
+from medclip_jax.errors import ConfigError
 from medclip_jax.inference.inputs import Item
 from medclip_jax.inference.predictor import Loaded, Part, frame_map, joined, top_map
 from medclip_jax.io import dicom_write, nifti, pillow, read
@@ -141,6 +142,7 @@ def _page(item: Item, loaded: Loaded, frames, top: int, model: dict[str, Any]) -
     """What the JSON says of an item and its scores."""
     return {
         "source": item.source,
+        "place": item.place,
         "files_read": len(item.paths),
         "sha256": loaded.sha256,
         "key": loaded.key,
@@ -215,15 +217,36 @@ def table_rows(page: dict[str, Any], item: Item) -> list[dict[str, Any]]:
     return rows
 
 
+def refuse_others(output: Path, items: Iterable[Item]) -> None:
+    """Raise ConfigError if an item would replace the result of a file of the same name elsewhere.
+
+    Names are told from the folder that was named: those of two folders can be equal.
+    """
+    for item in items:
+        try:
+            place = _read_page(output, item).get("place", item.place)  # 0.1 wrote none
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # not there, or no result of ours
+        if place != item.place:
+            raise ConfigError(
+                f"{output} holds the result of another file called {item.source}, in another "
+                "folder or moved since: predict into a new folder"
+            )
+
+
+def _read_page(output: Path, item: Item) -> dict[str, Any]:
+    page = stored.parse_json(files.read_regular(output / f"{item.output}.json", LARGEST_PAGE))
+    stored.check_seal(page)
+    return page
+
+
 def finished(output: Path, item: Item, key: str) -> list[dict[str, Any]] | None:
     """The rows of a finished item of the same key; None if it has to be scored.
 
     The JSON and each file that it names must be, byte for byte, what was written.
     """
     try:
-        raw = files.read_regular(output / f"{item.output}.json", LARGEST_PAGE)
-        page = stored.parse_json(raw)
-        stored.check_seal(page)
+        page = _read_page(output, item)
         if page["key"] != key:
             return None
         for what, name in page["files"].items():

@@ -119,7 +119,7 @@ def parse_window(text: str | None) -> Window | None:
         window = Window(float(centre), float(width))
     except ValueError:
         window = Window(0, 0)
-    if not (np.isfinite(window).all() and window.width > 0):
+    if not (abs(window.centre) <= 1e6 and 1e-3 <= window.width <= 1e6):  # NaN is refused, too
         raise ConfigError(
             f"config.data.window is {text!r}: give one of {', '.join(WINDOWS)}, or centre/width "
             "in Hounsfield units such as 40/80; an axis of volumes may follow, as in lung,coronal"

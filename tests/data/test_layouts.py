@@ -113,11 +113,24 @@ def test_bmads_layout_is_read_as_its_archives_have_it(tmp_path):
         ("ground_truth/stain/1_mask_left.png", "ground_truth/stain/1_mask_left.png is no mask's"),
         ("ground_truth/stain/1_left.png", "ground_truth/stain/1_left.png is no mask's name"),
         ("ground_truth/Stain/1.png", "mask ground_truth/Stain/1.png has no image"),
+        ("ground_truth/stain", "ground_truth/stain is in no folder of a kind"),
     ],
 )
 def test_images_that_nobody_would_read_are_named(tmp_path, name, problem):
     layout = layouts.folder(empty_files(tmp_path, "train/good/1.png", "test/stain/img/1.png", name))
     assert [x for x in layout.problems if x.startswith(problem)]
+
+
+def test_links_to_a_folder_above_are_not_followed(tmp_path):
+    """Two to a folder of its own would be listed in 2^40 ways."""
+    root = empty_files(tmp_path, "train/good/1.png", "test/stain/img/1.png", "train/good/x/2.png")
+    for i, folder in enumerate((*["train/good"] * 3, "train/good/x", "test/stain")):
+        (root / folder / f"loop{i}").symlink_to(root / "train" / "good")
+    found = layouts.folder(root).problems
+    assert found[0] == "train/good/x/2.png is not in train/good: move it there"
+    # what a link elsewhere leads to is seen
+    assert "test/stain/loop4/1.png is not in test/stain/img: move it there" in found
+    assert len(found) < 5
 
 
 def test_what_is_no_image_of_the_layout_is_passed_over(tmp_path):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medclip_jax import stored
 from medclip_jax.detectors import calibration
 from medclip_jax.errors import ConfigError, DataError
 from medclip_jax.evaluation import metrics
@@ -149,6 +150,8 @@ def test_spread_is_never_zero():
     assert calibration.spread(np.full(4, 0.5)) == pytest.approx(5e-7)
     assert calibration.spread(np.array([0.5])) == pytest.approx(5e-7)
     assert calibration.spread(np.zeros(4)) == 1.0
+    tiny = calibration.spread(np.full(4, 1e-8))  # a stored detector may have it
+    assert tiny == stored.WIDTH.low == 1e-12
 
 
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray])

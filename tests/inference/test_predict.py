@@ -16,7 +16,7 @@ from medclip_jax import build_detector, main
 from medclip_jax.inference import inputs, predictor
 from medclip_jax.io import read
 from tests.support.paths import ROOT
-from tests.support.predicting import PLANTED, dicom, noise, pages, run, table, walked
+from tests.support.predicting import PLANTED, dicom, noise, pages, png, run, table, walked
 from tests.support.runs import predictions
 
 
@@ -102,6 +102,23 @@ def test_a_folder_without_test_images_leaves_the_same_scorer(world, data, tmp_pa
     assert not (tmp_path / "run-alone" / "metrics.json").exists()
     assert run(tmp_path / "run-alone", tmp_path / "out", data / "test" / "good") == 0
     assert len(table(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("more", [[], ["--pseudonymise"]], ids=["names", "pseudonyms"])
+def test_a_file_of_the_same_name_elsewhere_replaces_no_result(whole, tmp_path, capsys, more):
+    """Names are told from the folder that is named: two patients' `series/1.png` are equal."""
+    for i, patient in enumerate(("one", "two")):
+        png(tmp_path / patient / "series" / "1.png", i)
+    output = tmp_path / "out"
+    assert run(whole, output, tmp_path / "one" / "series", more=more) == 0
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    assert run(whole, output, tmp_path / "two" / "series", more=more) == 2
+    said = capsys.readouterr().err
+    assert "holds the result of another file called" in said and "into a new folder" in said
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+    png(tmp_path / "one" / "series" / "1.png", 2)  # the same file, changed: scored again
+    assert run(whole, output, tmp_path / "one" / "series", more=more) == 0
+    assert {p.name: p.read_bytes() for p in output.iterdir()} != before
 
 
 def test_results_bad_files_and_resume(whole, data, tmp_path, caplog):

@@ -18,6 +18,8 @@ from tests.support.reference import data_files
 
 HOUNSFIELD = np.array([[-1024, -1000, -600, -160, 0, 40], [60, 80, 240, 400, 1300, 3000]])
 
+FAR = ("0/1e-50", "1e39/1", "40/1e300")  # float32 has no such numbers
+
 
 def ct(path: Path, values=HOUNSFIELD, **changes) -> Path:
     """A CT slice stored with intercept -1024 and a window of its own."""
@@ -53,7 +55,7 @@ def test_standard_windows():
     assert parse_window("-600/1500") == Window(-600, 1500)
     assert parse_window("lung,coronal") == parse_window("coronal,lung") == WINDOWS["lung"]
     assert parse_window("sagittal") is None
-    for text in ("liver", "40", "40/0", "40/-80", "nan/80", "40/inf", "40/80/2"):
+    for text in ("liver", "40", "40/0", "40/-80", "nan/80", "40/inf", "40/80/2", *FAR):
         with pytest.raises(ConfigError, match="config.data.window is .* such as 40/80"):
             parse_window(text)
 

@@ -50,9 +50,21 @@ def test_resume_drops_later_steps_and_half_a_line(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_corrupt_line_in_the_middle_is_named(tmp_path):
-    line = '{"step": 1, "seconds": 0.1}'
-    (tmp_path / "metrics.jsonl").write_text(f"{line}\nnot json\n{line}\n")
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *("not json", "[1]", "3", '{"step": 2}', '{"step": "2", "seconds": 0.1}'),
+        *(
+            '{"step": 2, "seconds": "1"}',
+            '{"step": 2, "seconds": null}',
+            '{"step": 2.5, "seconds": 1}',
+        ),
+        *('{"step": 2, "seconds": 1, "loss": "abc"}', '{"step": 2, "seconds": 1, "loss": [1]}'),
+    ],
+)
+def test_a_corrupt_line_in_the_middle_is_named(tmp_path, odd):
+    line = '{"step": 1, "seconds": 0.1, "loss": null, "nonfinite": ["loss"]}'
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{odd}\n{line}\n")
     with pytest.raises(WorkdirError, match="Line 2 of .*metrics.jsonl"):
         MetricsLog(tmp_path)
 
