@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 from medclip_jax import object_store
 from medclip_jax.errors import ConfigError, WorkdirError
 
+ODD = ValueError, OverflowError  # of a number
 MOST_LOG = 1 << 27  # bytes of a metrics.jsonl that is read
 
 
@@ -158,10 +159,10 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             values = [x for name, x in line.items() if name != "nonfinite" and x is not None]
-            if not all(isinstance(x, int | float) for x in values):
+            if not all(map(math.isfinite, values)):  # TypeError for what is no number
                 raise ValueError(text)
             operator.index(line["step"]), float(line["seconds"])
-        except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+        except (*ODD, TypeError, KeyError, RecursionError, AttributeError) as error:
             raise WorkdirError(
                 f"Line {number} of {path} is not a logged step: "
                 "delete that line or start in a new workdir."

@@ -80,7 +80,7 @@ def rename(items: Iterable[Item], salt: bytes) -> list[Item]:
     for item in items:
         name = pseudonym(item.output, salt)
         names = tuple(pseudonym(own, salt) for own in item.names)
-        place = pseudonym(item.place, salt)
+        place = pseudonym(item.place, salt) if item.place else ""
         renamed.append(Item(name, item.paths, item.kind, name, names, (), item.error, place))
     return renamed
 

@@ -227,7 +227,7 @@ def refuse_others(output: Path, items: Iterable[Item]) -> None:
             place = _read_page(output, item).get("place", item.place)  # 0.1 wrote none
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # not there, or no result of ours
-        if place != item.place:
+        if item.place and place != item.place:  # none: nothing is there
             raise ConfigError(
                 f"{output} holds the result of another file called {item.source}, in another "
                 "folder or moved since: predict into a new folder"

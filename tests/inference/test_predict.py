@@ -121,6 +121,16 @@ def test_a_file_of_the_same_name_elsewhere_replaces_no_result(whole, tmp_path, c
     assert {p.name: p.read_bytes() for p in output.iterdir()} != before
 
 
+def test_a_file_that_is_gone_is_listed_and_its_result_removed(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(png(tmp_path / "a.png").parent)
+    png(tmp_path / "b.png")
+    assert run(whole, tmp_path / "out", "a.png", "b.png") == 0 and len(pages(tmp_path / "out")) == 2
+    (tmp_path / "a.png").unlink()
+    assert run(whole, tmp_path / "out", "a.png", "b.png") == 0
+    assert [page["source"] for page in pages(tmp_path / "out")] == ["b.png"]
+    assert [row["source"] for row in table(tmp_path / "out", "unreadable.csv")] == ["a.png"]
+
+
 def test_results_bad_files_and_resume(whole, data, tmp_path, caplog):
     folder, output = tmp_path / "in", tmp_path / "out"
     (folder / "sub").mkdir(parents=True)

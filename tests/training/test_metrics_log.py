@@ -59,6 +59,7 @@ def test_resume_drops_later_steps_and_half_a_line(tmp_path):
             '{"step": 2, "seconds": null}',
             '{"step": 2.5, "seconds": 1}',
         ),
+        *(f'{{"step": 2, "seconds": 1{"0" * 400}}}', '{"step": 2, "seconds": 1, "loss": NaN}'),
         *('{"step": 2, "seconds": 1, "loss": "abc"}', '{"step": 2, "seconds": 1, "loss": [1]}'),
     ],
 )
