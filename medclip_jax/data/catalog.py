@@ -112,7 +112,7 @@ CAPTIONED = (
 def cautions(c: Any) -> list[str]:
     """A line where plain prompts are fused for a modality of which CAPTIONED tells nothing.
 
-    On three such report sets they cost .05 of image AUROC (docs/results.md).
+    They know what captions said (docs/embedded_clip.md). It changes no score.
     """
     fused = "zero_shot_image" in c.branches and c.method not in config_validation.FIXED_METHODS
     words = {*c.data.modality.lower().split()}

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Num
 from scipy import stats
 
+from medclip_jax import stored
 from medclip_jax.detectors import anomaly_maps
 from medclip_jax.detectors.anomaly_maps import (
     PixelThreshold,
@@ -28,7 +29,6 @@ from medclip_jax.detectors.anomaly_maps import (
 from medclip_jax.errors import DataError
 
 # The float32 just below 0.5: a unit score keeps its side of 0.5 when it is stored as float32.
-LEAST = 1e-12  # scale of scores that a stored detector may have
 BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 
 
@@ -162,12 +162,12 @@ def largest(healthy: Num[np.ndarray, " v"], alpha: float) -> Threshold:
 def spread(healthy: Num[np.ndarray, " k"]) -> float:
     """Standard deviation (ddof 1) of the healthy scores: the scale of `to_unit`.
 
-    Not below 1e-6 of the largest absolute score, nor LEAST; 1 if both are 0, so never zero.
+    Not below 1e-6 of the largest absolute score, nor what is stored at the least; 1 if both are 0.
     """
     healthy = finite(healthy, "healthy support image")
     deviation = float(healthy.std(ddof=1)) if len(healthy) > 1 else 0.0
     scale = max(deviation, 1e-6 * float(np.abs(healthy).max()))
-    return max(scale, LEAST) if scale else 1.0
+    return max(scale, stored.WIDTH.low) if scale else 1.0
 
 
 def to_unit(

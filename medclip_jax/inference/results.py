@@ -220,11 +220,11 @@ def table_rows(page: dict[str, Any], item: Item) -> list[dict[str, Any]]:
 def refuse_others(output: Path, items: Iterable[Item]) -> None:
     """Raise ConfigError if an item would replace the result of a file of the same name elsewhere.
 
-    Names are told from the folder that was named: those of two folders can be equal.
+    An item is named by its path below the folder that was given: two folders may have equal ones.
     """
     for item in items:
         try:
-            place = _read_page(output, item).get("place", item.place)  # 0.1 wrote none
+            place = _read_page(output, item).get("place", item.place)  # earlier versions: none
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # not there, or no result of ours
         if item.place and place != item.place:  # none: nothing is there

@@ -106,7 +106,7 @@ def test_a_folder_without_test_images_leaves_the_same_scorer(world, data, tmp_pa
 
 @pytest.mark.parametrize("more", [[], ["--pseudonymise"]], ids=["names", "pseudonyms"])
 def test_a_file_of_the_same_name_elsewhere_replaces_no_result(whole, tmp_path, capsys, more):
-    """Names are told from the folder that is named: two patients' `series/1.png` are equal."""
+    """Results are named by paths below what is given: two patients' `series/1.png` are equal."""
     for i, patient in enumerate(("one", "two")):
         png(tmp_path / patient / "series" / "1.png", i)
     output = tmp_path / "out"
